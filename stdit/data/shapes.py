@@ -1,0 +1,129 @@
+"""Moving shapes: drawn clips whose truth is known, for quick training runs and for judging what they learnt."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+CLASS_NAMES = tuple(f"{shape} {direction}" for shape in SHAPES for direction in DIRECTIONS)
+
+# How far each shape reaches from its centroid, in units of `size`: left, right, up, down. `size` is the radius of
+# the circle of equal area, so that area says nothing about shape.
+_TRIANGLE_SIDE = np.sqrt(4 * np.pi / np.sqrt(3))
+_EXTENTS = {
+    "circle": (1.0, 1.0, 1.0, 1.0),
+    "square": (np.sqrt(np.pi) / 2,) * 4,
+    "triangle": (_TRIANGLE_SIDE / 2, _TRIANGLE_SIDE / 2, _TRIANGLE_SIDE / np.sqrt(3), _TRIANGLE_SIDE / np.sqrt(12)),
+}
+_MARGIN = 1.5  # pixels between object and border
+
+
+@dataclass
+class ShapeClip:
+    """The truth of one drawn clip. Pixels; x to the right, y down; colours in 0..1; speed in pixels per frame."""
+
+    shape: str
+    direction: str
+    speed: float
+    start: list[float]
+    size: float
+    color: list[float]
+    background: list[float]
+    motion: str = "straight"
+    frames: int = 17
+    frame_size: int = 64
+
+    @property
+    def label(self) -> int:
+        return CLASS_NAMES.index(f"{self.shape} {self.direction}")
+
+    @property
+    def caption(self) -> str:
+        return f"a {self.shape} moves {self.direction}"
+
+    def truth(self) -> dict:
+        """What the manifest records."""
+        keys = ("shape", "direction", "speed", "start", "size", "color", "background")
+        return {key: value for key, value in asdict(self).items() if key in keys}
+
+    def centers(self) -> np.ndarray:
+        """(F, 2) centre of the object in each frame."""
+        steps = np.arange(self.frames)[:, None] * self.speed * np.array(DIRECTIONS[self.direction])
+        path = np.array(self.start) + steps
+        if self.motion == "bounce":
+            low, high = _allowed(self.shape, self.size, self.frame_size)
+            path = low + _reflect(path - low, high - low)
+        return path
+
+
+def _allowed(shape: str, size: float, frame_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the centre may be: (x, y) low and high."""
+    left, right, up, down = (extent * size + _MARGIN for extent in _EXTENTS[shape])
+    return np.array([left, up]), np.array([frame_size - right, frame_size - down])
+
+
+def _reflect(distance: np.ndarray, length: np.ndarray) -> np.ndarray:
+    folded = np.mod(distance, 2 * length)
+    return np.where(folded > length, 2 * length - folded, folded)
+
+
+def random_clip(
+    rng: np.random.Generator,
+    label: int | None = None,
+    frames: int = 17,
+    frame_size: int = 64,
+    motion: str = "straight",
+) -> ShapeClip:
+    """Draw the parameters of one clip; with `motion="straight"` the object stays clear of the border throughout."""
+    label = int(rng.integers(len(CLASS_NAMES))) if label is None else label
+    shape, direction = CLASS_NAMES[label].split()
+    size = rng.uniform(0.10, 0.17) * frame_size
+    low, high = _allowed(shape, size, frame_size)
+    axis = 0 if direction in ("left", "right") else 1
+    room = (high - low)[axis]
+    speed = rng.uniform(0.012, 0.03) * frame_size
+    start = rng.uniform(low, high)
+    if motion == "straight":
+        speed = min(speed, rng.uniform(0.7, 1.0) * room / max(frames - 1, 1))
+        sign = DIRECTIONS[direction][axis]
+        travel = speed * (frames - 1)
+        start[axis] = rng.uniform(low[axis] + (travel if sign < 0 else 0), high[axis] - (travel if sign > 0 else 0))
+    elif motion != "bounce":
+        raise ValueError(f"motion={motion!r} is unknown. Choose one of: straight, bounce.")
+    color, background = _two_colors(rng)
+    return ShapeClip(
+        shape, direction, float(speed), [float(v) for v in start], float(size),
+        [float(v) for v in color], [float(v) for v in background], motion, frames, frame_size,
+    )  # fmt: skip
+
+
+def _two_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Two colours that a person tells apart at a glance."""
+    while True:
+        color, background = rng.uniform(0.05, 0.95, 3), rng.uniform(0.05, 0.95, 3)
+        luma = abs(np.dot(color - background, [0.299, 0.587, 0.114]))
+        if np.linalg.norm(color - background) > 0.5 and luma > 0.15:
+            return color, background
+
+
+def signed_distance(shape: str, size: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """Distance in pixels to the outline, negative inside; dx, dy from the centroid (exact but outside corners)."""
+    if shape == "circle":
+        return np.hypot(dx, dy) - size
+    if shape == "square":
+        return np.maximum(abs(dx), abs(dy)) - _EXTENTS["square"][0] * size
+    inradius = _EXTENTS["triangle"][3] * size
+    slanted = abs(dx) * np.sqrt(3) / 2 - dy / 2
+    return np.maximum(dy, slanted) - inradius
+
+
+def draw(clip: ShapeClip) -> np.ndarray:
+    """Render a clip with anti-aliased edges -> (F, H, W, 3) uint8."""
+    grid = np.arange(clip.frame_size) + 0.5
+    centers = clip.centers()
+    dx = grid[None, None, :] - centers[:, 0, None, None]
+    dy = grid[None, :, None] - centers[:, 1, None, None]
+    cover = np.clip(0.5 - signed_distance(clip.shape, clip.size, dx, dy), 0, 1)[..., None]
+    picture = cover * np.array(clip.color) + (1 - cover) * np.array(clip.background)
+    return np.round(picture * 255).astype(np.uint8)
