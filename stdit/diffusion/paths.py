@@ -1,0 +1,92 @@
+"""From clean to noise: x_t = alpha(t) data + sigma(t) noise. The only file that converts clocks.
+
+Levels are t in [0, 1], 0 = clean, of shape (B,), (B, T) or (B, T, h, w); `like` spreads them over (B, C, T, h, w).
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+def like(levels: Tensor, x: Tensor) -> Tensor:
+    """(B,), (B, T|1) or (B, T|1, h|1, w|1) -> broadcastable to x (B, C, T, h, w)."""
+    while levels.ndim < 4:
+        levels = levels.unsqueeze(-1)
+    return levels.unsqueeze(1).to(x.device)
+
+
+class FlowPath:
+    """Rectified flow: alpha = 1 - t, sigma = t. The model's clock is 1000 t."""
+
+    name = "flow"
+
+    def alpha_sigma(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - levels, levels
+
+    def timestep(self, levels: Tensor) -> Tensor:
+        """Levels to the model's clock, float32 on 0..1000."""
+        return 1000 * levels.float()
+
+    def levels(self, timestep: Tensor) -> Tensor:
+        """The model's clock to levels."""
+        return timestep.float() / 1000
+
+    def schedule(self, steps: int) -> Tensor:
+        """(steps + 1,) levels from 1 to 0, evenly spaced."""
+        return torch.linspace(1, 0, steps + 1)
+
+    def coordinates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, time) in which the flow is dy/dtime = slope, x = scale * y."""
+        return torch.ones_like(levels), levels
+
+    def slope(self, clean: Tensor, noise: Tensor) -> Tensor:
+        return noise - clean
+
+
+class DDPMPath:
+    """DiT's chain: 1000 steps, betas linear from 1e-4 to 0.02. Step i in 0..999 is timestep i and level (i + 1) / 1000.
+
+    Levels between steps are rounded to the nearest; a clean frame (level 0) is timestep 0.
+    """
+
+    name = "ddpm"
+    num_steps = 1000
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """(1001,) float64, by level times 1000: the product of 1 - beta, 1 at level 0."""
+        betas = torch.linspace(1e-4, 0.02, self.num_steps, dtype=torch.float64)
+        return torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
+
+    def index(self, levels: Tensor) -> Tensor:
+        """Level times 1000, rounded, as an integer."""
+        return (levels.double() * self.num_steps).round().long()
+
+    def alpha_sigma(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        bar = self.alpha_bar[self.index(levels).cpu()].to(levels.device)
+        return bar.sqrt().to(levels.dtype), (1 - bar).sqrt().to(levels.dtype)
+
+    def timestep(self, levels: Tensor) -> Tensor:
+        """Levels to the model's clock: i in 0..999."""
+        return (self.index(levels) - 1).clamp(min=0).float()
+
+    def levels(self, timestep: Tensor) -> Tensor:
+        return (timestep.float() + 1) / self.num_steps
+
+    def schedule(self, steps: int) -> Tensor:
+        """(steps + 1,) levels: `steps` of the thousand, evenly spaced from last to first, then 0."""
+        if not 1 <= steps <= self.num_steps:
+            raise ValueError(f"num_inference_steps={steps} does not fit DDPM's {self.num_steps} steps. Use 1 to 1000.")
+        kept = torch.linspace(0, self.num_steps - 1, steps, dtype=torch.float64).round() if steps > 1 else torch.tensor([999.0])
+        return torch.cat([(kept.flip(0) + 1) / self.num_steps, torch.zeros(1, dtype=torch.float64)]).float()
+
+    def coordinates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.alpha_sigma(levels.double())
+        return alpha.to(levels.dtype), (sigma / alpha).to(levels.dtype)
+
+    def slope(self, clean: Tensor, noise: Tensor) -> Tensor:
+        return noise
+
+
+Path = FlowPath | DDPMPath

@@ -1,0 +1,44 @@
+"""Sizes by name, as in DiT: "XL/2" is depth 28, hidden size 1152, 16 heads, patches of 2 x 2."""
+
+import difflib
+from dataclasses import dataclass, field
+
+# depth, hidden size, heads
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+
+@dataclass
+class ModelConfig:
+    """What of a model a person chooses; channels, classes and size come from the VAE and the data.
+
+    `size` gives depth, hidden_size, num_heads and the spatial patch; each may be overridden. A size's depth counts
+    all blocks; `axes` is cycled over them.
+    """
+
+    size: str = "S/2"
+    axes: list[str] = field(default_factory=lambda: ["joint"])
+    patch_size: list[int] | None = None
+    depth: int | None = None
+    hidden_size: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    num_classes: int | None = None  # null: as many as the data has
+    gradient_checkpointing: bool = False
+
+
+def size_arguments(name: str) -> dict:
+    """ "XL/2" -> the arguments of STDiT that the name stands for; ValueError with the nearest name."""
+    letters, _, patch = name.partition("/")
+    if letters not in SIZES or not patch.isdecimal() or int(patch) == 0:
+        names = [f"{size}/{p}" for size in SIZES for p in (2, 4, 8)]
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"Unknown model size {name!r}.{hint} A size is one of {', '.join(SIZES)}, a slash, a patch.")
+    depth, hidden_size, num_heads = SIZES[letters]
+    return {
+        "depth": depth,
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "patch_size": (1, int(patch), int(patch)),
+    }

@@ -1,0 +1,147 @@
+"""STDiT: a diffusion transformer over (B, T, S, D) tokens; DiT is its single-frame case."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from stdit.model.config import size_arguments
+from stdit.model.trunks import stack
+from stdit.nn.attention import AXES
+from stdit.nn.blocks import FinalLayer, STDiTBlock
+from stdit.nn.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder
+from stdit.nn.positions import space_positions
+from stdit.nn.tokens import token_grid, unpatchify
+
+
+class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+    """Spacetime diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers", grown in time).
+
+    `sample_size` (T, H, W) is the latent size it was made for, a hint and no limit. `class_names` are accepted
+    wherever a label is. Raises ValueError for widths that do not divide and unknown axes.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["STDiTBlock"]
+    _repeated_blocks = ["STDiTBlock"]
+    _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder", "norm", "final_layer"]
+
+    @register_to_config
+    def __init__(
+        self,
+        depth: int = 12,
+        hidden_size: int = 384,
+        num_heads: int = 6,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        in_channels: int = 16,
+        num_classes: int = 0,
+        sample_size: tuple[int, int, int] = (1, 32, 32),
+        axes: Sequence[str] = ("joint",),
+        mlp_ratio: float = 4.0,
+        learn_sigma: bool = True,
+        qk_norm: bool = False,
+        class_names: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
+        self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.gradient_checkpointing = False
+
+        self.x_embedder = PatchEmbed(self.patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
+        self.blocks = nn.ModuleList(
+            STDiTBlock(hidden_size, num_heads, axes[i % len(axes)], mlp_ratio, qk_norm) for i in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels)
+        self.initialize_weights()
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs) -> "STDiT":
+        """A fresh model by name ("S/2" ... "XL/8"); keyword arguments as for the constructor, overriding the name's."""
+        return cls(**{**size_arguments(size), **kwargs})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "STDiT":
+        """Load safetensors and config.json; ValueError if a key is missing or unexpected (nothing is half loaded)."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        meta = [name for name, value in model.named_parameters() if value.is_meta]
+        if missing or unexpected or meta:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not fit its config: missing {missing or meta or 'nothing'}, "
+                f"unexpected {unexpected or 'nothing'}. Use the config.json that was saved with these weights."
+            )
+        return (model, info) if wants_info else model
+
+    def initialize_weights(self) -> None:
+        """DiT's initialisation: xavier for linear layers, 0.02 for embeddings, zero for modulation and head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for module in (*(block.adaLN_modulation[-1] for block in self.blocks), self.final_layer.adaLN_modulation[-1]):
+            nn.init.zeros_(module.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """Predict from noisy latents.
+
+        hidden_states: (B, C, T, H, W); timestep: (B,) or per latent frame (B, T) or per token (B, T, S), on 0..1000;
+        class_labels: (B,), label num_classes is null, None is null everywhere. Returns (B, C_out, T, H, W), with
+        C_out = 2 C if the variance is learned.
+        """
+        _, rows, columns = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
+        condition = self.condition(timestep, class_labels, hidden_states.shape[0])
+        tokens = self.x_embedder(hidden_states)
+        tokens = tokens + space_positions(rows, columns, tokens.shape[-1]).to(tokens)
+        tokens = stack(self.blocks, tokens, condition, self._run)
+        return unpatchify(self.final_layer(tokens, condition), self.patch_size, rows)
+
+    def condition(self, timestep: Tensor, class_labels: Tensor | None, batch: int) -> Tensor:
+        """Timestep and label embeddings, added: (B, T|1, S|1, D)."""
+        vector = self.t_embedder(timestep.expand(batch) if timestep.ndim == 0 else timestep)
+        if timestep.ndim > 1 and self.patch_size[0] > 1:  # frames that share a token share a condition
+            vector = vector.unflatten(1, (-1, self.patch_size[0])).mean(2)
+        while vector.ndim < 4:
+            vector = vector.unsqueeze(-2)
+        if self.y_embedder is not None:
+            if class_labels is None:
+                class_labels = torch.full((batch,), self.num_classes, device=vector.device)
+            vector = vector + self.y_embedder(class_labels)[:, None, None]
+        return vector
+
+    def _run(self, block: nn.Module, hidden_states: Tensor, condition: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, hidden_states, condition)
+        return block(hidden_states, condition)
+
+
+def _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names) -> None:
+    if depth < 1 or num_classes < 0:
+        raise ValueError(f"depth={depth} and num_classes={num_classes}: a model has at least one block and no fewer than 0 classes.")
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}; change one of them.")
+    if hidden_size % 4:
+        raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4, which sin-cos positions in x and y need.")
+    if len(patch_size) != 3 or min(patch_size) < 1:
+        raise ValueError(f"patch_size={list(patch_size)} is not (time, height, width), each 1 or more. Use [1, 2, 2].")
+    unknown = [axis for axis in axes if axis not in AXES]
+    if unknown or not axes:
+        raise ValueError(f"axes={list(axes)}: {unknown or 'an empty list'} is unknown. Choose from: {', '.join(AXES)}.")
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"{len(class_names)} class_names for num_classes={num_classes}; give one name a class, or none.")

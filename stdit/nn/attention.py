@@ -1,0 +1,60 @@
+"""Self-attention among the tokens of an axis. The kernel is diffusers' to choose (`set_attention_backend`)."""
+
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from einops import rearrange
+from torch import Tensor, nn
+
+from stdit.nn.positions import time_positions
+
+# How (B, T, S, D) video tokens fold into sequences for one attention call, and back.
+AXES = {
+    "joint": ("b t s d -> b (t s) d", "b (t s) d -> b t s d"),
+    "spatial": ("b t s d -> (b t) s d", "(b t) s d -> b t s d"),
+    "temporal": ("b t s d -> (b s) t d", "(b s) t d -> b t s d"),
+}
+
+
+class AxialAttnProcessor:
+    """Fold, project, attend, unfold. The class attributes are where diffusers puts back end and parallelism."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(self, attn: "Attention", hidden_states: Tensor) -> Tensor:
+        fold, unfold = AXES[attn.axis]
+        b, t, s, _ = hidden_states.shape
+        if attn.axis != "spatial" and t > 1:
+            time = time_positions(t, hidden_states.shape[-1]).to(hidden_states)
+            hidden_states = hidden_states + time[:, None]
+        qkv = rearrange(attn.qkv(rearrange(hidden_states, fold)), "n l (three h d) -> three n l h d", three=3, h=attn.heads)
+        query, key, value = qkv[0], qkv[1], qkv[2]
+        query, key = attn.q_norm(query).to(value.dtype), attn.k_norm(key).to(value.dtype)
+        out = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return rearrange(attn.proj(out.flatten(2)), unfold, b=b, t=t, s=s)
+
+
+class Attention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention along `axis` of (B, T, S, D).
+
+    Time enters here, inside temporal and joint attention, and is zero at frame 0 (see `time_positions`).
+    """
+
+    _default_processor_cls = AxialAttnProcessor
+    _available_processors = [AxialAttnProcessor]
+    _supports_qkv_fusion = False  # DiT's projection is one already
+    is_cross_attention = False
+
+    def __init__(self, dim: int, num_heads: int, axis: str = "joint", qk_norm: bool = False):
+        super().__init__()
+        self.heads, self.axis = num_heads, axis
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+        self.set_processor(AxialAttnProcessor())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.processor(self, hidden_states)

@@ -1,0 +1,42 @@
+"""Transformer blocks and the head."""
+
+from torch import Tensor, nn
+
+from stdit.nn.attention import Attention
+from stdit.nn.mlp import Mlp
+from stdit.nn.modulation import AdaLNZero, Modulation
+
+
+class STDiTBlock(nn.Module):
+    """Pre-norm block with adaLN-Zero: the identity when fresh (DiT, section 3.2).
+
+    hidden_states: (B, T, S, D); condition: (B, T|1, S|1, D).
+    """
+
+    def __init__(self, dim: int, num_heads: int, axis: str = "joint", mlp_ratio: float = 4.0, qk_norm: bool = False):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(dim, num_heads, axis, qk_norm)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.adaLN_modulation = AdaLNZero(dim)
+
+    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
+        attn_mod, mlp_mod = self.adaLN_modulation(condition)
+        hidden_states = hidden_states + attn_mod.gate * self.attn(attn_mod(self.norm1(hidden_states)))
+        hidden_states = hidden_states + mlp_mod.gate * self.mlp(mlp_mod(self.norm2(hidden_states)))
+        return hidden_states
+
+
+class FinalLayer(nn.Module):
+    """(B, T, S, D) -> (B, T, S, patch volume * out_channels), channel-last inside a patch; zero when fresh."""
+
+    def __init__(self, dim: int, out_features: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        return self.linear(Modulation(shift, scale, scale)(self.norm_final(hidden_states)))

@@ -1,0 +1,48 @@
+"""Patches, noise levels and labels to vectors. Names and layouts are DiT's."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from stdit.nn.tokens import Patch, patchify
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, T*pt, H*ph, W*pw) latents -> (B, T, H*W, D). A convolution of stride = kernel, written as a product."""
+
+    def __init__(self, patch_size: Patch, in_channels: int, dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Linear(in_channels * math.prod(patch_size), dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(patchify(x, self.patch_size))
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps of any shape (...), on 0..1000 -> (..., D): sinusoid of 256 numbers, then an MLP."""
+
+    def __init__(self, dim: int, frequency_dim: int = 256):
+        super().__init__()
+        self.frequency_dim = frequency_dim
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        # Always float32: bfloat16 would fold a thousand timesteps into 507.
+        half = self.frequency_dim // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+        angles = timestep.float()[..., None] * frequencies
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels (...) in 0..num_classes -> (..., D); label `num_classes` is null, for guidance without a classifier."""
+
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.embedding_table(labels)

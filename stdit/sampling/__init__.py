@@ -1,0 +1,1 @@
+"""From noise to clips: plans, solvers, guidance, the pipeline."""
