@@ -1,0 +1,22 @@
+"""stdit: video diffusion transformers with spacetime patches, grown from DiT."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# Loaded when first asked for, so that `import stdit` stays light.
+_PUBLIC = {"STDiT": "stdit.model.stdit", "STDiTPipeline": "stdit.sampling.pipeline", "load_vae": "stdit.vae"}
+
+if TYPE_CHECKING:
+    from stdit.model.stdit import STDiT
+    from stdit.sampling.pipeline import STDiTPipeline
+    from stdit.vae import load_vae
+
+__all__ = ["STDiT", "STDiTPipeline", "load_vae"]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'stdit' has no attribute {name!r}")

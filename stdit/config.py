@@ -1,13 +1,39 @@
-"""Typed configs: defaults <- YAML file <- command line. An unknown key is an error, never a silent no-op."""
+"""The config of a training run, composed of its parts. Defaults <- YAML file <- command line."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stdit.data.datasets import DataConfig
+from stdit.diffusion.objective import ObjectiveConfig
+from stdit.model.config import ModelConfig
+from stdit.training.config import TrainConfig
+
 T = TypeVar("T")
+
+
+@dataclass
+class VAEChoice:
+    """`name`: "tiny", a folder of diffusers weights, or a hub id."""
+
+    name: str = "tiny"
+
+
+@dataclass
+class Config:
+    """Everything `tools/train.py` reads."""
+
+    name: str = "run"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    vae: VAEChoice = field(default_factory=VAEChoice)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
@@ -15,9 +41,39 @@ def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ())
 
     Raises ValueError in one line: the key, what was expected, the nearest name.
     """
+    if not Path(path).is_file():
+        have = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none in configs/"
+        raise ValueError(f"The config {str(path)!r} does not exist; there are: {have}.")
+    for override in overrides:
+        if "=" not in override or override.startswith("="):
+            raise ValueError(f"{override!r} is no override; write key=value, for example train.steps=1000.")
     try:
         given = OmegaConf.load(path)
+        if not isinstance(given, DictConfig):
+            raise ValueError(f"The config {str(path)!r} is not a mapping of keys to values; see configs/ for examples.")
+        for source in (given, OmegaConf.from_dotlist(list(overrides))):
+            _refuse_interpolation(source, "")
         merged = OmegaConf.merge(OmegaConf.structured(schema), given, OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except OSError as error:
+        raise ValueError(f"The config {str(path)!r} cannot be read: {error}.") from error
+    except ValueError:
+        raise
+    except Exception as error:  # PyYAML's own
+        raise ValueError(f"The config {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _refuse_interpolation(node: Any, key: str) -> None:
+    """A config is data: `${...}` could read the environment."""
+    if isinstance(node, DictConfig):
+        for name in node:
+            if OmegaConf.is_interpolation(node, name):
+                raise ValueError(f"{key}{name} holds an interpolation (${{...}}), which configs may not; write the value.")
+            _refuse_interpolation(node._get_node(name), f"{key}{name}.")
+
+
+def to_plain(config: Any) -> dict:
+    """A config as plain dictionaries and numbers."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]

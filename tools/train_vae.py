@@ -6,10 +6,10 @@
 
 import argparse
 import csv
+import json
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from tqdm import tqdm
 from stdit.config import load_typed
 from stdit.data.idx import read_idx
 from stdit.data.transforms import resize_short_side
-from stdit.data.video_io import VideoReader, write_contact_sheet
-from stdit.training.precision import native_bf16
+from stdit.data.video_io import VideoReader
+from stdit.data.video_write import write_contact_sheet
+from stdit.precision import autocast
+from stdit.training.optim import build_optimizers, learning_rate, set_learning_rate
 from stdit.training.state import flatten_optimizer, load_checkpoint, restore_optimizer, save_checkpoint
-from stdit.training.vae import ClipPool, VAEConfig, build_optimizers, learning_rate, psnr, vae_loss
+from stdit.training.vae import ClipPool, VAEConfig, psnr, vae_loss
 from stdit.vae.tiny import TinyVAE
 
 
@@ -87,9 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     train, folder, output = config.train, Path("checkpoints") / config.name, Path("output") / config.name
 
     torch.manual_seed(config.seed)
-    vae, average = TinyVAE(config.model), TinyVAE(config.model)
+    vae, average = TinyVAE(**asdict(config.model)), TinyVAE(**asdict(config.model))
     average.load_state_dict(vae.state_dict())
-    optimizers = build_optimizers(vae, train)
+    optimizers = build_optimizers(vae, train.optimizer, train.lr)
     step = 0
     if checkpoint := load_checkpoint(folder):
         step = checkpoint.step
@@ -106,8 +108,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.export:
         measure_latents(average, pool, config.seed)
         scores = evaluate(average, held_out)
-        average.save(Path(args.export), {"step": step, "config": asdict(config), **scores})
         preview(average, held_out, output / "reconstructions.png")
+        average.half().save_pretrained(args.export)
+        record = {"step": step, "config": asdict(config), **scores}
+        (Path(args.export) / "training.json").write_text(json.dumps(record, indent=1) + "\n")
         print(scores)
         return 0
 
@@ -119,19 +123,18 @@ def main(argv: list[str] | None = None) -> int:
 
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    autocast = torch.autocast("cpu", torch.bfloat16) if native_bf16() else nullcontext()
     started, progress = time.time(), tqdm(total=train.steps, initial=step, unit="step", mininterval=5)
     while step < train.steps and not stop:
         pixels = pool.batch(config.seed, step)
         shape = (len(pixels), vae.channels, vae.latent_frames(pixels.shape[2]), *vae.latent_size(*pixels.shape[3:]))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(config.seed * 1_000_003 + step))
-        with autocast:
+        with autocast("auto", "cpu"):
             loss, record = vae_loss(vae, pixels, noise, train)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0, error_if_nonfinite=True)
+        lr = learning_rate(step, train.lr, train.warmup_steps, train.decay_steps)
+        set_learning_rate(optimizers, lr)
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, train)
             optimizer.step()
         vae.zero_grad()
         step += 1
@@ -143,11 +146,11 @@ def main(argv: list[str] | None = None) -> int:
         if step % train.log_every == 0:
             progress.set_postfix({key: f"{value:.4f}" for key, value in record.items()})
             with open(output / "training_metrics.csv", "a", newline="") as stream:
-                csv.writer(stream).writerow([step, loss.item(), *record.values(), learning_rate(step, train), time.time() - started])
+                csv.writer(stream).writerow([step, loss.item(), *record.values(), lr, time.time() - started])
         if step % train.checkpoint_every == 0 or step == train.steps:
             save()
         if step % (2 * train.checkpoint_every) == 0 or step == train.steps:
-            with autocast:
+            with autocast("auto", "cpu"):
                 scores = evaluate(average, held_out)
                 preview(average, held_out, output / "reconstructions.png")
             progress.write(f"step {step}: " + ", ".join(f"{key} {value:.2f}" for key, value in scores.items()))

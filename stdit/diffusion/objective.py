@@ -11,6 +11,7 @@ from stdit.diffusion.levels import Distribution, Scheme, draw_levels, shift_leve
 from stdit.diffusion.paths import DDPMPath, FlowPath, Path, like
 from stdit.diffusion.predictions import Estimate, from_epsilon, from_velocity
 from stdit.diffusion.variational import variational_bound
+from stdit.variants import pick
 
 
 @dataclass
@@ -119,4 +120,4 @@ OBJECTIVES: dict[str, type[Objective]] = {"flow": FlowObjective, "ddpm": DDPMObj
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
-    return OBJECTIVES[config.name](config)
+    return pick(OBJECTIVES, config.name, "objective")(config)

@@ -42,3 +42,14 @@ def size_arguments(name: str) -> dict:
         "num_heads": num_heads,
         "patch_size": (1, int(patch), int(patch)),
     }
+
+
+def model_arguments(config: ModelConfig) -> dict:
+    """The constructor arguments that a config chooses: its size, and what it overrides."""
+    arguments = size_arguments(config.size)
+    for key in ("depth", "hidden_size", "num_heads"):
+        if getattr(config, key) is not None:
+            arguments[key] = getattr(config, key)
+    if config.patch_size is not None:
+        arguments["patch_size"] = tuple(config.patch_size)
+    return {**arguments, "axes": list(config.axes), "mlp_ratio": config.mlp_ratio, "qk_norm": config.qk_norm}

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from stdit.diffusion.objective import Objective
-from stdit.diffusion.predictions import Estimate
 
 
 def guided(
@@ -17,8 +16,8 @@ def guided(
     null_label: int,
     scale: float = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),
-) -> Callable[[Tensor, Tensor], Estimate]:
-    """A predictor (x, levels (B|1, T)) -> Estimate, guided on all latent channels.
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function (x, levels (B|1, T)) -> the model's output, guided on all latent channels.
 
     Guidance acts while the noisiest frame's level lies in `interval` (Kynkaanniemi et al.); outside it, and at
     scale 1, the model runs once. A learned variance is the conditional one's.
@@ -30,15 +29,15 @@ def guided(
         with named:
             return model(x.to(getattr(model, "dtype", x.dtype)), timestep, class_labels=of).float()
 
-    def predict(x: Tensor, levels: Tensor) -> Estimate:
+    def output(x: Tensor, levels: Tensor) -> Tensor:
         noisiest = float(levels.max())
         if labels is None or scale == 1.0 or not interval[0] <= noisiest <= interval[1]:
-            return objective.estimate(run(x, levels, labels, "cond"), x, levels)
+            return run(x, levels, labels, "cond")
         null = torch.full_like(labels, null_label)
         both = run(torch.cat([x, x]), levels.expand(len(x), -1).repeat(2, 1), torch.cat([labels, null]), "cond_uncond")
         conditional, unconditional = both.chunk(2)
         channels = x.shape[1]
         mean = unconditional[:, :channels] + scale * (conditional[:, :channels] - unconditional[:, :channels])
-        return objective.estimate(torch.cat([mean, conditional[:, channels:]], dim=1), x, levels)
+        return torch.cat([mean, conditional[:, channels:]], dim=1)
 
-    return predict
+    return output

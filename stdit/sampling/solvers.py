@@ -1,6 +1,5 @@
 """Our own solvers: one step from the levels now to the levels after, each frame at its own."""
 
-import difflib
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
@@ -11,6 +10,7 @@ from stdit.diffusion.paths import Path, like
 from stdit.diffusion.predictions import Estimate
 from stdit.diffusion.variational import learned_log_variance, posterior
 from stdit.sampling.plan import Plan
+from stdit.variants import pick
 
 Predict = Callable[[Tensor, Tensor], Estimate]  # (x, levels (B|1, T)) -> estimate
 Draw = Callable[[int], Tensor]  # step -> fresh noise like x
@@ -73,13 +73,10 @@ def solve(
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Tensor:
     """Run a plan to the end: (B, C, T, h, w). Frames whose level does not change do not change by a bit."""
-    if solver not in SOLVERS:
-        close = difflib.get_close_matches(solver, SOLVERS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown solver {solver!r}.{hint} Choose one of: {', '.join(sorted(SOLVERS))}.")
+    step_with = pick(SOLVERS, solver, "solver")
     x = plan.x
     for step, (now, after) in enumerate(progress(list(pairwise(plan.levels.to(x.device))))):
         noise = (lambda step=step: draw(step)) if draw else (lambda: torch.randn_like(x))
-        moved = SOLVERS[solver](x, now[None], after[None], predict, path, noise)
+        moved = step_with(x, now[None], after[None], predict, path, noise)
         x = torch.where(like((now != after)[None], x), moved, x)
     return x

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from stdit.data.shapes import draw, random_clip
 from stdit.vae.tiny import TinyVAE, TinyVAEConfig
@@ -122,27 +122,6 @@ def vae_loss(vae: TinyVAE, pixels: Tensor, noise: Tensor, config: VAETrainConfig
     size = raw.float().square().mean()
     loss = mse + config.l1_weight * error.abs().mean() + config.flicker_weight * flicker + config.latent_weight * size
     return loss, {"mse": mse.item(), "flicker": flicker.item(), "latent": size.item()}
-
-
-def build_optimizers(vae: nn.Module, config: VAETrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for kernels (each seen as a matrix) and AdamW for the rest."""
-    parameters = list(vae.parameters())
-    if config.optimizer == "adamw":
-        return [torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)]
-    kernels = [p for p in parameters if p.ndim == 4]
-    rest = [p for p in parameters if p.ndim != 4]
-    views = []
-    for kernel in kernels:
-        view = nn.Parameter(kernel.data.view(kernel.shape[0], -1))  # shares storage: Muon takes matrices only
-        kernel.register_post_accumulate_grad_hook(lambda p, view=view: setattr(view, "grad", p.grad.reshape_as(view)))
-        views.append(view)
-    muon = torch.optim.Muon(views, lr=config.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)]
-
-
-def learning_rate(step: int, config: VAETrainConfig) -> float:
-    """Warm-up, then a straight line to zero at `decay_steps` (where schedules end, whatever `steps` says)."""
-    return config.lr * min(1.0, (step + 1) / config.warmup_steps) * max(0.0, 1 - step / config.decay_steps)
 
 
 def psnr(clips: Sequence[tuple[Tensor, Tensor]]) -> float:

@@ -1,23 +1,24 @@
 """The contract every video VAE keeps: pixels to normalised latents and back, and the arithmetic of both."""
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 
 class VideoVAE(nn.Module):
     """A video VAE behind one face: pixels (B, 3, F, H, W) in [-1, 1] <-> latents (B, C, T, h, w).
 
-    Latents are normalised: about zero mean and unit variance per channel on natural clips.
-    `causal` says that a clip is one first frame followed by whole groups of `stride[0]` frames (1 + k * stride),
-    and that its first frame alone gives the first latent frame.
+    Latents are normalised: about zero mean and unit variance per channel on natural clips. A clip is one first
+    frame followed by whole groups of `stride[0]` frames; `causal`: no latent frame depends on later pixels.
     """
 
     stride: tuple[int, int, int]
     channels: int
     causal: bool = True
+    frame_step: int = 0  # frames come 1 + k * frame_step; 0: the temporal stride
+    image_is_first_frame: bool = True  # encode(clip[:, :, :1]) is encode(clip)[:, :, :1]
     name: str = "vae"
 
     @abstractmethod
@@ -58,28 +59,20 @@ class VideoVAE(nn.Module):
 
     def latent_frames(self, num_frames: int) -> int:
         """How many latent frames hold `num_frames` pixel frames; ValueError with the nearest that fit."""
-        stride = self.stride[0]
+        stride, step = self.stride[0], self.frame_step or self.stride[0]
         if num_frames < 1:
             raise ValueError(f"num_frames={num_frames} is not a clip: use 1 for an image or more for a video.")
-        if not self.causal:
-            if num_frames % stride:
-                lower = num_frames // stride * stride
-                raise ValueError(self._frames_message(num_frames, f"a multiple of {stride}", lower or stride))
-            return num_frames // stride
-        if (num_frames - 1) % stride:
-            lower = (num_frames - 1) // stride * stride + 1
-            raise ValueError(self._frames_message(num_frames, f"1 + a multiple of {stride}", lower))
+        if (num_frames - 1) % step:
+            lower = (num_frames - 1) // step * step + 1
+            raise ValueError(
+                f"num_frames={num_frames} does not fit VAE {self.name!r} of temporal stride {stride}: it needs "
+                f"1 + a multiple of {step}. Use {lower} or {lower + step}."
+            )
         return (num_frames - 1) // stride + 1
-
-    def _frames_message(self, num_frames: int, needed: str, lower: int) -> str:
-        return (
-            f"num_frames={num_frames} does not fit VAE {self.name!r} of temporal stride {self.stride[0]}: it needs "
-            f"{needed}. Use {lower} or {lower + self.stride[0]}."
-        )
 
     def pixel_frames(self, latent_frames: int) -> int:
         """How many pixel frames `latent_frames` decode to."""
-        return self.stride[0] * (latent_frames - 1) + 1 if self.causal else self.stride[0] * latent_frames
+        return self.stride[0] * (latent_frames - 1) + 1
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(H, W) pixels -> (h, w) latents; ValueError with the nearest sizes that divide."""
@@ -93,10 +86,26 @@ class VideoVAE(nn.Module):
                 )
         return height // self.stride[1], width // self.stride[2]
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    def latent_shape(
+        self, num_frames: int, height: int, width: int, patch: tuple[int, int, int] = (1, 1, 1)
+    ) -> tuple[int, int, int]:
+        """(T, h, w) of a clip's latents; ValueError, with what fits, if VAE or patches cannot hold it."""
+        shape = (self.latent_frames(num_frames), *self.latent_size(height, width))
+        asked, strides = (num_frames, height, width), self.stride
+        for i, name in enumerate(("num_frames", "height", "width")):
+            if shape[i] % patch[i]:
+                lower, upper = shape[i] // patch[i] * patch[i], -(-shape[i] // patch[i]) * patch[i]
+                fits = [self.pixel_frames(n) if i == 0 else n * strides[i] for n in (lower, upper) if n]
+                raise ValueError(
+                    f"{name}={asked[i]} gives {shape[i]} latents, which patches of {patch[i]} do not divide. "
+                    f"Use {' or '.join(map(str, fits))}."
+                )
+        return shape
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+    def fingerprint(self) -> str:
+        """What latents depend on: class, configuration and weights, in 16 hexadecimal digits."""
+        digest = hashlib.sha256(type(self).__name__.encode())
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(key.encode() + str(tuple(value.shape)).encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]

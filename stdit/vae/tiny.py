@@ -5,36 +5,31 @@ group the four frames are channels, so every convolution is two-dimensional and 
 groups information flows forward only, through convolutions that also see the group before.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stdit.vae.base import VideoVAE
 
 
-@dataclass(frozen=True)
+@dataclass
 class TinyVAEConfig:
-    """Widths at a stride of 8, 4 and 2 pixels; `blocks_*` are residual blocks, the first of each looks back in time."""
+    """Widths at a stride of 8, 4 and 2 pixels; `*_blocks` counts residual blocks there."""
 
     channels: int = 16
-    encoder_widths: tuple[int, int] = (64, 96)  # at stride 4, 8
-    encoder_blocks: tuple[int, int] = (1, 1)
-    decoder_widths: tuple[int, int, int] = (144, 80, 32)  # at stride 8, 4, 2
-    decoder_blocks: tuple[int, int, int] = (2, 3, 1)
-
-    def __post_init__(self) -> None:
-        for key in ("encoder_widths", "encoder_blocks", "decoder_widths", "decoder_blocks"):
-            object.__setattr__(self, key, tuple(getattr(self, key)))  # JSON gives lists
+    encoder_widths: list[int] = field(default_factory=lambda: [64, 96])  # at stride 4, 8
+    encoder_blocks: list[int] = field(default_factory=lambda: [1, 1])
+    decoder_widths: list[int] = field(default_factory=lambda: [144, 80, 32])  # at stride 8, 4, 2
+    decoder_blocks: list[int] = field(default_factory=lambda: [2, 3, 1])
 
 
-class Past(dict):
+class Past(dict[nn.Module, Tensor]):
     """What each `CausalConv` saw last, by module: the whole state of a stream."""
 
 
@@ -127,36 +122,30 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(each_group(self.conv_out, x), 2)
 
 
-class TinyVAE(VideoVAE):
+class TinyVAE(VideoVAE, ModelMixin, ConfigMixin):
     """The `tiny` VAE. An image is exactly its clip's first latent frame; both directions are causal and stream."""
 
     stride = (4, 8, 8)
     causal = True
     name = "tiny"
 
-    def __init__(self, config: TinyVAEConfig | None = None):
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 16,
+        encoder_widths: Sequence[int] = (64, 96),
+        encoder_blocks: Sequence[int] = (1, 1),
+        decoder_widths: Sequence[int] = (144, 80, 32),
+        decoder_blocks: Sequence[int] = (2, 3, 1),
+    ):
         super().__init__()
-        self.config = config or TinyVAEConfig()
-        self.channels = self.config.channels
-        self.encoder = Encoder(self.config)
-        self.decoder = Decoder(self.config)
+        shape = TinyVAEConfig(channels, *map(list, (encoder_widths, encoder_blocks, decoder_widths, decoder_blocks)))
+        self.channels = channels
+        self.encoder = Encoder(shape)
+        self.decoder = Decoder(shape)
         # Statistics of raw latents, measured after training: they make latents zero mean, unit variance.
         self.register_buffer("latent_mean", torch.zeros(self.channels))
         self.register_buffer("latent_std", torch.ones(self.channels))
-
-    def save(self, folder: Path, record: dict) -> None:
-        """Write weights (float16) and config.json; `record` says how they were trained."""
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {key: value.half().contiguous() for key, value in self.state_dict().items()}
-        save_file(tensors, folder / "tiny.safetensors")
-        (folder / "tiny.json").write_text(json.dumps({"model": asdict(self.config), "training": record}, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> "TinyVAE":
-        """Read what `save` wrote, as float32."""
-        vae = cls(TinyVAEConfig(**json.loads((folder / "tiny.json").read_text())["model"]))
-        vae.load_state_dict({key: value.float() for key, value in load_file(folder / "tiny.safetensors").items()})
-        return vae.eval()
 
     def _groups(self, pixels: Tensor) -> Tensor:
         first = pixels[:, :, :1].expand(-1, -1, 3, -1, -1)

@@ -1,0 +1,37 @@
+# The two commands of the README. Both make .venv first, and both may be run again at any time.
+#   make quickstart    draw moving shapes, train a video diffusion transformer on them, sample clips (CPU or GPU)
+#   make test          install the development tools and run the tests
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# The small CPU build of torch, where this index is reached; elsewhere the package index's own build serves.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+ifneq ($(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1),)
+CONSTRAINTS := constraints/cuda.txt
+INDEX =
+else
+CONSTRAINTS := constraints/cpu.txt
+INDEX = $(shell curl -fsI -m 5 $(TORCH_CPU_INDEX)/ >/dev/null 2>&1 && echo --extra-index-url $(TORCH_CPU_INDEX))
+endif
+
+.PHONY: quickstart test lint
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(INDEX) --constraint $(CONSTRAINTS) --editable '.[$*]'
+	touch $@
+
+quickstart: $(VENV)/.installed-tracking
+	$(RUN) tools/quickstart.py
+
+test: $(VENV)/.installed-dev
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy

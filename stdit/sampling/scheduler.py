@@ -1,0 +1,30 @@
+"""What a pipeline stores about diffusion: the objective it was trained with, and the solver it likes."""
+
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from stdit.diffusion.objective import Objective, ObjectiveConfig, build_objective
+
+
+class STDiTScheduler(SchedulerMixin, ConfigMixin):
+    """stdit's own solvers, each frame at its own level. Any diffusers scheduler may take its place in a pipeline.
+
+    solver: euler, heun, ddim or ddpm; by default euler for flow, ddpm for DDPM.
+    """
+
+    @register_to_config
+    def __init__(self, objective: str = "flow", shift: float = 1.0, shift_tokens: int = 0, solver: str | None = None):
+        self.objective: Objective = build_objective(
+            ObjectiveConfig(name=objective, shift=shift, shift_tokens=shift_tokens)  # type: ignore[arg-type]
+        )
+        self.solver = solver or ("ddpm" if objective == "ddpm" else "euler")
+
+
+def check_compatible(scheduler: SchedulerMixin, objective: str) -> None:
+    """ValueError if a diffusers scheduler takes the model's output for something else than it is."""
+    name = type(scheduler).__name__
+    predicts = scheduler.config.get("prediction_type", "flow_prediction" if "FlowMatch" in name else "epsilon")
+    wanted = {"flow": "flow_prediction", "ddpm": "epsilon"}[objective]
+    if predicts != wanted:
+        remedy = "prediction_type='flow_prediction', use_flow_sigmas=True" if objective == "flow" else "prediction_type='epsilon'"
+        raise ValueError(f"{name} expects prediction_type={predicts!r}, this model was trained for {objective!r}; build it with {remedy}.")

@@ -1,0 +1,226 @@
+"""The loop: accumulate, clip, step, average, log, save. It receives finished objects and builds none."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from stdit.data.loader import Batch
+from stdit.diffusion.objective import Objective
+from stdit.training.config import TrainConfig
+from stdit.training.optim import learning_rate, set_learning_rate
+from stdit.training.record import BINS, Record, level_sums
+from stdit.training.run import RunFolders
+from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
+from stdit.training.step import diffusion_losses, dropped_labels, to_latents
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; its state is saved. `code` is the exit code to use."""
+
+    def __init__(self, code: int, step: int):
+        super().__init__(f"stopped at step {step}, everything is saved; run the same command again to go on")
+        self.code = code
+
+
+@dataclass
+class Trainer:
+    """Everything a training run is made of. Build it, `restore` perhaps, then `fit`."""
+
+    accelerator: Accelerator
+    folders: RunFolders
+    model: nn.Module
+    optimizers: list
+    objective: Objective
+    encode: Callable[[Tensor], Tensor]
+    num_classes: int
+    config: TrainConfig
+    resolved: dict  # the whole config, kept in checkpoints
+    dataset_size: int
+    max_bad_fraction: float
+    preview: Callable[[nn.Module, int], None] = lambda model, step: None
+    step: int = 0
+    skipped: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.ema = EMAModel(self.model.parameters(), decay=self.config.ema_decay, foreach=True)
+        self.ema.to(self.accelerator.device)
+        self._signal: int | None = None
+        self._in_a_row = 0
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take up a checkpoint: weights, average, optimizers, step."""
+        tensors, info = checkpoint.tensors, checkpoint.info
+        self.model.load_state_dict(tensors["model"])
+        self.step, self.skipped, self.seconds = checkpoint.step, info["skipped"], info["seconds"]
+        names = [name for name, _ in self.model.named_parameters()]
+        for shadow, name in zip(self.ema.shadow_params, names, strict=True):
+            shadow.data.copy_(tensors["ema"][name])
+        self.ema.optimization_step = info["ema_step"]
+        for i, optimizer in enumerate(self.optimizers):
+            restore_optimizer(optimizer, tensors.get(f"optimizer_{i}", {}), info["optimizers"][i])
+
+    def save(self) -> None:
+        """Write a checkpoint (one process does)."""
+        if self.accelerator.is_main_process:
+            states = [flatten_optimizer(optimizer) for optimizer in self.optimizers]
+            names = [name for name, _ in self.model.named_parameters()]
+            tensors = {"model": dict(self.model.state_dict()), "ema": dict(zip(names, self.ema.shadow_params, strict=True))}
+            tensors |= {f"optimizer_{i}": state for i, (state, _) in enumerate(states)}
+            info = {
+                "config": self.resolved, "optimizers": [numbers for _, numbers in states], "skipped": self.skipped,
+                "seconds": self.seconds, "ema_step": self.ema.optimization_step,
+            }  # fmt: skip
+            save_checkpoint(self.folders.checkpoints, self.step, tensors, info, self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def fit(self, batches: Iterator[Batch]) -> None:
+        """Train to `config.steps`. Raises Stopped after a signal, ValueError when data or numbers are beyond use."""
+        config, main = self.config, self.accelerator.is_main_process
+        wrapped, *optimizers = self.accelerator.prepare(self.model, *self.optimizers)
+        micro = config.micro_batch or config.batch_size // self.accelerator.num_processes
+        parts = config.batch_size // (micro * self.accelerator.num_processes)
+        record = Record(self.folders.output, self.step) if main else None
+        rows: list[tuple] = []
+        before = [signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)]
+        progress = tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, dynamic_ncols=True)
+        began, mark, mark_step = time.perf_counter() - self.seconds, time.perf_counter(), self.step
+        try:
+            while self.step < config.steps:
+                rows.append(self._one_step(wrapped, optimizers, batches, parts))
+                self.step += 1
+                self.seconds = time.perf_counter() - began
+                stopping = self._stopping()
+                saving = self.step % config.checkpoint_every == 0 or self.step == config.steps or stopping
+                if self.step % config.log_every == 0 or saving:
+                    rate = (self.step - mark_step) * config.batch_size / (time.perf_counter() - mark)
+                    mark, mark_step = time.perf_counter(), self.step
+                    written = self._gather(rows, rate)
+                    rows = []
+                    if record is not None:
+                        record.write(written)
+                        progress.set_postfix_str(f"loss {written[-1]['loss']:.4f}, {rate:.1f} clips/s")
+                progress.update(self.step - progress.n)
+                if saving:
+                    self.save()
+                    if record is not None:
+                        record.curves()
+                if stopping:
+                    raise Stopped(128 + self._signal if self._signal else 143, self.step)
+                if self.step % config.preview_every == 0 and self.step < config.steps:
+                    if main:
+                        with averaged(self.model, self.ema):
+                            self.preview(self.model, self.step)
+                    mark, mark_step = time.perf_counter(), self.step
+                    self.accelerator.wait_for_everyone()
+        finally:
+            progress.close()
+            for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+                signal.signal(number, handler)
+
+    def _one_step(self, model: nn.Module, optimizers: list, batches: Iterator[Batch], parts: int) -> tuple:
+        """One optimizer step over `parts` micro-batches -> what the record needs, still on the device."""
+        config, device = self.config, self.accelerator.device
+        total, sums = torch.zeros((), device=device), torch.zeros(2, BINS, device=device)
+        for part in range(parts):
+            batch = next(batches)
+            self._count_bad(batch)
+            labels = None
+            if self.num_classes:
+                labels = dropped_labels(batch.labels, batch.keys, config.label_dropout, self.num_classes).to(device)
+            latents = to_latents(batch, self.encode, device)
+            if part < parts - 1:
+                with self.accelerator.no_sync(model), self.accelerator.autocast():
+                    losses = diffusion_losses(model, self.objective, latents, labels, batch.keys)
+                    self.accelerator.backward(losses.clips.mean() / parts)
+            else:
+                with self.accelerator.autocast():
+                    losses = diffusion_losses(model, self.objective, latents, labels, batch.keys)
+                self.accelerator.backward(losses.clips.mean() / parts)
+            total += losses.clips.detach().mean() / parts
+            sums += level_sums(losses.clips, losses.levels)
+        lr = learning_rate(self.step, config.lr, config.warmup_steps, config.decay_steps)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        if math.isfinite(float(norm)):
+            set_learning_rate(optimizers, lr)
+            for optimizer in optimizers:
+                optimizer.step()
+            self.ema.step(self.model.parameters())
+            self._in_a_row = 0
+        else:
+            self._skip(batch)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.model.zero_grad()
+        return self.step + 1, total, sums, lr, torch.as_tensor(norm), self.skipped
+
+    def _skip(self, batch: Batch) -> None:
+        """A step whose gradient is not finite is never applied."""
+        self.skipped += 1
+        self._in_a_row += 1
+        self.accelerator.print(f"step {self.step + 1}: the gradient is not finite; the step is not applied (samples {batch.keys[:4]} ...)")
+        if self._in_a_row >= self.config.max_skipped:
+            raise ValueError(
+                f"{self._in_a_row} steps in a row up to step {self.step + 1} had a gradient that is not finite; nothing of them "
+                "was applied. Lower train.lr, or use train.precision=fp32, and run again: it resumes from the last checkpoint."
+            )
+
+    def _count_bad(self, batch: Batch) -> None:
+        for name, reason in batch.bad.items():
+            if name not in self.bad:
+                self.bad[name] = reason
+                self.accelerator.print(f"skipped a file: {reason}")
+        if len(self.bad) > self.max_bad_fraction * self.dataset_size:
+            raise ValueError(
+                f"{len(self.bad)} of {self.dataset_size} files cannot be read, more than data.max_bad_fraction="
+                f"{self.max_bad_fraction}; the last: {list(self.bad.values())[-1]}"
+            )
+
+    def _gather(self, rows: list[tuple], rate: float) -> list[dict]:
+        """Rows as plain numbers, losses averaged over processes."""
+        totals = self.accelerator.reduce(torch.stack([row[1] for row in rows]), "mean").tolist()
+        sums = self.accelerator.reduce(torch.stack([row[2] for row in rows]), "sum")
+        by_level = (sums[:, 0] / sums[:, 1]).tolist()  # nan where no clip had such a level
+        return [
+            {
+                "step": step, "loss": total, "lr": lr, "grad_norm": float(norm), "skipped": skipped,
+                "clips_per_second": round(rate, 2), **{f"loss_level_{i}": value for i, value in enumerate(levels)},
+            }
+            for (step, _, _, lr, norm, skipped), total, levels in zip(rows, totals, by_level, strict=True)
+        ]  # fmt: skip
+
+    def _on_signal(self, number: int, _) -> None:
+        self._signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+
+    def _stopping(self) -> bool:
+        """Whether any process was asked to stop: all stop after the same step."""
+        asked = self._signal is not None
+        if self.accelerator.num_processes == 1:
+            return asked
+        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum") > 0)
+
+
+class averaged:
+    """`with averaged(model, ema):` the model holds the averaged weights."""
+
+    def __init__(self, model: nn.Module, ema: EMAModel):
+        self.model, self.ema = model, ema
+
+    def __enter__(self) -> None:
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        self.model.eval()
+
+    def __exit__(self, *_) -> None:
+        self.ema.restore(self.model.parameters())
+        self.model.train()

@@ -1,0 +1,39 @@
+"""Optimizers and their schedule, for the transformer and for the VAE."""
+
+import torch
+from torch import nn
+
+
+def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for the hidden matrices and AdamW for the rest (embeddings, head, vectors).
+
+    Muon at the root-mean-square of AdamW's updates learns several times faster in short runs (docs/benchmarks.md).
+    """
+    named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    if name == "adamw":
+        return [torch.optim.AdamW([p for _, p in named], lr=lr, weight_decay=weight_decay)]
+    hidden = [p for key, p in named if p.ndim >= 2 and "embed" not in key and "final_layer" not in key]
+    rest = [p for key, p in named if p.ndim < 2 or "embed" in key or "final_layer" in key]
+    muon = torch.optim.Muon([_matrix(p) for p in hidden], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)]
+
+
+def _matrix(kernel: nn.Parameter) -> nn.Parameter:
+    """A convolution's kernel as the matrix Muon takes: shared storage, shared gradient."""
+    if kernel.ndim == 2:
+        return kernel
+    view = nn.Parameter(kernel.data.view(kernel.shape[0], -1))
+    kernel.register_post_accumulate_grad_hook(lambda p: setattr(view, "grad", p.grad.reshape_as(view)))
+    return view
+
+
+def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int | None) -> float:
+    """Warm-up, then constant, or a straight line to zero at `decay_steps`."""
+    warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return lr * warm * (max(0.0, 1 - step / decay_steps) if decay_steps else 1.0)
+
+
+def set_learning_rate(optimizers: list, value: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = value

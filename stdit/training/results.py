@@ -1,0 +1,100 @@
+"""What a run leaves behind: the exported pipeline, samples beside their targets, pictures."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stdit.data.datasets import Dataset
+from stdit.data.video_io import VideoError
+from stdit.data.video_write import write_contact_sheet, write_video
+from stdit.keys import keyed_rng
+from stdit.model.stdit import STDiT
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.training.run import RunFolders
+from stdit.vae import VideoVAE
+
+
+def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
+    """The pipeline of a model in training; `config` is a `stdit.config.Config`."""
+    data, objective = config.data, config.objective
+    scheduler = STDiTScheduler(objective.name, objective.shift, objective.shift_tokens)
+    return STDiTPipeline(
+        model, vae, scheduler, data.num_frames, data.height, data.width, data.fps or 8.0, objective.name, vae.fingerprint()
+    )
+
+
+def preview_labels(model: STDiT, count: int) -> list[int] | None:
+    """`count` labels spread over the classes."""
+    return [i % model.num_classes for i in range(count)] if model.num_classes else None
+
+
+def preview(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, step: int) -> None:
+    """A contact sheet of a few clips, always of the same noise, in samples/."""
+    count = min(12, config.train.samples) or 1
+    clips = _sample(model, vae, config, count, max(8, config.train.sample_steps // 2))
+    write_contact_sheet(folders.samples / f"step-{step:07d}.png", list(clips), columns=2)
+
+
+def _sample(model: STDiT, vae: VideoVAE, config: Any, count: int, steps: int) -> Tensor:
+    pipeline = build_pipeline(model, vae, config)
+    return pipeline(
+        preview_labels(model, count), num_inference_steps=steps, guidance_scale=config.train.guidance, seed=config.seed,
+        num_videos=count, progress=False, precision=config.train.precision,
+    )  # fmt: skip
+
+
+def export(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders) -> None:
+    """models/NAME as a pipeline folder; it takes the place of an earlier one of this run only when it is whole."""
+    beside = folders.model.with_name(f".{folders.name}-{os.getpid()}")
+    build_pipeline(model, vae, config).save_pretrained(beside, safe_serialization=True)
+    before = folders.model.with_name(f".{folders.name}-before-{os.getpid()}")
+    if folders.model.exists():
+        os.rename(folders.model, before)
+    os.rename(beside, folders.model)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def write_results(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, dataset: Dataset) -> None:
+    """generated_samples.pt, target_samples.pt (plain tensors (B, 3, F, H, W) in [-1, 1]), clips and a contact sheet."""
+    if not config.train.samples:
+        return
+    clips = _sample(model, vae, config, config.train.samples, config.train.sample_steps)
+    torch.save(clips, folders.output / "generated_samples.pt")
+    labels = preview_labels(model, len(clips))
+    targets = target_clips(dataset, vae, labels, len(clips), config.seed)
+    torch.save(targets, folders.output / "target_samples.pt")
+    suffix = "png" if clips.shape[2] == 1 else "mp4"
+    for i, clip in enumerate(clips):
+        label = f"-class-{labels[i]}" if labels else ""
+        write_video(folders.samples / f"{i:03d}{label}.{suffix}", clip, fps=config.data.fps or 8)
+    write_contact_sheet(folders.samples / "contact_sheet.png", list(clips), columns=2)
+
+
+def target_clips(dataset: Dataset, vae: VideoVAE, labels: list[int] | None, count: int, seed: int) -> Tensor:
+    """Real clips, of the given labels where the data has them, (B, 3, F, H, W) in [-1, 1]."""
+    order = keyed_rng("preview", seed).permutation(len(dataset))[:4096].tolist()
+    clips: list[Tensor] = []
+    for i in range(count):
+        for place, index in enumerate(order):
+            if labels is not None and dataset.label(index) != labels[i]:
+                continue
+            try:
+                sample = dataset.load(index, keyed_rng("preview", seed, i))
+            except VideoError:
+                continue
+            clips.append(_pixels(sample, vae))
+            if len(order) > count:
+                order.pop(place)
+            break
+    return torch.stack(clips) if clips else torch.zeros(0)
+
+
+def _pixels(sample: dict[str, Tensor], vae: VideoVAE) -> Tensor:
+    if "pixels" in sample:
+        return sample["pixels"].permute(3, 0, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        return vae.decode(sample["latents"][None].to(vae.device, vae.dtype))[0].clamp(-1, 1).float().cpu()

@@ -1,0 +1,60 @@
+"""Where a run goes on from, and whether it may."""
+
+import os
+import sys
+from pathlib import Path
+
+from stdit.training.config import TrainConfig
+from stdit.training.run import RunFolders, differences
+from stdit.training.state import Checkpoint, damage, list_checkpoints, load_checkpoint, read_checkpoint
+
+# What may change between two parts of a run without changing what any step computes.
+_FREE = (
+    "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.preview_every",
+    "train.resume", "train.allow_changes", "train.samples", "train.sample_steps", "train.guidance", "train.max_skipped",
+    "train.micro_batch", "data.workers", "data.max_bad_fraction", "data.root", "data.manifest", "name", "vae.name",
+    "model.gradient_checkpointing",
+)  # fmt: skip
+
+
+def find_checkpoint(config: TrainConfig, folders: RunFolders, resolved: dict, main: bool = True) -> Checkpoint | None:
+    """The checkpoint that `train.resume` names; None to begin. ValueError if it was made with another config."""
+    if config.resume == "never":
+        if main and list_checkpoints(folders.checkpoints):
+            _set_aside(folders.checkpoints)
+        return None
+    if config.resume == "auto":
+        checkpoint = load_checkpoint(folders.checkpoints)
+    else:
+        checkpoint = _named(Path(config.resume))
+    if checkpoint is None:
+        return None
+    changed = [line for line in differences(checkpoint.info["config"], resolved) if not line.startswith(tuple(f"{k}:" for k in _FREE))]
+    if changed and not config.allow_changes:
+        raise ValueError(
+            f"{checkpoint.path} was made with another config ({'; '.join(changed)}). Undo the change, choose another name=, "
+            "begin again with train.resume=never, or go on all the same with train.allow_changes=true."
+        )
+    return checkpoint
+
+
+def _named(path: Path) -> Checkpoint:
+    if path.name.startswith("step-"):
+        reason = damage(path)
+        if reason:
+            raise ValueError(f"train.resume={str(path)!r} is damaged or no checkpoint ({reason}); choose another.")
+        return read_checkpoint(path)
+    checkpoint = load_checkpoint(path)
+    if checkpoint is None:
+        raise ValueError(f"train.resume={str(path)!r} holds no checkpoints; use auto, never, or a folder of step-N folders.")
+    return checkpoint
+
+
+def _set_aside(folder: Path) -> None:
+    """Nothing is overwritten: what an earlier run left gets another name."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+        number += 1
+    os.rename(folder, aside)
+    folder.mkdir()
+    print(f"train.resume=never: earlier checkpoints are kept in {aside}", file=sys.stderr)

@@ -1,0 +1,76 @@
+"""The folders of a run: who holds them, what is written into them."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+
+class RunFolders:
+    """output/NAME, checkpoints/NAME, models/NAME below the current folder."""
+
+    def __init__(self, name: str):
+        if not name or name != Path(name).name or name.startswith("."):
+            raise ValueError(f"name={name!r} is not a folder name; use letters, digits, '-' and '_'.")
+        self.name = name
+        self.output, self.checkpoints, self.model = (Path(kind) / name for kind in ("output", "checkpoints", "models"))
+        self.samples = self.output / "samples"
+        self._lock: IO | None = None
+
+    def claim(self) -> None:
+        """Make the folders and hold them; ValueError if they cannot be written or another run holds them."""
+        try:
+            for folder in (self.samples, self.checkpoints, self.model.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".probe-{os.getpid()}"
+                probe.touch()
+                probe.unlink()
+            lock = open(self.output / ".lock", "a+")  # noqa: SIM115 (held as long as the run)
+        except OSError as error:
+            raise ValueError(f"{error.filename!r} cannot be written ({error.strerror}); free it, or start from another folder.") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise ValueError(f"output/{self.name} is in use by {holder}; wait for it, or choose another name=.") from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_config(self, config: Any) -> None:
+        write_text(self.output / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+    def write_summary(self, summary: Mapping) -> None:
+        write_text(self.output / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is whole or not there."""
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def differences(before: Mapping, now: Mapping, prefix: str = "") -> list[str]:
+    """Keys whose values differ, as "train.lr: 0.0001 -> 0.0002"."""
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}: {old} -> {new}")
+    return found

@@ -1,0 +1,131 @@
+"""Encode a config's clips once, so that training reads latents instead of video.
+
+    python tools/cache_latents.py configs/quickstart.yaml data.root=data/shapes data.source=auto --output data/shapes_latents
+
+Several processes may share the work (torchrun, or the same command started twice): every shard is written beside,
+hashed and renamed; finished shards are kept when the command is run again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from stdit.config import Config, load_typed
+from stdit.data.datasets import build_dataset
+from stdit.data.video_io import VideoError
+from stdit.keys import keyed_rng
+from stdit.precision import autocast
+from stdit.training.run import write_text
+from stdit.vae import load_vae
+
+
+def encode_shard(dataset, vae, indices: list[int], seed: int, device: str) -> tuple[torch.Tensor, list, dict[str, str]]:
+    """Latents (N, C, T, h, w) float16, labels, and the files that could not be read."""
+    latents, labels, bad, pixels = [], [], {}, []
+
+    def flush() -> None:
+        if pixels:
+            batch = torch.stack(pixels).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+            with torch.no_grad(), autocast("auto", device):
+                encoded = vae.encode(batch.to(vae.dtype)).float().cpu()
+            if not torch.isfinite(encoded).all():
+                raise ValueError(f"VAE {vae.name!r} gave latents that are not finite; use it in float32.")
+            latents.append(encoded.half())
+            pixels.clear()
+
+    for index in indices:
+        try:
+            pixels.append(dataset.load(index, keyed_rng("sample", seed, index))["pixels"])
+        except VideoError as error:
+            bad[dataset.name(index)] = str(error)
+            continue
+        labels.append(dataset.label(index))
+        if len(pixels) == 32:
+            flush()
+    flush()
+    return (torch.cat(latents) if latents else torch.zeros(0)), labels, bad
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--output", required=True, help="folder for the latents; set data.root to it when training")
+    parser.add_argument("--shard-size", type=int, default=1024, help="clips a file")
+    args = parser.parse_intermixed_args(argv)
+    config = load_typed(Config, args.config, args.overrides)
+    if config.data.source == "latents":
+        config.data.source = "auto"
+    dataset = build_dataset(config.data)
+    output = Path(args.output)
+    if output.resolve() == Path(config.data.root).resolve():
+        raise ValueError(f"--output {output} is data.root itself; override data.root=FOLDER with the folder of clips.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = load_vae(config.vae.name).to(device)
+    vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)
+    source = {key: getattr(config.data, key) for key in ("root", "manifest", "num_frames", "height", "width", "fps", "crop")}
+    head = {
+        "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "clips": len(dataset),
+        "num_classes": dataset.num_classes, "class_names": dataset.class_names, "shard_size": args.shard_size, **source,
+    }  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
+    _check_same(output, head)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    starts = range(0, len(dataset), args.shard_size)
+    progress = tqdm(starts[rank::world], unit="shard", desc="encoding", disable=rank > 0)
+    for start in progress:
+        name = f"latents-{start // args.shard_size:05d}"
+        if _whole(output, name):
+            continue
+        indices = list(range(start, min(start + args.shard_size, len(dataset))))
+        latents, labels, bad = encode_shard(dataset, vae, indices, config.seed, device)
+        beside = output / f".{os.getpid()}-{name}.safetensors"
+        save_file({"latents": latents}, beside)
+        digest = hashlib.sha256(beside.read_bytes()).hexdigest()
+        beside.replace(output / f"{name}.safetensors")
+        record = {"file": f"{name}.safetensors", "count": len(labels), "sha256": digest, "labels": labels, "bad": bad}
+        write_text(output / f"{name}.json", json.dumps(record))
+    shards = [output / f"latents-{i:05d}.json" for i in range(len(starts))]
+    if not all(path.is_file() for path in shards):
+        print(f"process {rank}: done; the last process to finish writes {output / 'cache.json'}")
+        return 0
+    records = [json.loads(path.read_text()) for path in shards]
+    bad = {name: reason for record in records for name, reason in record.pop("bad").items()}
+    if not any(record["count"] for record in records):
+        raise ValueError(f"none of the {len(dataset)} clips could be read; the first: {next(iter(bad.values()))}")
+    write_text(output / "cache.json", json.dumps({**head, "shards": records, "skipped": bad}))
+    for reason in list(bad.values())[:10]:
+        print(f"skipped a file: {reason}")
+    print(f"{len(dataset) - len(bad)} clips as latents of {config.vae.name!r} in {output}" + (f"; {len(bad)} skipped" if bad else ""))
+    return 0
+
+
+def _check_same(output: Path, head: dict) -> None:
+    """A folder holds latents of one VAE and one selection; a second run with the same adds to it."""
+    path = output / "settings.json"
+    if not path.is_file():
+        write_text(path, json.dumps(head))
+    elif (made := json.loads(path.read_text())) != head:
+        changed = [key for key in head if made.get(key) != head[key]]
+        raise ValueError(f"{output} holds latents made with other settings ({', '.join(changed)}); choose another --output, or remove it.")
+
+
+def _whole(output: Path, name: str) -> bool:
+    record, file = output / f"{name}.json", output / f"{name}.safetensors"
+    if not (record.is_file() and file.is_file()):
+        return False
+    return hashlib.sha256(file.read_bytes()).hexdigest() == json.loads(record.read_text())["sha256"]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))

@@ -1,0 +1,158 @@
+"""Train a diffusion transformer on videos or images; run the same command again to resume.
+
+    accelerate launch tools/train.py configs/video.yaml
+    python tools/train.py configs/image_xl2.yaml data.root=path/to/images
+    python tools/train.py configs/quickstart.yaml train.steps=100 --print-config
+"""
+
+import argparse
+import sys
+import time
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from omegaconf import OmegaConf
+
+from stdit.config import Config, load_typed, to_plain
+from stdit.data.datasets import CachedLatents, Dataset, build_dataset
+from stdit.data.loader import batches
+from stdit.diffusion.objective import Objective, build_objective
+from stdit.model.config import model_arguments
+from stdit.model.stdit import STDiT
+from stdit.precision import resolve
+from stdit.training.fit import Stopped, Trainer, averaged
+from stdit.training.optim import build_optimizers
+from stdit.training.resume import find_checkpoint
+from stdit.training.results import export, preview, write_results
+from stdit.training.run import RunFolders
+from stdit.vae import VideoVAE, load_vae
+
+
+def build_model(config: Config, vae: VideoVAE, dataset: Dataset, objective: Objective) -> STDiT:
+    """The network, after checking that classes and sizes fit together."""
+    classes = dataset.num_classes if config.model.num_classes is None else config.model.num_classes
+    if dataset.num_classes > classes:
+        raise ValueError(
+            f"model.num_classes={classes} is too few: the data has labels up to {dataset.num_classes - 1}. "
+            f"Use model.num_classes={dataset.num_classes}, or null."
+        )
+    if classes and not dataset.num_classes:
+        raise ValueError(f"model.num_classes={classes} but the data has no labels; use model.num_classes=0, folders by class or a manifest with labels.")
+    arguments = model_arguments(config.model)
+    shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width, arguments["patch_size"])
+    names = dataset.class_names if classes == dataset.num_classes else None
+    model = STDiT(
+        **arguments, in_channels=vae.channels, num_classes=classes, sample_size=shape,
+        learn_sigma=objective.learns_sigma, class_names=names,
+    )  # fmt: skip
+    if config.model.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+def check_batch(config: Config, processes: int) -> None:
+    train = config.train
+    micro = train.micro_batch or -(-train.batch_size // processes)
+    if train.batch_size % (micro * processes):
+        raise ValueError(
+            f"train.batch_size={train.batch_size} is not a multiple of {processes} process(es) times "
+            f"train.micro_batch={micro}; use {max(1, round(train.batch_size / (micro * processes))) * micro * processes}."
+        )
+
+
+def check_cache(dataset: Dataset, vae: VideoVAE) -> None:
+    if isinstance(dataset, CachedLatents) and dataset.info["vae_fingerprint"] != vae.fingerprint():
+        raise ValueError(f"the latents in {str(dataset.root)!r} were made with VAE {dataset.info['vae']!r} of other weights than vae.name={vae.name!r}; use that one, or cache again.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    args = parser.parse_intermixed_args(argv)
+    config = load_typed(Config, args.config, args.overrides)
+    if args.print_config:
+        print(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        return 0
+
+    began = time.time()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    accelerator = Accelerator(mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve(config.train.precision, device)])
+    check_batch(config, accelerator.num_processes)
+    dataset = build_dataset(config.data)
+    vae = load_vae(config.vae.name).to(accelerator.device)
+    check_cache(dataset, vae)
+    objective = build_objective(config.objective)
+    set_seed(config.seed)
+    model = build_model(config, vae, dataset, objective).to(accelerator.device)
+    folders = RunFolders(config.name)
+    if accelerator.is_main_process:
+        folders.claim()
+    accelerator.wait_for_everyone()
+    resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint()}
+    checkpoint = find_checkpoint(config.train, folders, resolved, accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+
+    trainer = Trainer(
+        accelerator, folders, model,
+        build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
+        objective, vae.encode, model.num_classes, config.train, resolved,
+        len(dataset), config.data.max_bad_fraction,
+        preview=lambda m, step: preview(m, vae, config, folders, step),
+    )  # fmt: skip
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        accelerator.print(f"resumed from {checkpoint.path}")
+    if accelerator.is_main_process:
+        folders.write_config(config)
+    accelerator.print(
+        f"{config.name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(dataset)} samples, "
+        f"{model.num_classes} classes, {accelerator.num_processes} process(es) on {accelerator.device}, "
+        f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}; step {trainer.step} of {config.train.steps}"
+    )
+    loader = batches(
+        dataset, config.seed, config.train.batch_size, trainer.step, config.train.micro_batch,
+        accelerator.process_index, accelerator.num_processes, config.data.workers,
+    )  # fmt: skip
+    code = 0
+    try:
+        trainer.fit(loader)
+    except Stopped as stopped:
+        accelerator.print(str(stopped))
+        code = stopped.code
+    if accelerator.is_main_process:
+        if not code:
+            with averaged(model, trainer.ema):
+                export(model, vae, config, folders)
+                write_results(model, vae, config, folders, dataset)
+        folders.write_summary(
+            {
+                "name": config.name, "step": trainer.step, "finished": not code, "training_seconds": round(trainer.seconds, 1),
+                "seconds_this_time": round(time.time() - began, 1), "parameters": sum(p.numel() for p in model.parameters()),
+                "samples_in_data": len(dataset), "skipped_steps": trainer.skipped, "unreadable_files": trainer.bad,
+                "processes": accelerator.num_processes, "device": str(accelerator.device), "precision": accelerator.mixed_precision,
+                "vae": config.vae.name, "vae_fingerprint": resolved["vae_fingerprint"], "torch": torch.__version__,
+            }
+        )  # fmt: skip
+        folders.release()
+        if not code:
+            print(f"model: {folders.model}   samples: {folders.samples}   curves: {folders.output / 'training_curves.png'}")
+    return code
+
+
+def run(argv: list[str] | None = None) -> int:
+    """`main`, with what a user can cause as one line."""
+    try:
+        return main(argv)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"out of memory: {str(error).splitlines()[0]} Lower train.micro_batch, or set model.gradient_checkpointing=true; checkpoints are whole.", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())
