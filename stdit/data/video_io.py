@@ -261,7 +261,7 @@ class VideoReader:
                 container.seek(start, stream=stream, backward=True)
             except av.error.FFmpegError:
                 container, stream = self._open()
-        count = 0
+        count, packet = 0, None
         packets = container.demux(stream)
         while True:
             try:
@@ -269,6 +269,9 @@ class VideoReader:
                 frames = packet.decode() if packet is not None else []
             except (av.error.FFmpegError, EOFError) as error:
                 if self.salvage and not isinstance(error, av.error.EOFError | EOFError):
+                    continue
+                # After a seek into an open GOP, pictures shown before the key frame lack what they refer to.
+                if start is not None and packet is not None and packet.pts is not None and packet.pts < start:
                     continue
                 raise self._refuse(f"cannot be decoded after frame {count} ({_why(error)})", _SALVAGE) from error
             if packet is None:

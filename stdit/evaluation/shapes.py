@@ -66,7 +66,7 @@ def _background(pixels: np.ndarray) -> np.ndarray:
 def _object_color(pixels: np.ndarray, difference: np.ndarray) -> np.ndarray:
     """The median colour of what differs most from the background."""
     distance = np.linalg.norm(difference, axis=-1)
-    core = distance > 0.7 * np.quantile(distance, 0.995)
+    core = distance >= 0.7 * np.quantile(distance, 0.995)
     return np.median(pixels[core], axis=0)
 
 

@@ -29,11 +29,18 @@ class AxialAttnProcessor:
             hidden_states = hidden_states + time[:, None]
         qkv = rearrange(attn.qkv(rearrange(hidden_states, fold)), "n l (three h d) -> three n l h d", three=3, h=attn.heads)
         query, key, value = qkv[0], qkv[1], qkv[2]
-        query, key = attn.q_norm(query).to(value.dtype), attn.k_norm(key).to(value.dtype)
+        query, key = attn.q_norm(query), attn.k_norm(key)
         out = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         return rearrange(attn.proj(out.flatten(2)), unfold, b=b, t=t, s=s)
+
+
+class QKNorm(nn.RMSNorm):
+    """Root-mean-square norm of queries or keys, in the precision of its weight: keeps logits bounded in 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class Attention(nn.Module, AttentionModuleMixin):
@@ -51,8 +58,8 @@ class Attention(nn.Module, AttentionModuleMixin):
         super().__init__()
         self.heads, self.axis = num_heads, axis
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = QKNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = QKNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
         self.set_processor(AxialAttnProcessor())
 

@@ -5,15 +5,16 @@ from torch import nn
 
 
 def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the hidden matrices and AdamW for the rest (embeddings, head, vectors).
+    """AdamW; or Muon for the hidden matrices and AdamW for the rest (embeddings, modulation, head, vectors).
 
     Muon at the root-mean-square of AdamW's updates learns several times faster in short runs (docs/benchmarks.md).
     """
     named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     if name == "adamw":
         return [torch.optim.AdamW([p for _, p in named], lr=lr, weight_decay=weight_decay)]
-    hidden = [p for key, p in named if p.ndim >= 2 and "embed" not in key and "final_layer" not in key]
-    rest = [p for key, p in named if p.ndim < 2 or "embed" in key or "final_layer" in key]
+    kept_apart = ("embed", "adaLN", "final_layer")
+    hidden = [p for key, p in named if p.ndim >= 2 and not any(word in key for word in kept_apart)]
+    rest = [p for key, p in named if p.ndim < 2 or any(word in key for word in kept_apart)]
     muon = torch.optim.Muon([_matrix(p) for p in hidden], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)]
 

@@ -1,0 +1,34 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach for the network
+
+import pytest
+import torch
+
+from stdit.model.stdit import STDiT
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+def fill(model: torch.nn.Module, scale: float = 0.05) -> torch.nn.Module:
+    """Random weights everywhere, also where the initialisation leaves zeros."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(scale * torch.randn(value.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def tiny_model():
+    """A function that makes a small STDiT of random weights."""
+
+    def make(**kwargs) -> STDiT:
+        arguments = {"depth": 2, "hidden_size": 32, "num_heads": 4, "in_channels": 4, "num_classes": 5, **kwargs}
+        torch.manual_seed(0)  # the same arguments make the same model
+        return fill(STDiT(**arguments)).eval()
+
+    return make

@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+
+from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.diffusion.variational import learned_log_variance, posterior, variational_bound
+
+
+@pytest.mark.parametrize("name", ["flow", "ddpm"])
+def test_the_right_answer_has_no_loss_and_gives_the_data_back(name):
+    objective = build_objective(ObjectiveConfig(name=name))
+    clean, noise = torch.randn(2, 4, 3, 4, 4).clamp(-1, 1), torch.randn(2, 4, 3, 4, 4)
+    levels = torch.tensor([[0.3, 0.6, 0.9], [0.5, 0.5, 0.5]])
+    x = objective.noisy(clean, noise, levels)
+    answer = noise - clean if name == "flow" else torch.cat([noise, -torch.ones_like(noise)], 1)
+    estimate = objective.estimate(answer, x, levels)
+    torch.testing.assert_close(estimate.clean, clean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(estimate.noise, noise, atol=1e-5, rtol=1e-5)
+    loss = objective.loss(answer, x, clean, noise, levels)
+    assert loss.shape == (2, 3)
+    assert loss.abs().max() < (1e-6 if name == "flow" else 1e-4)  # the smallest variance is the posterior's: no divergence
+
+
+@pytest.mark.parametrize("name", ["flow", "ddpm"])
+def test_each_frames_loss_is_its_own(name):
+    objective = build_objective(ObjectiveConfig(name=name))
+    clean, noise, levels = torch.randn(1, 4, 3, 4, 4), torch.randn(1, 4, 3, 4, 4), torch.full((1, 3), 0.5)
+    x = objective.noisy(clean, noise, levels)
+    output = torch.randn(1, 8 if name == "ddpm" else 4, 3, 4, 4)
+    changed = output.clone()
+    changed[:, :, 1] += 1
+    moved = objective.loss(output, x, clean, noise, levels) != objective.loss(changed, x, clean, noise, levels)
+    assert moved.tolist() == [[False, True, False]]
+
+
+def test_ddpm_draws_whole_steps_and_flow_any_level():
+    ddpm, flow = build_objective(ObjectiveConfig(name="ddpm")), build_objective(ObjectiveConfig())
+    drawn = torch.cat([ddpm.draw(torch.Generator().manual_seed(i), 1, 1) for i in range(3000)]) * 1000
+    torch.testing.assert_close(drawn, drawn.round(), atol=1e-3, rtol=0)
+    assert drawn.min() >= 1
+    assert drawn.max() <= 1000.001
+    assert drawn.mean().item() == pytest.approx(500.5, abs=20)
+    assert 0 < flow.draw(torch.Generator().manual_seed(0), 1, 1).item() < 1
+
+
+def test_the_posterior_is_bayes_rule_on_the_chain():
+    path = build_objective(ObjectiveConfig(name="ddpm")).path
+    x, clean = torch.randn(2, 1, 1, 1, 2, 2, dtype=torch.float64)
+    now, after = torch.tensor([[0.4]]), torch.tensor([[0.399]])
+    mean, variance, beta = posterior(path, x, clean, now, after)
+    bar, bar_before = path.alpha_bar[400], path.alpha_bar[399]
+    step = 1 - bar / bar_before
+    assert beta.item() == pytest.approx(step.item(), rel=1e-9)
+    assert variance.item() == pytest.approx((step * (1 - bar_before) / (1 - bar)).item(), rel=1e-9)
+    expected = (bar_before.sqrt() * step * clean + (1 - step).sqrt() * (1 - bar_before) * x) / (1 - bar)
+    torch.testing.assert_close(mean, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_learned_variance_runs_from_the_posteriors_to_beta():
+    small, large = torch.tensor(0.01, dtype=torch.float64), torch.tensor(0.02, dtype=torch.float64)
+    ends = learned_log_variance(torch.tensor([-1.0, 1.0]), small, large).exp()
+    torch.testing.assert_close(ends, torch.stack([small, large]))
+
+
+def test_the_bound_grows_with_a_wrong_mean_and_teaches_only_the_variance():
+    objective = build_objective(ObjectiveConfig(name="ddpm"))
+    clean, noise, levels = torch.rand(1, 2, 1, 4, 4) * 2 - 1, torch.randn(1, 2, 1, 4, 4), torch.tensor([[0.2]])
+    x = objective.noisy(clean, noise, levels)
+    right = objective.estimate(torch.cat([noise, torch.zeros_like(noise)], 1), x, levels)
+    wrong = objective.estimate(torch.cat([noise + 1, torch.zeros_like(noise)], 1), x, levels)
+    bounds = [variational_bound(objective.path, x, clean, e, levels, 1e-3).mean() for e in (right, wrong)]
+    assert 0 <= bounds[0] < bounds[1]
+    output = torch.randn(1, 4, 1, 4, 4, requires_grad=True)
+    bound = objective.loss(output, x, clean, noise, levels).sum() - (output[:, :2] - noise).square().mean()
+    bound.backward()
+    assert output.grad[:, :2].abs().max() < 1e-6
+    assert output.grad[:, 2:].abs().max() > 1e-8
+
+
+def test_the_last_step_is_a_likelihood_of_quantized_data():
+    objective = build_objective(ObjectiveConfig(name="ddpm"))
+    clean, levels = torch.zeros(1, 1, 1, 4, 4), torch.tensor([[0.001]])
+    noise = torch.randn_like(clean)
+    x = objective.noisy(clean, noise, levels)
+    estimate = objective.estimate(torch.cat([noise, torch.zeros_like(noise)], 1), x, levels)
+    bits = variational_bound(objective.path, x, clean, estimate, levels, 1e-3)
+    # The bin of 2/255 under a normal of about DiT's smallest standard deviation: between 0 and 8 bits.
+    assert 0 < bits.mean() < math.log2(256)
+
+
+def test_a_shift_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match=r"objective.shift=0.0 is not positive"):
+        ObjectiveConfig(shift=0.0)

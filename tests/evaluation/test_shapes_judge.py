@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from stdit.data.shapes import draw, random_clip
+from stdit.evaluation.shapes import judge, report, table, wilson
+from stdit.keys import keyed_rng
+
+
+def test_the_judge_is_right_about_drawn_clips():
+    clips = [random_clip(keyed_rng("sample", 7, i), i % 12) for i in range(240)]
+    frames = [draw(clip) for clip in clips]
+    result = report(frames, [clip.label for clip in clips])
+    assert result.shape == result.direction == result.both == 1.0
+    for clip, drawn in zip(clips, frames, strict=True):
+        seen = judge(drawn)
+        assert np.hypot(*(seen.centers[0] - clip.start)) < 0.5
+        assert seen.speed == pytest.approx(clip.speed, abs=0.05)
+        assert np.abs(seen.color - clip.color).max() < 0.03
+        assert seen.bend < 0.1
+
+
+def test_the_judge_sees_what_is_wrong():
+    clip = random_clip(keyed_rng("sample", 1), 0)
+    frames = draw(clip)
+    assert judge(frames[::-1]).direction == "right"
+    assert judge(frames.swapaxes(1, 2)).direction == "up"
+    assert judge(np.repeat(frames[:1], 17, axis=0)).direction is None
+    assert judge(np.full_like(frames, 90)).shape is None
+    rng = np.random.default_rng(0)
+    assert judge(rng.integers(0, 255, frames.shape, dtype=np.uint8)).shape is None
+    shuffled = judge(frames[rng.permutation(17)])
+    assert shuffled.unevenness > 1
+
+
+def test_a_bent_path_is_measured():
+    clip = random_clip(keyed_rng("sample", 5), 1)
+    frames = draw(clip).copy()
+    for i in range(17):
+        frames[i] = np.roll(frames[i], round(3 * np.sin(i)), axis=0)
+    assert judge(frames).bend > 1.5
+
+
+def test_intervals_hold_the_share_and_narrow_with_more_clips():
+    few, many = wilson(np.array([1] * 9 + [0])), wilson(np.array(([1] * 9 + [0]) * 50))
+    assert few[0] < many[0] < 0.9 < many[1] < few[1]
+
+
+def test_a_report_without_clips_is_refused():
+    with pytest.raises(ValueError, match="0 clips and 1 labels"):
+        report([], [3])
+    clip = random_clip(keyed_rng("sample", 5), 1)
+    assert "circle right" in table(report([draw(clip)], [1]))

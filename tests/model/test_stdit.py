@@ -1,0 +1,122 @@
+import pytest
+import torch
+
+from stdit.model.stdit import STDiT
+
+
+@pytest.mark.parametrize(
+    ("size", "trainable", "with_table"),
+    [("XL/2", 674_834_720, 675_129_632), ("S/2", 32_865_056, 32_963_360), ("B/4", 130_426_496, 130_475_648), ("L/8", 458_578_432, 458_594_816)],
+)
+def test_sizes_have_dits_parameter_counts(size, trainable, with_table):
+    with torch.device("meta"):
+        model = STDiT.from_size(size, num_classes=1000, in_channels=4, sample_size=(1, 32, 32), axes=["spatial"])
+    assert sum(p.numel() for p in model.parameters()) == trainable
+    patches = (32 // model.patch_size[1]) ** 2
+    assert trainable + patches * model.config.hidden_size == with_table
+
+
+def test_keys_are_dits():
+    model = STDiT(depth=1, hidden_size=32, num_heads=4, in_channels=4, num_classes=3, axes=["spatial"])
+    weights = {"x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "blocks.0.attn.qkv", "blocks.0.attn.proj",
+               "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.0.adaLN_modulation.1", "final_layer.linear", "final_layer.adaLN_modulation.1"}  # fmt: skip
+    expected = {f"{name}.{kind}" for name in weights for kind in ("weight", "bias")} | {"y_embedder.embedding_table.weight"}
+    assert set(model.state_dict()) == expected
+
+
+def test_a_fresh_model_predicts_zero():
+    model = STDiT(depth=2, hidden_size=32, num_heads=4, in_channels=4, num_classes=3)
+    assert not model(torch.randn(2, 4, 3, 8, 8), torch.rand(2) * 1000, torch.tensor([0, 3])).any()
+
+
+def test_an_image_passes_joint_and_spatial_models_alike(tiny_model):
+    joint, spatial = tiny_model(axes=["joint"]), tiny_model(axes=["spatial"])
+    x, t, y = torch.randn(2, 4, 1, 8, 8), torch.rand(2) * 1000, torch.tensor([1, 4])
+    assert torch.equal(joint(x, t, y), spatial(x, t, y))
+
+
+@pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"]])
+def test_one_level_for_all_frames_is_the_same_level_in_each(tiny_model, axes):
+    model = tiny_model(axes=axes)
+    x, t, y = torch.randn(2, 4, 3, 8, 8), torch.rand(2) * 1000, torch.tensor([1, 5])
+    torch.testing.assert_close(model(x, t, y), model(x, t[:, None].expand(2, 3), y), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(x, t, y), model(x, t[:, None, None].expand(2, 3, 16), y), atol=1e-5, rtol=1e-5)
+
+
+def test_a_frames_level_reaches_only_that_frame_without_temporal_attention(tiny_model):
+    model = tiny_model(axes=["spatial"])
+    x, t = torch.randn(1, 4, 3, 8, 8), torch.full((1, 3), 500.0)
+    other = t.clone()
+    other[0, 1] = 100
+    moved = (model(x, t) - model(x, other)).abs().amax(dim=(0, 1, 3, 4)) > 1e-6
+    assert moved.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("shape", "patch"), [((1, 8, 8), (1, 2, 2)), ((5, 6, 10), (1, 2, 2)), ((4, 8, 12), (2, 2, 4)), ((9, 4, 4), (1, 1, 1))])
+def test_any_grid_goes_through_one_model(tiny_model, shape, patch):
+    model = tiny_model(patch_size=patch, learn_sigma=False)
+    assert model(torch.randn(2, 4, *shape), torch.rand(2) * 1000).shape == (2, 4, *shape)
+
+
+def test_no_labels_are_null_labels(tiny_model):
+    model = tiny_model()
+    x, t = torch.randn(2, 4, 2, 8, 8), torch.rand(2) * 1000
+    assert torch.equal(model(x, t), model(x, t, torch.tensor([5, 5])))
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_model):
+    model = tiny_model(axes=["spatial", "temporal"])
+    x, t = torch.randn(2, 4, 2, 8, 8), torch.rand(2) * 1000
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        model(x, t).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_what_is_saved_is_loaded_to_the_bit(tiny_model, tmp_path):
+    model = tiny_model(patch_size=(2, 2, 2), class_names=list("abcde"))
+    model.save_pretrained(tmp_path)
+    again = STDiT.from_pretrained(tmp_path)
+    assert again.patch_size == (2, 2, 2)
+    assert list(again.config.class_names) == list("abcde")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not fit its config: missing .*blocks\.2"):
+        STDiT.from_pretrained(tmp_path, depth=3)
+    with pytest.raises(ValueError, match=r"unexpected .*blocks\.1"):
+        STDiT.from_pretrained(tmp_path, depth=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hidden_size": 30}, "hidden_size=30 is not a multiple of num_heads=4"),
+        ({"axes": ["spacial"]}, "'spacial'.* is unknown. Choose from: joint, spatial, temporal"),
+        ({"axes": []}, "an empty list is unknown"),
+        ({"patch_size": (0, 2, 2)}, "Use \\[1, 2, 2\\]"),
+        ({"class_names": ["one"]}, "1 class_names for num_classes=5"),
+        ({"depth": 0}, "at least one block"),
+    ],
+)
+def test_impossible_models_are_refused(tiny_model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**arguments)
+
+
+def test_an_unknown_size_names_the_nearest():
+    with pytest.raises(ValueError, match="Unknown model size 'XL2'. Did you mean 'XL/2'"):
+        STDiT.from_size("XL2")
+
+
+def test_bfloat16_keeps_positions_and_timesteps_apart(tiny_model):
+    model = tiny_model(axes=["joint"])
+    x, t = torch.randn(1, 4, 3, 8, 8), torch.tensor([431.0])
+    exact, half = model(x, t), model.to(torch.bfloat16)(x.bfloat16(), t).float()
+    assert (exact - half).norm() / exact.norm() < 0.03

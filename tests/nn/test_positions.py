@@ -1,0 +1,27 @@
+import numpy as np
+import torch
+
+from stdit.nn.positions import space_positions, time_positions
+
+
+def dit_table(dim: int, size: int) -> np.ndarray:
+    """The table of the DiT paper's code, written from its definition: first half x, second half y."""
+    omega = 1 / 10000 ** (np.arange(dim // 4) / (dim / 4))
+    angles = np.arange(size)[:, None] * omega
+    line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    return np.concatenate([np.tile(line, (size, 1)), np.repeat(line, size, axis=0)], axis=1)
+
+
+def test_space_is_dits_table_on_a_square():
+    np.testing.assert_allclose(space_positions(4, 4, 16).numpy(), dit_table(16, 4), atol=1e-7)
+
+
+def test_any_grid_has_positions_and_a_larger_one_contains_the_smaller():
+    large, small = space_positions(5, 7, 16).unflatten(0, (5, 7)), space_positions(3, 4, 16).unflatten(0, (3, 4))
+    assert torch.equal(large[:3, :4], small)
+
+
+def test_time_is_zero_at_frame_zero_and_distinct_after_it():
+    table = time_positions(40, 32)
+    assert torch.equal(table[0], torch.zeros(32))
+    assert torch.cdist(table, table).fill_diagonal_(1).min() > 1e-2

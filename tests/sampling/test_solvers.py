@@ -1,0 +1,97 @@
+import math
+
+import pytest
+import torch
+
+from stdit.diffusion.paths import DDPMPath, FlowPath, like
+from stdit.diffusion.predictions import Estimate
+from stdit.sampling.plan import Plan, check, generate, together
+from stdit.sampling.solvers import SOLVERS, solve
+
+SPREAD = 0.5  # data is normal with this standard deviation: the ideal network is known in closed form
+
+
+def ideal(path):
+    """The best prediction when data is N(0, SPREAD^2)."""
+
+    def predict(x, levels):
+        alpha, sigma = path.alpha_sigma(like(levels, x).double())
+        total = alpha**2 * SPREAD**2 + sigma**2
+        clean = alpha * SPREAD**2 / total * x.double()
+        noise = sigma / total * x.double()
+        return Estimate(clean.to(x.dtype), noise.to(x.dtype))
+
+    return predict
+
+
+@pytest.mark.parametrize("path", [FlowPath(), DDPMPath()])
+@pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
+def test_deterministic_solvers_follow_the_exact_flow(path, solver):
+    noise = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
+    end = solve(generate(noise, path.schedule(400).double()), ideal(path), path, solver)
+    torch.testing.assert_close(end, SPREAD * noise, atol=0.02, rtol=0.02)
+
+
+def test_heun_is_of_second_order_and_euler_of_first():
+    noise, path = torch.randn(1, 1, 1, 4, 4, dtype=torch.float64), FlowPath()
+    errors = {
+        (solver, n): (solve(generate(noise, path.schedule(n).double()), ideal(path), path, solver) - SPREAD * noise).abs().max()
+        for solver in ("euler", "heun")
+        for n in (20, 40)
+    }
+    assert math.log2(errors["euler", 20] / errors["euler", 40]) == pytest.approx(1, abs=0.2)
+    assert math.log2(errors["heun", 20] / errors["heun", 40]) == pytest.approx(2, abs=0.4)
+
+
+def test_ddim_and_euler_are_one_method_in_two_notations():
+    noise = torch.randn(1, 2, 3, 4, 4, dtype=torch.float64)
+    for path in (FlowPath(), DDPMPath()):
+        ends = [solve(generate(noise, path.schedule(10).double()), ideal(path), path, s) for s in ("ddim", "euler")]
+        torch.testing.assert_close(*ends, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_ancestral_sampling_ends_at_the_datas_spread(learned):
+    path = DDPMPath()
+
+    def predict(x, levels):
+        estimate = ideal(path)(x, levels)
+        return estimate._replace(variance=torch.zeros_like(x)) if learned else estimate
+
+    end = solve(generate(torch.randn(64, 1, 1, 16, 16), path.schedule(200)), predict, path, "ddpm")
+    assert end.std().item() == pytest.approx(SPREAD, rel=0.05)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("path", [FlowPath(), DDPMPath()])
+def test_known_frames_never_move_by_a_bit(path, solver):
+    x = torch.randn(2, 3, 5, 4, 4)
+    levels = together(path.schedule(7), 5).clone()
+    levels[:, [0, 3]] = 0
+    end = solve(Plan(x, levels), lambda x, t: Estimate(torch.randn_like(x), torch.randn_like(x)), path, solver)
+    assert torch.equal(end[:, :, [0, 3]], x[:, :, [0, 3]])
+    assert torch.isfinite(end).all()
+    assert not torch.equal(end[:, :, 1], x[:, :, 1])
+
+
+def test_frames_at_their_own_levels_go_the_way_they_would_go_alone():
+    path, noise = FlowPath(), torch.randn(1, 1, 2, 4, 4, dtype=torch.float64)
+    fast = torch.cat([torch.linspace(1, 0, 11), torch.zeros(5)])
+    slow = torch.cat([torch.ones(5), torch.linspace(1, 0, 11)])
+    both = solve(Plan(noise, torch.stack([fast, slow], 1).double()), ideal(path), path, "euler")
+    for frame, column in enumerate((fast, slow)):
+        alone = solve(Plan(noise[:, :, frame : frame + 1], column[:, None].double()), ideal(path), path, "euler")
+        torch.testing.assert_close(both[:, :, frame : frame + 1], alone)
+
+
+def test_a_plan_that_rises_or_does_not_end_clean_is_a_defect():
+    x = torch.zeros(1, 1, 1, 2, 2)
+    check(Plan(x, torch.tensor([[1.0], [0.5], [0.0]])))
+    for column in ([1.0, 0.5], [0.5, 1.0, 0.0]):
+        with pytest.raises(AssertionError):
+            check(Plan(x, torch.tensor(column)[:, None]))
+
+
+def test_an_unknown_solver_names_the_nearest():
+    with pytest.raises(ValueError, match="Unknown solver 'eular'. Did you mean 'euler'"):
+        solve(generate(torch.zeros(1, 1, 1, 2, 2), torch.tensor([1.0, 0.0])), None, FlowPath(), "eular")

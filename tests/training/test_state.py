@@ -1,0 +1,161 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from stdit.training.state import damage, flatten_optimizer, list_checkpoints, load_checkpoint, restore_optimizer, save_checkpoint
+
+
+def state(step: int) -> dict:
+    return {"model": {"w": torch.full((1000,), float(step)), "b": torch.arange(3)}, "optimizer_0": {}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, state(step), {"note": step}, keep=3)
+    return tmp_path
+
+
+def test_what_is_saved_is_loaded(folder):
+    checkpoint = load_checkpoint(folder)
+    assert checkpoint.step == 3
+    assert checkpoint.info["note"] == 3
+    assert torch.equal(checkpoint.tensors["model"]["w"], torch.full((1000,), 3.0))
+
+
+def test_no_folder_and_an_empty_one_hold_no_checkpoint(tmp_path):
+    assert load_checkpoint(tmp_path / "none") is None
+    assert load_checkpoint(tmp_path) is None
+
+
+def test_the_newest_two_are_kept_by_step_not_by_clock(tmp_path):
+    for step in (9, 10, 11):
+        save_checkpoint(tmp_path, step, state(step), {}, keep=1)
+        os.utime(tmp_path / f"step-{step}", (1e9 - step, 1e9 - step))
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-11", "step-10"]
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove", "no_manifest", "manifest_not_json"])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_it_taken(folder, harm, capsys):
+    weights, manifest = folder / "step-3" / "model.safetensors", folder / "step-3" / "MANIFEST.json"
+    data = bytearray(weights.read_bytes())
+    if harm == "flip":
+        data[len(data) // 2] ^= 1
+        weights.write_bytes(data)
+    elif harm == "cut":
+        weights.write_bytes(data[:-10])
+    elif harm == "empty":
+        weights.write_bytes(b"")
+    elif harm == "remove":
+        weights.unlink()
+    elif harm == "no_manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text("{")
+    assert damage(folder / "step-3")
+    assert load_checkpoint(folder).step == 2
+    assert "step-3 is damaged" in capsys.readouterr().err
+
+
+def test_every_single_flipped_byte_is_found(folder):
+    for name in ("model.safetensors", "info.json", "optimizer_0.safetensors"):
+        path = folder / "step-3" / name
+        data = path.read_bytes()
+        for place in range(0, len(data), max(1, len(data) // 12)):
+            path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+            assert damage(folder / "step-3"), (name, place)
+        path.write_bytes(data)
+    assert damage(folder / "step-3") is None
+
+
+def test_when_all_are_damaged_nothing_starts_afresh_silently(folder):
+    for path in folder.iterdir():
+        (path / "MANIFEST.json").unlink()
+    with pytest.raises(ValueError, match=r"No whole checkpoint .*step-3.*step-2.*step-1.*train.resume=never"):
+        load_checkpoint(folder)
+
+
+WRITER = """
+import sys, torch
+from stdit.training.state import save_checkpoint
+step = int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    step += 1
+    save_checkpoint(sys.argv[1], step, {"model": {"w": torch.full((300_000,), float(step))}}, {}, keep=2)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_fifty_kills_while_writing_lose_no_saved_step(tmp_path):
+    import random
+
+    last = 0
+    for trial in range(50):
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(last)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        try:
+            process.wait(timeout=random.Random(trial).uniform(0.005, 0.1))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        told = [int(line) for line in process.stdout.read().split()]
+        process.wait()
+        checkpoint = load_checkpoint(tmp_path)
+        last = max([last, *told])
+        assert last == 0 or checkpoint.step in (last, last + 1)
+        last = checkpoint.step if checkpoint else 0
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_and_says_what_is_needed(folder):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"Checkpoint of step 4 could not be written .* MB are free; earlier checkpoints are untouched"):
+            save_checkpoint(folder, 4, state(4), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert load_checkpoint(folder).step == 3
+    assert not list(folder.glob(".tmp-*"))
+    save_checkpoint(folder, 4, state(4), {})
+    assert load_checkpoint(folder).step == 4
+
+
+def test_files_are_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append("rename"), rename(a, b)))
+    save_checkpoint(tmp_path, 1, state(1), {})
+    place = calls.index("rename")
+    assert {os.path.basename(c) for c in calls[:place]} >= {"model.safetensors", "info.json", "MANIFEST.json"}
+    assert calls[place + 1] == str(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon])
+def test_an_optimizer_goes_on_where_it_stopped(kind, tmp_path):
+    def steps(weight, optimizer, first, last):
+        for i in range(first, last):
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+            optimizer.step()
+
+    whole = torch.nn.Parameter(torch.ones(4, 4))
+    steps(whole, kind([whole], lr=0.1), 0, 6)
+    half = torch.nn.Parameter(torch.ones(4, 4))
+    first = kind([half], lr=0.1)
+    steps(half, first, 0, 3)
+    tensors, numbers = flatten_optimizer(first)
+    save_checkpoint(tmp_path, 3, {"optimizer": tensors}, {"optimizer": numbers})
+    checkpoint = load_checkpoint(tmp_path)
+    second = kind([half], lr=0.5)
+    restore_optimizer(second, checkpoint.tensors["optimizer"], json.loads(json.dumps(checkpoint.info["optimizer"])))
+    steps(half, second, 3, 6)
+    assert torch.equal(whole, half)

@@ -1,0 +1,251 @@
+"""Whole runs of tools/train.py on tiny models."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from stdit.training.state import list_checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = """
+name: t
+data: {source: shapes, num_frames: 5, height: 32, width: 32, num_shapes: 40, workers: 0}
+model: {size: S/2, depth: 2, hidden_size: 32, num_heads: 2}
+train: {steps: 6, decay_steps: 20, batch_size: 4, optimizer: muon, lr: 1.0e-3, ema_decay: 0.9, checkpoint_every: 3,
+        log_every: 2, preview_every: 100, samples: 2, sample_steps: 2, precision: fp32}
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.yaml").write_text(TINY)
+    return tmp_path
+
+
+def go(*overrides: str) -> int:
+    return train.run(["t.yaml", *overrides])
+
+
+def tensors(name: str, step: int) -> dict:
+    folder = Path("checkpoints") / name / f"step-{step}"
+    return {f"{file.stem}/{key}": value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+
+
+def losses(name: str) -> list[tuple]:
+    with open(f"output/{name}/training_metrics.csv", newline="") as stream:
+        return [tuple(row[key] for key in ("step", "loss", "lr", "grad_norm", "skipped")) for row in csv.DictReader(stream)]
+
+
+def assert_same_run(a: str, b: str, step: int) -> None:
+    one, two = tensors(a, step), tensors(b, step)
+    assert one.keys() == two.keys()
+    assert [key for key in one if not torch.equal(one[key], two[key])] == []
+    assert losses(a) == losses(b)
+
+
+def test_a_run_leaves_the_record_that_was_promised(home):
+    assert go() == 0
+    output = home / "output" / "t"
+    for name in ("training_metrics.csv", "training_curves.png", "generated_samples.pt", "target_samples.pt", "summary.json", "config.yaml"):
+        assert (output / name).stat().st_size > 0
+    assert (output / "samples" / "contact_sheet.png").is_file()
+    assert torch.load(output / "generated_samples.pt", weights_only=True).shape == (2, 3, 5, 32, 32)
+    assert torch.load(output / "target_samples.pt", weights_only=True).shape == (2, 3, 5, 32, 32)
+    assert json.loads((output / "summary.json").read_text())["step"] == 6
+    from stdit import STDiTPipeline
+
+    clips = STDiTPipeline.from_pretrained("models/t")(class_labels=["circle left"], num_inference_steps=2, progress=False)
+    assert clips.shape == (1, 3, 5, 32, 32)
+    assert len(list_checkpoints(home / "checkpoints" / "t")) == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("extra", [[], ["objective.name=ddpm"], ["objective.scheme=per_frame", "train.micro_batch=2"]])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, optimizer, extra):
+    extra = [*extra, f"train.optimizer={optimizer}", "train.samples=0"]
+    assert go("name=whole", *extra) == 0
+    for steps in (2, 5, 6):  # stopped off and on the checkpoint rhythm
+        assert go("name=parts", f"train.steps={steps}", *extra) == 0
+    assert_same_run("whole", "parts", 6)
+
+
+def test_workers_and_micro_batches_do_not_change_a_run(home):
+    assert go("name=a", "train.samples=0") == 0
+    assert go("name=b", "train.samples=0", "train.steps=3", "data.workers=2") == 0
+    assert go("name=b", "train.samples=0", "data.workers=2") == 0
+    assert_same_run("a", "b", 6)
+
+
+def test_a_signal_finishes_the_step_saves_and_exits_143(home):
+    assert go("name=whole", "train.steps=40", "train.samples=0", "train.decay_steps=50") == 0
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    code = go("name=cut", "train.steps=4000", "train.samples=0", "train.decay_steps=50", "train.checkpoint_every=100000")
+    timer.cancel()
+    assert code == 143
+    step = int(list_checkpoints(home / "checkpoints" / "cut")[0].name.removeprefix("step-"))
+    assert json.loads((home / "output/cut/summary.json").read_text())["step"] == step
+    assert losses("cut")[:40] == losses("whole")[: len(losses("cut")[:40])]
+
+
+def test_a_step_that_is_not_finite_is_never_applied(home, monkeypatch):
+    import stdit.training.fit as fit
+
+    real = fit.diffusion_losses
+
+    def poisoned(model, objective, latents, labels, keys):
+        result = real(model, objective, latents, labels, keys)
+        return result._replace(clips=result.clips * float("nan")) if keys[0][1] == 3 else result
+
+    assert go("name=clean", "train.steps=3", "train.samples=0") == 0
+    monkeypatch.setattr(fit, "diffusion_losses", poisoned)
+    assert go("name=bad", "train.steps=4", "train.samples=0", "train.checkpoint_every=1") == 0
+    before, after = tensors("clean", 3), tensors("bad", 4)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert json.loads((home / "output/bad/summary.json").read_text())["skipped_steps"] == 1
+
+
+def test_too_many_bad_steps_stop_the_run_in_one_line(home, monkeypatch, capsys):
+    import stdit.training.fit as fit
+
+    real = fit.diffusion_losses
+    monkeypatch.setattr(fit, "diffusion_losses", lambda *a: (r := real(*a))._replace(clips=r.clips * float("inf")))
+    assert go("train.max_skipped=2") == 1
+    assert "2 steps in a row" in capsys.readouterr().err
+
+
+def test_another_config_does_not_take_up_a_checkpoint_silently(home, capsys):
+    assert go("train.samples=0", "train.steps=3") == 0
+    assert go("train.samples=0", "train.lr=0.5") == 1
+    assert "train.lr: 0.001 -> 0.5" in capsys.readouterr().err
+    assert go("train.samples=0", "train.lr=0.5", "train.allow_changes=true") == 0
+    assert go("train.samples=0", "train.steps=1", "train.resume=never") == 0
+    assert (home / "checkpoints" / "t.before-1" / "step-6").is_dir()
+
+
+def test_two_runs_do_not_share_a_folder(home, capsys):
+    from stdit.training.run import RunFolders
+
+    holder = RunFolders("t")
+    holder.claim()
+    assert go() == 1
+    assert f"output/t is in use by process {os.getpid()}" in capsys.readouterr().err
+    holder.release()
+    assert go("train.steps=1", "train.samples=0") == 0
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(home, capsys, monkeypatch):
+    import stdit.training.state as state
+
+    assert go("train.steps=3", "train.samples=0") == 0
+    real = state.save_file
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    assert go("train.samples=0") == 1
+    error = capsys.readouterr().err
+    assert "No space left" in error
+    assert "earlier checkpoints are untouched" in error
+    monkeypatch.setattr(state, "save_file", real)
+    assert go("train.samples=0") == 0
+    assert go("name=whole", "train.samples=0") == 0
+    assert_same_run("whole", "t", 6)
+
+
+def test_unreadable_files_are_named_in_the_summary_and_too_many_stop_the_run(home, capsys):
+    from media import write_barcodes
+
+    (home / "clips").mkdir()
+    for i in range(5):
+        write_barcodes(home / "clips" / f"{i}.mp4", 8)
+    (home / "clips" / "bad.mp4").write_bytes(b"broken")
+    clips = ["data.root=clips", "data.source=videos", "train.steps=4", "train.samples=0"]
+    assert go(*clips, "data.max_bad_fraction=0.2") == 0
+    assert list(json.loads((home / "output/t/summary.json").read_text())["unreadable_files"]) == ["clips/bad.mp4"]
+    assert go(*clips, "name=strict", "data.max_bad_fraction=0.1") == 1
+    assert "1 of 6 files cannot be read, more than data.max_bad_fraction=0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.lrr=1"], "Key 'lrr' not in 'TrainConfig'. Did you mean: 'lr'"),
+        (["train.lr=fast"], "'fast'"),
+        (["train.steps"], "is no override; write key=value"),
+        (["data.height=40"], "height=40 gives 5 latents, which patches of 2 do not divide. Use 32 or 48"),
+        (["data.height=33", "data.width=33"], "Use 32 or 40"),
+        (["data.num_frames=6"], "Use 5 or 9"),
+        (["data.num_frames=-1"], "data.num_frames=-1"),
+        (["train.batch_size=0"], "train.batch_size=0 is not positive"),
+        (["train.batch_size=5", "train.micro_batch=2"], "train.batch_size=5 is not a multiple"),
+        (["model.num_classes=3"], "the data has labels up to 11"),
+        (["data.source=videos", "data.root=none"], "data.root='none' does not exist"),
+        (["data.source=videos", "data.root=empty"], "holds no videos"),
+        (["data.source=videos", "data.manifest=none.csv"], "data.manifest='none.csv' does not exist"),
+        (["data.source=latents", "data.root=empty"], "holds no cached latents"),
+        (["vae.name=tinny"], "vae.name 'tinny' is no folder"),
+        (["name=../x"], "is no folder name".replace("no", "not a")),
+        (["train.resume=elsewhere"], "holds no checkpoints"),
+        (["model.axes=[spacial]"], "'spacial'"),
+        (["objective.name=edm"], "edm"),
+        (["name=${oc.env:HOME}"], "interpolation"),
+        (["train.keep_checkpoints=1"], "at least 2 are kept"),
+    ],
+)
+def test_bad_settings_end_in_one_line_before_training(home, capsys, overrides, message):
+    (home / "empty").mkdir()
+    assert go(*overrides) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not list(home.glob("checkpoints/*/step-*"))
+
+
+def test_a_missing_config_names_those_there_are(home, capsys):
+    (home / "configs").mkdir()
+    (home / "configs" / "real.yaml").touch()
+    assert train.run(["configs/none.yaml"]) == 1
+    assert "there are: configs/real.yaml" in capsys.readouterr().err
+
+
+def test_a_read_only_output_folder_is_refused_before_training(home, capsys):
+    (home / "output").write_text("a file where the folder should be")
+    assert go() == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_latents_of_another_vae_are_refused(home, capsys):
+    import cache_latents
+
+    assert cache_latents.main(["t.yaml", "--output", "latents"]) == 0
+    assert go("data.source=latents", "data.root=latents", "train.steps=2", "train.samples=0") == 0
+    info = json.loads((home / "latents/cache.json").read_text())
+    (home / "latents/cache.json").write_text(json.dumps({**info, "vae_fingerprint": "0" * 16}))
+    assert go("data.source=latents", "data.root=latents", "name=other") == 1
+    assert "were made with VAE 'tiny' of other weights" in capsys.readouterr().err
+    assert go("data.source=latents", "data.root=latents", "data.num_frames=9", "name=other") == 1
+    assert "cache again" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_agree_on_the_loss(home):
+    assert go("name=one", "train.samples=0", "train.steps=5") == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(ROOT / "tools/train.py"),
+               "t.yaml", "name=two", "train.samples=0", "train.steps=5"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(losses("one"), losses("two"), strict=True):
+        assert float(a[1]) == pytest.approx(float(b[1]), rel=1e-6)
