@@ -1,5 +1,6 @@
 """Self-attention among the tokens of an axis. The kernel is diffusers' to choose (`set_attention_backend`)."""
 
+import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
@@ -13,6 +14,18 @@ AXES = {
     "spatial": ("b t s d -> (b t) s d", "(b t) s d -> b t s d"),
     "temporal": ("b t s d -> (b s) t d", "(b s) t d -> b t s d"),
 }
+
+
+# On CPUs the fused kernel's backward pass is up to five times slower than plain products for short sequences
+# (docs/benchmarks.md, `tools/bench.py attention`).
+_SHORT = 512
+
+
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v on (B, L, H, D) -> (B, L, H, D), the softmax in float32."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    return (weights.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2)
 
 
 class AxialAttnProcessor:
@@ -30,9 +43,12 @@ class AxialAttnProcessor:
         qkv = rearrange(attn.qkv(rearrange(hidden_states, fold)), "n l (three h d) -> three n l h d", three=3, h=attn.heads)
         query, key, value = qkv[0], qkv[1], qkv[2]
         query, key = attn.q_norm(query), attn.k_norm(key)
-        out = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
+        if self._attention_backend is None and query.device.type == "cpu" and query.shape[1] <= _SHORT:
+            out = explicit_attention(query, key, value)
+        else:
+            out = dispatch_attention_fn(
+                query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+            )
         return rearrange(attn.proj(out.flatten(2)), unfold, b=b, t=t, s=s)
 
 

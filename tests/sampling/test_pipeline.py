@@ -1,0 +1,151 @@
+import diffusers
+import pytest
+import torch
+from conftest import fill
+
+from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.sampling.guidance import guided
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.vae import TinyVAE
+
+
+@pytest.fixture
+def make(tiny_model):
+    def build(objective: str = "flow", scheduler=None, **changes) -> STDiTPipeline:
+        model = tiny_model(in_channels=16, num_classes=3, class_names=["a", "b", "c"], learn_sigma=objective == "ddpm", **changes)
+        vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
+        scheduler = scheduler or STDiTScheduler(objective)
+        return STDiTPipeline(model, vae, scheduler, 5, 32, 32, 8.0, objective, vae.fingerprint())
+
+    return build
+
+
+def sample(pipe, labels=(0, 2), **options):
+    return pipe(list(labels), **{"num_inference_steps": 3, "progress": False, "precision": "fp32", **options})
+
+
+@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 32, 32), (9, 16, 48), (5, 32, 32)])
+def test_any_size_the_vae_and_patch_hold_can_be_sampled(make, objective, frames, height, width):
+    clips = sample(make(objective), num_frames=frames, height=height, width=width)
+    assert clips.shape == (2, 3, frames, height, width)
+    assert torch.isfinite(clips).all()
+    assert clips.abs().max() <= 1
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ddim", "ddpm"])
+def test_a_clip_depends_on_its_seed_and_place_not_on_its_neighbours(make, solver):
+    pipe = make("ddpm")
+    together = sample(pipe, (0, 1, 2), solver=solver)
+    alone = sample(pipe, (0, 1, 2), solver=solver, batch_size=1)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
+    assert not torch.equal(sample(pipe, solver=solver), sample(pipe, solver=solver, seed=1))
+    assert torch.equal(sample(pipe, solver=solver), sample(pipe, solver=solver))
+
+
+def test_names_are_accepted_wherever_labels_are(make):
+    pipe = make()
+    assert torch.equal(sample(pipe, ["a", "c"]), sample(pipe, [0, 2]))
+    assert torch.equal(pipe.labels("b"), torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": [4]}, "class label 4 is out of range. Use 0 to 2, or 3 for no label"),
+        ({"labels": [-1]}, "class label -1 is out of range"),
+        ({"labels": ["d"]}, "class label 'd' is unknown. Choose one of: a, b, c"),
+        ({"num_frames": 6}, "Use 5 or 9"),
+        ({"height": 24}, "height=24 gives 3 latents, which patches of 2 do not divide. Use 16 or 32"),
+        ({"width": 0, "height": -8}, "height=-8"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"solver": "eular"}, "Did you mean 'euler'"),
+    ],
+)
+def test_impossible_requests_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(make(), **options)
+
+
+@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+def test_what_is_saved_samples_the_same(make, objective, tmp_path):
+    pipe = make(objective)
+    pipe.save_pretrained(tmp_path)
+    again = STDiTPipeline.from_pretrained(tmp_path)
+    assert again.config.num_frames == 5
+    assert torch.equal(sample(pipe), sample(again))
+
+
+def test_a_folder_without_weights_is_refused_in_one_line(make, tmp_path):
+    with pytest.raises(ValueError, match="no model_index.json"):
+        STDiTPipeline.from_pretrained(tmp_path)
+    make().save_pretrained(tmp_path)
+    next((tmp_path / "transformer").glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="has no weights"):
+        STDiTPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no folder"):
+        STDiTPipeline.from_pretrained("models/none")
+
+
+def test_the_wrong_vae_is_refused(make):
+    pipe = make()
+    other = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)), 0.1)
+    with pytest.raises(ValueError, match="has other weights"):
+        STDiTPipeline(pipe.transformer, other, STDiTScheduler(), vae_fingerprint=pipe.config.vae_fingerprint)
+    with pytest.raises(ValueError, match="takes latents of 16 channels, VAE 'tiny' makes 4"):
+        STDiTPipeline(pipe.transformer, TinyVAE(channels=4), STDiTScheduler())
+
+
+@pytest.mark.parametrize(
+    ("objective", "scheduler"),
+    [
+        ("flow", diffusers.FlowMatchEulerDiscreteScheduler()),
+        ("flow", diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
+        ("flow", diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
+        ("ddpm", diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")),
+        ("ddpm", diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, variance_type="learned_range", clip_sample=False)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_diffusers_schedulers_plug_in(make, objective, scheduler):
+    clips = sample(make(objective, scheduler))
+    assert torch.isfinite(clips).all()
+
+
+def test_diffusers_euler_on_the_same_levels_gives_our_clip(make):
+    ours = sample(make("flow"), num_inference_steps=8)
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = make("flow", theirs)
+    original = theirs.set_timesteps
+    theirs.set_timesteps = lambda n, device=None: original(sigmas=[1 - i / n for i in range(n)], device=device)
+    torch.testing.assert_close(sample(pipe, num_inference_steps=8), ours, atol=2e-3, rtol=1e-2)
+
+
+def test_a_scheduler_for_another_prediction_is_refused(make):
+    with pytest.raises(ValueError, match="expects prediction_type='epsilon', this model was trained for 'flow'"):
+        make("flow", diffusers.DDIMScheduler())
+
+
+def test_guidance_is_linear_in_its_scale_and_keeps_to_its_interval(tiny_model):
+    model, objective = tiny_model(), build_objective(ObjectiveConfig(name="ddpm"))
+    x, labels = torch.randn(2, 4, 3, 8, 8), torch.tensor([1, 2])
+    levels = torch.full((1, 3), 0.5)
+
+    def output(scale, interval=(0.0, 1.0)):
+        with torch.no_grad():
+            return guided(model, objective, labels, 5, scale, interval)(x, levels)
+
+    one, zero, three = output(1.0), output(0.0), output(3.0)
+    torch.testing.assert_close(three[:, :4], zero[:, :4] + 3 * (one - zero)[:, :4], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(three[:, 4:], one[:, 4:], atol=1e-5, rtol=1e-4)
+    assert torch.equal(output(3.0, (0.6, 1.0)), one)
+    assert torch.equal(output(3.0, (0.4, 0.6)), three)
+
+
+def test_an_unconditional_model_takes_a_number_of_clips_and_no_labels(tiny_model):
+    vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
+    pipe = STDiTPipeline(tiny_model(in_channels=16, num_classes=0, learn_sigma=False), vae, STDiTScheduler(), 1, 16, 16)
+    assert pipe(num_videos=3, num_inference_steps=1, progress=False).shape == (3, 3, 1, 16, 16)
+    with pytest.raises(ValueError, match="the model is unconditional"):
+        pipe([0], progress=False)

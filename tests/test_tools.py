@@ -1,0 +1,147 @@
+"""Tools by their main, in an empty folder."""
+
+import json
+
+import pytest
+import torch
+
+import cache_latents
+import check_media
+import evaluate
+import make_shapes
+import sample_video
+import train
+from stdit.data import VideoReader
+from stdit.data.manifest import read_manifest
+
+TINY = """
+name: t
+data: {source: videos, root: shapes, manifest: manifest.jsonl, num_frames: 5, height: 32, width: 32, workers: 0}
+model: {size: S/2, depth: 1, hidden_size: 32, num_heads: 2}
+train: {steps: 2, batch_size: 2, lr: 1.0e-3, samples: 2, sample_steps: 2, precision: fp32}
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.yaml").write_text(TINY)
+    assert make_shapes.main(["--output", "shapes", "--num-clips", "24", "--frames", "5", "--size", "48"]) == 0
+    return tmp_path
+
+
+def test_shapes_are_drawn_with_their_truth(home, capsys):
+    table = read_manifest(home / "shapes" / "manifest.jsonl")
+    assert len(table.rows) == 24
+    assert table.num_classes == 12
+    row = json.loads((home / "shapes" / "manifest.jsonl").read_text().splitlines()[0])
+    assert set(row["truth"]) == {"shape", "direction", "speed", "start", "size", "color", "background"}
+    with VideoReader(table.rows[0].path) as reader:
+        assert (len(reader), reader.size) == (5, (48, 48))
+    assert make_shapes.main(["--output", "shapes", "--num-clips", "24", "--frames", "5", "--size", "48"]) == 0
+    assert "kept" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds other clips"):
+        make_shapes.main(["--output", "shapes", "--num-clips", "25"])
+    with pytest.raises(ValueError, match="--num-clips 0 is too small"):
+        make_shapes.main(["--output", "none", "--num-clips", "0"])
+
+
+def test_the_judge_agrees_with_the_truth_of_drawn_files(home, capsys):
+    make_shapes.main(["--output", "full", "--num-clips", "24"])
+    assert evaluate.main(["--input", "full/manifest.jsonl"]) == 0
+    out = capsys.readouterr().out
+    assert "shape right         24  100.0%" in out
+    assert "direction right     24  100.0%" in out
+
+
+def test_cached_latents_train_like_the_clips_they_came_from(home):
+    assert cache_latents.main(["t.yaml", "--output", "latents", "--shard-size", "10"]) == 0
+    info = json.loads((home / "latents" / "cache.json").read_text())
+    assert [shard["count"] for shard in info["shards"]] == [10, 10, 4]
+    before = {p.name: p.stat().st_mtime_ns for p in (home / "latents").glob("*.safetensors")}
+    (home / "latents" / "latents-00001.safetensors").write_bytes(b"damaged")
+    assert cache_latents.main(["t.yaml", "--output", "latents", "--shard-size", "10"]) == 0
+    after = {p.name: p.stat().st_mtime_ns for p in (home / "latents").glob("*.safetensors")}
+    assert [name for name in before if before[name] != after[name]] == ["latents-00001.safetensors"]
+    with pytest.raises(ValueError, match="made with other settings \\(num_frames"):
+        cache_latents.main(["t.yaml", "data.num_frames=1", "--output", "latents", "--shard-size", "10"])
+    from stdit.config import Config, load_typed
+    from stdit.data.datasets import build_dataset
+    from stdit.keys import keyed_rng
+    from stdit.vae import load_vae
+
+    config = load_typed(Config, "t.yaml")
+    cached = build_dataset(load_typed(Config, "t.yaml", ["data.source=latents", "data.root=latents"]).data)
+    clips = build_dataset(config.data)
+    pixels = clips.load(13, keyed_rng("sample", 0, 13))["pixels"].permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    expected = load_vae("tiny").encode(pixels)[0]
+    found = cached.load(13, None)["latents"].float()
+    assert (found - expected).norm() / expected.norm() < 0.02
+    assert cached.label(13) == clips.label(13)
+
+
+def test_a_model_is_trained_found_and_sampled(home, capsys):
+    with pytest.raises(ValueError, match="There is no model under models/; make one with: make quickstart"):
+        sample_video.main([])
+    assert train.run(["t.yaml"]) == 0
+    assert sample_video.main(["--class-label", "circle left", "7", "--steps", "2", "--seed", "3"]) == 0
+    made = sorted((home / "output/t/samples").glob("*-seed-3-*"))
+    assert [p.suffix for p in made] == [".json", ".mp4", ".json", ".mp4"]
+    settings = json.loads(made[2].read_text())
+    assert settings["label_name"] == "square down"
+    assert settings["seed"] == 3
+    with pytest.raises(ValueError, match="exists; choose another --output or --seed, or pass --overwrite"):
+        sample_video.main(["--class-label", "circle left", "7", "--steps", "2", "--seed", "3"])
+    assert sample_video.main(["--class-label", "0", "--frames", "1", "--steps", "1", "--output", "one.png"]) == 0
+    assert (home / "one.png").read_bytes()[:4] == b"\x89PNG"
+    assert sample_video.main(["--class-label", "0", "--frames", "9", "--steps", "1", "--gif", "--output", "gifs"]) == 0
+    with VideoReader(next((home / "gifs").glob("*.gif"))) as reader:
+        assert len(reader) == 9
+    with pytest.raises(ValueError, match="class label 'hexagon' is unknown"):
+        sample_video.main(["--class-label", "hexagon"])
+    with pytest.raises(ValueError, match="Use 1 or 5"):
+        sample_video.main(["--frames", "2"])
+    assert evaluate.main(["--clips", "12", "--steps", "1", "--size", "32"]) == 0
+    assert (home / "output/t/evaluation.json").is_file()
+
+
+def test_check_media_names_what_cannot_be_read(home, capsys):
+    assert check_media.main(["shapes"]) == 0
+    (home / "shapes" / "bad.mp4").write_bytes(b"broken")
+    assert check_media.main(["shapes", "--report", "report.jsonl"]) == 1
+    assert "24 of 25 files read in full" in capsys.readouterr().out
+    assert sum("refused" in line for line in (home / "report.jsonl").read_text().splitlines()) == 1
+
+
+def test_images_train_through_the_same_code(home):
+    overrides = ["data.source=shapes", "data.num_frames=1", "data.manifest=null", "objective.name=ddpm", "model.axes=[spatial]", "name=images"]
+    assert train.run(["t.yaml", *overrides]) == 0
+    assert torch.load("output/images/generated_samples.pt", weights_only=True).shape == (2, 3, 1, 32, 32)
+    assert list((home / "output/images/samples").glob("*.png"))
+
+
+def test_a_vae_is_trained_stopped_and_resumed_exactly(home):
+    import csv
+
+    import train_vae
+    from safetensors.torch import load_file
+
+    rows = [{"path": f"shapes/{i:06d}.mp4", "group": "held" if i < 2 else "seen"} for i in range(6)]
+    make_shapes.main(["--output", "clips", "--num-clips", "6", "--size", "128"])
+    rows = [{**row, "path": row["path"].replace("shapes", "clips")} for row in rows]
+    with open("clips.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["path", "group"])
+        writer.writeheader()
+        writer.writerows(rows)
+    (home / "v.yaml").write_text(
+        "name: v\ndata: {root: ., manifest: clips.csv, hold_out: [held], short_sides: [64, 128]}\n"
+        "model: {encoder_widths: [8, 8], decoder_widths: [8, 8, 8]}\ntrain: {steps: 4, checkpoint_every: 2, log_every: 1}\n"
+    )
+    assert train_vae.main(["v.yaml", "name=whole"]) == 0
+    assert train_vae.main(["v.yaml", "name=parts", "train.steps=2"]) == 0
+    assert train_vae.main(["v.yaml", "name=parts"]) == 0
+    for file in (home / "checkpoints/whole/step-4").glob("*.safetensors"):
+        one, two = load_file(file), load_file(home / "checkpoints/parts/step-4" / file.name)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert train_vae.main(["v.yaml", "name=whole", "--export", "weights"]) == 0
+    assert (home / "weights" / "training.json").is_file()

@@ -1,0 +1,188 @@
+"""Prove the CUDA paths in one run: exactness against the CPU, precision, attention back ends, training, exact resume, sampling.
+
+    python tools/gpu_check.py            prints one line a check; exit code 1 if any fails
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.model.stdit import STDiT
+from stdit.precision import autocast
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.training.optim import build_optimizers
+from stdit.training.state import flatten_optimizer, load_checkpoint, restore_optimizer, save_checkpoint
+from stdit.training.step import diffusion_losses
+from stdit.vae import load_vae
+
+
+def small_model(**changes) -> STDiT:
+    torch.manual_seed(0)
+    arguments = {"depth": 4, "hidden_size": 256, "num_heads": 4, "in_channels": 16, "num_classes": 12, "learn_sigma": False,
+                 "axes": ["spatial", "temporal"], "qk_norm": True, **changes}  # fmt: skip
+    model = STDiT(**arguments)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.02 * torch.randn_like(value))
+    return model
+
+
+def inputs(batch: int = 4):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 16, 5, 16, 16, generator=generator)
+    return x, torch.rand(batch, 5, generator=generator) * 1000, torch.arange(batch)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float().cpu() - b.float().cpu()).norm() / b.float().cpu().norm()).item()
+
+
+@torch.no_grad()
+def forward_matches_cpu() -> str:
+    model, (x, t, y) = small_model().eval(), inputs()
+    expected = model(x, t, y)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model.cuda()
+    exact = relative(model(x.cuda(), t.cuda(), y.cuda()), expected)
+    with autocast("bf16", "cuda"):
+        half = relative(model(x.cuda(), t.cuda(), y.cuda()), expected)
+    assert exact < 1e-5, f"float32 differs by {exact:.1e}"
+    assert half < 2e-2, f"bfloat16 differs by {half:.1e}"
+    return f"float32 {exact:.1e}, bfloat16 {half:.1e} from the CPU"
+
+
+@torch.no_grad()
+def attention_backends_agree() -> str:
+    model, (x, t, y) = small_model().eval().cuda().bfloat16(), inputs()
+    x, t, y = x.cuda().bfloat16(), t.cuda(), y.cuda()
+    expected, said = model(x, t, y), []
+    for name in ("_native_flash", "_native_efficient", "_native_cudnn", "flash"):
+        try:
+            model.set_attention_backend(name)
+            difference = relative(model(x, t, y), expected)
+        except (RuntimeError, ValueError, ImportError) as error:
+            said.append(f"{name} not here ({str(error).splitlines()[0][:50]})")
+            continue
+        finally:
+            model.set_attention_backend("native")
+        assert difference < 2e-2, f"{name} differs by {difference:.1e}"
+        said.append(f"{name} {difference:.1e}")
+    return ", ".join(said)
+
+
+@torch.no_grad()
+def vae_matches_cpu() -> str:
+    vae, clip = load_vae("tiny"), torch.rand(1, 3, 9, 64, 64) * 2 - 1
+    latents = vae.encode(clip)
+    pixels = vae.decode(latents)
+    vae.cuda()
+    found = relative(vae.encode(clip.cuda()), latents), relative(vae.decode(latents.cuda()), pixels)
+    assert max(found) < 1e-3, f"differs by {max(found):.1e}"
+    image = vae.encode(clip[:, :, :1].cuda())
+    assert torch.equal(image, vae.encode(clip.cuda())[:, :, :1]), "an image is not its clip's first latent frame"
+    return f"encode {found[0]:.1e}, decode {found[1]:.1e} from the CPU; image = first frame exactly"
+
+
+def train_steps(model, optimizers, first: int, last: int) -> list[float]:
+    objective, losses = build_objective(ObjectiveConfig(scheme="per_frame")), []
+    x, _, y = inputs()
+    for step in range(first, last):
+        with autocast("bf16", "cuda"):
+            result = diffusion_losses(model, objective, x.cuda(), y.cuda(), [(0, step, slot) for slot in range(len(x))])
+        result.clips.mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        model.zero_grad()
+        losses.append(result.clips.mean().item())
+    return losses
+
+
+def resume_is_exact() -> str:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    whole = small_model().cuda()
+    expected = train_steps(whole, build_optimizers(whole, "adamw", 1e-3), 0, 20)
+    with tempfile.TemporaryDirectory() as folder:
+        half = small_model().cuda()
+        optimizers = build_optimizers(half, "adamw", 1e-3)
+        train_steps(half, optimizers, 0, 10)
+        tensors, numbers = flatten_optimizer(optimizers[0])
+        save_checkpoint(Path(folder), 10, {"model": dict(half.state_dict()), "optimizer": tensors}, {"numbers": numbers})
+        again, checkpoint = small_model().cuda(), load_checkpoint(Path(folder))
+        again.load_state_dict(checkpoint.tensors["model"])
+        optimizers = build_optimizers(again, "adamw", 1e-3)
+        restore_optimizer(optimizers[0], checkpoint.tensors["optimizer"], checkpoint.info["numbers"])
+        losses = train_steps(again, optimizers, 10, 20)
+    torch.use_deterministic_algorithms(False)
+    assert losses == expected[10:], f"losses differ: {losses[-1]} and {expected[-1]}"
+    assert expected[-1] < expected[0], "the loss does not fall"
+    return f"20 steps, stopped at 10: the same losses to the bit ({expected[0]:.3f} to {expected[-1]:.3f})"
+
+
+def sampling_works() -> str:
+    pipe = STDiTPipeline(small_model(), load_vae("tiny"), STDiTScheduler("flow")).to("cuda")
+    clips = pipe([0, 5], num_inference_steps=4, progress=False)
+    assert clips.shape == (2, 3, 17, 64, 64), "clips have another shape"
+    assert torch.isfinite(clips).all(), "clips are not finite"
+    return "two clips of 17 frames"
+
+
+def compiled_matches() -> str:
+    model, (x, t, y) = small_model().eval().cuda(), inputs()
+    with torch.no_grad():
+        expected = model(x.cuda(), t.cuda(), y.cuda())
+        model.compile_repeated_blocks(fullgraph=True)
+        difference = relative(model(x.cuda(), t.cuda(), y.cuda()), expected)
+    assert difference < 1e-4, f"differs by {difference:.1e}"
+    return f"{difference:.1e} from eager"
+
+
+def xl_speed() -> str:
+    """DiT-XL/2 at 256 px, batch 32: the training step that papers quote."""
+    with torch.device("cuda"):
+        model = STDiT.from_size("XL/2", num_classes=1000, in_channels=4, axes=["spatial"])
+    objective, optimizers = build_objective(ObjectiveConfig(name="ddpm")), build_optimizers(model, "adamw", 1e-4)
+    x, y = torch.randn(32, 4, 1, 32, 32, device="cuda"), torch.randint(0, 1000, (32,), device="cuda")
+    for step in range(13):
+        if step == 3:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+        with autocast("bf16", "cuda"):
+            losses = diffusion_losses(model, objective, x, y, [(0, step, slot) for slot in range(32)])
+        losses.clips.mean().backward()
+        optimizers[0].step()
+        model.zero_grad()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / 10
+    flops = 3 * 2 * 118.64e9 * 32 / seconds
+    return f"{1 / seconds:.2f} steps/s of 32, {flops / 1e12:.0f} TFLOP/s, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+
+
+CHECKS: list[Callable[[], str]] = [
+    forward_matches_cpu, attention_backends_agree, vae_matches_cpu, resume_is_exact, sampling_works, compiled_matches, xl_speed,
+]  # fmt: skip
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("There is no CUDA device here; run this on a machine that has one.")
+        return 2
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    failed = 0
+    for check in CHECKS:
+        try:
+            print(f"ok    {check.__name__}: {check()}", flush=True)
+        except Exception as error:
+            failed += 1
+            print(f"FAIL  {check.__name__}: {type(error).__name__}: {error}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
