@@ -70,7 +70,9 @@ def _refuse_interpolation(node: Any, key: str) -> None:
     if isinstance(node, DictConfig):
         for name in node:
             if OmegaConf.is_interpolation(node, name):
-                raise ValueError(f"{key}{name} holds an interpolation (${{...}}), which configs may not; write the value.")
+                raise ValueError(
+                    f"{key}{name} holds an interpolation (${{...}}), which configs may not; write the value."
+                )
             _refuse_interpolation(node._get_node(name), f"{key}{name}.")
 
 

@@ -26,7 +26,11 @@ def imports(path: Path):
             yield from (alias.name for alias in node.names)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent != ROOT / "stdit" or p.stem != "__init__"], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if p.parent != ROOT / "stdit" or p.stem != "__init__"],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_imports_only_go_down(path):
     room = path.relative_to(ROOT / "stdit").parts[0].removesuffix(".py")
     for module in imports(path):
@@ -43,7 +47,15 @@ def test_import_stdit_is_light():
 
 
 def test_nothing_unpickles_or_runs_a_shell():
-    forbidden = ("pickle.load", "weights_only=False", "shell=True", "os.system", "trust_remote_code=True", "eval(", "exec(")
+    forbidden = (
+        "pickle.load",
+        "weights_only=False",
+        "shell=True",
+        "os.system",
+        "trust_remote_code=True",
+        "eval(",
+        "exec(",
+    )
     for path in [*FILES, *(ROOT / "tools").glob("*.py")]:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
@@ -64,7 +76,12 @@ def test_every_config_loads_and_says_what_and_how(path):
 
 
 def test_the_users_folders_are_ignored_and_the_code_is_not():
-    for name, ignored in (("data/clip.mp4", True), ("models/x/config.json", True), ("stdit/data/loader.py", False), ("data/README.md", False)):
+    for name, ignored in (
+        ("data/clip.mp4", True),
+        ("models/x/config.json", True),
+        ("stdit/data/loader.py", False),
+        ("data/README.md", False),
+    ):
         code = subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode
         if code not in (0, 1):
             pytest.skip("this is no git checkout")

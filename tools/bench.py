@@ -1,10 +1,10 @@
 """Measure speed: ratios in one run, alternating, medians.
 
-    python tools/bench.py loader --root path/to/clips      our loader against PyAV alone on the same clips
-    python tools/bench.py step                             training steps of small models
-    python tools/bench.py attention                        plain products against the fused kernel
-    python tools/bench.py vae                              the tiny VAE
-    python tools/bench.py quickstart --root data/shapes    where the quickstart's encoding spends its time
+python tools/bench.py loader --root path/to/clips      our loader against PyAV alone on the same clips
+python tools/bench.py step                             training steps of small models
+python tools/bench.py attention                        plain products against the fused kernel
+python tools/bench.py vae                              the tiny VAE
+python tools/bench.py quickstart --root data/shapes    where the quickstart's encoding spends its time
 """
 
 import argparse
@@ -86,7 +86,9 @@ def bench_loader(args: argparse.Namespace) -> None:
     for _ in range(args.rounds):
         ours.append(_samples_rate(dataset, args.samples))
         alone.append(_windows_rate(dataset, args.samples))
-    print(f"windows of 17 frames, decoded, scaled to 128 px, collated: {statistics.median(ours):.1f} clips/s; PyAV alone, the same frames, no scaling: {statistics.median(alone):.1f} clips/s; ratio {statistics.median(o / a for o, a in zip(ours, alone, strict=True)):.2f}")
+    print(
+        f"windows of 17 frames, decoded, scaled to 128 px, collated: {statistics.median(ours):.1f} clips/s; PyAV alone, the same frames, no scaling: {statistics.median(alone):.1f} clips/s; ratio {statistics.median(o / a for o, a in zip(ours, alone, strict=True)):.2f}"
+    )
 
 
 def _samples_rate(dataset, count: int) -> float:
@@ -127,7 +129,9 @@ def _windows_rate(dataset, count: int) -> float:
 
 
 def bench_step(args: argparse.Namespace) -> None:
-    print(f"bf16 in hardware: {native_bf16()}; {torch.get_num_threads()} threads; forward + backward + optimizer, median of {args.rounds}")
+    print(
+        f"bf16 in hardware: {native_bf16()}; {torch.get_num_threads()} threads; forward + backward + optimizer, median of {args.rounds}"
+    )
     objective = build_objective(ObjectiveConfig())
     latents, labels = torch.randn(32, 16, 5, 8, 8), torch.randint(0, 12, (32,))
     for axes in (["joint"], ["spatial", "temporal"]):
@@ -145,7 +149,9 @@ def bench_step(args: argparse.Namespace) -> None:
                         each.step()
                     model.zero_grad()
                     seconds.append(time.perf_counter() - began)
-                print(f"{'+'.join(axes):<17} {optimizer:<6} {precision}: {32 / statistics.median(seconds[1:]):6.1f} clips/s")
+                print(
+                    f"{'+'.join(axes):<17} {optimizer:<6} {precision}: {32 / statistics.median(seconds[1:]):6.1f} clips/s"
+                )
 
 
 def bench_attention(args: argparse.Namespace) -> None:
@@ -158,7 +164,9 @@ def bench_attention(args: argparse.Namespace) -> None:
                 for name, function in (("fused", dispatch_attention_fn), ("explicit", explicit_attention)):
                     seconds[name].append(timed(lambda f=function, t=tensors: f(*t).sum().backward()))
             fused, explicit = (statistics.median(values[1:]) for values in seconds.values())
-            print(f"{batch} x {heads} heads x {length} tokens x {dim}, {dtype}: fused {1e3 * fused:.2f} ms, explicit {1e3 * explicit:.2f} ms, ratio {fused / explicit:.1f}")
+            print(
+                f"{batch} x {heads} heads x {length} tokens x {dim}, {dtype}: fused {1e3 * fused:.2f} ms, explicit {1e3 * explicit:.2f} ms, ratio {fused / explicit:.1f}"
+            )
 
 
 @torch.no_grad()
@@ -181,14 +189,26 @@ def bench_quickstart(args: argparse.Namespace) -> None:
     count, reading, encoding = min(args.samples, len(dataset)), 0.0, 0.0
     for first in range(0, count, 32):
         pixels = []
-        reading += timed(lambda first=first, pixels=pixels: pixels.extend(dataset.load(i, keyed_rng("sample", i))["pixels"] for i in range(first, min(first + 32, count))))
+        reading += timed(
+            lambda first=first, pixels=pixels: pixels.extend(
+                dataset.load(i, keyed_rng("sample", i))["pixels"] for i in range(first, min(first + 32, count))
+            )
+        )
         batch = torch.stack(pixels).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         with autocast("auto", "cpu"):
             encoding += timed(lambda batch=batch: vae.encode(batch))
-    print(f"{count} clips: reading {reading:.1f} s ({count / reading:.0f} clips/s), encoding {encoding:.1f} s ({count / encoding:.0f} clips/s)")
+    print(
+        f"{count} clips: reading {reading:.1f} s ({count / reading:.0f} clips/s), encoding {encoding:.1f} s ({count / encoding:.0f} clips/s)"
+    )
 
 
-BENCHES = {"loader": bench_loader, "attention": bench_attention, "step": bench_step, "vae": bench_vae, "quickstart": bench_quickstart}
+BENCHES = {
+    "loader": bench_loader,
+    "attention": bench_attention,
+    "step": bench_step,
+    "vae": bench_vae,
+    "quickstart": bench_quickstart,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

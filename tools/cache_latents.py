@@ -70,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = load_vae(config.vae.name).to(device)
     vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)
-    source = {key: getattr(config.data, key) for key in ("root", "manifest", "num_frames", "height", "width", "fps", "crop")}
+    source = {
+        key: getattr(config.data, key) for key in ("root", "manifest", "num_frames", "height", "width", "fps", "crop")
+    }
     head = {
         "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "clips": len(dataset),
         "num_classes": dataset.num_classes, "class_names": dataset.class_names, "shard_size": args.shard_size, **source,
@@ -103,7 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     write_text(output / "cache.json", json.dumps({**head, "shards": records, "skipped": bad}))
     for reason in list(bad.values())[:10]:
         print(f"skipped a file: {reason}")
-    print(f"{len(dataset) - len(bad)} clips as latents of {config.vae.name!r} in {output}" + (f"; {len(bad)} skipped" if bad else ""))
+    print(
+        f"{len(dataset) - len(bad)} clips as latents of {config.vae.name!r} in {output}"
+        + (f"; {len(bad)} skipped" if bad else "")
+    )
     return 0
 
 
@@ -114,7 +119,9 @@ def _check_same(output: Path, head: dict) -> None:
         write_text(path, json.dumps(head))
     elif (made := json.loads(path.read_text())) != head:
         changed = [key for key in head if made.get(key) != head[key]]
-        raise ValueError(f"{output} holds latents made with other settings ({', '.join(changed)}); choose another --output, or remove it.")
+        raise ValueError(
+            f"{output} holds latents made with other settings ({', '.join(changed)}); choose another --output, or remove it."
+        )
 
 
 def _whole(output: Path, name: str) -> bool:

@@ -1,7 +1,7 @@
 """Read every video of a folder or manifest in full and say which can be trained on.
 
-    python tools/check_media.py path/to/clips
-    python tools/check_media.py clips.csv --report report.jsonl
+python tools/check_media.py path/to/clips
+python tools/check_media.py clips.csv --report report.jsonl
 """
 
 import argparse
@@ -22,7 +22,9 @@ def check(path: Path, chunk: int = 8) -> dict:
     began = time.perf_counter()
     try:
         with VideoReader(path) as reader:
-            count = sum(len(reader.get_frames(range(i, min(i + chunk, len(reader))))) for i in range(0, len(reader), chunk))
+            count = sum(
+                len(reader.get_frames(range(i, min(i + chunk, len(reader))))) for i in range(0, len(reader), chunk)
+            )
             found = {"frames": count, "fps": round(reader.fps, 3), "height": reader.size[0], "width": reader.size[1]}
     except VideoError as error:
         found = {"refused": str(error)}
@@ -45,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         Path(args.report).write_text("".join(json.dumps(result) + "\n" for result in results))
     frames = sum(result.get("frames", 0) for result in results)
     slowest = max(results, key=lambda result: result["seconds"])
-    print(f"{len(results) - len(refused)} of {len(results)} files read in full, {frames} frames; slowest {slowest['seconds']} s ({ascii(slowest['path'])})")
+    print(
+        f"{len(results) - len(refused)} of {len(results)} files read in full, {frames} frames; slowest {slowest['seconds']} s ({slowest['path']!a})"
+    )
     return 1 if refused else 0
 
 

@@ -1,7 +1,7 @@
 """Judge clips of moving shapes: does the model draw the shape it was asked for, and does it move as asked?
 
-    python tools/evaluate.py --model models/quickstart --clips 480
-    python tools/evaluate.py --input data/shapes/manifest.jsonl            the judge on drawn clips, against their truth
+python tools/evaluate.py --model models/quickstart --clips 480
+python tools/evaluate.py --input data/shapes/manifest.jsonl            the judge on drawn clips, against their truth
 """
 
 import argparse
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sample_video import newest_model
 from tqdm import tqdm
 
-from sample_video import newest_model
 from stdit.data.manifest import read_manifest
 from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_io import VideoReader
@@ -26,13 +26,13 @@ from stdit.training.run import write_text
 def generated(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Path]:
     model = Path(args.model) if args.model else newest_model()
     pipe = STDiTPipeline.from_pretrained(str(model))
-    if list(pipe.transformer.config.class_names or []) != list(CLASS_NAMES):
+    if sorted(pipe.transformer.config.class_names or []) != sorted(CLASS_NAMES):
         raise ValueError(f"{model} was not trained on moving shapes; this judge knows only those.")
     if torch.cuda.is_available():
         pipe.to("cuda")
     labels = [i % len(CLASS_NAMES) for i in range(args.clips)]
     clips = pipe(
-        labels, args.frames, args.size, args.size, args.steps, args.guidance, seed=args.seed, solver=args.solver
+        [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, args.steps, args.guidance, seed=args.seed, solver=args.solver
     )  # fmt: skip
     return [to_uint8(clip) for clip in clips], labels, Path("output") / model.name
 
@@ -48,10 +48,19 @@ def recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
         if truth:
             seen = judge(clips[-1])
             start = np.array(truth["start"]) - seen.centers[0]
-            errors.append([np.hypot(*start), abs(seen.speed - truth["speed"]), abs(seen.size - truth["size"]), np.abs(seen.color - truth["color"]).max()])
+            errors.append(
+                [
+                    np.hypot(*start),
+                    abs(seen.speed - truth["speed"]),
+                    abs(seen.size - truth["size"]),
+                    np.abs(seen.color - truth["color"]).max(),
+                ]
+            )
     if errors:
         median, worst = np.median(errors, axis=0), np.max(errors, axis=0)
-        for name, m, w in zip(("start, px", "speed, px a frame", "size, px", "colour, 0..1"), median, worst, strict=True):
+        for name, m, w in zip(
+            ("start, px", "speed, px a frame", "size, px", "colour, 0..1"), median, worst, strict=True
+        ):
             print(f"truth against judge, {name}: median error {m:.3f}, largest {w:.3f}")
     names = rows.class_names or []
     return clips, [CLASS_NAMES.index(names[row.label]) if names else row.label for row in rows.rows]

@@ -1,6 +1,6 @@
 """Prove the CUDA paths in one run: exactness against the CPU, precision, attention back ends, training, exact resume, sampling.
 
-    python tools/gpu_check.py            prints one line a check; exit code 1 if any fails
+python tools/gpu_check.py            prints one line a check; exit code 1 if any fails
 """
 
 import sys
@@ -113,7 +113,9 @@ def resume_is_exact() -> str:
         optimizers = build_optimizers(half, "adamw", 1e-3)
         train_steps(half, optimizers, 0, 10)
         tensors, numbers = flatten_optimizer(optimizers[0])
-        save_checkpoint(Path(folder), 10, {"model": dict(half.state_dict()), "optimizer": tensors}, {"numbers": numbers})
+        save_checkpoint(
+            Path(folder), 10, {"model": dict(half.state_dict()), "optimizer": tensors}, {"numbers": numbers}
+        )
         again, checkpoint = small_model().cuda(), load_checkpoint(Path(folder))
         again.load_state_dict(checkpoint.tensors["model"])
         optimizers = build_optimizers(again, "adamw", 1e-3)

@@ -1,6 +1,6 @@
 """Draw clips of moving shapes as mp4 files, with a manifest that records the truth of each.
 
-    python tools/make_shapes.py --output data/shapes --num-clips 480 --seed 0
+python tools/make_shapes.py --output data/shapes --num-clips 480 --seed 0
 """
 
 import argparse

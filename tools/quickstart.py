@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     print("3/3  training; samples appear in output/quickstart/samples as it goes")
     code = train.run([CONFIG, *args.overrides])
     if code == 0:
-        print(f"done in {(time.time() - began) / 60:.1f} minutes. Look at output/quickstart/samples/contact_sheet.png, then try:")
+        print(
+            f"done in {(time.time() - began) / 60:.1f} minutes. Look at output/quickstart/samples/contact_sheet.png, then try:"
+        )
         print('  .venv/bin/python tools/sample_video.py --class-label "triangle up" --frames 25 --seed 7 --gif')
     return code
 

@@ -1,8 +1,8 @@
 """Sample clips (or images) from a trained model.
 
-    python tools/sample_video.py                                    newest model under models/
-    python tools/sample_video.py --model models/quickstart --class-label "circle left" 7 --frames 25 --seed 3
-    python tools/sample_video.py --frames 1 --output picture.png
+python tools/sample_video.py                                    newest model under models/
+python tools/sample_video.py --model models/quickstart --class-label "circle left" 7 --frames 25 --seed 3
+python tools/sample_video.py --frames 1 --output picture.png
 """
 
 import argparse
@@ -23,7 +23,9 @@ def newest_model(folder: Path = Path("models")) -> Path:
     """The model trained last; ValueError with the command that makes one."""
     found = [path.parent for path in folder.glob("[!.]*/model_index.json")]
     if not found:
-        raise ValueError(f"There is no model under {folder}/; make one with: make quickstart   (or python tools/train.py CONFIG).")
+        raise ValueError(
+            f"There is no model under {folder}/; make one with: make quickstart   (or python tools/train.py CONFIG)."
+        )
     return max(found, key=lambda path: (path / "model_index.json").stat().st_mtime)
 
 
@@ -93,8 +95,12 @@ def main(argv: list[str] | None = None) -> int:
         write_video(path, clip, fps=args.fps or pipe.config.fps)
         label = None if numbers is None else int(numbers[i])
         name = names[label] if names and label is not None and label < len(names) else label
-        path.with_suffix(".json").write_text(json.dumps({**settings, "clip": i, "label": label, "label_name": name}, indent=1) + "\n")
-    print(f"{model}: {count} clip(s), {settings['num_frames']} x {settings['height']} x {settings['width']}, {args.steps} steps, guidance {args.guidance}: {paths[0].parent}")
+        path.with_suffix(".json").write_text(
+            json.dumps({**settings, "clip": i, "label": label, "label_name": name}, indent=1) + "\n"
+        )
+    print(
+        f"{model}: {count} clip(s), {settings['num_frames']} x {settings['height']} x {settings['width']}, {args.steps} steps, guidance {args.guidance}: {paths[0].parent}"
+    )
     return 0
 
 

@@ -1,8 +1,8 @@
 """Train a diffusion transformer on videos or images; run the same command again to resume.
 
-    accelerate launch tools/train.py configs/video.yaml
-    python tools/train.py configs/image_xl2.yaml data.root=path/to/images
-    python tools/train.py configs/quickstart.yaml train.steps=100 --print-config
+accelerate launch tools/train.py configs/video.yaml
+python tools/train.py configs/image_xl2.yaml data.root=path/to/images
+python tools/train.py configs/quickstart.yaml train.steps=100 --print-config
 """
 
 import argparse
@@ -23,8 +23,8 @@ from stdit.model.stdit import STDiT
 from stdit.precision import resolve
 from stdit.training.fit import Stopped, Trainer, averaged
 from stdit.training.optim import build_optimizers
-from stdit.training.resume import find_checkpoint
 from stdit.training.results import export, preview, write_results
+from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
 from stdit.vae import VideoVAE, load_vae
 
@@ -38,7 +38,9 @@ def build_model(config: Config, vae: VideoVAE, dataset: Dataset, objective: Obje
             f"Use model.num_classes={dataset.num_classes}, or null."
         )
     if classes and not dataset.num_classes:
-        raise ValueError(f"model.num_classes={classes} but the data has no labels; use model.num_classes=0, folders by class or a manifest with labels.")
+        raise ValueError(
+            f"model.num_classes={classes} but the data has no labels; use model.num_classes=0, folders by class or a manifest with labels."
+        )
     arguments = model_arguments(config.model)
     shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width, arguments["patch_size"])
     names = dataset.class_names if classes == dataset.num_classes else None
@@ -63,7 +65,9 @@ def check_batch(config: Config, processes: int) -> None:
 
 def check_cache(dataset: Dataset, vae: VideoVAE) -> None:
     if isinstance(dataset, CachedLatents) and dataset.info["vae_fingerprint"] != vae.fingerprint():
-        raise ValueError(f"the latents in {str(dataset.root)!r} were made with VAE {dataset.info['vae']!r} of other weights than vae.name={vae.name!r}; use that one, or cache again.")
+        raise ValueError(
+            f"the latents in {str(dataset.root)!r} were made with VAE {dataset.info['vae']!r} of other weights than vae.name={vae.name!r}; use that one, or cache again."
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,7 +142,9 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         folders.release()
         if not code:
-            print(f"model: {folders.model}   samples: {folders.samples}   curves: {folders.output / 'training_curves.png'}")
+            print(
+                f"model: {folders.model}   samples: {folders.samples}   curves: {folders.output / 'training_curves.png'}"
+            )
     return code
 
 
@@ -150,7 +156,10 @@ def run(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except torch.OutOfMemoryError as error:
-        print(f"out of memory: {str(error).splitlines()[0]} Lower train.micro_batch, or set model.gradient_checkpointing=true; checkpoints are whole.", file=sys.stderr)
+        print(
+            f"out of memory: {str(error).splitlines()[0]} Lower train.micro_batch, or set model.gradient_checkpointing=true; checkpoints are whole.",
+            file=sys.stderr,
+        )
         return 1
 
 

@@ -1,7 +1,7 @@
 """Train the tiny VAE; stops and resumes exactly; writes previews and the weights that ship with the package.
 
-    python tools/train_vae.py configs/vae_tiny.yaml data.root=path/to/clips
-    python tools/train_vae.py configs/vae_tiny.yaml --export stdit/vae/weights
+python tools/train_vae.py configs/vae_tiny.yaml data.root=path/to/clips
+python tools/train_vae.py configs/vae_tiny.yaml --export stdit/vae/weights
 """
 
 import argparse
@@ -74,7 +74,9 @@ def preview(vae: TinyVAE, held_out: list[np.ndarray], path: Path) -> None:
 @torch.no_grad()
 def measure_latents(vae: TinyVAE, pool: ClipPool, seed: int) -> None:
     """Set the statistics that make latents zero mean and unit variance on the training data."""
-    raw = torch.cat([vae.encode_raw(pool.batch(seed, -1 - i & 0xFFFF)).transpose(0, 1).flatten(1) for i in range(64)], 1)
+    raw = torch.cat(
+        [vae.encode_raw(pool.batch(seed, -1 - i & 0xFFFF)).transpose(0, 1).flatten(1) for i in range(64)], 1
+    )
     vae.latent_mean.copy_(raw.mean(1))
     vae.latent_std.copy_(raw.std(1))
 

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from stdit.variants import pick
 
 class _OtherReader:
     """What `VideoReader` offers, over a library that indexes and rotates by itself."""
+
+    timestamps: np.ndarray
+    _reader: Any = None
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
@@ -71,8 +75,12 @@ class DecordReader(_OtherReader):
         try:
             import decord
         except (ImportError, OSError, RuntimeError) as error:
-            raise ValueError(f"The backend 'decord' is not installed ({error}). Run: pip install 'stdit[decord]'.") from error
-        _warn_once("decord gives wrong frames on open-GOP video (11 of 60 measured) and misreads edit lists; use 'pyav' for exact frames.")
+            raise ValueError(
+                f"The backend 'decord' is not installed ({error}). Run: pip install 'stdit[decord]'."
+            ) from error
+        _warn_once(
+            "decord gives wrong frames on open-GOP video (11 of 60 measured) and misreads edit lists; use 'pyav' for exact frames."
+        )
         try:
             self._reader = decord.VideoReader(self.path, num_threads=1)
             times = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0]
@@ -92,12 +100,16 @@ class TorchcodecReader(_OtherReader):
         try:
             from torchcodec.decoders import VideoDecoder
         except (ImportError, OSError, RuntimeError) as error:  # a CUDA build on a CPU machine raises the latter two
-            raise ValueError(f"The backend 'torchcodec' does not load ({str(error).splitlines()[0]}). Run: pip install 'stdit[torchcodec]'.") from error
+            raise ValueError(
+                f"The backend 'torchcodec' does not load ({str(error).splitlines()[0]}). Run: pip install 'stdit[torchcodec]'."
+            ) from error
         try:
             self._reader = VideoDecoder(self.path, seek_mode="exact", dimension_order="NHWC", num_ffmpeg_threads=1)
             times = self._reader.get_frames_in_range(0, len(self._reader)).pts_seconds.numpy()
         except Exception as error:
-            raise VideoError(f"{self.path!r} is not a video torchcodec reads ({error}); try the backend 'pyav'.") from error
+            raise VideoError(
+                f"{self.path!r} is not a video torchcodec reads ({error}); try the backend 'pyav'."
+            ) from error
         self.timestamps = times - times[0]
 
     def _get(self, indices: list[int]) -> np.ndarray:

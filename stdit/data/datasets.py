@@ -2,6 +2,7 @@
 
 import json
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +48,9 @@ class DataConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} is not a size; use 1 or more.")
         if self.fps is not None and self.fps <= 0:
-            raise ValueError(f"data.fps={self.fps} is not a frame rate; use a positive number, or null for each file's own.")
+            raise ValueError(
+                f"data.fps={self.fps} is not a frame rate; use a positive number, or null for each file's own."
+            )
         if self.workers < 0:
             raise ValueError(f"data.workers={self.workers} is negative; use 0 to load in the main process.")
 
@@ -120,14 +123,18 @@ def window(reader, num_frames: int, fps: float | None, rng: np.random.Generator)
     """Frame numbers of one window, anywhere in the clip; VideoError if the clip is too short for it."""
     if fps is None:
         if len(reader) < num_frames:
-            raise VideoError(f"{str(reader.path)!r} has {len(reader)} frames of the {num_frames} needed; lower data.num_frames or leave it out.")
+            raise VideoError(
+                f"{str(reader.path)!r} has {len(reader)} frames of the {num_frames} needed; lower data.num_frames or leave it out."
+            )
         start = int(rng.integers(len(reader) - num_frames + 1))
         return list(range(start, start + num_frames))
     needed, has = (num_frames - 1) / fps, float(reader.timestamps[-1])
     if has + 0.5 / fps < needed:
-        raise VideoError(f"{str(reader.path)!r} lasts {has:.2f} s of the {needed:.2f} s needed; raise data.fps, lower data.num_frames or leave it out.")
-    start = rng.uniform(0, max(0.0, has - needed))
-    return reader.indices_at(start + np.arange(num_frames) / fps)
+        raise VideoError(
+            f"{str(reader.path)!r} lasts {has:.2f} s of the {needed:.2f} s needed; raise data.fps, lower data.num_frames or leave it out."
+        )
+    begin = rng.uniform(0, max(0.0, has - needed))
+    return reader.indices_at(begin + np.arange(num_frames) / fps)
 
 
 class Images(_TableDataset):
@@ -157,7 +164,9 @@ class IdxImages:
         labels = [path.with_name(path.name.replace("images-idx3", "labels-idx1")) for path in images]
         self.labels = np.concatenate([read_idx(path) for path in labels]) if all(p.exists() for p in labels) else None
         if self.labels is not None and len(self.labels) != len(self.images):
-            raise ValueError(f"{root}: {len(self.images)} images but {len(self.labels)} labels; use files that belong together.")
+            raise ValueError(
+                f"{root}: {len(self.images)} images but {len(self.labels)} labels; use files that belong together."
+            )
         self.num_classes = 0 if self.labels is None else int(self.labels.max()) + 1
         self.root, self.config = root, config
 
@@ -184,7 +193,9 @@ class MovingShapes:
 
     def __init__(self, config: DataConfig):
         if config.height != config.width:
-            raise ValueError(f"shapes are drawn on squares; data.height={config.height} and data.width={config.width} differ.")
+            raise ValueError(
+                f"shapes are drawn on squares; data.height={config.height} and data.width={config.width} differ."
+            )
         self.config = config
 
     def __len__(self) -> int:
@@ -211,7 +222,9 @@ class CachedLatents:
         made = (self.info["num_frames"], self.info["height"], self.info["width"])
         asked = (config.num_frames, config.height, config.width)
         if made != asked:
-            raise ValueError(f"the latents in {str(root)!r} are of (frames, height, width) {made}, the config asks for {asked}; set data.num_frames, height and width to theirs, or cache again.")
+            raise ValueError(
+                f"the latents in {str(root)!r} are of (frames, height, width) {made}, the config asks for {asked}; set data.num_frames, height and width to theirs, or cache again."
+            )
         self._starts = np.cumsum([0] + [shard["count"] for shard in self.info["shards"]])
         self._labels = [label for shard in self.info["shards"] for label in shard["labels"]]
 
@@ -263,7 +276,7 @@ def _idx(root: Path, config: DataConfig) -> IdxImages:
     return IdxImages(root, config)
 
 
-SOURCES = {
+SOURCES: dict[str, Callable[[Path, DataConfig], Dataset]] = {
     "videos": _videos,
     "images": _images,
     "idx": _idx,
@@ -277,7 +290,9 @@ def build_dataset(config: DataConfig) -> Dataset:
     root = Path(config.root)
     source = _guess(root, config) if config.source == "auto" else config.source
     if source == "latents" and not (root / "cache.json").is_file():
-        raise ValueError(f"data.root={str(root)!r} holds no cached latents; write them with: python tools/cache_latents.py CONFIG --output {root}.")
+        raise ValueError(
+            f"data.root={str(root)!r} holds no cached latents; write them with: python tools/cache_latents.py CONFIG --output {root}."
+        )
     return pick(SOURCES, source, "data source")(root, config)
 
 
@@ -294,7 +309,9 @@ def _guess(root: Path, config: DataConfig) -> str:
 
 def _has_images(root: Path, config: DataConfig) -> bool:
     if config.manifest is not None:
-        return any(row.path.suffix.lower() in IMAGE_SUFFIXES for row in _table(root, config, IMAGE_SUFFIXES, "images").rows[:1])
+        return any(
+            row.path.suffix.lower() in IMAGE_SUFFIXES for row in _table(root, config, IMAGE_SUFFIXES, "images").rows[:1]
+        )
     return not root.is_dir() or not any(p.suffix.lower() in VIDEO_SUFFIXES for p in root.rglob("*"))
 
 

@@ -20,5 +20,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     except (struct.error, EOFError, OSError) as error:
         raise ValueError(f"{path} cannot be read as an idx file ({error}); give an idx or idx.gz file.") from error
     if values.size != np.prod(shape):
-        raise ValueError(f"{path} holds {values.size} values where its header announces {np.prod(shape)}: it is cut short.")
+        raise ValueError(
+            f"{path} holds {values.size} values where its header announces {np.prod(shape)}: it is cut short."
+        )
     return values.reshape(shape)

@@ -6,7 +6,22 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mpg", ".mpeg", ".m4v", ".3gp", ".ogv", ".gif", ".wmv"}
+VIDEO_SUFFIXES = {
+    ".mp4",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".flv",
+    ".ts",
+    ".mpg",
+    ".mpeg",
+    ".m4v",
+    ".3gp",
+    ".ogv",
+    ".gif",
+    ".wmv",
+}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -44,7 +59,9 @@ def read_manifest(path: Path, root: Path | None = None) -> Table:
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}, line {number}: {entry['path']!r} is no path ({error}); correct it.") from error
         if not file.is_relative_to(inside):
-            raise ValueError(f"{path}, line {number}: {entry['path']!r} leads outside data.root={str(inside)!r}; move the file or the root.")
+            raise ValueError(
+                f"{path}, line {number}: {entry['path']!r} leads outside data.root={str(inside)!r}; move the file or the root."
+            )
         rows.append((number, file, entry.get("label"), entry.get("caption") or ""))
     if not rows:
         raise ValueError(f"{path} has no rows; write one line a clip.")
@@ -68,12 +85,16 @@ def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
             if file.suffix.lower() in suffixes and not name.startswith(".") and not leads_out:
                 found.append(file)
     if not found:
-        raise ValueError(f"data.root={str(root)!r} holds no {what} ({', '.join(sorted(suffixes))}); put some there or name another folder.")
+        raise ValueError(
+            f"data.root={str(root)!r} holds no {what} ({', '.join(sorted(suffixes))}); put some there or name another folder."
+        )
     parts = [file.relative_to(root).parts for file in found]
     nested = [len(p) > 1 for p in parts]
     if any(nested) and not all(nested):
         stray = found[nested.index(False)]
-        raise ValueError(f"data.root={str(root)!r} has {what} both in class folders and loose ({stray.name!r}); put all in folders, or none.")
+        raise ValueError(
+            f"data.root={str(root)!r} has {what} both in class folders and loose ({stray.name!r}); put all in folders, or none."
+        )
     if not any(nested):
         return Table([Row(file, None) for file in found], 0, None)
     names = sorted({p[0] for p in parts})
@@ -85,7 +106,9 @@ def _csv_rows(path: Path):
         with open(path, newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream)
             if "path" not in (reader.fieldnames or []):
-                raise ValueError(f"{path}: the column 'path' is missing (it has {reader.fieldnames}); name it in the first line.")
+                raise ValueError(
+                    f"{path}: the column 'path' is missing (it has {reader.fieldnames}); name it in the first line."
+                )
             return [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a CSV file in UTF-8 ({error}); save it as one.") from error
@@ -116,7 +139,9 @@ def _labelled(path: Path, rows: list) -> Table:
         raise ValueError(f"{path}, line {number} has no label though others have; label every row, or none.")
     for number, _, label, _ in rows:
         if isinstance(label, bool | float | list | dict):
-            raise ValueError(f"{path}, line {number}: label {label!r} is neither a whole number nor a name; correct it.")
+            raise ValueError(
+                f"{path}, line {number}: label {label!r} is neither a whole number nor a name; correct it."
+            )
     values = [str(label).strip() for _, _, label, _ in rows]
     if all(value.removeprefix("-").isdecimal() for value in values):
         numbers = [int(value) for value in values]

@@ -78,7 +78,7 @@ def random_clip(
     """Draw the parameters of one clip; with `motion="straight"` the object stays clear of the border throughout."""
     label = int(rng.integers(len(CLASS_NAMES))) if label is None else label
     shape, direction = CLASS_NAMES[label].split()
-    size = rng.uniform(0.10, 0.17) * frame_size
+    size = rng.uniform(0.14, 0.20) * frame_size
     low, high = _allowed(shape, size, frame_size)
     axis = 0 if direction in ("left", "right") else 1
     room = (high - low)[axis]

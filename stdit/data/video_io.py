@@ -308,7 +308,9 @@ def _to_array(frame: "av.VideoFrame", reformatter: VideoReformatter, size: tuple
     width = height = None
     if size is not None:
         height, width = size if not turn[0] else size[::-1]
-    rgb = reformatter.reformat(frame, width=width, height=height, format="rgb24", interpolation="AREA" if size else None)
+    rgb = reformatter.reformat(
+        frame, width=width, height=height, format="rgb24", interpolation="AREA" if size else None
+    )
     array = rgb.to_ndarray()
     transpose, flip_x, flip_y = turn
     if transpose:

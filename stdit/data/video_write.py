@@ -40,7 +40,9 @@ def write_video(path: str | os.PathLike, frames: Frames, fps: float = 8) -> None
         raise ValueError(f"{path}: fps={fps} is not a frame rate; use a positive number.")
     writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
     if path.suffix.lower() not in writers:
-        raise ValueError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use one of {', '.join(writers)}.")
+        raise ValueError(
+            f"{path}: cannot write {path.suffix or 'a file without suffix'}; use one of {', '.join(writers)}."
+        )
     beside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         writers[path.suffix.lower()](beside, frames, fps)
@@ -76,9 +78,14 @@ def contact_sheet(clips: Sequence[Frames], columns: int = 1, count: int = 5, gap
     for clip in clips:
         frames = to_uint8(clip)
         picked = frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
-        strips.append(np.concatenate([np.pad(f, ((gap, 0), (gap, 0), (0, 0)), constant_values=255) for f in picked], axis=1))
+        strips.append(
+            np.concatenate([np.pad(f, ((gap, 0), (gap, 0), (0, 0)), constant_values=255) for f in picked], axis=1)
+        )
     width, height = max(s.shape[1] for s in strips), max(s.shape[0] for s in strips)
-    strips = [np.pad(s, ((0, height - s.shape[0]), (0, width - s.shape[1] + 3 * gap), (0, 0)), constant_values=255) for s in strips]
+    strips = [
+        np.pad(s, ((0, height - s.shape[0]), (0, width - s.shape[1] + 3 * gap), (0, 0)), constant_values=255)
+        for s in strips
+    ]
     strips += [np.full_like(strips[0], 255)] * (-len(strips) % columns)
     rows = [np.concatenate(strips[i : i + columns], axis=1) for i in range(0, len(strips), columns)]
     return np.concatenate(rows, axis=0)

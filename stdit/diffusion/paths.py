@@ -78,7 +78,11 @@ class DDPMPath:
         """(steps + 1,) levels: `steps` of the thousand, evenly spaced from last to first, then 0."""
         if not 1 <= steps <= self.num_steps:
             raise ValueError(f"num_inference_steps={steps} does not fit DDPM's {self.num_steps} steps. Use 1 to 1000.")
-        kept = torch.linspace(0, self.num_steps - 1, steps, dtype=torch.float64).round() if steps > 1 else torch.tensor([999.0])
+        kept = (
+            torch.linspace(0, self.num_steps - 1, steps, dtype=torch.float64).round()
+            if steps > 1
+            else torch.tensor([999.0])
+        )
         return torch.cat([(kept.flip(0) + 1) / self.num_steps, torch.zeros(1, dtype=torch.float64)]).float()
 
     def coordinates(self, levels: Tensor) -> tuple[Tensor, Tensor]:

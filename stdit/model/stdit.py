@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -74,7 +75,8 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         """Load safetensors and config.json; ValueError if a key is missing or unexpected (nothing is half loaded)."""
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        model, info = loaded
         missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
         meta = [name for name, value in model.named_parameters() if value.is_meta]
         if missing or unexpected or meta:
@@ -82,7 +84,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
                 f"{pretrained_model_name_or_path} does not fit its config: missing {missing or meta or 'nothing'}, "
                 f"unexpected {unexpected or 'nothing'}. Use the config.json that was saved with these weights."
             )
-        return (model, info) if wants_info else model
+        return loaded if wants_info else model
 
     def initialize_weights(self) -> None:
         """DiT's initialisation: xavier for linear layers, 0.02 for embeddings, zero for modulation and head."""
@@ -133,7 +135,9 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
 
 def _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names) -> None:
     if depth < 1 or num_classes < 0:
-        raise ValueError(f"depth={depth} and num_classes={num_classes}: a model has at least one block and no fewer than 0 classes.")
+        raise ValueError(
+            f"depth={depth} and num_classes={num_classes}: a model has at least one block and no fewer than 0 classes."
+        )
     if hidden_size % num_heads:
         raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}; change one of them.")
     if hidden_size % 4:
@@ -144,4 +148,6 @@ def _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_n
     if unknown or not axes:
         raise ValueError(f"axes={list(axes)}: {unknown or 'an empty list'} is unknown. Choose from: {', '.join(AXES)}.")
     if class_names is not None and len(class_names) != num_classes:
-        raise ValueError(f"{len(class_names)} class_names for num_classes={num_classes}; give one name a class, or none.")
+        raise ValueError(
+            f"{len(class_names)} class_names for num_classes={num_classes}; give one name a class, or none."
+        )

@@ -40,7 +40,9 @@ class AxialAttnProcessor:
         if attn.axis != "spatial" and t > 1:
             time = time_positions(t, hidden_states.shape[-1]).to(hidden_states)
             hidden_states = hidden_states + time[:, None]
-        qkv = rearrange(attn.qkv(rearrange(hidden_states, fold)), "n l (three h d) -> three n l h d", three=3, h=attn.heads)
+        qkv = rearrange(
+            attn.qkv(rearrange(hidden_states, fold)), "n l (three h d) -> three n l h d", three=3, h=attn.heads
+        )
         query, key, value = qkv[0], qkv[1], qkv[2]
         query, key = attn.q_norm(query), attn.k_norm(key)
         if self._attention_backend is None and query.device.type == "cpu" and query.shape[1] <= _SHORT:

@@ -31,7 +31,9 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         # Always float32: bfloat16 would fold a thousand timesteps into 507.
         half = self.frequency_dim // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+        frequencies = torch.exp(
+            -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+        )
         angles = timestep.float()[..., None] * frequencies
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))

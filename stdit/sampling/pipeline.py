@@ -52,7 +52,12 @@ class STDiTPipeline(DiffusionPipeline):
         component = getattr(vae, "vae", vae)
         self.register_modules(transformer=transformer, vae=component, scheduler=scheduler)
         self.register_to_config(
-            num_frames=num_frames, height=height, width=width, fps=fps, objective=objective, vae_fingerprint=vae_fingerprint
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fps=fps,
+            objective=objective,
+            vae_fingerprint=vae_fingerprint,
         )
         self.video_vae = video_vae.requires_grad_(False).eval()
         if vae_fingerprint and self.video_vae.fingerprint() != vae_fingerprint:
@@ -67,7 +72,9 @@ class STDiTPipeline(DiffusionPipeline):
         source, options = locate(str(pretrained_model_name_or_path), "model")
         folder = Path(source)
         if folder.is_dir() and not (folder / "model_index.json").is_file():
-            raise ValueError(f"{source!r} holds no model (no model_index.json); give a folder that tools/train.py wrote, such as models/NAME.")
+            raise ValueError(
+                f"{source!r} holds no model (no model_index.json); give a folder that tools/train.py wrote, such as models/NAME."
+            )
         if folder.is_dir() and not any((folder / "transformer").glob("*.safetensors*")):
             raise ValueError(f"{source!r} has no weights (transformer/*.safetensors); train again, or copy them there.")
         try:
@@ -82,7 +89,9 @@ class STDiTPipeline(DiffusionPipeline):
             return torch.full((count or 1,), classes) if classes else None
         if not classes:
             raise ValueError(f"class_labels={given!r} but the model is unconditional; leave class_labels out.")
-        values = given.tolist() if isinstance(given, Tensor) else [given] if isinstance(given, int | str) else list(given)
+        values = (
+            given.tolist() if isinstance(given, Tensor) else [given] if isinstance(given, int | str) else list(given)
+        )
         return torch.tensor([_label(value, classes, names) for value in values])
 
     @torch.no_grad()
@@ -118,7 +127,9 @@ class STDiTPipeline(DiffusionPipeline):
             keys = [(seed, i) for i in range(first, min(first + batch_size, count))]
             part = None if labels is None else labels[first : first + batch_size].to(self.device)
             with autocast(precision, self.device):
-                latents = self._sample(keys, part, shape, num_inference_steps, guidance_scale, guidance_interval, solver)
+                latents = self._sample(
+                    keys, part, shape, num_inference_steps, guidance_scale, guidance_interval, solver
+                )
             clips.append(self.decode(latents))
         return torch.cat(clips)
 
@@ -146,11 +157,12 @@ class STDiTPipeline(DiffusionPipeline):
     def _sample_diffusers(self, output: Callable, objective, x: Tensor, steps: int) -> Tensor:
         """The same with a diffusers scheduler: one level for all frames."""
         self.scheduler.set_timesteps(steps, device=self.device)
-        x = x * self.scheduler.init_noise_sigma
+        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
         learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
         for t in self.progress_bar(self.scheduler.timesteps):
             levels = objective.path.levels(t).expand(1, x.shape[2])
-            predicted = output(self.scheduler.scale_model_input(x, t), levels)
+            scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
+            predicted = output(scaled, levels)
             if not learned:
                 predicted = predicted[:, : x.shape[1]]
             x = self.scheduler.step(predicted, t, x, return_dict=False)[0]
@@ -159,7 +171,9 @@ class STDiTPipeline(DiffusionPipeline):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to pixels on the CPU, a few clips at a time."""
         dtype = self.video_vae.dtype
-        return torch.cat([self.video_vae.decode(part.to(dtype)).clamp(-1, 1).float().cpu() for part in latents.split(8)])
+        return torch.cat(
+            [self.video_vae.decode(part.to(dtype)).clamp(-1, 1).float().cpu() for part in latents.split(8)]
+        )
 
 
 def _label(value: int | str, classes: int, names: Sequence[str] | None) -> int:

@@ -26,5 +26,11 @@ def check_compatible(scheduler: SchedulerMixin, objective: str) -> None:
     predicts = scheduler.config.get("prediction_type", "flow_prediction" if "FlowMatch" in name else "epsilon")
     wanted = {"flow": "flow_prediction", "ddpm": "epsilon"}[objective]
     if predicts != wanted:
-        remedy = "prediction_type='flow_prediction', use_flow_sigmas=True" if objective == "flow" else "prediction_type='epsilon'"
-        raise ValueError(f"{name} expects prediction_type={predicts!r}, this model was trained for {objective!r}; build it with {remedy}.")
+        remedy = (
+            "prediction_type='flow_prediction', use_flow_sigmas=True"
+            if objective == "flow"
+            else "prediction_type='epsilon'"
+        )
+        raise ValueError(
+            f"{name} expects prediction_type={predicts!r}, this model was trained for {objective!r}; build it with {remedy}."
+        )

@@ -1,6 +1,7 @@
 """Our own solvers: one step from the levels now to the levels after, each frame at its own."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -76,7 +77,7 @@ def solve(
     step_with = pick(SOLVERS, solver, "solver")
     x = plan.x
     for step, (now, after) in enumerate(progress(list(pairwise(plan.levels.to(x.device))))):
-        noise = (lambda step=step: draw(step)) if draw else (lambda: torch.randn_like(x))
+        noise = partial(draw, step) if draw else partial(torch.randn_like, x)
         moved = step_with(x, now[None], after[None], predict, path, noise)
         x = torch.where(like((now != after)[None], x), moved, x)
     return x

@@ -34,7 +34,15 @@ class TrainConfig:
     max_skipped: int = 20  # steps in a row with a loss or gradient that is not finite
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "checkpoint_every", "log_every", "preview_every", "sample_steps", "max_skipped")
+        positive = (
+            "steps",
+            "batch_size",
+            "checkpoint_every",
+            "log_every",
+            "preview_every",
+            "sample_steps",
+            "max_skipped",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} is not positive; use 1 or more.")
@@ -45,8 +53,14 @@ class TrainConfig:
         if self.lr <= 0 or self.clip_norm <= 0:
             raise ValueError(f"train.lr={self.lr} and train.clip_norm={self.clip_norm} must be positive.")
         if self.warmup_steps < 0 or self.samples < 0 or self.weight_decay < 0:
-            raise ValueError("train.warmup_steps, train.samples and train.weight_decay cannot be negative; use 0 or more.")
+            raise ValueError(
+                "train.warmup_steps, train.samples and train.weight_decay cannot be negative; use 0 or more."
+            )
         if not 0 <= self.label_dropout < 1 or not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.label_dropout={self.label_dropout} and train.ema_decay={self.ema_decay} lie in [0, 1).")
+            raise ValueError(
+                f"train.label_dropout={self.label_dropout} and train.ema_decay={self.ema_decay} lie in [0, 1)."
+            )
         if self.keep_checkpoints < 2:
-            raise ValueError(f"train.keep_checkpoints={self.keep_checkpoints}: at least 2 are kept, as the newest may be damaged.")
+            raise ValueError(
+                f"train.keep_checkpoints={self.keep_checkpoints}: at least 2 are kept, as the newest may be damaged."
+            )

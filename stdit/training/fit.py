@@ -74,7 +74,10 @@ class Trainer:
         if self.accelerator.is_main_process:
             states = [flatten_optimizer(optimizer) for optimizer in self.optimizers]
             names = [name for name, _ in self.model.named_parameters()]
-            tensors = {"model": dict(self.model.state_dict()), "ema": dict(zip(names, self.ema.shadow_params, strict=True))}
+            tensors = {
+                "model": dict(self.model.state_dict()),
+                "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
+            }
             tensors |= {f"optimizer_{i}": state for i, (state, _) in enumerate(states)}
             info = {
                 "config": self.resolved, "optimizers": [numbers for _, numbers in states], "skipped": self.skipped,
@@ -167,7 +170,9 @@ class Trainer:
         """A step whose gradient is not finite is never applied."""
         self.skipped += 1
         self._in_a_row += 1
-        self.accelerator.print(f"step {self.step + 1}: the gradient is not finite; the step is not applied (samples {batch.keys[:4]} ...)")
+        self.accelerator.print(
+            f"step {self.step + 1}: the gradient is not finite; the step is not applied (samples {batch.keys[:4]} ...)"
+        )
         if self._in_a_row >= self.config.max_skipped:
             raise ValueError(
                 f"{self._in_a_row} steps in a row up to step {self.step + 1} had a gradient that is not finite; nothing of them "

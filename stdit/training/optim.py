@@ -15,7 +15,9 @@ def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float
     kept_apart = ("embed", "adaLN", "final_layer")
     hidden = [p for key, p in named if p.ndim >= 2 and not any(word in key for word in kept_apart)]
     rest = [p for key, p in named if p.ndim < 2 or any(word in key for word in kept_apart)]
-    muon = torch.optim.Muon([_matrix(p) for p in hidden], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(
+        [_matrix(p) for p in hidden], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
     return [muon, torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)]
 
 

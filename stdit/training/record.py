@@ -84,7 +84,11 @@ def plot_curves(metrics: Path, picture: Path) -> None:
     if len(finite):
         loss.set_ylim(0, 1.2 * np.quantile(finite, 0.99))
     loss.legend(fontsize=8)
-    for axis, key, title in ((rate, "lr", "learning rate"), (norm, "grad_norm", "gradient norm"), (speed, "clips_per_second", "clips per second")):
+    for axis, key, title in (
+        (rate, "lr", "learning rate"),
+        (norm, "grad_norm", "gradient norm"),
+        (speed, "clips_per_second", "clips per second"),
+    ):
         smooth = (steps, values[key]) if key == "lr" else _smooth(steps, values[key], width)
         axis.plot(*smooth, color="black")
         axis.set_title(title)

@@ -23,7 +23,15 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
     data, objective = config.data, config.objective
     scheduler = STDiTScheduler(objective.name, objective.shift, objective.shift_tokens)
     return STDiTPipeline(
-        model, vae, scheduler, data.num_frames, data.height, data.width, data.fps or 8.0, objective.name, vae.fingerprint()
+        model,
+        vae,
+        scheduler,
+        data.num_frames,
+        data.height,
+        data.width,
+        data.fps or 8.0,
+        objective.name,
+        vae.fingerprint(),
     )
 
 

@@ -29,7 +29,11 @@ def find_checkpoint(config: TrainConfig, folders: RunFolders, resolved: dict, ma
         checkpoint = _named(Path(config.resume))
     if checkpoint is None:
         return None
-    changed = [line for line in differences(checkpoint.info["config"], resolved) if not line.startswith(tuple(f"{k}:" for k in _FREE))]
+    changed = [
+        line
+        for line in differences(checkpoint.info["config"], resolved)
+        if not line.startswith(tuple(f"{k}:" for k in _FREE))
+    ]
     if changed and not config.allow_changes:
         raise ValueError(
             f"{checkpoint.path} was made with another config ({'; '.join(changed)}). Undo the change, choose another name=, "
@@ -46,7 +50,9 @@ def _named(path: Path) -> Checkpoint:
         return read_checkpoint(path)
     checkpoint = load_checkpoint(path)
     if checkpoint is None:
-        raise ValueError(f"train.resume={str(path)!r} holds no checkpoints; use auto, never, or a folder of step-N folders.")
+        raise ValueError(
+            f"train.resume={str(path)!r} holds no checkpoints; use auto, never, or a folder of step-N folders."
+        )
     return checkpoint
 
 

@@ -32,14 +32,18 @@ class RunFolders:
                 probe.unlink()
             lock = open(self.output / ".lock", "a+")  # noqa: SIM115 (held as long as the run)
         except OSError as error:
-            raise ValueError(f"{error.filename!r} cannot be written ({error.strerror}); free it, or start from another folder.") from error
+            raise ValueError(
+                f"{error.filename!r} cannot be written ({error.strerror}); free it, or start from another folder."
+            ) from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             lock.close()
-            raise ValueError(f"output/{self.name} is in use by {holder}; wait for it, or choose another name=.") from error
+            raise ValueError(
+                f"output/{self.name} is in use by {holder}; wait for it, or choose another name=."
+            ) from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()

@@ -64,8 +64,8 @@ class ClipPool:
     def batch(self, seed: int, step: int) -> Tensor:
         """(B, 3, F, S, S) in [-1, 1], the same for the same seed and step whatever came before."""
         rng = np.random.default_rng((seed, step))
-        kinds, shares = zip(*BATCHES, strict=True)
-        frames, size, count = kinds[rng.choice(len(kinds), p=np.array(shares) / sum(shares))]
+        shares = np.array([share for _, share in BATCHES])
+        frames, size, count = BATCHES[rng.choice(len(BATCHES), p=shares / shares.sum())][0]
         clips = np.stack([self._one(rng, frames, size) for _ in range(count)])
         return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from stdit.sources import locate
-from stdit.variants import pick
 from stdit.vae.base import VideoVAE
 from stdit.vae.tiny import TinyVAE
+from stdit.variants import pick
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -19,9 +19,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 class Kind(NamedTuple):
     """What stdit must know of one diffusers class; the functions take the autoencoder."""
 
-    stride: Callable[[nn.Module], tuple[int, int, int]]
-    channels: Callable[[nn.Module], int]
-    statistics: Callable[[nn.Module], tuple[Tensor, Tensor]]  # mean and std of raw latents, per channel or one
+    stride: Callable[[Any], tuple[int, int, int]]
+    channels: Callable[[Any], int]
+    statistics: Callable[[Any], tuple[Tensor, Tensor]]  # mean and std of raw latents, per channel or one
     per_frame: bool = False
     causal: bool = True
     frame_step: int = 0
@@ -87,7 +87,11 @@ class DiffusersVAE(VideoVAE):
         kind = pick(KINDS, self.name, "VAE class")
         self.vae, self.kind = vae, kind
         self.stride, self.channels = kind.stride(vae), kind.channels(vae)
-        self.causal, self.frame_step, self.image_is_first_frame = kind.causal, kind.frame_step, kind.image_is_first_frame
+        self.causal, self.frame_step, self.image_is_first_frame = (
+            kind.causal,
+            kind.frame_step,
+            kind.image_is_first_frame,
+        )
         mean, std = kind.statistics(vae)
         self.register_buffer("latent_mean", mean.float(), persistent=False)
         self.register_buffer("latent_std", std.float(), persistent=False)

@@ -17,7 +17,18 @@ def folder(tmp_path):
 
 
 def config(folder, **changes) -> DataConfig:
-    return DataConfig(**{"root": str(folder), "num_frames": 5, "height": 32, "width": 32, "crop": "random", "flip": True, "workers": 0, **changes})
+    return DataConfig(
+        **{
+            "root": str(folder),
+            "num_frames": 5,
+            "height": 32,
+            "width": 32,
+            "crop": "random",
+            "flip": True,
+            "workers": 0,
+            **changes,
+        }
+    )
 
 
 def take(dataset, count: int, **options):

@@ -16,7 +16,10 @@ av.logging.set_level(None)
 KINDS = {
     "h264_b_frames.mp4": {"options": {"g": "12", "bf": "3"}},
     "h264_open_gop.mp4": {"options": {"g": "8", "bf": "3", "x264-params": "open-gop=1:scenecut=0:keyint=8"}},
-    "hevc_open_gop.mp4": {"codec": "libx265", "options": {"x265-params": "keyint=8:bframes=3:open-gop=1:log-level=none"}},
+    "hevc_open_gop.mp4": {
+        "codec": "libx265",
+        "options": {"x265-params": "keyint=8:bframes=3:open-gop=1:log-level=none"},
+    },
     "vp9.webm": {"codec": "libvpx-vp9", "options": {"g": "10", "auto-alt-ref": "1", "lag-in-frames": "12"}},
     "vp8.webm": {"codec": "libvpx", "options": {"g": "10", "auto-alt-ref": "1", "lag-in-frames": "12"}},
     "av1.mp4": {"codec": "libsvtav1", "options": {"g": "10", "svtav1-params": "lp=1"}},
@@ -177,7 +180,9 @@ class TestRealMedia:
     def test_display_matrices_turn_and_mirror(self):
         plain = VideoReader(SHARED / "originals/media__sample.mp4")[0]
         # The same coded pictures under a matrix that transposes, which is a turn and a mirror.
-        assert np.array_equal(VideoReader(SHARED / "originals/media__sample_rotate_and_reflect.mp4")[0], plain.swapaxes(0, 1))
+        assert np.array_equal(
+            VideoReader(SHARED / "originals/media__sample_rotate_and_reflect.mp4")[0], plain.swapaxes(0, 1)
+        )
         turned = SHARED / "originals/media__sample_with_color_info.mp4"
         with av.open(str(turned)) as container:
             frame = next(container.decode(video=0))
@@ -193,7 +198,9 @@ class TestRealMedia:
         for row in rows:
             try:
                 with VideoReader(SHARED / row["path"]) as reader:
-                    count = sum(len(reader.get_frames(range(i, min(i + 8, len(reader))))) for i in range(0, len(reader), 8))
+                    count = sum(
+                        len(reader.get_frames(range(i, min(i + 8, len(reader))))) for i in range(0, len(reader), 8)
+                    )
             except VideoError as error:
                 assert "\n" not in str(error)
                 continue
@@ -211,7 +218,9 @@ class TestRealMedia:
         for path in (tmp_path / "broken").iterdir():
             try:
                 with VideoReader(path) as reader:
-                    count = sum(len(reader.get_frames(range(i, min(i + 8, len(reader))))) for i in range(0, len(reader), 8))
+                    count = sum(
+                        len(reader.get_frames(range(i, min(i + 8, len(reader))))) for i in range(0, len(reader), 8)
+                    )
             except VideoError as error:
                 assert "\n" not in str(error)
                 continue

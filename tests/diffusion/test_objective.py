@@ -19,7 +19,9 @@ def test_the_right_answer_has_no_loss_and_gives_the_data_back(name):
     torch.testing.assert_close(estimate.noise, noise, atol=1e-5, rtol=1e-5)
     loss = objective.loss(answer, x, clean, noise, levels)
     assert loss.shape == (2, 3)
-    assert loss.abs().max() < (1e-6 if name == "flow" else 1e-4)  # the smallest variance is the posterior's: no divergence
+    assert loss.abs().max() < (
+        1e-6 if name == "flow" else 1e-4
+    )  # the smallest variance is the posterior's: no divergence
 
 
 @pytest.mark.parametrize("name", ["flow", "ddpm"])

@@ -6,7 +6,12 @@ from stdit.model.stdit import STDiT
 
 @pytest.mark.parametrize(
     ("size", "trainable", "with_table"),
-    [("XL/2", 674_834_720, 675_129_632), ("S/2", 32_865_056, 32_963_360), ("B/4", 130_426_496, 130_475_648), ("L/8", 458_578_432, 458_594_816)],
+    [
+        ("XL/2", 674_834_720, 675_129_632),
+        ("S/2", 32_865_056, 32_963_360),
+        ("B/4", 130_426_496, 130_475_648),
+        ("L/8", 458_578_432, 458_594_816),
+    ],
 )
 def test_sizes_have_dits_parameter_counts(size, trainable, with_table):
     with torch.device("meta"):
@@ -20,7 +25,9 @@ def test_keys_are_dits():
     model = STDiT(depth=1, hidden_size=32, num_heads=4, in_channels=4, num_classes=3, axes=["spatial"])
     weights = {"x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "blocks.0.attn.qkv", "blocks.0.attn.proj",
                "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.0.adaLN_modulation.1", "final_layer.linear", "final_layer.adaLN_modulation.1"}  # fmt: skip
-    expected = {f"{name}.{kind}" for name in weights for kind in ("weight", "bias")} | {"y_embedder.embedding_table.weight"}
+    expected = {f"{name}.{kind}" for name in weights for kind in ("weight", "bias")} | {
+        "y_embedder.embedding_table.weight"
+    }
     assert set(model.state_dict()) == expected
 
 
@@ -52,7 +59,10 @@ def test_a_frames_level_reaches_only_that_frame_without_temporal_attention(tiny_
     assert moved.tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize(("shape", "patch"), [((1, 8, 8), (1, 2, 2)), ((5, 6, 10), (1, 2, 2)), ((4, 8, 12), (2, 2, 4)), ((9, 4, 4), (1, 1, 1))])
+@pytest.mark.parametrize(
+    ("shape", "patch"),
+    [((1, 8, 8), (1, 2, 2)), ((5, 6, 10), (1, 2, 2)), ((4, 8, 12), (2, 2, 4)), ((9, 4, 4), (1, 1, 1))],
+)
 def test_any_grid_goes_through_one_model(tiny_model, shape, patch):
     model = tiny_model(patch_size=patch, learn_sigma=False)
     assert model(torch.randn(2, 4, *shape), torch.rand(2) * 1000).shape == (2, 4, *shape)

@@ -28,7 +28,8 @@ def test_spatial_attention_keeps_frames_apart_and_temporal_attention_keeps_place
     changed = x.clone()
     changed[0, 2, 3] = torch.randn(32)
     moved = {
-        axis: (fill(block := STDiTBlock(32, 4, axis), 0.2)(x, condition) - block(changed, condition)).abs().sum(-1)[0] > 1e-6
+        axis: (fill(block := STDiTBlock(32, 4, axis), 0.2)(x, condition) - block(changed, condition)).abs().sum(-1)[0]
+        > 1e-6
         for axis in AXES
     }
     assert moved["joint"].all()

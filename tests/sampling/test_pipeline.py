@@ -13,7 +13,9 @@ from stdit.vae import TinyVAE
 @pytest.fixture
 def make(tiny_model):
     def build(objective: str = "flow", scheduler=None, **changes) -> STDiTPipeline:
-        model = tiny_model(in_channels=16, num_classes=3, class_names=["a", "b", "c"], learn_sigma=objective == "ddpm", **changes)
+        model = tiny_model(
+            in_channels=16, num_classes=3, class_names=["a", "b", "c"], learn_sigma=objective == "ddpm", **changes
+        )
         vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
         scheduler = scheduler or STDiTScheduler(objective)
         return STDiTPipeline(model, vae, scheduler, 5, 32, 32, 8.0, objective, vae.fingerprint())
@@ -104,7 +106,10 @@ def test_the_wrong_vae_is_refused(make):
         ("flow", diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
         ("flow", diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)),
         ("ddpm", diffusers.DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")),
-        ("ddpm", diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, variance_type="learned_range", clip_sample=False)),
+        (
+            "ddpm",
+            diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, variance_type="learned_range", clip_sample=False),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )

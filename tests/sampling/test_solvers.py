@@ -35,7 +35,9 @@ def test_deterministic_solvers_follow_the_exact_flow(path, solver):
 def test_heun_is_of_second_order_and_euler_of_first():
     noise, path = torch.randn(1, 1, 1, 4, 4, dtype=torch.float64), FlowPath()
     errors = {
-        (solver, n): (solve(generate(noise, path.schedule(n).double()), ideal(path), path, solver) - SPREAD * noise).abs().max()
+        (solver, n): (solve(generate(noise, path.schedule(n).double()), ideal(path), path, solver) - SPREAD * noise)
+        .abs()
+        .max()
         for solver in ("euler", "heun")
         for n in (20, 40)
     }

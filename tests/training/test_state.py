@@ -8,7 +8,14 @@ import sys
 import pytest
 import torch
 
-from stdit.training.state import damage, flatten_optimizer, list_checkpoints, load_checkpoint, restore_optimizer, save_checkpoint
+from stdit.training.state import (
+    damage,
+    flatten_optimizer,
+    list_checkpoints,
+    load_checkpoint,
+    restore_optimizer,
+    save_checkpoint,
+)
 
 
 def state(step: int) -> dict:
@@ -99,7 +106,9 @@ def test_fifty_kills_while_writing_lose_no_saved_step(tmp_path):
 
     last = 0
     for trial in range(50):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), str(last)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(last)], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline() == "ready\n"
         try:
             process.wait(timeout=random.Random(trial).uniform(0.005, 0.1))
@@ -118,7 +127,10 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_says_what_is_needed(folder):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"Checkpoint of step 4 could not be written .* MB are free; earlier checkpoints are untouched"):
+        with pytest.raises(
+            OSError,
+            match=r"Checkpoint of step 4 could not be written .* MB are free; earlier checkpoints are untouched",
+        ):
             save_checkpoint(folder, 4, state(4), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

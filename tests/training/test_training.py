@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import train
 from safetensors.torch import load_file
 
-import train
 from stdit.training.state import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,12 +39,16 @@ def go(*overrides: str) -> int:
 
 def tensors(name: str, step: int) -> dict:
     folder = Path("checkpoints") / name / f"step-{step}"
-    return {f"{file.stem}/{key}": value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    return {
+        f"{file.stem}/{key}": value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()
+    }
 
 
 def losses(name: str) -> list[tuple]:
     with open(f"output/{name}/training_metrics.csv", newline="") as stream:
-        return [tuple(row[key] for key in ("step", "loss", "lr", "grad_norm", "skipped")) for row in csv.DictReader(stream)]
+        return [
+            tuple(row[key] for key in ("step", "loss", "lr", "grad_norm", "skipped")) for row in csv.DictReader(stream)
+        ]
 
 
 def assert_same_run(a: str, b: str, step: int) -> None:
@@ -57,7 +61,14 @@ def assert_same_run(a: str, b: str, step: int) -> None:
 def test_a_run_leaves_the_record_that_was_promised(home):
     assert go() == 0
     output = home / "output" / "t"
-    for name in ("training_metrics.csv", "training_curves.png", "generated_samples.pt", "target_samples.pt", "summary.json", "config.yaml"):
+    for name in (
+        "training_metrics.csv",
+        "training_curves.png",
+        "generated_samples.pt",
+        "target_samples.pt",
+        "summary.json",
+        "config.yaml",
+    ):
         assert (output / name).stat().st_size > 0
     assert (output / "samples" / "contact_sheet.png").is_file()
     assert torch.load(output / "generated_samples.pt", weights_only=True).shape == (2, 3, 5, 32, 32)
@@ -65,7 +76,9 @@ def test_a_run_leaves_the_record_that_was_promised(home):
     assert json.loads((output / "summary.json").read_text())["step"] == 6
     from stdit import STDiTPipeline
 
-    clips = STDiTPipeline.from_pretrained("models/t")(class_labels=["circle left"], num_inference_steps=2, progress=False)
+    clips = STDiTPipeline.from_pretrained("models/t")(
+        class_labels=["circle left"], num_inference_steps=2, progress=False
+    )
     assert clips.shape == (1, 3, 5, 32, 32)
     assert len(list_checkpoints(home / "checkpoints" / "t")) == 2
 
@@ -91,7 +104,9 @@ def test_a_signal_finishes_the_step_saves_and_exits_143(home):
     assert go("name=whole", "train.steps=40", "train.samples=0", "train.decay_steps=50") == 0
     timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    code = go("name=cut", "train.steps=4000", "train.samples=0", "train.decay_steps=50", "train.checkpoint_every=100000")
+    code = go(
+        "name=cut", "train.steps=4000", "train.samples=0", "train.decay_steps=50", "train.checkpoint_every=100000"
+    )
     timer.cancel()
     assert code == 143
     step = int(list_checkpoints(home / "checkpoints" / "cut")[0].name.removeprefix("step-"))
@@ -185,7 +200,10 @@ def test_unreadable_files_are_named_in_the_summary_and_too_many_stop_the_run(hom
         (["train.lrr=1"], "Key 'lrr' not in 'TrainConfig'. Did you mean: 'lr'"),
         (["train.lr=fast"], "'fast'"),
         (["train.steps"], "is no override; write key=value"),
-        (["data.height=40"], "height=40 gives 5 latents, which patches of 2 do not divide. Use 32 or 48"),
+        (
+            ["data.height=40", "data.width=40"],
+            "height=40 gives 5 latents, which patches of 2 do not divide. Use 32 or 48",
+        ),
         (["data.height=33", "data.width=33"], "Use 32 or 40"),
         (["data.num_frames=6"], "Use 5 or 9"),
         (["data.num_frames=-1"], "data.num_frames=-1"),
@@ -197,7 +215,7 @@ def test_unreadable_files_are_named_in_the_summary_and_too_many_stop_the_run(hom
         (["data.source=videos", "data.manifest=none.csv"], "data.manifest='none.csv' does not exist"),
         (["data.source=latents", "data.root=empty"], "holds no cached latents"),
         (["vae.name=tinny"], "vae.name 'tinny' is no folder"),
-        (["name=../x"], "is no folder name".replace("no", "not a")),
+        (["name=../x"], "is not a folder name"),
         (["train.resume=elsewhere"], "holds no checkpoints"),
         (["model.axes=[spacial]"], "'spacial'"),
         (["objective.name=edm"], "edm"),
@@ -245,7 +263,9 @@ def test_one_and_two_processes_agree_on_the_loss(home):
     assert go("name=one", "train.samples=0", "train.steps=5") == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(ROOT / "tools/train.py"),
                "t.yaml", "name=two", "train.samples=0", "train.steps=5"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for a, b in zip(losses("one"), losses("two"), strict=True):
         assert float(a[1]) == pytest.approx(float(b[1]), rel=1e-6)

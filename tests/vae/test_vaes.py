@@ -36,7 +36,10 @@ def vae(request):
 @pytest.fixture(scope="module")
 def clip(vae):
     frames = vae.pixel_frames(1) + 2 * (vae.frame_step or vae.stride[0])
-    return torch.rand(2, 3, frames, 2 * vae.stride[1], 2 * vae.stride[2], generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (
+        torch.rand(2, 3, frames, 2 * vae.stride[1], 2 * vae.stride[2], generator=torch.Generator().manual_seed(0)) * 2
+        - 1
+    )
 
 
 @torch.no_grad()
@@ -57,7 +60,9 @@ def test_latents_are_normalised_by_the_vaes_own_statistics(vae, clip):
     vae.latent_std.copy_(std * 2)
     try:
         shape = (1, -1, 1, 1, 1)
-        torch.testing.assert_close(vae.encode(clip), (latents * std.view(shape) - 0.5) / (2 * std.view(shape)), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            vae.encode(clip), (latents * std.view(shape) - 0.5) / (2 * std.view(shape)), atol=1e-5, rtol=1e-4
+        )
         torch.testing.assert_close(vae.decode(vae.encode(clip)), decoded, atol=1e-4, rtol=1e-3)
     finally:
         vae.latent_mean.copy_(mean)
