@@ -83,7 +83,10 @@ def main(argv: list[str] | None = None) -> int:
 
     began = time.time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    accelerator = Accelerator(mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve(config.train.precision, device)])
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # said outright, or two processes on CPUs would be two runs of one
+        mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve(config.train.precision, device)],
+    )
     check_batch(config, accelerator.num_processes)
     dataset = build_dataset(config.data)
     vae = load_vae(config.vae.name).to(accelerator.device)

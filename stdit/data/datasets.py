@@ -154,7 +154,7 @@ class Images(_TableDataset):
 class IdxImages:
     """Grey images of an idx file (digits) with the labels beside it, as one-frame clips."""
 
-    class_names = None
+    class_names: list[str] | None = None
 
     def __init__(self, root: Path, config: DataConfig):
         images = sorted(p for p in ([root] if root.is_file() else root.iterdir()) if "images-idx3" in p.name)
@@ -189,7 +189,8 @@ class IdxImages:
 class MovingShapes:
     """Shapes drawn as they are asked for, clip `index` always the same."""
 
-    num_classes, class_names = len(CLASS_NAMES), list(CLASS_NAMES)
+    num_classes = len(CLASS_NAMES)
+    class_names: list[str] | None = list(CLASS_NAMES)
 
     def __init__(self, config: DataConfig):
         if config.height != config.width:
