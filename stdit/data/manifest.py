@@ -73,8 +73,8 @@ def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
     root = Path(root)
     if not root.is_dir():
         raise ValueError(
-            f"data.root={str(root)!r} does not exist; give a folder of {what}, or draw some: "
-            f"python tools/make_shapes.py --output data/shapes --num-clips 480, then data.root=data/shapes."
+            f"data.root={str(root)!r} does not exist; give a folder of {what}, or try it on shapes drawn as it goes: "
+            "data.source=shapes."
         )
     inside, found = root.resolve(), []
     for folder, folders, files in os.walk(root):  # does not follow links to folders, which may be endless

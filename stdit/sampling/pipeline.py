@@ -14,7 +14,7 @@ from stdit.sampling.guidance import guided
 from stdit.sampling.plan import generate
 from stdit.sampling.scheduler import STDiTScheduler, check_compatible
 from stdit.sampling.solvers import solve
-from stdit.sources import locate
+from stdit.sources import check_reachable, locate
 from stdit.vae import as_video_vae
 
 Labels = Sequence[int | str] | int | str | Tensor | None
@@ -78,6 +78,7 @@ class STDiTPipeline(DiffusionPipeline):
         if folder.is_dir() and not any((folder / "transformer").glob("*.safetensors*")):
             raise ValueError(f"{source!r} has no weights (transformer/*.safetensors); train again, or copy them there.")
         try:
+            check_reachable(source, "model_index.json", options)
             return super().from_pretrained(source, use_safetensors=True, **options, **kwargs)
         except OSError as error:
             raise ValueError(f"{source!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error

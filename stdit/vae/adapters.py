@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from stdit.sources import locate
+from stdit.sources import check_reachable, locate
 from stdit.vae.base import VideoVAE
 from stdit.vae.tiny import TinyVAE
 from stdit.variants import pick
@@ -154,6 +154,7 @@ def _from_diffusers(source: str, options: dict, name: str, dtype: torch.dtype) -
 
     offline = "vae.name=tiny works without any download"
     try:
+        check_reachable(source, "config.json", options)
         config = diffusers.AutoencoderKL.load_config(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]

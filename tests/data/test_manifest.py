@@ -74,7 +74,7 @@ def test_folders_by_class_give_labels_and_a_flat_folder_none(tmp_path):
 
 
 def test_a_missing_folder_names_a_way_to_make_one(tmp_path):
-    with pytest.raises(ValueError, match=r"does not exist; .*make_shapes"):
+    with pytest.raises(ValueError, match=r"does not exist; .*data.source=shapes"):
         scan_folder(tmp_path / "none", VIDEO_SUFFIXES, "videos")
 
 
