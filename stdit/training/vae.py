@@ -26,8 +26,8 @@ class VAEDataConfig:
 
 @dataclass
 class VAETrainConfig:
-    steps: int = 9000
-    decay_steps: int = 9000
+    steps: int = 13500
+    decay_steps: int = 13500
     warmup_steps: int = 100
     lr: float = 4e-3
     optimizer: Literal["muon", "adamw"] = "muon"  # after 300 steps muon is 3.9 dB ahead
