@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--frames", type=int)
     parser.add_argument("--size", type=int)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--solver")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)

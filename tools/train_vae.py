@@ -113,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         preview(average, held_out, output / "reconstructions.png")
         average.half().save_pretrained(args.export)
         record = {"step": step, "config": asdict(config), **scores}
+        data = record["config"]["data"]  # names, not places on this machine
+        data["root"], data["images"] = Path(data["root"]).name, [Path(path).name for path in data["images"]]
         (Path(args.export) / "training.json").write_text(json.dumps(record, indent=1) + "\n")
         print(scores)
         return 0
