@@ -11,6 +11,9 @@ import hashlib
 import json
 import os
 import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,31 +29,46 @@ from stdit.training.run import write_text
 from stdit.vae import load_vae
 
 
-def encode_shard(dataset, vae, indices: list[int], seed: int, device: str) -> tuple[torch.Tensor, list, dict[str, str]]:
-    """Latents (N, C, T, h, w) float16, labels, and the files that could not be read."""
-    latents, labels, bad, pixels = [], [], {}, []
+def encode_shard(
+    dataset, vae, indices: list[int], seed: int, device: str
+) -> tuple[torch.Tensor, list, dict[str, str], float]:
+    """Latents (N, C, T, h, w) float16, labels, the files that could not be read, and the seconds waited for data.
 
-    def flush() -> None:
-        if pixels:
-            batch = torch.stack(pixels).to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-            with torch.no_grad(), autocast("auto", device):
-                encoded = vae.encode(batch.to(vae.dtype)).float().cpu()
-            if not torch.isfinite(encoded).all():
-                raise ValueError(f"VAE {vae.name!r} gave latents that are not finite; use it in float32.")
-            latents.append(encoded.half())
-            pixels.clear()
+    Threads read the next clips while these are encoded (decoding leaves Python's lock).
+    """
+    latents, labels, bad, waited = [], [], {}, 0.0
 
-    for index in indices:
+    def read(index: int) -> torch.Tensor | VideoError:
         try:
-            pixels.append(dataset.load(index, keyed_rng("sample", seed, index))["pixels"])
+            return dataset.load(index, keyed_rng("sample", seed, index))["pixels"]
         except VideoError as error:
-            bad[dataset.name(index)] = str(error)
-            continue
-        labels.append(dataset.label(index))
-        if len(pixels) == 32:
-            flush()
-    flush()
-    return (torch.cat(latents) if latents else torch.zeros(0)), labels, bad
+            return error
+
+    chunks = [indices[i : i + 32] for i in range(0, len(indices), 32)]
+    with ThreadPoolExecutor(3) as pool:
+        ahead = deque([pool.submit(read, i) for i in chunk] for chunk in chunks[:4])
+        for number, chunk in enumerate(chunks):
+            futures = ahead.popleft()
+            ahead.extend([pool.submit(read, i) for i in later] for later in chunks[number + 4 : number + 5])
+            began = time.perf_counter()
+            samples = dict(zip(chunk, (future.result() for future in futures), strict=True))
+            waited += (time.perf_counter() - began) * (number > 0)  # the first clips have nothing to hide behind
+            bad |= {dataset.name(i): str(sample) for i, sample in samples.items() if isinstance(sample, VideoError)}
+            good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
+            if good:
+                latents.append(_encode(vae, torch.stack(list(good.values())), device))
+                labels += [dataset.label(i) for i in good]
+    return (torch.cat(latents) if latents else torch.zeros(0)), labels, bad, waited
+
+
+@torch.no_grad()
+def _encode(vae, pixels: torch.Tensor, device: str) -> torch.Tensor:
+    batch = pixels.to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    with autocast("auto", device):
+        encoded = vae.encode(batch.to(vae.dtype)).float().cpu()
+    if not torch.isfinite(encoded).all():
+        raise ValueError(f"VAE {vae.name!r} gave latents that are not finite; use it in float32.")
+    return encoded.half()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     _check_same(output, head)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    waited, began = 0.0, time.perf_counter()
     starts = range(0, len(dataset), args.shard_size)
     progress = tqdm(starts[rank::world], unit="shard", desc="encoding", disable=rank > 0)
     for start in progress:
@@ -87,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         if _whole(output, name):
             continue
         indices = list(range(start, min(start + args.shard_size, len(dataset))))
-        latents, labels, bad = encode_shard(dataset, vae, indices, config.seed, device)
+        latents, labels, bad, seconds = encode_shard(dataset, vae, indices, config.seed, device)
+        waited += seconds
         beside = output / f".{os.getpid()}-{name}.safetensors"
         save_file({"latents": latents}, beside)
         digest = hashlib.sha256(beside.read_bytes()).hexdigest()
@@ -105,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     write_text(output / "cache.json", json.dumps({**head, "shards": records, "skipped": bad}))
     for reason in list(bad.values())[:10]:
         print(f"skipped a file: {reason}")
+    print(f"waited {waited:.1f} s of {time.perf_counter() - began:.1f} s for data")
     print(
         f"{len(dataset) - len(bad)} clips as latents of {config.vae.name!r} in {output}"
         + (f"; {len(bad)} skipped" if bad else "")

@@ -16,9 +16,9 @@ AXES = {
 }
 
 
-# On CPUs the fused kernel's backward pass is up to five times slower than plain products for short sequences
-# (docs/benchmarks.md, `tools/bench.py attention`).
-_SHORT = 512
+def _short_in_16_bits(query: Tensor) -> bool:
+    """Where plain products beat CPUs' fused kernel, whose backward pass is slow in bfloat16 (`tools/bench.py attention`)."""
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[1] <= 256
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class AxialAttnProcessor:
         )
         query, key, value = qkv[0], qkv[1], qkv[2]
         query, key = attn.q_norm(query), attn.k_norm(key)
-        if self._attention_backend is None and query.device.type == "cpu" and query.shape[1] <= _SHORT:
+        if self._attention_backend is None and _short_in_16_bits(query):
             out = explicit_attention(query, key, value)
         else:
             out = dispatch_attention_fn(
