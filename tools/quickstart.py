@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"done in {(time.time() - began) / 60:.1f} minutes. Look at output/quickstart/samples/contact_sheet.png, then try:"
         )
-        print('  .venv/bin/python tools/sample_video.py --class-label "triangle up" --frames 25 --seed 7 --gif')
+        print(
+            '  .venv/bin/python tools/sample_video.py --model models/quickstart --class-label "triangle up" --frames 25 --seed 7 --gif'
+        )
     return code
 
 
