@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     began = time.time()
     if not native_bf16():
-        print("This CPU has no bfloat16 instructions: training runs in float32, about half as fast.")
+        print("This CPU has no bfloat16 instructions: training runs in float32, at about two thirds of the speed.")
     print("1/3  drawing clips of moving shapes")
     make_shapes.main(["--output", "data/shapes", "--num-clips", str(args.num_clips)])
     print("2/3  encoding them with the tiny VAE")

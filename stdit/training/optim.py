@@ -7,7 +7,7 @@ from torch import nn
 def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
     """AdamW; or Muon for the hidden matrices and AdamW for the rest (embeddings, modulation, head, vectors).
 
-    Muon at the root-mean-square of AdamW's updates learns several times faster in short runs (docs/benchmarks.md).
+    Muon at the root-mean-square of AdamW's updates learnt faster in the short runs tried (docs/benchmarks.md).
     """
     named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
     if name == "adamw":
