@@ -105,7 +105,9 @@ class TorchcodecReader(_OtherReader):
             ) from error
         try:
             self._reader = VideoDecoder(self.path, seek_mode="exact", dimension_order="NHWC", num_ffmpeg_threads=1)
-            times = self._reader.get_frames_in_range(0, len(self._reader)).pts_seconds.numpy()
+            count = len(self._reader)  # a few frames at a time: only their times are kept
+            steps = [(i, min(i + 16, count)) for i in range(0, count, 16)]
+            times = np.concatenate([self._reader.get_frames_in_range(*step).pts_seconds.numpy() for step in steps])
         except Exception as error:
             raise VideoError(
                 f"{self.path!r} is not a video torchcodec reads ({error}); try the backend 'pyav'."
