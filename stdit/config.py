@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stdit.checkpoint.inflate import InitFrom
 from stdit.data.datasets import DataConfig
 from stdit.diffusion.objective import ObjectiveConfig
 from stdit.model.config import ModelConfig
@@ -33,6 +34,7 @@ class Config:
     vae: VAEChoice = field(default_factory=VAEChoice)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    init_from: InitFrom = field(default_factory=InitFrom)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 

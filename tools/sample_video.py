@@ -59,7 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--fps", type=float)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument(
+        "--steps", type=lambda s: int(s) if s.isdecimal() else s, default=30, help="a number; for DDPM also ddim50"
+    )
+    parser.add_argument(
+        "--guidance-channels",
+        type=int,
+        help="guide only the first so many latent channels (DiT's published samples: 3)",
+    )
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
     parser.add_argument("--solver", help="euler, heun, ddim or ddpm; default: the model's")
@@ -80,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         "model": str(model), "task": args.task, "class_labels": labels, "num_frames": frames,
         "height": args.height or pipe.config.height, "width": args.width or pipe.config.width,
         "num_inference_steps": args.steps, "guidance_scale": args.guidance, "guidance_interval": list(args.guidance_interval),
-        "solver": args.solver, "seed": args.seed,
+        "guidance_channels": args.guidance_channels, "solver": args.solver, "seed": args.seed,
     }  # fmt: skip
     numbers = pipe.labels(labels, args.num_videos)
     count = len(numbers) if numbers is not None else args.num_videos
@@ -88,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = output_paths(args, model, [None] * count, suffix, settings)
     clips = pipe(
         numbers, frames, args.height, args.width, args.steps, args.guidance, tuple(args.guidance_interval), args.seed,
-        count, args.solver,
+        count, args.solver, guidance_channels=args.guidance_channels,
     )  # fmt: skip
     names = pipe.transformer.config.class_names
     for i, (path, clip) in enumerate(zip(paths, clips, strict=True)):

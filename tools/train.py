@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 
+from stdit.checkpoint.inflate import inflate, inflated_arguments
 from stdit.config import Config, load_typed, to_plain
 from stdit.data.datasets import CachedLatents, Dataset, build_dataset
 from stdit.data.loader import batches
@@ -42,12 +43,17 @@ def build_model(config: Config, vae: VideoVAE, dataset: Dataset, objective: Obje
             f"model.num_classes={classes} but the data has no labels; use model.num_classes=0, folders by class or a manifest with labels."
         )
     arguments = model_arguments(config.model)
+    image = STDiT.from_pretrained(config.init_from.path) if config.init_from.path else None
+    if image is not None:
+        arguments |= inflated_arguments(image, arguments, config.model.depth, config.init_from)
     shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width, arguments["patch_size"])
     names = dataset.class_names if classes == dataset.num_classes else None
     model = STDiT(
         **arguments, in_channels=vae.channels, num_classes=classes, sample_size=shape,
         learn_sigma=objective.learns_sigma, class_names=names,
     )  # fmt: skip
+    if image is not None:
+        print(f"from {config.init_from.path}: {inflate(image, model, config.init_from).keeps}")
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model

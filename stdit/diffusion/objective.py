@@ -60,7 +60,7 @@ class Objective(ABC):
         return self.path.timestep(levels)
 
     @abstractmethod
-    def schedule(self, steps: int, tokens: int) -> Tensor:
+    def schedule(self, steps: int | str, tokens: int) -> Tensor:
         """(steps + 1,) levels from noise to 0 for sampling a clip of `tokens` latent positions."""
 
 
@@ -83,7 +83,7 @@ class FlowObjective(Objective):
     def loss(self, output: Tensor, x: Tensor, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
         return (output.float() - (noise - clean)).square().mean(dim=(1, 3, 4))
 
-    def schedule(self, steps: int, tokens: int) -> Tensor:
+    def schedule(self, steps: int | str, tokens: int) -> Tensor:
         return self._shift(self.path.schedule(steps), tokens)
 
 
@@ -112,7 +112,7 @@ class DDPMObjective(Objective):
         bound = variational_bound(self.path, x, clean, frozen, levels, 1 / self.path.num_steps)
         return simple + bound.mean(dim=(1, 3, 4)).to(simple.dtype)
 
-    def schedule(self, steps: int, tokens: int) -> Tensor:
+    def schedule(self, steps: int | str, tokens: int) -> Tensor:
         return self.path.schedule(steps)
 
 

@@ -32,8 +32,11 @@ class FlowPath:
         """The model's clock to levels."""
         return timestep.float() / 1000
 
-    def schedule(self, steps: int) -> Tensor:
+    def schedule(self, steps: int | str) -> Tensor:
         """(steps + 1,) levels from 1 to 0, evenly spaced."""
+        if not str(steps).isdecimal():
+            raise ValueError(f"num_inference_steps={steps!r} is a choice among DDPM's steps; flow takes a number.")
+        steps = int(steps)
         return torch.linspace(1, 0, steps + 1)
 
     def coordinates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,16 +77,32 @@ class DDPMPath:
     def levels(self, timestep: Tensor) -> Tensor:
         return (timestep.float() + 1) / self.num_steps
 
-    def schedule(self, steps: int) -> Tensor:
-        """(steps + 1,) levels: `steps` of the thousand, evenly spaced from last to first, then 0."""
-        if not 1 <= steps <= self.num_steps:
-            raise ValueError(f"num_inference_steps={steps} does not fit DDPM's {self.num_steps} steps. Use 1 to 1000.")
-        kept = (
-            torch.linspace(0, self.num_steps - 1, steps, dtype=torch.float64).round()
-            if steps > 1
-            else torch.tensor([999.0])
-        )
+    def schedule(self, steps: int | str) -> Tensor:
+        """(steps + 1,) levels: `steps` of the thousand, evenly spaced from last to first, then 0.
+
+        As a text, "250" is the same and "ddim50" strides by a whole number from step 0 (DiT's `space_timesteps`).
+        """
+        kept = torch.tensor(self.kept_steps(steps), dtype=torch.float64)
         return torch.cat([(kept.flip(0) + 1) / self.num_steps, torch.zeros(1, dtype=torch.float64)]).float()
+
+    def kept_steps(self, steps: int | str) -> list[int]:
+        """The steps in 0..999 that a schedule visits, rising."""
+        strided = isinstance(steps, str) and steps.startswith("ddim")
+        digits = str(steps).removeprefix("ddim")
+        count = int(digits) if digits.isdecimal() else 0
+        if not 1 <= count <= self.num_steps:
+            raise ValueError(
+                f"num_inference_steps={steps!r} does not fit DDPM's {self.num_steps} steps. Use 1 to 1000, or ddim50."
+            )
+        if strided:
+            for stride in range(1, self.num_steps + 1):
+                if len(kept := range(0, self.num_steps, stride)) == count:
+                    return list(kept)
+            near = len(range(0, self.num_steps, round(self.num_steps / count)))
+            raise ValueError(f"num_inference_steps={steps!r}: no whole stride visits {count} steps. Use ddim{near}.")
+        if count == 1:
+            return [self.num_steps - 1]
+        return [round(i * (self.num_steps - 1) / (count - 1)) for i in range(count)]
 
     def coordinates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha_sigma(levels.double())

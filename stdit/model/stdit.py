@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from stdit.model.config import size_arguments
-from stdit.model.trunks import stack
+from stdit.model.trunks import stack, time_entries
 from stdit.nn.attention import AXES
 from stdit.nn.blocks import FinalLayer, STDiTBlock
 from stdit.nn.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder
@@ -25,7 +26,10 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
     """Spacetime diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers", grown in time).
 
     `sample_size` (T, H, W) is the latent size it was made for, a hint and no limit. `class_names` are accepted
-    wherever a label is. Raises ValueError for widths that do not divide and unknown axes.
+    wherever a label is. The last six are for weights made elsewhere: the clock they expect (`clock_scale`,
+    `clock_reversed`, `frequency_shift`), an epsilon, where time enters ("attention", or "stream" as in Latte), and
+    which block of an image model each block was (None: inserted). Raises ValueError for widths that do not divide
+    and unknown axes.
     """
 
     _supports_gradient_checkpointing = True
@@ -48,6 +52,12 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         learn_sigma: bool = True,
         qk_norm: bool = False,
         class_names: Sequence[str] | None = None,
+        clock_scale: float = 1.0,
+        clock_reversed: bool = False,
+        frequency_shift: float = 0.0,
+        norm2_eps: float = 1e-6,
+        time_entry: str = "attention",
+        block_sources: Sequence[int | None] | None = None,
     ):
         super().__init__()
         _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
@@ -57,10 +67,14 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         self.gradient_checkpointing = False
 
         self.x_embedder = PatchEmbed(self.patch_size, in_channels, hidden_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(
+            hidden_size, scale=clock_scale, reverse=clock_reversed, frequency_shift=frequency_shift
+        )
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
+        cycle = [axes[i % len(axes)] for i in range(depth)]
         self.blocks = nn.ModuleList(
-            STDiTBlock(hidden_size, num_heads, axes[i % len(axes)], mlp_ratio, qk_norm) for i in range(depth)
+            STDiTBlock(hidden_size, num_heads, axis, mlp_ratio, qk_norm, time, norm2_eps)
+            for axis, time in zip(cycle, time_entries(time_entry, cycle), strict=True)
         )
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels)
         self.initialize_weights()
@@ -72,7 +86,12 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "STDiT":
-        """Load safetensors and config.json; ValueError if a key is missing or unexpected (nothing is half loaded)."""
+        """Load safetensors and config.json, of a pipeline's folder its transformer.
+
+        ValueError if a key is missing or unexpected (nothing is half loaded).
+        """
+        if (Path(pretrained_model_name_or_path) / "model_index.json").is_file():
+            kwargs.setdefault("subfolder", "transformer")
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)

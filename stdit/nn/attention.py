@@ -37,7 +37,7 @@ class AxialAttnProcessor:
     def __call__(self, attn: "Attention", hidden_states: Tensor) -> Tensor:
         fold, unfold = AXES[attn.axis]
         b, t, s, _ = hidden_states.shape
-        if attn.axis != "spatial" and t > 1:
+        if attn.adds_time and t > 1:
             time = time_positions(t, hidden_states.shape[-1]).to(hidden_states)
             hidden_states = hidden_states + time[:, None]
         qkv = rearrange(
@@ -64,7 +64,8 @@ class QKNorm(nn.RMSNorm):
 class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention along `axis` of (B, T, S, D).
 
-    Time enters here, inside temporal and joint attention, and is zero at frame 0 (see `time_positions`).
+    Time enters here, inside temporal and joint attention, and is zero at frame 0 (see `time_positions`); not with
+    `adds_time=False`, for weights that found it in the stream.
     """
 
     _default_processor_cls = AxialAttnProcessor
@@ -72,9 +73,9 @@ class Attention(nn.Module, AttentionModuleMixin):
     _supports_qkv_fusion = False  # DiT's projection is one already
     is_cross_attention = False
 
-    def __init__(self, dim: int, num_heads: int, axis: str = "joint", qk_norm: bool = False):
+    def __init__(self, dim: int, num_heads: int, axis: str = "joint", qk_norm: bool = False, adds_time: bool = True):
         super().__init__()
-        self.heads, self.axis = num_heads, axis
+        self.heads, self.axis, self.adds_time = num_heads, axis, adds_time and axis != "spatial"
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = QKNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = QKNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()

@@ -5,23 +5,38 @@ from torch import Tensor, nn
 from stdit.nn.attention import Attention
 from stdit.nn.mlp import Mlp
 from stdit.nn.modulation import AdaLNZero, Modulation
+from stdit.nn.positions import frame_positions
 
 
 class STDiTBlock(nn.Module):
     """Pre-norm block with adaLN-Zero: the identity when fresh (DiT, section 3.2).
 
-    hidden_states: (B, T, S, D); condition: (B, T|1, S|1, D).
+    hidden_states: (B, T, S, D); condition: (B, T|1, S|1, D). `time`: where frames learn their place: "attention"
+    (inside it), "stream" (added to what passes through, as Latte does once), "none".
     """
 
-    def __init__(self, dim: int, num_heads: int, axis: str = "joint", mlp_ratio: float = 4.0, qk_norm: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        axis: str = "joint",
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        time: str = "attention",
+        norm2_eps: float = 1e-6,
+    ):
         super().__init__()
+        self.time = time
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(dim, num_heads, axis, qk_norm)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(dim, num_heads, axis, qk_norm, adds_time=time == "attention")
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=norm2_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = AdaLNZero(dim)
 
     def forward(self, hidden_states: Tensor, condition: Tensor) -> Tensor:
+        if self.time == "stream":
+            frames = frame_positions(hidden_states.shape[1], hidden_states.shape[-1]).to(hidden_states)
+            hidden_states = hidden_states + frames[:, None]
         attn_mod, mlp_mod = self.adaLN_modulation(condition)
         hidden_states = hidden_states + attn_mod.gate * self.attn(attn_mod(self.norm1(hidden_states)))
         hidden_states = hidden_states + mlp_mod.gate * self.mlp(mlp_mod(self.norm2(hidden_states)))

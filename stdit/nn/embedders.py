@@ -21,20 +21,31 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps of any shape (...), on 0..1000 -> (..., D): sinusoid of 256 numbers, then an MLP."""
+    """Timesteps of any shape (...), on 0..1000 -> (..., D): sinusoid of 256 numbers, then an MLP.
 
-    def __init__(self, dim: int, frequency_dim: int = 256):
+    Weights made elsewhere may expect another clock: `scale` and `reverse` turn ours into theirs (SiT: 0.001, reversed),
+    `frequency_shift` spreads the frequencies as diffusers' DiT does (1.0).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        frequency_dim: int = 256,
+        scale: float = 1.0,
+        reverse: bool = False,
+        frequency_shift: float = 0.0,
+    ):
         super().__init__()
-        self.frequency_dim = frequency_dim
+        self.frequency_dim, self.scale, self.reverse, self.shift = frequency_dim, scale, reverse, frequency_shift
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, timestep: Tensor) -> Tensor:
         # Always float32: bfloat16 would fold a thousand timesteps into 507.
         half = self.frequency_dim // 2
-        frequencies = torch.exp(
-            -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-        )
-        angles = timestep.float()[..., None] * frequencies
+        exponents = torch.arange(half, dtype=torch.float32, device=timestep.device)
+        frequencies = torch.exp(-math.log(10000) * exponents / (half - self.shift))
+        clock = self.scale * (1000 - timestep.float() if self.reverse else timestep.float())
+        angles = clock[..., None] * frequencies
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
 

@@ -21,6 +21,12 @@ def space_positions(height: int, width: int, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+def frame_positions(frames: int, dim: int) -> Tensor:
+    """(frames, dim) float32: Latte's table, one at half its channels in frame 0."""
+    return sincos(torch.arange(frames), dim).float()
+
+
+@lru_cache(maxsize=64)
 def time_positions(frames: int, dim: int) -> Tensor:
     """(frames, dim) float32, zero at frame 0: an image, or a still first frame, carries no trace of time."""
     table = sincos(torch.arange(frames), dim)

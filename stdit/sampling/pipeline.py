@@ -102,7 +102,7 @@ class STDiTPipeline(DiffusionPipeline):
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 30,
+        num_inference_steps: int | str = 30,
         guidance_scale: float = 2.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
@@ -111,15 +111,21 @@ class STDiTPipeline(DiffusionPipeline):
         batch_size: int = 32,
         precision: Precision = "auto",
         progress: bool = True,
+        guidance_channels: int | None = None,
     ) -> Tensor:
         """Clips (B, 3, F, H, W) in [-1, 1], one a label (`num_videos` for an unconditional model).
 
         Clip i depends on (seed, i) alone, not on its neighbours. Any frame count and size that VAE and patch hold.
+        A DDPM model also takes num_inference_steps="ddim50". guidance_channels: guide only the first so many (DiT: 3).
         """
         labels = self.labels(class_labels, num_videos)
         count = len(labels) if labels is not None else num_videos or 1
-        if num_inference_steps < 1:
+        if isinstance(num_inference_steps, int) and num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps} makes no picture; use 1 or more.")
+        if guidance_channels is not None and not 1 <= guidance_channels <= self.video_vae.channels:
+            raise ValueError(
+                f"guidance_channels={guidance_channels} is outside the latents' 1 to {self.video_vae.channels} channels."
+            )
         size = (num_frames or self.config.num_frames, height or self.config.height, width or self.config.width)
         shape = self.video_vae.latent_shape(*size, self.transformer.patch_size)
         self.set_progress_bar_config(disable=not progress, leave=False)
@@ -128,13 +134,12 @@ class STDiTPipeline(DiffusionPipeline):
             keys = [(seed, i) for i in range(first, min(first + batch_size, count))]
             part = None if labels is None else labels[first : first + batch_size].to(self.device)
             with autocast(precision, self.device):
-                latents = self._sample(
-                    keys, part, shape, num_inference_steps, guidance_scale, guidance_interval, solver
-                )
+                guidance = (guidance_scale, guidance_interval, guidance_channels)
+                latents = self._sample(keys, part, shape, num_inference_steps, guidance, solver)
             clips.append(self.decode(latents))
         return torch.cat(clips)
 
-    def _sample(self, keys, labels, shape, steps, scale, interval, solver) -> Tensor:
+    def _sample(self, keys, labels, shape, steps, guidance, solver) -> Tensor:
         channels = self.video_vae.channels
 
         def draw(step: int) -> Tensor:
@@ -142,7 +147,7 @@ class STDiTPipeline(DiffusionPipeline):
 
         ours = isinstance(self.scheduler, STDiTScheduler)
         objective = (self.scheduler if ours else STDiTScheduler(self.config.objective)).objective
-        output = guided(self.transformer, objective, labels, self.transformer.num_classes, scale, interval)
+        output = guided(self.transformer, objective, labels, self.transformer.num_classes, *guidance)
         if not ours:
             return self._sample_diffusers(output, objective, draw(0), steps)
         schedule = objective.schedule(steps, shape[0] * shape[1] * shape[2])
@@ -178,8 +183,10 @@ class STDiTPipeline(DiffusionPipeline):
 
 
 def _label(value: int | str, classes: int, names: Sequence[str] | None) -> int:
-    if isinstance(value, str) and names and value in names:
-        return list(names).index(value)
+    if isinstance(value, str) and names:
+        for i, name in enumerate(names):  # ImageNet's names are lists: "tench, Tinca tinca"
+            if value == name or value in name.split(", "):
+                return i
     if isinstance(value, str) and not value.lstrip("-").isdecimal():
         choices = f"Choose one of: {', '.join(names)}." if names else f"Use a number from 0 to {classes - 1}."
         raise ValueError(f"class label {value!r} is unknown. {choices}")

@@ -1,0 +1,1 @@
+"""Other people's weights: read safely, renamed exactly, inflated to video."""

@@ -1,0 +1,128 @@
+"""Run the originals with random weights and keep what they say, so that the tests need none of their code.
+
+    python tests/checkpoint/make_reference.py DIT_CLONE SIT_CLONE LATTE_CLONE
+
+Needs clones of facebookresearch/DiT, willisma/SiT and Vchitect/Latte, and `pip install --no-deps timm`. Writes
+reference/*.safetensors beside this file: weights (16 bits would not do), inputs and outputs of a few numbers each.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import torch
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent / "reference"
+SIZE = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 2, "in_channels": 4}
+
+
+def original(clone: str, module: str):
+    """A module of somebody's repository; timm wants torchvision at import only."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("models", "diffusion", "transport")]:
+        del sys.modules[name]
+    sys.path[:] = [clone, *(p for p in sys.path if p != clone)]
+    return importlib.import_module(module)
+
+
+def fill(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Random weights everywhere but in the fixed tables, also where the initialisation leaves zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.named_parameters():
+        if not name.endswith(("pos_embed", "temp_embed")):
+            value.data.copy_(
+                torch.randn(value.shape, generator=generator) * (0.5 if value.ndim == 1 else value.shape[-1] ** -0.5)
+            )
+    return model.eval()
+
+
+def image_case(model, seed: int, times: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = torch.randn(len(times), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return {"x": x, "t": times, "y": labels, "out": model(x, times, labels)}
+
+
+def save(name: str, weights: dict, case: dict) -> None:
+    tensors = {f"weights.{k}": v.contiguous() for k, v in weights.items()} | {
+        k: v.contiguous() for k, v in case.items()
+    }
+    HERE.mkdir(exist_ok=True)
+    save_file(tensors, HERE / f"{name}.safetensors")
+
+
+def networks(dit: str, sit: str, latte: str) -> None:
+    labels = torch.tensor([0, 4, 5, 2, 5, 1])  # 5 is null
+    model = fill(original(dit, "models").DiT(input_size=8, num_classes=5, **SIZE), 1)
+    save("dit", model.state_dict(), image_case(model, 2, torch.tensor([0, 1, 500, 998, 999, 37]), labels))
+    model = fill(original(sit, "models").SiT(input_size=8, num_classes=5, **SIZE), 3)
+    save("sit", model.state_dict(), image_case(model, 4, torch.tensor([0.0, 1.0, 0.5, 0.123, 0.999, 0.37]), labels))
+    for name, extras, seed in (("latte", 2, 5), ("latte_unconditional", 1, 6)):
+        model = original(f"{latte}/models", "latte").Latte(
+            input_size=8, num_classes=5, num_frames=5, extras=extras, **SIZE
+        )
+        model, times = fill(model, seed), torch.tensor([0, 500, 999])
+        x = torch.randn(3, 5, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            out = model(x, times, y=labels[:3] if extras == 2 else None)
+        save(name, model.state_dict(), {"x": x, "t": times, "y": labels[:3], "out": out})
+
+
+def diffusion(dit: str) -> None:
+    """What `GaussianDiffusion` makes of fixed numbers: the network's output is given, not computed."""
+    module = original(dit, "diffusion")
+    respace = importlib.import_module("diffusion.respace")
+    spaced = {spec: sorted(respace.space_timesteps(1000, spec)) for spec in ("25", "250", "ddim50", "ddim25", "7")}
+    HERE.mkdir(exist_ok=True)
+    (HERE / "timesteps.json").write_text(json.dumps(spaced) + "\n")
+
+    generator = torch.Generator().manual_seed(7)
+    t = torch.tensor([0, 1, 2, 250, 500, 998, 999])
+    start, noise, x, extra = (torch.randn(len(t), 2, 3, 3, generator=generator) for _ in range(4))
+    start = (0.5 * start).clamp(-1, 1)
+    out = torch.cat([noise + 0.1 * extra, extra.clamp(-1, 1)], dim=1)
+    full = module.create_diffusion("")
+    mean, variance, _ = full.q_posterior_mean_variance(start, x, t)
+    case = {
+        "t": t, "start": start, "noise": noise, "x": x, "out": out, "q_sample": full.q_sample(start, t, noise),
+        "posterior_mean": mean, "posterior_variance": variance,
+    }  # fmt: skip
+    terms = full.training_losses(lambda x_t, t: out, start, t, noise=noise)
+    case |= {"mse": terms["mse"], "vb": terms["vb"], "loss": terms["loss"]}
+    case["bound"] = full._vb_terms_bpd(
+        lambda x_t, t: out, start, full.q_sample(start, t, noise), t, clip_denoised=False
+    )["output"]
+    for spec in ("", "25", "ddim50"):
+        some = module.create_diffusion(spec)
+        index = torch.tensor([0, 1, 5, 12, some.num_timesteps - 2, some.num_timesteps - 1])
+        n = len(index)
+        torch.manual_seed(8)
+        step = some.p_sample(lambda x_t, t, n=n: out[:n], x[:n], index, clip_denoised=False)
+        torch.manual_seed(8)
+        drawn = torch.randn_like(x[:n])
+        plain = some.ddim_sample(lambda x_t, t, n=n: out[:n], x[:n], index, clip_denoised=False)
+        key = spec or "1000"
+        kept = torch.tensor(some.timestep_map)
+        case |= {
+            f"{key}.index": index, f"{key}.kept": kept, f"{key}.drawn": drawn,
+            f"{key}.ancestral": step["sample"], f"{key}.ddim": plain["sample"],
+        }  # fmt: skip
+    save("diffusion", {}, {k: v.float() if v.is_floating_point() else v for k, v in case.items()})
+
+
+if __name__ == "__main__":
+    for name in (
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.transforms.functional",
+        "torchvision.datasets",
+        "torchvision.ops",
+        "torchvision.ops.misc",
+        "torchvision.models",
+        "torchvision.models.feature_extraction",
+    ):
+        sys.modules[name] = MagicMock()
+    networks(*sys.argv[1:4])
+    diffusion(sys.argv[1])
+    print(*sorted(f"{path.name} {path.stat().st_size / 1000:.0f} kB" for path in HERE.iterdir()), sep="\n")

@@ -1,0 +1,217 @@
+"""Against the originals' own numbers (reference/, made by make_reference.py) and against diffusers itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import load_file
+
+from stdit.checkpoint.convert import from_stdit, to_stdit, write_original
+from stdit.checkpoint.files import Weights, read_weights
+from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.diffusion.paths import DDPMPath
+from stdit.diffusion.predictions import Estimate
+from stdit.diffusion.variational import posterior, variational_bound
+from stdit.sampling.guidance import guided
+from stdit.sampling.plan import Plan
+from stdit.sampling.solvers import ddim, ddpm, solve
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def reference(name: str) -> tuple[dict, dict]:
+    """(weights, inputs and outputs) of an original."""
+    tensors = load_file(REFERENCE / f"{name}.safetensors")
+    weights = {key.removeprefix("weights."): v for key, v in tensors.items() if key.startswith("weights.")}
+    return weights, {key: v for key, v in tensors.items() if not key.startswith("weights.")}
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def convert(name: str, form: str):
+    weights, case = reference(name)
+    return to_stdit(Weights(weights, {}, name), form, {"num_heads": 4}).model, case
+
+
+@torch.no_grad()
+def test_dit_gives_the_originals_numbers_at_every_timestep_and_label():
+    model, case = convert("dit", "dit")
+    ours = model(case["x"][:, :, None], case["t"].float(), case["y"])[:, :, 0]
+    assert max(error(a, b) for a, b in zip(ours, case["out"], strict=True)) < 1e-5
+
+
+@torch.no_grad()
+def test_sit_gives_the_originals_velocity_with_the_sign_and_the_clock_of_ours():
+    model, case = convert("sit", "sit")
+    ours = model(case["x"][:, :, None], 1000 * (1 - case["t"]), case["y"])[:, :, 0]
+    assert ours.shape == case["out"].shape  # the variance channels are gone
+    assert max(error(-a, b) for a, b in zip(ours, case["out"], strict=True)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_sit_points_our_flow_objective_at_its_own_estimate_of_clean_data():
+    model, case = convert("sit", "sit")
+    objective, levels = build_objective(ObjectiveConfig(name="flow")), (1 - case["t"])[:, None]
+    x = case["x"][:, :, None]
+    clean = objective.estimate(model(x, objective.timestep(levels[:, 0]), case["y"]), x, levels).clean[:, :, 0]
+    theirs = case["x"] + (1 - case["t"])[:, None, None, None] * case["out"]  # x_1 = x_t + (1 - t) velocity
+    torch.testing.assert_close(clean, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["latte", "latte_unconditional"])
+@torch.no_grad()
+def test_latte_gives_the_originals_numbers(name):
+    model, case = convert(name, "latte")
+    labels = case["y"] if name == "latte" else None
+    ours = model(case["x"].transpose(1, 2), case["t"].float(), labels).transpose(1, 2)
+    assert max(error(a, b) for a, b in zip(ours, case["out"], strict=True)) < 1e-5
+
+
+def test_latte_with_time_inside_attention_is_another_model():
+    weights, case = reference("latte")
+    other = to_stdit(Weights(weights, {}, "latte"), "latte", {"num_heads": 4, "time_entry": "attention"}).model
+    with torch.no_grad():
+        ours = other(case["x"].transpose(1, 2), case["t"].float(), case["y"]).transpose(1, 2)
+    assert error(ours, case["out"]) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("dit", "dit"), ("sit", "sit"), ("latte", "latte"), ("latte_unconditional", "latte")]
+)
+def test_there_and_back_gives_every_weight_to_the_bit(name, form, tmp_path):
+    weights, _ = reference(name)
+    model, _ = convert(name, form)
+    back = from_stdit(model, form)
+    if form == "sit":  # the unused half of the head is not kept
+        weights = {k: v for k, v in weights.items() if "final_layer.linear" not in k}
+        back = {k: v for k, v in back.items() if "final_layer.linear" not in k}
+    assert set(back) == set(weights)
+    tables = ("pos_embed", "temp_embed")
+    assert all(torch.equal(back[k], weights[k]) for k in weights if k not in tables)
+    assert all(torch.allclose(back[k], weights[k], atol=1e-6) for k in tables if k in weights)
+    write_original(model, form, tmp_path / "back.pt")
+    again = to_stdit(read_weights(tmp_path / "back.pt"), form, {"num_heads": 4}).model
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def random_diffusers(norm_eps: float) -> DiTTransformer2DModel:
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=5, norm_eps=norm_eps,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    for value in theirs.parameters():
+        value.data.copy_(
+            torch.randn(value.shape, generator=generator) * (0.5 if value.ndim == 1 else value.shape[-1] ** -0.5)
+        )
+    first = theirs.transformer_blocks[0].norm1.emb.state_dict()
+    for block in theirs.transformer_blocks:  # copies of one, as in every released folder
+        block.norm1.emb.load_state_dict(first)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("norm_eps", [1e-5, 1e-2])
+@torch.no_grad()
+def test_diffusers_dit_gives_its_own_numbers_through_the_key_map(norm_eps, tmp_path):
+    theirs = random_diffusers(norm_eps)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = to_stdit(read_weights(tmp_path / "theirs"), "diffusers").model  # heads are in its config.json
+    x, t, y = torch.randn(6, 4, 8, 8), torch.tensor([0, 1, 500, 998, 999, 37]), torch.tensor([0, 4, 5, 2, 5, 1])
+    ours, want = model(x[:, :, None], t.float(), y)[:, :, 0], theirs(x, t, y).sample
+    assert max(error(a, b) for a, b in zip(ours, want, strict=True)) < 1e-5
+    write_original(model, "diffusers", tmp_path / "back")
+    again = DiTTransformer2DModel.from_pretrained(tmp_path / "back")
+    assert torch.equal(again(x, t, y).sample, want)
+
+
+@torch.no_grad()
+def test_a_size_that_is_not_square_goes_through_where_the_originals_cannot():
+    model, _ = convert("dit", "dit")
+    wide = model(torch.randn(1, 4, 1, 8, 12, generator=torch.Generator().manual_seed(1)), torch.tensor([3.0]))
+    assert wide.shape == (1, 8, 1, 8, 12)
+
+
+PATH = DDPMPath()
+
+
+def diffusion() -> dict:
+    return {k: v.double() if v.is_floating_point() else v for k, v in reference("diffusion")[1].items()}
+
+
+def frames(x: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, C, 1, H, W)."""
+    return x[:, :, None]
+
+
+def test_noisy_data_posterior_and_bound_are_dits():
+    case = diffusion()
+    levels = ((case["t"] + 1).double() / 1000)[:, None]
+    objective = build_objective(ObjectiveConfig(name="ddpm"))
+    noisy = objective.noisy(frames(case["start"]), frames(case["noise"]), levels)[:, :, 0]
+    torch.testing.assert_close(noisy, case["q_sample"], rtol=0, atol=1e-6)
+    mean, variance, _ = posterior(PATH, frames(case["x"]), frames(case["start"]), levels, levels - 1e-3)
+    torch.testing.assert_close(mean[:, :, 0], case["posterior_mean"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(variance[:, 0, 0, 0, 0], case["posterior_variance"][:, 0, 0, 0], rtol=0, atol=1e-6)
+    estimate = objective.estimate(frames(case["out"]), frames(case["q_sample"]), levels)
+    bound = variational_bound(PATH, frames(case["q_sample"]), frames(case["start"]), estimate, levels, 1e-3)
+    bits = bound.mean(dim=(1, 2, 3, 4))
+    torch.testing.assert_close(bits, case["bound"], rtol=0, atol=1e-6)
+
+
+def test_the_hybrid_loss_is_dits():
+    case = diffusion()
+    levels = ((case["t"] + 1).double() / 1000)[:, None]
+    objective = build_objective(ObjectiveConfig(name="ddpm"))
+    ours = objective.loss(
+        frames(case["out"]), frames(case["q_sample"]), frames(case["start"]), frames(case["noise"]), levels
+    )
+    torch.testing.assert_close(ours[:, 0].double(), case["loss"], rtol=0, atol=1e-6)
+
+
+def test_respaced_timesteps_are_dits():
+    for spec, kept in json.loads((REFERENCE / "timesteps.json").read_text()).items():
+        assert PATH.kept_steps(spec) == kept, spec
+    assert PATH.kept_steps(250) == PATH.kept_steps("250")
+    with pytest.raises(ValueError, match="no whole stride visits 300 steps. Use ddim334"):
+        PATH.kept_steps("ddim300")
+
+
+@pytest.mark.parametrize("spec", ["1000", "25", "ddim50"])
+def test_one_step_of_ddim_and_of_ancestral_sampling_is_dits(spec):
+    case = diffusion()
+    index, kept = case[f"{spec}.index"], case[f"{spec}.kept"]
+    schedule = torch.cat([torch.zeros(1).double(), (kept + 1).double() / 1000])
+    now, after = schedule[index + 1][:, None], schedule[index][:, None]
+    objective, n = build_objective(ObjectiveConfig(name="ddpm")), len(index)
+    x, out = frames(case["x"][:n]), frames(case["out"][:n])
+
+    def predict(x, levels) -> Estimate:
+        return objective.estimate(out, x, levels)
+
+    for step, name in ((ddim, "ddim"), (ddpm, "ancestral")):
+        ours = step(x, now, after, predict, PATH, lambda: frames(case[f"{spec}.drawn"]))[:, :, 0]
+        scale = case[f"{spec}.{name}"].abs().amax(dim=(1, 2, 3)).clamp(min=1)
+        assert ((ours - case[f"{spec}.{name}"]).abs().amax(dim=(1, 2, 3)) / scale).max() < 1e-6
+
+
+def test_guidance_on_three_channels_leaves_the_fourth_and_the_variance_alone(tiny_model):
+    model, objective = tiny_model(axes=["spatial"]), build_objective(ObjectiveConfig(name="ddpm"))
+    x, levels, labels = torch.randn(2, 4, 1, 8, 8), torch.full((1, 1), 0.5), torch.tensor([1, 2])
+    plain, all_of_it, three = (
+        guided(model, objective, labels, 5, *how)(x, levels) for how in ((1.0,), (3.0,), (3.0, (0.0, 1.0), 3))
+    )
+    torch.testing.assert_close(three[:, :3], all_of_it[:, :3])
+    torch.testing.assert_close(three[:, 3:], plain[:, 3:])
+    assert not torch.allclose(all_of_it[:, 3], plain[:, 3])
+
+
+def test_a_whole_chain_respaced_as_in_dit_ends_at_level_zero():
+    levels = PATH.schedule("ddim50")[:, None]
+    assert (len(levels), float(levels[-1])) == (51, 0.0)
+    x = torch.randn(1, 1, 1, 2, 2).double()
+    end = solve(Plan(x, levels), lambda x, t: Estimate(torch.zeros_like(x), x), PATH, "ddim")
+    assert torch.isfinite(end).all()
