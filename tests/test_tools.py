@@ -153,3 +153,14 @@ def test_a_vae_is_trained_stopped_and_resumed_exactly(home):
         assert all(torch.equal(one[key], two[key]) for key in one)
     assert train_vae.main(["v.yaml", "name=whole", "--export", "weights"]) == 0
     assert (home / "weights" / "training.json").is_file()
+
+
+def test_an_image_model_is_trained_and_inflated_by_config_alone(home, capsys):
+    assert train.main(["t.yaml", "name=image", "data.num_frames=1", "train.samples=0"]) == 0
+    video = ["t.yaml", "name=video", "init_from.path=models/image", "model.axes=[spatial,temporal]", "train.samples=0"]
+    with pytest.raises(ValueError, match="model.depth=1 but init_from makes 2 blocks of 1; leave model.depth out"):
+        train.main(video)
+    assert train.main([*video, "model.depth=null"]) == 0
+    assert "on every frame as the image model" in capsys.readouterr().out
+    config = json.loads((home / "models/video/transformer/config.json").read_text())
+    assert (config["depth"], config["block_sources"]) == (2, [0, None])

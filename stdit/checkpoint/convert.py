@@ -40,6 +40,10 @@ def to_stdit(weights: Weights, name: str, given: dict | None = None) -> Converte
         pick(dict.fromkeys(STDiT._get_init_keys(STDiT)), key, "setting of a model")
     tensors = form.to_dit({key: value.float() for key, value in weights.tensors.items()})
     guess = recognise(weights.tensors)
+    if getattr(tensors.get("x_embedder.proj.weight"), "ndim", 4) == 2:
+        raise ValueError(
+            f"{weights.origin!r} are stdit's own weights already; STDiT.from_pretrained loads their folder."
+        )
     if "x_embedder.proj.weight" not in tensors or (guess, name) in (
         ("latte", "dit"),
         ("latte", "sit"),

@@ -8,6 +8,18 @@ SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 CLASS_NAMES = tuple(f"{shape} {direction}" for shape in SHAPES for direction in DIRECTIONS)
 
+# Colours of objects by name, so that captions can say them; each clip's own varies a little around these.
+COLORS = {
+    "red": (0.88, 0.14, 0.14),
+    "orange": (0.94, 0.52, 0.10),
+    "yellow": (0.94, 0.88, 0.16),
+    "green": (0.14, 0.68, 0.24),
+    "cyan": (0.14, 0.78, 0.84),
+    "blue": (0.14, 0.28, 0.90),
+    "purple": (0.54, 0.18, 0.78),
+    "pink": (0.94, 0.50, 0.74),
+}
+
 # How far each shape reaches from its centroid, in units of `size`: left, right, up, down. `size` is the radius of
 # the circle of equal area, so that area says nothing about shape.
 _TRIANGLE_SIDE = np.sqrt(4 * np.pi / np.sqrt(3))
@@ -39,8 +51,14 @@ class ShapeClip:
         return CLASS_NAMES.index(f"{self.shape} {self.direction}")
 
     @property
+    def color_name(self) -> str:
+        """The nearest of `COLORS`."""
+        return min(COLORS, key=lambda name: float(np.linalg.norm(np.subtract(COLORS[name], self.color))))
+
+    @property
     def caption(self) -> str:
-        return f"a {self.shape} moves {self.direction}"
+        article = "an" if self.color_name[0] in "aeiou" else "a"
+        return f"{article} {self.color_name} {self.shape} moves {self.direction}"
 
     def truth(self) -> dict:
         """What the manifest records."""
@@ -99,9 +117,11 @@ def random_clip(
 
 
 def _two_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours that a person tells apart at a glance."""
+    """A colour near one of `COLORS` on a dark or light ground of little colour, told apart at a glance."""
+    color = np.array(list(COLORS.values()))[rng.integers(len(COLORS))] + rng.uniform(-0.05, 0.05, 3)
     while True:
-        color, background = rng.uniform(0.05, 0.95, 3), rng.uniform(0.05, 0.95, 3)
+        grey = rng.uniform(0.05, 0.30) if rng.random() < 0.5 else rng.uniform(0.70, 0.95)
+        background = np.clip(grey + rng.uniform(-0.1, 0.1, 3), 0, 1)
         luma = abs(np.dot(color - background, [0.299, 0.587, 0.114]))
         if np.linalg.norm(color - background) > 0.5 and luma > 0.15:
             return color, background

@@ -14,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from stdit.model.config import size_arguments
+from stdit.model.sockets import is_folder, model_card, register_blocks
 from stdit.model.trunks import stack, time_entries
 from stdit.nn.attention import AXES
 from stdit.nn.blocks import FinalLayer, STDiTBlock
@@ -105,6 +106,26 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
             )
         return loaded if wants_info else model
 
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, **kwargs):
+        """As diffusers', for adapters of this model alone, and from safetensors only."""
+        kwargs.setdefault("use_safetensors", True)
+        kwargs.setdefault("weight_name", "pytorch_lora_weights.safetensors")
+        return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """As diffusers', with a model card; a path to a folder (./mine) writes there and touches no network."""
+        card = model_card(dict(self.config), self.num_parameters())
+        if not is_folder(str(repo_id)):
+            url = super().push_to_hub(repo_id, **kwargs)
+            card.push_to_hub(repo_id, token=kwargs.get("token"))
+            return url
+        folder = Path(repo_id).expanduser()
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{str(folder)!r} is not empty; nothing is overwritten, choose another folder.")
+        self.save_pretrained(folder)
+        card.save(folder / "README.md")
+        return str(folder)
+
     def initialize_weights(self) -> None:
         """DiT's initialisation: xavier for linear layers, 0.02 for embeddings, zero for modulation and head."""
         for module in self.modules():
@@ -150,6 +171,9 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, hidden_states, condition)
         return block(hidden_states, condition)
+
+
+register_blocks()
 
 
 def _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names) -> None:

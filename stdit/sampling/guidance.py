@@ -29,15 +29,17 @@ def guided(
         timestep = objective.timestep(levels).expand(len(x), -1)
         named = model.cache_context(context) if hasattr(model, "cache_context") else nullcontext()
         with named:
-            return model(x.to(getattr(model, "dtype", x.dtype)), timestep, class_labels=of).float()
+            hidden_states = x.to(getattr(model, "dtype", x.dtype))
+            return model(hidden_states=hidden_states, timestep=timestep, class_labels=of).float()
 
     def output(x: Tensor, levels: Tensor) -> Tensor:
         noisiest = float(levels.max())
         if labels is None or scale == 1.0 or not interval[0] <= noisiest <= interval[1]:
             return run(x, levels, labels, "cond")
         null = torch.full_like(labels, null_label)
-        both = run(torch.cat([x, x]), levels.expand(len(x), -1).repeat(2, 1), torch.cat([labels, null]), "cond_uncond")
-        conditional, unconditional = both.chunk(2)
+        # By name, and the unconditional half first: what FasterCache expects.
+        both = run(torch.cat([x, x]), levels.expand(len(x), -1).repeat(2, 1), torch.cat([null, labels]), "cond_uncond")
+        unconditional, conditional = both.chunk(2)
         some = channels or x.shape[1]
         mean = unconditional[:, :some] + scale * (conditional[:, :some] - unconditional[:, :some])
         return torch.cat([mean, conditional[:, some:]], dim=1)

@@ -67,6 +67,13 @@ def test_the_way_back_writes_what_the_original_loads(dit, tmp_path):
     assert all(torch.equal(back[k], dit[k]) for k in dit if k != "pos_embed")
 
 
+def test_our_own_weights_need_no_conversion(dit, tmp_path):
+    save_file(dit, tmp_path / "dit.safetensors")
+    convert(tmp_path / "dit.safetensors", tmp_path / "out", *DIT)
+    with pytest.raises(ValueError, match="are stdit's own weights already"):
+        convert(tmp_path / "out", tmp_path / "again", *DIT)
+
+
 def test_what_another_format_cannot_say_is_not_written(dit, tmp_path):
     save_file(dit, tmp_path / "dit.safetensors")
     convert(tmp_path / "dit.safetensors", tmp_path / "out", *DIT)

@@ -38,18 +38,29 @@ def convert(name: str, form: str):
 
 
 @torch.no_grad()
-def test_dit_gives_the_originals_numbers_at_every_timestep_and_label():
-    model, case = convert("dit", "dit")
-    ours = model(case["x"][:, :, None], case["t"].float(), case["y"])[:, :, 0]
-    assert max(error(a, b) for a, b in zip(ours, case["out"], strict=True)) < 1e-5
+def errors(name: str, form: str) -> list[float]:
+    """Relative error of each sample (each its own timestep and label) against the original."""
+    model, case = convert(name, form)
+    if form == "latte":
+        ours = model(case["x"].transpose(1, 2), case["t"].float(), case["y"] if name == "latte" else None).transpose(
+            1, 2
+        )
+    elif form == "sit":
+        ours = -model(case["x"][:, :, None], 1000 * (1 - case["t"]), case["y"])[
+            :, :, 0
+        ]  # the velocity's sign is turned
+    else:
+        ours = model(case["x"][:, :, None], case["t"].float(), case["y"])[:, :, 0]
+    assert ours.shape == case["out"].shape  # SiT's variance channels are gone on both sides
+    return [error(a, b) for a, b in zip(ours, case["out"], strict=True)]
 
 
-@torch.no_grad()
-def test_sit_gives_the_originals_velocity_with_the_sign_and_the_clock_of_ours():
-    model, case = convert("sit", "sit")
-    ours = model(case["x"][:, :, None], 1000 * (1 - case["t"]), case["y"])[:, :, 0]
-    assert ours.shape == case["out"].shape  # the variance channels are gone
-    assert max(error(-a, b) for a, b in zip(ours, case["out"], strict=True)) < 1e-5
+CASES = [("dit", "dit"), ("sit", "sit"), ("latte", "latte"), ("latte_unconditional", "latte")]
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_the_originals_numbers_come_out_at_every_timestep_and_label(name, form):
+    assert max(errors(name, form)) < 1e-5
 
 
 @torch.no_grad()
@@ -62,15 +73,6 @@ def test_a_sit_points_our_flow_objective_at_its_own_estimate_of_clean_data():
     torch.testing.assert_close(clean, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["latte", "latte_unconditional"])
-@torch.no_grad()
-def test_latte_gives_the_originals_numbers(name):
-    model, case = convert(name, "latte")
-    labels = case["y"] if name == "latte" else None
-    ours = model(case["x"].transpose(1, 2), case["t"].float(), labels).transpose(1, 2)
-    assert max(error(a, b) for a, b in zip(ours, case["out"], strict=True)) < 1e-5
-
-
 def test_latte_with_time_inside_attention_is_another_model():
     weights, case = reference("latte")
     other = to_stdit(Weights(weights, {}, "latte"), "latte", {"num_heads": 4, "time_entry": "attention"}).model
@@ -79,9 +81,7 @@ def test_latte_with_time_inside_attention_is_another_model():
     assert error(ours, case["out"]) > 0.01
 
 
-@pytest.mark.parametrize(
-    ("name", "form"), [("dit", "dit"), ("sit", "sit"), ("latte", "latte"), ("latte_unconditional", "latte")]
-)
+@pytest.mark.parametrize(("name", "form"), CASES)
 def test_there_and_back_gives_every_weight_to_the_bit(name, form, tmp_path):
     weights, _ = reference(name)
     model, _ = convert(name, form)
@@ -114,18 +114,23 @@ def random_diffusers(norm_eps: float) -> DiTTransformer2DModel:
     return theirs.eval()
 
 
-@pytest.mark.parametrize("norm_eps", [1e-5, 1e-2])
 @torch.no_grad()
-def test_diffusers_dit_gives_its_own_numbers_through_the_key_map(norm_eps, tmp_path):
+def diffusers_errors(norm_eps: float, folder: Path) -> list[float]:
+    """Our numbers through the key map against diffusers' own; and the way back gives its very weights."""
     theirs = random_diffusers(norm_eps)
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = to_stdit(read_weights(tmp_path / "theirs"), "diffusers").model  # heads are in its config.json
+    theirs.save_pretrained(folder / "theirs")
+    model = to_stdit(read_weights(folder / "theirs"), "diffusers").model  # heads are in its config.json
     x, t, y = torch.randn(6, 4, 8, 8), torch.tensor([0, 1, 500, 998, 999, 37]), torch.tensor([0, 4, 5, 2, 5, 1])
     ours, want = model(x[:, :, None], t.float(), y)[:, :, 0], theirs(x, t, y).sample
-    assert max(error(a, b) for a, b in zip(ours, want, strict=True)) < 1e-5
-    write_original(model, "diffusers", tmp_path / "back")
-    again = DiTTransformer2DModel.from_pretrained(tmp_path / "back")
+    write_original(model, "diffusers", folder / "back")
+    again = DiTTransformer2DModel.from_pretrained(folder / "back")
     assert torch.equal(again(x, t, y).sample, want)
+    return [error(a, b) for a, b in zip(ours, want, strict=True)]
+
+
+@pytest.mark.parametrize("norm_eps", [1e-5, 1e-2])
+def test_diffusers_dit_gives_its_own_numbers_through_the_key_map(norm_eps, tmp_path):
+    assert max(diffusers_errors(norm_eps, tmp_path)) < 1e-5
 
 
 @torch.no_grad()
@@ -215,3 +220,12 @@ def test_a_whole_chain_respaced_as_in_dit_ends_at_level_zero():
     x = torch.randn(1, 1, 1, 2, 2).double()
     end = solve(Plan(x, levels), lambda x, t: Estimate(torch.zeros_like(x), x), PATH, "ddim")
     assert torch.isfinite(end).all()
+
+
+if __name__ == "__main__":  # python tests/checkpoint/test_exactness.py: the table of docs/weights.md
+    import tempfile
+
+    for name, form in CASES:
+        print(f"{name:<22} {max(errors(name, form)):.1e}")
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"{'diffusers':<22} {max(diffusers_errors(1e-5, Path(folder))):.1e}")

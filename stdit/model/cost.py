@@ -1,0 +1,129 @@
+"""What a model costs before it is built: operations by kind, and the bytes training keeps."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from stdit.model.stdit import STDiT
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """parameters: all but position tables; table: numbers in DiT's table; flops: multiply-adds of one forward, by kind."""
+
+    parameters: int
+    table: int
+    tokens: int
+    flops: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.flops.values())
+
+
+def forward_cost(arguments: dict, latent: Shape) -> Cost:
+    """Count one forward of one clip of `latent` (T, h, w) on the meta device, multiply-adds as DiT's paper counts.
+
+    flops has "attention spatial", "attention temporal", "attention joint" (with their projections), "mlp", "modulation"
+    and "embedding and head".
+    """
+    with torch.device("meta"):
+        model = STDiT(**arguments)
+        inputs = _inputs(model, latent, 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    counts = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
+    flops: dict[str, float] = {}
+    inside = 0.0
+    for i, block in enumerate(model.blocks):
+        kinds = {f"attention {block.attn.axis}": "attn", "mlp": "mlp", "modulation": "adaLN_modulation"}
+        for kind, part in kinds.items():
+            count = counts.get(f"STDiT.blocks.{i}.{part}", 0.0)
+            flops[kind] = flops.get(kind, 0.0) + count
+            inside += count
+    flops["embedding and head"] = counts.get("Global", 0.0) - inside
+    patches = latent[1] // model.patch_size[1] * (latent[2] // model.patch_size[2])
+    return Cost(
+        sum(p.numel() for p in model.parameters()),
+        patches * model.config.hidden_size,
+        latent[0] // model.patch_size[0] * patches,
+        flops,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of training on one device, by part; `activations` of one micro-batch, `working` the largest short-lived part."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    activations: float
+    working: float
+
+    @property
+    def peak(self) -> float:
+        """The most that lives at once: at the end of the forward pass, or while the optimizer steps."""
+        resting = self.weights + self.optimizer + self.average
+        return resting + max(self.activations + self.working, self.gradients + self.working)
+
+
+def training_memory(
+    arguments: dict, latent: Shape, micro_batch: int, optimizer: str, bf16: bool, checkpointing: bool, fused: bool
+) -> Memory:
+    """What a training step of `micro_batch` clips keeps, from a forward pass of tensors that have no storage.
+
+    fused: attention never keeps its matrix (GPUs; on CPUs in float32). Weights, gradients and averages are float32.
+    """
+    forward_cost(arguments, latent)  # fills the caches of position tables with real ones
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = STDiT(**arguments)
+        if fused:
+            for block in model.blocks:
+                block.attn.processor._attention_backend = "native"
+        whole = _saved_bytes(model, latent, micro_batch, bf16)
+        kept = whole
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+            inputs = _saved_bytes(model, latent, micro_batch, bf16)
+            kept = inputs + (whole - inputs) / len(model.blocks)  # one block at a time is computed again
+        size = 4.0 * sum(p.numel() for p in model.parameters())
+        matrices = 4.0 * sum(p.numel() for name, p in model.named_parameters() if _is_hidden(name, p))
+    moments = 2 * size - (matrices if optimizer == "muon" else 0)
+    tokens = forward_cost(arguments, latent).tokens
+    widest = (
+        micro_batch * tokens * arguments["hidden_size"] * max(4.0, arguments.get("mlp_ratio", 4.0)) * (2 if bf16 else 4)
+    )
+    return Memory(size, size, moments, size, kept, 2 * widest)
+
+
+def _is_hidden(name: str, value: Tensor) -> bool:
+    return value.ndim >= 2 and not any(word in name for word in ("embed", "adaLN", "final_layer"))
+
+
+def _inputs(model: STDiT, latent: Shape, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    labels = torch.zeros(batch, dtype=torch.long)
+    return torch.empty(batch, model.in_channels, *latent), torch.empty(batch), labels
+
+
+def _saved_bytes(model: STDiT, latent: Shape, batch: int, bf16: bool) -> float:
+    """Bytes that the forward pass keeps for the backward pass, parameters aside, each storage once."""
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(*_inputs(model, latent, batch)).float().square().mean()
+    return float(sum(storage.nbytes() for storage in storages.values()))

@@ -1,0 +1,145 @@
+import bench_memory
+import model_table
+import plan
+import pytest
+import torch
+
+from stdit.model.config import size_arguments
+from stdit.model.cost import forward_cost, training_memory
+from stdit.model.stdit import STDiT
+from stdit.nn.positions import space_positions
+
+IMAGE = {"num_classes": 1000, "in_channels": 4, "axes": ["spatial"]}
+WITH_TABLE = {"S/2": 32_963_360, "XL/2": 675_129_632}
+
+
+@pytest.mark.parametrize("size", model_table.PAPER)
+def test_gflops_and_parameters_are_the_papers(size):
+    cost = forward_cost({**size_arguments(size), **IMAGE}, (1, 32, 32))
+    millions, gflops = model_table.PAPER[size]
+    assert abs(cost.total / 1e9 / gflops - 1) < 0.01
+    assert round(cost.parameters / 1e6) == millions  # the paper counts what is trained
+    assert cost.parameters + cost.table == WITH_TABLE.get(size, cost.parameters + cost.table)
+
+
+def test_xl_at_512_pixels_is_the_papers():
+    cost = forward_cost({**size_arguments("XL/2"), **IMAGE}, (1, 64, 64))
+    assert abs(cost.total / 1e9 / model_table.PAPER_512 - 1) < 0.01
+
+
+def small(axes):
+    return {"depth": 4, "hidden_size": 64, "num_heads": 4, "in_channels": 4, "num_classes": 0, "axes": axes}
+
+
+def test_joint_attention_grows_with_the_square_of_the_frames_and_factorized_does_not():
+    def attention(axes, frames):
+        flops = forward_cost(small(axes), (frames, 16, 16)).flops
+        return sum(value for kind, value in flops.items() if kind.startswith("attention"))
+
+    assert attention(["spatial", "temporal"], 64) < 5.5 * attention(["spatial", "temporal"], 16)
+    assert attention(["joint"], 64) > 12 * attention(["joint"], 16)
+
+
+def memory(micro_batch=4, optimizer="adamw", bf16=False, checkpointing=False, fused=True):
+    return training_memory(small(["joint"]), (3, 16, 16), micro_batch, optimizer, bf16, checkpointing, fused)
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing_and_16_bits():
+    assert memory(8).activations == pytest.approx(2 * memory(4).activations, rel=0.01)
+    assert memory(checkpointing=True).activations < 0.5 * memory().activations
+    assert memory(bf16=True).activations < 0.8 * memory().activations
+    assert memory(fused=False, bf16=True).activations > memory(bf16=True).activations
+    assert memory(optimizer="muon").optimizer < memory().optimizer == 2 * memory().weights
+
+
+def test_saved_activations_are_those_of_a_real_forward_pass():
+    arguments = small(["joint"])
+    model = STDiT(**arguments)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), storage)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(torch.randn(2, 4, 3, 16, 16), torch.rand(2)).square().mean()
+    real = sum(size for size, _ in kept.values())
+    planned = training_memory(arguments, (3, 16, 16), 2, "adamw", False, False, True).activations
+    assert planned == pytest.approx(real, rel=0.05)
+
+
+def test_planning_leaves_no_trace_in_the_position_tables():
+    memory()
+    assert type(space_positions(8, 8, 64)) is torch.Tensor
+
+
+CONFIG = """
+name: p
+vae: {name: Wan-AI/Wan2.1-T2V-1.3B-Diffusers/vae}
+data: {num_frames: 17, height: 64, width: 64}
+model: {size: S/2, depth: 4, axes: [spatial, temporal]}
+train: {steps: 1000, batch_size: 64, micro_batch: 8}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def test_a_plan_says_tokens_memory_speed_and_what_fits_without_weights_or_network(config, capsys):
+    assert plan.main([config, "--gpu", "A100", "--count", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "latents [5, 8, 8], 80 tokens a clip" in said
+    for word in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "average",
+        "with checkpointing",
+        "peak",
+        "steps/s",
+        "days",
+        "largest",
+    ):
+        assert word in said
+
+
+def test_a_run_that_cannot_fit_is_refused_only_when_asked(config, capsys):
+    too_small = ["--memory", "1.6", "--gpu", "L4"]
+    assert plan.main([config, *too_small]) == 0
+    assert "does not fit" in capsys.readouterr().out
+    assert plan.main([config, *too_small, "--refuse"]) == 1
+
+
+def test_what_is_said_to_fit_does_and_one_more_does_not():
+    def at(n):
+        return memory(n)
+
+    room = at(9).peak + 1
+    assert plan.largest(at, room) == 9
+    assert plan.largest(at, at(1).peak - 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--gpu", "H1000"], "Unknown GPU 'H1000'. Did you mean 'H100'"), (["--utilisation", "40"], "is a share, 0 to 1"), (["data.num_frames=18"], "num_frames=18 does not fit VAE")],
+)  # fmt: skip
+def test_a_bad_question_is_answered_in_one_line(config, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan.main([config, *arguments])
+
+
+def test_the_tables_print(capsys):
+    assert model_table.main(["--size", "S/2", "--frames", "1", "3", "--latent", "8"]) == 0
+    assert "attention temporal" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_planned_peak_is_within_a_fifth_of_five_real_runs():
+    assert bench_memory.main([]) == 0
