@@ -56,9 +56,14 @@ def largest(at: Callable[[int], Memory], room: float) -> int:
     one, two = at(1), at(2)
     if one.peak > room:
         return 0
-    slope = two.activations + two.working - one.activations - one.working
-    resting = one.weights + one.optimizer + one.average
-    return 1 + int((room - resting - one.activations - one.working) // slope)
+    slopes = {part: getattr(two, part) - getattr(one, part) for part in ("activations", "again", "working")}
+    short_lived = slopes["again"] + slopes["working"]
+    # Whichever is larger at that size, activations or gradients, decides.
+    by_activations = (room - one.resting - one.activations - one.again - one.working) / (
+        slopes["activations"] + short_lived
+    )
+    by_gradients = (room - one.resting - one.gradients - one.again - one.working) / short_lived
+    return 1 + int(min(by_activations, by_gradients))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,10 +114,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"  {part:<12}{getattr(found, part) / GIB:>8.2f}")
     for checkpointing, value in table.items():
         mark = "  <- as configured" if checkpointing == config.model.gradient_checkpointing else ""
-        print(
-            f"  activations {value.activations / GIB:>8.2f}  {'with' if checkpointing else 'without'} checkpointing{mark}"
-        )
-    need = found.peak + beside
+        kept = (value.activations + value.again) / GIB
+        print(f"  activations {kept:>8.2f}  {'with' if checkpointing else 'without'} checkpointing{mark}")
+    saving = (
+        found.resting + found.optimizer if on_cpu else 0.0
+    )  # a checkpoint's largest file is copied before it is written
+    need = max(found.peak + beside, saving)
     print(
         f"  peak        {need / GIB:>8.2f}"
         + (f"  of {room / GIB:.0f} on {args.gpu if gib else 'the device'}" if room else "")

@@ -59,26 +59,35 @@ def forward_cost(arguments: dict, latent: Shape) -> Cost:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of training on one device, by part; `activations` of one micro-batch, `working` the largest short-lived part."""
+    """Bytes of training on one device, by part.
+
+    activations: what the forward pass of one micro-batch keeps. again: what checkpointing computes anew, one block at a
+    time. working: the largest short-lived part.
+    """
 
     weights: float
     gradients: float
     optimizer: float
     average: float
     activations: float
+    again: float
     working: float
 
     @property
+    def resting(self) -> float:
+        """What lives from step to step."""
+        return self.weights + self.optimizer + self.average
+
+    @property
     def peak(self) -> float:
-        """The most that lives at once: at the end of the forward pass, or while the optimizer steps."""
-        resting = self.weights + self.optimizer + self.average
-        return resting + max(self.activations + self.working, self.gradients + self.working)
+        """The most that lives at once: when the backward pass begins, or when it ends and all gradients are there."""
+        return self.resting + max(self.activations, self.gradients) + self.again + self.working
 
 
 def training_memory(
     arguments: dict, latent: Shape, micro_batch: int, optimizer: str, bf16: bool, checkpointing: bool, fused: bool
 ) -> Memory:
-    """What a training step of `micro_batch` clips keeps, from a forward pass of tensors that have no storage.
+    """What a training step of `micro_batch` clips holds, from a forward pass over tensors that have no storage.
 
     fused: attention never keeps its matrix (GPUs; on CPUs in float32). Weights, gradients and averages are float32.
     """
@@ -88,12 +97,11 @@ def training_memory(
         if fused:
             for block in model.blocks:
                 block.attn.processor._attention_backend = "native"
-        whole = _saved_bytes(model, latent, micro_batch, bf16)
-        kept = whole
+        kept, again = _saved_bytes(model, latent, micro_batch, bf16), 0.0
         if checkpointing:
             model.enable_gradient_checkpointing()
-            inputs = _saved_bytes(model, latent, micro_batch, bf16)
-            kept = inputs + (whole - inputs) / len(model.blocks)  # one block at a time is computed again
+            whole, kept = kept, _saved_bytes(model, latent, micro_batch, bf16)
+            again = (whole - kept) / len(model.blocks)
         size = 4.0 * sum(p.numel() for p in model.parameters())
         matrices = 4.0 * sum(p.numel() for name, p in model.named_parameters() if _is_hidden(name, p))
     moments = 2 * size - (matrices if optimizer == "muon" else 0)
@@ -101,7 +109,7 @@ def training_memory(
     widest = (
         micro_batch * tokens * arguments["hidden_size"] * max(4.0, arguments.get("mlp_ratio", 4.0)) * (2 if bf16 else 4)
     )
-    return Memory(size, size, moments, size, kept, 2 * widest)
+    return Memory(size, size, moments, size, kept, again, 2 * widest)
 
 
 def _is_hidden(name: str, value: Tensor) -> bool:
