@@ -10,8 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from stdit.checkpoint.convert import to_stdit
+from stdit.checkpoint.files import Weights
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.model.config import size_arguments
+from stdit.model.cost import training_memory
 from stdit.model.stdit import STDiT
 from stdit.precision import autocast
 from stdit.sampling.pipeline import STDiTPipeline
@@ -87,6 +92,53 @@ def vae_matches_cpu() -> str:
     image = vae.encode(clip[:, :, :1].cuda())
     assert torch.equal(image, vae.encode(clip.cuda())[:, :, :1]), "an image is not its clip's first latent frame"
     return f"encode {found[0]:.1e}, decode {found[1]:.1e} from the CPU; image = first frame exactly"
+
+
+@torch.no_grad()
+def originals_numbers_come_out() -> str:
+    """DiT, SiT and Latte against the numbers of their own code (tests/checkpoint/reference)."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    folder, said = Path(__file__).resolve().parents[1] / "tests/checkpoint/reference", []
+    for name in ("dit", "sit", "latte"):
+        tensors = load_file(folder / f"{name}.safetensors")
+        weights = {key.removeprefix("weights."): v for key, v in tensors.items() if key.startswith("weights.")}
+        model = to_stdit(Weights(weights, {}, name), name, {"num_heads": 4}).model.cuda()
+        x = tensors["x"].transpose(1, 2) if name == "latte" else tensors["x"][:, :, None]
+        t = 1000 * (1 - tensors["t"]) if name == "sit" else tensors["t"].float()
+        out = model(x.cuda(), t.cuda(), tensors["y"].cuda())
+        out = out.transpose(1, 2) if name == "latte" else out[:, :, 0]
+        difference = relative(-out if name == "sit" else out, tensors["out"])
+        assert difference < 1e-5, f"{name} differs by {difference:.1e}"
+        said.append(f"{name} {difference:.1e}")
+    return ", ".join(said)
+
+
+def planned_memory_is_right() -> str:
+    """`tools/plan.py`'s peak against CUDA's own count, with and without checkpointing."""
+    arguments = {**size_arguments("B/2"), "in_channels": 16, "num_classes": 12, "axes": ["spatial", "temporal"], "learn_sigma": False}  # fmt: skip
+    said = []
+    for checkpointing in (False, True):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model = STDiT(**arguments).cuda()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        average = [p.detach().clone() for p in model.parameters()]
+        optimizer, objective = build_optimizers(model, "adamw", 1e-4)[0], build_objective(ObjectiveConfig())
+        x, y = torch.randn(16, 16, 5, 32, 32, device="cuda"), torch.zeros(16, dtype=torch.long, device="cuda")
+        for step in range(3):
+            with autocast("bf16", "cuda"):
+                losses = diffusion_losses(model, objective, x, y, [(0, step, slot) for slot in range(16)])
+            losses.clips.mean().backward()
+            optimizer.step()
+            model.zero_grad()
+        seen = torch.cuda.max_memory_allocated() - before
+        del model, average, optimizer, losses
+        planned = training_memory(arguments, (5, 32, 32), 16, "adamw", True, checkpointing, True).peak
+        assert abs(planned / seen - 1) < 0.2, f"planned {planned / 2**30:.2f} GiB, seen {seen / 2**30:.2f}"
+        said.append(f"{'with' if checkpointing else 'without'} checkpointing {planned / seen - 1:+.1%}")
+    return ", ".join(said)
 
 
 def train_steps(model, optimizers, first: int, last: int) -> list[float]:
@@ -167,7 +219,8 @@ def xl_speed() -> str:
 
 
 CHECKS: list[Callable[[], str]] = [
-    forward_matches_cpu, attention_backends_agree, vae_matches_cpu, resume_is_exact, sampling_works, compiled_matches, xl_speed,
+    forward_matches_cpu, attention_backends_agree, vae_matches_cpu, originals_numbers_come_out, resume_is_exact,
+    sampling_works, compiled_matches, planned_memory_is_right, xl_speed,
 ]  # fmt: skip
 
 

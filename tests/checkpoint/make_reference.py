@@ -1,6 +1,7 @@
 """Run the originals with random weights and keep what they say, so that the tests need none of their code.
 
     python tests/checkpoint/make_reference.py DIT_CLONE SIT_CLONE LATTE_CLONE
+    python tests/checkpoint/make_reference.py DIT_CLONE SIT_CLONE LATTE_CLONE --full      compares XL/2 itself, keeps nothing
 
 Needs clones of facebookresearch/DiT, willisma/SiT and Vchitect/Latte, and `pip install --no-deps timm`. Writes
 reference/*.safetensors beside this file: weights (16 bits would not do), inputs and outputs of a few numbers each.
@@ -14,6 +15,9 @@ from unittest.mock import MagicMock
 
 import torch
 from safetensors.torch import save_file
+
+from stdit.checkpoint.convert import to_stdit
+from stdit.checkpoint.files import Weights
 
 HERE = Path(__file__).parent / "reference"
 SIZE = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 2, "in_channels": 4}
@@ -67,6 +71,35 @@ def networks(dit: str, sit: str, latte: str) -> None:
         with torch.no_grad():
             out = model(x, times, y=labels[:3] if extras == 2 else None)
         save(name, model.state_dict(), {"x": x, "t": times, "y": labels[:3], "out": out})
+
+
+def full_size(dit: str, sit: str, latte: str) -> None:
+    """XL/2 at 256 px with random weights: the original's numbers and ours, side by side."""
+    size, labels = {**SIZE, "depth": 28, "hidden_size": 1152, "num_heads": 16}, torch.tensor([3, 1000])
+    made = {
+        "dit": lambda: original(dit, "models").DiT(input_size=32, num_classes=1000, **size),
+        "sit": lambda: original(sit, "models").SiT(input_size=32, num_classes=1000, **size),
+        "latte": lambda: original(f"{latte}/models", "latte").Latte(
+            input_size=32, num_classes=1000, num_frames=4, extras=2, **size
+        ),
+    }
+    for name, make in made.items():
+        model = fill(make(), 1)
+        times = torch.tensor([0.0, 0.73]) if name == "sit" else torch.tensor([0, 999])
+        x = torch.randn(2, 4, 4, 32, 32) if name == "latte" else torch.randn(2, 4, 32, 32)
+        with torch.no_grad():
+            theirs = model(x, times, y=labels)
+            weights = dict(model.state_dict())
+            del model
+            ours = to_stdit(Weights(weights, {}, name), name).model
+            if name == "latte":
+                out = ours(x.transpose(1, 2), times.float(), labels).transpose(1, 2)
+            elif name == "sit":
+                out = -ours(x[:, :, None], 1000 * (1 - times), labels)[:, :, 0]
+            else:
+                out = ours(x[:, :, None], times.float(), labels)[:, :, 0]
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(out.double(), theirs.double(), strict=True)]
+        print(f"{name}: XL/2, relative error {max(errors):.1e}", flush=True)
 
 
 def diffusion(dit: str) -> None:
@@ -123,6 +156,9 @@ if __name__ == "__main__":
         "torchvision.models.feature_extraction",
     ):
         sys.modules[name] = MagicMock()
+    if "--full" in sys.argv:
+        full_size(*sys.argv[1:4])
+        sys.exit()
     networks(*sys.argv[1:4])
     diffusion(sys.argv[1])
     print(*sorted(f"{path.name} {path.stat().st_size / 1000:.0f} kB" for path in HERE.iterdir()), sep="\n")
