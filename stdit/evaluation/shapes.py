@@ -9,6 +9,10 @@ import numpy as np
 from stdit.data.shapes import CLASS_NAMES, DIRECTIONS, SHAPES, signed_distance
 
 _MIN_AREA = 12.0  # pixels; anything smaller is no object
+_STRANGE = 0.3  # distance in colour from the line between object and ground; softened edges stay on it
+_CLEAN = (
+    0.15  # a clip is clean if less than this share of its object's area is strange: no second object, no other part
+)
 _MIN_SPEED = 0.15  # pixels per frame; anything slower stands still
 
 
@@ -25,6 +29,7 @@ class Verdict(NamedTuple):
     bend: float  # pixels: root mean square distance of the centres from a straight line
     unevenness: float  # standard deviation of the steps over their mean
     misfit: float  # mean error of the best outline, as a share of the object's area
+    strange: float  # area in colours that are neither object nor ground nor between, as a share of the object's
 
 
 def judge(frames: np.ndarray) -> Verdict:
@@ -35,10 +40,12 @@ def judge(frames: np.ndarray) -> Verdict:
     color = _object_color(pixels, difference)
     axis = color - background
     strength = float(axis @ axis)
-    nothing = Verdict(None, None, 0.0, 0.0, color, background, np.zeros((len(frames), 2)), 0.0, 0.0, 1.0)
+    nothing = Verdict(None, None, 0.0, 0.0, color, background, np.zeros((len(frames), 2)), 0.0, 0.0, 1.0, 0.0)
     if strength < 0.01:
         return nothing
-    cover = np.clip(difference @ axis / strength, 0, 1)
+    along = difference @ axis / strength
+    strange = np.linalg.norm(difference - np.clip(along, 0, 1)[..., None] * axis, axis=-1) > _STRANGE
+    cover = np.clip(along, 0, 1)
     cover[cover < 0.25] = 0  # noise of the ground
     areas = cover.sum(axis=(1, 2))
     if areas.min() < _MIN_AREA or np.median(areas) > 0.5 * cover[0].size:
@@ -54,7 +61,10 @@ def judge(frames: np.ndarray) -> Verdict:
         unit = (int(np.sign(velocity[0])), 0) if horizontal else (0, int(np.sign(velocity[1])))
         direction = next(name for name, value in DIRECTIONS.items() if value == unit)
     speed = float(np.hypot(*velocity))
-    return Verdict(shape, direction, speed, size, color, background, centers, bend, unevenness, misfits[shape])
+    return Verdict(
+        shape, direction, speed, size, color, background, centers, bend, unevenness, misfits[shape],
+        float(strange.sum() / areas.sum()),
+    )  # fmt: skip
 
 
 def _background(pixels: np.ndarray) -> np.ndarray:
@@ -104,7 +114,10 @@ def _path(centers: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 class Report(NamedTuple):
-    """Shares of clips whose shape, direction, or both are as the label says; with 95 % intervals, and by class."""
+    """Shares of clips whose shape, direction, or both are as the label says; with 95 % intervals, and by class.
+
+    clean: the share with one object of one colour and nothing else.
+    """
 
     clips: int
     shape: float
@@ -115,6 +128,7 @@ class Report(NamedTuple):
     bend: float
     unevenness: float
     misfit: float
+    clean: float
 
 
 def report(clips: Sequence[np.ndarray], labels: Sequence[int]) -> Report:
@@ -141,6 +155,7 @@ def report(clips: Sequence[np.ndarray], labels: Sequence[int]) -> Report:
         len(clips), float(shape.mean()), float(direction.mean()), float(both.mean()),
         {"shape": wilson(shape), "direction": wilson(direction), "both": wilson(both)}, by_class,
         *(float(np.median([getattr(v, key) for v in seen])) for key in ("bend", "unevenness", "misfit")),
+        float(np.mean([v.shape is not None and v.strange < _CLEAN for v in verdicts])),
     )  # fmt: skip
 
 
@@ -164,6 +179,7 @@ def table(result: Report) -> str:
             f"{key + ' right':<16} {result.clips:>5} {getattr(result, key):>7.1%} (95 %: {low:.1%} to {high:.1%})"
         )
     lines.append(
-        f"median bend {result.bend:.2f} px, unevenness {result.unevenness:.2f}, outline misfit {result.misfit:.1%}"
+        f"median bend {result.bend:.2f} px, unevenness {result.unevenness:.2f}, outline misfit {result.misfit:.1%}; "
+        f"one object and nothing else in {result.clean:.1%}"
     )
     return "\n".join(lines)

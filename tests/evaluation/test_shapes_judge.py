@@ -10,7 +10,7 @@ def test_the_judge_is_right_about_drawn_clips():
     clips = [random_clip(keyed_rng("sample", 7, i), i % 12) for i in range(240)]
     frames = [draw(clip) for clip in clips]
     result = report(frames, [clip.label for clip in clips])
-    assert result.shape == result.direction == result.both == 1.0
+    assert result.shape == result.direction == result.both == result.clean == 1.0
     for clip, drawn in zip(clips, frames, strict=True):
         seen = judge(drawn)
         assert np.hypot(*(seen.centers[0] - clip.start)) < 0.5
@@ -30,6 +30,17 @@ def test_the_judge_sees_what_is_wrong():
     assert judge(rng.integers(0, 255, frames.shape, dtype=np.uint8)).shape is None
     shuffled = judge(frames[rng.permutation(17)])
     assert shuffled.unevenness > 1
+
+
+def test_a_second_object_of_another_colour_is_seen():
+    clip = random_clip(keyed_rng("sample", 3), 1)
+    clip.color, clip.background = [0.9, 0.1, 0.1], [0.1, 0.1, 0.1]
+    alone = draw(clip)
+    both = alone.copy()
+    both[:, 2:14, 2:14] = [10, 250, 120]
+    assert report([alone], [1]).clean == 1
+    assert report([both], [1]).clean == 0
+    assert judge(alone).strange < 0.02 < judge(both).strange
 
 
 def test_a_bent_path_is_measured():
