@@ -151,11 +151,14 @@ def report(clips: Sequence[np.ndarray], labels: Sequence[int]) -> Report:
     }
     seen = [v for v in verdicts if v.shape is not None] or verdicts
     both = shape & direction
+    bend, unevenness, misfit = (
+        float(np.median([getattr(v, k) for v in seen])) for k in ("bend", "unevenness", "misfit")
+    )
+    clean = float(np.mean([v.shape is not None and v.strange < _CLEAN for v in verdicts]))
     return Report(
         len(clips), float(shape.mean()), float(direction.mean()), float(both.mean()),
         {"shape": wilson(shape), "direction": wilson(direction), "both": wilson(both)}, by_class,
-        *(float(np.median([getattr(v, key) for v in seen])) for key in ("bend", "unevenness", "misfit")),
-        float(np.mean([v.shape is not None and v.strange < _CLEAN for v in verdicts])),
+        bend, unevenness, misfit, clean,
     )  # fmt: skip
 
 
