@@ -31,10 +31,10 @@ def read_weights(path: str | Path, which: str = "ema") -> Weights:
     elif not path.is_file():
         raise ValueError(f"{str(path)!r} does not exist; give a file of weights, or a folder that diffusers wrote.")
     elif path.suffix == ".safetensors":
-        weights = Weights(_read_safetensors(path), {}, str(path))
+        weights = Weights(_read_safetensors(path), read_json(path.parent / "config.json"), str(path))
     else:
-        weights = Weights(_pick(_read_torch(path), which, path), {}, str(path))
-    _check(weights)
+        weights = Weights(_pick(_read_torch(path), which, path), read_json(path.parent / "config.json"), str(path))
+    check_tensors(weights.tensors, weights.origin)
     return weights
 
 
@@ -57,10 +57,12 @@ def _read_torch(path: Path) -> object:
 
 def _pick(loaded: object, which: str, path: Path) -> dict[str, Tensor]:
     """The state dict of a training checkpoint, or the bare one."""
-    for key in (which, "ema", "model", "state_dict"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
+    held = [key for key in ("ema", "model", "state_dict") if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)]
+    if held:
+        assert isinstance(loaded, dict)
+        if which not in held and "state_dict" not in held:
+            raise ValueError(f"{str(path)!r} holds {' and '.join(held)} but no {which!r}; use --weights {held[0]}.")
+        loaded = loaded[which if which in held else "state_dict"]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
         inside = sorted(map(str, loaded))[:6] if isinstance(loaded, dict) else type(loaded).__name__
         raise ValueError(f"{str(path)!r} holds no state dict but {inside}; give a file of a model's weights.")
@@ -76,38 +78,45 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_folder(folder: Path) -> Weights:
-    index = sorted(folder.glob("*.safetensors.index.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    if index:
-        listed = json.loads(index[0].read_text())["weight_map"].values()
-        files = sorted({folder / name for name in listed})
-    elif len(files) > 1:
-        raise ValueError(
-            f"{str(folder)!r} holds {len(files)} models ({', '.join(f.name for f in files[:4])}); name one of the files."
-        )
+    files = {f.name for f in folder.glob("*.safetensors")}
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    listed = read_json(indices[0]).get("weight_map", {}) if indices else {}
+    shards = set(listed.values()) if isinstance(listed, dict) else set()
+    if len(indices) > 1 or (not indices and len(files) > 1) or (indices and files - shards):
+        names = ", ".join(sorted(files)[:4])
+        raise ValueError(f"{str(folder)!r} holds more than one model ({names}); name one of the files.")
+    if indices and (not shards or not shards <= files):
+        lost = sorted(map(str, shards - files))[:3] or "no weight_map"
+        raise ValueError(f"{str(indices[0])!r} lists {lost}, which the folder does not hold; fetch it again.")
     if not files:
-        others = [f.name for f in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt"))]
+        others = sorted(f.name for kind in ("*.bin", "*.pt") for f in folder.glob(kind))
+        if others == ["diffusion_pytorch_model.bin"]:
+            return read_weights(folder / others[0])
         hint = f"name {others[0]} itself" if others else "a folder needs *.safetensors"
         raise ValueError(f"{str(folder)!r} has no safetensors; {hint}.")
-    tensors = {key: value for file in files for key, value in _read_safetensors(file).items()}
+    tensors = {key: value for name in sorted(files) for key, value in _read_safetensors(folder / name).items()}
     return Weights(tensors, read_json(folder / "config.json"), str(folder))
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file, or nothing where there is none."""
+    """A JSON object, or nothing where there is no file."""
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        found = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is no JSON ({error}); fetch it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} holds no settings but {type(found).__name__}; fetch it again.")
+    return found
 
 
-def _check(weights: Weights) -> None:
-    tensors, origin = weights.tensors, weights.origin
+def check_tensors(tensors: dict[str, Tensor], origin: str) -> None:
+    """ValueError in one line if these are an adapter's, or not whole, dense, finite numbers."""
     if any("lora_" in key for key in tensors):
-        raise ValueError(
-            f"{origin!r} is a LoRA, not a model; load the model, then model.load_lora_adapter({origin!r})."
-        )
-    broken = [key for key, value in tensors.items() if not torch.isfinite(value).all()]
+        raise ValueError(f"{origin!r} is a LoRA, not a model; load the model, then model.load_lora_adapter({origin!r}).")
+    odd = [key for key, value in tensors.items() if value.layout != torch.strided or value.is_meta or not value.numel()]
+    if odd:
+        raise ValueError(f"{origin!r}: {odd[0]!r} is sparse or empty; save the weights as dense tensors.")
+    broken = [key for key, value in tensors.items() if not torch.isfinite(value.float()).all()]
     if broken:
         raise ValueError(
             f"{origin!r}: {len(broken)} of {len(tensors)} tensors have NaN or infinite numbers, the first {broken[0]!r}; "

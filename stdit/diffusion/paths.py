@@ -100,9 +100,13 @@ class DDPMPath:
                     return list(kept)
             near = len(range(0, self.num_steps, round(self.num_steps / count)))
             raise ValueError(f"num_inference_steps={steps!r}: no whole stride visits {count} steps. Use ddim{near}.")
-        if count == 1:
+        if count == 1:  # the last, which alone can start from noise; DiT's rule would take the first
             return [self.num_steps - 1]
-        return [round(i * (self.num_steps - 1) / (count - 1)) for i in range(count)]
+        stride, at, kept = (self.num_steps - 1) / (count - 1), 0.0, []
+        for _ in range(count):  # added up, as DiT does: its rounding at halves comes from these sums
+            kept.append(round(at))
+            at += stride
+        return kept
 
     def coordinates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha_sigma(levels.double())

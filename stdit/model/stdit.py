@@ -117,7 +117,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         card = model_card(dict(self.config), self.num_parameters())
         if not is_folder(str(repo_id)):
             url = super().push_to_hub(repo_id, **kwargs)
-            card.push_to_hub(repo_id, token=kwargs.get("token"))
+            card.push_to_hub(repo_id, token=kwargs.get("token"), create_pr=kwargs.get("create_pr"))
             return url
         folder = Path(repo_id).expanduser()
         if folder.is_dir() and any(folder.iterdir()):
@@ -181,6 +181,8 @@ def _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_n
         raise ValueError(
             f"depth={depth} and num_classes={num_classes}: a model has at least one block and no fewer than 0 classes."
         )
+    if num_heads < 1 or hidden_size < 1:
+        raise ValueError(f"hidden_size={hidden_size} and num_heads={num_heads}: both are 1 or more.")
     if hidden_size % num_heads:
         raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}; change one of them.")
     if hidden_size % 4:

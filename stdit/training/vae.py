@@ -26,13 +26,13 @@ class VAEDataConfig:
 
 @dataclass
 class VAETrainConfig:
-    steps: int = 13500
-    decay_steps: int = 13500
+    steps: int = 18300
+    decay_steps: int = 18300
     warmup_steps: int = 100
     lr: float = 4e-3
     optimizer: Literal["muon", "adamw"] = "muon"  # 3.9 dB ahead after 300 steps, one rate each
     ema_decay: float = 0.999
-    latent_noise: float = 0.1  # the decoder learns to bear noise, so that latents stay smooth
+    latent_noise: float = 0.05  # the decoder learns to bear noise, so that latents stay smooth
     scale_weight: float = (
         0.5  # latents at half size decode to pixels at half size (EQ-VAE), which makes them easier to generate
     )
