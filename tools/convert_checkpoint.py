@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         "--set",
         dest="settings",
         nargs="+",
+        action="extend",
         default=[],
         metavar="KEY=VALUE",
         help="what tensors cannot tell, such as num_heads=4",
@@ -50,6 +51,13 @@ def main(argv: list[str] | None = None) -> int:
             + ", ".join(sorted(FORMATS))
             + "."
         )
+    whole = args.origin == "diffusers" and (Path(args.source) / "model_index.json").is_file()
+    if args.vae and (args.target or whole):
+        raise ValueError(
+            "--vae does not fit: " + ("a whole pipeline brings its own." if whole else "--to writes weights alone.")
+        )
+    if args.target and args.settings:
+        raise ValueError("--set says what weights of others cannot; --to takes the model as it is.")
     if args.target:
         write_original(STDiT.from_pretrained(args.source), args.target, args.output)
         print(f"{args.target} weights: {args.output}")
@@ -57,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
     source, settings = Path(args.source), parse_settings(args.settings)
     with beside(args.output) as part:  # refuses a taken name before any work
-        if args.origin == "diffusers" and (source / "model_index.json").is_file():
+        if whole:
             folder = read_dit_pipeline(source)
             if folder.class_names:
                 settings.setdefault("class_names", folder.class_names)
@@ -69,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
                 save(converted, load_vae(args.vae), STDiTScheduler(converted.objective), part)
             else:
                 converted.model.save_pretrained(part)
-    print(describe(converted))
+        said = describe(converted)
+    print(said)
     print(f"model: {args.output}")
     return 0
 

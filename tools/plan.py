@@ -8,6 +8,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
+from train import check_batch
+
 from stdit.checkpoint.inflate import inflated_arguments
 from stdit.config import Config, load_typed
 from stdit.diffusion.objective import build_objective
@@ -63,7 +65,14 @@ def largest(at: Callable[[int], Memory], room: float) -> int:
         slopes["activations"] + short_lived
     )
     by_gradients = (room - one.resting - one.gradients - one.again - one.working) / short_lived
-    return 1 + int(min(by_activations, by_gradients))
+    most = 1 + int(min(by_activations, by_gradients))
+    if at(most).peak <= room:
+        return most
+    low = 1  # no straight line: short attention on CPUs keeps its matrix, long attention does not
+    while most - low > 1:
+        middle = (low + most) // 2
+        low, most = (middle, most) if at(middle).peak <= room else (low, middle)
+    return low
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,14 +88,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if not 0 < args.utilisation <= 1 or args.count < 1:
         raise ValueError(f"--utilisation {args.utilisation} is a share, 0 to 1, and --count {args.count} is 1 or more.")
+    for name, value in (("--tflops", args.tflops), ("--memory", args.memory)):
+        if value is not None and not 0 < value < 1e6:
+            raise ValueError(f"{name} {value} is no size of a device; give Tflops and GiB above 0.")
     config = load_typed(Config, args.config, args.overrides)
+    check_batch(config, args.count)
     vae = find_vae(config.vae.name)
     arguments = arguments_of(config, vae)
     data, train, patch = config.data, config.train, arguments["patch_size"]
     latent = vae.latent_shape(data.num_frames, data.height, data.width, patch)
     micro = train.micro_batch or -(-train.batch_size // args.count)
     on_cpu = args.gpu == "cpu"
-    peak, gib = (0.0, 0.0) if on_cpu else pick(GPUS, args.gpu, "GPU")
+    described = on_cpu or (args.tflops and args.memory)  # a device of one's own needs no entry in the table
+    peak, gib = (0.0, 0.0) if described else pick(GPUS, args.gpu, "GPU")
     peak, room = args.tflops or peak, (args.memory or gib) * GIB
     bf16 = resolve(train.precision, "cpu") == "bf16" if on_cpu else train.precision != "fp32"
 
@@ -120,10 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         found.resting + found.optimizer if on_cpu else 0.0
     )  # a checkpoint's largest file is copied before it is written
     need = max(found.peak + beside, saving)
-    print(
-        f"  peak        {need / GIB:>8.2f}"
-        + (f"  of {room / GIB:.0f} on {args.gpu if gib else 'the device'}" if room else "")
-    )
+    print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))
     if peak:
         passes = 4 if config.model.gradient_checkpointing else 3
         seconds = 2 * passes * cost.total * train.batch_size / (peak * 1e12 * args.utilisation * args.count)

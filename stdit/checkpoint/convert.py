@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit.checkpoint.diffusers_dit import config_of
-from stdit.checkpoint.files import Weights, read_json, read_weights
+from stdit.checkpoint.files import Weights, check_tensors, read_json, read_weights
 from stdit.checkpoint.keymaps import FORMATS, dress, infer, recognise, strip
 from stdit.model.stdit import STDiT
 from stdit.variants import pick
@@ -35,27 +36,21 @@ def to_stdit(weights: Weights, name: str, given: dict | None = None) -> Converte
     Raises ValueError for another format than `name`, and with the list of keys that are missing, unexpected or of
     another shape.
     """
-    form, given = pick(FORMATS, name, "format"), given or {}
-    for key in given:
-        pick(dict.fromkeys(STDiT._get_init_keys(STDiT)), key, "setting of a model")
-    tensors = form.to_dit({key: value.float() for key, value in weights.tensors.items()})
+    form, given = pick(FORMATS, name, "format"), check_settings(given or {})
     guess = recognise(weights.tensors)
-    if getattr(tensors.get("x_embedder.proj.weight"), "ndim", 4) == 2:
+    if getattr(weights.tensors.get("x_embedder.proj.weight"), "ndim", 4) == 2:
         raise ValueError(
             f"{weights.origin!r} are stdit's own weights already; STDiT.from_pretrained loads their folder."
         )
-    if "x_embedder.proj.weight" not in tensors or (guess, name) in (
-        ("latte", "dit"),
-        ("latte", "sit"),
-        ("dit", "latte"),
-    ):
+    if guess != name and (guess, name) != ("dit", "sit"):  # those two look alike
         hint = f"they look like {guess!r}" if guess else f"they begin with {sorted(weights.tensors)[:3]}"
         raise ValueError(f"{weights.origin!r} are no {name!r} weights: {hint}. Use --from {guess or 'another format'}.")
+    tensors = form.to_dit({key: value.float() for key, value in weights.tensors.items()})
     try:
         found = form.arguments(tensors, weights.config)
         arguments = {**infer(tensors, {**found, **given}), **found, **given}
         tensors = form.adapt(strip(tensors), arguments)
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
             f"{weights.origin!r} lacks {error}, which every {name!r} model has; is the file whole?"
         ) from error
@@ -93,7 +88,12 @@ def from_stdit(model: STDiT, name: str) -> dict[str, Tensor]:
 def write_original(model: STDiT, name: str, output: Path) -> None:
     """A .pt or .safetensors file of the original's layout; for diffusers a folder."""
     tensors = {key: value.contiguous() for key, value in from_stdit(model, name).items()}
+    check_tensors(tensors, "the model")
     if name != "diffusers":
+        if output.is_dir() or output.suffix not in (".pt", ".safetensors"):
+            raise ValueError(
+                f"--output {str(output)!r} is no file name for {name!r} weights; end it in .pt or .safetensors."
+            )
         with beside(output) as part:
             if output.suffix == ".safetensors":
                 save_file(tensors, part)
@@ -112,22 +112,27 @@ class beside:
     """Write to a place of its own, then take the name at once; FileExistsError rather than overwrite."""
 
     def __init__(self, output: Path):
-        self.output, self.part = output, output.with_name(f".{output.name}-{os.getpid()}")
+        self.output, self.part = output, output.with_name(f"{output.name}-unfinished-{os.getpid()}")
 
     def __enter__(self) -> Path:
         taken = any(self.output.iterdir()) if self.output.is_dir() else self.output.exists()
         if taken:
             raise FileExistsError(f"{str(self.output)!r} exists already; choose another --output, or remove it.")
+        parents = [folder for folder in self.output.parents if not folder.exists()]
+        self.made = parents[-1] if parents else None  # taken away again if nothing comes to stand in it
         self.output.parent.mkdir(parents=True, exist_ok=True)
         return self.part
 
     def __exit__(self, kind, value, traceback) -> None:
         if kind is None:
             os.replace(self.part, self.output)
-        elif self.part.is_dir():
+            return
+        if self.part.is_dir():
             shutil.rmtree(self.part, ignore_errors=True)
         else:
             self.part.unlink(missing_ok=True)
+        if self.made is not None:
+            shutil.rmtree(self.made, ignore_errors=True)
 
 
 class DiTFolder(NamedTuple):
@@ -142,11 +147,16 @@ class DiTFolder(NamedTuple):
 def read_dit_pipeline(folder: Path) -> DiTFolder:
     """Read what `DiTPipeline.save_pretrained` wrote."""
     index = read_json(folder / "model_index.json")
-    kind = index.get("scheduler", [None, None])[1]
+    named = index.get("scheduler")
+    kind = named[1] if isinstance(named, list) and len(named) == 2 else named
     scheduler = pick(SCHEDULERS, str(kind), "scheduler class").from_pretrained(folder / "scheduler")
     vae = AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=True)
     names = index.get("id2label") or {}
-    ordered = [names[str(i)] for i in range(len(names))] if names else None
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}:
+        raise ValueError(
+            f"{str(folder)!r}: id2label in model_index.json does not name classes 0 to N-1; mend or remove it."
+        )
+    ordered = [str(names[str(i)]) for i in range(len(names))] or None
     return DiTFolder(read_weights(folder / "transformer"), vae, scheduler, ordered)
 
 
@@ -173,4 +183,25 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             parsed[key] = json.loads(value)
         except ValueError:
             parsed[key] = value
-    return parsed
+    return check_settings(parsed)
+
+
+def check_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """ValueError in one line for a key that is no argument of STDiT, or a value of another kind than it takes."""
+    wanted = {
+        name: parameter.default for name, parameter in signature(STDiT.__init__).parameters.items() if name != "self"
+    }
+    for key, value in given.items():
+        example = pick(wanted, key, "setting of a model")
+        kind = (list, tuple) if example is None or isinstance(example, list | tuple) else type(example)
+        numbers = isinstance(example, tuple) and not isinstance(example[0], str)
+        right = isinstance(value, (int, float) if kind is float else kind) and (
+            kind is bool or not isinstance(value, bool)
+        )
+        if right and numbers:
+            right = len(value) == 3 and all(type(n) is int and n > 0 for n in value)
+        if right and kind is int:
+            right = value >= (0 if key == "num_classes" else 1)
+        if not right:
+            raise ValueError(f"--set {key}={value!r} is not of its kind; write it like {key}={json.dumps(example)}.")
+    return given

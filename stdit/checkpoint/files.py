@@ -57,7 +57,9 @@ def _read_torch(path: Path) -> object:
 
 def _pick(loaded: object, which: str, path: Path) -> dict[str, Tensor]:
     """The state dict of a training checkpoint, or the bare one."""
-    held = [key for key in ("ema", "model", "state_dict") if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)]
+    held = [
+        key for key in ("ema", "model", "state_dict") if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)
+    ]
     if held:
         assert isinstance(loaded, dict)
         if which not in held and "state_dict" not in held:
@@ -112,7 +114,9 @@ def read_json(path: Path) -> dict:
 def check_tensors(tensors: dict[str, Tensor], origin: str) -> None:
     """ValueError in one line if these are an adapter's, or not whole, dense, finite numbers."""
     if any("lora_" in key for key in tensors):
-        raise ValueError(f"{origin!r} is a LoRA, not a model; load the model, then model.load_lora_adapter({origin!r}).")
+        raise ValueError(
+            f"{origin!r} is a LoRA, not a model; load the model, then model.load_lora_adapter({origin!r})."
+        )
     odd = [key for key, value in tensors.items() if value.layout != torch.strided or value.is_meta or not value.numel()]
     if odd:
         raise ValueError(f"{origin!r}: {odd[0]!r} is sparse or empty; save the weights as dense tensors.")

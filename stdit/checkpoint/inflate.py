@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from stdit.checkpoint.files import check_tensors
 from stdit.model.stdit import STDiT
 
 PARTS = ("x_embedder", "t_embedder", "y_embedder", "final_layer")
@@ -44,6 +45,15 @@ class Inflation(NamedTuple):
 def plan_blocks(image: STDiT, axes: list[str], how: InitFrom) -> list[int | None]:
     """Which block of the image model each block of the video model starts as (None: inserted)."""
     depth = image.config.depth
+    if "temporal" in image.config.axes:
+        if list(image.config.axes) != list(axes) or how.temporal == "insert":
+            raise ValueError(
+                f"init_from: the weights in {how.path!r} have temporal blocks already (axes {list(image.config.axes)}); use "
+                f"model.axes={list(image.config.axes)} and init_from.temporal=convert to go on from them.".replace(
+                    "'", ""
+                )
+            )
+        return list(range(depth))
     if how.temporal == "convert" or "temporal" not in axes:
         return list(range(depth))
     if all(axis == "temporal" for axis in axes):
@@ -97,6 +107,7 @@ def inflate(image: STDiT, video: STDiT, how: InitFrom) -> Inflation:
     """
     sources = list(video.config.block_sources or range(video.config.depth))
     weights = image.state_dict()
+    check_tensors(weights, how.path or "the image model")
     state = dict(video.state_dict())
     new: dict[str, Tensor] = {}
     for i, source in enumerate(sources):
@@ -119,16 +130,18 @@ def inflate(image: STDiT, video: STDiT, how: InitFrom) -> Inflation:
         )
         raise ValueError(f"init_from: the weights do not fit: {'; '.join(wrong[:3])}; {remedy}.")
     video.load_state_dict({**state, **new})
-    return Inflation(sources, _keeps(video, how, sources))
+    return Inflation(sources, _keeps(image, video, how, sources))
 
 
 def _classes(image: STDiT, video: STDiT, how: InitFrom, weights: dict, new: dict) -> None:
     """Keep, replace, or fold the class table."""
     key = "y_embedder.embedding_table.weight"
-    if image.y_embedder is None or "y_embedder" in how.restart:
+    if "y_embedder" in how.restart:
         new.pop(key, None)
-        return
-    if video.y_embedder is None:  # unconditional: the null vector moves into the bias it was always added to
+    elif image.y_embedder is None:
+        if video.y_embedder is not None:  # a class says nothing until it is learnt
+            new[key] = torch.zeros_like(video.y_embedder.embedding_table.weight)
+    elif video.y_embedder is None:  # unconditional: the null vector moves into the bias it was always added to
         null = new.pop(key)[-1]
         if "t_embedder.mlp.2.bias" in new:
             new["t_embedder.mlp.2.bias"] = new["t_embedder.mlp.2.bias"] + null
@@ -163,12 +176,19 @@ def _patches(image: STDiT, video: STDiT, how: InitFrom, new: dict) -> None:
             new[key] = new[key].repeat(frames, *[1] * (new[key].ndim - 1))
 
 
-def _keeps(video: STDiT, how: InitFrom, sources: list) -> str:
-    fresh = f" New: {', '.join(how.restart)}." if how.restart else ""
+def _keeps(image: STDiT, video: STDiT, how: InitFrom, sources: list) -> str:
+    """What the video model computes at the start, as a sentence."""
     cycle = [video.config.axes[i % len(video.config.axes)] for i in range(len(sources))]
     inserted = [source is None for source in sources]
+    fresh = list(how.restart)
+    if how.classes == "replace" and video.y_embedder is not None and image.y_embedder is not None:
+        fresh.append("classes but for the null class (what is kept holds without a label)")
+    if video.y_embedder is not None and image.y_embedder is None:
+        fresh.append("classes, all zero")
     if how.restart:
         what = "the blocks' weights are the image model's, what is new decides the output"
+    elif list(video.config.axes) == list(image.config.axes) and image.patch_size == video.patch_size:
+        what = "everything, it is the same model"
     elif any(axis != "spatial" and not new for axis, new in zip(cycle, inserted, strict=True)):
         joint = all(axis != "temporal" or new for axis, new in zip(cycle, inserted, strict=True))
         what = (
@@ -179,4 +199,5 @@ def _keeps(video: STDiT, how: InitFrom, sources: list) -> str:
         what = "on still clips every frame as the image model"
     else:
         what = "on every frame as the image model"
-    return f"{sum(inserted)} of {len(sources)} blocks are new; kept: {what}.{fresh}"
+    ending = f" New: {', '.join(fresh)}." if fresh else ""
+    return f"{sum(inserted)} of {len(sources)} blocks are new; kept: {what}.{ending}"

@@ -4,6 +4,7 @@ A format is two steps: its names to DiT's (`to_dit`) and what differs from DiT i
 DiT's names are ours, but that its patch embedding is a convolution and that its position table is stored.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def infer(tensors: Tensors, given: dict) -> dict:
     features = tensors["final_layer.linear.weight"].shape[0]
     grid = round(tensors["pos_embed"].shape[1] ** 0.5) if "pos_embed" in tensors else 32 // size
     return {
-        "depth": 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")),
+        "depth": 1 + max(int(key.split(".")[1]) for key in tensors if re.match(r"blocks\.\d+\.", key)),
         "hidden_size": width,
         "num_heads": heads,
         "patch_size": (1, size, size),
@@ -116,6 +117,16 @@ def _sit_adapt(tensors: Tensors, arguments: dict) -> Tensors:
     return head_rows(tensors, lambda x: -x.unflatten(0, (patch, -1))[:, :channels].flatten(0, 1))
 
 
+def _sit_restore(tensors: Tensors, model: STDiT) -> Tensors:
+    """The sign back, and the variance rows that SiT's code makes and throws away, as zeros."""
+
+    def rows(x: Tensor) -> Tensor:
+        velocity = -x.unflatten(0, (-1, model.in_channels))
+        return torch.cat([velocity, torch.zeros_like(velocity)], dim=1).flatten(0, 1)
+
+    return head_rows(tensors, rows)
+
+
 def _latte_arguments(tensors: Tensors, config: dict) -> dict:
     frames = tensors["temp_embed"].shape[1] if "temp_embed" in tensors else 16
     _, height, width = infer(tensors, {"num_heads": 1})["sample_size"]
@@ -127,12 +138,18 @@ def _latte_restore(tensors: Tensors, model: STDiT) -> Tensors:
     return {**tensors, "temp_embed": frame_positions(frames, width)[None].clone()}
 
 
-def _is(model: STDiT, **wanted) -> str:
+def _is(model: STDiT, classes: bool = True, **wanted) -> str:
     """What keeps a model from being one of these settings, or nothing."""
     values = {**dict(model.config), "axes": list(model.config.axes)}
     other = [f"{key}={values[key]!r} (not {value!r})" for key, value in wanted.items() if values[key] != value]
     if model.patch_size[0] != 1 or model.patch_size[1] != model.patch_size[2]:
         other.append(f"patch_size={list(model.patch_size)} (not square in space, 1 in time)")
+    if model.config.sample_size[1] != model.config.sample_size[2]:
+        other.append(f"sample_size={list(model.config.sample_size)} (not square)")
+    if classes and not model.num_classes:
+        other.append("num_classes=0 (there is always a class table)")
+    if model.config.depth % len(wanted["axes"]):
+        other.append(f"depth={model.config.depth} (not whole pairs)")
     return ", ".join(other)
 
 
@@ -145,16 +162,16 @@ FORMATS = {
     ),
     "sit": Format(
         "sit", "flow", arguments=_sit_arguments, adapt=_sit_adapt,
-        restore=lambda tensors, model: head_rows(tensors, torch.neg),
+        restore=_sit_restore,
         needs=lambda m: _is(m, axes=["spatial"], learn_sigma=False, clock_scale=1e-3, clock_reversed=True, **_PLAIN),
     ),
     "latte": Format(
         "latte", "ddpm", arguments=_latte_arguments, restore=_latte_restore,
-        needs=lambda m: _is(m, axes=["spatial", "temporal"], time_entry="stream", **_PLAIN, **_DIT_CLOCK),
+        needs=lambda m: _is(m, False, axes=["spatial", "temporal"], time_entry="stream", **_PLAIN, **_DIT_CLOCK),
     ),
     "diffusers": Format(
         "diffusers", "ddpm", diffusers_dit.to_dit, diffusers_dit.from_dit, diffusers_dit.arguments,
-        needs=lambda m: _is(m, axes=["spatial"], qk_norm=False, frequency_shift=1.0, **_DIT_CLOCK),
+        needs=lambda m: _is(m, axes=["spatial"], qk_norm=False, mlp_ratio=4.0, frequency_shift=1.0, **_DIT_CLOCK),
     ),
 }  # fmt: skip
 
@@ -166,4 +183,4 @@ def recognise(names: Iterable[str]) -> str | None:
         return "diffusers"
     if "temp_embed" in names:
         return "latte"
-    return "dit" if {"x_embedder.proj.weight", "blocks.0.attn.qkv.weight", "pos_embed"} <= names else None
+    return "dit" if {"x_embedder.proj.weight", "blocks.0.attn.qkv.weight"} <= names else None

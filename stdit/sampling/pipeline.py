@@ -145,8 +145,14 @@ class STDiTPipeline(DiffusionPipeline):
         def draw(step: int) -> Tensor:
             return keyed_normal("noise", [(*key, step) for key in keys], (channels, *shape)).to(self.device)
 
-        ours = isinstance(self.scheduler, STDiTScheduler)
-        objective = (self.scheduler if ours else STDiTScheduler(self.config.objective)).objective
+        own = self.scheduler if isinstance(self.scheduler, STDiTScheduler) else STDiTScheduler(self.config.objective)
+        ours = own is self.scheduler or solver is not None  # a solver asked for by name is one of ours
+        if not ours and not isinstance(steps, int):
+            raise ValueError(
+                f"num_inference_steps={steps!r} is for stdit's own solvers, this model brings {type(self.scheduler).__name__}; "
+                "use a number, or add solver='ddim' (--solver ddim)."
+            )
+        objective = own.objective
         output = guided(self.transformer, objective, labels, self.transformer.num_classes, *guidance)
         if not ours:
             return self._sample_diffusers(output, objective, draw(0), steps)
@@ -155,7 +161,7 @@ class STDiTPipeline(DiffusionPipeline):
             generate(draw(0), schedule),
             lambda x, levels: objective.estimate(output(x, levels), x, levels),
             objective.path,
-            solver or self.scheduler.solver,
+            solver or own.solver,
             lambda step: draw(step + 1),
             self.progress_bar,
         )

@@ -13,7 +13,7 @@ _FREE = (
     "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.preview_every",
     "train.resume", "train.allow_changes", "train.samples", "train.sample_steps", "train.guidance", "train.max_skipped",
     "train.micro_batch", "data.workers", "data.max_bad_fraction", "data.root", "data.manifest", "name", "vae.name",
-    "model.gradient_checkpointing",
+    "model.gradient_checkpointing", "init_from.path",
 )  # fmt: skip
 
 

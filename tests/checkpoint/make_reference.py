@@ -45,7 +45,20 @@ def fill(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 def image_case(model, seed: int, times: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     x = torch.randn(len(times), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        return {"x": x, "t": times, "y": labels, "out": model(x, times, labels)}
+        return {
+            "x": x,
+            "t": times,
+            "y": labels,
+            "out": model(x, times, labels),
+            **clock(model, times.is_floating_point()),
+        }
+
+
+def clock(model, unit: bool) -> dict[str, torch.Tensor]:
+    """The timestep embedding at every timestep there is (SiT: a thousand and one times in 0..1)."""
+    times = torch.linspace(0, 1, 1001) if unit else torch.arange(1000)
+    with torch.no_grad():
+        return {"clock": times, "clock_out": model.t_embedder(times)}
 
 
 def save(name: str, weights: dict, case: dict) -> None:
@@ -70,7 +83,7 @@ def networks(dit: str, sit: str, latte: str) -> None:
         x = torch.randn(3, 5, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             out = model(x, times, y=labels[:3] if extras == 2 else None)
-        save(name, model.state_dict(), {"x": x, "t": times, "y": labels[:3], "out": out})
+        save(name, model.state_dict(), {"x": x, "t": times, "y": labels[:3], "out": out, **clock(model, False)})
 
 
 def full_size(dit: str, sit: str, latte: str) -> None:

@@ -231,7 +231,7 @@ def test_a_folder_with_two_models_or_none_is_refused(dit, tmp_path):
         convert(tmp_path, tmp_path / "out", *DIT)
     for name in "ab":
         save_file(dit, tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match=r"holds 2 models \(a.safetensors, b.safetensors\); name one"):
+    with pytest.raises(ValueError, match=r"holds more than one model \(a.safetensors, b.safetensors\); name one"):
         convert(tmp_path, tmp_path / "out", *DIT)
 
 
@@ -262,3 +262,89 @@ def test_the_command_line_prints_one_line_and_fails(tmp_path):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].endswith("give a file of weights, or a folder that diffusers wrote.")
     assert json.dumps(done.stderr).count("Traceback") == 0
+
+
+WRONG = [
+    (file, form)
+    for file in ("dit", "latte")
+    for form in ("dit", "sit", "latte", "diffusers")
+    if form != file and (file, form) != ("dit", "sit")
+]
+
+
+@pytest.mark.parametrize(("file", "form"), WRONG)
+def test_every_wrong_from_that_tensors_can_tell_is_refused(file, form, tmp_path):
+    tensors = load_file(REFERENCE / f"{file}.safetensors")
+    save_file(
+        {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")},
+        tmp_path / "a.safetensors",
+    )
+    with pytest.raises(ValueError, match=f"are no '{form}' weights: they look like '{file}'. Use --from {file}"):
+        convert(tmp_path / "a.safetensors", tmp_path / "out", "--from", form, "--set", "num_heads=4")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["sample_size=64", "sample_size=[1,64]", "num_heads=0", "num_heads=-4", "num_heads=four", "num_heads=4.0", "patch_size=2", "axes=5",
+     "class_names=3", "depth=x", "learn_sigma=maybe", "clock_scale=x", "norm2_eps=x", "in_channels=true"],
+)  # fmt: skip
+def test_a_setting_of_another_kind_is_refused_before_anything_is_written(setting, dit, tmp_path):
+    save_file(dit, tmp_path / "dit.safetensors")
+    with pytest.raises(ValueError, match=f"--set {setting.split('=')[0]}=.* is not of its kind"):
+        convert(tmp_path / "dit.safetensors", tmp_path / "new" / "out", *DIT, "--set", setting)
+    assert not (tmp_path / "new").exists()
+
+
+def test_settings_given_apart_add_up(dit, tmp_path):
+    save_file(dit, tmp_path / "dit.safetensors")
+    convert(
+        tmp_path / "dit.safetensors",
+        tmp_path / "out",
+        "--from",
+        "dit",
+        "--set",
+        "sample_size=[1,16,16]",
+        "--set",
+        "num_heads=4",
+    )
+    assert list(STDiT.from_pretrained(tmp_path / "out").config.sample_size) == [1, 16, 16]
+
+
+def test_what_is_beside_a_single_file_counts(tmp_path):
+    dit_pipeline(tmp_path / "theirs")
+    folder = tmp_path / "theirs" / "transformer"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "norm_eps": 1e-2}))
+    convert(folder / "diffusion_pytorch_model.safetensors", tmp_path / "out", "--from", "diffusers")
+    assert STDiT.from_pretrained(tmp_path / "out").config.norm2_eps == 1e-2
+
+
+def test_a_half_that_is_not_there_is_not_replaced_by_the_other(dit, tmp_path):
+    torch.save({"ema": dit}, tmp_path / "dit.pt")
+    with pytest.raises(ValueError, match="holds ema but no 'model'; use --weights ema"):
+        convert(tmp_path / "dit.pt", tmp_path / "out", *DIT, "--weights", "model")
+
+
+def test_an_index_that_lists_what_is_not_there_is_refused(dit, tmp_path):
+    save_file(dit, tmp_path / "a.safetensors")
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))
+    with pytest.raises(ValueError, match="more than one model"):
+        convert(tmp_path, tmp_path / "out", *DIT)
+    (tmp_path / "a.safetensors").unlink()
+    with pytest.raises(ValueError, match="which the folder does not hold"):
+        convert(tmp_path, tmp_path / "out", *DIT)
+
+
+def test_the_way_back_names_a_file_and_keeps_nan_out(dit, tmp_path):
+    save_file(dit, tmp_path / "dit.safetensors")
+    convert(tmp_path / "dit.safetensors", tmp_path / "out", *DIT)
+    with pytest.raises(ValueError, match="is no file name for 'dit' weights; end it in .pt"):
+        convert(tmp_path / "out", tmp_path / "back", "--to", "dit")
+    model = STDiT.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        model.final_layer.linear.bias[0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        convert(tmp_path / "nan", tmp_path / "back.pt", "--to", "dit")
+    assert not (tmp_path / "back.pt").exists()

@@ -82,6 +82,7 @@ def test_training_moves_the_new_blocks(tiny_model):
     video, inflation = to_video(tiny_model(axes=["spatial"]))
     video.train()
     optimizer = torch.optim.SGD(video.parameters(), lr=0.1)
+    before = {name: value.clone() for name, value in video.named_parameters()}
     for _ in range(2):  # the gates open first, then what is behind them learns
         optimizer.zero_grad()
         video(torch.randn(2, 4, 3, 8, 8), *CASE).square().sum().backward()
@@ -89,6 +90,7 @@ def test_training_moves_the_new_blocks(tiny_model):
     for block, source in zip(video.blocks, inflation.sources, strict=True):
         if source is None:
             assert all(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters())
+    assert all(not torch.equal(before[name], value) for name, value in video.named_parameters() if "blocks.1" in name)
 
 
 @torch.no_grad()
@@ -130,3 +132,29 @@ def test_other_channels_are_refused_until_told_what_to_start_afresh(tiny_model):
 def test_what_cannot_be_inflated_is_refused_in_one_line(tiny_model, change, message):
     with pytest.raises(ValueError, match=message.replace("[", r"\[")):
         change(tiny_model(axes=["spatial"]))
+
+
+@torch.no_grad()
+def test_a_video_model_is_not_inflated_again_but_taken_up_whole(tiny_model):
+    video = tiny_model(axes=["spatial", "temporal"])
+    with pytest.raises(ValueError, match="have temporal blocks already"):
+        to_video(video)
+    again, inflation = to_video(video, InitFrom(path="image", temporal="convert"))
+    x = torch.randn(2, 4, 3, 8, 8)
+    assert torch.equal(again(x, *CASE), video(x, *CASE))
+    assert "everything, it is the same model" in inflation.keeps
+
+
+@torch.no_grad()
+def test_classes_given_to_an_unconditional_model_say_nothing_at_first(tiny_model):
+    image = tiny_model(axes=["spatial"], num_classes=0)
+    video, inflation = to_video(image, num_classes=5)
+    x = torch.randn(2, 4, 3, 8, 8)
+    assert (video(x, *CASE) - each_frame(image, x, CASE[0], None)).abs().max() < 1e-6
+    assert "New: classes, all zero" in inflation.keeps
+
+
+def test_what_is_replaced_is_said(tiny_model):
+    image = tiny_model(axes=["spatial"])
+    _, inflation = to_video(image, InitFrom(path="image", classes="replace"), num_classes=9)
+    assert "holds without a label" in inflation.keeps

@@ -10,16 +10,32 @@ from stdit.model.stdit import STDiT
 from stdit.nn.positions import space_positions
 
 IMAGE = {"num_classes": 1000, "in_channels": 4, "axes": ["spatial"]}
-WITH_TABLE = {"S/2": 32_963_360, "XL/2": 675_129_632}
+
+
+def parameters(depth: int, width: int, patch: int) -> int:
+    """DiT's trainable parameters, counted by hand: 4 channels, 1000 classes and null, learned variance."""
+    embedders = width * 4 * patch**2 + width + 257 * width + width**2 + width + 1001 * width
+    block = 18 * width**2 + (6 + 3 + 1 + 5) * width
+    final = 2 * width**2 + 2 * width + (width + 1) * 8 * patch**2
+    return embedders + depth * block + final
 
 
 @pytest.mark.parametrize("size", model_table.PAPER)
 def test_gflops_and_parameters_are_the_papers(size):
-    cost = forward_cost({**size_arguments(size), **IMAGE}, (1, 32, 32))
+    arguments = {**size_arguments(size), **IMAGE}
+    cost = forward_cost(arguments, (1, 32, 32))
     millions, gflops = model_table.PAPER[size]
     assert abs(cost.total / 1e9 / gflops - 1) < 0.01
     assert round(cost.parameters / 1e6) == millions  # the paper counts what is trained
-    assert cost.parameters + cost.table == WITH_TABLE.get(size, cost.parameters + cost.table)
+    patch = arguments["patch_size"][1]
+    assert cost.parameters == parameters(arguments["depth"], arguments["hidden_size"], patch)
+    assert cost.table == (32 // patch) ** 2 * arguments["hidden_size"]
+
+
+def test_parameters_with_the_position_table_are_dits():
+    for size, with_table in (("S/2", 32_963_360), ("XL/2", 675_129_632)):
+        cost = forward_cost({**size_arguments(size), **IMAGE}, (1, 32, 32))
+        assert cost.parameters + cost.table == with_table
 
 
 def test_xl_at_512_pixels_is_the_papers():
@@ -117,6 +133,19 @@ def test_a_run_that_cannot_fit_is_refused_only_when_asked(config, capsys):
     assert plan.main([config, *too_small, "--refuse"]) == 1
 
 
+def test_a_device_of_ones_own_needs_no_entry(config, capsys):
+    assert plan.main([config, "--gpu", "H300", "--tflops", "3000", "--memory", "300"]) == 0
+    assert "of 300 on H300" in capsys.readouterr().out
+
+
+def test_what_fits_is_found_where_memory_grows_in_no_straight_line():
+    def at(frames):
+        return training_memory(small(["joint"]), (frames, 16, 16), 1, "adamw", True, False, False)
+
+    room = at(6).peak + 1
+    assert at(plan.largest(at, room)).peak <= room
+
+
 def test_what_is_said_to_fit_does_and_one_more_does_not():
     def at(n):
         return memory(n)
@@ -128,7 +157,7 @@ def test_what_is_said_to_fit_does_and_one_more_does_not():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--gpu", "H1000"], "Unknown GPU 'H1000'. Did you mean 'H100'"), (["--utilisation", "40"], "is a share, 0 to 1"), (["data.num_frames=18"], "num_frames=18 does not fit VAE")],
+    [(["--memory", "nan"], "--memory nan is no size"), (["train.micro_batch=7"], "train.batch_size=64 is not a multiple"), (["--gpu", "H1000"], "Unknown GPU 'H1000'. Did you mean 'H100'"), (["--utilisation", "40"], "is a share, 0 to 1"), (["data.num_frames=18"], "num_frames=18 does not fit VAE")],
 )  # fmt: skip
 def test_a_bad_question_is_answered_in_one_line(config, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -136,6 +165,8 @@ def test_a_bad_question_is_answered_in_one_line(config, arguments, message):
 
 
 def test_the_tables_print(capsys):
+    assert model_table.main([]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 14
     assert model_table.main(["--size", "S/2", "--frames", "1", "3", "--latent", "8"]) == 0
     assert "attention temporal" in capsys.readouterr().out
 

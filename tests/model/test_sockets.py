@@ -15,6 +15,7 @@ from diffusers.training_utils import EMAModel
 
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.stdit import STDiT
+from stdit.nn import attention
 from stdit.sampling.guidance import guided
 from stdit.sampling.plan import generate
 from stdit.sampling.solvers import solve
@@ -90,11 +91,19 @@ def test_bfloat16_loading_keeps_positions_and_the_clock_in_float32(model, tmp_pa
 
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["native", "_native_math"])
-def test_attention_back_ends_agree(model, backend):
-    x = case()
+def test_attention_back_ends_agree(model, backend, monkeypatch):
+    x, asked = case(), []
     want = model(*x)
+    dispatch = attention.dispatch_attention_fn
+
+    def watched(*args, **kwargs):
+        asked.append(kwargs["backend"])
+        return dispatch(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "dispatch_attention_fn", watched)
     model.set_attention_backend(backend)
     torch.testing.assert_close(model(*x), want, atol=1e-5, rtol=1e-5)
+    assert [str(getattr(name, "value", name)) for name in asked] == [backend] * 4
     model.reset_attention_backend()
 
 
@@ -162,6 +171,8 @@ def test_group_offload_changes_no_number(model, kind):
     want = model(*x)
     how = {"num_blocks_per_group": 1} if kind == "block_level" else {}
     model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, **how)
+    hooked = [name for name, module in model.named_modules() if hasattr(module, "_diffusers_hook")]
+    assert any(name.startswith("blocks.") for name in hooked)
     assert torch.equal(model(*x), want)
 
 
