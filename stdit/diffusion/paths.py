@@ -102,11 +102,11 @@ class DDPMPath:
             raise ValueError(f"num_inference_steps={steps!r}: no whole stride visits {count} steps. Use ddim{near}.")
         if count == 1:  # the last, which alone can start from noise; DiT's rule would take the first
             return [self.num_steps - 1]
-        stride, at = (self.num_steps - 1) / (count - 1), 0.0
+        gap, at = (self.num_steps - 1) / (count - 1), 0.0
         steps_kept: list[int] = []
         for _ in range(count):  # added up, as DiT does: its rounding at halves comes from these sums
             steps_kept.append(round(at))
-            at += stride
+            at += gap
         return steps_kept
 
     def coordinates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
