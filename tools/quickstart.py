@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             f"done in {(time.time() - began) / 60:.1f} minutes. Look at output/quickstart/samples/contact_sheet.png, then try:"
         )
         print(
-            '  .venv/bin/python tools/sample_video.py --model models/quickstart --class-label "triangle up" --frames 25 --seed 7 --gif'
+            '  .venv/bin/python tools/sample_video.py --model models/quickstart --class-label "triangle up" --frames 25 --guidance 3 --seed 1 --gif'
         )
     return code
 
