@@ -127,6 +127,23 @@ def test_diffusers_euler_on_the_same_levels_gives_our_clip(make):
     torch.testing.assert_close(sample(pipe, num_inference_steps=8), ours, atol=2e-3, rtol=1e-2)
 
 
+def test_a_solver_asked_for_by_name_takes_the_place_of_the_folders_scheduler(make):
+    theirs = make("ddpm", diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False))
+    with pytest.raises(ValueError, match="'ddim50' is for stdit's own solvers, this model brings DDIMScheduler"):
+        sample(theirs, num_inference_steps="ddim50")
+    ours = make("ddpm")
+    same = {"num_inference_steps": "ddim10", "solver": "ddim"}
+    assert torch.equal(sample(theirs, **same), sample(ours, **same))
+    with pytest.raises(ValueError, match="flow takes a number"):
+        sample(make(), num_inference_steps="ddim10")
+
+
+def test_class_names_that_are_lists_answer_to_each_name(make):
+    pipe = make()
+    pipe.transformer.register_to_config(class_names=["tench, Tinca tinca", "goldfish", "shark"])
+    assert pipe.labels(["Tinca tinca", "tench, Tinca tinca", "shark"]).tolist() == [0, 0, 2]
+
+
 def test_a_scheduler_for_another_prediction_is_refused(make):
     with pytest.raises(ValueError, match="expects prediction_type='epsilon', this model was trained for 'flow'"):
         make("flow", diffusers.DDIMScheduler())
