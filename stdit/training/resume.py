@@ -29,9 +29,11 @@ def find_checkpoint(config: TrainConfig, folders: RunFolders, resolved: dict, ma
         checkpoint = _named(Path(config.resume))
     if checkpoint is None:
         return None
+    # A section that did not exist when the checkpoint was written had its defaults.
+    sections = {key: value for key, value in resolved.items() if isinstance(value, dict)}
     changed = [
         line
-        for line in differences(checkpoint.info["config"], resolved)
+        for line in differences({**sections, **checkpoint.info["config"]}, resolved)
         if not line.startswith(tuple(f"{k}:" for k in _FREE))
     ]
     if changed and not config.allow_changes:
