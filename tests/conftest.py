@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stdit.model.stdit import STDiT
+from stdit.sampling.plan import Plan, arrange
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +21,11 @@ def fill(model: torch.nn.Module, scale: float = 0.05) -> torch.nn.Module:
         for value in model.parameters():
             value.add_(scale * torch.randn(value.shape, generator=generator))
     return model
+
+
+def from_noise(noise: torch.Tensor, schedule: torch.Tensor) -> Plan:
+    """Every frame from noise (B, C, T, h, w), all together along a schedule (steps + 1,)."""
+    return Plan(noise, arrange(schedule, torch.ones(noise.shape[2], dtype=torch.bool)))
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ from stdit.vae import load_vae
 
 def encode_shard(
     dataset, vae, indices: list[int], seed: int, device: str
-) -> tuple[torch.Tensor, list, dict[str, str], float]:
-    """Latents (N, C, T, h, w) float16, labels, the files that could not be read, and the seconds waited for data.
+) -> tuple[dict[str, torch.Tensor], list, dict[str, str], float]:
+    """Latents and restarts (N, C, T, h, w) float16, labels, the unreadable files, and the seconds waited for data.
 
     Threads read the next clips while these are encoded (decoding leaves Python's lock).
     """
@@ -58,17 +58,22 @@ def encode_shard(
             if good:
                 latents.append(_encode(vae, torch.stack(list(good.values())), device))
                 labels += [dataset.label(i) for i in good]
-    return (torch.cat(latents) if latents else torch.zeros(0)), labels, bad, waited
+    tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}
+    return tensors or {"latents": torch.zeros(0)}, labels, bad, waited
 
 
 @torch.no_grad()
-def _encode(vae, pixels: torch.Tensor, device: str) -> torch.Tensor:
-    batch = pixels.to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+def _encode(vae, pixels: torch.Tensor, device: str) -> dict[str, torch.Tensor]:
+    """A clip's latents, and each frame of them as it is at the head of a run of known frames."""
+    batch = (pixels.to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1).to(vae.dtype)
     with autocast("auto", device):
-        encoded = vae.encode(batch.to(vae.dtype)).float().cpu()
-    if not torch.isfinite(encoded).all():
+        latents = vae.encode(batch)
+        groups = [vae.group(batch, t) for t in range(1, latents.shape[2])]
+        heads = vae.encode_run(torch.cat(groups)) if groups else latents[:0]
+    heads = torch.cat([latents[:, :, :1], *heads.split(len(batch))], dim=2)
+    if not torch.isfinite(latents).all() or not torch.isfinite(heads).all():
         raise ValueError(f"VAE {vae.name!r} gave latents that are not finite; use it in float32.")
-    return encoded.half()
+    return {"latents": latents.half().cpu(), "restarts": heads.half().cpu()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         latents, labels, bad, seconds = encode_shard(dataset, vae, indices, config.seed, device)
         waited += seconds
         beside = output / f".{os.getpid()}-{name}.safetensors"
-        save_file({"latents": latents}, beside)
+        save_file(latents, beside)
         digest = hashlib.sha256(beside.read_bytes()).hexdigest()
         beside.replace(output / f"{name}.safetensors")
         record = {"file": f"{name}.safetensors", "count": len(labels), "sha256": digest, "labels": labels, "bad": bad}

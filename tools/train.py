@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer = Trainer(
         accelerator, folders, model,
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
-        objective, vae.encode, model.num_classes, config.train, resolved,
+        objective, vae, model.patch_size, model.num_classes, config.train, resolved,
         len(dataset), config.data.max_bad_fraction,
         preview=lambda m, step: preview(m, vae, config, folders, step),
     )  # fmt: skip

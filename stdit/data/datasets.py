@@ -240,10 +240,12 @@ class CachedLatents:
 
     def load(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        latents = self._shard(shard).get_slice("latents")[index - int(self._starts[shard])]
-        if not torch.isfinite(latents).all():
+        file = self._shard(shard)
+        row = index - int(self._starts[shard])
+        sample = {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if not all(torch.isfinite(value).all() for value in sample.values()):
             raise VideoError(f"{self.name(index)} is not finite; cache the latents again.")
-        return {"latents": latents}
+        return sample
 
     def _shard(self, number: int):
         if number not in self._open_shards:

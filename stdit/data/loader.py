@@ -20,11 +20,13 @@ _ATTEMPTS = 64
 class Batch(NamedTuple):
     """pixels (B, F, H, W, 3) uint8 or latents (B, C, T, h, w), the other None; labels (B,), -1 where there is none.
 
+    restarts: beside cached latents, every frame encoded without those before it (see `VideoVAE.encode_run`).
     keys: (seed, step, slot) of each sample; bad: names of files that could not be read, with the reason.
     """
 
     pixels: Tensor | None
     latents: Tensor | None
+    restarts: Tensor | None
     labels: Tensor
     keys: list[tuple[int, int, int]]
     bad: dict[str, str]
@@ -73,7 +75,9 @@ def collate(samples: list[dict]) -> Batch:
 
     bad = {name: reason for sample in samples for name, reason in sample["bad"].items()}
     labels = torch.tensor([sample["label"] for sample in samples])
-    return Batch(stack("pixels"), stack("latents"), labels, [sample["key"] for sample in samples], bad)
+    return Batch(
+        stack("pixels"), stack("latents"), stack("restarts"), labels, [sample["key"] for sample in samples], bad
+    )
 
 
 def batches(

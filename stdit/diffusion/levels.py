@@ -1,23 +1,114 @@
-"""Noise levels: how training draws them, and how size shifts them."""
+"""Noise levels: what training takes as known, how it draws the rest, and how size shifts them."""
 
 import math
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Distribution = Literal["logit_normal", "uniform"]
-Scheme = Literal["shared", "per_frame"]
+Grid = tuple[int, int, int]  # latent frames, rows and columns of patches
 
 
-def draw_levels(generator: torch.Generator, frames: int, distribution: Distribution, scheme: Scheme) -> Tensor:
-    """Levels of one clip in (0, 1): (T,), all equal if `shared`, independent if `per_frame` (diffusion forcing)."""
-    count = 1 if scheme == "shared" else frames
+class Drawn(NamedTuple):
+    """Levels of one clip and what of it is known, (T,) or per patch (T, rows, columns). Loss counts where not known."""
+
+    levels: Tensor
+    known: Tensor
+
+
+def _nothing(generator: torch.Generator, grid: Grid) -> Tensor:
+    return torch.zeros(grid[0], dtype=torch.bool)
+
+
+def _prefix(generator: torch.Generator, grid: Grid) -> Tensor:
+    """The first frames, at least one."""
+    known = _nothing(generator, grid)
+    known[: 1 + _below(generator, grid[0] - 1)] = grid[0] > 1
+    return known
+
+
+def _suffix(generator: torch.Generator, grid: Grid) -> Tensor:
+    """The last frames, at least one."""
+    return _prefix(generator, grid).flip(0)
+
+
+def _ends(generator: torch.Generator, grid: Grid) -> Tensor:
+    """All but a gap that touches neither end."""
+    frames = grid[0]
+    if frames < 3:
+        return _prefix(generator, grid)
+    gap = 1 + _below(generator, frames - 2)
+    start = 1 + _below(generator, frames - gap - 1)
+    known = torch.ones(frames, dtype=torch.bool)
+    known[start : start + gap] = False
+    return known
+
+
+def _random(generator: torch.Generator, grid: Grid) -> Tensor:
+    """Each frame by the toss of a coin; one at least stays to be predicted."""
+    known = torch.rand(grid[0], generator=generator) < 0.5
+    known[_below(generator, grid[0])] = False
+    return known
+
+
+def _every(generator: torch.Generator, grid: Grid) -> Tensor:
+    """Every k-th frame from the first."""
+    known = _nothing(generator, grid)
+    known[:: 2 + _below(generator, grid[0] - 1)] = grid[0] > 1
+    return known
+
+
+def _region(generator: torch.Generator, grid: Grid) -> Tensor:
+    """All but a box of patches, or nothing but a box; over all frames, or over a stretch of them (T, rows, columns)."""
+    frames, rows, columns = grid
+    box = torch.zeros(grid, dtype=torch.bool)
+    spans = [_span(generator, size) for size in (rows, columns)]
+    box[:, slice(*spans[0]), slice(*spans[1])] = True
+    made = box if torch.rand((), generator=generator) < 0.5 or bool(box.all()) else ~box
+    if torch.rand((), generator=generator) < 0.5:
+        stretch = torch.zeros(frames, 1, 1, dtype=torch.bool)
+        stretch[slice(*_span(generator, frames))] = True
+        made = made & stretch
+    return ~made
+
+
+class Scheme(NamedTuple):
+    """What is known, and whether the other frames have a level each (diffusion forcing) or share one."""
+
+    known: Callable[[torch.Generator, Grid], Tensor] = _nothing
+    independent: bool = False
+
+
+SCHEMES: dict[str, Scheme] = {
+    "shared": Scheme(),
+    "per_frame": Scheme(independent=True),
+    "prefix": Scheme(_prefix),
+    "suffix": Scheme(_suffix),
+    "ends": Scheme(_ends),
+    "random": Scheme(_random),
+    "every": Scheme(_every),
+    "region": Scheme(_region),
+}
+MIXTURE = {
+    "shared": 0.5, "per_frame": 0.05, "prefix": 0.15, "suffix": 0.08, "ends": 0.12, "random": 0.03, "every": 0.02,
+    "region": 0.05,
+}  # fmt: skip
+
+
+def choose(generator: torch.Generator, shares: Mapping[str, float]) -> str:
+    """A name, with probability proportional to its share."""
+    names = sorted(shares)
+    weights = torch.tensor([shares[name] for name in names], dtype=torch.float64)
+    return names[int(torch.multinomial(weights, 1, generator=generator))]
+
+
+def draw_levels(generator: torch.Generator, count: int, distribution: Distribution) -> Tensor:
+    """(count,) independent levels in (0, 1)."""
     if distribution == "logit_normal":  # Esser et al., "Scaling Rectified Flow Transformers", section 3.1
-        drawn = torch.sigmoid(torch.randn(count, generator=generator))
-    else:
-        drawn = torch.rand(count, generator=generator)
-    return drawn.expand(frames)
+        return torch.sigmoid(torch.randn(count, generator=generator))
+    return torch.rand(count, generator=generator)
 
 
 def shift_levels(levels: Tensor, shift: float) -> Tensor:
@@ -28,3 +119,14 @@ def shift_levels(levels: Tensor, shift: float) -> Tensor:
 def size_shift(shift: float, tokens: int, base_tokens: int) -> float:
     """The shift for a clip of `tokens` latent positions when `shift` holds at `base_tokens` (0: everywhere)."""
     return shift * math.sqrt(tokens / base_tokens) if base_tokens else shift
+
+
+def _below(generator: torch.Generator, high: int) -> int:
+    return int(torch.randint(max(high, 1), (), generator=generator))
+
+
+def _span(generator: torch.Generator, size: int) -> tuple[int, int]:
+    """First and end of a random stretch of 1 to `size`."""
+    length = 1 + _below(generator, size)
+    start = _below(generator, size - length + 1)
+    return start, start + length

@@ -1,13 +1,22 @@
 """What a network is asked for, and how well it answered. DDPM and rectified flow behind one face."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stdit.diffusion.levels import Distribution, Scheme, draw_levels, shift_levels, size_shift
+from stdit.diffusion.levels import (
+    MIXTURE,
+    SCHEMES,
+    Distribution,
+    Drawn,
+    Grid,
+    draw_levels,
+    shift_levels,
+    size_shift,
+)
 from stdit.diffusion.paths import DDPMPath, FlowPath, Path, like
 from stdit.diffusion.predictions import Estimate, from_epsilon, from_velocity
 from stdit.diffusion.variational import variational_bound
@@ -16,10 +25,16 @@ from stdit.variants import pick
 
 @dataclass
 class ObjectiveConfig:
-    """`shift` moves flow's levels toward noise; with `shift_tokens` it holds there and grows with the root of size."""
+    """`shift` moves flow's levels toward noise; with `shift_tokens` it holds there and grows with the root of size.
+
+    scheme: what is known and who shares a level: one of `SCHEMES`, or "mixed", where each step takes one of them by its
+    share in `shares`. known_noise: known frames stand at a level drawn from 0 to this one, and the model is told.
+    """
 
     name: Literal["flow", "ddpm"] = "flow"
-    scheme: Scheme = "shared"
+    scheme: str = "shared"
+    shares: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
+    known_noise: float = 0.0
     distribution: Distribution = "logit_normal"
     shift: float = 1.0
     shift_tokens: int = 0
@@ -27,6 +42,24 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.shift <= 0:
             raise ValueError(f"objective.shift={self.shift} is not positive; 1 leaves the levels as they are.")
+        if self.scheme != "mixed":
+            pick({**SCHEMES, "mixed": None}, self.scheme, "objective.scheme")
+        for name, share in self.shares.items():
+            pick(SCHEMES, name, "scheme in objective.shares")
+            if not 0 <= share < float("inf"):
+                raise ValueError(f"objective.shares.{name}={share} is no share; use 0 or more.")
+        if not any(self.shares.values()):
+            raise ValueError("objective.shares are all 0; give at least one scheme a share.")
+        if not 0 <= self.known_noise < 1:
+            raise ValueError(f"objective.known_noise={self.known_noise} lies in [0, 1); 0 keeps known frames clean.")
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """The schemes that training takes, with their shares of the steps."""
+        if self.scheme != "mixed":
+            return {self.scheme: 1.0}
+        total = sum(self.shares.values())
+        return {name: share / total for name, share in self.shares.items() if share}
 
 
 class Objective(ABC):
@@ -38,20 +71,29 @@ class Objective(ABC):
     def __init__(self, config: ObjectiveConfig):
         self.config = config
 
+    def draw(self, generator: torch.Generator, scheme: str, grid: Grid, tokens: int) -> Drawn:
+        """Levels for one clip of `tokens` latent positions, (T,) or per patch of `grid`, and what of it is known."""
+        frames = grid[0]
+        kind = SCHEMES[scheme]
+        levels = self.draw_levels(generator, frames if kind.independent else 1, tokens).expand(frames)
+        known = kind.known(generator, grid)
+        clean = self.path.on_clock(self.config.known_noise * torch.rand((), generator=generator))
+        return Drawn(torch.where(known, clean, levels.view(-1, *[1] * (known.ndim - 1))), known)
+
     @abstractmethod
-    def draw(self, generator: torch.Generator, frames: int, tokens: int) -> Tensor:
-        """(T,) levels for one clip of `tokens` latent positions."""
+    def draw_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:
+        """(count,) independent levels for a clip of `tokens` latent positions."""
 
     @abstractmethod
     def estimate(self, output: Tensor, x: Tensor, levels: Tensor) -> Estimate:
-        """What the network's output (B, C_out, T, h, w) at noisy x and levels (B, T|1) says."""
+        """What the network's output (B, C_out, T, h, w) at noisy x and levels (B, T|1) or (B, T, rows, columns) says."""
 
     @abstractmethod
     def loss(self, output: Tensor, x: Tensor, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        """(B, T): the mean over channels and positions of every frame."""
+        """(B, T, h, w): the mean over channels."""
 
     def noisy(self, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        """x_t (B, C, T, h, w) at levels (B, T|1)."""
+        """x_t (B, C, T, h, w) at levels (B, T|1) or (B, T, rows, columns)."""
         alpha, sigma = self.path.alpha_sigma(like(levels, clean))
         return alpha * clean + sigma * noise
 
@@ -74,14 +116,14 @@ class FlowObjective(Objective):
     def _shift(self, levels: Tensor, tokens: int) -> Tensor:
         return shift_levels(levels, size_shift(self.config.shift, tokens, self.config.shift_tokens))
 
-    def draw(self, generator: torch.Generator, frames: int, tokens: int) -> Tensor:
-        return self._shift(draw_levels(generator, frames, self.config.distribution, self.config.scheme), tokens)
+    def draw_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:
+        return self._shift(draw_levels(generator, count, self.config.distribution), tokens)
 
     def estimate(self, output: Tensor, x: Tensor, levels: Tensor) -> Estimate:
         return from_velocity(output.to(x.dtype), x, levels)
 
     def loss(self, output: Tensor, x: Tensor, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        return (output.float() - (noise - clean)).square().mean(dim=(1, 3, 4))
+        return (output.float() - (noise - clean)).square().mean(dim=1)
 
     def schedule(self, steps: int | str, tokens: int) -> Tensor:
         return self._shift(self.path.schedule(steps), tokens)
@@ -96,9 +138,8 @@ class DDPMObjective(Objective):
         super().__init__(config)
         self.path = DDPMPath()
 
-    def draw(self, generator: torch.Generator, frames: int, tokens: int) -> Tensor:
-        uniform = draw_levels(generator, frames, "uniform", self.config.scheme)
-        return ((uniform * self.path.num_steps).floor() + 1) / self.path.num_steps
+    def draw_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:
+        return ((draw_levels(generator, count, "uniform") * self.path.num_steps).floor() + 1) / self.path.num_steps
 
     def estimate(self, output: Tensor, x: Tensor, levels: Tensor) -> Estimate:
         epsilon, variance = output.to(x.dtype).chunk(2, dim=1)
@@ -106,11 +147,11 @@ class DDPMObjective(Objective):
 
     def loss(self, output: Tensor, x: Tensor, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
         epsilon, variance = output.float().chunk(2, dim=1)
-        simple = (epsilon - noise).square().mean(dim=(1, 3, 4))
+        simple = (epsilon - noise).square().mean(dim=1)
         # The bound teaches the variance only: the mean is taken as it is.
         frozen = from_epsilon(epsilon.detach(), x, levels, self.path)._replace(variance=variance)
         bound = variational_bound(self.path, x, clean, frozen, levels, 1 / self.path.num_steps)
-        return simple + bound.mean(dim=(1, 3, 4)).to(simple.dtype)
+        return simple + bound.mean(dim=1).to(simple.dtype)
 
     def schedule(self, steps: int | str, tokens: int) -> Tensor:
         return self.path.schedule(steps)

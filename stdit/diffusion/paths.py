@@ -1,6 +1,7 @@
 """From clean to noise: x_t = alpha(t) data + sigma(t) noise. The only file that converts clocks.
 
-Levels are t in [0, 1], 0 = clean, of shape (B,), (B, T) or (B, T, h, w); `like` spreads them over (B, C, T, h, w).
+Levels are t in [0, 1], 0 = clean, of shape (B,), (B, T) or, by patches, (B, T, rows, columns); `like` spreads them over
+(B, C, T, h, w).
 """
 
 from functools import cached_property
@@ -10,9 +11,12 @@ from torch import Tensor
 
 
 def like(levels: Tensor, x: Tensor) -> Tensor:
-    """(B,), (B, T|1) or (B, T|1, h|1, w|1) -> broadcastable to x (B, C, T, h, w)."""
+    """(B,), (B, T|1) or (B, T|1, rows, columns) that divide h and w -> broadcastable to x (B, C, T, h, w)."""
     while levels.ndim < 4:
         levels = levels.unsqueeze(-1)
+    for axis in (-2, -1):
+        if 1 < levels.shape[axis] < x.shape[axis]:
+            levels = levels.repeat_interleave(x.shape[axis] // levels.shape[axis], axis)
     return levels.unsqueeze(1).to(x.device)
 
 
@@ -31,6 +35,10 @@ class FlowPath:
     def levels(self, timestep: Tensor) -> Tensor:
         """The model's clock to levels."""
         return timestep.float() / 1000
+
+    def on_clock(self, levels: Tensor) -> Tensor:
+        """The nearest levels that the chain has: all of them."""
+        return levels
 
     def schedule(self, steps: int | str) -> Tensor:
         """(steps + 1,) levels from 1 to 0, evenly spaced."""
@@ -76,6 +84,9 @@ class DDPMPath:
 
     def levels(self, timestep: Tensor) -> Tensor:
         return (timestep.float() + 1) / self.num_steps
+
+    def on_clock(self, levels: Tensor) -> Tensor:
+        return self.index(levels).float() / self.num_steps
 
     def schedule(self, steps: int | str) -> Tensor:
         """(steps + 1,) levels: `steps` of the thousand, evenly spaced from last to first, then 0.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,24 @@ from torch import Tensor, nn
 from stdit.model.config import size_arguments
 from stdit.model.sockets import is_folder, model_card, register_blocks
 from stdit.model.trunks import stack, time_entries
-from stdit.nn.attention import AXES
 from stdit.nn.blocks import FinalLayer, STDiTBlock
+from stdit.nn.cache import FrameCache
 from stdit.nn.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder
+from stdit.nn.layout import AXES, Dense, Layout
 from stdit.nn.positions import space_positions
 from stdit.nn.tokens import token_grid, unpatchify
+from stdit.variants import pick
 
 
 class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     """Spacetime diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers", grown in time).
 
     `sample_size` (T, H, W) is the latent size it was made for, a hint and no limit. `class_names` are accepted
-    wherever a label is. The last six are for weights made elsewhere: the clock they expect (`clock_scale`,
-    `clock_reversed`, `frequency_shift`), an epsilon, where time enters ("attention", or "stream" as in Latte), and
-    which block of an image model each block was (None: inserted). Raises ValueError for widths that do not divide
+    wherever a label is. positions: sizes never seen go on counting
+    ("extrapolate") or are squeezed into the trained grid ("interpolate"); may be changed on a trained model
+    (`register_to_config(positions=...)`). causal, window: frames see themselves and earlier ones alone. Six are for weights made elsewhere: the clock they expect (`clock_scale`,
+    `clock_reversed`, `frequency_shift`), an epsilon, where time enters ("attention", "rotary", or "stream" as in
+    Latte), and which block of an image model each block was (None: inserted). Raises ValueError for widths that do not divide
     and unknown axes.
     """
 
@@ -59,9 +64,14 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         norm2_eps: float = 1e-6,
         time_entry: str = "attention",
         block_sources: Sequence[int | None] | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        positions: str = "extrapolate",
     ):
         super().__init__()
         _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
+        pick({"extrapolate": None, "interpolate": None}, positions, "positions")
+        _check_causal(causal, window, time_entry, axes, patch_size)
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -74,7 +84,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
         cycle = [axes[i % len(axes)] for i in range(depth)]
         self.blocks = nn.ModuleList(
-            STDiTBlock(hidden_size, num_heads, axis, mlp_ratio, qk_norm, time, norm2_eps)
+            STDiTBlock(hidden_size, num_heads, axis, mlp_ratio, qk_norm, time, norm2_eps, causal, window)
             for axis, time in zip(cycle, time_entries(time_entry, cycle), strict=True)
         )
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels)
@@ -140,19 +150,36 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
             nn.init.zeros_(module.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        cache: FrameCache | None = None,
+    ) -> Tensor:
         """Predict from noisy latents.
 
         hidden_states: (B, C, T, H, W); timestep: (B,) or per latent frame (B, T) or per token (B, T, S), on 0..1000;
-        class_labels: (B,), label num_classes is null, None is null everywhere. Returns (B, C_out, T, H, W), with
-        C_out = 2 C if the variance is learned.
+        class_labels: (B,), label num_classes is null, None is null everywhere; cache: the frames before these, for a
+        causal model (`nn.cache`). Returns (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
         """
-        _, rows, columns = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
+        frames, rows, columns = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
         condition = self.condition(timestep, class_labels, hidden_states.shape[0])
         tokens = self.x_embedder(hidden_states)
-        tokens = tokens + space_positions(rows, columns, tokens.shape[-1]).to(tokens)
-        tokens = stack(self.blocks, tokens, condition, self._run)
+        time, *space = self._spacing((frames, rows, columns))
+        tokens = tokens + space_positions(rows, columns, tokens.shape[-1], tuple(space)).to(tokens)
+        layout = Dense(frames, rows * columns, cache.frames if cache is not None else 0, time)
+        tokens = stack(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=cache))
+        if cache is not None and cache.writing:
+            cache.frames += frames
         return unpatchify(self.final_layer(tokens, condition), self.patch_size, rows)
+
+    def _spacing(self, grid: tuple[int, int, int]) -> tuple[float, ...]:
+        """Distances of neighbours in time, y and x: 1, or squeezed and stretched into the grid it was trained on."""
+        if self.config.positions == "extrapolate":
+            return (1.0, 1.0, 1.0)
+        trained = (size // patch for size, patch in zip(self.config.sample_size, self.patch_size, strict=True))
+        return tuple(have / size for have, size in zip(trained, grid, strict=True))
 
     def condition(self, timestep: Tensor, class_labels: Tensor | None, batch: int) -> Tensor:
         """Timestep and label embeddings, added: (B, T|1, S|1, D)."""
@@ -167,10 +194,12 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
             vector = vector + self.y_embedder(class_labels)[:, None, None]
         return vector
 
-    def _run(self, block: nn.Module, hidden_states: Tensor, condition: Tensor) -> Tensor:
+    def _run(
+        self, block: nn.Module, hidden_states: Tensor, condition: Tensor, layout: Layout, cache: FrameCache | None
+    ) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, hidden_states, condition)
-        return block(hidden_states, condition)
+            return self._gradient_checkpointing_func(block, hidden_states, condition, layout, cache)
+        return block(hidden_states, condition, layout, cache)
 
 
 register_blocks()
@@ -195,4 +224,14 @@ def _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_n
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(
             f"{len(class_names)} class_names for num_classes={num_classes}; give one name a class, or none."
+        )
+
+
+def _check_causal(causal: bool, window: int | None, time_entry: str, axes: Sequence[str], patch_size) -> None:
+    if window is not None and (window < 2 or not causal):
+        raise ValueError(f"window={window} with causal={causal}: a window is 2 frames or more, of a causal model.")
+    if causal and (time_entry != "rotary" or patch_size[0] != 1 or set(axes) == {"spatial"}):
+        raise ValueError(
+            f"causal=true with time_entry={time_entry!r}, axes={list(axes)} and patch_size={list(patch_size)}: a causal "
+            "model needs time_entry='rotary', patches of one frame, and joint or temporal attention."
         )

@@ -1,30 +1,30 @@
 """Self-attention among the tokens of an axis. The kernel is diffusers' to choose (`set_attention_backend`)."""
 
+from functools import partial
+
+import numpy as np
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import Tensor, nn
 
-from stdit.nn.positions import time_positions
-
-# How (B, T, S, D) video tokens fold into sequences for one attention call, and back.
-AXES = {
-    "joint": ("b t s d -> b (t s) d", "b (t s) d -> b t s d"),
-    "spatial": ("b t s d -> (b t) s d", "(b t) s d -> b t s d"),
-    "temporal": ("b t s d -> (b s) t d", "(b s) t d -> b t s d"),
-}
+from stdit.nn.cache import FrameCache
+from stdit.nn.layout import Dense, Layout
+from stdit.nn.positions import rotate, time_positions
 
 
-def _short_in_16_bits(query: Tensor) -> bool:
+def _short_in_16_bits(query: Tensor, key: Tensor) -> bool:
     """Where plain products beat CPUs' fused kernel, whose backward pass is slow in bfloat16 (`tools/bench.py attention`)."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[1] <= 256
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and max(query.shape[1], key.shape[1]) <= 256
 
 
-def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v on (B, L, H, D) -> (B, L, H, D), the softmax in float32."""
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v on (B, L, H, D) -> (B, L, H, D), the softmax in float32; attn_mask bool, true to see."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if attn_mask is not None:
+        weights = weights.masked_fill(~attn_mask, float("-inf"))
     return (weights.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2)
 
 
@@ -34,24 +34,36 @@ class AxialAttnProcessor:
     _attention_backend = None
     _parallel_config = None
 
-    def __call__(self, attn: "Attention", hidden_states: Tensor) -> Tensor:
-        fold, unfold = AXES[attn.axis]
-        b, t, s, _ = hidden_states.shape
-        if attn.adds_time and t > 1:
-            time = time_positions(t, hidden_states.shape[-1]).to(hidden_states)
-            hidden_states = hidden_states + time[:, None]
-        qkv = rearrange(
-            attn.qkv(rearrange(hidden_states, fold)), "n l (three h d) -> three n l h d", three=3, h=attn.heads
-        )
+    def __call__(
+        self, attn: "Attention", hidden_states: Tensor, layout: Layout | None = None, cache: FrameCache | None = None
+    ) -> Tensor:
+        axis = attn.axis
+        layout = layout or Dense(*hidden_states.shape[1:3])
+        tokens = layout.fold(hidden_states, axis)
+        frames = layout.frames(axis)
+        if attn.time == "attention" and frames.max() > 0:  # nothing is added at frame 0
+            tokens = tokens + time_positions(int(frames.max()) + 1, tokens.shape[-1], layout.time_scale)[frames].to(
+                tokens
+            )
+        qkv = rearrange(attn.qkv(tokens), "n l (three h d) -> three n l h d", three=3, h=attn.heads)
         query, key, value = qkv[0], qkv[1], qkv[2]
         query, key = attn.q_norm(query), attn.k_norm(key)
-        if self._attention_backend is None and _short_in_16_bits(query):
-            out = explicit_attention(query, key, value)
-        else:
-            out = dispatch_attention_fn(
-                query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-            )
-        return rearrange(attn.proj(out.flatten(2)), unfold, b=b, t=t, s=s)
+        if attn.time == "rotary":
+            places = frames * layout.time_scale
+            query, key = rotate(query, places), rotate(key, places)
+        key_frames = frames
+        if cache is not None and axis != "spatial":
+            key, value, key_frames = cache.seen(attn, key, value, frames)
+        kernel = partial(self._kernel, attn_mask=attn.mask(frames, key_frames, query.device))
+        out = layout.attend(query, key, value, axis, kernel)
+        return layout.unfold(attn.proj(out.flatten(2)), axis)
+
+    def _kernel(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+        if self._attention_backend is None and _short_in_16_bits(query, key):
+            return explicit_attention(query, key, value, attn_mask)
+        return dispatch_attention_fn(
+            query, key, value, attn_mask, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
 
 
 class QKNorm(nn.RMSNorm):
@@ -64,8 +76,10 @@ class QKNorm(nn.RMSNorm):
 class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention along `axis` of (B, T, S, D).
 
-    Time enters here, inside temporal and joint attention, and is zero at frame 0 (see `time_positions`); not with
-    `adds_time=False`, for weights that found it in the stream.
+    time: how frames know their place here: "attention" (a table added to the tokens, zero at frame 0, see
+    `time_positions`), "rotary" (queries and keys are turned, so that only distances count), "none" (weights that found
+    it in the stream, or spatial attention). causal: a frame sees itself and earlier frames, of these the last
+    `window` - 1 if a window is given.
     """
 
     _default_processor_cls = AxialAttnProcessor
@@ -73,14 +87,33 @@ class Attention(nn.Module, AttentionModuleMixin):
     _supports_qkv_fusion = False  # DiT's projection is one already
     is_cross_attention = False
 
-    def __init__(self, dim: int, num_heads: int, axis: str = "joint", qk_norm: bool = False, adds_time: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        axis: str = "joint",
+        qk_norm: bool = False,
+        time: str = "attention",
+        causal: bool = False,
+        window: int | None = None,
+    ):
         super().__init__()
-        self.heads, self.axis, self.adds_time = num_heads, axis, adds_time and axis != "spatial"
+        self.heads, self.axis = num_heads, axis
+        self.time = "none" if axis == "spatial" else time
+        self.causal, self.window = causal and axis != "spatial", window
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = QKNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = QKNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
         self.set_processor(AxialAttnProcessor())
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.processor(self, hidden_states)
+    def mask(self, frames: np.ndarray, key_frames: np.ndarray, device: torch.device) -> Tensor | None:
+        """(queries, keys) bool, true where a query may look; None where it may look everywhere."""
+        if not self.causal:
+            return None
+        distance = frames[:, None] - key_frames[None]
+        seen = (distance >= 0) & (distance < (self.window or len(key_frames) + 1))
+        return None if seen.all() else torch.from_numpy(seen).to(device)
+
+    def forward(self, hidden_states: Tensor, layout: Layout | None = None, cache: FrameCache | None = None) -> Tensor:
+        return self.processor(self, hidden_states, layout, cache)

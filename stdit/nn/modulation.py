@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from stdit.nn.layout import Layout
+
 
 class Modulation(NamedTuple):
     """(B, T|1, S|1, D) each: computed once per frame, broadcast over patches."""
@@ -23,6 +25,8 @@ class AdaLNZero(nn.Sequential):
         super().__init__(nn.SiLU(), nn.Linear(dim, 3 * branches * dim))
         self.branches = branches
 
-    def forward(self, condition: Tensor) -> list[Modulation]:
+    def forward(self, condition: Tensor, layout: Layout | None = None) -> list[Modulation]:
         chunks = super().forward(condition).chunk(3 * self.branches, dim=-1)
+        if layout is not None:
+            chunks = [layout.spread(chunk) for chunk in chunks]
         return [Modulation(*chunks[3 * i : 3 * i + 3]) for i in range(self.branches)]

@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +15,13 @@ def sincos(positions: Tensor, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def space_positions(height: int, width: int, dim: int) -> Tensor:
-    """(height*width, dim) float32, row by row. The first half of the channels holds x, the second y, as in DiT."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+def space_positions(height: int, width: int, dim: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """(height*width, dim) float32, row by row. The first half of the channels holds x, the second y, as in DiT.
+
+    scale: (y, x) distance of neighbours; trained size over this size squeezes a grid into the range that was trained.
+    """
+    rows, columns = torch.arange(height) * scale[0], torch.arange(width) * scale[1]
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.cat([sincos(x.flatten(), dim // 2), sincos(y.flatten(), dim // 2)], dim=1).float()
 
 
@@ -27,7 +32,20 @@ def frame_positions(frames: int, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def time_positions(frames: int, dim: int) -> Tensor:
+def time_positions(frames: int, dim: int, scale: float = 1.0) -> Tensor:
     """(frames, dim) float32, zero at frame 0: an image, or a still first frame, carries no trace of time."""
-    table = sincos(torch.arange(frames), dim)
+    table = sincos(torch.arange(frames) * scale, dim)
     return (table - table[:1]).float()
+
+
+def rotate(x: Tensor, positions: np.ndarray) -> Tensor:
+    """Turn channel pairs (i, i + D/2) of (N, L, H, D) by positions (L,) times 10000^(-2i/D) (Su et al., "RoFormer").
+
+    Products of turned queries and keys depend on distances alone; position 0 leaves x as it is.
+    """
+    half = x.shape[-1] // 2
+    omega = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    angles = (torch.from_numpy(positions).double()[:, None] * omega)[None, :, None]
+    cos, sin = angles.cos().float().to(x.device), angles.sin().float().to(x.device)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)

@@ -2,11 +2,24 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stdit.diffusion.objective import Objective
+from stdit.diffusion.paths import like
+
+
+class Guidance(NamedTuple):
+    """scale: toward the label (1: none), while the noisiest frame's level lies in `interval` (Kynkaanniemi et al.), on the
+    first `channels` latent channels (None: all; DiT's published samples: three of four). history: toward what is known,
+    by so much (Song et al., "History-Guided Video Diffusion"; 1: none)."""
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    channels: int | None = None
+    history: float = 1.0
 
 
 def guided(
@@ -14,34 +27,48 @@ def guided(
     objective: Objective,
     labels: Tensor | None,
     null_label: int,
-    scale: float = 1.0,
-    interval: tuple[float, float] = (0.0, 1.0),
-    channels: int | None = None,
+    guidance: Guidance = Guidance(),  # noqa: B008 (a tuple: nothing can change it)
+    forgotten: Tensor | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (x, levels (B|1, T)) -> the model's output, guided on all latent channels, or on the first `channels`.
+    """A function (x, levels (B|1, T) or by patches (B|1, T, rows, columns)) -> the model's output, guided.
 
-    Guidance acts while the noisiest frame's level lies in `interval` (Kynkaanniemi et al.); outside it, and at
-    scale 1, the model runs once. A learned variance is the conditional one's. DiT's published samples were guided on
-    three channels of four.
+    Outside the interval, and at scale 1, the model runs once. A learned variance is the conditional one's. forgotten:
+    noise like x, seen in place of what is known (level 0) by the output that history guidance leads away from.
     """
+    scale, interval, channels, history = guidance
 
     def run(x: Tensor, levels: Tensor, of: Tensor | None, context: str) -> Tensor:
-        timestep = objective.timestep(levels).expand(len(x), -1)
-        named = model.cache_context(context) if hasattr(model, "cache_context") else nullcontext()
+        timestep = objective.timestep(levels)
+        timestep = (timestep.flatten(2) if timestep.ndim > 2 else timestep).expand(
+            len(x), *[-1] * (min(levels.ndim, 3) - 1)
+        )
+        network = getattr(model, "func", model)  # inside a partial, one that brings a cache
+        named = network.cache_context(context) if hasattr(network, "cache_context") else nullcontext()
         with named:
-            hidden_states = x.to(getattr(model, "dtype", x.dtype))
+            hidden_states = x.to(getattr(network, "dtype", x.dtype))
             return model(hidden_states=hidden_states, timestep=timestep, class_labels=of).float()
 
     def output(x: Tensor, levels: Tensor) -> Tensor:
         noisiest = float(levels.max())
-        if labels is None or scale == 1.0 or not interval[0] <= noisiest <= interval[1]:
-            return run(x, levels, labels, "cond")
-        null = torch.full_like(labels, null_label)
-        # By name, and the unconditional half first: what FasterCache expects.
-        both = run(torch.cat([x, x]), levels.expand(len(x), -1).repeat(2, 1), torch.cat([null, labels]), "cond_uncond")
-        unconditional, conditional = both.chunk(2)
+        if (
+            labels is None
+            or bool((labels == null_label).all())
+            or scale == 1.0
+            or not interval[0] <= noisiest <= interval[1]
+        ):
+            conditional = mean = run(x, levels, labels, "cond")
+        else:
+            null = torch.full_like(labels, null_label)
+            spread = levels.expand(len(x), *[-1] * (levels.ndim - 1))
+            # By name, and the unconditional half first: what FasterCache expects.
+            both = run(torch.cat([x, x]), torch.cat([spread, spread]), torch.cat([null, labels]), "cond_uncond")
+            unconditional, conditional = both.chunk(2)
+            mean = unconditional + scale * (conditional - unconditional)
+        known = levels == 0
+        if history != 1.0 and forgotten is not None and bool(known.any()) and not bool(known.all()):
+            blind = torch.where(like(known, x), forgotten, x)
+            mean = mean + (history - 1) * (conditional - run(blind, torch.where(known, 1.0, levels), labels, "blind"))
         some = channels or x.shape[1]
-        mean = unconditional[:, :some] + scale * (conditional[:, :some] - unconditional[:, :some])
-        return torch.cat([mean, conditional[:, some:]], dim=1)
+        return torch.cat([mean[:, :some], conditional[:, some:]], dim=1)
 
     return output

@@ -1,21 +1,23 @@
-"""STDiTPipeline: labels in, clips out."""
+"""STDiTPipeline: labels, images and clips in, clips out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stdit.keys import keyed_normal
 from stdit.model.stdit import STDiT
 from stdit.precision import Precision, autocast
-from stdit.sampling.guidance import guided
-from stdit.sampling.plan import generate
+from stdit.sampling import tasks
+from stdit.sampling.guidance import Guidance
+from stdit.sampling.rollout import stream
+from stdit.sampling.sampler import Sampler
 from stdit.sampling.scheduler import STDiTScheduler, check_compatible
-from stdit.sampling.solvers import solve
+from stdit.sampling.tasks import Canvas
 from stdit.sources import check_reachable, locate
 from stdit.vae import as_video_vae
+from stdit.vae.tiling import decode_tiled
 
 Labels = Sequence[int | str] | int | str | Tensor | None
 
@@ -24,7 +26,8 @@ class STDiTPipeline(DiffusionPipeline):
     """Sample clips from a trained STDiT. Saved and loaded like any diffusers pipeline.
 
     num_frames, height, width, fps: what the model was trained on, used where a call names no size.
-    objective: what the transformer's output means, whatever scheduler is plugged in.
+    objective: what the transformer's output means, whatever scheduler is plugged in. schemes: how levels were drawn in
+    training (`objective.scheme`), so that a task can say when it is new to the model.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class STDiTPipeline(DiffusionPipeline):
         fps: float = 8.0,
         objective: str = "flow",
         vae_fingerprint: str | None = None,
+        schemes: list[str] | None = None,
     ):
         super().__init__()
         video_vae = as_video_vae(vae)
@@ -58,6 +62,7 @@ class STDiTPipeline(DiffusionPipeline):
             fps=fps,
             objective=objective,
             vae_fingerprint=vae_fingerprint,
+            schemes=schemes or ["shared"],
         )
         self.video_vae = video_vae.requires_grad_(False).eval()
         if vae_fingerprint and self.video_vae.fingerprint() != vae_fingerprint:
@@ -95,7 +100,6 @@ class STDiTPipeline(DiffusionPipeline):
         )
         return torch.tensor([_label(value, classes, names) for value in values])
 
-    @torch.no_grad()
     def __call__(
         self,
         class_labels: Labels = None,
@@ -108,84 +112,166 @@ class STDiTPipeline(DiffusionPipeline):
         seed: int = 0,
         num_videos: int | None = None,
         solver: str | None = None,
-        batch_size: int = 32,
-        precision: Precision = "auto",
-        progress: bool = True,
-        guidance_channels: int | None = None,
+        **options,
     ) -> Tensor:
         """Clips (B, 3, F, H, W) in [-1, 1], one a label (`num_videos` for an unconditional model).
 
-        Clip i depends on (seed, i) alone, not on its neighbours. Any frame count and size that VAE and patch hold.
-        A DDPM model also takes num_inference_steps="ddim50". guidance_channels: guide only the first so many (DiT: 3).
+        Clip i depends on (seed, i) alone, not on its neighbours. Any frame count and size that VAE and patch hold, all
+        frames at once unless `window` says otherwise. Options: those of `fill`.
         """
         labels = self.labels(class_labels, num_videos)
         count = len(labels) if labels is not None else num_videos or 1
-        if isinstance(num_inference_steps, int) and num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps} makes no picture; use 1 or more.")
-        if guidance_channels is not None and not 1 <= guidance_channels <= self.video_vae.channels:
-            raise ValueError(
-                f"guidance_channels={guidance_channels} is outside the latents' 1 to {self.video_vae.channels} channels."
-            )
         size = (num_frames or self.config.num_frames, height or self.config.height, width or self.config.width)
-        shape = self.video_vae.latent_shape(*size, self.transformer.patch_size)
-        self.set_progress_bar_config(disable=not progress, leave=False)
-        clips = []
-        for first in range(0, count, batch_size):
-            keys = [(seed, i) for i in range(first, min(first + batch_size, count))]
-            part = None if labels is None else labels[first : first + batch_size].to(self.device)
+        self.video_vae.latent_shape(*size, self.transformer.patch_size)
+        options = {
+            "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "window": size[0],
+            "guidance_interval": guidance_interval, "seed": seed, "solver": solver, **options,
+        }  # fmt: skip
+        return self.fill(tasks.blank(count, *size), labels, **options)
+
+    def animate(self, image: Tensor, num_frames: int | None = None, class_labels: Labels = None, **options) -> Tensor:
+        """An image (B, 3, H, W) in [-1, 1] becomes the first of `num_frames`. Options: those of `fill`."""
+        return self.fill(tasks.animate(image, num_frames or self.config.num_frames), class_labels, **options)
+
+    def extend(self, clip: Tensor, after: int = 0, before: int = 0, class_labels: Labels = None, **options) -> Tensor:
+        """A clip with `after` new frames behind it and `before` new frames in front. Options: those of `fill`.
+
+        Beyond the length the model was trained at, window by window, each seeing up to `overlap` frames before it.
+        """
+        return self.fill(tasks.extend(clip, after, before, self.video_vae), class_labels, **options)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        clip: Tensor,
+        after: int,
+        class_labels: Labels = None,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 2.0,
+        seed: int = 0,
+        solver: str | None = None,
+        precision: Precision = "auto",
+    ) -> Iterator[Tensor]:
+        """`after` new frames behind a clip by a causal model, group by group as they are made: (B, 3, f, H, W).
+
+        Time and memory for a new frame stay constant however long it runs: keys and values of finished frames are kept
+        for the model's window, pixels are decoded as a stream.
+        """
+        if not self.transformer.config.causal:
+            raise ValueError("this model is not causal; use extend, or train with model.causal=true.")
+        canvas = tasks.extend(clip, after, 0, self.video_vae)
+        labels = self._labels_for(class_labels, len(clip))
+        of = None if labels is None else labels.to(self.device)
+        sampler = Sampler(self, num_inference_steps, Guidance(guidance_scale), solver, "together", 1, 0, None)
+        sampler.check(canvas)
+        self.set_progress_bar_config(disable=True)
+        keys = [(seed, i) for i in range(len(clip))]
+        _, _, total, height, width = canvas.pixels.shape
+        frames = stream(sampler, clip, (total, height, width), of, keys)
+        while True:  # a generator must not hold autocast open between its parts
             with autocast(precision, self.device):
-                guidance = (guidance_scale, guidance_interval, guidance_channels)
-                latents = self._sample(keys, part, shape, num_inference_steps, guidance, solver)
-            clips.append(self.decode(latents))
-        return torch.cat(clips)
+                part = next(frames, None)
+            if part is None:
+                return
+            yield part
 
-    def _sample(self, keys, labels, shape, steps, guidance, solver) -> Tensor:
-        channels = self.video_vae.channels
+    def connect(self, first: Tensor, last: Tensor, frames: int, class_labels: Labels = None, **options) -> Tensor:
+        """`first`, `frames` new frames, `last`: clips, or images (B, 3, H, W). Options: those of `fill`."""
+        return self.fill(tasks.connect(first, last, frames, self.video_vae), class_labels, **options)
 
-        def draw(step: int) -> Tensor:
-            return keyed_normal("noise", [(*key, step) for key in keys], (channels, *shape)).to(self.device)
+    def loop(self, clip: Tensor, frames: int, class_labels: Labels = None, **options) -> Tensor:
+        """A clip and `frames` new frames whose last flows into the clip's first. Options: those of `fill`."""
+        return self.fill(tasks.loop(clip, frames, self.video_vae), class_labels, **options)
 
-        own = self.scheduler if isinstance(self.scheduler, STDiTScheduler) else STDiTScheduler(self.config.objective)
-        ours = own is self.scheduler or solver is not None  # a solver asked for by name is one of ours
-        if not ours and not isinstance(steps, int):
+    def interpolate(self, clip: Tensor, factor: int = 2, class_labels: Labels = None, **options) -> Tensor:
+        """`factor` times as many frames a second: (F - 1) * factor + 1 frames. Options: those of `fill`."""
+        return self.fill(tasks.interpolate(clip, factor, self.video_vae), class_labels, **options)
+
+    def inpaint(self, clip: Tensor, mask: Tensor, class_labels: Labels = None, **options) -> Tensor:
+        """Make anew where mask (F, H, W), bool, is true. Options: those of `fill`."""
+        return self.fill(tasks.inpaint(clip, mask), class_labels, **options)
+
+    def edit(self, clip: Tensor, strength: float = 0.6, class_labels: Labels = None, **options) -> Tensor:
+        """Noise a clip to level `strength` and denoise it under another label. Options: those of `fill`."""
+        return self.fill(tasks.edit(clip, strength), class_labels, **options)
+
+    @torch.no_grad()
+    def fill(
+        self,
+        canvas: Canvas,
+        class_labels: Labels = None,
+        num_inference_steps: int | str = 30,
+        guidance_scale: float = 2.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
+        history_guidance: float = 1.0,
+        seed: int = 0,
+        solver: str | None = None,
+        arrangement: str = "together",
+        every: int = 1,
+        window: int | None = None,
+        overlap: int | None = None,
+        blend: int = 0,
+        paste: bool = True,
+        tile: int | None = None,
+        batch_size: int = 32,
+        precision: Precision = "auto",
+        progress: bool = True,
+    ) -> Tensor:
+        """Make what of a canvas is to be made -> (B, 3, F, H, W) in [-1, 1]; known pixels come back as they were.
+
+        A DDPM model also takes num_inference_steps="ddim50". guidance_channels: guide only the first so many (DiT: 3).
+        history_guidance: guide toward the known frames (above 1). arrangement: together, autoregressive by chunks of
+        `every` latent frames, or pyramid, neighbours `every` steps apart. window: frames looked at at a time (null: as
+        trained); overlap: of these, known frames at most. blend: known pixels this near to made ones fade into them.
+        paste: false leaves known pixels as the VAE decodes them.
+        tile: decode in tiles of so many latents, for large frames in bounded memory.
+        """
+        labels = self._labels_for(class_labels, len(canvas.pixels))
+        sampler = Sampler(
+            self, num_inference_steps, Guidance(guidance_scale, guidance_interval, guidance_channels, history_guidance),
+            solver, arrangement, every, blend if paste else None, tile,
+        )  # fmt: skip
+        sampler.check(canvas)
+        length, overlap = self._window(canvas, window, overlap)
+        self.set_progress_bar_config(disable=not progress, leave=False)
+        filled = []
+        for first in range(0, len(canvas.pixels), batch_size):
+            part = canvas._replace(pixels=canvas.pixels[first : first + batch_size])
+            keys = [(seed, first + i) for i in range(len(part.pixels))]
+            with autocast(precision, self.device):
+                of = None if labels is None else labels[first : first + batch_size].to(self.device)
+                filled.append(sampler.fill(part, of, keys, length, overlap))
+        return torch.cat(filled)[:, :, : canvas.keep]
+
+    def _labels_for(self, given: Labels, count: int) -> Tensor | None:
+        labels = given if isinstance(given, Tensor) else self.labels(given, count)
+        if labels is not None and len(labels) == 1 and count > 1:
+            labels = labels.expand(count)
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"{len(labels)} class_labels for {count} clips; give one a clip, or one for all.")
+        return labels
+
+    def _window(self, canvas: Canvas, window: int | None, overlap: int | None) -> tuple[int, int]:
+        """Frames looked at at a time, and how many of them may be known ones before those to be made."""
+        frames, stride = canvas.pixels.shape[2], self.video_vae.stride[0]
+        length = min(frames, window or max(self.config.num_frames, 1 + 2 * stride))
+        self.video_vae.latent_frames(length)
+        known = (length // 2 - 1) // stride * stride + 1 if overlap is None else overlap
+        if overlap is not None and not 1 <= overlap < length:
             raise ValueError(
-                f"num_inference_steps={steps!r} is for stdit's own solvers, this model brings {type(self.scheduler).__name__}; "
-                "use a number, or add solver='ddim' (--solver ddim)."
+                f"overlap={overlap} leaves nothing to be made in a window of {length} frames; use 1 to {length - stride}."
             )
-        objective = own.objective
-        output = guided(self.transformer, objective, labels, self.transformer.num_classes, *guidance)
-        if not ours:
-            return self._sample_diffusers(output, objective, draw(0), steps)
-        schedule = objective.schedule(steps, shape[0] * shape[1] * shape[2])
-        return solve(
-            generate(draw(0), schedule),
-            lambda x, levels: objective.estimate(output(x, levels), x, levels),
-            objective.path,
-            solver or own.solver,
-            lambda step: draw(step + 1),
-            self.progress_bar,
-        )
+        return length, max(1, known)
 
-    def _sample_diffusers(self, output: Callable, objective, x: Tensor, steps: int) -> Tensor:
-        """The same with a diffusers scheduler: one level for all frames."""
-        self.scheduler.set_timesteps(steps, device=self.device)
-        x = x * getattr(self.scheduler, "init_noise_sigma", 1.0)
-        learned = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-        for t in self.progress_bar(self.scheduler.timesteps):
-            levels = objective.path.levels(t).expand(1, x.shape[2])
-            scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
-            predicted = output(scaled, levels)
-            if not learned:
-                predicted = predicted[:, : x.shape[1]]
-            x = self.scheduler.step(predicted, t, x, return_dict=False)[0]
-        return x
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Latents to pixels on the CPU, a few clips at a time; `tile`: in tiles of so many latents (`vae.tiling`)."""
+        vae = self.video_vae
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents to pixels on the CPU, a few clips at a time."""
-        dtype = self.video_vae.dtype
-        return torch.cat(
-            [self.video_vae.decode(part.to(dtype)).clamp(-1, 1).float().cpu() for part in latents.split(8)]
-        )
+        def one(part: Tensor) -> Tensor:
+            return vae.decode(part) if tile is None else decode_tiled(vae, part, tile, max(1, tile // 4))
+
+        return torch.cat([one(part.to(vae.dtype)).clamp(-1, 1).float().cpu() for part in latents.split(8)])
 
 
 def _label(value: int | str, classes: int, names: Sequence[str] | None) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from stdit.data.loader import Batch
@@ -20,6 +20,7 @@ from stdit.training.record import BINS, Record, level_sums
 from stdit.training.run import RunFolders
 from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
 from stdit.training.step import diffusion_losses, dropped_labels, to_latents
+from stdit.vae import VideoVAE
 
 
 class Stopped(Exception):
@@ -39,7 +40,8 @@ class Trainer:
     model: nn.Module
     optimizers: list
     objective: Objective
-    encode: Callable[[Tensor], Tensor]
+    vae: VideoVAE
+    patch_size: tuple[int, int, int]
     num_classes: int
     config: TrainConfig
     resolved: dict  # the whole config, kept in checkpoints
@@ -140,14 +142,14 @@ class Trainer:
             labels = None
             if self.num_classes:
                 labels = dropped_labels(batch.labels, batch.keys, config.label_dropout, self.num_classes).to(device)
-            latents = to_latents(batch, self.encode, device)
+            clips = to_latents(batch, self.vae)
             if part < parts - 1:
                 with self.accelerator.no_sync(model), self.accelerator.autocast():
-                    losses = diffusion_losses(model, self.objective, latents, labels, batch.keys)
+                    losses = diffusion_losses(model, self.objective, clips, labels, batch.keys, self.patch_size)
                     self.accelerator.backward(losses.clips.mean() / parts)
             else:
                 with self.accelerator.autocast():
-                    losses = diffusion_losses(model, self.objective, latents, labels, batch.keys)
+                    losses = diffusion_losses(model, self.objective, clips, labels, batch.keys, self.patch_size)
                 self.accelerator.backward(losses.clips.mean() / parts)
             total += losses.clips.detach().mean() / parts
             sums += level_sums(losses.clips, losses.levels)

@@ -32,6 +32,7 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
         data.fps or 8.0,
         objective.name,
         vae.fingerprint(),
+        sorted(objective.mixture),
     )
 
 

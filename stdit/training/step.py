@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from stdit.data.loader import Batch
+from stdit.diffusion.levels import choose
 from stdit.diffusion.objective import Objective
+from stdit.diffusion.paths import like
 from stdit.keys import keyed_generator, keyed_normal
+from stdit.vae import VideoVAE
 
 
 class Losses(NamedTuple):
@@ -18,14 +21,38 @@ class Losses(NamedTuple):
     levels: Tensor
 
 
-def to_latents(batch: Batch, encode: Callable[[Tensor], Tensor], device: torch.device) -> Tensor:
-    """Cached latents as they are, or pixels (B, F, H, W, 3) uint8 through the VAE -> (B, C, T, h, w) float32."""
+class Clips(NamedTuple):
+    """latents (B, C, T, h, w); restarted: from a mask (B, T), those frames (n, C, h, w) as a run of known frames that
+    begins there would have them: encoded behind their own first pixel frame, without the frames before."""
+
+    latents: Tensor
+    restarted: Callable[[Tensor], Tensor]
+
+
+def to_latents(batch: Batch, vae: VideoVAE) -> Clips:
+    """Cached latents as they are, or pixels (B, F, H, W, 3) uint8 through the VAE; float32, on the VAE's device."""
     if batch.latents is not None:
-        return batch.latents.to(device).float()
+        cached = batch.restarts
+
+        def look_up(starts: Tensor) -> Tensor:
+            if cached is None:
+                raise ValueError(
+                    "These cached latents were made before runs of known frames were; cache them again, or set "
+                    "objective.scheme=shared."
+                )
+            return cached.transpose(1, 2)[starts.cpu()].to(vae.device).float()
+
+        return Clips(batch.latents.to(vae.device).float(), look_up)
     assert batch.pixels is not None
-    pixels = batch.pixels.to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    pixels = batch.pixels.to(vae.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+    @torch.no_grad()
+    def encode(starts: Tensor) -> Tensor:
+        groups = [vae.group(pixels[clip, None], frame) for clip, frame in starts.nonzero().tolist()]
+        return vae.encode_run(torch.cat(groups))[:, :, 0].float()
+
     with torch.no_grad():
-        return encode(pixels).float()
+        return Clips(vae.encode(pixels).float(), encode)
 
 
 def dropped_labels(labels: Tensor, keys: list[tuple[int, int, int]], dropout: float, null_label: int) -> Tensor:
@@ -37,20 +64,44 @@ def dropped_labels(labels: Tensor, keys: list[tuple[int, int, int]], dropout: fl
 def diffusion_losses(
     model: Callable[..., Tensor],
     objective: Objective,
-    latents: Tensor,
+    clips: Clips,
     labels: Tensor | None,
     keys: list[tuple[int, int, int]],
+    patch: tuple[int, int, int] = (1, 1, 1),
 ) -> Losses:
-    """Noise latents (B, C, T, h, w) at levels drawn by key, predict, compare."""
-    frames, tokens = latents.shape[2], latents.shape[2] * latents.shape[3] * latents.shape[4]
-    levels = torch.stack([objective.draw(keyed_generator("levels", *key), frames, tokens) for key in keys])
-    levels = levels.to(latents.device)
+    """Noise latents (B, C, T, h, w) at levels drawn by key, predict, compare what was not known.
+
+    One scheme a step, so that a step whose frames share a level pays for one condition a clip.
+    """
+    latents = clips.latents
+    (t, h, w), (pt, ph, pw) = latents.shape[2:], patch
+    scheme = choose(keyed_generator("scheme", *keys[0][:2]), objective.config.mixture)
+    drawn = [
+        objective.draw(keyed_generator("levels", *key), scheme, (t // pt, h // ph, w // pw), t * h * w) for key in keys
+    ]
+    levels = torch.stack([one.levels for one in drawn]).repeat_interleave(pt, 1).to(latents.device)
+    known = torch.stack([one.known for one in drawn]).repeat_interleave(pt, 1).to(latents.device)
+    latents = _as_encoded_alone(clips, known)
     noise = keyed_normal("noise", keys, tuple(latents.shape[1:])).to(latents.device)
     noisy = objective.noisy(latents, noise, levels)
     shared = bool((levels == levels[:, :1]).all())  # one condition a clip is cheaper than one a frame
     timestep = objective.timestep(levels[:, 0] if shared else levels)
-    output = model(noisy, timestep, class_labels=labels)
+    output = model(noisy, timestep.flatten(2) if timestep.ndim > 2 else timestep, class_labels=labels)
     loss = objective.loss(output, noisy, latents, noise, levels)
-    predicted = levels > 0  # frames at level 0 are known
-    clips = (loss * predicted).sum(1) / predicted.sum(1).clamp(min=1)
-    return Losses(clips, levels.mean(1))
+    counted = ~like(known, latents)[:, 0].expand_as(loss)
+    frames = (loss * counted).sum((2, 3)) / counted.sum((2, 3)).clamp(min=1)
+    predicted = counted.any(3).any(2)
+    return Losses((frames * predicted).sum(1) / predicted.sum(1).clamp(min=1), levels.flatten(1).mean(1))
+
+
+def _as_encoded_alone(clips: Clips, known: Tensor) -> Tensor:
+    """Latents in which every run of known frames, (B, T) or (B, T, rows, columns), is what a task can encode of it."""
+    touched = known.flatten(2).any(2) if known.ndim > 2 else known
+    starts = touched.clone()
+    starts[:, 0] = False  # a clip's own beginning
+    starts[:, 1:] &= ~touched[:, :-1]
+    if not starts.any():
+        return clips.latents
+    latents = clips.latents.clone()
+    latents.transpose(1, 2)[starts] = clips.restarted(starts)
+    return latents

@@ -1,6 +1,6 @@
 """diffusers' autoencoders behind stdit's contract, each with its own normalisation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stdit.sources import check_reachable, locate
-from stdit.vae.base import VideoVAE
+from stdit.vae.base import VideoVAE, each_frame
 from stdit.vae.tiny import TinyVAE
 from stdit.variants import pick
 
@@ -112,6 +112,13 @@ class DiffusersVAE(VideoVAE):
         else:
             raw = self.vae.encode(x).latent_dist.mode()
         return (raw.float() - _channels(self.latent_mean)) / _channels(self.latent_std)
+
+    def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        if not self.kind.per_frame:
+            yield from super().decode_stream(latents)
+            return
+        for frame in each_frame(latents):
+            yield self.decode(frame)
 
     def _decode(self, latents: Tensor) -> Tensor:
         raw = (latents.float() * _channels(self.latent_std) + _channels(self.latent_mean)).to(self.dtype)

@@ -2,8 +2,9 @@
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 
@@ -41,6 +42,21 @@ class VideoVAE(nn.Module):
         self.latent_size(*pixels.shape[3:])
         return self._encode(pixels)
 
+    def encode_run(self, pixels: Tensor) -> Tensor:
+        """(B, 3, n * stride[0], H, W), whole groups from inside a clip -> (B, C, n, h, w), whatever came before them.
+
+        They are encoded behind their repeated first frame, which then is left out. Training sees known frames so too.
+        """
+        groups = pixels.shape[2] // self.stride[0]
+        missing = -pixels.shape[2] % (self.frame_step or self.stride[0])
+        pixels = torch.cat([pixels[:, :, :1], pixels, pixels[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        return self.encode(pixels)[:, :, 1 : 1 + groups]
+
+    def group(self, pixels: Tensor, latent_frame: int) -> Tensor:
+        """The pixel frames (B, 3, f, H, W) that a latent frame holds."""
+        end = self.pixel_frames(latent_frame + 1)
+        return pixels[:, :, max(0, end - self.stride[0]) : end]
+
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, T, h, w) normalised latents -> (B, 3, F, H, W) pixels, about [-1, 1]."""
         if latents.ndim != 5 or latents.shape[1] != self.channels:
@@ -50,12 +66,13 @@ class VideoVAE(nn.Module):
             )
         return self._decode(latents)
 
-    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode group by group: yields (B, 3, f, H, W), first 1 frame, then `stride[0]` at a time.
 
-        A VAE whose decoder is not causal yields everything at once.
+        latents: (B, C, T, h, w), or its frames (B, C, 1, h, w) as they come. A VAE whose decoder cannot go on where it
+        stopped yields everything at once, at the end.
         """
-        yield self.decode(latents)
+        yield self.decode(torch.cat(list(each_frame(latents)), dim=2))
 
     def latent_frames(self, num_frames: int) -> int:
         """How many latent frames hold `num_frames` pixel frames; ValueError with the nearest that fit."""
@@ -109,3 +126,8 @@ class VideoVAE(nn.Module):
             digest.update(key.encode() + str(tuple(value.shape)).encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def each_frame(latents: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    """Latents (B, C, T, h, w), or what already comes frame by frame, as frames (B, C, 1, h, w)."""
+    return latents.split(1, dim=2) if isinstance(latents, Tensor) else latents

@@ -5,7 +5,7 @@ group the four frames are channels, so every convolution is two-dimensional and 
 groups information flows forward only, through convolutions that also see the group before.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from stdit.vae.base import VideoVAE
+from stdit.vae.base import VideoVAE, each_frame
 
 
 @dataclass
@@ -175,10 +175,10 @@ class TinyVAE(VideoVAE, ModelMixin, ConfigMixin):
     def _decode(self, latents: Tensor) -> Tensor:
         return self.decode_raw(self._denormalise(latents))
 
-    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+    def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         past = Past()
-        for t in range(latents.shape[2]):
-            group = self._denormalise(latents[:, :, t : t + 1]).transpose(1, 2)
+        for t, frame in enumerate(each_frame(latents)):
+            group = self._denormalise(frame).transpose(1, 2)
             yield self._frames(self.decoder(group, past), clip_start=t == 0)
 
 

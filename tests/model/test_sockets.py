@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import from_noise
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -16,8 +17,7 @@ from diffusers.training_utils import EMAModel
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.stdit import STDiT
 from stdit.nn import attention
-from stdit.sampling.guidance import guided
-from stdit.sampling.plan import generate
+from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.solvers import solve
 
 STEPS = 12
@@ -41,7 +41,7 @@ def sample(model, scale: float = 1.0):
 
     handles = [block.attn.qkv.register_forward_pre_hook(count) for block in model.blocks]
     objective = build_objective(ObjectiveConfig())
-    output = guided(model, objective, torch.tensor([1, 2]), 5, scale)
+    output = guided(model, objective, torch.tensor([1, 2]), 5, Guidance(scale))
     noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     now = {"t": 1000.0}
 
@@ -51,7 +51,7 @@ def sample(model, scale: float = 1.0):
 
     model._now = now
     with torch.no_grad():
-        end = solve(generate(noise, objective.schedule(STEPS, 192)), predict, objective.path)
+        end = solve(from_noise(noise, objective.schedule(STEPS, 192)), predict, objective.path)
     for handle in handles:
         handle.remove()
     return end, calls[0]

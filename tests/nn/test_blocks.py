@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import fill
 
-from stdit.nn.attention import AXES
 from stdit.nn.blocks import STDiTBlock
+from stdit.nn.layout import AXES
 
 
 @pytest.mark.parametrize("axis", AXES)

@@ -4,7 +4,7 @@ import torch
 from conftest import fill
 
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
-from stdit.sampling.guidance import guided
+from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import TinyVAE
@@ -156,7 +156,7 @@ def test_guidance_is_linear_in_its_scale_and_keeps_to_its_interval(tiny_model):
 
     def output(scale, interval=(0.0, 1.0)):
         with torch.no_grad():
-            return guided(model, objective, labels, 5, scale, interval)(x, levels)
+            return guided(model, objective, labels, 5, Guidance(scale, interval))(x, levels)
 
     one, zero, three = output(1.0), output(0.0), output(3.0)
     torch.testing.assert_close(three[:, :4], zero[:, :4] + 3 * (one - zero)[:, :4], atol=1e-5, rtol=1e-4)

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
+from conftest import from_noise
 
 from stdit.diffusion.paths import DDPMPath, FlowPath, like
 from stdit.diffusion.predictions import Estimate
-from stdit.sampling.plan import Plan, check, generate, together
+from stdit.sampling.plan import Plan, arrange, check
 from stdit.sampling.solvers import SOLVERS, solve
 
 SPREAD = 0.5  # data is normal with this standard deviation: the ideal network is known in closed form
@@ -28,14 +29,14 @@ def ideal(path):
 @pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
 def test_deterministic_solvers_follow_the_exact_flow(path, solver):
     noise = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64)
-    end = solve(generate(noise, path.schedule(400).double()), ideal(path), path, solver)
+    end = solve(from_noise(noise, path.schedule(400).double()), ideal(path), path, solver)
     torch.testing.assert_close(end, SPREAD * noise, atol=0.02, rtol=0.02)
 
 
 def test_heun_is_of_second_order_and_euler_of_first():
     noise, path = torch.randn(1, 1, 1, 4, 4, dtype=torch.float64), FlowPath()
     errors = {
-        (solver, n): (solve(generate(noise, path.schedule(n).double()), ideal(path), path, solver) - SPREAD * noise)
+        (solver, n): (solve(from_noise(noise, path.schedule(n).double()), ideal(path), path, solver) - SPREAD * noise)
         .abs()
         .max()
         for solver in ("euler", "heun")
@@ -48,7 +49,7 @@ def test_heun_is_of_second_order_and_euler_of_first():
 def test_ddim_and_euler_are_one_method_in_two_notations():
     noise = torch.randn(1, 2, 3, 4, 4, dtype=torch.float64)
     for path in (FlowPath(), DDPMPath()):
-        ends = [solve(generate(noise, path.schedule(10).double()), ideal(path), path, s) for s in ("ddim", "euler")]
+        ends = [solve(from_noise(noise, path.schedule(10).double()), ideal(path), path, s) for s in ("ddim", "euler")]
         torch.testing.assert_close(*ends, atol=1e-6, rtol=1e-6)
 
 
@@ -60,7 +61,7 @@ def test_ancestral_sampling_ends_at_the_datas_spread(learned):
         estimate = ideal(path)(x, levels)
         return estimate._replace(variance=torch.zeros_like(x)) if learned else estimate
 
-    end = solve(generate(torch.randn(64, 1, 1, 16, 16), path.schedule(200)), predict, path, "ddpm")
+    end = solve(from_noise(torch.randn(64, 1, 1, 16, 16), path.schedule(200)), predict, path, "ddpm")
     assert end.std().item() == pytest.approx(SPREAD, rel=0.05)
 
 
@@ -68,7 +69,7 @@ def test_ancestral_sampling_ends_at_the_datas_spread(learned):
 @pytest.mark.parametrize("path", [FlowPath(), DDPMPath()])
 def test_known_frames_never_move_by_a_bit(path, solver):
     x = torch.randn(2, 3, 5, 4, 4)
-    levels = together(path.schedule(7), 5).clone()
+    levels = arrange(path.schedule(7), torch.ones(5, dtype=torch.bool)).clone()
     levels[:, [0, 3]] = 0
     end = solve(Plan(x, levels), lambda x, t: Estimate(torch.randn_like(x), torch.randn_like(x)), path, solver)
     assert torch.equal(end[:, :, [0, 3]], x[:, :, [0, 3]])
@@ -96,4 +97,4 @@ def test_a_plan_that_rises_or_does_not_end_clean_is_a_defect():
 
 def test_an_unknown_solver_names_the_nearest():
     with pytest.raises(ValueError, match="Unknown solver 'eular'. Did you mean 'euler'"):
-        solve(generate(torch.zeros(1, 1, 1, 2, 2), torch.tensor([1.0, 0.0])), None, FlowPath(), "eular")
+        solve(from_noise(torch.zeros(1, 1, 1, 2, 2), torch.tensor([1.0, 0.0])), None, FlowPath(), "eular")

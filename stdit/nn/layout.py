@@ -1,0 +1,130 @@
+"""Which tokens meet: how tokens (B, T, S, D) fold into sequences for one attention call, and which frame each is of."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value (N, L, H, D) -> (N, L, H, D)
+
+AXES = {
+    "joint": ("b t s d -> b (t s) d", "b (t s) d -> b t s d"),
+    "spatial": ("b t s d -> (b t) s d", "(b t) s d -> b t s d"),
+    "temporal": ("b t s d -> (b s) t d", "(b s) t d -> b t s d"),
+}
+
+
+class Layout(Protocol):
+    """What attention has to know about the tokens it is given. time_scale: the distance of neighbouring frames."""
+
+    time_scale: float
+
+    def fold(self, x: Tensor, axis: str) -> Tensor: ...
+    def unfold(self, x: Tensor, axis: str) -> Tensor: ...
+    def frames(self, axis: str) -> np.ndarray: ...  # the latent frame of each token of a folded sequence
+    def spread(self, x: Tensor) -> Tensor: ...  # what is computed once a frame, for every token
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor: ...
+
+
+class Dense:
+    """Clips of one shape, (B, T, S, D). `begin`: the place in time of the first frame (a cache holds earlier ones)."""
+
+    def __init__(self, frames: int, patches: int, begin: int = 0, time_scale: float = 1.0):
+        self.num_frames, self.patches, self.begin, self.time_scale = frames, patches, begin, time_scale
+
+    def fold(self, x: Tensor, axis: str) -> Tensor:
+        return rearrange(x, AXES[axis][0])
+
+    def unfold(self, x: Tensor, axis: str) -> Tensor:
+        return rearrange(x, AXES[axis][1], t=self.num_frames, s=self.patches)
+
+    def frames(self, axis: str) -> np.ndarray:
+        frames = np.arange(self.begin, self.begin + self.num_frames)
+        return frames.repeat(self.patches) if axis == "joint" else frames
+
+    def spread(self, x: Tensor) -> Tensor:
+        return x  # (B, T|1, S|1, D) broadcasts
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor:
+        return kernel(query, key, value)
+
+
+class Packed:
+    """Clips of many shapes in one row (1, 1, L, D), frame after frame, clip after clip (NaViT's patch-n-pack).
+
+    grids: (T, rows, columns) of each clip in patches. Sequences of equal length attend together.
+    """
+
+    time_scale = 1.0
+
+    def __init__(self, grids: Sequence[tuple[int, int, int]]):
+        self.grids = tuple((int(t), int(rows), int(columns)) for t, rows, columns in grids)
+
+    @property
+    def counts(self) -> list[tuple[int, int]]:
+        """Frames and patches a frame of each clip."""
+        return [(t, rows * columns) for t, rows, columns in self.grids]
+
+    def lengths(self, axis: str) -> list[int]:
+        """Tokens of every sequence, in the order in which `fold` leaves them."""
+        per_clip = {
+            "joint": lambda t, s: [t * s],
+            "spatial": lambda t, s: [s] * t,
+            "temporal": lambda t, s: [t] * s,
+        }[axis]
+        return [length for t, s in self.counts for length in per_clip(t, s)]
+
+    @cached_property
+    def by_patch(self) -> Tensor:
+        """(L,) the order in which the frames of one patch follow each other."""
+        parts, begin = [], 0
+        for t, s in self.counts:
+            parts.append(begin + torch.arange(t * s).view(t, s).T.flatten())
+            begin += t * s
+        return torch.cat(parts)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(L,) for each token, the place of its frame among the frames of all clips."""
+        patches = torch.tensor([s for t, s in self.counts for _ in range(t)])
+        return torch.arange(len(patches)).repeat_interleave(patches)
+
+    def fold(self, x: Tensor, axis: str) -> Tensor:
+        x = x[:, 0]
+        return x[:, self.by_patch.to(x.device)] if axis == "temporal" else x
+
+    def unfold(self, x: Tensor, axis: str) -> Tensor:
+        if axis == "temporal":
+            x = x[:, self.by_patch.argsort().to(x.device)]
+        return x[:, None]
+
+    def frames(self, axis: str) -> np.ndarray:
+        frames = np.concatenate([np.arange(t).repeat(s) for t, s in self.counts])
+        return frames[self.by_patch.numpy()] if axis == "temporal" else frames
+
+    def spread(self, x: Tensor) -> Tensor:
+        return x[:, :, self.rows.to(x.device)]  # (1, 1, frames of all clips, D)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor:
+        lengths = torch.tensor(self.lengths(axis))
+        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+            return _varlen(query, key, value, lengths)
+        starts = lengths.cumsum(0) - lengths
+        out = torch.empty_like(query)
+        for length in lengths.unique().tolist():
+            where = (starts[lengths == length][:, None] + torch.arange(length)).to(query.device)
+            out[0, where] = kernel(*(x[0, where] for x in (query, key, value))).to(out.dtype)
+        return out
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    """One call of torch's flash attention over all sequences (CUDA, 16 bits)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(query.device, torch.int32)
+    longest = int(lengths.max())
+    return varlen_attn(query[0], key[0], value[0], ends, ends, longest, longest)[None]

@@ -1,0 +1,163 @@
+"""Fills a canvas: window by window, known pixels to latents, a plan, a solver, pixels again."""
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stdit.diffusion.predictions import Estimate
+from stdit.keys import keyed_normal
+from stdit.sampling.guidance import Guidance, guided
+from stdit.sampling.place import encode_known, made_patches, paste, pixel_guided, start
+from stdit.sampling.plan import arrange
+from stdit.sampling.rollout import stream
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.sampling.solvers import solve
+from stdit.sampling.tasks import Canvas
+from stdit.sampling.windows import next_window
+
+if TYPE_CHECKING:
+    from stdit.sampling.pipeline import STDiTPipeline
+
+_FORGOTTEN = 2**31  # the noise that stands for history, beside that of the steps
+
+
+class Sampler(NamedTuple):
+    """One call's choices: how a canvas is filled by a pipeline's model."""
+
+    pipe: "STDiTPipeline"
+    steps: int | str
+    guidance: Guidance
+    solver: str | None
+    arrangement: str
+    every: int
+    blend: int | None  # None: known pixels are not put back
+    tile: int | None
+
+    @property
+    def own(self) -> STDiTScheduler:
+        """The pipeline's scheduler if it is ours, else ours for its objective."""
+        scheduler = self.pipe.scheduler
+        return scheduler if isinstance(scheduler, STDiTScheduler) else STDiTScheduler(self.pipe.config.objective)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether a diffusers scheduler steps; a solver asked for by name is one of ours."""
+        return self.own is not self.pipe.scheduler and self.solver is None
+
+    def check(self, canvas: Canvas) -> None:
+        """ValueError for what cannot be sampled, a warning for what the model was not trained for."""
+        channels, guided_channels = self.pipe.video_vae.channels, self.guidance.channels
+        _, _, frames, height, width = canvas.pixels.shape
+        self.pipe.video_vae.latent_shape(frames, height, width, self.pipe.transformer.patch_size)
+        if isinstance(self.steps, int) and self.steps < 1:
+            raise ValueError(f"num_inference_steps={self.steps} makes no picture; use 1 or more.")
+        if guided_channels is not None and not 1 <= guided_channels <= channels:
+            raise ValueError(f"guidance_channels={guided_channels} is outside the latents' 1 to {channels} channels.")
+        if self.blend is not None and self.blend < 0:
+            raise ValueError(f"blend={self.blend} is negative; use 0 to leave known pixels as they are.")
+        plain = bool(canvas.made.all()) and canvas.strength == 1 and self.arrangement == "together"
+        if self.foreign and not plain:
+            raise ValueError(
+                f"this task holds frames at levels of their own, which is for stdit's own solvers; this model brings "
+                f"{type(self.pipe.scheduler).__name__}: add solver='ddim' (--solver ddim)."
+            )
+        if self.foreign and not isinstance(self.steps, int):
+            raise ValueError(
+                f"num_inference_steps={self.steps!r} is for stdit's own solvers, this model brings "
+                f"{type(self.pipe.scheduler).__name__}; use a number, or add solver='ddim' (--solver ddim)."
+            )
+        closed = ~canvas.made.flatten(1).any(1)
+        if self.pipe.transformer.config.causal and bool((closed[1:] & ~closed[:-1]).any()):
+            raise ValueError(
+                "this model is causal: it cannot see the known frames that follow what is to be made; use a model trained "
+                "without model.causal, or extend a clip by after=."
+            )
+        trained = list(self.pipe.config.schemes)
+        if not canvas.made.all() and trained == ["shared"]:
+            warnings.warn(
+                "this model was trained with objective.scheme=shared and has never seen known frames: expect seams; "
+                "train with objective.scheme=mixed.",
+                stacklevel=5,
+            )
+
+    def fill(
+        self, canvas: Canvas, labels: Tensor | None, keys: list[tuple[int, ...]], length: int, overlap: int
+    ) -> Tensor:
+        """Every window in turn; what one made is known to the next. A causal model goes on frame by frame."""
+        stride = self.pipe.video_vae.stride[0]
+        if self.pipe.transformer.config.causal and self._goes_forward(canvas):
+            known = canvas.pixels[:, :, : int((~canvas.made).sum())]
+            _, _, frames, height, width = canvas.pixels.shape
+            size = (frames, height, width)
+            return torch.cat([known, *stream(self, known, size, labels, keys)], dim=2)
+        pixels, made, number = canvas.pixels.clone(), canvas.made.clone(), 0
+        while (window := next_window(made.flatten(1).any(1), length, overlap, stride)) is not None:
+            view = slice(window.begin, window.end)
+            part = canvas._replace(pixels=pixels[:, :, view], made=made[view])
+            # The first window's keys are those of a canvas that needs only one.
+            done = self._window(part, labels, [(*key, number) for key in keys] if number else keys)
+            kept = slice(window.keep_from, window.keep_to)
+            pixels[:, :, kept] = done[:, :, kept.start - window.begin : kept.stop - window.begin]
+            made[kept] = False
+            number += 1
+        return pixels
+
+    def _goes_forward(self, canvas: Canvas) -> bool:
+        """Whether nothing or whole groups of first frames are known, and all after them is to be made from noise."""
+        made, begin = canvas.made, int((~canvas.made[:, 0, 0]).sum())
+        whole = begin == 0 or (begin - 1) % self.pipe.video_vae.stride[0] == 0
+        return made.shape[1] == 1 and whole and bool(made[begin:].all()) and canvas.strength == 1 and self.blend == 0
+
+    def _window(self, canvas: Canvas, labels: Tensor | None, keys: list[tuple[int, ...]]) -> Tensor:
+        pipe, vae = self.pipe, self.pipe.video_vae
+        objective, device = self.own.objective, pipe.device
+        pixels, made = canvas.pixels.to(device), canvas.made.to(device)
+        _, _, frames, height, width = pixels.shape
+        shape = vae.latent_shape(frames, height, width, pipe.transformer.patch_size)
+
+        def draw(step: int) -> Tensor:
+            return keyed_normal("noise", [(*key, step) for key in keys], (vae.channels, *shape)).to(device)
+
+        todo, partly = made_patches(made, vae, pipe.transformer.patch_size)
+        noise = draw(0)
+        forgotten = draw(_FORGOTTEN) if self.guidance.history != 1 else None
+        output = guided(pipe.transformer, objective, labels, pipe.transformer.num_classes, self.guidance, forgotten)
+        if self.foreign:
+            return pipe.decode(self._diffusers(output, noise), self.tile)
+        schedule = objective.schedule(self.steps, shape[0] * shape[1] * shape[2])
+        base = None
+        if canvas.strength < 1:
+            begin = objective.path.on_clock(torch.tensor([canvas.strength]))
+            schedule = torch.cat([begin, schedule[schedule < begin]])
+            base = vae.encode(pixels.to(vae.dtype)).float()
+        plan = start(
+            encode_known(pixels, made, todo, vae).float(), base, noise, todo,
+            arrange(schedule.to(device), todo, self.arrangement, self.every), objective.path,
+        )  # fmt: skip
+
+        def predict(x: Tensor, levels: Tensor) -> Estimate:
+            return objective.estimate(output(x, levels), x, levels)
+
+        helped = pixel_guided(predict, pixels, made, partly, vae, objective.path) if partly.any() else predict
+        solver = self.solver or self.own.solver
+        latents = solve(plan, helped, objective.path, solver, lambda step: draw(step + 1), pipe.progress_bar)
+        decoded = pipe.decode(latents, self.tile)
+        return decoded if self.blend is None else paste(decoded, canvas.pixels.cpu(), canvas.made.cpu(), self.blend)
+
+    def _diffusers(self, output: Callable, x: Tensor) -> Tensor:
+        """The same with a diffusers scheduler: one level for all frames."""
+        scheduler, objective = self.pipe.scheduler, self.own.objective
+        scheduler.set_timesteps(self.steps, device=self.pipe.device)
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+        learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+        for t in self.pipe.progress_bar(scheduler.timesteps):
+            levels = objective.path.levels(t).expand(1, x.shape[2])
+            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            predicted = output(scaled, levels)
+            if not learned:
+                predicted = predicted[:, : x.shape[1]]
+            x = scheduler.step(predicted, t, x, return_dict=False)[0]
+        return x

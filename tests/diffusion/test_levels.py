@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from stdit.diffusion.levels import MIXTURE, SCHEMES, choose
+from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.keys import keyed_generator
+
+GRID = (5, 4, 4)
+
+
+def drawn(scheme, count=200, grid=GRID, **config):
+    objective = build_objective(ObjectiveConfig(scheme=scheme, **config))
+    return [objective.draw(keyed_generator("levels", 0, i, 0), scheme, grid, 320) for i in range(count)]
+
+
+def masks(scheme, **kwargs):
+    return {tuple(one.known.flatten().tolist()) for one in drawn(scheme, **kwargs)}
+
+
+def test_frames_share_a_level_or_have_one_each():
+    assert all(len(one.levels.unique()) == 1 for one in drawn("shared"))
+    assert all(len(one.levels.unique()) == 5 for one in drawn("per_frame"))
+
+
+@pytest.mark.parametrize("scheme", sorted(set(SCHEMES) - {"shared", "per_frame"}))
+@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+def test_known_frames_stand_at_level_0_and_something_is_left_to_predict(scheme, objective):
+    for one in drawn(scheme, name=objective):
+        assert (one.levels[one.known] == 0).all()
+        assert (one.levels[~one.known] > 0).all()
+        assert not one.known.all()
+        assert len(one.levels[~one.known].unique()) == 1
+
+
+def test_each_scheme_takes_as_known_what_its_name_says():
+    everything = {tuple(t < n for t in range(5)) for n in range(1, 5)}
+    assert masks("prefix") == everything
+    assert masks("suffix") == {mask[::-1] for mask in everything}
+    assert masks("every") == {tuple(t % k == 0 for t in range(5)) for k in (2, 3, 4, 5)}
+    gaps = {(b, e) for b in range(1, 4) for e in range(b + 1, 5)}
+    assert masks("ends", count=400) == {tuple(not b <= t < e for t in range(5)) for b, e in gaps}
+    assert len(masks("random", count=600)) == 2**5 - 1
+
+
+def test_regions_hide_a_box_or_all_but_a_box_over_all_frames_or_some():
+    shapes = {one.known.shape for one in drawn("region")}
+    assert shapes == {GRID}
+    made = [~one.known for one in drawn("region", 400)]
+    assert any(m.any(2).any(1).all() for m in made)
+    assert any(not m.any(2).any(1).all() for m in made)
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_an_image_has_no_other_frames_to_know(scheme):
+    if scheme != "region":
+        assert not any(one.known.any() for one in drawn(scheme, grid=(1, 4, 4)))
+
+
+def test_schemes_come_as_often_as_their_shares_say():
+    picked = [choose(keyed_generator("scheme", 0, step), MIXTURE) for step in range(4000)]
+    for name, share in MIXTURE.items():
+        assert picked.count(name) / 4000 == pytest.approx(share / sum(MIXTURE.values()), abs=0.03)
+
+
+def test_known_frames_may_carry_noise_and_are_still_not_predicted():
+    levels = torch.cat([one.levels[one.known] for one in drawn("prefix", known_noise=0.2)])
+    assert 0 < levels.min() < levels.max() <= 0.2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"scheme": "prefx"}, "Did you mean 'prefix'"),
+        ({"shares": {"sufix": 1.0}}, "Did you mean 'suffix'"),
+        ({"shares": {"prefix": -1.0}}, r"objective.shares.prefix=-1.0 is no share"),
+        ({"shares": {"prefix": 0.0}}, "are all 0"),
+        ({"known_noise": 1.0}, r"objective.known_noise=1.0 lies in \[0, 1\)"),
+    ],
+)
+def test_schemes_that_make_no_sense_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        ObjectiveConfig(**config)

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from conftest import fill
+
+from stdit.model.stdit import STDiT
+from stdit.nn.cache import FrameCache
+from stdit.nn.layout import AXES, Packed
+from stdit.nn.positions import rotate
+
+
+def causal(axes, window):
+    arguments = {"depth": 3, "hidden_size": 32, "num_heads": 4, "in_channels": 4, "num_classes": 3, "qk_norm": True}
+    return fill(STDiT(**arguments, axes=axes, causal=True, window=window, time_entry="rotary"), 0.1).eval()
+
+
+def inputs(frames=6):
+    return torch.randn(2, 4, frames, 4, 4), torch.rand(2, frames) * 1000, torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"]], ids="-".join)
+@pytest.mark.parametrize("window", [None, 2, 3])
+@torch.no_grad()
+def test_frame_by_frame_with_a_cache_equals_all_frames_at_once(axes, window):
+    model, (x, t, labels), cache = causal(axes, window), inputs(), FrameCache(window)
+    whole, parts, sizes = model(x, t, labels), [], []
+    for i in range(6):
+        frame = (x[:, :, i : i + 1], t[:, i : i + 1], labels)
+        parts.append(model(*frame, cache=cache))  # as often as a solver likes
+        cache.writing = True
+        model(*frame, cache=cache)
+        cache.writing = False
+        sizes.append(cache.bytes())
+    torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-5, rtol=1e-5)
+    if window:
+        assert len(set(sizes[window - 2 :])) == 1  # memory stops growing at the window
+
+
+@pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"]], ids="-".join)
+@torch.no_grad()
+def test_a_causal_model_sees_no_later_frame_and_none_before_its_window(axes):
+    model, (x, t, labels) = causal(axes, 2), inputs()
+    changed = x.clone()
+    changed[:, :, 3] += 1
+    moved = (model(x, t, labels) != model(changed, t, labels)).flatten(3).any(3).any(1)[0]
+    reach = 3 + model.config.depth if axes == ["joint"] else 3 + 1  # one frame further with every temporal block
+    assert moved.tolist() == [3 <= frame <= reach for frame in range(6)]
+
+
+@torch.no_grad()
+def test_rotary_time_knows_distances_only():
+    query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+    product = lambda a, b: (rotate(query, torch.tensor([a]).numpy()) * rotate(key, torch.tensor([b]).numpy())).sum()
+    torch.testing.assert_close(product(7, 4), product(103, 100), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(product(7, 4), product(7, 5))
+    assert torch.equal(rotate(query, torch.tensor([0]).numpy()), query)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_packing_folds_and_unfolds_to_where_it_was(axis):
+    packed = Packed([(2, 2, 3), (1, 2, 2), (3, 1, 2)])
+    tokens = torch.arange(12 + 4 + 6).float().view(1, 1, -1, 1)
+    folded = packed.fold(tokens, axis)
+    assert torch.equal(packed.unfold(folded, axis), tokens)
+    assert sum(packed.lengths(axis)) == 22
+    assert len(packed.frames(axis)) == 22
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"causal": True}, "needs time_entry='rotary'"),
+        ({"causal": True, "time_entry": "rotary", "axes": ["spatial"]}, "joint or temporal attention"),
+        ({"window": 3}, "of a causal model"),
+        ({"causal": True, "time_entry": "rotary", "window": 1}, "a window is 2 frames or more"),
+        ({"positions": "interpolat"}, "Did you mean 'interpolate'"),
+    ],
+)
+def test_causal_models_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        STDiT(depth=2, hidden_size=32, num_heads=4, **changes)
+
+
+@torch.no_grad()
+def test_positions_interpolate_into_the_trained_grid_or_go_on_counting(tiny_model):
+    x, t = torch.randn(1, 4, 2, 8, 8), torch.zeros(1)
+    extrapolating = tiny_model(sample_size=(2, 8, 8))
+    interpolating = tiny_model(sample_size=(2, 8, 8), positions="interpolate")
+    assert torch.equal(extrapolating(x, t), interpolating(x, t))  # at the trained size they agree
+    larger = torch.randn(1, 4, 2, 16, 8)
+    assert not torch.allclose(extrapolating(larger, t), interpolating(larger, t))
