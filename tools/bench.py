@@ -99,7 +99,7 @@ def _samples_rate(dataset, count: int) -> float:
 def _windows_rate(dataset, count: int) -> float:
     """The same windows as `_samples_rate` reads, decoded by PyAV from the key frame before."""
     from stdit.data.datasets import window
-    from stdit.data.loader import sample_index
+    from stdit.data.order import sample_index
 
     jobs = []
     for step in range(count):

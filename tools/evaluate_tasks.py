@@ -23,7 +23,8 @@ from stdit.training.run import write_text
 
 def load(path: str) -> STDiTPipeline:
     pipe = STDiTPipeline.from_pretrained(path)
-    if sorted(pipe.transformer.config.class_names or []) != sorted(CLASS_NAMES):
+    names = pipe.transformer.config.class_names
+    if pipe.transformer.num_classes and sorted(names or []) != sorted(CLASS_NAMES):
         raise ValueError(f"{path} was not trained on moving shapes; this judge knows only those.")
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 

@@ -1,22 +1,30 @@
-"""Sample clips (or images) from a trained model.
+"""Sample clips (or images) from a trained model, or make new frames for clips and images of your own.
 
 python tools/sample_video.py                                    newest model under models/
 python tools/sample_video.py --model models/quickstart --class-label "circle left" 7 --frames 25 --seed 3
 python tools/sample_video.py --frames 1 --output picture.png
+python tools/sample_video.py --task animate --input picture.png --class-label "circle left"
+python tools/sample_video.py --task extend --input clip.mp4 --after 16 --before 16
+python tools/sample_video.py --task connect --input first.mp4 last.mp4 --frames 12
+python tools/sample_video.py --task loop --input clip.mp4 --frames 12
+python tools/sample_video.py --task interpolate --input clip.mp4 --factor 2
+python tools/sample_video.py --task inpaint --input clip.mp4 --mask mask.png        or --height 64 --width 96: outpaint
+python tools/sample_video.py --task edit --input clip.mp4 --strength 0.6 --class-label "square up"
 """
 
 import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from stdit.data.inputs import Input, read_input, read_mask
 from stdit.data.video_write import write_video
 from stdit.sampling.pipeline import STDiTPipeline
-
-TASKS = ("generate",)
+from stdit.sampling.tasks import surround
 
 
 def newest_model(folder: Path = Path("models")) -> Path:
@@ -29,18 +37,18 @@ def newest_model(folder: Path = Path("models")) -> Path:
     return max(found, key=lambda path: (path / "model_index.json").stat().st_mtime)
 
 
-def output_paths(args: argparse.Namespace, model: Path, labels: list, suffix: str, settings: dict) -> list[Path]:
+def output_paths(args: argparse.Namespace, model: Path, count: int, suffix: str, settings: dict) -> list[Path]:
     """One file a clip; none that exists is overwritten."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     if args.output and Path(args.output).suffix:
         given = Path(args.output)
-        if len(labels) == 1:
-            paths = [given]
-        else:
-            paths = [given.with_name(f"{given.stem}-{i:03d}{given.suffix}") for i in range(len(labels))]
+        paths = (
+            [given] if count == 1 else [given.with_name(f"{given.stem}-{i:03d}{given.suffix}") for i in range(count)]
+        )
     else:
         folder = Path(args.output) if args.output else Path("output") / model.name / "samples"
-        paths = [folder / f"{i:03d}-seed-{args.seed}-{digest}{suffix}" for i in range(len(labels))]
+        task = "" if args.task == "generate" else f"{args.task}-"
+        paths = [folder / f"{task}{i:03d}-seed-{args.seed}-{digest}{suffix}" for i in range(count)]
     taken = [path for path in paths if path.exists()]
     if taken and not args.overwrite:
         raise ValueError(f"{taken[0]} exists; choose another --output or --seed, or pass --overwrite.")
@@ -49,64 +57,141 @@ def output_paths(args: argparse.Namespace, model: Path, labels: list, suffix: st
     return paths
 
 
-def main(argv: list[str] | None = None) -> int:
+def generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, labels, options: dict):
+    return pipe(labels, args.frames, args.height, args.width, num_videos=args.num_videos, **options)
+
+
+def inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, labels, options: dict):
+    (given,) = inputs
+    if args.mask:
+        mask = read_mask(args.mask, given.source, tuple(given.pixels.shape[3:]))
+        return pipe.inpaint(given.pixels, mask, labels, **options)
+    pixels, mask = surround(given.pixels, args.height or pipe.config.height, args.width or pipe.config.width)
+    return pipe.inpaint(pixels, mask, labels, **options)
+
+
+# What each task takes, and the call that does it: inputs, and the flags that are its own.
+TASKS: dict[str, tuple[int, Callable, tuple[str, ...]]] = {
+    "generate": (0, generate, ("frames", "num_videos")),
+    "animate": (1, lambda p, x, a, y, o: p.animate(x[0].pixels, a.frames, y, **o), ("frames",)),
+    "extend": (
+        1,
+        lambda p, x, a, y, o: p.extend(x[0].pixels, a.after, a.before, y, **o),
+        ("after", "before", "frames"),
+    ),
+    "connect": (2, lambda p, x, a, y, o: p.connect(x[0].pixels, x[1].pixels, a.frames or 12, y, **o), ("frames",)),
+    "loop": (1, lambda p, x, a, y, o: p.loop(x[0].pixels, a.frames or 12, y, **o), ("frames",)),
+    "interpolate": (1, lambda p, x, a, y, o: p.interpolate(x[0].pixels, a.factor, y, **o), ("factor", "frames")),
+    "inpaint": (1, inpaint, ("mask", "frames")),
+    "edit": (1, lambda p, x, a, y, o: p.edit(x[0].pixels, a.strength, y, **o), ("strength", "frames")),
+}
+OWN = {"after": 0, "before": 0, "mask": None, "strength": 0.6, "factor": 2}
+FRAMES_TAKEN = ("extend", "interpolate", "inpaint", "edit")  # tasks where --frames shortens the input
+
+
+def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline) -> list[Input]:
+    """The files named, at the model's size and rate; ValueError for a wrong number of them or a flag of another task."""
+    count, _, flags = TASKS[args.task]
+    for name, default in OWN.items():
+        if getattr(args, name) != default and name not in flags:
+            users = [task for task, (_, _, own) in TASKS.items() if name in own]
+            raise ValueError(f"--{name} belongs to --task {' or '.join(users)}, not to {args.task}; leave it out.")
+    if len(args.input) != count:
+        raise ValueError(f"--task {args.task} takes {count} --input file(s), {len(args.input)} given.")
+    size = (args.height or pipe.config.height, args.width or pipe.config.width)
+    if args.task == "inpaint" and not args.mask:  # the picture keeps its place inside the larger frame
+        size = (min(size[0], pipe.config.height), min(size[1], pipe.config.width))
+    frames = args.frames if args.task in FRAMES_TAKEN else None
+    inputs = [read_input(path, size, args.fps or pipe.config.fps, frames) for path in args.input]
+    for path, given in zip(args.input, inputs, strict=True):
+        if given.note:
+            print(f"{path}: {given.note}")
+    return inputs
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder written by tools/train.py; default: the newest under models/")
-    parser.add_argument("--task", choices=TASKS, default="generate")
-    parser.add_argument("--class-label", nargs="+", help="numbers or names, one clip each; default: one of each class")
-    parser.add_argument("--num-videos", type=int, default=4, help="clips of an unconditional model")
-    parser.add_argument("--frames", type=int, help="default: as trained; 1 writes a png")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--fps", type=float)
-    parser.add_argument(
-        "--steps", type=lambda s: int(s) if s.isdecimal() else s, default=30, help="a number; for DDPM also ddim50"
+    add = parser.add_argument
+    add("--model", help="folder written by tools/train.py; default: the newest under models/")
+    add("--task", choices=TASKS, default="generate")
+    add("--input", nargs="+", default=[], metavar="PATH", help="clips or pictures that a task starts from")
+    add("--after", type=int, default=0, help="extend: new frames behind")
+    add("--before", type=int, default=0, help="extend: new frames in front")
+    add("--mask", help="inpaint: a picture of the clip's size, white where pixels are to be made")
+    add("--strength", type=float, default=0.6, help="edit: 0 changes nothing, 1 everything")
+    add("--factor", type=int, default=2, help="interpolate: times the frame rate")
+    add("--class-label", nargs="+", help="numbers or names, one clip each; default: one of each class, for tasks none")
+    add("--num-videos", type=int, default=4, help="clips of an unconditional model")
+    add(
+        "--frames",
+        type=int,
+        help="generate, animate: of the clip (1 writes a png); connect, loop: new ones; else of the input",
     )
-    parser.add_argument(
+    add("--height", type=int)
+    add("--width", type=int)
+    add("--fps", type=float, help="of what is written, and of what is read; default: as trained")
+    add("--steps", type=lambda s: int(s) if s.isdecimal() else s, default=30, help="a number; for DDPM also ddim50")
+    add("--guidance", type=float, default=2.0)
+    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
+    add(
         "--guidance-channels",
         type=int,
         help="guide only the first so many latent channels (DiT's published samples: 3)",
     )
-    parser.add_argument("--guidance", type=float, default=2.0)
-    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
-    parser.add_argument("--solver", help="euler, heun, ddim or ddpm; default: the model's")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--gif", action="store_true", help="write gif instead of mp4")
-    parser.add_argument("--output", help="a file (.mp4, .gif, .png) or a folder")
-    parser.add_argument("--overwrite", action="store_true")
-    args = parser.parse_args(argv)
+    add("--history-guidance", type=float, default=1.0, help="above 1: guide toward the known frames")
+    add("--solver", help="euler, heun, ddim or ddpm; default: the model's")
+    add("--arrangement", default="together", help="together, autoregressive or pyramid")
+    add("--every", type=int, default=1, help="latent frames of a chunk, or steps between neighbours of a pyramid")
+    add("--window", type=int, help="frames looked at at a time; default: as trained")
+    add("--overlap", type=int, help="known frames in a window at most")
+    add("--blend", type=int, default=0, help="known pixels this near to made ones fade into them")
+    add("--tile", type=int, help="decode in tiles of so many latents")
+    add("--seed", type=int, default=0)
+    add("--gif", action="store_true", help="write gif instead of mp4")
+    add("--output", help="a file (.mp4, .gif, .png) or a folder")
+    add("--overwrite", action="store_true")
+    return parser.parse_args(argv)
 
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     model = Path(args.model) if args.model else newest_model()
     pipe = STDiTPipeline.from_pretrained(str(model))
     if torch.cuda.is_available():
         pipe.to("cuda")
-    classes = pipe.transformer.num_classes
-    labels = args.class_label or (list(range(min(classes, 12))) if classes else None)
-    frames = pipe.config.num_frames if args.frames is None else args.frames
-    settings = {
-        "model": str(model), "task": args.task, "class_labels": labels, "num_frames": frames,
-        "height": args.height or pipe.config.height, "width": args.width or pipe.config.width,
-        "num_inference_steps": args.steps, "guidance_scale": args.guidance, "guidance_interval": list(args.guidance_interval),
-        "guidance_channels": args.guidance_channels, "solver": args.solver, "seed": args.seed,
+    inputs = read_inputs(args, pipe)
+    plain, classes = args.task == "generate", pipe.transformer.num_classes
+    labels = args.class_label or (list(range(min(classes, 12))) if classes and plain else None)
+    numbers = pipe.labels(labels, args.num_videos if plain else 1)
+    count = len(numbers) if numbers is not None else args.num_videos if plain else 1
+    inputs = [given._replace(pixels=given.pixels.expand(count, -1, -1, -1, -1)) for given in inputs]
+    options = {
+        "num_inference_steps": args.steps, "guidance_scale": args.guidance, "guidance_interval": tuple(args.guidance_interval),
+        "guidance_channels": args.guidance_channels, "history_guidance": args.history_guidance, "seed": args.seed,
+        "solver": args.solver, "arrangement": args.arrangement, "every": args.every, "overlap": args.overlap,
+        "blend": args.blend, "tile": args.tile, **({"window": args.window} if args.window else {}),
     }  # fmt: skip
-    numbers = pipe.labels(labels, args.num_videos)
-    count = len(numbers) if numbers is not None else args.num_videos
-    suffix = ".png" if frames == 1 else ".gif" if args.gif else ".mp4"
-    paths = output_paths(args, model, [None] * count, suffix, settings)
-    clips = pipe(
-        numbers, frames, args.height, args.width, args.steps, args.guidance, tuple(args.guidance_interval), args.seed,
-        count, args.solver, guidance_channels=args.guidance_channels,
-    )  # fmt: skip
+    settings = {
+        "model": str(model), "task": args.task, "class_labels": labels, "num_frames": args.frames or (pipe.config.num_frames if plain else None),
+        "height": args.height or pipe.config.height, "width": args.width or pipe.config.width, **options,
+        **{name: getattr(args, name) for name in ("input", *OWN)},
+    }  # fmt: skip
+    suffix = ".png" if plain and settings["num_frames"] == 1 else ".gif" if args.gif else ".mp4"
+    paths = output_paths(args, model, count, suffix, settings)
+    clips = TASKS[args.task][1](pipe, inputs, args, numbers, options)
+    fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
     names = pipe.transformer.config.class_names
     for i, (path, clip) in enumerate(zip(paths, clips, strict=True)):
-        write_video(path, clip, fps=args.fps or pipe.config.fps)
+        write_video(path, clip, fps=fps)
         label = None if numbers is None else int(numbers[i])
         name = names[label] if names and label is not None and label < len(names) else label
+        made = {**settings, "num_frames": clip.shape[1], "height": clip.shape[2], "width": clip.shape[3], "fps": fps}
         path.with_suffix(".json").write_text(
-            json.dumps({**settings, "clip": i, "label": label, "label_name": name}, indent=1) + "\n"
+            json.dumps({**made, "clip": i, "label": label, "label_name": name}, indent=1) + "\n"
         )
+    shape = " x ".join(map(str, clips.shape[2:]))
     print(
-        f"{model}: {count} clip(s), {settings['num_frames']} x {settings['height']} x {settings['width']}, {args.steps} steps, guidance {args.guidance}: {paths[0].parent}"
+        f"{model}: {args.task}, {count} clip(s), {shape} at {fps:g} fps, {args.steps} steps, guidance {args.guidance}: {paths[0].parent}"
     )
     return 0
 

@@ -6,6 +6,7 @@ python tools/train.py configs/quickstart.yaml train.steps=100 --print-config
 """
 
 import argparse
+import math
 import sys
 import time
 
@@ -13,11 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import OmegaConf
+from tqdm import tqdm
 
 from stdit.checkpoint.inflate import inflate, inflated_arguments
 from stdit.config import Config, load_typed, to_plain
 from stdit.data.datasets import CachedLatents, Dataset, build_dataset
 from stdit.data.loader import batches
+from stdit.data.order import Buckets, Order, Packs, Size, Uniform, assign
+from stdit.data.video_io import VideoError
 from stdit.diffusion.objective import Objective, build_objective
 from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
@@ -31,9 +35,9 @@ from stdit.vae import VideoVAE, load_vae
 
 
 def build_model(config: Config, vae: VideoVAE, dataset: Dataset, objective: Objective) -> STDiT:
-    """The network, after checking that classes and sizes fit together."""
+    """The network, after checking that classes and sizes fit together; model.num_classes=0 leaves labels out."""
     classes = dataset.num_classes if config.model.num_classes is None else config.model.num_classes
-    if dataset.num_classes > classes:
+    if dataset.num_classes > classes > 0:
         raise ValueError(
             f"model.num_classes={classes} is too few: the data has labels up to {dataset.num_classes - 1}. "
             f"Use model.num_classes={dataset.num_classes}, or null."
@@ -61,12 +65,43 @@ def build_model(config: Config, vae: VideoVAE, dataset: Dataset, objective: Obje
 
 def check_batch(config: Config, processes: int) -> None:
     train = config.train
+    if config.data.sizes:
+        return
     micro = train.micro_batch or -(-train.batch_size // processes)
     if train.batch_size % (micro * processes):
         raise ValueError(
             f"train.batch_size={train.batch_size} is not a multiple of {processes} process(es) times "
             f"train.micro_batch={micro}; use {max(1, round(train.batch_size / (micro * processes))) * micro * processes}."
         )
+
+
+def build_order(config: Config, dataset: Dataset, vae: VideoVAE, patch: tuple[int, int, int], processes: int) -> Order:
+    """Which clips make up a step: so many of one size, or by a budget of tokens where the data has many sizes."""
+    data, train = config.data, config.train
+    if not data.sizes:
+        if train.tokens is not None:
+            raise ValueError(f"train.tokens={train.tokens} is for data.sizes; use train.batch_size, or give sizes.")
+        return Uniform(config.seed, len(dataset), train.batch_size)
+    if train.tokens is None or train.micro_batch is not None:
+        raise ValueError("data.sizes need train.tokens, patches of a step, and train.micro_batch=null.")
+    if data.packing and "region" in config.objective.mixture:
+        raise ValueError("data.packing=true takes levels by frame; set objective.shares.region=0.")
+    sizes = [Size(*size) for size in data.sizes]
+    grids = [vae.latent_shape(*size, patch) for size in sizes]
+    costs = [math.prod(n // p for n, p in zip(grid, patch, strict=True)) for grid in grids]
+    shapes = []
+    for index in tqdm(range(len(dataset)), desc="measuring clips", unit="clip", disable=None):
+        try:
+            shapes.append(dataset.shape(index))
+        except VideoError as error:
+            shapes.append((0, 1, 1))  # fits nowhere
+            print(f"left out: {error}")
+    order = (Packs if data.packing else Buckets)(
+        config.seed, assign(shapes, sizes, config.seed), sizes, costs, train.tokens, processes
+    )
+    for size, cost in zip(sizes, costs, strict=True):
+        print(f"  {size.frames} x {size.height} x {size.width}: {len(order.others(size))} clips of {cost} tokens")
+    return order
 
 
 def check_cache(dataset: Dataset, vae: VideoVAE) -> None:
@@ -104,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     if accelerator.is_main_process:
         folders.claim()
     accelerator.wait_for_everyone()
+    order = build_order(config, dataset, vae, model.patch_size, accelerator.num_processes)
     resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint()}
     checkpoint = find_checkpoint(config.train, folders, resolved, accelerator.is_main_process)
     accelerator.wait_for_everyone()
@@ -111,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer = Trainer(
         accelerator, folders, model,
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
-        objective, vae, model.patch_size, model.num_classes, config.train, resolved,
+        objective, vae, model.num_classes, config.train, resolved,
         len(dataset), config.data.max_bad_fraction,
         preview=lambda m, step: preview(m, vae, config, folders, step),
     )  # fmt: skip
@@ -127,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     loader = batches(
         dataset, config.seed, config.train.batch_size, trainer.step, config.train.micro_batch,
-        accelerator.process_index, accelerator.num_processes, config.data.workers,
+        accelerator.process_index, accelerator.num_processes, config.data.workers, order,
     )  # fmt: skip
     code = 0
     try:

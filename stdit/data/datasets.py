@@ -1,70 +1,26 @@
 """One class for each kind of data. `load(index, rng)` gives a sample; what is random comes from `rng` alone."""
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from torch import Tensor
 
 from stdit.data.backends import open_video
+from stdit.data.cached import CachedLatents
+from stdit.data.config import DataConfig, Dataset, clip_info
 from stdit.data.idx import read_idx
 from stdit.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Table, read_manifest, scan_folder
+from stdit.data.order import Size
 from stdit.data.shapes import CLASS_NAMES, draw, random_clip
 from stdit.data.transforms import cover_size, crop, resize
 from stdit.data.video_io import VideoError, VideoReader
 from stdit.keys import keyed_rng
 from stdit.variants import pick
-
-
-@dataclass
-class DataConfig:
-    """`fps` null takes neighbouring frames whatever their rate; otherwise frames are picked by time stamps."""
-
-    root: str = "data/clips"
-    manifest: str | None = None
-    source: Literal["auto", "videos", "images", "idx", "latents", "shapes"] = "auto"
-    num_frames: int = 17
-    height: int = 64
-    width: int = 64
-    fps: float | None = None
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False
-    backend: str = "pyav"
-    workers: int = 2
-    num_shapes: int = 3000  # for source=shapes: how many clips are drawn
-    motion: Literal["straight", "bounce"] = "straight"
-    max_bad_fraction: float = 0.1  # training stops when more of the files than this cannot be read
-
-    def __post_init__(self) -> None:
-        for name in ("num_frames", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} is not a size; use 1 or more.")
-        if self.fps is not None and self.fps <= 0:
-            raise ValueError(
-                f"data.fps={self.fps} is not a frame rate; use a positive number, or null for each file's own."
-            )
-        if self.workers < 0:
-            raise ValueError(f"data.workers={self.workers} is negative; use 0 to load in the main process.")
-
-
-class Dataset(Protocol):
-    """Samples by number. pixels: uint8 (F, H, W, 3); or latents: (C, T, h, w)."""
-
-    num_classes: int
-    class_names: list[str] | None
-
-    def __len__(self) -> int: ...
-    def label(self, index: int) -> int | None: ...
-    def name(self, index: int) -> str: ...
-    def load(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]: ...
 
 
 class _TableDataset:
@@ -83,22 +39,47 @@ class _TableDataset:
     def name(self, index: int) -> str:
         return str(self.rows[index].path)
 
-    def _finish(self, frames: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
-        frames = crop(frames, (self.config.height, self.config.width), rng if self.config.crop == "random" else None)
+    def _size(self, size: Size | None) -> Size:
+        return size or Size(self.config.num_frames, self.config.height, self.config.width)
+
+    def _finish(self, frames: np.ndarray, size: Size, fps: float, rng: np.random.Generator) -> dict[str, Any]:
+        frames = crop(frames, (size.height, size.width), rng if self.config.crop == "random" else None)
         if self.config.flip and rng.random() < 0.5:
             frames = frames[:, :, ::-1]
-        return {"pixels": torch.from_numpy(np.ascontiguousarray(frames))}
+        return {"pixels": torch.from_numpy(np.ascontiguousarray(frames)), "info": clip_info(size, fps)}
 
 
 class VideoClips(_TableDataset):
-    """Windows of `num_frames` out of video files, at `fps` by time stamps, scaled to cover and cropped."""
+    """Windows of `num_frames` out of video files, at `fps` by time stamps, scaled to cover and cropped.
 
-    def load(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        config = self.config
-        with self._open(self.rows[index].path) as reader:
-            picked = window(reader, config.num_frames, config.fps, rng)
-            frames = reader.get_frames(picked, size=cover_size(reader.size, (config.height, config.width)))
-        return self._finish(frames, rng)
+    Among them may be pictures, as clips of one frame.
+    """
+
+    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
+        size, path = self._size(size), self.rows[index].path
+        target = (size.height, size.width)
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            if size.frames > 1:
+                raise VideoError(
+                    f"{str(path)!r} is a picture, no clip of {size.frames} frames; give it a size of 1 frame."
+                )
+            frames, rate = read_picture(path)[None], self.config.fps or 1.0
+            return self._finish(resize(frames, cover_size(frames.shape[1:3], target)), size, rate, rng)
+        with self._open(path) as reader:
+            picked = window(reader, size.frames, self.config.fps, rng)
+            frames = reader.get_frames(picked, size=cover_size(reader.size, target))
+            rate = self.config.fps or reader.fps
+        return self._finish(frames, size, rate, rng)
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        path = self.rows[index].path
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            return (1, *read_picture(path).shape[:2])
+        with self._open(path) as reader:
+            frames = len(reader)
+            if self.config.fps is not None:
+                frames = int(float(reader.timestamps[-1]) * self.config.fps + 0.5) + 1
+            return (frames, *reader.size)
 
     def _open(self, path: Path):
         """A reader; PyAV's index of packets is kept, so that a file is scanned once a worker."""
@@ -140,15 +121,21 @@ def window(reader, num_frames: int, fps: float | None, rng: np.random.Generator)
 class Images(_TableDataset):
     """Image files as one-frame clips."""
 
-    def load(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        path = self.rows[index].path
-        try:
-            with Image.open(path) as image:
-                frames = np.asarray(image.convert("RGB"))[None]
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise VideoError(f"{str(path)!r} is not an image that can be read ({error}); leave it out.") from error
-        target = (self.config.height, self.config.width)
-        return self._finish(resize(frames, cover_size(frames.shape[1:3], target)), rng)
+    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
+        size, frames = self._size(size), read_picture(self.rows[index].path)[None]
+        return self._finish(resize(frames, cover_size(frames.shape[1:3], (size.height, size.width))), size, 1.0, rng)
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        return (1, *read_picture(self.rows[index].path).shape[:2])
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8; VideoError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{str(path)!r} is not an image that can be read ({error}); leave it out.") from error
 
 
 class IdxImages:
@@ -179,11 +166,15 @@ class IdxImages:
     def name(self, index: int) -> str:
         return f"{self.root}[{index}]"
 
-    def load(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        frame = resize(self.images[index][None], (self.config.height, self.config.width))
+    def shape(self, index: int) -> tuple[int, int, int]:
+        return (1, *self.images.shape[1:3])
+
+    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
+        size = size or Size(1, self.config.height, self.config.width)
+        frame = resize(self.images[index][None], (size.height, size.width))
         if self.config.flip and rng.random() < 0.5:
             frame = frame[:, :, ::-1]
-        return {"pixels": torch.from_numpy(np.repeat(frame[..., None], 3, axis=-1))}
+        return {"pixels": torch.from_numpy(np.repeat(frame[..., None], 3, axis=-1)), "info": clip_info(size, 1.0)}
 
 
 class MovingShapes:
@@ -193,10 +184,9 @@ class MovingShapes:
     class_names: list[str] | None = list(CLASS_NAMES)
 
     def __init__(self, config: DataConfig):
-        if config.height != config.width:
-            raise ValueError(
-                f"shapes are drawn on squares; data.height={config.height} and data.width={config.width} differ."
-            )
+        for _, height, width in [*config.sizes, (config.num_frames, config.height, config.width)]:
+            if height != width:
+                raise ValueError(f"shapes are drawn on squares; height {height} and width {width} differ.")
         self.config = config
 
     def __len__(self) -> int:
@@ -208,63 +198,21 @@ class MovingShapes:
     def name(self, index: int) -> str:
         return f"shape {index}"
 
-    def load(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """They are drawn as large and as long as asked."""
+        longest = max((size[0] for size in self.config.sizes), default=self.config.num_frames)
+        return (longest, self.config.height, self.config.width)
+
+    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
+        size = size or Size(self.config.num_frames, self.config.height, self.config.width)
         own = keyed_rng("sample", index)
-        clip = random_clip(own, self.label(index), self.config.num_frames, self.config.height, self.config.motion)
-        return {"pixels": torch.from_numpy(draw(clip))}
-
-
-class CachedLatents:
-    """What `tools/cache_latents.py` wrote: shards of normalised latents, with the fingerprint of their VAE."""
-
-    def __init__(self, root: Path, config: DataConfig):
-        self.root, self.info = root, json.loads((root / "cache.json").read_text())
-        self.num_classes, self.class_names = self.info["num_classes"], self.info["class_names"]
-        made = (self.info["num_frames"], self.info["height"], self.info["width"])
-        asked = (config.num_frames, config.height, config.width)
-        if made != asked:
-            raise ValueError(
-                f"the latents in {str(root)!r} are of (frames, height, width) {made}, the config asks for {asked}; set data.num_frames, height and width to theirs, or cache again."
-            )
-        self._starts = np.cumsum([0] + [shard["count"] for shard in self.info["shards"]])
-        self._labels = [label for shard in self.info["shards"] for label in shard["labels"]]
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def label(self, index: int) -> int | None:
-        return self._labels[index]
-
-    def name(self, index: int) -> str:
-        return f"{self.root}[{index}]"
-
-    def load(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        file = self._shard(shard)
-        row = index - int(self._starts[shard])
-        sample = {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if not all(torch.isfinite(value).all() for value in sample.values()):
-            raise VideoError(f"{self.name(index)} is not finite; cache the latents again.")
-        return sample
-
-    def _shard(self, number: int):
-        if number not in self._open_shards:
-            file = self.root / self.info["shards"][number]["file"]
-            if not file.is_file():
-                raise ValueError(f"{file} is missing; run tools/cache_latents.py again with the same --output.")
-            self._open_shards[number] = safe_open(file, framework="pt")
-        return self._open_shards[number]
-
-    @cached_property
-    def _open_shards(self) -> dict:
-        return {}
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_open_shards"}
+        clip = random_clip(own, self.label(index), size.frames, size.height, self.config.motion)
+        return {"pixels": torch.from_numpy(draw(clip)), "info": clip_info(size, self.config.fps or 8.0)}
 
 
 def _videos(root: Path, config: DataConfig) -> VideoClips:
-    return VideoClips(_table(root, config, VIDEO_SUFFIXES, "videos"), config)
+    pictures = IMAGE_SUFFIXES if any(size[0] == 1 for size in config.sizes) else set()
+    return VideoClips(_table(root, config, VIDEO_SUFFIXES | pictures, "videos"), config)
 
 
 def _images(root: Path, config: DataConfig) -> Images:
@@ -307,7 +255,7 @@ def _guess(root: Path, config: DataConfig) -> str:
             return "idx"
     elif config.manifest is None and root.is_file() and "images-idx3" in root.name:
         return "idx"
-    return "images" if config.num_frames == 1 and _has_images(root, config) else "videos"
+    return "images" if config.num_frames == 1 and not config.sizes and _has_images(root, config) else "videos"
 
 
 def _has_images(root: Path, config: DataConfig) -> bool:

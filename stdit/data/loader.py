@@ -2,15 +2,14 @@
 
 import signal
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stdit.data.datasets import Dataset
+from stdit.data.order import Order, Slot, Uniform
 from stdit.data.video_io import VideoError
 from stdit.keys import keyed_rng
 
@@ -21,63 +20,68 @@ class Batch(NamedTuple):
     """pixels (B, F, H, W, 3) uint8 or latents (B, C, T, h, w), the other None; labels (B,), -1 where there is none.
 
     restarts: beside cached latents, every frame encoded without those before it (see `VideoVAE.encode_run`).
-    keys: (seed, step, slot) of each sample; bad: names of files that could not be read, with the reason.
+    Lists where clips have different shapes. keys: (seed, step, slot) of each sample; bad: names of files that could not
+    be read, with the reason; total: clips of the step over all processes; info: (B, 4) `INFO` of each clip, or None.
     """
 
-    pixels: Tensor | None
-    latents: Tensor | None
-    restarts: Tensor | None
+    pixels: Tensor | list[Tensor] | None
+    latents: Tensor | list[Tensor] | None
+    restarts: Tensor | list[Tensor] | None
     labels: Tensor
     keys: list[tuple[int, int, int]]
     bad: dict[str, str]
-
-
-def sample_index(seed: int, position: int, size: int) -> int:
-    """The sample at a position of the endless sequence of shuffled epochs."""
-    epoch, place = divmod(position, size)
-    return int(_order(seed, epoch, size)[place])
-
-
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, size: int) -> np.ndarray:
-    return keyed_rng("order", seed, epoch).permutation(size)
+    total: int
+    info: Tensor | None
 
 
 class KeyedSamples(torch.utils.data.Dataset):
-    """Samples by (step, slot). An unreadable file is replaced by another, the same one in every run."""
+    """Samples by (step, slot). An unreadable file is replaced by another of its size, the same one in every run."""
 
-    def __init__(self, dataset: Dataset, seed: int, batch_size: int):
-        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
+    def __init__(self, dataset: Dataset, seed: int, order: Order):
+        self.dataset, self.seed, self.order = dataset, seed, order
         self._bad: dict[int, str] = {}
+        self._last: tuple[int, list[Slot]] = (-1, [])
+
+    def slots(self, step: int) -> list[Slot]:
+        if self._last[0] != step:
+            self._last = (step, self.order.batch(step))
+        return self._last[1]
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         step, slot = key
-        position, bad = step * self.batch_size + slot, {}
+        slots, bad = self.slots(step), {}
+        index, size = slots[slot]
         for attempt in range(_ATTEMPTS):
             if attempt:
-                position = int(keyed_rng("sample", self.seed, step, slot, attempt).integers(2**40))
-            index = sample_index(self.seed, position, len(self.dataset))
+                others = self.order.others(size)
+                index = others[int(keyed_rng("sample", self.seed, step, slot, attempt).integers(len(others)))]
             try:
                 if index in self._bad:  # found before by this worker: same outcome, no second try
                     raise VideoError(self._bad[index])
-                sample = self.dataset.load(index, keyed_rng("sample", self.seed, step, slot))
+                sample = self.dataset.load(index, keyed_rng("sample", self.seed, step, slot), size)
             except VideoError as error:
                 self._bad[index] = bad[self.dataset.name(index)] = str(error)
                 continue
             label = self.dataset.label(index)
-            return {**sample, "label": -1 if label is None else label, "key": (self.seed, step, slot), "bad": bad}
+            key_of = (self.seed, step, slot)
+            return {**sample, "label": -1 if label is None else label, "key": key_of, "bad": bad, "total": len(slots)}
         raise ValueError(f"{len(bad)} files in a row could not be read; the last: {list(bad.values())[-1]}")
 
 
 def collate(samples: list[dict]) -> Batch:
-    def stack(name: str) -> Tensor | None:
-        return torch.stack([sample[name] for sample in samples]) if name in samples[0] else None
+    def stack(name: str) -> Tensor | list[Tensor] | None:
+        if name not in samples[0]:
+            return None
+        values = [sample[name] for sample in samples]
+        return torch.stack(values) if len({value.shape for value in values}) == 1 else values
 
     bad = {name: reason for sample in samples for name, reason in sample["bad"].items()}
     labels = torch.tensor([sample["label"] for sample in samples])
+    info = torch.tensor([sample["info"] for sample in samples]) if "info" in samples[0] else None
     return Batch(
-        stack("pixels"), stack("latents"), stack("restarts"), labels, [sample["key"] for sample in samples], bad
-    )
+        stack("pixels"), stack("latents"), stack("restarts"), labels, [sample["key"] for sample in samples], bad,
+        samples[0]["total"], info,
+    )  # fmt: skip
 
 
 def batches(
@@ -89,24 +93,27 @@ def batches(
     process: int = 0,
     processes: int = 1,
     workers: int = 0,
+    order: Order | None = None,
 ) -> Iterator[Batch]:
     """Endless micro-batches of this process, from `start_step` on.
 
-    `batch_size` counts clips of a step over all processes; process p takes every slot equal to p modulo `processes`,
-    `micro_batch` slots at a time.
+    `batch_size` counts clips of a step over all processes, unless an `order` says otherwise; process p takes every slot
+    equal to p modulo `processes`, `micro_batch` slots at a time.
     """
-    slots = list(range(process, batch_size, processes))
-    size = micro_batch or len(slots)
+    order = order or Uniform(seed, len(dataset), batch_size)
+    samples = KeyedSamples(dataset, seed, order)
 
     def keys() -> Iterator[list[tuple[int, int]]]:
         step = start_step
         while True:
+            slots = range(process, len(samples.slots(step)), processes)
+            size = micro_batch or len(slots)
             for first in range(0, len(slots), size):
                 yield [(step, slot) for slot in slots[first : first + size]]
             step += 1
 
     loader = DataLoader(
-        KeyedSamples(dataset, seed, batch_size),
+        samples,
         batch_sampler=_Endless(keys),
         collate_fn=collate,
         num_workers=workers,

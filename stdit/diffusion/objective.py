@@ -29,19 +29,25 @@ class ObjectiveConfig:
 
     scheme: what is known and who shares a level: one of `SCHEMES`, or "mixed", where each step takes one of them by its
     share in `shares`. known_noise: known frames stand at a level drawn from 0 to this one, and the model is told.
+    known_shift: flow's levels beside known frames are shifted by this factor more, since what is known has been followed
+    where noise is high, and at low noise shows itself.
     """
 
     name: Literal["flow", "ddpm"] = "flow"
     scheme: str = "shared"
     shares: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
     known_noise: float = 0.0
+    known_shift: float = 1.0
     distribution: Distribution = "logit_normal"
     shift: float = 1.0
     shift_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ValueError(f"objective.shift={self.shift} is not positive; 1 leaves the levels as they are.")
+        for name in ("shift", "known_shift"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"objective.{name}={getattr(self, name)} is not positive; 1 leaves the levels as they are."
+                )
         if self.scheme != "mixed":
             pick({**SCHEMES, "mixed": None}, self.scheme, "objective.scheme")
         for name, share in self.shares.items():
@@ -77,6 +83,8 @@ class Objective(ABC):
         kind = SCHEMES[scheme]
         levels = self.draw_levels(generator, frames if kind.independent else 1, tokens).expand(frames)
         known = kind.known(generator, grid)
+        if known.any():
+            levels = self.path.on_clock(shift_levels(levels, self.config.known_shift))
         clean = self.path.on_clock(self.config.known_noise * torch.rand((), generator=generator))
         return Drawn(torch.where(known, clean, levels.view(-1, *[1] * (known.ndim - 1))), known)
 

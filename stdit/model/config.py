@@ -24,10 +24,11 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     num_classes: int | None = None  # null: as many as the data has
-    time_entry: str = "attention"  # attention (a table), rotary, stream (once, as Latte)
+    time_entry: str = "attention"  # attention (a table), rotary, rotary_3d (space too), stream (once, as Latte)
     causal: bool = False  # a frame sees itself and earlier frames; needs time_entry=rotary
     window: int | None = None  # of a causal model: how many latent frames a frame sees, itself included
     positions: str = "extrapolate"  # of sizes never trained: extrapolate, or interpolate into the trained grid
+    conditions: list[str] = field(default_factory=list)  # told of each clip: fps, seconds, height, width
     gradient_checkpointing: bool = False
 
 
@@ -56,6 +57,6 @@ def model_arguments(config: ModelConfig) -> dict:
             arguments[key] = getattr(config, key)
     if config.patch_size is not None:
         arguments["patch_size"] = tuple(config.patch_size)
-    for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "positions"):
+    for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "positions", "conditions"):
         arguments[key] = getattr(config, key)
     return {**arguments, "axes": list(config.axes)}

@@ -19,8 +19,8 @@ from stdit.model.sockets import is_folder, model_card, register_blocks
 from stdit.model.trunks import stack, time_entries
 from stdit.nn.blocks import FinalLayer, STDiTBlock
 from stdit.nn.cache import FrameCache
-from stdit.nn.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder
-from stdit.nn.layout import AXES, Dense, Layout
+from stdit.nn.embedders import InfoEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
+from stdit.nn.layout import AXES, Dense, Layout, Packed
 from stdit.nn.positions import space_positions
 from stdit.nn.tokens import token_grid, unpatchify
 from stdit.variants import pick
@@ -32,8 +32,9 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
     `sample_size` (T, H, W) is the latent size it was made for, a hint and no limit. `class_names` are accepted
     wherever a label is. positions: sizes never seen go on counting
     ("extrapolate") or are squeezed into the trained grid ("interpolate"); may be changed on a trained model
-    (`register_to_config(positions=...)`). causal, window: frames see themselves and earlier ones alone. Six are for weights made elsewhere: the clock they expect (`clock_scale`,
-    `clock_reversed`, `frequency_shift`), an epsilon, where time enters ("attention", "rotary", or "stream" as in
+    (`register_to_config(positions=...)`). causal, window: frames see themselves and earlier ones alone.
+    conditions: what else than a label the model may be told of a clip (`data.config.INFO`). Six are for weights made elsewhere: the clock they expect (`clock_scale`,
+    `clock_reversed`, `frequency_shift`), an epsilon, where time enters ("attention", "rotary", "rotary_3d", or "stream" as in
     Latte), and which block of an image model each block was (None: inserted). Raises ValueError for widths that do not divide
     and unknown axes.
     """
@@ -67,6 +68,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         causal: bool = False,
         window: int | None = None,
         positions: str = "extrapolate",
+        conditions: Sequence[str] = (),
     ):
         super().__init__()
         _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
@@ -82,6 +84,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
             hidden_size, scale=clock_scale, reverse=clock_reversed, frequency_shift=frequency_shift
         )
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
+        self.info_embedder = InfoEmbedder(len(conditions), hidden_size) if conditions else None
         cycle = [axes[i % len(axes)] for i in range(depth)]
         self.blocks = nn.ModuleList(
             STDiTBlock(hidden_size, num_heads, axis, mlp_ratio, qk_norm, time, norm2_eps, causal, window)
@@ -148,6 +151,8 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
         for module in (*(block.adaLN_modulation[-1] for block in self.blocks), self.final_layer.adaLN_modulation[-1]):
             nn.init.zeros_(module.weight)
+        if self.info_embedder is not None:
+            nn.init.zeros_(self.info_embedder.out.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(
@@ -156,33 +161,77 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         timestep: Tensor,
         class_labels: Tensor | None = None,
         cache: FrameCache | None = None,
+        info: Tensor | None = None,
     ) -> Tensor:
-        """Predict from noisy latents.
+        """Predict from noisy latents. Lists of latents and timesteps go through as one packed sequence (see `packed`).
 
         hidden_states: (B, C, T, H, W); timestep: (B,) or per latent frame (B, T) or per token (B, T, S), on 0..1000;
         class_labels: (B,), label num_classes is null, None is null everywhere; cache: the frames before these, for a
-        causal model (`nn.cache`). Returns (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
+        causal model (`nn.cache`); info: (B|1, N) numbers for `conditions`, nan where unsaid. Returns (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
         """
+        if not isinstance(hidden_states, Tensor):
+            return self.packed(hidden_states, timestep, class_labels, info)  # type: ignore[return-value, arg-type]
         frames, rows, columns = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
-        condition = self.condition(timestep, class_labels, hidden_states.shape[0])
+        condition = self.condition(timestep, class_labels, hidden_states.shape[0], info)
         tokens = self.x_embedder(hidden_states)
-        time, *space = self._spacing((frames, rows, columns))
-        tokens = tokens + space_positions(rows, columns, tokens.shape[-1], tuple(space)).to(tokens)
-        layout = Dense(frames, rows * columns, cache.frames if cache is not None else 0, time)
+        scale = self._spacing((frames, rows, columns))
+        tokens = tokens + space_positions(rows, columns, tokens.shape[-1], scale[1:]).to(tokens)
+        layout = Dense((frames, rows, columns), cache.frames if cache is not None else 0, scale)
         tokens = stack(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=cache))
         if cache is not None and cache.writing:
             cache.frames += frames
         return unpatchify(self.final_layer(tokens, condition), self.patch_size, rows)
 
-    def _spacing(self, grid: tuple[int, int, int]) -> tuple[float, ...]:
+    def packed(
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Sequence[Tensor],
+        class_labels: Tensor | None = None,
+        info: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Clips of different shapes in one sequence, without padding (Dehghani et al., "Patch n' Pack").
+
+        latents: (C, T, H, W) each; timesteps: () or (T,) each; class_labels: (N,). Returns (C_out, T, H, W) each, what
+        `forward` gives for each alone. Not for causal models, nor with positions squeezed into the trained grid.
+        """
+        if self.config.causal or self.config.positions != "extrapolate" or self.patch_size[0] > 1:
+            raise ValueError(
+                "packed sequences take models with causal=false, positions='extrapolate' and patches of one frame; "
+                "use batches of one shape instead."
+            )
+        grids = [token_grid(tuple(x.shape[1:]), self.patch_size) for x in latents]
+        layout, width = Packed(grids), self.config.hidden_size
+        parts = []
+        for x, (_, rows, columns) in zip(latents, grids, strict=True):
+            embedded = self.x_embedder(x[None])
+            parts.append((embedded + space_positions(rows, columns, width).to(embedded)).flatten(1, 2))
+        frames = torch.tensor([t for t, _, _ in grids], device=latents[0].device)
+        each = torch.cat([step.expand(t) for step, (t, _, _) in zip(timesteps, grids, strict=True)])
+        if class_labels is None:
+            class_labels = torch.full((len(grids),), self.num_classes, device=each.device)
+        labels = class_labels.repeat_interleave(frames)
+        info = None if info is None else info.expand(len(grids), -1).repeat_interleave(frames, 0)
+        condition = self.condition(each, labels, len(each), info).view(1, 1, len(each), -1)
+        tokens = torch.cat(parts, dim=1)[:, None]
+        tokens = stack(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=None))
+        tokens = self.final_layer(tokens, condition, layout)
+        pieces = tokens[:, 0].split([t * s for t, s in layout.counts], dim=1)
+        return [
+            unpatchify(piece.unflatten(1, count), self.patch_size, rows)[0]
+            for piece, count, (_, rows, _) in zip(pieces, layout.counts, grids, strict=True)
+        ]
+
+    def _spacing(self, grid: tuple[int, int, int]) -> tuple[float, float, float]:
         """Distances of neighbours in time, y and x: 1, or squeezed and stretched into the grid it was trained on."""
         if self.config.positions == "extrapolate":
             return (1.0, 1.0, 1.0)
-        trained = (size // patch for size, patch in zip(self.config.sample_size, self.patch_size, strict=True))
-        return tuple(have / size for have, size in zip(trained, grid, strict=True))
+        t, y, x = (size // patch for size, patch in zip(self.config.sample_size, self.patch_size, strict=True))
+        return (t / grid[0], y / grid[1], x / grid[2])
 
-    def condition(self, timestep: Tensor, class_labels: Tensor | None, batch: int) -> Tensor:
-        """Timestep and label embeddings, added: (B, T|1, S|1, D)."""
+    def condition(
+        self, timestep: Tensor, class_labels: Tensor | None, batch: int, info: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings of timestep, label and what else is said of the clip, added: (B, T|1, S|1, D)."""
         vector = self.t_embedder(timestep.expand(batch) if timestep.ndim == 0 else timestep)
         if timestep.ndim > 1 and self.patch_size[0] > 1:  # frames that share a token share a condition
             vector = vector.unflatten(1, (-1, self.patch_size[0])).mean(2)
@@ -192,6 +241,8 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
             if class_labels is None:
                 class_labels = torch.full((batch,), self.num_classes, device=vector.device)
             vector = vector + self.y_embedder(class_labels)[:, None, None]
+        if self.info_embedder is not None and info is not None:
+            vector = vector + self.info_embedder(info)[:, None, None].to(vector)
         return vector
 
     def _run(
@@ -230,8 +281,8 @@ def _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_n
 def _check_causal(causal: bool, window: int | None, time_entry: str, axes: Sequence[str], patch_size) -> None:
     if window is not None and (window < 2 or not causal):
         raise ValueError(f"window={window} with causal={causal}: a window is 2 frames or more, of a causal model.")
-    if causal and (time_entry != "rotary" or patch_size[0] != 1 or set(axes) == {"spatial"}):
+    if causal and (not time_entry.startswith("rotary") or patch_size[0] != 1 or set(axes) == {"spatial"}):
         raise ValueError(
             f"causal=true with time_entry={time_entry!r}, axes={list(axes)} and patch_size={list(patch_size)}: a causal "
-            "model needs time_entry='rotary', patches of one frame, and joint or temporal attention."
+            "model needs time_entry='rotary' or 'rotary_3d', patches of one frame, and joint or temporal attention."
         )

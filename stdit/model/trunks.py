@@ -16,9 +16,9 @@ def stack(blocks: nn.ModuleList, hidden_states: Tensor, condition: Tensor, run: 
 
 def time_entries(entry: str, axes: Sequence[str]) -> list[str]:
     """Where time enters each block of these axes: in every attention, or once, in the stream before the first of time."""
-    if entry in ("attention", "rotary"):
+    if entry in ("attention", "rotary", "rotary_3d"):
         return [entry] * len(axes)
     if entry != "stream":
-        raise ValueError(f"time_entry={entry!r} is unknown. Choose one of: attention, rotary, stream.")
+        raise ValueError(f"time_entry={entry!r} is unknown. Choose one of: attention, rotary, rotary_3d, stream.")
     first = next((i for i, axis in enumerate(axes) if axis != "spatial"), None)
     return ["stream" if i == first else "none" for i in range(len(axes))]

@@ -38,19 +38,19 @@ class AxialAttnProcessor:
         self, attn: "Attention", hidden_states: Tensor, layout: Layout | None = None, cache: FrameCache | None = None
     ) -> Tensor:
         axis = attn.axis
-        layout = layout or Dense(*hidden_states.shape[1:3])
+        layout = layout or Dense((*hidden_states.shape[1:3], 1))
         tokens = layout.fold(hidden_states, axis)
-        frames = layout.frames(axis)
+        places = layout.places(axis)
+        frames = places[:, 0]
         if attn.time == "attention" and frames.max() > 0:  # nothing is added at frame 0
-            tokens = tokens + time_positions(int(frames.max()) + 1, tokens.shape[-1], layout.time_scale)[frames].to(
-                tokens
-            )
+            table = time_positions(int(frames.max()) + 1, tokens.shape[-1], layout.scale[0])
+            tokens = tokens + table[frames].to(tokens)
         qkv = rearrange(attn.qkv(tokens), "n l (three h d) -> three n l h d", three=3, h=attn.heads)
         query, key, value = qkv[0], qkv[1], qkv[2]
         query, key = attn.q_norm(query), attn.k_norm(key)
-        if attn.time == "rotary":
-            places = frames * layout.time_scale
-            query, key = rotate(query, places), rotate(key, places)
+        if attn.time.startswith("rotary"):
+            turned = (places * layout.scale)[:, : 3 if attn.time == "rotary_3d" else 1]
+            query, key = rotate(query, turned), rotate(key, turned)
         key_frames = frames
         if cache is not None and axis != "spatial":
             key, value, key_frames = cache.seen(attn, key, value, frames)
@@ -77,8 +77,8 @@ class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention along `axis` of (B, T, S, D).
 
     time: how frames know their place here: "attention" (a table added to the tokens, zero at frame 0, see
-    `time_positions`), "rotary" (queries and keys are turned, so that only distances count), "none" (weights that found
-    it in the stream, or spatial attention). causal: a frame sees itself and earlier frames, of these the last
+    `time_positions`), "rotary" (queries and keys are turned, so that only distances count), "rotary_3d" (so by place in
+    space too), "none" (weights that found it in the stream; spatial attention but for rotary_3d). causal: a frame sees itself and earlier frames, of these the last
     `window` - 1 if a window is given.
     """
 
@@ -99,7 +99,7 @@ class Attention(nn.Module, AttentionModuleMixin):
     ):
         super().__init__()
         self.heads, self.axis = num_heads, axis
-        self.time = "none" if axis == "spatial" else time
+        self.time = "none" if axis == "spatial" and time != "rotary_3d" else time
         self.causal, self.window = causal and axis != "spatial", window
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = QKNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()

@@ -14,7 +14,7 @@ class STDiTBlock(nn.Module):
     """Pre-norm block with adaLN-Zero: the identity when fresh (DiT, section 3.2).
 
     hidden_states: (B, T, S, D); condition: (B, T|1, S|1, D). `time`: where frames learn their place: "attention"
-    (inside it), "rotary" (the same, by turning queries and keys), "stream" (added to what passes through, as Latte does
+    (inside it), "rotary" or "rotary_3d" (by turning queries and keys), "stream" (added to what passes through, as Latte does
     once), "none". layout, cache: see `nn.layout`, `nn.cache`.
     """
 
@@ -33,9 +33,7 @@ class STDiTBlock(nn.Module):
         super().__init__()
         self.time = time
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(
-            dim, num_heads, axis, qk_norm, time if time in ("attention", "rotary") else "none", causal, window
-        )
+        self.attn = Attention(dim, num_heads, axis, qk_norm, time if time != "stream" else "none", causal, window)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=norm2_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = AdaLNZero(dim)

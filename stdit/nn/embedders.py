@@ -59,3 +59,21 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)
+
+
+class InfoEmbedder(nn.Module):
+    """Numbers about a clip (..., N), such as its frame rate -> (..., D); nan where nothing is said. Zero when fresh.
+
+    Each number is seen on a logarithmic scale, as a timestep would be (SDXL's size conditioning).
+    """
+
+    def __init__(self, count: int, dim: int):
+        super().__init__()
+        self.each = nn.ModuleList(TimestepEmbedder(dim) for _ in range(count))
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, info: Tensor) -> Tensor:
+        said = ~info.isnan()
+        clock = 100 * torch.log2(info.nan_to_num(1.0).clamp(min=2.0**-5)) + 500  # 1/32 to 32768 on 0..2000
+        parts = [each(clock[..., i]) * said[..., i, None] for i, each in enumerate(self.each)]
+        return self.out(torch.stack(parts).sum(0))

@@ -19,32 +19,35 @@ AXES = {
 
 
 class Layout(Protocol):
-    """What attention has to know about the tokens it is given. time_scale: the distance of neighbouring frames."""
+    """What attention has to know about the tokens it is given. scale: the distance of neighbours in time, y and x."""
 
-    time_scale: float
+    scale: tuple[float, float, float]
 
     def fold(self, x: Tensor, axis: str) -> Tensor: ...
     def unfold(self, x: Tensor, axis: str) -> Tensor: ...
-    def frames(self, axis: str) -> np.ndarray: ...  # the latent frame of each token of a folded sequence
+    def places(self, axis: str) -> np.ndarray: ...  # (L, 3) frame, row and column of each token of a folded sequence
     def spread(self, x: Tensor) -> Tensor: ...  # what is computed once a frame, for every token
     def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor: ...
 
 
 class Dense:
-    """Clips of one shape, (B, T, S, D). `begin`: the place in time of the first frame (a cache holds earlier ones)."""
+    """Clips of one shape, (B, T, rows * columns, D). `begin`: the place in time of the first frame (a cache holds earlier
+    ones)."""
 
-    def __init__(self, frames: int, patches: int, begin: int = 0, time_scale: float = 1.0):
-        self.num_frames, self.patches, self.begin, self.time_scale = frames, patches, begin, time_scale
+    def __init__(self, grid: tuple[int, int, int], begin: int = 0, scale: tuple[float, float, float] = (1.0, 1.0, 1.0)):
+        self.grid, self.begin, self.scale = grid, begin, scale
 
     def fold(self, x: Tensor, axis: str) -> Tensor:
         return rearrange(x, AXES[axis][0])
 
     def unfold(self, x: Tensor, axis: str) -> Tensor:
-        return rearrange(x, AXES[axis][1], t=self.num_frames, s=self.patches)
+        return rearrange(x, AXES[axis][1], t=self.grid[0], s=self.grid[1] * self.grid[2])
 
-    def frames(self, axis: str) -> np.ndarray:
-        frames = np.arange(self.begin, self.begin + self.num_frames)
-        return frames.repeat(self.patches) if axis == "joint" else frames
+    def places(self, axis: str) -> np.ndarray:
+        t, rows, columns = self.grid
+        if axis == "temporal":  # the same for every patch: where in space does not matter
+            return _places(t, 1, 1, self.begin)
+        return _places(t if axis == "joint" else 1, rows, columns, self.begin if axis == "joint" else 0)
 
     def spread(self, x: Tensor) -> Tensor:
         return x  # (B, T|1, S|1, D) broadcasts
@@ -59,7 +62,7 @@ class Packed:
     grids: (T, rows, columns) of each clip in patches. Sequences of equal length attend together.
     """
 
-    time_scale = 1.0
+    scale = (1.0, 1.0, 1.0)
 
     def __init__(self, grids: Sequence[tuple[int, int, int]]):
         self.grids = tuple((int(t), int(rows), int(columns)) for t, rows, columns in grids)
@@ -102,9 +105,9 @@ class Packed:
             x = x[:, self.by_patch.argsort().to(x.device)]
         return x[:, None]
 
-    def frames(self, axis: str) -> np.ndarray:
-        frames = np.concatenate([np.arange(t).repeat(s) for t, s in self.counts])
-        return frames[self.by_patch.numpy()] if axis == "temporal" else frames
+    def places(self, axis: str) -> np.ndarray:
+        places = np.concatenate([_places(*grid) for grid in self.grids])
+        return places[self.by_patch.numpy()] if axis == "temporal" else places
 
     def spread(self, x: Tensor) -> Tensor:
         return x[:, :, self.rows.to(x.device)]  # (1, 1, frames of all clips, D)
@@ -119,6 +122,12 @@ class Packed:
             where = (starts[lengths == length][:, None] + torch.arange(length)).to(query.device)
             out[0, where] = kernel(*(x[0, where] for x in (query, key, value))).to(out.dtype)
         return out
+
+
+def _places(frames: int, rows: int, columns: int, begin: int = 0) -> np.ndarray:
+    """(frames * rows * columns, 3), frame by frame and row by row."""
+    grid = np.meshgrid(np.arange(begin, begin + frames), np.arange(rows), np.arange(columns), indexing="ij")
+    return np.stack(grid, axis=-1).reshape(-1, 3)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:

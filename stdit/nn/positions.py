@@ -38,14 +38,21 @@ def time_positions(frames: int, dim: int, scale: float = 1.0) -> Tensor:
     return (table - table[:1]).float()
 
 
-def rotate(x: Tensor, positions: np.ndarray) -> Tensor:
-    """Turn channel pairs (i, i + D/2) of (N, L, H, D) by positions (L,) times 10000^(-2i/D) (Su et al., "RoFormer").
+def rotate(x: Tensor, places: np.ndarray) -> Tensor:
+    """Turn the channel pairs of (N, L, H, D) by places (L, axes): products then depend on distances alone (RoFormer).
 
-    Products of turned queries and keys depend on distances alone; position 0 leaves x as it is.
+    One axis has all pairs, of three (time, y, x) y and x a third each; pair i of an axis with n turns by its place times
+    10000^(-i/n). Place 0 leaves x as it is.
     """
-    half = x.shape[-1] // 2
-    omega = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
-    angles = (torch.from_numpy(positions).double()[:, None] * omega)[None, :, None]
+    pairs = x.shape[-1] // 2
+    shares = [pairs] if places.shape[1] == 1 else [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    angles = torch.cat(
+        [
+            torch.from_numpy(places[:, axis]).double()[:, None] * 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
+            for axis, n in enumerate(shares)
+        ],
+        dim=1,
+    )[None, :, None]
     cos, sin = angles.cos().float().to(x.device), angles.sin().float().to(x.device)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)

@@ -162,7 +162,7 @@ class STDiTPipeline(DiffusionPipeline):
         canvas = tasks.extend(clip, after, 0, self.video_vae)
         labels = self._labels_for(class_labels, len(clip))
         of = None if labels is None else labels.to(self.device)
-        sampler = Sampler(self, num_inference_steps, Guidance(guidance_scale), solver, "together", 1, 0, None)
+        sampler = Sampler(self, num_inference_steps, Guidance(guidance_scale), solver)
         sampler.check(canvas)
         self.set_progress_bar_config(disable=True)
         keys = [(seed, i) for i in range(len(clip))]
@@ -214,6 +214,7 @@ class STDiTPipeline(DiffusionPipeline):
         blend: int = 0,
         paste: bool = True,
         tile: int | None = None,
+        fps: float | None = None,
         batch_size: int = 32,
         precision: Precision = "auto",
         progress: bool = True,
@@ -226,11 +227,12 @@ class STDiTPipeline(DiffusionPipeline):
         trained); overlap: of these, known frames at most. blend: known pixels this near to made ones fade into them.
         paste: false leaves known pixels as the VAE decodes them.
         tile: decode in tiles of so many latents, for large frames in bounded memory.
+        fps: told to a model that is conditioned on it (null: as trained).
         """
         labels = self._labels_for(class_labels, len(canvas.pixels))
         sampler = Sampler(
             self, num_inference_steps, Guidance(guidance_scale, guidance_interval, guidance_channels, history_guidance),
-            solver, arrangement, every, blend if paste else None, tile,
+            solver, arrangement, every, blend if paste else None, tile, fps,
         )  # fmt: skip
         sampler.check(canvas)
         length, overlap = self._window(canvas, window, overlap)

@@ -1,6 +1,6 @@
 """Minutes, not seconds: a causal model goes on frame by frame, remembering keys and values of the frames before."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,8 @@ def stream(
     vae = sampler.pipe.video_vae
     first = vae.latent_frames(known.shape[2]) if known.shape[2] else 0
     shape = vae.latent_shape(*size, sampler.pipe.transformer.patch_size)
-    latents = latent_frames(sampler, known.to(sampler.pipe.device), first, shape, labels, keys)
+    network = sampler.network(sampler.pipe.config.num_frames, *size[1:])  # the length of what it saw in training
+    latents = latent_frames(sampler, network, known.to(sampler.pipe.device), first, shape, labels, keys)
     past = 0
     for pixels in vae.decode_stream(part.to(vae.dtype) for part in latents):
         new = pixels[:, :, max(0, known.shape[2] - past) :]
@@ -40,7 +41,13 @@ def stream(
 
 
 def latent_frames(
-    sampler: "Sampler", known: Tensor, first: int, shape: tuple[int, int, int], labels: Tensor | None, keys: Keys
+    sampler: "Sampler",
+    network: Callable[..., Tensor],
+    known: Tensor,
+    first: int,
+    shape: tuple[int, int, int],
+    labels: Tensor | None,
+    keys: Keys,
 ) -> Iterator[Tensor]:
     """Latents (B, C, 1, h, w): the `first` known ones, then each of the others when it is finished."""
     pipe, vae, objective = sampler.pipe, sampler.pipe.video_vae, sampler.own.objective
@@ -48,7 +55,7 @@ def latent_frames(
     guidance = sampler.guidance._replace(
         interval=(0.0, 1.0), history=1.0
     )  # the cache needs the same calls at every level
-    output = guided(partial(pipe.transformer, cache=cache), objective, labels, pipe.transformer.num_classes, guidance)
+    output = guided(partial(network, cache=cache), objective, labels, pipe.transformer.num_classes, guidance)
 
     def predict(x: Tensor, levels: Tensor) -> Estimate:
         return objective.estimate(output(x, levels), x, levels)

@@ -2,11 +2,14 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stdit.data.config import INFO, clip_info
+from stdit.data.order import Size
 from stdit.diffusion.predictions import Estimate
 from stdit.keys import keyed_normal
 from stdit.sampling.guidance import Guidance, guided
@@ -31,10 +34,11 @@ class Sampler(NamedTuple):
     steps: int | str
     guidance: Guidance
     solver: str | None
-    arrangement: str
-    every: int
-    blend: int | None  # None: known pixels are not put back
-    tile: int | None
+    arrangement: str = "together"
+    every: int = 1
+    blend: int | None = 0  # None: known pixels are not put back
+    tile: int | None = None
+    fps: float | None = None
 
     @property
     def own(self) -> STDiTScheduler:
@@ -46,6 +50,15 @@ class Sampler(NamedTuple):
     def foreign(self) -> bool:
         """Whether a diffusers scheduler steps; a solver asked for by name is one of ours."""
         return self.own is not self.pipe.scheduler and self.solver is None
+
+    def network(self, frames: int, height: int, width: int) -> Callable[..., Tensor]:
+        """The model, told what it was made to be told of a clip."""
+        model, config = self.pipe.transformer, self.pipe.config
+        if not model.config.conditions:
+            return model
+        info = dict(zip(INFO, clip_info(Size(frames, height, width), self.fps or config.fps), strict=True))
+        values = torch.tensor([[info[name] for name in model.config.conditions]], device=self.pipe.device)
+        return partial(model, info=values)
 
     def check(self, canvas: Canvas) -> None:
         """ValueError for what cannot be sampled, a warning for what the model was not trained for."""
@@ -124,7 +137,14 @@ class Sampler(NamedTuple):
         todo, partly = made_patches(made, vae, pipe.transformer.patch_size)
         noise = draw(0)
         forgotten = draw(_FORGOTTEN) if self.guidance.history != 1 else None
-        output = guided(pipe.transformer, objective, labels, pipe.transformer.num_classes, self.guidance, forgotten)
+        output = guided(
+            self.network(frames, height, width),
+            objective,
+            labels,
+            pipe.transformer.num_classes,
+            self.guidance,
+            forgotten,
+        )
         if self.foreign:
             return pipe.decode(self._diffusers(output, noise), self.tile)
         schedule = objective.schedule(self.steps, shape[0] * shape[1] * shape[2])

@@ -175,3 +175,19 @@ def _check_total(vae: VideoVAE, known: int, new: int, name: str, fixed: int) -> 
 
 def _size(clip: Tensor) -> str:
     return f"{len(clip)} clip(s) of {clip.shape[3]} x {clip.shape[4]}"
+
+
+def surround(clip: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """A clip in the middle of a larger frame, and the mask (F, height, width) of the room around it (outpainting)."""
+    check_clip(clip, "clip")
+    have = clip.shape[3:]
+    if height < have[0] or width < have[1] or (height, width) == tuple(have):
+        raise ValueError(
+            f"{height} x {width} leaves no room around a clip of {have[0]} x {have[1]}; give a mask, or a larger height or width."
+        )
+    top, left = (height - have[0]) // 2, (width - have[1]) // 2
+    pixels = clip.new_zeros(*clip.shape[:3], height, width)
+    mask = torch.ones(clip.shape[2], height, width, dtype=torch.bool)
+    pixels[..., top : top + have[0], left : left + have[1]] = clip
+    mask[:, top : top + have[0], left : left + have[1]] = False
+    return pixels, mask

@@ -14,6 +14,7 @@ class TrainConfig:
     decay_steps: int | None = None
     warmup_steps: int = 0
     batch_size: int = 256
+    tokens: int | None = None  # with data.sizes: patches of a step over all processes, in place of batch_size
     micro_batch: int | None = None  # clips at a time on one process; fewer take less memory
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-4
@@ -46,7 +47,7 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} is not positive; use 1 or more.")
-        for name in ("decay_steps", "micro_batch"):
+        for name in ("decay_steps", "micro_batch", "tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"train.{name}={value} is not positive; use 1 or more, or null.")

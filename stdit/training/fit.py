@@ -4,22 +4,25 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from stdit.data.config import INFO
 from stdit.data.loader import Batch
 from stdit.diffusion.objective import Objective
+from stdit.model.stdit import STDiT
 from stdit.training.config import TrainConfig
 from stdit.training.optim import learning_rate, set_learning_rate
 from stdit.training.record import BINS, Record, level_sums
 from stdit.training.run import RunFolders
 from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
-from stdit.training.step import diffusion_losses, dropped_labels, to_latents
+from stdit.training.step import diffusion_losses, dropped_info, dropped_labels, to_latents
 from stdit.vae import VideoVAE
 
 
@@ -37,11 +40,10 @@ class Trainer:
 
     accelerator: Accelerator
     folders: RunFolders
-    model: nn.Module
+    model: STDiT
     optimizers: list
     objective: Objective
     vae: VideoVAE
-    patch_size: tuple[int, int, int]
     num_classes: int
     config: TrainConfig
     resolved: dict  # the whole config, kept in checkpoints
@@ -92,23 +94,26 @@ class Trainer:
         """Train to `config.steps`. Raises Stopped after a signal, ValueError when data or numbers are beyond use."""
         config, main = self.config, self.accelerator.is_main_process
         wrapped, *optimizers = self.accelerator.prepare(self.model, *self.optimizers)
-        micro = config.micro_batch or config.batch_size // self.accelerator.num_processes
-        parts = config.batch_size // (micro * self.accelerator.num_processes)
+        per_process = config.batch_size // self.accelerator.num_processes
+        parts = 1 if config.tokens else per_process // (config.micro_batch or per_process)
         record = Record(self.folders.output, self.step) if main else None
         rows: list[tuple] = []
+        clips = 0
         before = [signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)]
         progress = tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, dynamic_ncols=True)
-        began, mark, mark_step = time.perf_counter() - self.seconds, time.perf_counter(), self.step
+        began, mark = time.perf_counter() - self.seconds, time.perf_counter()
         try:
             while self.step < config.steps:
-                rows.append(self._one_step(wrapped, optimizers, batches, parts))
+                row, count = self._one_step(wrapped, optimizers, batches, parts)
+                rows.append(row)
+                clips += count
                 self.step += 1
                 self.seconds = time.perf_counter() - began
                 stopping = self._stopping()
                 saving = self.step % config.checkpoint_every == 0 or self.step == config.steps or stopping
                 if self.step % config.log_every == 0 or saving:
-                    rate = (self.step - mark_step) * config.batch_size / (time.perf_counter() - mark)
-                    mark, mark_step = time.perf_counter(), self.step
+                    rate = clips / (time.perf_counter() - mark)
+                    mark, clips = time.perf_counter(), 0
                     written = self._gather(rows, rate)
                     rows = []
                     if record is not None:
@@ -125,7 +130,7 @@ class Trainer:
                     if main:
                         with averaged(self.model, self.ema):
                             self.preview(self.model, self.step)
-                    mark, mark_step = time.perf_counter(), self.step
+                    mark, clips = time.perf_counter(), 0
                     self.accelerator.wait_for_everyone()
         finally:
             progress.close()
@@ -133,7 +138,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _one_step(self, model: nn.Module, optimizers: list, batches: Iterator[Batch], parts: int) -> tuple:
-        """One optimizer step over `parts` micro-batches -> what the record needs, still on the device."""
+        """One optimizer step over `parts` micro-batches -> what the record needs, still on the device, and its clips."""
         config, device = self.config, self.accelerator.device
         total, sums = torch.zeros((), device=device), torch.zeros(2, BINS, device=device)
         for part in range(parts):
@@ -142,16 +147,17 @@ class Trainer:
             labels = None
             if self.num_classes:
                 labels = dropped_labels(batch.labels, batch.keys, config.label_dropout, self.num_classes).to(device)
+            info = self._info(batch)
             clips = to_latents(batch, self.vae)
-            if part < parts - 1:
-                with self.accelerator.no_sync(model), self.accelerator.autocast():
-                    losses = diffusion_losses(model, self.objective, clips, labels, batch.keys, self.patch_size)
-                    self.accelerator.backward(losses.clips.mean() / parts)
-            else:
+            share = self.accelerator.num_processes / batch.total  # each process gives its part of the mean over clips
+            last = part == parts - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
                 with self.accelerator.autocast():
-                    losses = diffusion_losses(model, self.objective, clips, labels, batch.keys, self.patch_size)
-                self.accelerator.backward(losses.clips.mean() / parts)
-            total += losses.clips.detach().mean() / parts
+                    losses = diffusion_losses(
+                        model, self.objective, clips, labels, batch.keys, self.model.patch_size, info
+                    )
+                self.accelerator.backward(losses.clips.sum() * share)
+            total += losses.clips.detach().sum() * share
             sums += level_sums(losses.clips, losses.levels)
         lr = learning_rate(self.step, config.lr, config.warmup_steps, config.decay_steps)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
@@ -166,7 +172,16 @@ class Trainer:
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.model.zero_grad()
-        return self.step + 1, total, sums, lr, torch.as_tensor(norm), self.skipped
+        return (self.step + 1, total, sums, lr, torch.as_tensor(norm), self.skipped), batch.total
+
+    def _info(self, batch: Batch) -> Tensor | None:
+        """What the model is told of a clip beside its label: the columns of `INFO` that it was made for."""
+        wanted = self.model.config.conditions
+        if not wanted or batch.info is None:
+            return None
+        info = batch.info[:, [INFO.index(name) for name in wanted]]
+        dropped = dropped_info(info, batch.keys, self.config.label_dropout)
+        return dropped.to(self.accelerator.device) if dropped is not None else None
 
     def _skip(self, batch: Batch) -> None:
         """A step whose gradient is not finite is never applied."""

@@ -1,7 +1,7 @@
 """One step as a pure function: a batch, keyed noise and levels, a loss per clip."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,10 +29,14 @@ class Clips(NamedTuple):
     restarted: Callable[[Tensor], Tensor]
 
 
-def to_latents(batch: Batch, vae: VideoVAE) -> Clips:
-    """Cached latents as they are, or pixels (B, F, H, W, 3) uint8 through the VAE; float32, on the VAE's device."""
+def to_latents(batch: Batch, vae: VideoVAE) -> list[Clips]:
+    """Cached latents as they are, or pixels (B, F, H, W, 3) uint8 through the VAE; float32, on the VAE's device.
+
+    One entry, or one for each clip of a batch of many shapes.
+    """
     if batch.latents is not None:
         cached = batch.restarts
+        assert isinstance(batch.latents, Tensor) and not isinstance(cached, list), "cached latents are of one shape"
 
         def look_up(starts: Tensor) -> Tensor:
             if cached is None:
@@ -42,9 +46,14 @@ def to_latents(batch: Batch, vae: VideoVAE) -> Clips:
                 )
             return cached.transpose(1, 2)[starts.cpu()].to(vae.device).float()
 
-        return Clips(batch.latents.to(vae.device).float(), look_up)
+        return [Clips(batch.latents.to(vae.device).float(), look_up)]
     assert batch.pixels is not None
-    pixels = batch.pixels.to(vae.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    parts = [batch.pixels] if isinstance(batch.pixels, Tensor) else [clip[None] for clip in batch.pixels]
+    return [_encoded(part, vae) for part in parts]
+
+
+def _encoded(frames: Tensor, vae: VideoVAE) -> Clips:
+    pixels = frames.to(vae.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
     @torch.no_grad()
     def encode(starts: Tensor) -> Tensor:
@@ -61,37 +70,77 @@ def dropped_labels(labels: Tensor, keys: list[tuple[int, int, int]], dropout: fl
     return torch.where(torch.tensor(drop), null_label, labels)
 
 
+def dropped_info(info: Tensor | None, keys: list[tuple[int, int, int]], dropout: float) -> Tensor | None:
+    """Rows of `INFO` with the whole row unsaid (nan) with probability `dropout`, a function of its key alone."""
+    if info is None:
+        return None
+    drop = [torch.rand((), generator=keyed_generator("dropout", *key, 1)).item() < dropout for key in keys]
+    return torch.where(torch.tensor(drop)[:, None], float("nan"), info)
+
+
 def diffusion_losses(
     model: Callable[..., Tensor],
     objective: Objective,
-    clips: Clips,
+    clips: list[Clips],
     labels: Tensor | None,
     keys: list[tuple[int, int, int]],
     patch: tuple[int, int, int] = (1, 1, 1),
+    info: Tensor | None = None,
 ) -> Losses:
     """Noise latents (B, C, T, h, w) at levels drawn by key, predict, compare what was not known.
 
-    One scheme a step, so that a step whose frames share a level pays for one condition a clip.
+    One scheme a step, so that a step whose frames share a level pays for one condition a clip. Clips of many shapes go
+    through the model in one packed sequence.
     """
-    latents = clips.latents
-    (t, h, w), (pt, ph, pw) = latents.shape[2:], patch
     scheme = choose(keyed_generator("scheme", *keys[0][:2]), objective.config.mixture)
+    counts = [len(part.latents) for part in clips]
+    begins = [sum(counts[:i]) for i in range(len(counts))]
+    noised = [
+        _noise(objective, part, scheme, keys[begin : begin + count], patch)
+        for part, begin, count in zip(clips, begins, counts, strict=True)
+    ]
+    named = {"class_labels": labels} if info is None else {"class_labels": labels, "info": info}
+    if len(noised) == 1:
+        outputs = [model(noised[0].noisy, noised[0].timestep, **named)]
+    else:
+        packed: Any = model([one.noisy[0] for one in noised], [one.timestep[0] for one in noised], **named)
+        outputs = [output[None] for output in packed]
+    losses = [_compare(objective, output, one) for output, one in zip(outputs, noised, strict=True)]
+    return Losses(*(torch.cat(parts) for parts in zip(*losses, strict=True)))
+
+
+class _Noised(NamedTuple):
+    clean: Tensor
+    noise: Tensor
+    noisy: Tensor
+    levels: Tensor
+    known: Tensor
+    timestep: Tensor
+
+
+def _noise(objective: Objective, clips: Clips, scheme: str, keys: list, patch: tuple[int, int, int]) -> _Noised:
+    (t, h, w), (pt, ph, pw) = clips.latents.shape[2:], patch
     drawn = [
         objective.draw(keyed_generator("levels", *key), scheme, (t // pt, h // ph, w // pw), t * h * w) for key in keys
     ]
-    levels = torch.stack([one.levels for one in drawn]).repeat_interleave(pt, 1).to(latents.device)
-    known = torch.stack([one.known for one in drawn]).repeat_interleave(pt, 1).to(latents.device)
+    levels = torch.stack([one.levels for one in drawn]).repeat_interleave(pt, 1).to(clips.latents.device)
+    known = torch.stack([one.known for one in drawn]).repeat_interleave(pt, 1).to(levels.device)
     latents = _as_encoded_alone(clips, known)
     noise = keyed_normal("noise", keys, tuple(latents.shape[1:])).to(latents.device)
-    noisy = objective.noisy(latents, noise, levels)
     shared = bool((levels == levels[:, :1]).all())  # one condition a clip is cheaper than one a frame
-    timestep = objective.timestep(levels[:, 0] if shared else levels)
-    output = model(noisy, timestep.flatten(2) if timestep.ndim > 2 else timestep, class_labels=labels)
-    loss = objective.loss(output, noisy, latents, noise, levels)
-    counted = ~like(known, latents)[:, 0].expand_as(loss)
+    timestep = objective.timestep(levels[:, 0] if shared and levels.ndim == 2 else levels)
+    timestep = timestep.flatten(2) if timestep.ndim > 2 else timestep
+    return _Noised(latents, noise, objective.noisy(latents, noise, levels), levels, known, timestep)
+
+
+def _compare(objective: Objective, output: Tensor, one: _Noised) -> Losses:
+    """The mean over what was to be predicted of each frame, then over the frames that had something to predict."""
+    loss = objective.loss(output, one.noisy, one.clean, one.noise, one.levels)
+    counted = ~like(one.known, one.clean)[:, 0].expand_as(loss)
     frames = (loss * counted).sum((2, 3)) / counted.sum((2, 3)).clamp(min=1)
     predicted = counted.any(3).any(2)
-    return Losses((frames * predicted).sum(1) / predicted.sum(1).clamp(min=1), levels.flatten(1).mean(1))
+    clips = (frames * predicted).sum(1) / predicted.sum(1).clamp(min=1)
+    return Losses(clips, one.levels.flatten(1).mean(1))
 
 
 def _as_encoded_alone(clips: Clips, known: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from conftest import fill
@@ -8,9 +9,9 @@ from stdit.nn.layout import AXES, Packed
 from stdit.nn.positions import rotate
 
 
-def causal(axes, window):
+def causal(axes, window, entry="rotary"):
     arguments = {"depth": 3, "hidden_size": 32, "num_heads": 4, "in_channels": 4, "num_classes": 3, "qk_norm": True}
-    return fill(STDiT(**arguments, axes=axes, causal=True, window=window, time_entry="rotary"), 0.1).eval()
+    return fill(STDiT(**arguments, axes=axes, causal=True, window=window, time_entry=entry), 0.1).eval()
 
 
 def inputs(frames=6):
@@ -19,9 +20,10 @@ def inputs(frames=6):
 
 @pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"]], ids="-".join)
 @pytest.mark.parametrize("window", [None, 2, 3])
+@pytest.mark.parametrize("entry", ["rotary", "rotary_3d"])
 @torch.no_grad()
-def test_frame_by_frame_with_a_cache_equals_all_frames_at_once(axes, window):
-    model, (x, t, labels), cache = causal(axes, window), inputs(), FrameCache(window)
+def test_frame_by_frame_with_a_cache_equals_all_frames_at_once(axes, window, entry):
+    model, (x, t, labels), cache = causal(axes, window, entry), inputs(), FrameCache(window)
     whole, parts, sizes = model(x, t, labels), [], []
     for i in range(6):
         frame = (x[:, :, i : i + 1], t[:, i : i + 1], labels)
@@ -49,10 +51,13 @@ def test_a_causal_model_sees_no_later_frame_and_none_before_its_window(axes):
 @torch.no_grad()
 def test_rotary_time_knows_distances_only():
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-    product = lambda a, b: (rotate(query, torch.tensor([a]).numpy()) * rotate(key, torch.tensor([b]).numpy())).sum()
+
+    def product(a, b):
+        return (rotate(query, np.array([[a]])) * rotate(key, np.array([[b]]))).sum()
+
     torch.testing.assert_close(product(7, 4), product(103, 100), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(product(7, 4), product(7, 5))
-    assert torch.equal(rotate(query, torch.tensor([0]).numpy()), query)
+    assert torch.equal(rotate(query, np.array([[0]])), query)
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -62,13 +67,13 @@ def test_packing_folds_and_unfolds_to_where_it_was(axis):
     folded = packed.fold(tokens, axis)
     assert torch.equal(packed.unfold(folded, axis), tokens)
     assert sum(packed.lengths(axis)) == 22
-    assert len(packed.frames(axis)) == 22
+    assert len(packed.places(axis)) == 22
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"causal": True}, "needs time_entry='rotary'"),
+        ({"causal": True}, "needs time_entry='rotary' or"),
         ({"causal": True, "time_entry": "rotary", "axes": ["spatial"]}, "joint or temporal attention"),
         ({"window": 3}, "of a causal model"),
         ({"causal": True, "time_entry": "rotary", "window": 1}, "a window is 2 frames or more"),

@@ -119,8 +119,8 @@ def test_a_step_that_is_not_finite_is_never_applied(home, monkeypatch):
 
     real = fit.diffusion_losses
 
-    def poisoned(model, objective, latents, labels, keys):
-        result = real(model, objective, latents, labels, keys)
+    def poisoned(model, objective, clips, labels, keys, *rest):
+        result = real(model, objective, clips, labels, keys, *rest)
         return result._replace(clips=result.clips * float("nan")) if keys[0][1] == 3 else result
 
     assert go("name=clean", "train.steps=3", "train.samples=0") == 0

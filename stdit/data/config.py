@@ -1,0 +1,70 @@
+"""What of the data a person chooses, and what every dataset offers."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from stdit.data.order import Size
+
+
+@dataclass
+class DataConfig:
+    """`fps` null takes neighbouring frames whatever their rate; otherwise frames are picked by time stamps."""
+
+    root: str = "data/clips"
+    manifest: str | None = None
+    source: Literal["auto", "videos", "images", "idx", "latents", "shapes"] = "auto"
+    num_frames: int = 17
+    height: int = 64
+    width: int = 64
+    sizes: list[list[int]] = field(default_factory=list)  # buckets: [frames, height, width] each; needs train.tokens
+    packing: bool = False  # clips of all sizes in one sequence without padding, instead of a batch of one size
+    fps: float | None = None
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    backend: str = "pyav"
+    workers: int = 2
+    num_shapes: int = 3000  # for source=shapes: how many clips are drawn
+    motion: Literal["straight", "bounce"] = "straight"
+    max_bad_fraction: float = 0.1  # training stops when more of the files than this cannot be read
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name}={getattr(self, name)} is not a size; use 1 or more.")
+        for size in self.sizes:
+            if len(size) != 3 or min(size) < 1:
+                raise ValueError(f"data.sizes holds {size}; a size is [frames, height, width], each 1 or more.")
+        if self.packing and not self.sizes:
+            raise ValueError("data.packing=true needs data.sizes, the shapes that clips may have.")
+        if self.fps is not None and self.fps <= 0:
+            raise ValueError(
+                f"data.fps={self.fps} is not a frame rate; use a positive number, or null for each file's own."
+            )
+        if self.workers < 0:
+            raise ValueError(f"data.workers={self.workers} is negative; use 0 to load in the main process.")
+
+
+INFO = ("fps", "seconds", "height", "width")
+
+
+def clip_info(size: Size, fps: float) -> tuple[float, ...]:
+    """`INFO` of a clip: frames a second, its length in seconds, height and width in pixels."""
+    return (fps, size.frames / fps, float(size.height), float(size.width))
+
+
+class Dataset(Protocol):
+    """Samples by number, at the config's size or another. pixels: uint8 (F, H, W, 3), info: `INFO`; or latents: (C, T, h, w).
+
+    shape(index): frames, height and width that there are.
+    """
+
+    num_classes: int
+    class_names: list[str] | None
+
+    def __len__(self) -> int: ...
+    def label(self, index: int) -> int | None: ...
+    def name(self, index: int) -> str: ...
+    def shape(self, index: int) -> tuple[int, int, int]: ...
+    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]: ...

@@ -1,0 +1,264 @@
+"""Every task on a tiny random model: what is known comes back, at whatever place, and what cannot be is refused."""
+
+import pytest
+import torch
+from conftest import fill
+
+from stdit.data.shapes import draw, random_clip
+from stdit.diffusion.levels import SCHEMES
+from stdit.keys import keyed_rng
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.sampling.place import encode_known, made_patches, paste
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.sampling.tasks import Canvas, surround
+from stdit.sampling.windows import next_window
+from stdit.vae import TinyVAE, load_vae
+
+FAST = {"num_inference_steps": 2, "progress": False, "precision": "fp32"}
+
+
+@pytest.fixture
+def make(tiny_model):
+    def build(objective="flow", schemes=tuple(SCHEMES), **changes) -> STDiTPipeline:
+        model = tiny_model(
+            in_channels=16, num_classes=3, class_names=["a", "b", "c"], learn_sigma=objective == "ddpm", **changes
+        )
+        vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
+        return STDiTPipeline(model, vae, STDiTScheduler(objective), 9, 32, 32, 8.0, objective, schemes=list(schemes))
+
+    return build
+
+
+def clip(frames, count=2, height=32, width=32):
+    return torch.rand(count, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)) * 2 - 1
+
+
+@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+def test_every_task_returns_the_whole_clip_with_known_frames_as_they_came_in(make, objective):
+    pipe, five, nine = make(objective), clip(5), clip(9)
+    after = pipe.extend(five, after=4, **FAST)
+    assert after.shape == (2, 3, 9, 32, 32)
+    assert torch.equal(after[:, :, :5], five)
+    before = pipe.extend(clip(4), before=5, class_labels=["a", "c"], **FAST)
+    assert torch.equal(before[:, :, 5:], clip(4))
+    both = pipe.extend(clip(4), before=1, after=4, class_labels="b", **FAST)
+    assert torch.equal(both[:, :, 1:5], clip(4))
+    animated = pipe.animate(five[:, :, 0], **FAST)
+    assert animated.shape == nine.shape
+    assert torch.equal(animated[:, :, 0], five[:, :, 0])
+    joined = pipe.connect(five, clip(4), frames=4, **FAST)
+    assert joined.shape[2] == 13
+    assert torch.equal(joined[:, :, :5], five)
+    assert torch.equal(joined[:, :, 9:], clip(4))
+    looped = pipe.loop(five, frames=4, **FAST)
+    assert looped.shape[2] == 9
+    assert torch.equal(looped[:, :, :5], five)
+    faster = pipe.interpolate(five, 2, **FAST)
+    assert faster.shape[2] == 9
+    assert torch.equal(faster[:, :, ::2], five)
+    mask = torch.zeros(9, 32, 32, dtype=torch.bool)
+    mask[2:, 5:20, 3:] = True
+    painted = pipe.inpaint(nine, mask, **FAST)
+    assert torch.equal(painted[..., ~mask], nine[..., ~mask])
+    assert not (painted[..., mask] == nine[..., mask]).all()
+    assert torch.equal(pipe.edit(nine, 0.0, **FAST), nine)
+    changes = [
+        (pipe.edit(nine, s, "a", **{**FAST, "num_inference_steps": 10}) - nine).square().mean() for s in (0.2, 1.0)
+    ]
+    assert changes[0] != changes[1]
+
+
+def test_images_connect_by_any_gap_that_fits(make):
+    pipe, first, last = make(), clip(1)[:, :, 0], clip(2)[:, :, 0]
+    joined = pipe.connect(first, last, frames=7, **FAST)
+    assert torch.equal(joined[:, :, 0], first)
+    assert torch.equal(joined[:, :, -1], last)
+
+
+@pytest.mark.parametrize("arrangement", ["autoregressive", "pyramid"])
+def test_every_arrangement_and_guidance_toward_history_runs(make, arrangement):
+    made = make().extend(clip(5), after=4, class_labels="a", arrangement=arrangement, history_guidance=2.0, **FAST)
+    assert torch.isfinite(made).all()
+
+
+@pytest.mark.parametrize("known", [slice(0, 5), slice(5, 9), slice(1, 5), slice(0, 1)])
+def test_known_latents_are_bit_equal_from_encoding_to_the_end(make, known, monkeypatch):
+    pipe, seen = make(), {}
+    decode = pipe.decode
+    monkeypatch.setattr(pipe, "decode", lambda latents, tile=None: seen.update(end=latents) or decode(latents, tile))
+    made = torch.ones(9, 1, 1, dtype=torch.bool)
+    made[known] = False
+
+    pipe.fill(Canvas(clip(9), made), "a", **FAST)
+    todo, partly = made_patches(made, pipe.video_vae, pipe.transformer.patch_size)
+    with torch.no_grad():
+        expected = encode_known(clip(9), made, todo, pipe.video_vae)
+    assert not partly.any()
+    assert torch.equal(seen["end"][:, :, ~todo[:, 0, 0]], expected[:, :, ~todo[:, 0, 0]])
+
+
+@torch.no_grad()
+def test_a_run_inside_a_clip_does_not_depend_on_what_came_before_it():
+    vae, pixels = load_vae("tiny"), clip(17)
+    changed = pixels.clone()
+    changed[:, :, :9] = 0
+    assert torch.equal(vae.encode_run(pixels[:, :, 9:]), vae.encode_run(changed[:, :, 9:]))
+    alone = vae.encode(torch.cat([pixels[:, :, 9:10], pixels[:, :, 9:]], 2))[:, :, 1:]
+    assert torch.equal(vae.encode_run(pixels[:, :, 9:]), alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("known", [slice(0, 5), slice(5, 9), slice(9, 13), slice(13, 17)], ids=str)
+def test_known_frames_survive_encode_place_decode_wherever_they_stand(known):
+    """Against a round trip of the whole clip, frames known alone lose less than 1.5 dB in place."""
+    vae = load_vae("tiny")
+    drawn = torch.stack([torch.from_numpy(draw(random_clip(keyed_rng("sample", 9, i), i))) for i in range(12)])
+    pixels = drawn.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    made = torch.ones(17, 1, 1, dtype=torch.bool)
+    made[known] = False
+    todo, _ = made_patches(made, vae, (1, 2, 2))
+    whole = vae.encode(pixels)
+    placed = torch.where(todo.view(1, 1, -1, 1, 1), whole, encode_known(pixels, made, todo, vae))
+    errors = [(vae.decode(x)[:, :, known] - pixels[:, :, known]).square().mean().log10() * 10 for x in (placed, whole)]
+    assert errors[0] - errors[1] < 1.5
+
+
+def test_a_patch_is_known_when_all_its_pixels_are():
+    vae = TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))
+    made = torch.zeros(9, 32, 48, dtype=torch.bool)
+    made[3, 17, 20] = True  # one pixel of frame 3: group 1, patch row 1 of 2, column 1 of 3
+    todo, partly = made_patches(made, vae, (1, 2, 2))
+    assert todo.shape == (3, 2, 3)
+    assert todo.nonzero().tolist() == partly.nonzero().tolist() == [[1, 1, 1]]
+    made[1:5, 16:, 16:32] = True
+    todo, partly = made_patches(made, vae, (1, 2, 2))
+    assert todo.sum() == 1
+    assert not partly.any()
+    frames = torch.tensor([0, 1, 1, 1, 1, 0, 1, 0, 0]).bool().view(-1, 1, 1)
+    todo, partly = made_patches(frames, vae, (1, 2, 2))
+    assert todo.flatten().tolist() == [False, True, True]
+    assert partly.flatten().tolist() == [False, False, True]
+
+
+def test_blending_leaves_what_is_made_and_fades_over_what_is_known():
+    made = torch.zeros(6, 1, 1, dtype=torch.bool)
+    made[4:] = True
+    out = paste(torch.ones(1, 3, 6, 2, 2), torch.zeros(1, 3, 6, 2, 2), made, blend=2)
+    torch.testing.assert_close(out[0, 0, :, 0, 0], torch.tensor([0, 0, 1 / 3, 2 / 3, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("frames", "known"),
+    [(33, range(5)), (33, range(29, 33)), (41, [*range(5), *range(33, 41)]), (25, range(0, 25, 2)), (29, [])],
+)
+def test_windows_fill_every_frame_and_see_known_ones_in_whole_groups(frames, known):
+    open_frames = torch.ones(frames, dtype=torch.bool)
+    open_frames[list(known)] = False
+    for _ in range(60):
+        window = next_window(open_frames, 17, 5, 4)
+        if window is None:
+            break
+        assert 0 <= window.begin <= window.keep_from < window.keep_to <= window.end <= frames
+        assert window.end - window.begin == 17
+        view = ~open_frames[window.begin : window.end]
+        assert view.any() or not known or window.begin == 0
+        assert open_frames[window.keep_from : window.keep_to].any()
+        open_frames[window.keep_from : window.keep_to] = False
+    assert not open_frames.any()
+
+
+def test_a_gap_is_closed_only_by_a_window_that_sees_what_follows():
+    open_frames = torch.zeros(41, dtype=torch.bool)
+    open_frames[5:33] = True
+    while (window := next_window(open_frames, 17, 5, 4)) is not None:
+        if window.keep_to >= 33:
+            assert window.end >= 33 + 4
+        open_frames[window.keep_from : window.keep_to] = False
+
+
+def test_long_clips_are_made_window_by_window_and_known_frames_stay(make):
+    made = make().extend(clip(5), after=20, **FAST)
+    assert made.shape[2] == 25
+    assert torch.equal(made[:, :, :5], clip(5))
+    assert torch.equal(make().extend(clip(4), before=21, **FAST)[:, :, 21:], clip(4))
+
+
+def causal(make):
+    return make(causal=True, window=3, time_entry="rotary", axes=["joint"])
+
+
+def test_a_causal_model_streams_what_extend_gives_in_constant_memory(make):
+    pipe = causal(make)
+    whole = pipe.extend(clip(5), after=24, class_labels="a", **FAST)
+    parts = list(pipe.stream(clip(5), 24, class_labels="a", num_inference_steps=2, precision="fp32"))
+    assert [part.shape[2] for part in parts] == [4] * 6
+    assert torch.equal(torch.cat(parts, 2), whole[:, :, 5:])
+    assert torch.equal(whole[:, :, :5], clip(5))
+
+
+def test_a_causal_model_cannot_see_what_follows_and_says_so(make):
+    for call in (lambda p: p.extend(clip(4), before=5, **FAST), lambda p: p.connect(clip(5), clip(4), 4, **FAST)):
+        with pytest.raises(ValueError, match="this model is causal: it cannot see"):
+            call(causal(make))
+    with pytest.raises(ValueError, match="this model is not causal; use extend"):
+        next(make().stream(clip(5), 4))
+
+
+def test_models_never_trained_for_known_frames_warn_with_what_they_were_trained_for(make):
+    with pytest.warns(UserWarning, match=r"trained with objective.scheme=shared .* train with objective.scheme=mixed"):
+        make(schemes=["shared"]).extend(clip(5), after=4, **FAST)
+
+
+def test_outpainting_keeps_the_picture_in_the_middle(make):
+    pixels, mask = surround(clip(5), 32, 64)
+    made = make().inpaint(pixels, mask, **FAST)
+    assert made.shape == (2, 3, 5, 32, 64)
+    assert torch.equal(made[..., 16:48], clip(5))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.extend(clip(5)), "after=0 and before=0 add no frames"),
+        (lambda p: p.extend(clip(5), after=-4), "none below 0"),
+        (lambda p: p.extend(clip(5), after=6), r"after=6 makes 11 frames in all, .* Use after=4 or 8"),
+        (lambda p: p.extend(clip(4), before=4), r"before=4 makes 8 frames in all, .* Use before=1 or 5"),
+        (lambda p: p.extend(clip(5), after=4, overlap=9), "overlap=9 leaves nothing to be made"),
+        (lambda p: p.connect(clip(5), clip(4), 5), r"frames=5 makes 14 frames in all, .* Use frames=4 or 8"),
+        (lambda p: p.connect(clip(5), clip(4), 0), "frames=0 leaves no gap"),
+        (lambda p: p.connect(clip(5), clip(4, height=16), 4), "last is 2 clip.s. of 16 x 32.*of one size"),
+        (lambda p: p.loop(clip(5), 6), r"frames=6 does not fit a loop of 5 frames .* Use 4 or 8"),
+        (lambda p: p.animate(clip(5)), "5 frames where it takes one image"),
+        (lambda p: p.animate(clip(1), 1), "nothing to be made beside the image"),
+        (lambda p: p.interpolate(clip(5), 1), "factor=1"),
+        (lambda p: p.interpolate(clip(4), 2), r"4 frames at factor=2 make 7, .* give 3 or 5 frames"),
+        (
+            lambda p: p.inpaint(clip(5), torch.ones(5, 16, 16, dtype=torch.bool)),
+            r"mask is torch.bool of shape \(5, 16, 16\)",
+        ),
+        (lambda p: p.inpaint(clip(5), torch.ones(5, 32, 32)), "mask is torch.float32"),
+        (lambda p: p.inpaint(clip(5), torch.zeros(32, 32, dtype=torch.bool)), "nothing to be made"),
+        (lambda p: p.edit(clip(5), 1.2), "strength=1.2 is no noise level"),
+        (lambda p: p.edit(clip(6), 0.5), "num_frames=6 does not fit"),
+        (lambda p: p.edit(clip(5) * 127, 0.5), r"scale pixels to \[-1, 1\]"),
+        (lambda p: p.edit(clip(5)[0], 0.5), r"pixels are \(B, 3, F, H, W\)"),
+        (lambda p: p.extend(clip(5), after=4, class_labels=["a", "b", "c"]), "3 class_labels for 2 clips"),
+        (lambda p: p.extend(clip(5), after=4, blend=-1), "blend=-1 is negative"),
+        (lambda p: surround(clip(5), 32, 32), "leaves no room around"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(make, call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call(make())
+    assert "\n" not in str(error.value)
+
+
+def test_a_diffusers_scheduler_does_plain_clips_and_leaves_tasks_to_ours(make):
+    import diffusers
+
+    pipe = make()
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    assert pipe(["a"], num_frames=5, **FAST).shape == (1, 3, 5, 32, 32)
+    with pytest.raises(ValueError, match="levels of their own.*FlowMatchEulerDiscreteScheduler: add solver"):
+        pipe.extend(clip(5), after=4, **FAST)
+    assert torch.isfinite(pipe.extend(clip(5), after=4, solver="euler", **FAST)).all()
