@@ -1,6 +1,7 @@
 """Tools by their main, in an empty folder."""
 
 import json
+from pathlib import Path
 
 import cache_latents
 import check_media
@@ -10,6 +11,7 @@ import pytest
 import sample_video
 import torch
 import train
+from PIL import Image
 
 from stdit.data import VideoReader
 from stdit.data.manifest import read_manifest
@@ -164,3 +166,101 @@ def test_an_image_model_is_trained_and_inflated_by_config_alone(home, capsys):
     assert "on every frame as the image model" in capsys.readouterr().out
     config = json.loads((home / "models/video/transformer/config.json").read_text())
     assert (config["depth"], config["block_sources"]) == (2, [0, None])
+
+
+@pytest.fixture
+def model(home):
+    assert train.run(["t.yaml", "objective.scheme=mixed"]) == 0
+    return home
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "frames"),
+    [
+        ("animate", ["picture.png", "--class-label", "circle left", "square up"], 5),
+        ("extend", ["shapes/000000.mp4", "--after", "8"], 13),
+        ("extend", ["shapes/000000.mp4", "--before", "5", "--frames", "4"], 9),
+        ("connect", ["shapes/000000.mp4", "shapes/000001.mp4", "--frames", "7"], 17),
+        ("loop", ["shapes/000000.mp4", "--frames", "4"], 9),
+        ("interpolate", ["shapes/000000.mp4", "--factor", "4"], 17),
+        ("inpaint", ["shapes/000000.mp4", "--mask", "mask.png"], 5),
+        ("inpaint", ["shapes/000000.mp4", "--width", "64"], 5),
+        ("edit", ["shapes/000000.mp4", "--strength", "0.5", "--class-label", "square up"], 5),
+    ],
+)
+def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, flags, frames, capsys):
+    Image.new("RGB", (48, 48), "red").save("picture.png")
+    mask = Image.new("L", (48, 48), 0)
+    mask.paste(255, (0, 0, 24, 24))
+    mask.save("mask.png")
+    inputs = [flag for flag in flags if flag.endswith((".mp4", ".png")) and flag != "mask.png"]
+    rest = [flag for flag in flags if flag not in inputs]
+    arguments = ["--task", task, "--input", *inputs, *rest, "--steps", "2", "--output", "made"]
+    assert sample_video.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "48 x 48 -> 32 x 32" in printed  # what was resampled is said
+    written = sorted((model / "made").glob("*.mp4"))
+    assert len(written) == (2 if task == "animate" else 1)
+    with VideoReader(written[0]) as reader:
+        assert len(reader) == frames
+        assert reader.size == ((32, 64) if "--width" in flags else (32, 32))
+        assert round(reader.fps, 3) == (32 if task == "interpolate" else 8)
+    with pytest.raises(ValueError, match="exists; choose another"):
+        sample_video.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "extend", "--input", "shapes/000000.mp4"], "after=0 and before=0"),
+        (["--task", "extend", "--after", "4"], "takes 1 --input file"),
+        (["--task", "connect", "--input", "shapes/000000.mp4"], "takes 2 --input file"),
+        (["--task", "loop", "--input", "shapes/000000.mp4", "--after", "4"], "--after belongs to --task extend"),
+        (["--task", "extend", "--input", "none.mp4", "--after", "4"], "none.mp4"),
+        (["--task", "edit", "--input", "shapes/000000.mp4", "--strength", "2"], "strength=2.0 is no noise level"),
+        (
+            ["--task", "edit", "--input", "shapes/000000.mp4", "--frames", "9"],
+            "has 5 frames at 8 fps, --frames 9 are more",
+        ),
+        (
+            ["--task", "inpaint", "--input", "shapes/000000.mp4", "--mask", "odd.png"],
+            "mask odd.png is 7 x 9, the clip is 48 x 48",
+        ),
+        (["--task", "inpaint", "--input", "shapes/000000.mp4"], "leaves no room around"),
+    ],
+)
+def test_tasks_that_cannot_be_are_refused_before_anything_is_written(model, arguments, message):
+    Image.new("L", (9, 7)).save("odd.png")
+    with pytest.raises((ValueError, OSError), match=message):
+        sample_video.main([*arguments, "--output", "made"])
+    assert not (model / "made").exists() or not list((model / "made").iterdir())
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_clips_and_pictures_of_many_sizes_train_in_one_run(home, packing, capsys):
+    for i in range(6):
+        Image.new("RGB", (60, 40), (i * 40, 0, 0)).save(f"shapes/{i}.png")
+    sizes = "[[1, 32, 32], [5, 32, 32], [1, 32, 48], [5, 16, 16]]"
+    common = [
+        "t.yaml",
+        "data.manifest=null",
+        f"data.sizes={sizes}",
+        "train.tokens=48",
+        f"data.packing={packing}",
+        "train.samples=2",
+    ]
+    mixed = ["objective.scheme=mixed", "objective.shares.region=0", "model.conditions=[fps,seconds,height,width]"]
+    assert train.run([*common, *mixed, "train.steps=6", "train.batch_size=1"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 x 32 x 48: 6 clips" in printed
+    rows = Path("output/t/training_metrics.csv").read_text().splitlines()
+    assert len(rows) == 7
+    assert "nan" not in rows[-1].split(",")[1]
+    assert train.run([*common, "name=u", "train.micro_batch=1"]) == 1
+    assert "train.micro_batch=null" in capsys.readouterr().err
+
+
+def test_packing_refuses_levels_by_patch(home, capsys):
+    packed = ["data.sizes=[[5, 32, 32]]", "train.tokens=48", "data.packing=true", "objective.scheme=mixed"]
+    assert train.run(["t.yaml", *packed]) == 1
+    assert "set objective.shares.region=0" in capsys.readouterr().err
