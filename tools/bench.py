@@ -4,6 +4,7 @@ python tools/bench.py loader --root path/to/clips      our loader against PyAV a
 python tools/bench.py step                             training steps of small models
 python tools/bench.py attention                        plain products against the fused kernel
 python tools/bench.py vae                              the tiny VAE
+python tools/bench.py packing                          clips of many shapes: packed, padded, in buckets
 python tools/bench.py quickstart --root data/shapes    where the quickstart's encoding spends its time
 """
 
@@ -28,7 +29,7 @@ from stdit.model.stdit import STDiT
 from stdit.nn.attention import explicit_attention
 from stdit.precision import autocast, native_bf16
 from stdit.training.optim import build_optimizers
-from stdit.training.step import diffusion_losses
+from stdit.training.step import Clips, diffusion_losses
 from stdit.vae import load_vae
 
 
@@ -143,7 +144,9 @@ def bench_step(args: argparse.Namespace) -> None:
                 for i in range(args.rounds + 1):
                     began = time.perf_counter()
                     with autocast(precision, "cpu"):
-                        losses = diffusion_losses(model, objective, latents, labels, [(0, i, s) for s in range(32)])
+                        losses = diffusion_losses(
+                            model, objective, [Clips(latents)], labels, [(0, i, s) for s in range(32)]
+                        )
                     losses.clips.mean().backward()
                     for each in optimizers:
                         each.step()
@@ -182,6 +185,64 @@ def bench_vae(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
+def bench_packing(args: argparse.Namespace) -> None:
+    """Clips of many shapes: packed, padded to the largest, in buckets. Tokens that count, a second; forward and backward."""
+    # A mix as real folders have it: pictures and clips of 1 to 4 seconds, three aspects (latent frames, rows, columns).
+    grids = [(t, *space) for t in (1, 3, 5, 9) for space in ((8, 8), (6, 10), (10, 6))]
+    order = keyed_rng("order", 0).integers(len(grids), size=64)
+    shapes = [grids[i] for i in order]
+    model = STDiT(
+        depth=6,
+        hidden_size=192,
+        num_heads=6,
+        in_channels=16,
+        axes=[args.axes] if args.axes else ["spatial", "temporal"],
+    )
+    size = 8  # clips a step in a padded batch; the others take as many tokens
+    budget = size * max(t * h * w // 4 for t, h, w in grids)
+
+    def run(parts: list[torch.Tensor] | torch.Tensor) -> None:
+        if isinstance(parts, torch.Tensor):
+            loss = model(parts, torch.full((len(parts),), 500.0)).square().mean()
+        else:
+            loss = sum(out.square().mean() for out in model(parts, [torch.tensor(500.0)] * len(parts)))
+        loss.backward()
+        model.zero_grad()
+
+    def padded() -> None:
+        largest = [max(shape[i] for shape in shapes) for i in range(3)]
+        for _ in range(0, len(shapes), size):
+            run(torch.randn(size, 16, *largest))
+
+    def packed() -> None:
+        pack, used = [], 0
+        for shape in [*shapes, None]:
+            cost = 0 if shape is None else shape[0] * shape[1] * shape[2] // 4
+            if shape is None or used + cost > budget:
+                run([torch.randn(16, *one) for one in pack])
+                pack, used = [], 0
+            if shape is not None:
+                pack.append(shape)
+                used += cost
+
+    def bucketed() -> None:
+        for shape in grids:
+            count = shapes.count(shape)
+            at_once = max(1, budget // (shape[0] * shape[1] * shape[2] // 4))
+            for first in range(0, count, at_once):
+                run(torch.randn(min(at_once, count - first), 16, *shape))
+
+    tokens = sum(t * h * w // 4 for t, h, w in shapes)
+    kinds = {"padded": padded, "buckets": bucketed, "packed": packed}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(args.rounds):
+        for name, kind in kinds.items():
+            seconds[name].append(timed(kind))
+    for name, values in seconds.items():
+        ratio = statistics.median(p / v for p, v in zip(seconds["padded"], values, strict=True))
+        print(f"{name}: {tokens / statistics.median(values):.0f} tokens/s, {ratio:.2f} times padded")
+
+
 def bench_quickstart(args: argparse.Namespace) -> None:
     vae = load_vae("tiny")
     manifest = Path(args.root) / "manifest.jsonl"
@@ -208,6 +269,7 @@ BENCHES = {
     "step": bench_step,
     "vae": bench_vae,
     "quickstart": bench_quickstart,
+    "packing": bench_packing,
 }
 
 
@@ -217,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", default="data/shapes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--axes", help="packing: joint instead of spatial and temporal in turn")
     args = parser.parse_args(argv)
     av.logging.set_level(None)
     BENCHES[args.what](args)

@@ -18,12 +18,13 @@ from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.config import size_arguments
 from stdit.model.cost import training_memory
 from stdit.model.stdit import STDiT
+from stdit.nn.cache import FrameCache
 from stdit.precision import autocast
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.training.optim import build_optimizers
 from stdit.training.state import flatten_optimizer, load_checkpoint, restore_optimizer, save_checkpoint
-from stdit.training.step import diffusion_losses
+from stdit.training.step import Clips, diffusion_losses
 from stdit.vae import load_vae
 
 
@@ -129,7 +130,7 @@ def planned_memory_is_right() -> str:
         x, y = torch.randn(16, 16, 5, 32, 32, device="cuda"), torch.zeros(16, dtype=torch.long, device="cuda")
         for step in range(3):
             with autocast("bf16", "cuda"):
-                losses = diffusion_losses(model, objective, x, y, [(0, step, slot) for slot in range(16)])
+                losses = diffusion_losses(model, objective, [Clips(x)], y, [(0, step, slot) for slot in range(16)])
             losses.clips.mean().backward()
             optimizer.step()
             model.zero_grad()
@@ -208,7 +209,7 @@ def xl_speed() -> str:
             torch.cuda.synchronize()
             began = time.perf_counter()
         with autocast("bf16", "cuda"):
-            losses = diffusion_losses(model, objective, x, y, [(0, step, slot) for slot in range(32)])
+            losses = diffusion_losses(model, objective, [Clips(x)], y, [(0, step, slot) for slot in range(32)])
         losses.clips.mean().backward()
         optimizers[0].step()
         model.zero_grad()
@@ -218,9 +219,41 @@ def xl_speed() -> str:
     return f"{1 / seconds:.2f} steps/s of 32, {flops / 1e12:.0f} TFLOP/s, peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
 
 
+def packed_equals_unpacked() -> str:
+    """Packed sequences through torch's variable-length flash attention, against each clip alone."""
+    model = small_model(axes=["spatial", "temporal", "joint"]).to("cuda")
+    shapes = [(3, 4, 6), (1, 8, 4), (5, 4, 4), (2, 2, 2)]
+    clips = [torch.randn(model.in_channels, *shape, device="cuda") for shape in shapes]
+    steps = [torch.tensor(300.0, device="cuda") for _ in shapes]
+    labels = torch.zeros(len(shapes), dtype=torch.long, device="cuda")
+    worst = {}
+    for name, dtype, limit in (("float32", torch.float32, 1e-4), ("bfloat16", torch.bfloat16, 3e-2)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            packed = model.packed(clips, steps, labels)
+            alone = [model(x[None], t[None], labels[:1])[0] for x, t in zip(clips, steps, strict=True)]
+        worst[name] = max(relative(a.float(), b.float()) for a, b in zip(packed, alone, strict=True))
+        assert worst[name] < limit, f"{name}: {worst[name]}"
+    return ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
+
+
+def cached_rollout_equals_uncached() -> str:
+    """A causal model frame by frame with a cache, against all frames at once."""
+    model = small_model(axes=["joint"], causal=True, window=3, time_entry="rotary_3d").to("cuda").eval()
+    x, t = torch.randn(2, model.in_channels, 6, 8, 8, device="cuda"), torch.rand(2, 6, device="cuda") * 1000
+    cache, parts = FrameCache(3), []
+    with torch.no_grad():
+        whole = model(x, t)
+        for i in range(6):
+            cache.writing = True
+            parts.append(model(x[:, :, i : i + 1], t[:, i : i + 1], cache=cache))
+    error = relative(torch.cat(parts, 2), whole)
+    assert error < 1e-4, error
+    return f"{error:.1e}"
+
+
 CHECKS: list[Callable[[], str]] = [
     forward_matches_cpu, attention_backends_agree, vae_matches_cpu, originals_numbers_come_out, resume_is_exact,
-    sampling_works, compiled_matches, planned_memory_is_right, xl_speed,
+    sampling_works, packed_equals_unpacked, cached_rollout_equals_uncached, compiled_matches, planned_memory_is_right, xl_speed,
 ]  # fmt: skip
 
 

@@ -183,9 +183,14 @@ class STDiTPipeline(DiffusionPipeline):
         """A clip and `frames` new frames whose last flows into the clip's first. Options: those of `fill`."""
         return self.fill(tasks.loop(clip, frames, self.video_vae), class_labels, **options)
 
-    def interpolate(self, clip: Tensor, factor: int = 2, class_labels: Labels = None, **options) -> Tensor:
-        """`factor` times as many frames a second: (F - 1) * factor + 1 frames. Options: those of `fill`."""
-        return self.fill(tasks.interpolate(clip, factor, self.video_vae), class_labels, **options)
+    def interpolate(
+        self, clip: Tensor, factor: int = 2, class_labels: Labels = None, strength: float = 0.4, **options
+    ) -> Tensor:
+        """`factor` times as many frames a second: (F - 1) * factor + 1 frames. Options: those of `fill`.
+
+        New frames begin as the blend of their neighbours at level `strength`; more for motion that a blend misses.
+        """
+        return self.fill(tasks.interpolate(clip, factor, self.video_vae, strength), class_labels, **options)
 
     def inpaint(self, clip: Tensor, mask: Tensor, class_labels: Labels = None, **options) -> Tensor:
         """Make anew where mask (F, H, W), bool, is true. Options: those of `fill`."""
@@ -239,7 +244,8 @@ class STDiTPipeline(DiffusionPipeline):
         self.set_progress_bar_config(disable=not progress, leave=False)
         filled = []
         for first in range(0, len(canvas.pixels), batch_size):
-            part = canvas._replace(pixels=canvas.pixels[first : first + batch_size])
+            between = None if canvas.between is None else canvas.between[:, first : first + batch_size]
+            part = canvas._replace(pixels=canvas.pixels[first : first + batch_size], between=between)
             keys = [(seed, first + i) for i in range(len(part.pixels))]
             with autocast(precision, self.device):
                 of = None if labels is None else labels[first : first + batch_size].to(self.device)
@@ -259,7 +265,7 @@ class STDiTPipeline(DiffusionPipeline):
         frames, stride = canvas.pixels.shape[2], self.video_vae.stride[0]
         length = min(frames, window or max(self.config.num_frames, 1 + 2 * stride))
         self.video_vae.latent_frames(length)
-        known = (length // 2 - 1) // stride * stride + 1 if overlap is None else overlap
+        known = length // 2 // stride * stride + 1 if overlap is None else overlap
         if overlap is not None and not 1 <= overlap < length:
             raise ValueError(
                 f"overlap={overlap} leaves nothing to be made in a window of {length} frames; use 1 to {length - stride}."

@@ -60,15 +60,28 @@ def start(known: Tensor, base: Tensor | None, noise: Tensor, todo: Tensor, level
     return Plan(torch.where(like(todo[None], noise), begun, known), levels)
 
 
-def pixel_guided(predict: Predict, canvas: Tensor, made: Tensor, partly: Tensor, vae: VideoVAE, path: Path) -> Predict:
+def settled(decoded: Tensor, between: Tensor | None, tolerance: float = 0.4) -> Tensor:
+    """Made pixels nearer than `tolerance` to what their known neighbours in time span are taken to lie within it.
+
+    What a VAE blurs is far smaller than that; what is really new in between is farther off and stays.
+    """
+    if between is None:
+        return decoded
+    within = decoded.clamp(*between.to(decoded))
+    return torch.where((decoded - within).abs() < tolerance, within, decoded)
+
+
+def pixel_guided(
+    predict: Predict, canvas: Tensor, made: Tensor, partly: Tensor, between: Tensor | None, vae: VideoVAE, path: Path
+) -> Predict:
     """Help for patches known in part: decode the estimate, put the known pixels in, encode again.
 
-    canvas: (B, 3, F, H, W); partly: (T, 1, 1) or (T, rows, columns).
+    canvas: (B, 3, F, H, W); partly: (T, 1, 1) or (T, rows, columns); between: see `settled`.
     """
 
     def guided(x: Tensor, levels: Tensor) -> Estimate:
         estimate = predict(x, levels)
-        decoded = vae.decode(estimate.clean.to(vae.dtype)).clamp(-1, 1)
+        decoded = settled(vae.decode(estimate.clean.to(vae.dtype)).clamp(-1, 1), between)
         seen = vae.encode(torch.where(made, decoded, canvas.to(decoded))).to(x.dtype)
         alpha, sigma = path.alpha_sigma(like(levels, x))
         moves = like(partly[None], x) & (sigma > 0)

@@ -13,7 +13,7 @@ from stdit.data.order import Size
 from stdit.diffusion.predictions import Estimate
 from stdit.keys import keyed_normal
 from stdit.sampling.guidance import Guidance, guided
-from stdit.sampling.place import encode_known, made_patches, paste, pixel_guided, start
+from stdit.sampling.place import encode_known, made_patches, paste, pixel_guided, settled, start
 from stdit.sampling.plan import arrange
 from stdit.sampling.rollout import stream
 from stdit.sampling.scheduler import STDiTScheduler
@@ -109,7 +109,8 @@ class Sampler(NamedTuple):
         pixels, made, number = canvas.pixels.clone(), canvas.made.clone(), 0
         while (window := next_window(made.flatten(1).any(1), length, overlap, stride)) is not None:
             view = slice(window.begin, window.end)
-            part = canvas._replace(pixels=pixels[:, :, view], made=made[view])
+            between = None if canvas.between is None else canvas.between[:, :, :, view]
+            part = canvas._replace(pixels=pixels[:, :, view], made=made[view], between=between)
             # The first window's keys are those of a canvas that needs only one.
             done = self._window(part, labels, [(*key, number) for key in keys] if number else keys)
             kept = slice(window.keep_from, window.keep_to)
@@ -150,8 +151,7 @@ class Sampler(NamedTuple):
         schedule = objective.schedule(self.steps, shape[0] * shape[1] * shape[2])
         base = None
         if canvas.strength < 1:
-            begin = objective.path.on_clock(torch.tensor([canvas.strength]))
-            schedule = torch.cat([begin, schedule[schedule < begin]])
+            schedule = objective.path.on_clock(schedule / schedule[0] * canvas.strength)
             base = vae.encode(pixels.to(vae.dtype)).float()
         plan = start(
             encode_known(pixels, made, todo, vae).float(), base, noise, todo,
@@ -161,10 +161,14 @@ class Sampler(NamedTuple):
         def predict(x: Tensor, levels: Tensor) -> Estimate:
             return objective.estimate(output(x, levels), x, levels)
 
-        helped = pixel_guided(predict, pixels, made, partly, vae, objective.path) if partly.any() else predict
+        helped = (
+            pixel_guided(predict, pixels, made, partly, canvas.between, vae, objective.path)
+            if partly.any()
+            else predict
+        )
         solver = self.solver or self.own.solver
         latents = solve(plan, helped, objective.path, solver, lambda step: draw(step + 1), pipe.progress_bar)
-        decoded = pipe.decode(latents, self.tile)
+        decoded = settled(pipe.decode(latents, self.tile), canvas.between)
         return decoded if self.blend is None else paste(decoded, canvas.pixels.cpu(), canvas.made.cpu(), self.blend)
 
     def _diffusers(self, output: Callable, x: Tensor) -> Tensor:

@@ -12,13 +12,15 @@ class Canvas(NamedTuple):
     """pixels: (B, 3, F, H, W) in [-1, 1]; made: (F, 1, 1) or (F, H, W) bool, true where they are to be made.
 
     strength: the level at which making starts; below 1 it starts from the pixels that are there.
-    keep: how many of the frames are the answer (null: all).
+    keep: how many of the frames are the answer (null: all). between: low and high (2, B, 3, F, H, W), what a made pixel
+    lies between where its known neighbours in time say so (see `place.settled`).
     """
 
     pixels: Tensor
     made: Tensor
     strength: float = 1.0
     keep: int | None = None
+    between: Tensor | None = None
 
 
 def blank(count: int, frames: int, height: int, width: int) -> Canvas:
@@ -79,9 +81,10 @@ def loop(clip: Tensor, frames: int, vae: VideoVAE) -> Canvas:
     return _pieces([clip, frames, clip[:, :, :goal]])._replace(keep=length + frames)
 
 
-def interpolate(clip: Tensor, factor: int, vae: VideoVAE) -> Canvas:
-    """`factor` times the frame rate: factor - 1 new frames between neighbours, begun as their blend."""
+def interpolate(clip: Tensor, factor: int, vae: VideoVAE, strength: float = 0.4) -> Canvas:
+    """`factor` times the frame rate: factor - 1 new frames between neighbours, begun as their blend at level `strength`."""
     check_clip(clip, "clip")
+    _check_strength(strength)
     frames = clip.shape[2]
     if factor < 2 or frames < 2:
         raise ValueError(f"factor={factor} for {frames} frame(s): use a factor of 2 or more, and 2 frames or more.")
@@ -99,7 +102,9 @@ def interpolate(clip: Tensor, factor: int, vae: VideoVAE) -> Canvas:
     blended = (1 - share) * clip[:, :, left] + share * clip[:, :, left + 1]
     made = torch.arange(total) % factor != 0
     blended[:, :, ~made] = clip
-    return Canvas(blended, made[:, None, None])
+    neighbours = clip[:, :, left], clip[:, :, left + 1]
+    between = torch.stack([torch.minimum(*neighbours), torch.maximum(*neighbours)])
+    return Canvas(blended, made[:, None, None], strength, between=between)
 
 
 def inpaint(clip: Tensor, mask: Tensor) -> Canvas:
@@ -121,9 +126,13 @@ def inpaint(clip: Tensor, mask: Tensor) -> Canvas:
 def edit(clip: Tensor, strength: float) -> Canvas:
     """Start from the clip itself at level `strength` (Meng et al., "SDEdit"): near 0 little changes, 1 is a new clip."""
     check_clip(clip, "clip")
+    _check_strength(strength)
+    return Canvas(clip, torch.full((clip.shape[2], 1, 1), strength > 0), strength)
+
+
+def _check_strength(strength: float) -> None:
     if not 0 <= strength <= 1:
         raise ValueError(f"strength={strength} is no noise level; use 0 (nothing changes) to 1 (a new clip).")
-    return Canvas(clip, torch.full((clip.shape[2], 1, 1), strength > 0), strength)
 
 
 def check_clip(clip: Tensor, name: str) -> None:

@@ -21,12 +21,19 @@ class Losses(NamedTuple):
     levels: Tensor
 
 
+def _never(starts: Tensor) -> Tensor:
+    raise ValueError(
+        "These latents were cached before runs of known frames were encoded; cache them again, or set "
+        "objective.scheme=shared."
+    )
+
+
 class Clips(NamedTuple):
     """latents (B, C, T, h, w); restarted: from a mask (B, T), those frames (n, C, h, w) as a run of known frames that
     begins there would have them: encoded behind their own first pixel frame, without the frames before."""
 
     latents: Tensor
-    restarted: Callable[[Tensor], Tensor]
+    restarted: Callable[[Tensor], Tensor] = _never
 
 
 def to_latents(batch: Batch, vae: VideoVAE) -> list[Clips]:
@@ -38,15 +45,10 @@ def to_latents(batch: Batch, vae: VideoVAE) -> list[Clips]:
         cached = batch.restarts
         assert isinstance(batch.latents, Tensor) and not isinstance(cached, list), "cached latents are of one shape"
 
-        def look_up(starts: Tensor) -> Tensor:
-            if cached is None:
-                raise ValueError(
-                    "These cached latents were made before runs of known frames were; cache them again, or set "
-                    "objective.scheme=shared."
-                )
-            return cached.transpose(1, 2)[starts.cpu()].to(vae.device).float()
-
-        return [Clips(batch.latents.to(vae.device).float(), look_up)]
+        latents = batch.latents.to(vae.device).float()
+        if cached is None:
+            return [Clips(latents)]
+        return [Clips(latents, lambda starts: cached.transpose(1, 2)[starts.cpu()].to(vae.device).float())]
     assert batch.pixels is not None
     parts = [batch.pixels] if isinstance(batch.pixels, Tensor) else [clip[None] for clip in batch.pixels]
     return [_encoded(part, vae) for part in parts]
