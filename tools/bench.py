@@ -184,65 +184,65 @@ def bench_vae(args: argparse.Namespace) -> None:
         print(f"{size:>3} px, 17 frames: encode {4 / encode:6.1f} clips/s, decode {4 / decode:6.1f} clips/s")
 
 
-@torch.no_grad()
+Grid = tuple[int, int, int]
+
+
+def _tokens(grid: Grid) -> int:
+    return grid[0] * grid[1] * grid[2] // 4
+
+
+def _packs(shapes: list[Grid], budget: int) -> list[list[Grid]]:
+    packs: list[list[Grid]] = [[]]
+    for shape in shapes:
+        if sum(map(_tokens, packs[-1])) + _tokens(shape) > budget:
+            packs.append([])
+        packs[-1].append(shape)
+    return packs
+
+
 def bench_packing(args: argparse.Namespace) -> None:
     """Clips of many shapes: packed, padded to the largest, in buckets. Tokens that count, a second; forward and backward."""
     # A mix as real folders have it: pictures and clips of 1 to 4 seconds, three aspects (latent frames, rows, columns).
     grids = [(t, *space) for t in (1, 3, 5, 9) for space in ((8, 8), (6, 10), (10, 6))]
-    order = keyed_rng("order", 0).integers(len(grids), size=64)
-    shapes = [grids[i] for i in order]
-    model = STDiT(
-        depth=6,
-        hidden_size=192,
-        num_heads=6,
-        in_channels=16,
-        axes=[args.axes] if args.axes else ["spatial", "temporal"],
-    )
-    size = 8  # clips a step in a padded batch; the others take as many tokens
-    budget = size * max(t * h * w // 4 for t, h, w in grids)
+    shapes = [grids[i] for i in keyed_rng("order", 0).integers(len(grids), size=64)]
+    axes = [args.axes] if args.axes else ["spatial", "temporal"]
+    model = STDiT(depth=6, hidden_size=192, num_heads=6, in_channels=16, axes=axes)
+    largest = tuple(max(shape[i] for shape in shapes) for i in range(3))
+    budget = 8 * _tokens(largest)  # tokens a step, the same for all three
 
-    def run(parts: list[torch.Tensor] | torch.Tensor) -> None:
-        if isinstance(parts, torch.Tensor):
-            loss = model(parts, torch.full((len(parts),), 500.0)).square().mean()
-        else:
-            loss = sum(out.square().mean() for out in model(parts, [torch.tensor(500.0)] * len(parts)))
-        loss.backward()
-        model.zero_grad()
+    def dense(grid: Grid, count: int) -> None:
+        model(torch.randn(count, 16, *grid), torch.full((count,), 500.0)).square().mean().backward()
 
-    def padded() -> None:
-        largest = [max(shape[i] for shape in shapes) for i in range(3)]
-        for _ in range(0, len(shapes), size):
-            run(torch.randn(size, 16, *largest))
+    def in_one_row(pack: list[Grid]) -> None:
+        out = model([torch.randn(16, *grid) for grid in pack], [torch.tensor(500.0)] * len(pack))
+        sum(x.square().mean() for x in out).backward()
 
-    def packed() -> None:
-        pack, used = [], 0
-        for shape in [*shapes, None]:
-            cost = 0 if shape is None else shape[0] * shape[1] * shape[2] // 4
-            if shape is None or used + cost > budget:
-                run([torch.randn(16, *one) for one in pack])
-                pack, used = [], 0
-            if shape is not None:
-                pack.append(shape)
-                used += cost
+    steps = {
+        "padded": [(dense, largest, 8)] * (len(shapes) // 8),
+        "buckets": [
+            (dense, grid, min(budget // _tokens(grid), shapes.count(grid) - first))
+            for grid in grids
+            for first in range(0, shapes.count(grid), budget // _tokens(grid))
+        ],
+        "packed": [(in_one_row, pack) for pack in _packs(shapes, budget)],
+    }
 
-    def bucketed() -> None:
-        for shape in grids:
-            count = shapes.count(shape)
-            at_once = max(1, budget // (shape[0] * shape[1] * shape[2] // 4))
-            for first in range(0, count, at_once):
-                run(torch.randn(min(at_once, count - first), 16, *shape))
+    def run(name: str) -> None:
+        for step, *what in steps[name]:
+            step(*what)
+            model.zero_grad()
 
-    tokens = sum(t * h * w // 4 for t, h, w in shapes)
-    kinds = {"padded": padded, "buckets": bucketed, "packed": packed}
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds):
-        for name, kind in kinds.items():
-            seconds[name].append(timed(kind))
+        for name in steps:
+            seconds[name].append(timed(lambda name=name: run(name)))
     for name, values in seconds.items():
         ratio = statistics.median(p / v for p, v in zip(seconds["padded"], values, strict=True))
-        print(f"{name}: {tokens / statistics.median(values):.0f} tokens/s, {ratio:.2f} times padded")
+        rate = sum(map(_tokens, shapes)) / statistics.median(values)
+        print(f"{name}: {len(steps[name])} steps, {rate:.0f} tokens/s, {ratio:.2f} times padded")
 
 
+@torch.no_grad()
 def bench_quickstart(args: argparse.Namespace) -> None:
     vae = load_vae("tiny")
     manifest = Path(args.root) / "manifest.jsonl"
