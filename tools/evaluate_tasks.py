@@ -1,9 +1,9 @@
 """Measure the tasks on moving shapes, against the truth: extend, connect, loop, interpolate, inpaint, edit, animate.
 
-python tools/evaluate_tasks.py --model models/quickstart --bounce models/bounce --clips 96
+python tools/evaluate_tasks.py --model models/quickstart --bounce models/bounce --rollout models/rollout --clips 96
 
 `--model` was trained on shapes that move straight (configs/quickstart.yaml), `--bounce` on shapes that bounce
-(configs/bounce.yaml). Figures go to output/NAME/tasks.json, a contact sheet of each task to output/NAME/tasks/; an
+(configs/bounce.yaml), `--rollout` is causal (configs/rollout.yaml). Figures go to output/NAME/tasks.json, a contact sheet of each task to output/NAME/tasks/; an
 orange line marks frames that were made, truth stands above.
 """
 
@@ -17,6 +17,7 @@ import torch
 from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_write import write_contact_sheet
 from stdit.evaluation import operations as op
+from stdit.evaluation.rollouts import rollout
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.run import write_text
 
@@ -39,7 +40,7 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
         "interpolate": lambda: op.interpolation(pipe, data, 2, **labelled),
         "inpaint": lambda: op.inpainting(pipe, data, **labelled),
         "edit-0.3": lambda: op.editing(pipe, data, 0.3, 0.9, False, **labelled),
-        "edit-0.8": lambda: op.editing(pipe, data, 0.8, 0.8, True, **{**options, "guidance_scale": 3.0}),
+        "edit-0.8": lambda: op.editing(pipe, data, 0.8, 0.8, True, **{**options, "guidance_scale": 5.0}),
         "animate": lambda: op.animation(pipe, data, **{**options, "guidance_scale": 3.0}),
         "known": lambda: op.placing(pipe, data, **labelled),
         "sizes": lambda: op.sizes(pipe, count, **{**options, "guidance_scale": 3.0}),
@@ -49,29 +50,38 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
 def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a model of shapes that bounce."""
     length, size = pipe.config.num_frames, pipe.config.height
-    short, long = (op.held_out(count, n, "bounce", size, seed + 1) for n in (length, length + 16))
+    options = {**options, "history_guidance": 1.5}
+    short, beyond = (op.held_out(count, n, "bounce", size, seed + 1) for n in (length, length + 16))
     return {
         "extend-bounce": lambda: op.extension(pipe, short, 5, False, 2.0, False, **options),
-        "extend-beyond": lambda: op.extension(pipe, long, length, False, 4.0, False, **options),
-        "extend-beyond-5": lambda: op.extension(pipe, long, 5, False, 4.0, False, **options),
+        "extend-beyond": lambda: op.extension(pipe, beyond, length, False, 4.0, False, **options),
+        "extend-beyond-5": lambda: op.extension(pipe, beyond, 5, False, 4.0, False, **options),
         "connect": lambda: op.connection(pipe, short, 5, 4, 1.5, **options),
         "loop": lambda: op.loops(pipe, short, 9, 12, **options),
     }
+
+
+def long(pipe: STDiTPipeline, count: int, seed: int, options: dict):
+    """(task, function) for a causal model of shapes that bounce: 40 times the length it was trained at."""
+    data = op.held_out(min(count, 48), pipe.config.num_frames, "bounce", pipe.config.height, seed + 2)
+    choices = {key: options[key] for key in ("num_inference_steps", "seed")}
+    return {"rollout": lambda: rollout(pipe, data, 13, 40 * (pipe.config.num_frames - 1), **choices)}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="trained on shapes that move straight")
     parser.add_argument("--bounce", help="trained on shapes that bounce")
+    parser.add_argument("--rollout", help="a causal model, trained on shapes that bounce")
     parser.add_argument("--tasks", nargs="+", help="only these")
     parser.add_argument("--clips", type=int, default=96)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
-    if not args.model and not args.bounce:
-        raise ValueError("name a model: --model models/quickstart, or --bounce models/bounce, or both.")
+    if not args.model and not args.bounce and not args.rollout:
+        raise ValueError("name a model: --model models/quickstart, --bounce models/bounce, --rollout models/rollout.")
     options = {"num_inference_steps": args.steps, "seed": args.seed, "progress": False, "batch_size": 48}
-    for path, suite in ((args.model, straight), (args.bounce, bouncing)):
+    for path, suite in ((args.model, straight), (args.bounce, bouncing), (args.rollout, long)):
         if not path:
             continue
         output = Path("output") / Path(path).name

@@ -178,7 +178,7 @@ def editing(pipe: Any, data: Set, strength: float, asked: float, obeys: bool, **
         good = np.array([f"{v.shape} {v.direction}" == name for v, name in zip(verdicts, wanted, strict=True)])
         name = f"edit at {strength}: new label obeyed (shape and direction)"
     else:
-        good = np.array([_same(v, t) for v, t in zip(verdicts, data.truths, strict=True)])
+        good = np.array([same_object(v, t) for v, t in zip(verdicts, data.truths, strict=True)])
         name = f"edit at {strength}: shape and colour stay"
     figures = [Figure(name, float(good.mean()), "%", least=asked, interval=wilson(good))]
     return Outcome(figures, _rows(made, data, torch.ones(made.shape[2], dtype=torch.bool)))
@@ -272,14 +272,15 @@ def _frames(total: int, part: slice) -> Tensor:
     return made
 
 
-def _same(verdict: Verdict, truth: ShapeClip) -> bool:
+def same_object(verdict: Verdict, truth: ShapeClip) -> bool:
+    """Whether shape and colour are the truth's."""
     return verdict.shape == truth.shape and bool(np.abs(verdict.color - truth.color).max() < _SAME_COLOR)
 
 
 def _kept(name: str, verdicts: Sequence[Verdict], data: Set, direction: float | None) -> list[Figure]:
     checks: list[tuple[str, Callable[[Verdict, ShapeClip], bool], float | None]] = [
         ("direction kept", lambda v, t: v.direction == t.direction, direction),
-        ("shape and colour kept", _same, 0.9),
+        ("shape and colour kept", same_object, 0.9),
     ]
     figures = []
     for what, check, least in checks:

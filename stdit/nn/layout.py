@@ -98,11 +98,11 @@ class Packed:
 
     def fold(self, x: Tensor, axis: str) -> Tensor:
         x = x[:, 0]
-        return x[:, self.by_patch.to(x.device)] if axis == "temporal" else x
+        return x.index_select(1, self.by_patch.to(x.device)) if axis == "temporal" else x
 
     def unfold(self, x: Tensor, axis: str) -> Tensor:
         if axis == "temporal":
-            x = x[:, self.by_patch.argsort().to(x.device)]
+            x = x.index_select(1, self.by_patch.argsort().to(x.device))
         return x[:, None]
 
     def places(self, axis: str) -> np.ndarray:
@@ -110,18 +110,23 @@ class Packed:
         return places[self.by_patch.numpy()] if axis == "temporal" else places
 
     def spread(self, x: Tensor) -> Tensor:
-        return x[:, :, self.rows.to(x.device)]  # (1, 1, frames of all clips, D)
+        return x.index_select(2, self.rows.to(x.device))  # (1, 1, frames of all clips, D)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor:
         lengths = torch.tensor(self.lengths(axis))
         if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
             return _varlen(query, key, value, lengths)
         starts = lengths.cumsum(0) - lengths
-        out = torch.empty_like(query)
-        for length in lengths.unique().tolist():
-            where = (starts[lengths == length][:, None] + torch.arange(length)).to(query.device)
-            out[0, where] = kernel(*(x[0, where] for x in (query, key, value))).to(out.dtype)
-        return out
+        groups = [
+            (length, (starts[lengths == length][:, None] + torch.arange(length)).flatten())
+            for length in lengths.unique().tolist()
+        ]
+        made = [
+            kernel(*(x[0].index_select(0, where.to(x.device)).unflatten(0, (-1, length)) for x in (query, key, value)))
+            for length, where in groups
+        ]
+        back = torch.cat([where for _, where in groups]).argsort().to(query.device)
+        return torch.cat([part.flatten(0, 1) for part in made]).index_select(0, back)[None]
 
 
 def _places(frames: int, rows: int, columns: int, begin: int = 0) -> np.ndarray:

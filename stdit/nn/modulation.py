@@ -26,7 +26,8 @@ class AdaLNZero(nn.Sequential):
         self.branches = branches
 
     def forward(self, condition: Tensor, layout: Layout | None = None) -> list[Modulation]:
-        chunks = super().forward(condition).chunk(3 * self.branches, dim=-1)
+        modulation = super().forward(condition)
         if layout is not None:
-            chunks = [layout.spread(chunk) for chunk in chunks]
+            modulation = layout.spread(modulation)
+        chunks = modulation.chunk(3 * self.branches, dim=-1)
         return [Modulation(*chunks[3 * i : 3 * i + 3]) for i in range(self.branches)]
