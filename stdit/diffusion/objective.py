@@ -29,13 +29,14 @@ class ObjectiveConfig:
 
     scheme: what is known and who shares a level: one of `SCHEMES`, or "mixed", where each step takes one of them by its
     share in `shares`. known_noise: known frames stand at a level drawn from 0 to this one, and the model is told.
-    known_shift: flow's levels beside known frames are shifted by this factor more, since what is known has been followed
+    mixed_from: the step at which "mixed" begins; before it all frames share a level. known_shift: flow's levels beside known frames are shifted by this factor more, since what is known has been followed
     where noise is high, and at low noise shows itself.
     """
 
     name: Literal["flow", "ddpm"] = "flow"
     scheme: str = "shared"
     shares: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
+    mixed_from: int = 0
     known_noise: float = 0.0
     known_shift: float = 1.0
     distribution: Distribution = "logit_normal"
@@ -56,8 +57,14 @@ class ObjectiveConfig:
                 raise ValueError(f"objective.shares.{name}={share} is no share; use 0 or more.")
         if not any(self.shares.values()):
             raise ValueError("objective.shares are all 0; give at least one scheme a share.")
+        if self.mixed_from < 0:
+            raise ValueError(f"objective.mixed_from={self.mixed_from} is no step; use 0 or more.")
         if not 0 <= self.known_noise < 1:
             raise ValueError(f"objective.known_noise={self.known_noise} lies in [0, 1); 0 keeps known frames clean.")
+
+    def mixture_at(self, step: int) -> dict[str, float]:
+        """The schemes of one training step, with their shares."""
+        return {"shared": 1.0} if self.scheme == "mixed" and step < self.mixed_from else self.mixture
 
     @property
     def mixture(self) -> dict[str, float]:

@@ -94,7 +94,8 @@ def diffusion_losses(
     One scheme a step, so that a step whose frames share a level pays for one condition a clip. Clips of many shapes go
     through the model in one packed sequence.
     """
-    scheme = choose(keyed_generator("scheme", *keys[0][:2]), objective.config.mixture)
+    seed, step, _ = keys[0]
+    scheme = choose(keyed_generator("scheme", seed, step), objective.config.mixture_at(step))
     counts = [len(part.latents) for part in clips]
     begins = [sum(counts[:i]) for i in range(len(counts))]
     noised = [

@@ -67,6 +67,21 @@ def test_known_frames_may_carry_noise_and_are_still_not_predicted():
     assert 0 < levels.min() < levels.max() <= 0.2
 
 
+def test_known_frames_can_begin_after_plain_training():
+    config = ObjectiveConfig(scheme="mixed", shares={"prefix": 3.0, "shared": 1.0}, mixed_from=100)
+    assert config.mixture_at(99) == {"shared": 1.0}
+    assert config.mixture_at(100) == {"prefix": 0.75, "shared": 0.25}
+
+
+def test_levels_beside_known_frames_lie_at_higher_noise_by_known_shift():
+    plain, shifted = (
+        torch.stack([one.levels[~one.known][0] for one in drawn("prefix", known_shift=shift)]) for shift in (1.0, 8.0)
+    )
+    torch.testing.assert_close(shifted, 8 * plain / (1 + 7 * plain))
+    unknown = [torch.stack([one.levels[0] for one in drawn("shared", known_shift=shift)]) for shift in (1.0, 8.0)]
+    assert torch.equal(*unknown)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
