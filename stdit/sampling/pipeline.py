@@ -163,7 +163,7 @@ class STDiTPipeline(DiffusionPipeline):
         labels = self._labels_for(class_labels, len(clip))
         of = None if labels is None else labels.to(self.device)
         sampler = Sampler(self, num_inference_steps, Guidance(guidance_scale), solver)
-        sampler.check(canvas)
+        sampler.check(canvas, canvas.pixels.shape[2])
         self.set_progress_bar_config(disable=True)
         keys = [(seed, i) for i in range(len(clip))]
         _, _, total, height, width = canvas.pixels.shape
@@ -239,8 +239,8 @@ class STDiTPipeline(DiffusionPipeline):
             self, num_inference_steps, Guidance(guidance_scale, guidance_interval, guidance_channels, history_guidance),
             solver, arrangement, every, blend if paste else None, tile, fps,
         )  # fmt: skip
-        sampler.check(canvas)
         length, overlap = self._window(canvas, window, overlap)
+        sampler.check(canvas, length)
         self.set_progress_bar_config(disable=not progress, leave=False)
         filled = []
         for first in range(0, len(canvas.pixels), batch_size):
@@ -263,8 +263,10 @@ class STDiTPipeline(DiffusionPipeline):
     def _window(self, canvas: Canvas, window: int | None, overlap: int | None) -> tuple[int, int]:
         """Frames looked at at a time, and how many of them may be known ones before those to be made."""
         frames, stride = canvas.pixels.shape[2], self.video_vae.stride[0]
-        length = min(frames, window or max(self.config.num_frames, 1 + 2 * stride))
+        length = window or max(self.config.num_frames, 1 + 2 * stride)
         self.video_vae.latent_frames(length)
+        if frames < length:  # all at once; what does not fill a group is made and cut
+            length = next(n for n in range(frames, length + 1) if tasks.fits(self.video_vae, n))
         known = length // 2 // stride * stride + 1 if overlap is None else overlap
         if overlap is not None and not 1 <= overlap < length:
             raise ValueError(

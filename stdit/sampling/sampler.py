@@ -60,11 +60,11 @@ class Sampler(NamedTuple):
         values = torch.tensor([[info[name] for name in model.config.conditions]], device=self.pipe.device)
         return partial(model, info=values)
 
-    def check(self, canvas: Canvas) -> None:
+    def check(self, canvas: Canvas, length: int) -> None:
         """ValueError for what cannot be sampled, a warning for what the model was not trained for."""
         channels, guided_channels = self.pipe.video_vae.channels, self.guidance.channels
-        _, _, frames, height, width = canvas.pixels.shape
-        self.pipe.video_vae.latent_shape(frames, height, width, self.pipe.transformer.patch_size)
+        height, width = canvas.pixels.shape[3:]
+        self.pipe.video_vae.latent_shape(length, height, width, self.pipe.transformer.patch_size)
         if isinstance(self.steps, int) and self.steps < 1:
             raise ValueError(f"num_inference_steps={self.steps} makes no picture; use 1 or more.")
         if guided_channels is not None and not 1 <= guided_channels <= channels:
@@ -106,7 +106,9 @@ class Sampler(NamedTuple):
             _, _, frames, height, width = canvas.pixels.shape
             size = (frames, height, width)
             return torch.cat([known, *stream(self, known, size, labels, keys)], dim=2)
-        pixels, made, number = canvas.pixels.clone(), canvas.made.clone(), 0
+        frames, number = canvas.pixels.shape[2], 0
+        canvas = _lengthened(canvas, length)
+        pixels, made = canvas.pixels.clone(), canvas.made.clone()
         while (window := next_window(made.flatten(1).any(1), length, overlap, stride)) is not None:
             view = slice(window.begin, window.end)
             between = None if canvas.between is None else canvas.between[:, :, :, view]
@@ -117,7 +119,7 @@ class Sampler(NamedTuple):
             pixels[:, :, kept] = done[:, :, kept.start - window.begin : kept.stop - window.begin]
             made[kept] = False
             number += 1
-        return pixels
+        return pixels[:, :, :frames]
 
     def _goes_forward(self, canvas: Canvas) -> bool:
         """Whether nothing or whole groups of first frames are known, and all after them is to be made from noise."""
@@ -185,3 +187,18 @@ class Sampler(NamedTuple):
                 predicted = predicted[:, : x.shape[1]]
             x = scheduler.step(predicted, t, x, return_dict=False)[0]
         return x
+
+
+def _lengthened(canvas: Canvas, length: int) -> Canvas:
+    """A canvas shorter than a window, its last frame repeated until it fills one."""
+    more = length - canvas.pixels.shape[2]
+    if more <= 0:
+        return canvas
+    between = canvas.between
+    return canvas._replace(
+        pixels=torch.cat([canvas.pixels, canvas.pixels[:, :, -1:].expand(-1, -1, more, -1, -1)], 2),
+        made=torch.cat([canvas.made, canvas.made[-1:].expand(more, -1, -1)]),
+        between=None
+        if between is None
+        else torch.cat([between, between[:, :, :, -1:].expand(-1, -1, -1, more, -1, -1)], 3),
+    )

@@ -44,7 +44,10 @@ def extend(clip: Tensor, after: int, before: int, vae: VideoVAE) -> Canvas:
     check_clip(clip, "clip")
     if after < 0 or before < 0 or after + before == 0:
         raise ValueError(f"after={after} and before={before} add no frames; give one of them 1 or more, none below 0.")
-    _check_total(vae, clip.shape[2], after + before, "before" if not after else "after", before if after else 0)
+    if before:
+        _check_gap(vae, clip.shape[2] + after + before, before, "before", 1)
+    if after:
+        _check_gap(vae, clip.shape[2] + after + before, after, "after", 0)
     return _pieces([before, clip, after])
 
 
@@ -60,7 +63,7 @@ def connect(first: Tensor, last: Tensor, frames: int, vae: VideoVAE) -> Canvas:
         )
     if frames < 1:
         raise ValueError(f"frames={frames} leaves no gap between the clips; use 1 or more.")
-    _check_total(vae, first.shape[2] + last.shape[2], frames, "frames", 0)
+    _check_gap(vae, first.shape[2] + last.shape[2] + frames, frames, "frames", 0)
     return _pieces([first, frames, last])
 
 
@@ -72,12 +75,9 @@ def loop(clip: Tensor, frames: int, vae: VideoVAE) -> Canvas:
     check_clip(clip, "clip")
     length = clip.shape[2]
     goal = min(length, vae.stride[0])
-    fits = [frames + d for d in (0, 1, -1, 2, -2, 3, -3, 4) if _fits(vae, length + frames + d + goal)]
-    if frames < 1 or frames not in fits:
-        nearest = " or ".join(map(str, sorted(n for n in fits if n > 0)[:2]))
-        raise ValueError(
-            f"frames={frames} does not fit a loop of {length} frames with VAE {vae.name!r}. Use {nearest}."
-        )
+    if frames < 1:
+        raise ValueError(f"frames={frames} leaves no gap between the clip's end and its beginning; use 1 or more.")
+    _check_gap(vae, length + frames + goal, frames, "frames", 0)
     return _pieces([clip, frames, clip[:, :, :goal]])._replace(keep=length + frames)
 
 
@@ -89,13 +89,6 @@ def interpolate(clip: Tensor, factor: int, vae: VideoVAE, strength: float = 0.4)
     if factor < 2 or frames < 2:
         raise ValueError(f"factor={factor} for {frames} frame(s): use a factor of 2 or more, and 2 frames or more.")
     total = (frames - 1) * factor + 1
-    if not _fits(vae, total):
-        fits = [n for n in range(2, frames + 8 * vae.stride[0]) if _fits(vae, (n - 1) * factor + 1)]
-        nearest = sorted(sorted(fits, key=lambda n: abs(n - frames))[:2])
-        raise ValueError(
-            f"{frames} frames at factor={factor} make {total}, which VAE {vae.name!r} does not hold; "
-            f"give {' or '.join(map(str, nearest))} frames."
-        )
     where = torch.arange(total) / factor
     left = where.floor().long().clamp(max=frames - 2)
     share = (where - left).view(1, 1, -1, 1, 1).to(clip)
@@ -161,7 +154,8 @@ def _pieces(parts: list[Tensor | int]) -> Canvas:
     return Canvas(torch.cat(pixels, 2), torch.cat(made)[:, None, None])
 
 
-def _fits(vae: VideoVAE, frames: int) -> bool:
+def fits(vae: VideoVAE, frames: int) -> bool:
+    """Whether a VAE holds so many frames."""
     try:
         vae.latent_frames(frames)
     except ValueError:
@@ -169,16 +163,24 @@ def _fits(vae: VideoVAE, frames: int) -> bool:
     return True
 
 
-def _check_total(vae: VideoVAE, known: int, new: int, name: str, fixed: int) -> None:
-    """ValueError naming the nearest numbers of new frames that fit."""
-    if _fits(vae, known + new):
+def _check_gap(vae: VideoVAE, total: int, new: int, name: str, first: int) -> None:
+    """New frames make whole groups of the VAE, or the whole clip does; else ValueError naming the nearest that do.
+
+    first: 1 if the new frames begin the clip, since its first frame stands alone.
+    """
+    step = vae.stride[0]
+    if fits(vae, total) or (not vae.frame_step and new % step == first % step):
         return
-    step = vae.frame_step or vae.stride[0]
-    near = [n for n in range(max(1, new - step), new + step + 1) if _fits(vae, known + n) and n > fixed]
-    choices = " or ".join(str(n - fixed) for n in near)
+    known = total - new
+    near = [
+        n
+        for n in range(max(1, new - 2 * step), new + 2 * step + 1)
+        if fits(vae, known + n) or (not vae.frame_step and n % step == first % step)
+    ]
+    below, above = [n for n in near if n < new][-1:], [n for n in near if n > new][:1]
     raise ValueError(
-        f"{name}={new - fixed} makes {known + new} frames in all, which VAE {vae.name!r} (1 + a multiple of {step}) "
-        f"does not hold. Use {name}={choices}."
+        f"{name}={new} is not whole groups of VAE {vae.name!r} ({step} frames each{', and one first' if first else ''}), nor "
+        f"are the {total} frames in all. Use {name}={' or '.join(map(str, below + above))}."
     )
 
 

@@ -31,14 +31,15 @@ def next_window(open_frames: Tensor, length: int, overlap: int, stride: int) -> 
     end_of_gap = first + int(closed[0]) if len(closed) else frames
     if first == 0 and end_of_gap < frames and end_of_gap + stride > length:
         return _backward(end_of_gap, frames, length, overlap, stride)
-    context = min(overlap, (first - 1) // stride * stride + 1) if first else 0
-    begin = max(0, min(first - context, frames - length))
-    end = begin + length
-    keep_to = end
+    contexts = range(1, min(overlap, first) + 1, stride) if first else range(1)  # whole groups behind a first frame
     goal = stride if end_of_gap < frames else 0
-    if goal and end_of_gap + goal > end:  # close the gap only when what follows is in view
-        most = length - max(context, 1) - goal
-        keep_to = min(end, max(first + stride, end_of_gap - most))
+    fitting = [c for c in contexts if c + (end_of_gap - first) + goal <= length]
+    context = fitting[-1] if goal and fitting else contexts[-1]
+    begin = max(0, min(first - context, frames - length))
+    end = keep_to = begin + length
+    if goal and end_of_gap + goal > end:  # what follows comes into view later: leave a gap that can be closed well
+        leave = length - goal - contexts[:2][-1]
+        keep_to = min(end, max(first + stride, end_of_gap - leave))
     return Window(begin, end, begin, keep_to)
 
 
