@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     head = {
         "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "clips": len(dataset),
-        "num_classes": dataset.num_classes, "class_names": dataset.class_names, "shard_size": args.shard_size, **source,
+        "num_classes": dataset.num_classes, "class_names": dataset.class_names, "shard_size": args.shard_size, "tensors": ["latents", "restarts"], **source,
     }  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     _check_same(output, head)

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,7 +179,10 @@ def main(argv: list[str] | None = None) -> int:
     }  # fmt: skip
     suffix = ".png" if plain and settings["num_frames"] == 1 else ".gif" if args.gif else ".mp4"
     paths = output_paths(args, model, count, suffix, settings)
-    clips = TASKS[args.task][1](pipe, inputs, args, numbers, options)
+    with warnings.catch_warnings(record=True) as said:
+        clips = TASKS[args.task][1](pipe, inputs, args, numbers, options)
+    for text in dict.fromkeys(str(warning.message) for warning in said):
+        print(f"warning: {text}")
     fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
     names = pipe.transformer.config.class_names
     for i, (path, clip) in enumerate(zip(paths, clips, strict=True)):

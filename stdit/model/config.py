@@ -24,7 +24,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     num_classes: int | None = None  # null: as many as the data has
-    time_entry: str = "attention"  # attention (a table), rotary, rotary_3d (space too), stream (once, as Latte)
+    time_entry: str = "attention"  # attention (a table), rotary, rotary_3d (space too), attention_rotary_3d, stream
     causal: bool = False  # a frame sees itself and earlier frames; needs time_entry=rotary
     window: int | None = None  # of a causal model: how many latent frames a frame sees, itself included
     positions: str = "extrapolate"  # of sizes never trained: extrapolate, or interpolate into the trained grid

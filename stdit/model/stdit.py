@@ -34,7 +34,7 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
     ("extrapolate") or are squeezed into the trained grid ("interpolate"); may be changed on a trained model
     (`register_to_config(positions=...)`). causal, window: frames see themselves and earlier ones alone.
     conditions: what else than a label the model may be told of a clip (`data.config.INFO`). Six are for weights made elsewhere: the clock they expect (`clock_scale`,
-    `clock_reversed`, `frequency_shift`), an epsilon, where time enters ("attention", "rotary", "rotary_3d", or "stream" as in
+    `clock_reversed`, `frequency_shift`), an epsilon, where time enters (`nn.attention.PLACES`, or "stream" as in
     Latte), and which block of an image model each block was (None: inserted). Raises ValueError for widths that do not divide
     and unknown axes.
     """
@@ -281,7 +281,7 @@ def _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_n
 def _check_causal(causal: bool, window: int | None, time_entry: str, axes: Sequence[str], patch_size) -> None:
     if window is not None and (window < 2 or not causal):
         raise ValueError(f"window={window} with causal={causal}: a window is 2 frames or more, of a causal model.")
-    if causal and (not time_entry.startswith("rotary") or patch_size[0] != 1 or set(axes) == {"spatial"}):
+    if causal and (time_entry not in ("rotary", "rotary_3d") or patch_size[0] != 1 or set(axes) == {"spatial"}):
         raise ValueError(
             f"causal=true with time_entry={time_entry!r}, axes={list(axes)} and patch_size={list(patch_size)}: a causal "
             "model needs time_entry='rotary' or 'rotary_3d', patches of one frame, and joint or temporal attention."

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from stdit.nn.attention import PLACES
+
 Run = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -16,9 +18,10 @@ def stack(blocks: nn.ModuleList, hidden_states: Tensor, condition: Tensor, run: 
 
 def time_entries(entry: str, axes: Sequence[str]) -> list[str]:
     """Where time enters each block of these axes: in every attention, or once, in the stream before the first of time."""
-    if entry in ("attention", "rotary", "rotary_3d"):
+    inside = [name for name in PLACES if name != "none"]
+    if entry in inside:
         return [entry] * len(axes)
     if entry != "stream":
-        raise ValueError(f"time_entry={entry!r} is unknown. Choose one of: attention, rotary, rotary_3d, stream.")
+        raise ValueError(f"time_entry={entry!r} is unknown. Choose one of: {', '.join([*inside, 'stream'])}.")
     first = next((i for i, axis in enumerate(axes) if axis != "spatial"), None)
     return ["stream" if i == first else "none" for i in range(len(axes))]

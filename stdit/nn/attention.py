@@ -42,14 +42,14 @@ class AxialAttnProcessor:
         tokens = layout.fold(hidden_states, axis)
         places = layout.places(axis)
         frames = places[:, 0]
-        if attn.time == "attention" and frames.max() > 0:  # nothing is added at frame 0
+        if attn.adds_time and frames.max() > 0:  # nothing is added at frame 0
             table = time_positions(int(frames.max()) + 1, tokens.shape[-1], layout.scale[0])
             tokens = tokens + table[frames].to(tokens)
         qkv = rearrange(attn.qkv(tokens), "n l (three h d) -> three n l h d", three=3, h=attn.heads)
         query, key, value = qkv[0], qkv[1], qkv[2]
         query, key = attn.q_norm(query), attn.k_norm(key)
-        if attn.time.startswith("rotary"):
-            turned = (places * layout.scale)[:, : 3 if attn.time == "rotary_3d" else 1]
+        if attn.turns:
+            turned = (places * layout.scale)[:, : attn.turns]
             query, key = rotate(query, turned), rotate(key, turned)
         key_frames = frames
         if cache is not None and axis != "spatial":
@@ -66,6 +66,17 @@ class AxialAttnProcessor:
         )
 
 
+# Whether a table of time, zero at frame 0, is added to the tokens, and by how many places (time, y, x) queries and keys
+# are turned, so that distances count.
+PLACES = {
+    "attention": (True, 0),
+    "rotary": (False, 1),
+    "rotary_3d": (False, 3),
+    "attention_rotary_3d": (True, 3),
+    "none": (False, 0),
+}
+
+
 class QKNorm(nn.RMSNorm):
     """Root-mean-square norm of queries or keys, in the precision of its weight: keeps logits bounded in 16 bits."""
 
@@ -76,10 +87,8 @@ class QKNorm(nn.RMSNorm):
 class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention along `axis` of (B, T, S, D).
 
-    time: how frames know their place here: "attention" (a table added to the tokens, zero at frame 0, see
-    `time_positions`), "rotary" (queries and keys are turned, so that only distances count), "rotary_3d" (so by place in
-    space too), "none" (weights that found it in the stream; spatial attention but for rotary_3d). causal: a frame sees itself and earlier frames, of these the last
-    `window` - 1 if a window is given.
+    time: how tokens know their place here, one of `PLACES`. causal: a frame sees itself and earlier frames, of these
+    the last `window` - 1 if a window is given.
     """
 
     _default_processor_cls = AxialAttnProcessor
@@ -99,7 +108,9 @@ class Attention(nn.Module, AttentionModuleMixin):
     ):
         super().__init__()
         self.heads, self.axis = num_heads, axis
-        self.time = "none" if axis == "spatial" and time != "rotary_3d" else time
+        adds_time, turns = PLACES[time]
+        self.adds_time = adds_time and axis != "spatial"
+        self.turns = 0 if axis == "spatial" and turns == 1 else turns
         self.causal, self.window = causal and axis != "spatial", window
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = QKNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()

@@ -13,9 +13,9 @@ from stdit.nn.positions import frame_positions
 class STDiTBlock(nn.Module):
     """Pre-norm block with adaLN-Zero: the identity when fresh (DiT, section 3.2).
 
-    hidden_states: (B, T, S, D); condition: (B, T|1, S|1, D). `time`: where frames learn their place: "attention"
-    (inside it), "rotary" or "rotary_3d" (by turning queries and keys), "stream" (added to what passes through, as Latte does
-    once), "none". layout, cache: see `nn.layout`, `nn.cache`.
+    hidden_states: (B, T, S, D); condition: (B, T|1, S|1, D). `time`: where tokens learn their place: inside attention
+    (`attention.PLACES`), or "stream" (time added to what passes through, as Latte does once). layout, cache: see
+    `nn.layout`, `nn.cache`.
     """
 
     def __init__(

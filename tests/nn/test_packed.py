@@ -11,7 +11,7 @@ def clips(channels=4):
 
 
 @pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"], ["spatial", "joint"]], ids="-".join)
-@pytest.mark.parametrize("entry", ["attention", "rotary_3d"])
+@pytest.mark.parametrize("entry", ["attention", "attention_rotary_3d"])
 def test_packed_equals_unpacked_in_loss_and_gradients(tiny_model, axes, entry):
     model = tiny_model(axes=axes, time_entry=entry, qk_norm=True)
     latents, timesteps, labels = clips()
