@@ -39,7 +39,7 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
         "extend-backward": lambda: op.extension(pipe, data, 8, True, 2.0, True, **labelled),
         "interpolate": lambda: op.interpolation(pipe, data, 2, **labelled),
         "inpaint": lambda: op.inpainting(pipe, data, **labelled),
-        "edit-0.3": lambda: op.editing(pipe, data, 0.3, 0.9, False, **labelled),
+        "edit-0.3": lambda: op.editing(pipe, data, 0.3, 0.9, False, **{**options, "guidance_scale": 1.0}),
         "edit-0.8": lambda: op.editing(pipe, data, 0.8, 0.8, True, **{**options, "guidance_scale": 5.0}),
         "animate": lambda: op.animation(pipe, data, **{**options, "guidance_scale": 3.0}),
         "known": lambda: op.placing(pipe, data, **labelled),

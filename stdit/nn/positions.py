@@ -44,15 +44,18 @@ def rotate(x: Tensor, places: np.ndarray) -> Tensor:
     One axis has all pairs, of three (time, y, x) y and x a third each; pair i of an axis with n turns by its place times
     10000^(-i/n). Place 0 leaves x as it is.
     """
-    pairs = x.shape[-1] // 2
-    shares = [pairs] if places.shape[1] == 1 else [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
-    angles = torch.cat(
-        [
-            torch.from_numpy(places[:, axis]).double()[:, None] * 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
-            for axis, n in enumerate(shares)
-        ],
-        dim=1,
-    )[None, :, None]
-    cos, sin = angles.cos().float().to(x.device), angles.sin().float().to(x.device)
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+    turns = _turns(places.astype(np.float64).tobytes(), places.shape[1], x.shape[-1] // 2).to(x.device)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _turns(places: bytes, axes: int, pairs: int) -> Tensor:
+    """(L, 1, pairs) complex numbers of length 1."""
+    each = torch.from_numpy(np.frombuffer(places).reshape(-1, axes).copy())
+    shares = [pairs] if axes == 1 else [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+    angles = [
+        each[:, axis, None] * 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n) for axis, n in enumerate(shares)
+    ]
+    angle = torch.cat(angles, dim=1)[:, None].float()
+    return torch.polar(torch.ones_like(angle), angle)
