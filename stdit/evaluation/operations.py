@@ -120,7 +120,12 @@ def loops(pipe: Any, data: Set, known: int, new: int, **options) -> Outcome:
     good = moving & (jumps <= steps)
     name = f"loop of {known} frames and {new} new"
     figures = [
-        Figure(f"{name}: mean jump over mean step", float(jumps[moving].mean() / steps[moving].mean()), "", most=1.0),
+        Figure(
+            f"{name}: mean jump over mean step",
+            float(jumps[moving].mean() / steps[moving].mean()) if moving.any() else float("inf"),
+            "",
+            most=1.0,
+        ),
         Figure(f"{name}: jump no larger than the clip's mean step", float(good.mean()), "%", interval=wilson(good)),
         Figure(f"{name}: moving", float(moving.mean()), "%"),
     ]
