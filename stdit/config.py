@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stdit.checkpoint.inflate import InitFrom
 from stdit.data.datasets import DataConfig
+from stdit.diffusion.levels import SCHEMES
 from stdit.diffusion.objective import ObjectiveConfig
 from stdit.model.config import ModelConfig
 from stdit.training.config import TrainConfig
@@ -36,6 +37,14 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     init_from: InitFrom = field(default_factory=InitFrom)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        taught = [name for name in self.objective.mixture if SCHEMES[name].taught]
+        if taught and not self.model.causal:
+            raise ValueError(
+                f"objective.scheme={taught[0]} shows each frame the clean ones before it, which is for model.causal=true; "
+                "set that, or use objective.scheme=prefix."
+            )
 
 
 def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:

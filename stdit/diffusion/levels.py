@@ -12,10 +12,14 @@ Grid = tuple[int, int, int]  # latent frames, rows and columns of patches
 
 
 class Drawn(NamedTuple):
-    """Levels of one clip and what of it is known, (T,) or per patch (T, rows, columns). Loss counts where not known."""
+    """Levels of one clip and what of it is known, (T,) or per patch (T, rows, columns). Loss counts where not known.
+
+    history: the level of the copy in which each frame sees those before it (teacher forcing), or None.
+    """
 
     levels: Tensor
     known: Tensor
+    history: Tensor | None = None
 
 
 def _nothing(generator: torch.Generator, grid: Grid) -> Tensor:
@@ -75,10 +79,14 @@ def _region(generator: torch.Generator, grid: Grid) -> Tensor:
 
 
 class Scheme(NamedTuple):
-    """What is known, and whether the other frames have a level each (diffusion forcing) or share one."""
+    """What is known, and whether the other frames have a level each (diffusion forcing) or share one.
+
+    taught: each frame is predicted beside the clean frames before it, all frames of a clip at once (causal models).
+    """
 
     known: Callable[[torch.Generator, Grid], Tensor] = _nothing
     independent: bool = False
+    taught: bool = False
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -90,6 +98,7 @@ SCHEMES: dict[str, Scheme] = {
     "random": Scheme(_random),
     "every": Scheme(_every),
     "region": Scheme(_region),
+    "teacher": Scheme(independent=True, taught=True),
 }
 MIXTURE = {
     "shared": 0.5, "per_frame": 0.05, "prefix": 0.15, "suffix": 0.08, "ends": 0.12, "random": 0.03, "every": 0.02,

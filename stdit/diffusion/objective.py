@@ -90,10 +90,11 @@ class Objective(ABC):
         kind = SCHEMES[scheme]
         levels = self.draw_levels(generator, frames if kind.independent else 1, tokens).expand(frames)
         known = kind.known(generator, grid)
-        if known.any():
+        if known.any() or kind.taught:
             levels = self.path.on_clock(shift_levels(levels, self.config.known_shift))
         clean = self.path.on_clock(self.config.known_noise * torch.rand((), generator=generator))
-        return Drawn(torch.where(known, clean, levels.view(-1, *[1] * (known.ndim - 1))), known)
+        levels = torch.where(known, clean, levels.view(-1, *[1] * (known.ndim - 1)))
+        return Drawn(levels, known, clean if kind.taught else None)
 
     @abstractmethod
     def draw_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:

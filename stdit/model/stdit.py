@@ -20,7 +20,7 @@ from stdit.model.trunks import stack, time_entries
 from stdit.nn.blocks import FinalLayer, STDiTBlock
 from stdit.nn.cache import FrameCache
 from stdit.nn.embedders import InfoEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
-from stdit.nn.layout import AXES, Dense, Layout, Packed
+from stdit.nn.layout import AXES, Dense, Layout, Packed, Taught
 from stdit.nn.positions import space_positions
 from stdit.nn.tokens import token_grid, unpatchify
 from stdit.variants import pick
@@ -162,24 +162,32 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         class_labels: Tensor | None = None,
         cache: FrameCache | None = None,
         info: Tensor | None = None,
+        history: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Predict from noisy latents. Lists of latents and timesteps go through as one packed sequence (see `packed`).
 
         hidden_states: (B, C, T, H, W); timestep: (B,) or per latent frame (B, T) or per token (B, T, S), on 0..1000;
         class_labels: (B,), label num_classes is null, None is null everywhere; cache: the frames before these, for a
-        causal model (`nn.cache`); info: (B|1, N) numbers for `conditions`, nan where unsaid. Returns (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
+        causal model (`nn.cache`); info: (B|1, N) numbers for `conditions`, nan where unsaid; history: the same clips and
+        their timesteps (B, T) as each frame sees those before it (teacher forcing of causal models). Returns (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
         """
         if not isinstance(hidden_states, Tensor):
             return self.packed(hidden_states, timestep, class_labels, info)  # type: ignore[return-value, arg-type]
+        if history is not None:
+            hidden_states = torch.cat([history[0], hidden_states], dim=2)
+            timestep = torch.cat([history[1], timestep.view(len(history[1]), -1).expand_as(history[1])], dim=1)
         frames, rows, columns = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
         condition = self.condition(timestep, class_labels, hidden_states.shape[0], info)
         tokens = self.x_embedder(hidden_states)
         scale = self._spacing((frames, rows, columns))
         tokens = tokens + space_positions(rows, columns, tokens.shape[-1], scale[1:]).to(tokens)
-        layout = Dense((frames, rows, columns), cache.frames if cache is not None else 0, scale)
+        kind = Dense if history is None else Taught
+        layout = kind((frames, rows, columns), cache.frames if cache is not None else 0, scale)
         tokens = stack(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=cache))
         if cache is not None and cache.writing:
             cache.frames += frames
+        if history is not None:
+            tokens, condition = tokens[:, frames // 2 :], condition[:, frames // 2 :]
         return unpatchify(self.final_layer(tokens, condition), self.patch_size, rows)
 
     def packed(

@@ -54,7 +54,8 @@ class AxialAttnProcessor:
         key_frames = frames
         if cache is not None and axis != "spatial":
             key, value, key_frames = cache.seen(attn, key, value, frames)
-        kernel = partial(self._kernel, attn_mask=attn.mask(frames, key_frames, query.device))
+        mask = attn.mask(frames, key_frames, layout.copies(axis), query.device)
+        kernel = partial(self._kernel, attn_mask=mask)
         out = layout.attend(query, key, value, axis, kernel)
         return layout.unfold(attn.proj(out.flatten(2)), axis)
 
@@ -118,12 +119,17 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.proj = nn.Linear(dim, dim)
         self.set_processor(AxialAttnProcessor())
 
-    def mask(self, frames: np.ndarray, key_frames: np.ndarray, device: torch.device) -> Tensor | None:
+    def mask(
+        self, frames: np.ndarray, key_frames: np.ndarray, copies: np.ndarray, device: torch.device
+    ) -> Tensor | None:
         """(queries, keys) bool, true where a query may look; None where it may look everywhere."""
         if not self.causal:
             return None
         distance = frames[:, None] - key_frames[None]
         seen = (distance >= 0) & (distance < (self.window or len(key_frames) + 1))
+        if copies.any():  # a noisy copy sees of noisy frames itself alone, and nothing sees a copy of another frame
+            twin, own = copies[:, None] ^ copies[None], copies[:, None] & copies[None]
+            seen &= np.where(own, distance == 0, ~twin | (copies[:, None] & (distance > 0)))
         return None if seen.all() else torch.from_numpy(seen).to(device)
 
     def forward(self, hidden_states: Tensor, layout: Layout | None = None, cache: FrameCache | None = None) -> Tensor:

@@ -26,6 +26,7 @@ class Layout(Protocol):
     def fold(self, x: Tensor, axis: str) -> Tensor: ...
     def unfold(self, x: Tensor, axis: str) -> Tensor: ...
     def places(self, axis: str) -> np.ndarray: ...  # (L, 3) frame, row and column of each token of a folded sequence
+    def copies(self, axis: str) -> np.ndarray: ...  # (L,) whether a token is of a noisy copy of the clip
     def spread(self, x: Tensor) -> Tensor: ...  # what is computed once a frame, for every token
     def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor: ...
 
@@ -49,11 +50,31 @@ class Dense:
             return _places(t, 1, 1, self.begin)
         return _places(t if axis == "joint" else 1, rows, columns, self.begin if axis == "joint" else 0)
 
+    def copies(self, axis: str) -> np.ndarray:
+        return np.zeros(len(self.places(axis)), dtype=bool)
+
     def spread(self, x: Tensor) -> Tensor:
         return x  # (B, T|1, S|1, D) broadcasts
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor:
         return kernel(query, key, value)
+
+
+class Taught(Dense):
+    """Clips and, behind them, their noisy copies, (B, 2 T, rows * columns, D): for teacher forcing.
+
+    A frame of the copy stands at the place of its clean twin, and sees itself and the clean frames before it.
+    """
+
+    def places(self, axis: str) -> np.ndarray:
+        places = super().places(axis)
+        if axis != "spatial":
+            places[:, 0] %= self.grid[0] // 2
+        return places
+
+    def copies(self, axis: str) -> np.ndarray:
+        tokens = np.arange(len(self.places(axis)))
+        return tokens * 2 >= len(tokens) if axis != "spatial" else np.zeros(len(tokens), dtype=bool)
 
 
 class Packed:
@@ -108,6 +129,9 @@ class Packed:
     def places(self, axis: str) -> np.ndarray:
         places = np.concatenate([_places(*grid) for grid in self.grids])
         return places[self.by_patch.numpy()] if axis == "temporal" else places
+
+    def copies(self, axis: str) -> np.ndarray:
+        return np.zeros(len(self.places(axis)), dtype=bool)
 
     def spread(self, x: Tensor) -> Tensor:
         return x.index_select(2, self.rows.to(x.device))  # (1, 1, frames of all clips, D)

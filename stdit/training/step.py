@@ -102,7 +102,9 @@ def diffusion_losses(
         _noise(objective, part, scheme, keys[begin : begin + count], patch)
         for part, begin, count in zip(clips, begins, counts, strict=True)
     ]
-    named = {"class_labels": labels} if info is None else {"class_labels": labels, "info": info}
+    named: dict[str, Any] = {"class_labels": labels} if info is None else {"class_labels": labels, "info": info}
+    if noised[0].history is not None:
+        named["history"] = noised[0].history
     if len(noised) == 1:
         outputs = [model(noised[0].noisy, noised[0].timestep, **named)]
     else:
@@ -119,6 +121,7 @@ class _Noised(NamedTuple):
     levels: Tensor
     known: Tensor
     timestep: Tensor
+    history: tuple[Tensor, Tensor] | None
 
 
 def _noise(objective: Objective, clips: Clips, scheme: str, keys: list, patch: tuple[int, int, int]) -> _Noised:
@@ -133,7 +136,12 @@ def _noise(objective: Objective, clips: Clips, scheme: str, keys: list, patch: t
     shared = bool((levels == levels[:, :1]).all())  # one condition a clip is cheaper than one a frame
     timestep = objective.timestep(levels[:, 0] if shared and levels.ndim == 2 else levels)
     timestep = timestep.flatten(2) if timestep.ndim > 2 else timestep
-    return _Noised(latents, noise, objective.noisy(latents, noise, levels), levels, known, timestep)
+    history = None
+    if drawn[0].history is not None:
+        clean = torch.stack([one.history for one in drawn]).to(levels)[:, None].expand_as(levels)
+        other = keyed_normal("history", keys, tuple(latents.shape[1:])).to(latents.device)
+        history = objective.noisy(latents, other, clean), objective.timestep(clean)
+    return _Noised(latents, noise, objective.noisy(latents, noise, levels), levels, known, timestep, history)
 
 
 def _compare(objective: Objective, output: Tensor, one: _Noised) -> Losses:

@@ -22,7 +22,15 @@ def test_frames_share_a_level_or_have_one_each():
     assert all(len(one.levels.unique()) == 5 for one in drawn("per_frame"))
 
 
-@pytest.mark.parametrize("scheme", sorted(set(SCHEMES) - {"shared", "per_frame"}))
+def test_a_teacher_shows_each_frame_those_before_it_at_the_known_level():
+    for one in drawn("teacher", known_noise=0.2):
+        assert not one.known.any()
+        assert len(one.levels.unique()) == 5
+        assert 0 <= one.history < 0.2
+    assert all(one.history is None for one in drawn("prefix"))
+
+
+@pytest.mark.parametrize("scheme", sorted(set(SCHEMES) - {"shared", "per_frame", "teacher"}))
 @pytest.mark.parametrize("objective", ["flow", "ddpm"])
 def test_known_frames_stand_at_level_0_and_something_is_left_to_predict(scheme, objective):
     for one in drawn(scheme, name=objective):

@@ -38,6 +38,21 @@ def test_frame_by_frame_with_a_cache_equals_all_frames_at_once(axes, window, ent
 
 
 @pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"]], ids="-".join)
+@pytest.mark.parametrize("window", [None, 3])
+@torch.no_grad()
+def test_a_taught_frame_is_what_the_cache_of_clean_frames_before_it_gives(axes, window):
+    model, (x, t, labels), cache = causal(axes, window), inputs(), FrameCache(window)
+    clean, level = torch.randn_like(x), torch.full((2, 6), 20.0)
+    taught = model(x, t, labels, history=(clean, level))
+    for i in range(6):
+        made = model(x[:, :, i : i + 1], t[:, i : i + 1], labels, cache=cache)
+        torch.testing.assert_close(taught[:, :, i : i + 1], made, atol=1e-5, rtol=1e-5)
+        cache.writing = True
+        model(clean[:, :, i : i + 1], level[:, i : i + 1], labels, cache=cache)
+        cache.writing = False
+
+
+@pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"]], ids="-".join)
 @torch.no_grad()
 def test_a_causal_model_sees_no_later_frame_and_none_before_its_window(axes):
     model, (x, t, labels) = causal(axes, 2), inputs()
