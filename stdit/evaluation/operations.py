@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stdit.data.shapes import CLASS_NAMES, ShapeClip, draw, random_clip
 from stdit.data.video_write import to_uint8
+from stdit.evaluation.metrics import decibel, psnr
 from stdit.evaluation.shapes import Verdict, judge, report, wilson
 from stdit.keys import keyed_rng
 from stdit.sampling.tasks import Canvas
@@ -166,7 +167,7 @@ def inpainting(pipe: Any, data: Set, **options) -> Outcome:
         total.append((filled - true).square().flatten())
         median.append((seen - true).square().flatten())
         made += _rows(clips, part, torch.ones(frames, dtype=torch.bool))[:4]
-    ours, theirs = (_decibel(torch.cat(squares).mean()) for squares in (total, median))
+    ours, theirs = (decibel(torch.cat(squares).mean()) for squares in (total, median))
     figures = [
         Figure("inpaint a quarter: PSNR above the frame-wise median", ours - theirs, "dB", least=3.0),
         Figure("inpaint a quarter: PSNR in the hole", ours, "dB"),
@@ -246,20 +247,11 @@ def sizes(pipe: Any, count: int, **options) -> Outcome:
     return Outcome(figures, shown)
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Of all pixels together, in dB; pixels in [-1, 1]."""
-    return _decibel((a.float() - b.float()).square().mean())
-
-
 def mark(clip: np.ndarray, made: Tensor) -> np.ndarray:
     """An orange line above frames that were made, at least in part."""
     clip = np.pad(clip, ((0, 0), (3, 0), (0, 0), (0, 0)), constant_values=255)
     clip[made.numpy(), :2] = (240, 120, 0)
     return clip
-
-
-def _decibel(mean_square: Tensor) -> float:
-    return float(10 * torch.log10(4 / mean_square.clamp(min=1e-12)))
 
 
 @torch.no_grad()

@@ -1,0 +1,117 @@
+"""Distances between distributions of features: Fréchet (float64) and kernel. FID and FVD only by their own extractors."""
+
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Gaussian:
+    """Mean and covariance of features (N, D) that come in parts: float64 sums, which add over processes.
+
+    Sums are taken about the first feature seen, so that a large mean costs no digits.
+    """
+
+    count: int = 0
+    origin: Tensor | None = None
+    total: Tensor | None = None
+    outer: Tensor | None = None
+
+    def add(self, features: Tensor) -> Self:
+        """Take in (N, D); ValueError for numbers that are not finite."""
+        features = features.detach().cpu().double()
+        if not features.isfinite().all():
+            raise ValueError("features hold numbers that are not finite; look at the clips they are of.")
+        if self.origin is None or self.total is None or self.outer is None:
+            self.origin = features[0].clone()
+            self.total = torch.zeros_like(self.origin)
+            self.outer = torch.zeros(len(self.origin), len(self.origin), dtype=torch.float64)
+        centred = features - self.origin
+        self.count += len(features)
+        self.total += centred.sum(0)
+        self.outer += centred.T @ centred
+        return self
+
+    def merge(self, other: "Gaussian") -> "Gaussian":
+        """The Gaussian of both parts together."""
+        if other.origin is None or other.total is None or other.outer is None:
+            return self
+        if self.origin is None or self.total is None or self.outer is None:
+            return other
+        move = other.origin - self.origin
+        cross = torch.outer(move, other.total)
+        return Gaussian(
+            self.count + other.count,
+            self.origin,
+            self.total + other.total + other.count * move,
+            self.outer + other.outer + cross + cross.T + other.count * torch.outer(move, move),
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        assert self.origin is not None and self.total is not None
+        return self.origin + self.total / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Divided by N - 1, as numpy.cov and the published scores do."""
+        if self.count < 2 or self.total is None or self.outer is None:
+            raise ValueError(f"{self.count} clip(s) have no covariance; give 2 or more.")
+        return (self.outer - torch.outer(self.total, self.total) / self.count) / (self.count - 1)
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """|mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)), by eigenvalues of symmetric matrices in float64.
+
+    Dowson and Landau, "The Fréchet distance between multivariate normal distributions". With fewer clips than features
+    it is biased upward: compare only at equal counts.
+    """
+    root = _root(a.covariance)
+    # C C' and root C' root have the same eigenvalues, and the latter is symmetric.
+    eigenvalues = torch.linalg.eigvalsh(root @ b.covariance @ root)
+    trace = a.covariance.trace() + b.covariance.trace() - 2 * eigenvalues.clamp(min=0).sqrt().sum()
+    return float((a.mean - b.mean).square().sum() + trace)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+@dataclass
+class Features:
+    """Features as they are, for the kernel distance; parts of several processes are put behind each other."""
+
+    parts: list[Tensor] = field(default_factory=list)
+
+    def add(self, features: Tensor) -> Self:
+        self.parts.append(features.detach().cpu().double())
+        return self
+
+    def merge(self, other: "Features") -> "Features":
+        return Features([*self.parts, *other.parts])
+
+    @property
+    def all(self) -> Tensor:
+        return torch.cat(self.parts)
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Squared maximum mean discrepancy, unbiased, kernel (x.y / D + 1)^3, of all features (N, D), (M, D) at once.
+
+    Binkowski et al., "Demystifying MMD GANs" (KID with Inception's features, KVD with I3D's). May fall below 0.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"{len(a)} and {len(b)} clips: the kernel distance needs 2 or more of each.")
+    a, b = a.double(), b.double()
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        products = kernel(x, x)
+        return (products.sum() - products.trace()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())

@@ -1,0 +1,110 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stdit.evaluation.features import describe, distances, load_extractor
+from stdit.evaluation.frechet import Gaussian, frechet_distance, kernel_distance
+from stdit.evaluation.metrics import psnr, ssim
+
+
+def gaussian(features):
+    return Gaussian().add(features)
+
+
+def test_two_gaussians_that_commute_are_as_far_apart_as_the_formula_says():
+    torch.manual_seed(0)
+    x = torch.randn(4000, 3, dtype=torch.float64)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(gaussian(x).covariance)).T  # exactly N(0, 1)
+    scales, move = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([3.0, 0.0, -1.0])
+    expected = float(move.square().sum() + (scales - 1).square().sum())
+    assert frechet_distance(gaussian(x), gaussian(x * scales + move)) == pytest.approx(expected, abs=1e-9)
+    assert frechet_distance(gaussian(x), gaussian(x)) == pytest.approx(0, abs=1e-9)
+
+
+def test_parts_in_any_order_give_the_gaussian_of_all_even_far_from_zero():
+    torch.manual_seed(0)
+    x = 1e6 + torch.randn(60, 5, dtype=torch.float64)
+    streamed = gaussian(x[:7]).add(x[7:20])
+    merged = gaussian(x[20:33]).merge(Gaussian()).merge(gaussian(x[33:])).merge(streamed)
+    for whole in (merged, Gaussian().merge(merged)):
+        np.testing.assert_allclose(whole.mean, x.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(whole.covariance, np.cov(x.numpy().T), atol=1e-8)
+    assert merged.count == 60
+
+
+def test_the_kernel_distance_is_the_mean_over_pairs_and_unbiased():
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 4), torch.randn(6, 4)
+
+    def k(x, y):
+        return float((x @ y / 4 + 1) ** 3)
+
+    def pairs(x, y):
+        return [k(x[i], y[j]) for i in range(len(x)) for j in range(len(y)) if x is not y or i != j]
+
+    expected = np.mean(pairs(a, a)) + np.mean(pairs(b, b)) - 2 * np.mean(pairs(a, b))
+    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-5)
+    same = [kernel_distance(torch.randn(50, 4), torch.randn(50, 4)) for _ in range(200)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / math.sqrt(200)
+
+
+def test_psnr_and_ssim_know_equal_clips_and_fall_with_noise():
+    torch.manual_seed(0)
+    clip = torch.rand(2, 3, 3, 24, 24) * 2 - 1
+    scores = [(psnr(clip + s * torch.randn_like(clip), clip), ssim(clip + s * torch.randn_like(clip), clip)) for s in (0.02, 0.1, 0.5)]  # fmt: skip
+    assert ssim(clip, clip) == pytest.approx(1)
+    assert psnr(clip + 0.2, clip) == pytest.approx(20, abs=1e-4)
+    assert scores == sorted(scores, reverse=True)
+    moved = ssim(clip + 0.1, clip)  # a shift of brightness costs structure nothing
+    assert moved > scores[1][1]
+
+
+def test_the_tiny_vae_tells_moving_clips_from_still_ones_and_from_noise():
+    extractor = load_extractor("vae")
+    torch.manual_seed(0)
+    base = torch.nn.functional.interpolate(torch.rand(48, 3, 5, 4, 4) * 2 - 1, size=(5, 16, 16), mode="trilinear")
+    other = torch.nn.functional.interpolate(torch.rand(48, 3, 5, 4, 4) * 2 - 1, size=(5, 16, 16), mode="trilinear")
+    still, noise = other[:, :, :1].expand_as(other), torch.rand(48, 3, 5, 16, 16) * 2 - 1
+    near, far, farther = (distances([x], [base], extractor) for x in (other, still, noise))
+    assert near.frechet < far.frechet < farther.frechet
+    assert near.kernel < far.kernel < farther.kernel
+    assert near.names == ("Fréchet distance", "kernel distance") and "VAE" in near.extractor
+
+
+def test_an_extractor_file_is_run_as_it_is_and_only_inception_is_called_fid(tmp_path):
+    class Mean(torch.nn.Module):
+        def forward(self, x, return_features: bool = False):
+            return x.float().mean((2, 3))
+
+    file = tmp_path / "inception.pt"
+    torch.jit.script(Mean()).save(str(file))
+    extractor = load_extractor(f"inception={file}")
+    assert (extractor.frechet, extractor.kernel) == ("FID", "KID")
+    summed, kept = describe([torch.ones(2, 3, 4, 8, 8)], extractor)
+    assert summed.count == 8 and torch.equal(kept.all, torch.full((8, 3), 255.0, dtype=torch.float64))
+    script = load_extractor(f"script={file}")
+    assert script.frechet == "Fréchet distance"
+    with pytest.raises(ValueError, match=r"features are \(N, D\)"):
+        describe([torch.ones(2, 3, 4, 8, 8)], script)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [("fid", "write vae, or one of"), ("i3d", "write vae"), ("script=nowhere.pt", "does not exist")],
+)
+def test_extractors_that_are_not_there_are_named(choice, message):
+    with pytest.raises(ValueError, match=message):
+        load_extractor(choice)
+
+
+def test_what_has_no_distance_is_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        gaussian(torch.tensor([[0.0, float("nan")]]))
+    with pytest.raises(ValueError, match="2 or more"):
+        frechet_distance(gaussian(torch.ones(1, 2)), gaussian(torch.ones(2, 2)))
+    with pytest.raises(ValueError, match="2 or more"):
+        kernel_distance(torch.ones(1, 2), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="smaller than SSIM"):
+        ssim(torch.zeros(1, 3, 1, 8, 8), torch.zeros(1, 3, 1, 8, 8))
