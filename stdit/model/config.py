@@ -29,6 +29,8 @@ class ModelConfig:
     window: int | None = None  # of a causal model: how many latent frames a frame sees, itself included
     positions: str = "extrapolate"  # of sizes never trained: extrapolate, or interpolate into the trained grid
     conditions: list[str] = field(default_factory=list)  # told of each clip: fps, seconds, height, width
+    conditioning: str = "adaln_zero"  # how labels and levels enter: adaln_zero, adaln, adaln_single, cross_attention, in_context
+    caption_channels: int | None = None  # the width of a text encoder's tokens; null: told no captions
     gradient_checkpointing: bool = False
 
 
@@ -57,6 +59,8 @@ def model_arguments(config: ModelConfig) -> dict:
             arguments[key] = getattr(config, key)
     if config.patch_size is not None:
         arguments["patch_size"] = tuple(config.patch_size)
-    for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "positions", "conditions"):
+    for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "positions", "conditions") + (
+        "conditioning", "caption_channels",
+    ):  # fmt: skip
         arguments[key] = getattr(config, key)
     return {**arguments, "axes": list(config.axes)}

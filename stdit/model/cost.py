@@ -42,7 +42,10 @@ def forward_cost(arguments: dict, latent: Shape) -> Cost:
     flops: dict[str, float] = {}
     inside = 0.0
     for i, block in enumerate(model.blocks):
-        kinds = {f"attention {block.attn.axis}": "attn", "mlp": "mlp", "modulation": "adaLN_modulation"}
+        kinds = {
+            f"attention {block.attn.axis}": "attn", "attention to the condition": "cross_attn", "mlp": "mlp",
+            "modulation": "adaLN_modulation",
+        }  # fmt: skip
         for kind, part in kinds.items():
             count = counts.get(f"STDiT.blocks.{i}.{part}", 0.0)
             flops[kind] = flops.get(kind, 0.0) + count

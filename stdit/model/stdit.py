@@ -14,13 +14,16 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from stdit.model.checks import check_causal, check_conditioning, check_shape
 from stdit.model.config import size_arguments
 from stdit.model.sockets import is_folder, model_card, register_blocks
 from stdit.model.trunks import stack, time_entries
 from stdit.nn.blocks import FinalLayer, STDiTBlock
 from stdit.nn.cache import FrameCache
-from stdit.nn.embedders import InfoEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
-from stdit.nn.layout import AXES, Dense, Layout, Packed, Taught
+from stdit.nn.conditioning import CONDITIONINGS
+from stdit.nn.embedders import CaptionEmbedder, InfoEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
+from stdit.nn.layout import Dense, Layout, Packed, Taught
+from stdit.nn.modulation import Condition
 from stdit.nn.positions import space_positions
 from stdit.nn.tokens import token_grid, unpatchify
 from stdit.variants import pick
@@ -69,11 +72,14 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         window: int | None = None,
         positions: str = "extrapolate",
         conditions: Sequence[str] = (),
+        conditioning: str = "adaln_zero",
+        caption_channels: int | None = None,
     ):
         super().__init__()
-        _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
+        check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
         pick({"extrapolate": None, "interpolate": None}, positions, "positions")
-        _check_causal(causal, window, time_entry, axes, patch_size)
+        check_causal(causal, window, time_entry, axes, patch_size)
+        check_conditioning(conditioning, caption_channels, causal)
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -85,12 +91,18 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         )
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
         self.info_embedder = InfoEmbedder(len(conditions), hidden_size) if conditions else None
+        self.caption_embedder = CaptionEmbedder(caption_channels, hidden_size) if caption_channels else None
+        self.how = CONDITIONINGS[conditioning]
+        self.adaLN_single = (
+            nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if conditioning == "adaln_single" else None
+        )
+        told = {"conditioning": conditioning, "captions": caption_channels is not None}
         cycle = [axes[i % len(axes)] for i in range(depth)]
         self.blocks = nn.ModuleList(
-            STDiTBlock(hidden_size, num_heads, axis, mlp_ratio, qk_norm, time, norm2_eps, causal, window)
+            STDiTBlock(hidden_size, num_heads, axis, mlp_ratio, qk_norm, time, norm2_eps, causal, window, **told)
             for axis, time in zip(cycle, time_entries(time_entry, cycle), strict=True)
         )
-        self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels)
+        self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels, conditioning)
         self.initialize_weights()
 
     @classmethod
@@ -149,11 +161,12 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for module in (*(block.adaLN_modulation[-1] for block in self.blocks), self.final_layer.adaLN_modulation[-1]):
-            nn.init.zeros_(module.weight)
+        for module in (*self.blocks, self.final_layer):
+            module.reset()
+        if self.adaLN_single is not None:
+            nn.init.zeros_(self.adaLN_single[1].weight)
         if self.info_embedder is not None:
             nn.init.zeros_(self.info_embedder.out.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(
         self,
@@ -163,11 +176,15 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         cache: FrameCache | None = None,
         info: Tensor | None = None,
         history: tuple[Tensor, Tensor] | None = None,
+        captions: Tensor | None = None,
+        caption_mask: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy latents. Lists of latents and timesteps go through as one packed sequence (see `packed`).
 
         hidden_states: (B, C, T, H, W); timestep: (B,) or per latent frame (B, T) or per token (B, T, S), on 0..1000;
-        class_labels: (B,), label num_classes is null, None is null everywhere; cache: the frames before these, for a
+        class_labels: (B,) or per latent frame (B, T), label num_classes is null, None is null everywhere; captions:
+        a text encoder's tokens (B, L, C) or per latent frame (B, T, L, C), caption_mask: (B, L) or (B, T, L), true where
+        there is a word; cache: the frames before these, for a
         causal model (`nn.cache`); info: (B|1, N) numbers for `conditions`, nan where unsaid; history: the same clips and
         their timesteps (B, T) as each frame sees those before it (teacher forcing of causal models). Returns (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
         """
@@ -176,18 +193,31 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         if history is not None:
             hidden_states = torch.cat([history[0], hidden_states], dim=2)
             timestep = torch.cat([history[1], timestep.view(len(history[1]), -1).expand_as(history[1])], dim=1)
+            class_labels, captions, caption_mask = (
+                x.repeat(1, 2, *[1] * (x.ndim - 2)) if x is not None and x.ndim > plain else x
+                for x, plain in ((class_labels, 1), (captions, 3), (caption_mask, 2))
+            )
         frames, rows, columns = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
-        condition = self.condition(timestep, class_labels, hidden_states.shape[0], info)
+        condition = self.condition(timestep, class_labels, hidden_states.shape[0], info, captions, caption_mask)
         tokens = self.x_embedder(hidden_states)
         scale = self._spacing((frames, rows, columns))
         tokens = tokens + space_positions(rows, columns, tokens.shape[-1], scale[1:]).to(tokens)
         kind = Dense if history is None else Taught
-        layout = kind((frames, rows, columns), cache.frames if cache is not None else 0, scale)
+        extras, shown = 0, None
+        if self.how.joins:
+            assert condition.tokens is not None
+            told = condition.tokens.expand(-1, frames, -1, -1)
+            extras = told.shape[2]
+            shown = None if condition.seen is None else condition.seen.expand(-1, frames, -1)
+            tokens = torch.cat([told.to(tokens), tokens], dim=2)
+        layout = kind((frames, rows, columns), cache.frames if cache is not None else 0, scale, extras, shown)
         tokens = stack(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=cache))
         if cache is not None and cache.writing:
             cache.frames += frames
+        tokens = tokens[:, :, extras:]
         if history is not None:
-            tokens, condition = tokens[:, frames // 2 :], condition[:, frames // 2 :]
+            tokens = tokens[:, frames // 2 :]
+            condition = condition._replace(vector=condition.vector[:, frames // 2 :])
         return unpatchify(self.final_layer(tokens, condition), self.patch_size, rows)
 
     def packed(
@@ -202,10 +232,11 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         latents: (C, T, H, W) each; timesteps: () or (T,) each; class_labels: (N,). Returns (C_out, T, H, W) each, what
         `forward` gives for each alone. Not for causal models, nor with positions squeezed into the trained grid.
         """
-        if self.config.causal or self.config.positions != "extrapolate" or self.patch_size[0] > 1:
+        tokens_told = self.how.by_tokens or self.caption_embedder is not None
+        if self.config.causal or self.config.positions != "extrapolate" or self.patch_size[0] > 1 or tokens_told:
             raise ValueError(
-                "packed sequences take models with causal=false, positions='extrapolate' and patches of one frame; "
-                "use batches of one shape instead."
+                "packed sequences take models with causal=false, positions='extrapolate', patches of one frame and a "
+                "condition that is a vector (adaln_zero, adaln, adaln_single, no captions); use batches of one shape instead."
             )
         grids = [token_grid(tuple(x.shape[1:]), self.patch_size) for x in latents]
         layout, width = Packed(grids), self.config.hidden_size
@@ -219,7 +250,10 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
             class_labels = torch.full((len(grids),), self.num_classes, device=each.device)
         labels = class_labels.repeat_interleave(frames)
         info = None if info is None else info.expand(len(grids), -1).repeat_interleave(frames, 0)
-        condition = self.condition(each, labels, len(each), info).view(1, 1, len(each), -1)
+        condition = self.condition(each, labels, len(each), info)
+        condition = Condition(
+            *(None if part is None else part.reshape(1, 1, len(each), -1) for part in condition[:2])  # type: ignore[arg-type]
+        )
         tokens = torch.cat(parts, dim=1)[:, None]
         tokens = stack(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=None))
         tokens = self.final_layer(tokens, condition, layout)
@@ -237,24 +271,60 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
         return (t / grid[0], y / grid[1], x / grid[2])
 
     def condition(
-        self, timestep: Tensor, class_labels: Tensor | None, batch: int, info: Tensor | None = None
-    ) -> Tensor:
-        """Embeddings of timestep, label and what else is said of the clip, added: (B, T|1, S|1, D)."""
-        vector = self.t_embedder(timestep.expand(batch) if timestep.ndim == 0 else timestep)
+        self,
+        timestep: Tensor,
+        class_labels: Tensor | None,
+        batch: int,
+        info: Tensor | None = None,
+        captions: Tensor | None = None,
+        caption_mask: Tensor | None = None,
+    ) -> Condition:
+        """What blocks are told: embeddings of timestep, label and what else is said of the clip, added, or as tokens."""
+        time = self.t_embedder(timestep.expand(batch) if timestep.ndim == 0 else timestep)
         if timestep.ndim > 1 and self.patch_size[0] > 1:  # frames that share a token share a condition
-            vector = vector.unflatten(1, (-1, self.patch_size[0])).mean(2)
-        while vector.ndim < 4:
-            vector = vector.unsqueeze(-2)
+            time = time.unflatten(1, (-1, self.patch_size[0])).mean(2)
+        while time.ndim < 4:
+            time = time.unsqueeze(-2)
+        parts = [time]
         if self.y_embedder is not None:
             if class_labels is None:
-                class_labels = torch.full((batch,), self.num_classes, device=vector.device)
-            vector = vector + self.y_embedder(class_labels)[:, None, None]
+                class_labels = torch.full((batch,), self.num_classes, device=time.device)
+            label = self.y_embedder(class_labels)[..., None, :]
+            parts.append(label if class_labels.ndim > 1 else label[:, None])
         if self.info_embedder is not None and info is not None:
-            vector = vector + self.info_embedder(info)[:, None, None].to(vector)
-        return vector
+            parts.append(self.info_embedder(info)[:, None, None].to(time))
+        words, seen = self._words(captions, caption_mask)
+        vector = sum(parts[1:], parts[0])
+        if not self.how.by_tokens:
+            return Condition(vector, None if self.adaLN_single is None else self.adaLN_single(vector), words, seen)
+        if time.shape[2] > 1:
+            raise ValueError(
+                f"levels by patch need a vector by patch; conditioning={self.config.conditioning!r} has one token a frame. "
+                "Use conditioning='adaln_zero', or levels by frame (in training objective.shares.region=0)."
+            )
+        parts += [] if words is None else [words]
+        frames = max(part.shape[1] for part in parts)
+        parts = [part.expand(batch, frames, -1, -1) for part in parts]
+        if seen is not None:
+            told = torch.cat(parts[:-1], dim=2)
+            seen = torch.cat([seen.new_ones(told.shape[:3]), seen.expand(-1, frames, -1)], dim=2)
+        return Condition(vector, None, torch.cat(parts, dim=2), seen)
+
+    def _words(self, captions: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Captions (B, T|1, L, D) and their mask (B, T|1, L)."""
+        if self.caption_embedder is None:
+            if captions is not None:
+                raise ValueError("captions are given to a model without caption_channels; train one with them.")
+            return None, None
+        if captions is None:
+            raise ValueError("this model is told captions: give captions, for none those of the empty text.")
+        words = self.caption_embedder(captions.to(self.caption_embedder.fc1.weight.dtype))
+        if mask is not None:
+            mask = mask.bool() if mask.ndim > 2 else mask.bool()[:, None]
+        return (words if words.ndim > 3 else words[:, None]), mask
 
     def _run(
-        self, block: nn.Module, hidden_states: Tensor, condition: Tensor, layout: Layout, cache: FrameCache | None
+        self, block: nn.Module, hidden_states: Tensor, condition: Condition, layout: Layout, cache: FrameCache | None
     ) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, hidden_states, condition, layout, cache)
@@ -262,35 +332,3 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
 
 
 register_blocks()
-
-
-def _check(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names) -> None:
-    if depth < 1 or num_classes < 0:
-        raise ValueError(
-            f"depth={depth} and num_classes={num_classes}: a model has at least one block and no fewer than 0 classes."
-        )
-    if num_heads < 1 or hidden_size < 1:
-        raise ValueError(f"hidden_size={hidden_size} and num_heads={num_heads}: both are 1 or more.")
-    if hidden_size % num_heads:
-        raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}; change one of them.")
-    if hidden_size % 4:
-        raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4, which sin-cos positions in x and y need.")
-    if len(patch_size) != 3 or min(patch_size) < 1:
-        raise ValueError(f"patch_size={list(patch_size)} is not (time, height, width), each 1 or more. Use [1, 2, 2].")
-    unknown = [axis for axis in axes if axis not in AXES]
-    if unknown or not axes:
-        raise ValueError(f"axes={list(axes)}: {unknown or 'an empty list'} is unknown. Choose from: {', '.join(AXES)}.")
-    if class_names is not None and len(class_names) != num_classes:
-        raise ValueError(
-            f"{len(class_names)} class_names for num_classes={num_classes}; give one name a class, or none."
-        )
-
-
-def _check_causal(causal: bool, window: int | None, time_entry: str, axes: Sequence[str], patch_size) -> None:
-    if window is not None and (window < 2 or not causal):
-        raise ValueError(f"window={window} with causal={causal}: a window is 2 frames or more, of a causal model.")
-    if causal and (time_entry not in ("rotary", "rotary_3d") or patch_size[0] != 1 or set(axes) == {"spatial"}):
-        raise ValueError(
-            f"causal=true with time_entry={time_entry!r}, axes={list(axes)} and patch_size={list(patch_size)}: a causal "
-            "model needs time_entry='rotary' or 'rotary_3d', patches of one frame, and joint or temporal attention."
-        )

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from stdit.nn.attention import PLACES
+from stdit.nn.modulation import Condition
 
-Run = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Run = Callable[[nn.Module, Tensor, Condition], Tensor]
 
 
-def stack(blocks: nn.ModuleList, hidden_states: Tensor, condition: Tensor, run: Run) -> Tensor:
+def stack(blocks: nn.ModuleList, hidden_states: Tensor, condition: Condition, run: Run) -> Tensor:
     """One block after another, as in DiT."""
     for block in blocks:
         hidden_states = run(block, hidden_states, condition)

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stdit.nn.cache import FrameCache
-from stdit.nn.layout import Dense, Layout
+from stdit.nn.layout import AXES, Dense, Layout
 from stdit.nn.positions import rotate, time_positions
 
 
@@ -55,6 +55,9 @@ class AxialAttnProcessor:
         if cache is not None and axis != "spatial":
             key, value, key_frames = cache.seen(attn, key, value, frames)
         mask = attn.mask(frames, key_frames, layout.copies(axis), query.device)
+        padding = layout.seen(axis)  # (N, 1, 1, keys)
+        if padding is not None:
+            mask = padding if mask is None else mask & padding
         kernel = partial(self._kernel, attn_mask=mask)
         out = layout.attend(query, key, value, axis, kernel)
         return layout.unfold(attn.proj(out.flatten(2)), axis)
@@ -65,6 +68,21 @@ class AxialAttnProcessor:
         return dispatch_attention_fn(
             query, key, value, attn_mask, backend=self._attention_backend, parallel_config=self._parallel_config
         )
+
+
+class CrossAttnProcessor(AxialAttnProcessor):
+    """Patches ask, the condition's tokens answer: a frame those of its own, or all frames those of their clip."""
+
+    def __call__(  # type: ignore[override]
+        self, attn: "CrossAttention", hidden_states: Tensor, tokens: Tensor, seen: Tensor | None = None
+    ) -> Tensor:
+        axis = "joint" if tokens.shape[1] == 1 else "spatial"
+        fold, unfold = AXES[axis]
+        query = rearrange(attn.q(rearrange(hidden_states, fold)), "n l (h d) -> n l h d", h=attn.heads)
+        answers = rearrange(attn.kv(rearrange(tokens, fold)), "n l (two h d) -> two n l h d", two=2, h=attn.heads)
+        mask = None if seen is None else rearrange(seen, "b t l -> (b t) 1 1 l")
+        out = self._kernel(query, answers[0], answers[1], mask)
+        return rearrange(attn.proj(out.flatten(2)), unfold, t=hidden_states.shape[1], s=hidden_states.shape[2])
 
 
 # Whether a table of time, zero at frame 0, is added to the tokens, and by how many places (time, y, x) queries and keys
@@ -134,3 +152,23 @@ class Attention(nn.Module, AttentionModuleMixin):
 
     def forward(self, hidden_states: Tensor, layout: Layout | None = None, cache: FrameCache | None = None) -> Tensor:
         return self.processor(self, hidden_states, layout, cache)
+
+
+class CrossAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head attention from (B, T, S, D) to tokens (B, T|1, N, D); seen: (B, T|1, N) bool, false for padding."""
+
+    _default_processor_cls = CrossAttnProcessor
+    _available_processors = [CrossAttnProcessor]
+    _supports_qkv_fusion = False
+    is_cross_attention = True
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.set_processor(CrossAttnProcessor())
+
+    def forward(self, hidden_states: Tensor, tokens: Tensor, seen: Tensor | None = None) -> Tensor:
+        return self.processor(self, hidden_states, tokens, seen)

@@ -77,3 +77,16 @@ class InfoEmbedder(nn.Module):
         clock = 100 * torch.log2(info.nan_to_num(1.0).clamp(min=2.0**-5)) + 500  # 1/32 to 32768 on 0..2000
         parts = [each(clock[..., i]) * said[..., i, None] for i, each in enumerate(self.each)]
         return self.out(torch.stack(parts).sum(0))
+
+
+class CaptionEmbedder(nn.Module):
+    """A text encoder's tokens (..., L, C) -> (..., L, D): an MLP, as PixArt's and Latte's `caption_projection`."""
+
+    def __init__(self, channels: int, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, dim)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, captions: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(captions)))

@@ -27,28 +27,47 @@ class Layout(Protocol):
     def unfold(self, x: Tensor, axis: str) -> Tensor: ...
     def places(self, axis: str) -> np.ndarray: ...  # (L, 3) frame, row and column of each token of a folded sequence
     def copies(self, axis: str) -> np.ndarray: ...  # (L,) whether a token is of a noisy copy of the clip
+    def seen(self, axis: str) -> Tensor | None: ...  # (N, 1, 1, L) bool, false for keys that are padding; None if none is
     def spread(self, x: Tensor) -> Tensor: ...  # what is computed once a frame, for every token
     def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor: ...
 
 
 class Dense:
-    """Clips of one shape, (B, T, rows * columns, D). `begin`: the place in time of the first frame (a cache holds earlier
-    ones)."""
+    """Clips of one shape, (B, T, extras + rows * columns, D). `begin`: the place in time of the first frame (a cache holds
+    earlier ones). extras: tokens of the condition before the patches of every frame; shown: (B, T, extras) bool, false for
+    padding among them, or None."""
 
-    def __init__(self, grid: tuple[int, int, int], begin: int = 0, scale: tuple[float, float, float] = (1.0, 1.0, 1.0)):
-        self.grid, self.begin, self.scale = grid, begin, scale
+    def __init__(
+        self,
+        grid: tuple[int, int, int],
+        begin: int = 0,
+        scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        extras: int = 0,
+        shown: Tensor | None = None,
+    ):
+        self.grid, self.begin, self.scale, self.extras, self.shown = grid, begin, scale, extras, shown
 
     def fold(self, x: Tensor, axis: str) -> Tensor:
         return rearrange(x, AXES[axis][0])
 
     def unfold(self, x: Tensor, axis: str) -> Tensor:
-        return rearrange(x, AXES[axis][1], t=self.grid[0], s=self.grid[1] * self.grid[2])
+        return rearrange(x, AXES[axis][1], t=self.grid[0], s=self.extras + self.grid[1] * self.grid[2])
 
     def places(self, axis: str) -> np.ndarray:
         t, rows, columns = self.grid
         if axis == "temporal":  # the same for every patch: where in space does not matter
             return _places(t, 1, 1, self.begin)
-        return _places(t if axis == "joint" else 1, rows, columns, self.begin if axis == "joint" else 0)
+        t, begin = (t, self.begin) if axis == "joint" else (1, 0)
+        patches = _places(t, rows, columns, begin).reshape(t, rows * columns, 3)
+        corner = patches[:, :1].repeat(self.extras, axis=1)  # tokens of the condition stand where their frame begins
+        return np.concatenate([corner, patches], axis=1).reshape(-1, 3)
+
+    def seen(self, axis: str) -> Tensor | None:
+        if self.shown is None or axis == "temporal":  # in time a token meets itself alone
+            return None
+        patches = self.shown.new_ones(*self.shown.shape[:2], self.grid[1] * self.grid[2])
+        folded = rearrange(torch.cat([self.shown, patches], 2)[..., None], AXES[axis][0])
+        return folded[:, None, None, :, 0]
 
     def copies(self, axis: str) -> np.ndarray:
         return np.zeros(len(self.places(axis)), dtype=bool)
@@ -129,6 +148,9 @@ class Packed:
     def places(self, axis: str) -> np.ndarray:
         places = np.concatenate([_places(*grid) for grid in self.grids])
         return places[self.by_patch.numpy()] if axis == "temporal" else places
+
+    def seen(self, axis: str) -> Tensor | None:
+        return None
 
     def copies(self, axis: str) -> np.ndarray:
         return np.zeros(len(self.places(axis)), dtype=bool)

@@ -1,33 +1,93 @@
-"""Adaptive layer norm: a condition becomes shifts, scales and gates."""
+"""What a condition is, and adaptive layer norm: a condition becomes shifts, scales and gates."""
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from stdit.nn.layout import Layout
 
 
-class Modulation(NamedTuple):
-    """(B, T|1, S|1, D) each: computed once per frame, broadcast over patches."""
+class Condition(NamedTuple):
+    """What blocks are told, once per clip or per frame.
 
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
+    vector: (B, T|1, S|1, D), the sum of all that is one vector. shared: (B, T|1, S|1, 6 D), the modulation all blocks
+    start from (adaln_single). tokens: (B, T|1, N, D) to look at; seen: (B, T|1, N) bool, false for padding.
+    """
+
+    vector: Tensor
+    shared: Tensor | None = None
+    tokens: Tensor | None = None
+    seen: Tensor | None = None
+
+
+class Modulation(NamedTuple):
+    """(B, T|1, S|1, D) each: computed once per frame, broadcast over patches. None leaves things as they are."""
+
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    gate: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x * (1 + self.scale) + self.shift
+        return x if self.scale is None else x * (1 + self.scale) + self.shift
+
+    def gated(self, x: Tensor) -> Tensor:
+        return x if self.gate is None else self.gate * x
 
 
-class AdaLNZero(nn.Sequential):
-    """Condition (B, T|1, S|1, D) -> modulations of `branches` residual branches, all zero at the start."""
+class AdaLN(nn.Sequential):
+    """The vector, through a layer of each block's own, to shift, scale and (`gated`) gate of `branches` branches.
 
-    def __init__(self, dim: int, branches: int = 2):
-        super().__init__(nn.SiLU(), nn.Linear(dim, 3 * branches * dim))
+    Gated and zero when fresh it is adaLN-Zero; without gates, adaLN (DiT, section 3.2).
+    """
+
+    def __init__(self, dim: int, branches: int = 2, gated: bool = True):
+        self.parts = 3 if gated else 2
+        super().__init__(nn.SiLU(), nn.Linear(dim, self.parts * branches * dim))
         self.branches = branches
 
-    def forward(self, condition: Tensor, layout: Layout | None = None) -> list[Modulation]:
-        modulation = super().forward(condition)
+    def forward(self, condition: Condition, layout: Layout | None = None) -> list[Modulation]:
+        modulation = super().forward(condition.vector)
         if layout is not None:
             modulation = layout.spread(modulation)
-        chunks = modulation.chunk(3 * self.branches, dim=-1)
-        return [Modulation(*chunks[3 * i : 3 * i + 3]) for i in range(self.branches)]
+        chunks = modulation.chunk(self.parts * self.branches, dim=-1)
+        return [Modulation(*chunks[self.parts * i : self.parts * (i + 1)]) for i in range(self.branches)]
+
+    def reset(self) -> None:
+        nn.init.zeros_(self[1].weight)
+        nn.init.zeros_(self[1].bias)
+
+
+class AdaLNSingle(nn.Module):
+    """A table of each block's own, added to what all share (PixArt-alpha, section 2.3); the head's to the vector itself."""
+
+    def __init__(self, dim: int, branches: int = 2, gated: bool = True):
+        super().__init__()
+        self.parts, self.gated = 3 if gated else 2, gated
+        self.table = nn.Parameter(torch.zeros(self.parts * branches, dim))
+
+    def forward(self, condition: Condition, layout: Layout | None = None) -> list[Modulation]:
+        base = condition.shared if self.gated else condition.vector.repeat(1, 1, 1, self.parts)
+        assert base is not None
+        modulation = base + self.table.flatten().to(base)
+        if layout is not None:
+            modulation = layout.spread(modulation)
+        chunks = modulation.chunk(len(self.table), dim=-1)
+        return [Modulation(*chunks[i : i + self.parts]) for i in range(0, len(chunks), self.parts)]
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.table)
+
+
+class Unmodulated(nn.Module):
+    """For blocks that are told by tokens alone."""
+
+    def __init__(self, dim: int, branches: int = 2):
+        super().__init__()
+        self.branches = branches
+
+    def forward(self, condition: Condition, layout: Layout | None = None) -> list[Modulation]:
+        return [Modulation()] * self.branches
+
+    def reset(self) -> None:
+        pass

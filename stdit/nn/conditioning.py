@@ -1,0 +1,38 @@
+"""The ways a condition enters a block: DiT's four (section 3.2) and PixArt's."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from torch import nn
+
+from stdit.nn.modulation import AdaLN, AdaLNSingle, Unmodulated
+
+
+class Conditioning(NamedTuple):
+    """modulation: of a block, final: of the head; both are built from a width and add nothing when fresh.
+
+    attends: every block attends to the condition's tokens. joins: they join the patches of every frame. A caption is
+    always tokens: where the rest is a vector, blocks attend to the caption alone.
+    """
+
+    modulation: Callable[[int], nn.Module]
+    final: Callable[[int], nn.Module]
+    attends: bool = False
+    joins: bool = False
+
+    @property
+    def by_tokens(self) -> bool:
+        return self.attends or self.joins
+
+
+_plain_head = partial(AdaLN, branches=1, gated=False)
+_unmodulated = partial(Unmodulated, branches=1)
+
+CONDITIONINGS = {
+    "adaln_zero": Conditioning(AdaLN, _plain_head),
+    "adaln": Conditioning(partial(AdaLN, gated=False), _plain_head),
+    "adaln_single": Conditioning(AdaLNSingle, partial(AdaLNSingle, branches=1, gated=False)),
+    "cross_attention": Conditioning(Unmodulated, _unmodulated, attends=True),
+    "in_context": Conditioning(Unmodulated, _unmodulated, joins=True),
+}

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from conftest import fill
+
+from stdit.model.config import size_arguments
+from stdit.model.cost import forward_cost
+from stdit.model.stdit import STDiT
+from stdit.nn.cache import FrameCache
+from stdit.nn.conditioning import CONDITIONINGS
+
+# "Scalable Diffusion Models with Transformers": Gflops in figure 5 and parameters, XL/2 at 256 px
+PAPER = {
+    "adaln_zero": (118.64, 675),
+    "adaln": (118.56, 600),
+    "cross_attention": (137.62, 598),
+    "in_context": (119.37, 449),
+}
+
+
+def model(**changes) -> STDiT:
+    arguments = {"depth": 2, "hidden_size": 32, "num_heads": 4, "in_channels": 4, "num_classes": 5, **changes}
+    torch.manual_seed(0)
+    return fill(STDiT(**arguments), 0.1).eval()
+
+
+def inputs(frames=3, batch=2):
+    return torch.randn(batch, 4, frames, 8, 8), torch.tensor([100.0, 700.0])[:batch], torch.tensor([1, 4])[:batch]
+
+
+def captions(batch=2):
+    words, mask = torch.randn(batch, 6, 12), torch.ones(batch, 6, dtype=torch.bool)
+    mask[0, 4:] = False
+    return {"captions": words, "caption_mask": mask}
+
+
+@pytest.mark.parametrize("conditioning", PAPER)
+def test_costs_are_the_papers(conditioning):
+    image = {"num_classes": 1000, "in_channels": 4, "axes": ["spatial"], "conditioning": conditioning}
+    cost = forward_cost({**size_arguments("XL/2"), **image}, (1, 32, 32))
+    gflops, millions = PAPER[conditioning]
+    assert cost.total / 1e9 == pytest.approx(gflops, rel=0.01)
+    assert (cost.parameters + cost.table) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("worded", [False, True], ids=["labels", "captions"])
+@torch.no_grad()
+def test_one_frame_of_a_video_model_is_an_image(conditioning, worded):
+    changes = {"conditioning": conditioning, "caption_channels": 12 if worded else None}
+    words = captions() if worded else {}
+    joint, spatial = model(axes=["joint"], **changes), model(axes=["spatial"], **changes)
+    x, t, labels = inputs(frames=1)
+    assert torch.equal(joint(x, t, labels, **words), spatial(x, t, labels, **words))
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@torch.no_grad()
+def test_a_condition_said_of_the_clip_is_the_same_said_of_every_frame(conditioning):
+    told = model(conditioning=conditioning, caption_channels=12, axes=["spatial", "temporal"])
+    (x, t, labels), words = inputs(), captions()
+    each = {name: value[:, None].expand(-1, 3, *value.shape[1:]) for name, value in words.items()}
+    once = told(x, t, labels, **words)
+    often = told(x, t[:, None].expand(2, 3), labels[:, None].expand(2, 3), **each)
+    torch.testing.assert_close(once, often, atol=1e-5, rtol=1e-5)
+    other = {"captions": each["captions"].clone(), "caption_mask": each["caption_mask"]}
+    other["captions"][:, 2] += 1
+    assert not torch.allclose(once, told(x, t, labels, **other))
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@torch.no_grad()
+def test_everything_that_is_told_is_heard_and_padding_is_not(conditioning):
+    told = model(conditioning=conditioning, caption_channels=12)
+    (x, t, labels), words = inputs(), captions()
+    out = told(x, t, labels, **words)
+    assert not torch.allclose(out, told(x, t + 50, labels, **words))
+    assert not torch.allclose(out, told(x, t, labels.flip(0), **words))
+    padded, spoken = words["captions"].clone(), words["captions"].clone()
+    padded[0, 4:] += 5
+    spoken[0, 3] += 5
+    torch.testing.assert_close(told(x, t, labels, captions=padded, caption_mask=words["caption_mask"]), out)
+    heard = told(x, t, labels, captions=spoken, caption_mask=words["caption_mask"])
+    assert not torch.allclose(heard[0], out[0]) and torch.allclose(heard[1], out[1])
+
+
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln_single"])
+@pytest.mark.parametrize("worded", [False, True], ids=["labels", "captions"])
+@torch.no_grad()
+def test_a_gated_block_is_the_identity_when_fresh(conditioning, worded):
+    fresh = STDiT(2, 32, 4, in_channels=4, num_classes=5, conditioning=conditioning, caption_channels=12 if worded else None)
+    x, t, labels = inputs()
+    condition = fresh.condition(t, labels, 2, **(captions() if worded else {}))
+    tokens = torch.randn(2, 3, 16, 32)
+    assert all(torch.equal(block(tokens, condition), tokens) for block in fresh.blocks)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@torch.no_grad()
+def test_a_cache_serves_every_conditioning(conditioning):
+    told = model(conditioning=conditioning, causal=True, window=2, time_entry="rotary")
+    (x, t, labels), cache, parts = inputs(), FrameCache(2), []
+    cache.writing = True
+    for i in range(3):
+        parts.append(told(x[:, :, i : i + 1], t[:, None], labels, cache=cache))
+    torch.testing.assert_close(torch.cat(parts, 2), told(x, t, labels), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", ["adaln", "adaln_single"])
+@torch.no_grad()
+def test_packed_clips_are_what_each_is_alone(conditioning):
+    told = model(conditioning=conditioning)
+    clips, labels = [torch.randn(4, 2, 4, 4), torch.randn(4, 1, 8, 4)], torch.tensor([1, 2])
+    steps = [torch.tensor([100.0, 300.0]), torch.tensor([50.0])]
+    packed = told(clips, steps, labels)
+    for i in range(2):
+        alone = told(clips[i][None], steps[i][None], labels[i : i + 1])[0]
+        torch.testing.assert_close(packed[i], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_what_makes_no_sense_is_refused():
+    x, t, labels = inputs()
+    with pytest.raises(ValueError, match="Did you mean 'adaln_zero'"):
+        model(conditioning="adaln_zeros")
+    with pytest.raises(ValueError, match="causal model's cache"):
+        model(conditioning="in_context", caption_channels=12, causal=True, time_entry="rotary")
+    with pytest.raises(ValueError, match="without caption_channels"):
+        model()(x, t, labels, **captions())
+    with pytest.raises(ValueError, match="give captions"):
+        model(caption_channels=12)(x, t, labels)
+    with pytest.raises(ValueError, match=r"objective\.shares\.region=0"):
+        model(conditioning="in_context")(x, torch.rand(2, 3, 16), labels)
+    with pytest.raises(ValueError, match="batches of one shape"):
+        model(conditioning="cross_attention")([x[0]], [t[0]], labels[:1])
