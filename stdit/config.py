@@ -13,7 +13,9 @@ from stdit.data.datasets import DataConfig
 from stdit.diffusion.levels import SCHEMES
 from stdit.diffusion.objective import ObjectiveConfig
 from stdit.model.config import ModelConfig
+from stdit.nn.conditioning import CONDITIONINGS
 from stdit.training.config import TrainConfig
+from stdit.variants import pick
 
 T = TypeVar("T")
 
@@ -26,6 +28,14 @@ class VAEChoice:
 
 
 @dataclass
+class TextChoice:
+    """`encoder`: null for no captions, "words" (built in), or a folder or hub id of T5, umT5 or CLIP; `cache`: where tokens are kept."""
+
+    encoder: str | None = None
+    cache: str = "data/captions"
+
+
+@dataclass
 class Config:
     """Everything `tools/train.py` reads."""
 
@@ -33,12 +43,28 @@ class Config:
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEChoice = field(default_factory=VAEChoice)
+    text: TextChoice = field(default_factory=TextChoice)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     init_from: InitFrom = field(default_factory=InitFrom)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.model.caption_channels is not None:
+            raise ValueError(
+                "model.caption_channels is the text encoder's; leave it out, and name the encoder by text.encoder."
+            )
+        by_tokens = pick(CONDITIONINGS, self.model.conditioning, "model.conditioning").by_tokens
+        if by_tokens and "region" in self.objective.mixture:
+            raise ValueError(
+                f"model.conditioning={self.model.conditioning} has one level a frame, objective.shares.region one a patch; "
+                "set objective.shares.region=0, or model.conditioning=adaln_zero."
+            )
+        if self.data.packing and (by_tokens or self.text.encoder is not None):
+            raise ValueError(
+                "data.packing=true takes conditions that are vectors; use model.conditioning=adaln_zero without "
+                "text.encoder, or data.packing=false."
+            )
         taught = [name for name in self.objective.mixture if SCHEMES[name].taught]
         if taught and not self.model.causal:
             raise ValueError(

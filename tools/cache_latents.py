@@ -31,12 +31,12 @@ from stdit.vae import load_vae
 
 def encode_shard(
     dataset, vae, indices: list[int], seed: int, device: str
-) -> tuple[dict[str, torch.Tensor], list, dict[str, str], float]:
-    """Latents and restarts (N, C, T, h, w) float16, labels, the unreadable files, and the seconds waited for data.
+) -> tuple[dict[str, torch.Tensor], list[int], dict[str, str], float]:
+    """Latents and restarts (N, C, T, h, w) float16, the clips they are of, the unreadable files, and the seconds waited for data.
 
     Threads read the next clips while these are encoded (decoding leaves Python's lock).
     """
-    latents, labels, bad, waited = [], [], {}, 0.0
+    latents, kept, bad, waited = [], [], {}, 0.0
 
     def read(index: int) -> torch.Tensor | VideoError:
         try:
@@ -57,9 +57,9 @@ def encode_shard(
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
                 latents.append(_encode(vae, torch.stack(list(good.values())), device))
-                labels += [dataset.label(i) for i in good]
+                kept += list(good)
     tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}
-    return tensors or {"latents": torch.zeros(0)}, labels, bad, waited
+    return tensors or {"latents": torch.zeros(0)}, kept, bad, waited
 
 
 @torch.no_grad()
@@ -111,13 +111,16 @@ def main(argv: list[str] | None = None) -> int:
         if _whole(output, name):
             continue
         indices = list(range(start, min(start + args.shard_size, len(dataset))))
-        latents, labels, bad, seconds = encode_shard(dataset, vae, indices, config.seed, device)
+        latents, kept, bad, seconds = encode_shard(dataset, vae, indices, config.seed, device)
         waited += seconds
         beside = output / f".{os.getpid()}-{name}.safetensors"
         save_file(latents, beside)
         digest = hashlib.sha256(beside.read_bytes()).hexdigest()
         beside.replace(output / f"{name}.safetensors")
-        record = {"file": f"{name}.safetensors", "count": len(labels), "sha256": digest, "labels": labels, "bad": bad}
+        record = {
+            "file": f"{name}.safetensors", "count": len(kept), "sha256": digest, "bad": bad,
+            "labels": [dataset.label(i) for i in kept], "captions": [dataset.caption(i) for i in kept],
+        }  # fmt: skip
         write_text(output / f"{name}.json", json.dumps(record))
     shards = [output / f"latents-{i:05d}.json" for i in range(len(starts))]
     if not all(path.is_file() for path in shards):

@@ -20,6 +20,7 @@ from stdit.model.cost import training_memory
 from stdit.model.stdit import STDiT
 from stdit.nn.cache import FrameCache
 from stdit.precision import autocast
+from stdit.prompt import Prompt
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.training.optim import build_optimizers
@@ -130,7 +131,7 @@ def planned_memory_is_right() -> str:
         x, y = torch.randn(16, 16, 5, 32, 32, device="cuda"), torch.zeros(16, dtype=torch.long, device="cuda")
         for step in range(3):
             with autocast("bf16", "cuda"):
-                losses = diffusion_losses(model, objective, [Clips(x)], y, [(0, step, slot) for slot in range(16)])
+                losses = diffusion_losses(model, objective, [Clips(x)], Prompt(y), [(0, step, slot) for slot in range(16)])
             losses.clips.mean().backward()
             optimizer.step()
             model.zero_grad()
@@ -147,7 +148,7 @@ def train_steps(model, optimizers, first: int, last: int) -> list[float]:
     x, _, y = inputs()
     for step in range(first, last):
         with autocast("bf16", "cuda"):
-            result = diffusion_losses(model, objective, x.cuda(), y.cuda(), [(0, step, slot) for slot in range(len(x))])
+            result = diffusion_losses(model, objective, x.cuda(), Prompt(y.cuda()), [(0, step, slot) for slot in range(len(x))])
         result.clips.mean().backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -209,7 +210,7 @@ def xl_speed() -> str:
             torch.cuda.synchronize()
             began = time.perf_counter()
         with autocast("bf16", "cuda"):
-            losses = diffusion_losses(model, objective, [Clips(x)], y, [(0, step, slot) for slot in range(32)])
+            losses = diffusion_losses(model, objective, [Clips(x)], Prompt(y), [(0, step, slot) for slot in range(32)])
         losses.clips.mean().backward()
         optimizers[0].step()
         model.zero_grad()

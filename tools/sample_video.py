@@ -2,6 +2,7 @@
 
 python tools/sample_video.py                                    newest model under models/
 python tools/sample_video.py --model models/quickstart --class-label "circle left" 7 --frames 25 --seed 3
+python tools/sample_video.py --model models/captions --caption "a red circle moves left" "a blue square moves up"
 python tools/sample_video.py --frames 1 --output picture.png
 python tools/sample_video.py --task animate --input picture.png --class-label "circle left"
 python tools/sample_video.py --task extend --input clip.mp4 --after 16 --before 16
@@ -122,6 +123,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--strength", type=float, default=0.6, help="edit: 0 changes nothing, 1 everything")
     add("--factor", type=int, default=2, help="interpolate: times the frame rate")
     add("--class-label", nargs="+", help="numbers or names, one clip each; default: one of each class, for tasks none")
+    add("--caption", nargs="+", metavar="TEXT", help="what is to be seen, one clip each, of a model trained with captions")
     add("--num-videos", type=int, default=4, help="clips of an unconditional model")
     add(
         "--frames",
@@ -162,15 +164,17 @@ def main(argv: list[str] | None = None) -> int:
         pipe.to("cuda")
     inputs = read_inputs(args, pipe)
     plain, classes = args.task == "generate", pipe.transformer.num_classes
-    labels = args.class_label or (list(range(min(classes, 12))) if classes and plain else None)
-    numbers = pipe.labels(labels, args.num_videos if plain else 1)
-    count = len(numbers) if numbers is not None else args.num_videos if plain else 1
+    words = args.caption
+    labels = args.class_label or (list(range(min(classes, 12))) if classes and plain and not words else None)
+    numbers = pipe.labels(labels, len(words or []) or (args.num_videos if plain else 1))
+    count = len(numbers) if numbers is not None else len(words or []) or (args.num_videos if plain else 1)
     inputs = [given._replace(pixels=given.pixels.expand(count, -1, -1, -1, -1)) for given in inputs]
     options = {
         "num_inference_steps": args.steps, "guidance_scale": args.guidance, "guidance_interval": tuple(args.guidance_interval),
         "guidance_channels": args.guidance_channels, "history_guidance": args.history_guidance, "seed": args.seed,
         "solver": args.solver, "arrangement": args.arrangement, "every": args.every, "overlap": args.overlap,
         "blend": args.blend, "tile": args.tile, **({"window": args.window} if args.window else {}),
+        **({"captions": words} if words else {}),
     }  # fmt: skip
     settings = {
         "model": str(model), "task": args.task, "class_labels": labels, "num_frames": args.frames or (pipe.config.num_frames if plain else None),
@@ -190,8 +194,9 @@ def main(argv: list[str] | None = None) -> int:
         label = None if numbers is None else int(numbers[i])
         name = names[label] if names and label is not None and label < len(names) else label
         made = {**settings, "num_frames": clip.shape[1], "height": clip.shape[2], "width": clip.shape[3], "fps": fps}
+        caption = words[i if len(words) > 1 else 0] if words else None
         path.with_suffix(".json").write_text(
-            json.dumps({**made, "clip": i, "label": label, "label_name": name}, indent=1) + "\n"
+            json.dumps({**made, "clip": i, "label": label, "label_name": name, "caption": caption}, indent=1) + "\n"
         )
     shape = " x ".join(map(str, clips.shape[2:]))
     print(

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ from stdit.diffusion.objective import Objective, build_objective
 from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
 from stdit.precision import resolve
+from stdit.text import CaptionCache, load_text_encoder
 from stdit.training.fit import Stopped, Trainer, averaged
 from stdit.training.optim import build_optimizers
 from stdit.training.results import export, preview, write_results
@@ -34,7 +36,26 @@ from stdit.training.run import RunFolders
 from stdit.vae import VideoVAE, load_vae
 
 
-def build_model(config: Config, vae: VideoVAE, dataset: Dataset, objective: Objective) -> STDiT:
+def build_captions(config: Config, dataset: Dataset, device: torch.device, main: bool) -> CaptionCache | None:
+    """The captions of the data as tokens on disk; ValueError if it has none."""
+    if config.text.encoder is None:
+        return None
+    texts = [dataset.caption(i) for i in range(len(dataset))]
+    if not any(texts):
+        raise ValueError(
+            f"text.encoder={config.text.encoder} but no clip of {config.data.root!r} has a caption; give a manifest with "
+            "them (and cache latents again), or leave text.encoder out."
+        )
+    encoder = load_text_encoder(config.text.encoder, device)
+    cache = CaptionCache(Path(config.text.cache), encoder)
+    if main:
+        cache.add(encoder, texts)
+    return cache
+
+
+def build_model(
+    config: Config, vae: VideoVAE, dataset: Dataset, objective: Objective, caption_channels: int | None = None
+) -> STDiT:
     """The network, after checking that classes and sizes fit together; model.num_classes=0 leaves labels out."""
     classes = dataset.num_classes if config.model.num_classes is None else config.model.num_classes
     if dataset.num_classes > classes > 0:
@@ -46,7 +67,7 @@ def build_model(config: Config, vae: VideoVAE, dataset: Dataset, objective: Obje
         raise ValueError(
             f"model.num_classes={classes} but the data has no labels; use model.num_classes=0, folders by class or a manifest with labels."
         )
-    arguments = model_arguments(config.model)
+    arguments = {**model_arguments(config.model), "caption_channels": caption_channels}
     image = STDiT.from_pretrained(config.init_from.path) if config.init_from.path else None
     if image is not None:
         arguments |= inflated_arguments(image, arguments, config.model.depth, config.init_from)
@@ -134,7 +155,10 @@ def main(argv: list[str] | None = None) -> int:
     check_cache(dataset, vae)
     objective = build_objective(config.objective)
     set_seed(config.seed)
-    model = build_model(config, vae, dataset, objective).to(accelerator.device)
+    with accelerator.main_process_first():
+        captions = build_captions(config, dataset, accelerator.device, accelerator.is_main_process)
+    channels = None if captions is None else captions.channels
+    model = build_model(config, vae, dataset, objective, channels).to(accelerator.device)
     folders = RunFolders(config.name)
     if accelerator.is_main_process:
         folders.claim()
@@ -149,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
         objective, vae, model.num_classes, config.train, resolved,
         len(dataset), config.data.max_bad_fraction,
-        preview=lambda m, step: preview(m, vae, config, folders, step),
+        preview=lambda m, step: preview(m, vae, config, folders, step, dataset), captions=captions,
     )  # fmt: skip
     if checkpoint is not None:
         trainer.restore(checkpoint)

@@ -28,12 +28,17 @@ class CachedLatents:
             )
         self._starts = np.cumsum([0] + [shard["count"] for shard in self.info["shards"]])
         self._labels = [label for shard in self.info["shards"] for label in shard["labels"]]
+        # Latents that were cached before captions were kept have none.
+        self._captions = [text for shard in self.info["shards"] for text in shard.get("captions", [""] * shard["count"])]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def label(self, index: int) -> int | None:
         return self._labels[index]
+
+    def caption(self, index: int) -> str:
+        return self._captions[index]
 
     def name(self, index: int) -> str:
         return f"{self.root}[{index}]"

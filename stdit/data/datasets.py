@@ -16,7 +16,7 @@ from stdit.data.config import DataConfig, Dataset, clip_info
 from stdit.data.idx import read_idx
 from stdit.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Table, read_manifest, scan_folder
 from stdit.data.order import Size
-from stdit.data.shapes import CLASS_NAMES, draw, random_clip
+from stdit.data.shapes import CLASS_NAMES, ShapeClip, draw, random_clip
 from stdit.data.transforms import cover_size, crop, resize
 from stdit.data.video_io import VideoError, VideoReader
 from stdit.keys import keyed_rng
@@ -35,6 +35,9 @@ class _TableDataset:
 
     def label(self, index: int) -> int | None:
         return self.rows[index].label
+
+    def caption(self, index: int) -> str:
+        return self.rows[index].caption
 
     def name(self, index: int) -> str:
         return str(self.rows[index].path)
@@ -163,6 +166,9 @@ class IdxImages:
     def label(self, index: int) -> int | None:
         return None if self.labels is None else int(self.labels[index])
 
+    def caption(self, index: int) -> str:
+        return ""
+
     def name(self, index: int) -> str:
         return f"{self.root}[{index}]"
 
@@ -195,6 +201,9 @@ class MovingShapes:
     def label(self, index: int) -> int:
         return index % self.num_classes
 
+    def caption(self, index: int) -> str:
+        return self._clip(index, Size(self.config.num_frames, self.config.height, self.config.width)).caption
+
     def name(self, index: int) -> str:
         return f"shape {index}"
 
@@ -205,9 +214,12 @@ class MovingShapes:
 
     def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
         size = size or Size(self.config.num_frames, self.config.height, self.config.width)
+        drawn = draw(self._clip(index, size))
+        return {"pixels": torch.from_numpy(drawn), "info": clip_info(size, self.config.fps or 8.0)}
+
+    def _clip(self, index: int, size: Size) -> ShapeClip:
         own = keyed_rng("sample", index)
-        clip = random_clip(own, self.label(index), size.frames, size.height, self.config.motion)
-        return {"pixels": torch.from_numpy(draw(clip)), "info": clip_info(size, self.config.fps or 8.0)}
+        return random_clip(own, self.label(index), size.frames, size.height, self.config.motion)
 
 
 def _videos(root: Path, config: DataConfig) -> VideoClips:

@@ -21,7 +21,8 @@ class Batch(NamedTuple):
 
     restarts: beside cached latents, every frame encoded without those before it (see `VideoVAE.encode_run`).
     Lists where clips have different shapes. keys: (seed, step, slot) of each sample; bad: names of files that could not
-    be read, with the reason; total: clips of the step over all processes; info: (B, 4) `INFO` of each clip, or None.
+    be read, with the reason; total: clips of the step over all processes; info: (B, 4) `INFO` of each clip, or None;
+    captions: "" where there is none.
     """
 
     pixels: Tensor | list[Tensor] | None
@@ -32,6 +33,7 @@ class Batch(NamedTuple):
     bad: dict[str, str]
     total: int
     info: Tensor | None
+    captions: list[str]
 
 
 class KeyedSamples(torch.utils.data.Dataset):
@@ -64,7 +66,10 @@ class KeyedSamples(torch.utils.data.Dataset):
                 continue
             label = self.dataset.label(index)
             key_of = (self.seed, step, slot)
-            return {**sample, "label": -1 if label is None else label, "key": key_of, "bad": bad, "total": len(slots)}
+            return {
+                **sample, "label": -1 if label is None else label, "caption": self.dataset.caption(index), "key": key_of,
+                "bad": bad, "total": len(slots),
+            }  # fmt: skip
         raise ValueError(f"{len(bad)} files in a row could not be read; the last: {list(bad.values())[-1]}")
 
 
@@ -80,7 +85,7 @@ def collate(samples: list[dict]) -> Batch:
     info = torch.tensor([sample["info"] for sample in samples]) if "info" in samples[0] else None
     return Batch(
         stack("pixels"), stack("latents"), stack("restarts"), labels, [sample["key"] for sample in samples], bad,
-        samples[0]["total"], info,
+        samples[0]["total"], info, [sample["caption"] for sample in samples],
     )  # fmt: skip
 
 

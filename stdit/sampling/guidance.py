@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stdit.diffusion.objective import Objective
 from stdit.diffusion.paths import like
+from stdit.prompt import Prompt
 
 
 class Guidance(NamedTuple):
@@ -25,8 +26,7 @@ class Guidance(NamedTuple):
 def guided(
     model: Callable[..., Tensor],
     objective: Objective,
-    labels: Tensor | None,
-    null_label: int,
+    prompt: Prompt,
     guidance: Guidance = Guidance(),  # noqa: B008 (a tuple: nothing can change it)
     forgotten: Tensor | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -37,7 +37,7 @@ def guided(
     """
     scale, interval, channels, history = guidance
 
-    def run(x: Tensor, levels: Tensor, of: Tensor | None, context: str) -> Tensor:
+    def run(x: Tensor, levels: Tensor, of: Prompt, context: str) -> Tensor:
         timestep = objective.timestep(levels)
         timestep = (timestep.flatten(2) if timestep.ndim > 2 else timestep).expand(
             len(x), *[-1] * (min(levels.ndim, 3) - 1)
@@ -46,28 +46,22 @@ def guided(
         named = network.cache_context(context) if hasattr(network, "cache_context") else nullcontext()
         with named:
             hidden_states = x.to(getattr(network, "dtype", x.dtype))
-            return model(hidden_states=hidden_states, timestep=timestep, class_labels=of).float()
+            return model(hidden_states=hidden_states, timestep=timestep, **of.named()).float()
 
     def output(x: Tensor, levels: Tensor) -> Tensor:
         noisiest = float(levels.max())
-        if (
-            labels is None
-            or bool((labels == null_label).all())
-            or scale == 1.0
-            or not interval[0] <= noisiest <= interval[1]
-        ):
-            conditional = mean = run(x, levels, labels, "cond")
+        if prompt.null is None or prompt.silent or scale == 1.0 or not interval[0] <= noisiest <= interval[1]:
+            conditional = mean = run(x, levels, prompt, "cond")
         else:
-            null = torch.full_like(labels, null_label)
             spread = levels.expand(len(x), *[-1] * (levels.ndim - 1))
             # By name, and the unconditional half first: what FasterCache expects.
-            both = run(torch.cat([x, x]), torch.cat([spread, spread]), torch.cat([null, labels]), "cond_uncond")
+            both = run(torch.cat([x, x]), torch.cat([spread, spread]), prompt.behind(prompt.null), "cond_uncond")
             unconditional, conditional = both.chunk(2)
             mean = unconditional + scale * (conditional - unconditional)
         known = levels == 0
         if history != 1.0 and forgotten is not None and bool(known.any()) and not bool(known.all()):
             blind = torch.where(like(known, x), forgotten, x)
-            mean = mean + (history - 1) * (conditional - run(blind, torch.where(known, 1.0, levels), labels, "blind"))
+            mean = mean + (history - 1) * (conditional - run(blind, torch.where(known, 1.0, levels), prompt, "blind"))
         some = channels or x.shape[1]
         return torch.cat([mean[:, :some], conditional[:, some:]], dim=1)
 

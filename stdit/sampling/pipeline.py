@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stdit.model.stdit import STDiT
 from stdit.precision import Precision, autocast
+from stdit.prompt import Prompt
 from stdit.sampling import tasks
 from stdit.sampling.guidance import Guidance
 from stdit.sampling.rollout import stream
@@ -16,10 +17,12 @@ from stdit.sampling.sampler import Sampler
 from stdit.sampling.scheduler import STDiTScheduler, check_compatible
 from stdit.sampling.tasks import Canvas
 from stdit.sources import check_reachable, locate
+from stdit.text import TextEncoder, encode_with_null, load_text_encoder
 from stdit.vae import as_video_vae
 from stdit.vae.tiling import decode_tiled
 
 Labels = Sequence[int | str] | int | str | Tensor | None
+Captions = Sequence[str] | str | None
 
 
 class STDiTPipeline(DiffusionPipeline):
@@ -27,7 +30,8 @@ class STDiTPipeline(DiffusionPipeline):
 
     num_frames, height, width, fps: what the model was trained on, used where a call names no size.
     objective: what the transformer's output means, whatever scheduler is plugged in. schemes: how levels were drawn in
-    training (`objective.scheme`), so that a task can say when it is new to the model.
+    training (`objective.scheme`), so that a task can say when it is new to the model. text_encoder: what turns captions
+    into tokens (`text.load_text_encoder`), loaded when it is needed.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class STDiTPipeline(DiffusionPipeline):
         objective: str = "flow",
         vae_fingerprint: str | None = None,
         schemes: list[str] | None = None,
+        text_encoder: str | None = None,
     ):
         super().__init__()
         video_vae = as_video_vae(vae)
@@ -63,8 +68,10 @@ class STDiTPipeline(DiffusionPipeline):
             objective=objective,
             vae_fingerprint=vae_fingerprint,
             schemes=schemes or ["shared"],
+            text_encoder=text_encoder,
         )
         self.video_vae = video_vae.requires_grad_(False).eval()
+        self._encoder: TextEncoder | None = None
         if vae_fingerprint and self.video_vae.fingerprint() != vae_fingerprint:
             raise ValueError(
                 f"VAE {video_vae.name!r} has other weights than the one this model was trained with "
@@ -100,6 +107,33 @@ class STDiTPipeline(DiffusionPipeline):
         )
         return torch.tensor([_label(value, classes, names) for value in values])
 
+    @property
+    def encoder(self) -> TextEncoder:
+        """The text encoder of a model that is told captions."""
+        if self._encoder is None:
+            self._encoder = load_text_encoder(self.config.text_encoder, self.device)
+        channels = self.transformer.config.caption_channels
+        if self._encoder.channels != channels:
+            raise ValueError(
+                f"text encoder {self._encoder.name!r} gives tokens of {self._encoder.channels} channels, the model takes "
+                f"{channels}; use the one it was trained with."
+            )
+        return self._encoder
+
+    def prompt(self, class_labels: Labels, captions: Captions, count: int) -> Prompt:
+        """What `count` clips are told; one label or caption serves all. ValueError for what the model is not told."""
+        labels = self._labels_for(class_labels, count)
+        null_labels = None if labels is None else torch.full_like(labels, self.transformer.num_classes)
+        if self.transformer.config.caption_channels is None:
+            if captions is not None:
+                raise ValueError(f"captions={captions!r} but the model was trained without captions; leave them out.")
+            return Prompt(labels, null=Prompt(null_labels))
+        texts = [captions or ""] if captions is None or isinstance(captions, str) else list(captions)
+        if len(texts) not in (1, count):
+            raise ValueError(f"{len(texts)} captions for {count} clips; give one a clip, or one for all.")
+        said, unsaid = encode_with_null(self.encoder, texts if len(texts) == count else texts * count)
+        return Prompt(labels, *said, null=Prompt(null_labels, *unsaid))
+
     def __call__(
         self,
         class_labels: Labels = None,
@@ -112,20 +146,23 @@ class STDiTPipeline(DiffusionPipeline):
         seed: int = 0,
         num_videos: int | None = None,
         solver: str | None = None,
+        captions: Captions = None,
         **options,
     ) -> Tensor:
-        """Clips (B, 3, F, H, W) in [-1, 1], one a label (`num_videos` for an unconditional model).
+        """Clips (B, 3, F, H, W) in [-1, 1], one a label or caption (`num_videos` where neither is given).
 
         Clip i depends on (seed, i) alone, not on its neighbours. Any frame count and size that VAE and patch hold, all
         frames at once unless `window` says otherwise. Options: those of `fill`.
         """
-        labels = self.labels(class_labels, num_videos)
-        count = len(labels) if labels is not None else num_videos or 1
+        said = 1 if captions is None or isinstance(captions, str) else len(captions)
+        labels = self.labels(class_labels, num_videos or said)
+        count = len(labels) if labels is not None else num_videos or said
+        count = max(count, said)
         size = (num_frames or self.config.num_frames, height or self.config.height, width or self.config.width)
         self.video_vae.latent_shape(*size, self.transformer.patch_size)
         options = {
             "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "window": size[0],
-            "guidance_interval": guidance_interval, "seed": seed, "solver": solver, **options,
+            "guidance_interval": guidance_interval, "seed": seed, "solver": solver, "captions": captions, **options,
         }  # fmt: skip
         return self.fill(tasks.blank(count, *size), labels, **options)
 
@@ -146,6 +183,7 @@ class STDiTPipeline(DiffusionPipeline):
         clip: Tensor,
         after: int,
         class_labels: Labels = None,
+        captions: Captions = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 2.0,
         seed: int = 0,
@@ -160,8 +198,7 @@ class STDiTPipeline(DiffusionPipeline):
         if not self.transformer.config.causal:
             raise ValueError("this model is not causal; use extend, or train with model.causal=true.")
         canvas = tasks.extend(clip, after, 0, self.video_vae)
-        labels = self._labels_for(class_labels, len(clip))
-        of = None if labels is None else labels.to(self.device)
+        of = self.prompt(class_labels, captions, len(clip)).each(lambda x: x.to(self.device))
         sampler = Sampler(self, num_inference_steps, Guidance(guidance_scale), solver)
         sampler.check(canvas, canvas.pixels.shape[2])
         self.set_progress_bar_config(disable=True)
@@ -205,6 +242,7 @@ class STDiTPipeline(DiffusionPipeline):
         self,
         canvas: Canvas,
         class_labels: Labels = None,
+        captions: Captions = None,
         num_inference_steps: int | str = 30,
         guidance_scale: float = 2.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -226,6 +264,7 @@ class STDiTPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Make what of a canvas is to be made -> (B, 3, F, H, W) in [-1, 1]; known pixels come back as they were.
 
+        captions: for a model that is told captions, one a clip or one for all; none is the empty one.
         A DDPM model also takes num_inference_steps="ddim50". guidance_channels: guide only the first so many (DiT: 3).
         history_guidance: guide toward the known frames (above 1). arrangement: together, autoregressive by chunks of
         `every` latent frames, or pyramid, neighbours `every` steps apart. window: frames looked at at a time (null: as
@@ -234,7 +273,7 @@ class STDiTPipeline(DiffusionPipeline):
         tile: decode in tiles of so many latents, for large frames in bounded memory.
         fps: told to a model that is conditioned on it (null: as trained).
         """
-        labels = self._labels_for(class_labels, len(canvas.pixels))
+        prompt = self.prompt(class_labels, captions, len(canvas.pixels))
         sampler = Sampler(
             self, num_inference_steps, Guidance(guidance_scale, guidance_interval, guidance_channels, history_guidance),
             solver, arrangement, every, blend if paste else None, tile, fps,
@@ -248,7 +287,7 @@ class STDiTPipeline(DiffusionPipeline):
             part = canvas._replace(pixels=canvas.pixels[first : first + batch_size], between=between)
             keys = [(seed, first + i) for i in range(len(part.pixels))]
             with autocast(precision, self.device):
-                of = None if labels is None else labels[first : first + batch_size].to(self.device)
+                of = prompt.each(lambda x, first=first: x[first : first + batch_size].to(self.device))
                 filled.append(sampler.fill(part, of, keys, length, overlap))
         return torch.cat(filled)[:, :, : canvas.keep]
 

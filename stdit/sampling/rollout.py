@@ -10,6 +10,7 @@ from torch import Tensor
 from stdit.diffusion.predictions import Estimate
 from stdit.keys import keyed_normal
 from stdit.nn.cache import FrameCache
+from stdit.prompt import Prompt
 from stdit.sampling.guidance import guided
 from stdit.sampling.plan import Plan
 from stdit.sampling.solvers import solve
@@ -21,7 +22,7 @@ Keys = list[tuple[int, ...]]
 
 
 def stream(
-    sampler: "Sampler", known: Tensor, size: tuple[int, int, int], labels: Tensor | None, keys: Keys
+    sampler: "Sampler", known: Tensor, size: tuple[int, int, int], prompt: Prompt, keys: Keys
 ) -> Iterator[Tensor]:
     """The made groups of pixels (B, 3, f, H, W) as they are finished, in constant time and memory each.
 
@@ -31,7 +32,7 @@ def stream(
     first = vae.latent_frames(known.shape[2]) if known.shape[2] else 0
     shape = vae.latent_shape(*size, sampler.pipe.transformer.patch_size)
     network = sampler.network(sampler.pipe.config.num_frames, *size[1:])  # the length of what it saw in training
-    latents = latent_frames(sampler, network, known.to(sampler.pipe.device), first, shape, labels, keys)
+    latents = latent_frames(sampler, network, known.to(sampler.pipe.device), first, shape, prompt, keys)
     past = 0
     for pixels in vae.decode_stream(part.to(vae.dtype) for part in latents):
         new = pixels[:, :, max(0, known.shape[2] - past) :]
@@ -46,7 +47,7 @@ def latent_frames(
     known: Tensor,
     first: int,
     shape: tuple[int, int, int],
-    labels: Tensor | None,
+    prompt: Prompt,
     keys: Keys,
 ) -> Iterator[Tensor]:
     """Latents (B, C, 1, h, w): the `first` known ones, then each of the others when it is finished."""
@@ -55,7 +56,7 @@ def latent_frames(
     guidance = sampler.guidance._replace(
         interval=(0.0, 1.0), history=1.0
     )  # the cache needs the same calls at every level
-    output = guided(partial(network, cache=cache), objective, labels, pipe.transformer.num_classes, guidance)
+    output = guided(partial(network, cache=cache), objective, prompt, guidance)
 
     def predict(x: Tensor, levels: Tensor) -> Estimate:
         return objective.estimate(output(x, levels), x, levels)

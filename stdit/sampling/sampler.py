@@ -12,6 +12,7 @@ from stdit.data.config import INFO, clip_info
 from stdit.data.order import Size
 from stdit.diffusion.predictions import Estimate
 from stdit.keys import keyed_normal
+from stdit.prompt import Prompt
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.place import encode_known, made_patches, paste, pixel_guided, settled, start
 from stdit.sampling.plan import arrange
@@ -97,7 +98,7 @@ class Sampler(NamedTuple):
             )
 
     def fill(
-        self, canvas: Canvas, labels: Tensor | None, keys: list[tuple[int, ...]], length: int, overlap: int
+        self, canvas: Canvas, prompt: Prompt, keys: list[tuple[int, ...]], length: int, overlap: int
     ) -> Tensor:
         """Every window in turn; what one made is known to the next. A causal model goes on frame by frame."""
         stride = self.pipe.video_vae.stride[0]
@@ -105,7 +106,7 @@ class Sampler(NamedTuple):
             known = canvas.pixels[:, :, : int((~canvas.made).sum())]
             _, _, frames, height, width = canvas.pixels.shape
             size = (frames, height, width)
-            return torch.cat([known, *stream(self, known, size, labels, keys)], dim=2)
+            return torch.cat([known, *stream(self, known, size, prompt, keys)], dim=2)
         frames, number = canvas.pixels.shape[2], 0
         canvas = _lengthened(canvas, length)
         pixels, made = canvas.pixels.clone(), canvas.made.clone()
@@ -114,7 +115,7 @@ class Sampler(NamedTuple):
             between = None if canvas.between is None else canvas.between[:, :, :, view]
             part = canvas._replace(pixels=pixels[:, :, view], made=made[view], between=between)
             # The first window's keys are those of a canvas that needs only one.
-            done = self._window(part, labels, [(*key, number) for key in keys] if number else keys)
+            done = self._window(part, prompt, [(*key, number) for key in keys] if number else keys)
             kept = slice(window.keep_from, window.keep_to)
             pixels[:, :, kept] = done[:, :, kept.start - window.begin : kept.stop - window.begin]
             made[kept] = False
@@ -127,7 +128,7 @@ class Sampler(NamedTuple):
         whole = begin == 0 or (begin - 1) % self.pipe.video_vae.stride[0] == 0
         return made.shape[1] == 1 and whole and bool(made[begin:].all()) and canvas.strength == 1 and self.blend == 0
 
-    def _window(self, canvas: Canvas, labels: Tensor | None, keys: list[tuple[int, ...]]) -> Tensor:
+    def _window(self, canvas: Canvas, prompt: Prompt, keys: list[tuple[int, ...]]) -> Tensor:
         pipe, vae = self.pipe, self.pipe.video_vae
         objective, device = self.own.objective, pipe.device
         pixels, made = canvas.pixels.to(device), canvas.made.to(device)
@@ -143,8 +144,7 @@ class Sampler(NamedTuple):
         output = guided(
             self.network(frames, height, width),
             objective,
-            labels,
-            pipe.transformer.num_classes,
+            prompt,
             self.guidance,
             forgotten,
         )

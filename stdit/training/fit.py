@@ -17,12 +17,14 @@ from stdit.data.config import INFO
 from stdit.data.loader import Batch
 from stdit.diffusion.objective import Objective
 from stdit.model.stdit import STDiT
+from stdit.prompt import Prompt
+from stdit.text import CaptionCache
 from stdit.training.config import TrainConfig
 from stdit.training.optim import learning_rate, set_learning_rate
 from stdit.training.record import BINS, Record, level_sums
 from stdit.training.run import RunFolders
 from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
-from stdit.training.step import diffusion_losses, dropped_info, dropped_labels, to_latents
+from stdit.training.step import diffusion_losses, dropped_captions, dropped_info, dropped_labels, to_latents
 from stdit.vae import VideoVAE
 
 
@@ -50,6 +52,7 @@ class Trainer:
     dataset_size: int
     max_bad_fraction: float
     preview: Callable[[nn.Module, int], None] = lambda model, step: None
+    captions: CaptionCache | None = None
     step: int = 0
     skipped: int = 0
     bad: dict[str, str] = field(default_factory=dict)
@@ -144,9 +147,7 @@ class Trainer:
         for part in range(parts):
             batch = next(batches)
             self._count_bad(batch)
-            labels = None
-            if self.num_classes:
-                labels = dropped_labels(batch.labels, batch.keys, config.label_dropout, self.num_classes).to(device)
+            prompt = self._prompt(batch).each(lambda x: x.to(device))
             info = self._info(batch)
             clips = to_latents(batch, self.vae)
             share = self.accelerator.num_processes / batch.total  # each process gives its part of the mean over clips
@@ -154,7 +155,7 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(model):
                 with self.accelerator.autocast():
                     losses = diffusion_losses(
-                        model, self.objective, clips, labels, batch.keys, self.model.patch_size, info
+                        model, self.objective, clips, prompt, batch.keys, self.model.patch_size, info
                     )
                 self.accelerator.backward(losses.clips.sum() * share)
             total += losses.clips.detach().sum() * share
@@ -173,6 +174,15 @@ class Trainer:
             optimizer.zero_grad()
         self.model.zero_grad()
         return (self.step + 1, total, sums, lr, torch.as_tensor(norm), self.skipped), batch.total
+
+    def _prompt(self, batch: Batch) -> Prompt:
+        """What the model is told of these clips, some of it left unsaid."""
+        dropout, labels, words = self.config.label_dropout, None, (None, None)
+        if self.num_classes:
+            labels = dropped_labels(batch.labels, batch.keys, dropout, self.num_classes)
+        if self.captions is not None:
+            words = self.captions(dropped_captions(batch.captions, batch.keys, dropout))
+        return Prompt(labels, *words)
 
     def _info(self, batch: Batch) -> Tensor | None:
         """What the model is told of a clip beside its label: the columns of `INFO` that it was made for."""

@@ -33,26 +33,34 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
         objective.name,
         vae.fingerprint(),
         sorted(objective.mixture),
+        config.text.encoder,
     )
 
 
-def preview_labels(model: STDiT, count: int) -> list[int] | None:
-    """`count` labels spread over the classes."""
-    return [i % model.num_classes for i in range(count)] if model.num_classes else None
+def preview_prompt(model: STDiT, dataset: Dataset, count: int) -> dict[str, Any]:
+    """`count` labels spread over the classes, or captions of the data; without either, a number of clips."""
+    said: dict[str, Any] = {"num_videos": count}
+    if model.num_classes:
+        said["class_labels"] = [i % model.num_classes for i in range(count)]
+    if model.config.caption_channels is not None:
+        spread = keyed_rng("preview", 0).integers(len(dataset), size=count)
+        said |= {"captions": [dataset.caption(int(i)) for i in spread], "class_labels": None}
+    return said
 
 
-def preview(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, step: int) -> None:
+def preview(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, step: int, dataset: Dataset) -> None:
     """A contact sheet of a few clips, always of the same noise, in samples/."""
     count = min(12, config.train.samples) or 1
-    clips = _sample(model, vae, config, count, max(8, config.train.sample_steps // 2))
+    said = preview_prompt(model, dataset, count)
+    clips = _sample(model, vae, config, said, max(8, config.train.sample_steps // 2))
     write_contact_sheet(folders.samples / f"step-{step:07d}.png", list(clips), columns=2)
 
 
-def _sample(model: STDiT, vae: VideoVAE, config: Any, count: int, steps: int) -> Tensor:
+def _sample(model: STDiT, vae: VideoVAE, config: Any, said: dict[str, Any], steps: int) -> Tensor:
     pipeline = build_pipeline(model, vae, config)
     return pipeline(
-        preview_labels(model, count), num_inference_steps=steps, guidance_scale=config.train.guidance, seed=config.seed,
-        num_videos=count, progress=False, precision=config.train.precision,
+        **said, num_inference_steps=steps, guidance_scale=config.train.guidance, seed=config.seed, progress=False,
+        precision=config.train.precision,
     )  # fmt: skip
 
 
@@ -71,9 +79,10 @@ def write_results(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders,
     """generated_samples.pt, target_samples.pt (plain tensors (B, 3, F, H, W) in [-1, 1]), clips and a contact sheet."""
     if not config.train.samples:
         return
-    clips = _sample(model, vae, config, config.train.samples, config.train.sample_steps)
+    said = preview_prompt(model, dataset, config.train.samples)
+    clips = _sample(model, vae, config, said, config.train.sample_steps)
     torch.save(clips, folders.output / "generated_samples.pt")
-    labels = preview_labels(model, len(clips))
+    labels = said.get("class_labels")
     targets = target_clips(dataset, vae, labels, len(clips), config.seed)
     torch.save(targets, folders.output / "target_samples.pt")
     suffix = "png" if clips.shape[2] == 1 else "mp4"
@@ -81,6 +90,8 @@ def write_results(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders,
         label = f"-class-{labels[i]}" if labels else ""
         write_video(folders.samples / f"{i:03d}{label}.{suffix}", clip, fps=config.data.fps or 8)
     write_contact_sheet(folders.samples / "contact_sheet.png", list(clips), columns=2)
+    if "captions" in said:
+        (folders.samples / "captions.txt").write_text("\n".join(said["captions"]) + "\n")
 
 
 def target_clips(dataset: Dataset, vae: VideoVAE, labels: list[int] | None, count: int, seed: int) -> Tensor:

@@ -11,6 +11,7 @@ from stdit.diffusion.levels import choose
 from stdit.diffusion.objective import Objective
 from stdit.diffusion.paths import like
 from stdit.keys import keyed_generator, keyed_normal
+from stdit.prompt import Prompt
 from stdit.vae import VideoVAE
 
 
@@ -72,6 +73,12 @@ def dropped_labels(labels: Tensor, keys: list[tuple[int, int, int]], dropout: fl
     return torch.where(torch.tensor(drop), null_label, labels)
 
 
+def dropped_captions(captions: list[str], keys: list[tuple[int, int, int]], dropout: float) -> list[str]:
+    """Replace each caption by the empty one, together with its label (the same key decides)."""
+    drop = [torch.rand((), generator=keyed_generator("dropout", *key)).item() < dropout for key in keys]
+    return ["" if gone else text for text, gone in zip(captions, drop, strict=True)]
+
+
 def dropped_info(info: Tensor | None, keys: list[tuple[int, int, int]], dropout: float) -> Tensor | None:
     """Rows of `INFO` with the whole row unsaid (nan) with probability `dropout`, a function of its key alone."""
     if info is None:
@@ -84,12 +91,12 @@ def diffusion_losses(
     model: Callable[..., Tensor],
     objective: Objective,
     clips: list[Clips],
-    labels: Tensor | None,
+    prompt: Prompt,
     keys: list[tuple[int, int, int]],
     patch: tuple[int, int, int] = (1, 1, 1),
     info: Tensor | None = None,
 ) -> Losses:
-    """Noise latents (B, C, T, h, w) at levels drawn by key, predict, compare what was not known.
+    """Noise latents (B, C, T, h, w) at levels drawn by key, predict under a prompt, compare what was not known.
 
     One scheme a step, so that a step whose frames share a level pays for one condition a clip. Clips of many shapes go
     through the model in one packed sequence.
@@ -102,7 +109,7 @@ def diffusion_losses(
         _noise(objective, part, scheme, keys[begin : begin + count], patch)
         for part, begin, count in zip(clips, begins, counts, strict=True)
     ]
-    named: dict[str, Any] = {"class_labels": labels} if info is None else {"class_labels": labels, "info": info}
+    named = prompt.named() if info is None else {**prompt.named(), "info": info}
     if noised[0].history is not None:
         named["history"] = noised[0].history
     if len(noised) == 1:

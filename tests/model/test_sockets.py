@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.stdit import STDiT
 from stdit.nn import attention
+from stdit.prompt import Prompt
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.solvers import solve
 
@@ -41,7 +42,7 @@ def sample(model, scale: float = 1.0):
 
     handles = [block.attn.qkv.register_forward_pre_hook(count) for block in model.blocks]
     objective = build_objective(ObjectiveConfig())
-    output = guided(model, objective, torch.tensor([1, 2]), 5, Guidance(scale))
+    output = guided(model, objective, Prompt(torch.tensor([1, 2]), null=Prompt(torch.tensor([5, 5]))), Guidance(scale))
     noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     now = {"t": 1000.0}
 

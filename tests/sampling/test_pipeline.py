@@ -4,6 +4,7 @@ import torch
 from conftest import fill
 
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.prompt import Prompt
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
@@ -152,11 +153,11 @@ def test_a_scheduler_for_another_prediction_is_refused(make):
 def test_guidance_is_linear_in_its_scale_and_keeps_to_its_interval(tiny_model):
     model, objective = tiny_model(), build_objective(ObjectiveConfig(name="ddpm"))
     x, labels = torch.randn(2, 4, 3, 8, 8), torch.tensor([1, 2])
-    levels = torch.full((1, 3), 0.5)
+    levels, prompt = torch.full((1, 3), 0.5), Prompt(labels, null=Prompt(torch.tensor([5, 5])))
 
     def output(scale, interval=(0.0, 1.0)):
         with torch.no_grad():
-            return guided(model, objective, labels, 5, Guidance(scale, interval))(x, levels)
+            return guided(model, objective, prompt, Guidance(scale, interval))(x, levels)
 
     one, zero, three = output(1.0), output(0.0), output(3.0)
     torch.testing.assert_close(three[:, :4], zero[:, :4] + 3 * (one - zero)[:, :4], atol=1e-5, rtol=1e-4)

@@ -1,0 +1,153 @@
+import json
+
+import pytest
+import torch
+from conftest import fill
+
+from stdit.model.stdit import STDiT
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.text import CaptionCache, Words, encode_with_null, load_text_encoder
+from stdit.vae import TinyVAE
+
+TEXTS = ["a red circle moves left", "a blue square", "", "a red square moves up and up"]
+
+
+def test_words_are_the_same_wherever_they_stand_but_for_their_place():
+    encoder = Words()
+    tokens, mask = encoder.encode(["red circle", "Circle, red!"])
+    assert mask.tolist() == [[True] * 3, [True] * 3]
+    swapped = tokens[0, [1, 0]] - tokens[1, :2]
+    torch.testing.assert_close(swapped, torch.stack([swapped[0], -swapped[0]]), atol=1e-5, rtol=1e-5)  # places alone
+    assert not torch.allclose(tokens[0, 0], tokens[1, 1])
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """A function that writes a tiny encoder of random weights with a tokenizer of words."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    def make(kind: str) -> str:
+        folder = tmp_path_factory.mktemp(kind)
+        words = sorted({word for text in TEXTS for word in text.split()})
+        vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ).save_pretrained(folder)
+        torch.manual_seed(0)
+        if kind == "clip":
+            config = transformers.CLIPTextConfig(
+                vocab_size=32, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                max_position_embeddings=77, eos_token_id=1, pad_token_id=0, bos_token_id=1,
+            )  # fmt: skip
+            model = transformers.CLIPTextModel(config)
+        else:
+            shape = {"vocab_size": 32, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+            names = {"t5": ("T5Config", "T5EncoderModel"), "umt5": ("UMT5Config", "UMT5EncoderModel")}[kind]
+            model = getattr(transformers, names[1])(getattr(transformers, names[0])(**shape))
+        model.save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["t5", "umt5", "clip"])
+def test_a_pretrained_encoders_words_do_not_hang_on_the_padding_beside_them(pretrained, kind):
+    encoder = load_text_encoder(pretrained(kind))
+    assert encoder.channels == 24
+    together, alone = encoder.encode(TEXTS), encoder.encode(TEXTS[1:2])
+    length = int(alone.mask.sum())
+    assert length == 4
+    assert together.mask.sum(1).tolist() == [6, 4, 1, 8]
+    torch.testing.assert_close(together.tokens[1, :length], alone.tokens[0], atol=1e-5, rtol=1e-5)
+    assert load_text_encoder(pretrained(kind)).fingerprint() == encoder.fingerprint()
+
+
+def test_kept_captions_are_those_that_were_encoded_and_none_is_encoded_twice(tmp_path, monkeypatch):
+    encoder = Words()
+    monkeypatch.setattr(CaptionCache, "SHARD", 3)
+    cache = CaptionCache(tmp_path, encoder)
+    cache.add(encoder, TEXTS[:2], progress=False)
+    cache.add(encoder, TEXTS * 2, progress=False)
+    asked = []
+    encode = Words.encode
+    monkeypatch.setattr(Words, "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
+    again = CaptionCache(tmp_path, encoder)
+    again.add(encoder, TEXTS, progress=False)
+    assert not asked and len(again) == 4
+    fresh, kept = encode(encoder, TEXTS), again(TEXTS)
+    assert torch.equal(kept.mask, fresh.mask)
+    torch.testing.assert_close(kept.tokens, fresh.tokens, atol=2e-3, rtol=2e-3)  # half precision
+    with pytest.raises(ValueError, match="was never encoded"):
+        again(["a green cat"])
+
+
+def test_a_shard_without_an_index_is_not_there(tmp_path):
+    encoder = Words()
+    cache = CaptionCache(tmp_path, encoder)
+    cache.add(encoder, TEXTS, progress=False)
+    next(cache.folder.glob("*.json")).unlink()
+    assert len(CaptionCache(tmp_path, encoder)) == 0
+
+
+def test_the_null_caption_is_as_long_as_those_beside_it():
+    said, unsaid = encode_with_null(Words(), TEXTS[:2])
+    assert said.tokens.shape == unsaid.tokens.shape and unsaid.mask.sum(1).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("no/such/folder/here", "cannot be loaded"), ("/nowhere", "is no folder")]
+)
+def test_an_encoder_that_is_not_there_is_one_line(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_text_encoder(name)
+
+
+def test_an_encoder_of_another_kind_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="is a 'bert'; stdit takes t5"):
+        load_text_encoder(str(tmp_path))
+
+
+@pytest.fixture
+def pipe():
+    model = fill(
+        STDiT(2, 32, 4, in_channels=16, num_classes=3, caption_channels=64, learn_sigma=False, conditioning="adaln_single")
+    )
+    vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
+    return STDiTPipeline(model.eval(), vae, STDiTScheduler(), 5, 16, 16, text_encoder="words")
+
+
+def test_a_pipeline_is_told_captions_labels_or_both(pipe, tmp_path):
+    how = {"num_inference_steps": 2, "progress": False, "guidance_scale": 3.0}
+    one, two = pipe(captions=["a red circle", "a blue square"], **how)
+    assert not torch.allclose(one, two)
+    alone = pipe(captions="a red circle", **how)
+    torch.testing.assert_close(alone[0], one, atol=1e-5, rtol=1e-5)  # its neighbour's longer caption changes nothing
+    assert not torch.allclose(pipe([1], captions="a red circle", **how), alone)
+    silent = pipe(num_videos=1, **how)
+    assert torch.equal(silent, pipe(captions="", **how))
+    pipe.save_pretrained(tmp_path)
+    assert torch.equal(STDiTPipeline.from_pretrained(tmp_path)(captions="a red circle", **how), alone)
+    clip = torch.rand(2, 3, 5, 16, 16) * 2 - 1
+    assert pipe.extend(clip, after=4, captions="a red circle", **how).shape[2] == 9
+
+
+def test_captions_that_fit_nothing_are_refused(pipe, tiny_model):
+    with pytest.raises(ValueError, match="2 class_labels for 3 clips"):
+        pipe([0, 1], captions=["a", "b", "c"])
+    with pytest.raises(ValueError, match="3 captions for 2 clips"):
+        pipe.animate(torch.zeros(2, 3, 16, 16), captions=["a", "b", "c"])
+    other = STDiTPipeline(
+        tiny_model(in_channels=16, learn_sigma=False), fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))), STDiTScheduler(), 1, 16, 16
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="trained without captions"):
+        other(captions="a red circle")
+    pipe.transformer.register_to_config(caption_channels=32)
+    with pytest.raises(ValueError, match="tokens of 64 channels, the model takes 32"):
+        pipe(captions="a red circle")
