@@ -2,6 +2,7 @@
 
 python tools/evaluate.py --model models/quickstart --clips 480
 python tools/evaluate.py --input data/shapes/manifest.jsonl            the judge on drawn clips, against their truth
+python tools/evaluate.py --model models/captions --captions "red circle" "blue square"      pairs that training left out
 """
 
 import argparse
@@ -15,9 +16,10 @@ from sample_video import newest_model
 from tqdm import tqdm
 
 from stdit.data.manifest import read_manifest
-from stdit.data.shapes import CLASS_NAMES
+from stdit.data.shapes import CLASS_NAMES, COLORS, SHAPES
 from stdit.data.video_io import VideoReader
 from stdit.data.video_write import to_uint8, write_contact_sheet
+from stdit.evaluation.captions import asked, measure
 from stdit.evaluation.shapes import judge, report, table
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.run import write_text
@@ -35,6 +37,34 @@ def generated(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Pa
         [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, args.steps, args.guidance, seed=args.seed, solver=args.solver
     )  # fmt: skip
     return [to_uint8(clip) for clip in clips], labels, Path("output") / model.name
+
+
+def told(args: argparse.Namespace) -> int:
+    """Captions: pairs that were seen, pairs that were left out."""
+    model = Path(args.model) if args.model else newest_model()
+    pipe = STDiTPipeline.from_pretrained(str(model))
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    output = Path("output") / model.name
+    output.mkdir(parents=True, exist_ok=True)
+    options = {
+        "num_inference_steps": args.steps, "guidance_scale": args.guidance, "seed": args.seed, "num_frames": args.frames,
+        "height": args.size, "width": args.size,
+    }  # fmt: skip
+    every = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
+    unknown = [pair for pair in args.captions if pair not in every]
+    if unknown:
+        raise ValueError(f"--captions {unknown[0]!r} is no colour and shape, such as 'red circle'.")
+    results = {}
+    for name, pairs in (("seen pairs", sorted(every - set(args.captions))), ("pairs left out", args.captions)):
+        if pairs:
+            result, clips = measure(pipe, asked(pairs, args.clips), **options)
+            print(f"{name:<15} {result}", flush=True)
+            results[name] = result._asdict()
+            write_contact_sheet(output / f"captions-{name.replace(' ', '-')}.png", clips[:24], columns=2)
+    write_text(output / "captions.json", json.dumps({**vars(args), **results}, indent=1) + "\n")
+    print(f"{output / 'captions.json'}, contact sheets beside it")
+    return 0
 
 
 def recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
@@ -70,6 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="default: the newest under models/")
     parser.add_argument("--input", help="a manifest of clips to judge instead of a model")
+    parser.add_argument(
+        "--captions", nargs="*", metavar="PAIR", help="judge captions: of all pairs of colour and shape, and of these alone"
+    )
     parser.add_argument("--clips", type=int, default=480)
     parser.add_argument("--frames", type=int)
     parser.add_argument("--size", type=int)
@@ -80,6 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.clips < 1:
         raise ValueError(f"--clips {args.clips} leaves nothing to judge; use 1 or more.")
+    if args.captions is not None:
+        return told(args)
     if args.input:
         clips, labels = recorded(Path(args.input))
         output = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from stdit.data.shapes import CLASS_NAMES, draw, random_clip
+from stdit.data.shapes import CLASS_NAMES, COLORS, SHAPES, draw, random_clip
 from stdit.data.video_write import write_video
 from stdit.keys import keyed_rng
 
@@ -24,14 +24,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=64, help="pixels, at least 32")
     parser.add_argument("--motion", choices=("straight", "bounce"), default="straight")
     parser.add_argument("--fps", type=float, default=8)
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="PAIR", help='no clip shows such a pair, for example "red circle"'
+    )
     args = parser.parse_args(argv)
     for name, least in (("num_clips", 1), ("frames", 1), ("size", 32), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; use {least} or more.")
 
+    known = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
+    for pair in args.without:
+        if pair not in known:
+            raise ValueError(f"--without {pair!r} is no colour and shape; colours: {', '.join(COLORS)}.")
     output = Path(args.output)
     manifest = output / "manifest.jsonl"
-    settings = {key: value for key, value in vars(args).items() if key != "output"}
+    settings = {key: value for key, value in vars(args).items() if key != "output" and (value or key != "without")}
     settings_file = output / "settings.json"
     if manifest.is_file():
         made = json.loads(settings_file.read_text()) if settings_file.is_file() else None
@@ -42,7 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     output.mkdir(parents=True, exist_ok=True)
     rows = []
     for i in tqdm(range(args.num_clips), unit="clip", desc="drawing"):
-        clip = random_clip(keyed_rng("sample", args.seed, i), i % len(CLASS_NAMES), args.frames, args.size, args.motion)
+        shape = (i % len(CLASS_NAMES), args.frames, args.size, args.motion)
+        clip, tries = random_clip(keyed_rng("sample", args.seed, i), *shape), 0
+        while f"{clip.color_name} {clip.shape}" in args.without:
+            tries += 1
+            clip = random_clip(keyed_rng("sample", args.seed, i, tries), *shape)
         name = f"{i:06d}.mp4"
         write_video(output / name, draw(clip), fps=args.fps)
         label = CLASS_NAMES[clip.label]
