@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from stdit.model.checks import check_causal, check_conditioning, check_shape
 from stdit.model.config import size_arguments
 from stdit.model.sockets import is_folder, model_card, register_blocks
+from stdit.model.told import Told
 from stdit.model.trunks import stack, time_entries
 from stdit.nn.blocks import FinalLayer, STDiTBlock
 from stdit.nn.cache import FrameCache
@@ -29,7 +30,7 @@ from stdit.nn.tokens import token_grid, unpatchify
 from stdit.variants import pick
 
 
-class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     """Spacetime diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers", grown in time).
 
     `sample_size` (T, H, W) is the latent size it was made for, a hint and no limit. `class_names` are accepted
@@ -269,59 +270,6 @@ class STDiT(ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixi
             return (1.0, 1.0, 1.0)
         t, y, x = (size // patch for size, patch in zip(self.config.sample_size, self.patch_size, strict=True))
         return (t / grid[0], y / grid[1], x / grid[2])
-
-    def condition(
-        self,
-        timestep: Tensor,
-        class_labels: Tensor | None,
-        batch: int,
-        info: Tensor | None = None,
-        captions: Tensor | None = None,
-        caption_mask: Tensor | None = None,
-    ) -> Condition:
-        """What blocks are told: embeddings of timestep, label and what else is said of the clip, added, or as tokens."""
-        time = self.t_embedder(timestep.expand(batch) if timestep.ndim == 0 else timestep)
-        if timestep.ndim > 1 and self.patch_size[0] > 1:  # frames that share a token share a condition
-            time = time.unflatten(1, (-1, self.patch_size[0])).mean(2)
-        while time.ndim < 4:
-            time = time.unsqueeze(-2)
-        parts = [time]
-        if self.y_embedder is not None:
-            if class_labels is None:
-                class_labels = torch.full((batch,), self.num_classes, device=time.device)
-            label = self.y_embedder(class_labels)[..., None, :]
-            parts.append(label if class_labels.ndim > 1 else label[:, None])
-        if self.info_embedder is not None and info is not None:
-            parts.append(self.info_embedder(info)[:, None, None].to(time))
-        words, seen = self._words(captions, caption_mask)
-        vector = sum(parts[1:], parts[0])
-        if not self.how.by_tokens:
-            return Condition(vector, None if self.adaLN_single is None else self.adaLN_single(vector), words, seen)
-        if time.shape[2] > 1:
-            raise ValueError(
-                f"levels by patch need a vector by patch; conditioning={self.config.conditioning!r} has one token a frame. "
-                "Use conditioning='adaln_zero', or levels by frame (in training objective.shares.region=0)."
-            )
-        parts += [] if words is None else [words]
-        frames = max(part.shape[1] for part in parts)
-        parts = [part.expand(batch, frames, -1, -1) for part in parts]
-        if seen is not None:
-            told = torch.cat(parts[:-1], dim=2)
-            seen = torch.cat([seen.new_ones(told.shape[:3]), seen.expand(-1, frames, -1)], dim=2)
-        return Condition(vector, None, torch.cat(parts, dim=2), seen)
-
-    def _words(self, captions: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Captions (B, T|1, L, D) and their mask (B, T|1, L)."""
-        if self.caption_embedder is None:
-            if captions is not None:
-                raise ValueError("captions are given to a model without caption_channels; train one with them.")
-            return None, None
-        if captions is None:
-            raise ValueError("this model is told captions: give captions, for none those of the empty text.")
-        words = self.caption_embedder(captions.to(self.caption_embedder.fc1.weight.dtype))
-        if mask is not None:
-            mask = mask.bool() if mask.ndim > 2 else mask.bool()[:, None]
-        return (words if words.ndim > 3 else words[:, None]), mask
 
     def _run(
         self, block: nn.Module, hidden_states: Tensor, condition: Condition, layout: Layout, cache: FrameCache | None
