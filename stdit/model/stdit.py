@@ -18,11 +18,11 @@ from stdit.model.checks import check_causal, check_conditioning, check_shape
 from stdit.model.config import size_arguments
 from stdit.model.sockets import is_folder, model_card, register_blocks
 from stdit.model.told import Told
-from stdit.model.trunks import stack, time_entries
+from stdit.model.trunks import TRUNKS, time_entries
 from stdit.nn.blocks import FinalLayer, STDiTBlock
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
-from stdit.nn.embedders import CaptionEmbedder, InfoEmbedder, LabelEmbedder, PatchEmbed, TimestepEmbedder
+from stdit.nn.embedders import CaptionEmbedder, InfoEmbedder, LabelEmbedder, PatchEmbed, PlaceTable, TimestepEmbedder
 from stdit.nn.layout import Dense, Layout, Packed, Taught
 from stdit.nn.modulation import Condition
 from stdit.nn.positions import space_positions
@@ -75,12 +75,18 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         conditions: Sequence[str] = (),
         conditioning: str = "adaln_zero",
         caption_channels: int | None = None,
+        trunk: str = "stack",
+        learned_places: bool = False,
+        time_mlp: bool = True,
+        output_conv: bool = False,
+        gelu: str = "tanh",
     ):
         super().__init__()
         check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
         pick({"extrapolate": None, "interpolate": None}, positions, "positions")
         check_causal(causal, window, time_entry, axes, patch_size)
         check_conditioning(conditioning, caption_channels, causal)
+        self.trunk = pick(TRUNKS, trunk, "trunk")
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -88,7 +94,7 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
 
         self.x_embedder = PatchEmbed(self.patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(
-            hidden_size, scale=clock_scale, reverse=clock_reversed, frequency_shift=frequency_shift
+            hidden_size, scale=clock_scale, reverse=clock_reversed, frequency_shift=frequency_shift, mlp=time_mlp
         )
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
         self.info_embedder = InfoEmbedder(len(conditions), hidden_size) if conditions else None
@@ -100,10 +106,16 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         told = {"conditioning": conditioning, "captions": caption_channels is not None}
         cycle = [axes[i % len(axes)] for i in range(depth)]
         self.blocks = nn.ModuleList(
-            STDiTBlock(hidden_size, num_heads, axis, mlp_ratio, qk_norm, time, norm2_eps, causal, window, **told)
-            for axis, time in zip(cycle, time_entries(time_entry, cycle), strict=True)
+            STDiTBlock(
+                hidden_size, num_heads, axis, mlp_ratio, qk_norm, time, norm2_eps, causal, window, skip=skip, gelu=gelu, **told
+            )
+            for axis, time, skip in zip(cycle, time_entries(time_entry, cycle), self.trunk.skips(depth), strict=True)
         )
+        grid = [size // patch for size, patch in zip(sample_size[1:], self.patch_size[1:], strict=True)]
+        extras = 1 + bool(num_classes) if self.how.joins else 0
+        self.pos_embed = PlaceTable(grid[0], grid[1], hidden_size, extras) if learned_places else None
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels, conditioning)
+        self.output_conv = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1) if output_conv else None
         self.initialize_weights()
 
     @classmethod
@@ -160,8 +172,8 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
                 nn.init.zeros_(module.bias)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (self.t_embedder.mlp or [])[::2]:
+            nn.init.normal_(layer.weight, std=0.02)
         for module in (*self.blocks, self.final_layer):
             module.reset()
         if self.adaLN_single is not None:
@@ -202,24 +214,26 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         condition = self.condition(timestep, class_labels, hidden_states.shape[0], info, captions, caption_mask)
         tokens = self.x_embedder(hidden_states)
         scale = self._spacing((frames, rows, columns))
-        tokens = tokens + space_positions(rows, columns, tokens.shape[-1], scale[1:]).to(tokens)
+        tokens = tokens + self._places(rows, columns, scale[1:]).to(tokens)
         kind = Dense if history is None else Taught
         extras, shown = 0, None
         if self.how.joins:
             assert condition.tokens is not None
             told = condition.tokens.expand(-1, frames, -1, -1)
+            if self.pos_embed is not None:  # captions have places of their own
+                told = torch.cat([told[:, :, : len(self.pos_embed.extras)] + self.pos_embed.extras, told[:, :, len(self.pos_embed.extras) :]], 2)
             extras = told.shape[2]
             shown = None if condition.seen is None else condition.seen.expand(-1, frames, -1)
             tokens = torch.cat([told.to(tokens), tokens], dim=2)
         layout = kind((frames, rows, columns), cache.frames if cache is not None else 0, scale, extras, shown)
-        tokens = stack(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=cache))
+        tokens = self.trunk.run(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=cache))
         if cache is not None and cache.writing:
             cache.frames += frames
         tokens = tokens[:, :, extras:]
         if history is not None:
             tokens = tokens[:, frames // 2 :]
             condition = condition._replace(vector=condition.vector[:, frames // 2 :])
-        return unpatchify(self.final_layer(tokens, condition), self.patch_size, rows)
+        return self._output(unpatchify(self.final_layer(tokens, condition), self.patch_size, rows))
 
     def packed(
         self,
@@ -240,11 +254,11 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
                 "condition that is a vector (adaln_zero, adaln, adaln_single, no captions); use batches of one shape instead."
             )
         grids = [token_grid(tuple(x.shape[1:]), self.patch_size) for x in latents]
-        layout, width = Packed(grids), self.config.hidden_size
+        layout = Packed(grids)
         parts = []
         for x, (_, rows, columns) in zip(latents, grids, strict=True):
             embedded = self.x_embedder(x[None])
-            parts.append((embedded + space_positions(rows, columns, width).to(embedded)).flatten(1, 2))
+            parts.append((embedded + self._places(rows, columns).to(embedded)).flatten(1, 2))
         frames = torch.tensor([t for t, _, _ in grids], device=latents[0].device)
         each = torch.cat([step.expand(t) for step, (t, _, _) in zip(timesteps, grids, strict=True)])
         if class_labels is None:
@@ -256,13 +270,26 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
             *(None if part is None else part.reshape(1, 1, len(each), -1) for part in condition[:2])  # type: ignore[arg-type]
         )
         tokens = torch.cat(parts, dim=1)[:, None]
-        tokens = stack(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=None))
+        tokens = self.trunk.run(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=None))
         tokens = self.final_layer(tokens, condition, layout)
         pieces = tokens[:, 0].split([t * s for t, s in layout.counts], dim=1)
         return [
-            unpatchify(piece.unflatten(1, count), self.patch_size, rows)[0]
+            self._output(unpatchify(piece.unflatten(1, count), self.patch_size, rows))[0]
             for piece, count, (_, rows, _) in zip(pieces, layout.counts, grids, strict=True)
         ]
+
+    def _places(self, rows: int, columns: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+        if self.pos_embed is not None:
+            return self.pos_embed(rows, columns)
+        return space_positions(rows, columns, self.config.hidden_size, scale)
+
+    def _output(self, prediction: Tensor) -> Tensor:
+        """Through the convolution of every frame, if there is one (U-ViT)."""
+        if self.output_conv is None:
+            return prediction
+        frames = prediction.shape[2]
+        images = self.output_conv(prediction.transpose(1, 2).flatten(0, 1))
+        return images.unflatten(0, (-1, frames)).transpose(1, 2)
 
     def _spacing(self, grid: tuple[int, int, int]) -> tuple[float, float, float]:
         """Distances of neighbours in time, y and x: 1, or squeezed and stretched into the grid it was trained on."""
@@ -272,11 +299,17 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         return (t / grid[0], y / grid[1], x / grid[2])
 
     def _run(
-        self, block: nn.Module, hidden_states: Tensor, condition: Condition, layout: Layout, cache: FrameCache | None
+        self,
+        block: nn.Module,
+        hidden_states: Tensor,
+        condition: Condition,
+        layout: Layout,
+        cache: FrameCache | None,
+        skip: Tensor | None = None,
     ) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, hidden_states, condition, layout, cache)
-        return block(hidden_states, condition, layout, cache)
+            return self._gradient_checkpointing_func(block, hidden_states, condition, layout, cache, skip)
+        return block(hidden_states, condition, layout, cache, skip)
 
 
 register_blocks()

@@ -1,13 +1,14 @@
-"""How blocks are wired. A trunk is a function over the model's blocks: (blocks, tokens, condition, run) -> tokens."""
+"""How blocks are wired: who follows whom, and who hands what to whom over the heads of others."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from stdit.nn.attention import PLACES
 from stdit.nn.modulation import Condition
 
-Run = Callable[[nn.Module, Tensor, Condition], Tensor]
+Run = Callable[..., Tensor]  # (block, tokens, condition, skip=None) -> tokens
 
 
 def stack(blocks: nn.ModuleList, hidden_states: Tensor, condition: Condition, run: Run) -> Tensor:
@@ -15,6 +16,32 @@ def stack(blocks: nn.ModuleList, hidden_states: Tensor, condition: Condition, ru
     for block in blocks:
         hidden_states = run(block, hidden_states, condition)
     return hidden_states
+
+
+def long_skip(blocks: Sequence[nn.Module], hidden_states: Tensor, condition: Condition, run: Run) -> Tensor:
+    """What the first half made is handed to the second half, last to first (U-ViT, figure 1); a middle block has none."""
+    half, kept = len(blocks) // 2, []
+    for block in blocks[:half]:
+        hidden_states = run(block, hidden_states, condition)
+        kept.append(hidden_states)
+    for block in blocks[half : len(blocks) - half]:
+        hidden_states = run(block, hidden_states, condition)
+    for block in blocks[len(blocks) - half :]:
+        hidden_states = run(block, hidden_states, condition, skip=kept.pop())
+    return hidden_states
+
+
+class Trunk(NamedTuple):
+    """run: (blocks, tokens, condition, run) -> tokens; skips: of a depth, which blocks take what an earlier one made."""
+
+    run: Callable[[nn.ModuleList, Tensor, Condition, Run], Tensor]
+    skips: Callable[[int], list[bool]]
+
+
+TRUNKS = {
+    "stack": Trunk(stack, lambda depth: [False] * depth),
+    "long_skip": Trunk(long_skip, lambda depth: [i >= depth - depth // 2 for i in range(depth)]),
+}
 
 
 def time_entries(entry: str, axes: Sequence[str]) -> list[str]:

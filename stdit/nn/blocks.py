@@ -1,5 +1,6 @@
 """Transformer blocks and the head."""
 
+import torch
 from torch import Tensor, nn
 
 from stdit.nn.attention import Attention, CrossAttention
@@ -16,7 +17,8 @@ class STDiTBlock(nn.Module):
 
     hidden_states: (B, T, S, D). `time`: where tokens learn their place: inside attention
     (`attention.PLACES`), or "stream" (time added to what passes through, as Latte does once). conditioning: one of
-    `CONDITIONINGS`; captions: attend to the condition's tokens in any case. layout, cache: see `nn.layout`, `nn.cache`.
+    `CONDITIONINGS`; captions: attend to the condition's tokens in any case. skip: takes what an earlier block made,
+    through a linear layer of both (U-ViT). layout, cache: see `nn.layout`, `nn.cache`.
     """
 
     def __init__(
@@ -32,14 +34,17 @@ class STDiTBlock(nn.Module):
         window: int | None = None,
         conditioning: str = "adaln_zero",
         captions: bool = False,
+        skip: bool = False,
+        gelu: str = "tanh",
     ):
         super().__init__()
         self.time = time
         how = CONDITIONINGS[conditioning]
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=how.by_tokens, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=how.by_tokens, eps=how.eps)
         self.attn = Attention(dim, num_heads, axis, qk_norm, time if time != "stream" else "none", causal, window)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=how.by_tokens, eps=norm2_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=how.by_tokens, eps=how.eps if how.by_tokens else norm2_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu)
+        self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         attends = how.attends or (captions and not how.joins)
         self.norm_cross = nn.LayerNorm(dim, eps=1e-6) if how.attends else None
         self.cross_attn = CrossAttention(dim, num_heads) if attends else None
@@ -52,8 +57,15 @@ class STDiTBlock(nn.Module):
             nn.init.zeros_(self.cross_attn.proj.weight)
 
     def forward(
-        self, hidden_states: Tensor, condition: Condition, layout: Layout | None = None, cache: FrameCache | None = None
+        self,
+        hidden_states: Tensor,
+        condition: Condition,
+        layout: Layout | None = None,
+        cache: FrameCache | None = None,
+        skip: Tensor | None = None,
     ) -> Tensor:
+        if self.skip_linear is not None:
+            hidden_states = self.skip_linear(torch.cat([hidden_states, skip], dim=-1))
         if self.time == "stream":
             frames = frame_positions(hidden_states.shape[1], hidden_states.shape[-1]).to(hidden_states)
             hidden_states = hidden_states + frames[:, None]
@@ -72,7 +84,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, out_features: int, conditioning: str = "adaln_zero"):
         super().__init__()
         how = CONDITIONINGS[conditioning]
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=how.by_tokens, eps=1e-6)
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=how.by_tokens, eps=how.eps)
         self.linear = nn.Linear(dim, out_features)
         self.adaLN_modulation = how.final(dim)
 

@@ -25,6 +25,11 @@ class Conditioning(NamedTuple):
     def by_tokens(self) -> bool:
         return self.attends or self.joins
 
+    @property
+    def eps(self) -> float:
+        """Of layer norms: DiT's where they are modulated, ViT's where they have weights of their own."""
+        return 1e-5 if self.by_tokens else 1e-6
+
 
 _plain_head = partial(AdaLN, branches=1, gated=False)
 _unmodulated = partial(Unmodulated, branches=1)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from stdit.nn.positions import space_positions
 from stdit.nn.tokens import Patch, patchify
 
 
@@ -24,7 +25,8 @@ class TimestepEmbedder(nn.Module):
     """Timesteps of any shape (...), on 0..1000 -> (..., D): sinusoid of 256 numbers, then an MLP.
 
     Weights made elsewhere may expect another clock: `scale` and `reverse` turn ours into theirs (SiT: 0.001, reversed),
-    `frequency_shift` spreads the frequencies as diffusers' DiT does (1.0).
+    `frequency_shift` spreads the frequencies as diffusers' DiT does (1.0). mlp: false leaves the sinusoid, D numbers, as
+    it is (U-ViT).
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class TimestepEmbedder(nn.Module):
         scale: float = 1.0,
         reverse: bool = False,
         frequency_shift: float = 0.0,
+        mlp: bool = True,
     ):
         super().__init__()
+        frequency_dim = frequency_dim if mlp else dim
         self.frequency_dim, self.scale, self.reverse, self.shift = frequency_dim, scale, reverse, frequency_shift
-        self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim)) if mlp else None
 
     def forward(self, timestep: Tensor) -> Tensor:
         # Always float32: bfloat16 would fold a thousand timesteps into 507.
@@ -47,7 +51,7 @@ class TimestepEmbedder(nn.Module):
         clock = self.scale * (1000 - timestep.float() if self.reverse else timestep.float())
         angles = clock[..., None] * frequencies
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
+        return sinusoid if self.mlp is None else self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -90,3 +94,24 @@ class CaptionEmbedder(nn.Module):
 
     def forward(self, captions: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(captions)))
+
+
+class PlaceTable(nn.Module):
+    """A learned vector for every place of a grid, and for `extras` tokens before it; other grids see it bent to theirs.
+
+    Fresh, the grid holds DiT's sin-cos positions and the extras nothing.
+    """
+
+    def __init__(self, rows: int, columns: int, dim: int, extras: int = 0):
+        super().__init__()
+        self.grid = (rows, columns)
+        self.patches = nn.Parameter(space_positions(rows, columns, dim).clone())
+        self.extras = nn.Parameter(torch.zeros(extras, dim)) if extras else None
+
+    def forward(self, rows: int, columns: int) -> Tensor:
+        """(rows * columns, D)"""
+        if (rows, columns) == self.grid:
+            return self.patches
+        table = self.patches.T.unflatten(1, self.grid)[None]
+        bent = nn.functional.interpolate(table, size=(rows, columns), mode="bicubic", align_corners=False)
+        return bent[0].flatten(1).T
