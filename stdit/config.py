@@ -65,6 +65,16 @@ class Config:
                 "data.packing=true takes conditions that are vectors; use model.conditioning=adaln_zero without "
                 "text.encoder, or data.packing=false."
             )
+        if self.objective.mask_ratio and self.model.trunk != "masked":
+            raise ValueError(
+                f"objective.mask_ratio={self.objective.mask_ratio} hides patches from the encoder of model.trunk=masked; set "
+                "that, or objective.mask_ratio=0."
+            )
+        if self.objective.mask_ratio and set(self.objective.mixture) - {"shared", "per_frame"}:
+            raise ValueError(
+                "objective.mask_ratio hides patches, known frames must be seen; set objective.scheme=shared, or "
+                "objective.mask_ratio=0."
+            )
         taught = [name for name in self.objective.mixture if SCHEMES[name].taught]
         if taught and not self.model.causal:
             raise ValueError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stdit.checkpoint import diffusers_dit
+from stdit.checkpoint import diffusers_dit, mdt, uvit
 from stdit.model.config import SIZES
 from stdit.model.stdit import STDiT
 from stdit.nn.positions import frame_positions, space_positions
@@ -153,7 +153,12 @@ def _is(model: STDiT, classes: bool = True, **wanted) -> str:
     return ", ".join(other)
 
 
-_PLAIN = {"qk_norm": False, "frequency_shift": 0.0, "norm2_eps": 1e-6}
+# What none of DiT's kin has: another conditioning, another wiring.
+_WIRED = {
+    "conditioning": "adaln_zero", "caption_channels": None, "trunk": "stack", "learned_places": False, "time_mlp": True,
+    "output_conv": False, "gelu": "tanh", "place_bias": False,
+}  # fmt: skip
+_PLAIN = {**_WIRED, "qk_norm": False, "frequency_shift": 0.0, "norm2_eps": 1e-6}
 _DIT_CLOCK = {"clock_scale": 1.0, "clock_reversed": False}
 
 FORMATS = {
@@ -171,7 +176,15 @@ FORMATS = {
     ),
     "diffusers": Format(
         "diffusers", "ddpm", diffusers_dit.to_dit, diffusers_dit.from_dit, diffusers_dit.arguments,
-        needs=lambda m: _is(m, axes=["spatial"], qk_norm=False, mlp_ratio=4.0, frequency_shift=1.0, **_DIT_CLOCK),
+        needs=lambda m: _is(m, axes=["spatial"], qk_norm=False, mlp_ratio=4.0, frequency_shift=1.0, **_WIRED, **_DIT_CLOCK),
+    ),
+    "uvit": Format(
+        "uvit", "ddpm", uvit.to_dit, uvit.from_dit, uvit.arguments,
+        needs=lambda m: _is(m, False, axes=["spatial"], learn_sigma=False, **{**_PLAIN, **_DIT_CLOCK, **uvit.WIRED, "output_conv": m.config.output_conv}),
+    ),
+    "mdt": Format(
+        "mdt", "ddpm", mdt.to_dit, mdt.from_dit, mdt.arguments, restore=mdt.restore,
+        needs=lambda m: _is(m, axes=["spatial"], learn_sigma=True, **{**_PLAIN, **_DIT_CLOCK, **mdt.WIRED}),
     ),
 }  # fmt: skip
 
@@ -181,6 +194,10 @@ def recognise(names: Iterable[str]) -> str | None:
     names = set(names)
     if "transformer_blocks.0.norm1.linear.weight" in names:
         return "diffusers"
+    if "decoder_pred.weight" in names and any(name.startswith("mid_block.") for name in names):
+        return "uvit"
+    if "decoder_pos_embed" in names and any(name.startswith("sideblocks.") for name in names):
+        return "mdt"
     if "temp_embed" in names:
         return "latte"
     return "dit" if {"x_embedder.proj.weight", "blocks.0.attn.qkv.weight"} <= names else None

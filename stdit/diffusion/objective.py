@@ -29,6 +29,7 @@ class ObjectiveConfig:
 
     scheme: what is known and who shares a level: one of `SCHEMES`, or "mixed", where each step takes one of them by its
     share in `shares`. known_noise: known frames stand at a level drawn from 0 to this one, and the model is told.
+    mask_ratio: a second pass in which the encoder of a masked trunk does not see this share of patches, or up to 0.2 more.
     mixed_from: the step at which "mixed" begins; before it all frames share a level. known_shift: flow's levels beside known frames are shifted by this factor more, since what is known has been followed
     where noise is high, and at low noise shows itself.
     """
@@ -39,6 +40,7 @@ class ObjectiveConfig:
     mixed_from: int = 0
     known_noise: float = 0.0
     known_shift: float = 1.0
+    mask_ratio: float = 0.0
     distribution: Distribution = "logit_normal"
     shift: float = 1.0
     shift_tokens: int = 0
@@ -59,6 +61,8 @@ class ObjectiveConfig:
             raise ValueError("objective.shares are all 0; give at least one scheme a share.")
         if self.mixed_from < 0:
             raise ValueError(f"objective.mixed_from={self.mixed_from} is no step; use 0 or more.")
+        if not 0 <= self.mask_ratio <= 0.75:
+            raise ValueError(f"objective.mask_ratio={self.mask_ratio} lies in 0 to 0.75; MDT v2 uses 0.3.")
         if not 0 <= self.known_noise < 1:
             raise ValueError(f"objective.known_noise={self.known_noise} lies in [0, 1); 0 keeps known frames clean.")
 

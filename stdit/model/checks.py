@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from stdit.model.trunks import TRUNKS
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.layout import AXES
 from stdit.variants import pick
@@ -48,4 +49,24 @@ def check_conditioning(conditioning: str, caption_channels: int | None, causal: 
         raise ValueError(
             "conditioning='in_context' repeats a caption in every frame, which a causal model's cache does not hold; use "
             "conditioning='cross_attention' or 'adaln_zero'."
+        )
+
+
+def check_trunk(
+    trunk: str, depth: int, decode_depth: int, conditioning: str, causal: bool, time_entry: str, place_bias: bool
+) -> None:
+    """ValueError for a wiring that is unknown, or whose depth or company does not fit."""
+    if not pick(TRUNKS, trunk, "trunk").masked:
+        if place_bias and (causal or CONDITIONINGS[conditioning].joins):
+            raise ValueError("place_bias=true is for patches alone; use it without causal=true and in_context.")
+        return
+    if decode_depth < 1 or depth <= decode_depth or (depth - decode_depth) % 2:
+        raise ValueError(
+            f"trunk='masked' with depth={depth} and decode_depth={decode_depth}: the encoder is two halves, so use a "
+            f"depth of decode_depth and an even number more, such as depth={decode_depth + 2}."
+        )
+    if causal or CONDITIONINGS[conditioning].joins or time_entry.endswith("3d"):
+        raise ValueError(
+            f"trunk='masked' hides patches, which conditioning={conditioning!r}, causal={causal} and "
+            f"time_entry={time_entry!r} do not take; use adaln_zero, causal=false and time_entry='attention'."
         )

@@ -31,11 +31,13 @@ class ModelConfig:
     conditions: list[str] = field(default_factory=list)  # told of each clip: fps, seconds, height, width
     conditioning: str = "adaln_zero"  # how labels and levels enter: adaln_zero, adaln, adaln_single, cross_attention, in_context
     caption_channels: int | None = None  # the width of a text encoder's tokens; null: told no captions
-    trunk: str = "stack"  # how blocks are wired: stack (DiT), long_skip (U-ViT)
+    trunk: str = "stack"  # how blocks are wired: stack (DiT), long_skip (U-ViT), masked (MDT v2)
     learned_places: bool = False  # positions in space are learned, from sin-cos on
     time_mlp: bool = True  # false: levels as the bare sinusoid (U-ViT)
     output_conv: bool = False  # a 3 x 3 convolution over every frame at the end (U-ViT)
     gelu: str = "tanh"  # or none: the exact one
+    place_bias: bool = False  # a learned number for each distance in space, in every attention (MDT)
+    decode_depth: int = 4  # of a masked trunk: the blocks that always see all patches
     gradient_checkpointing: bool = False
 
 
@@ -66,6 +68,7 @@ def model_arguments(config: ModelConfig) -> dict:
         arguments["patch_size"] = tuple(config.patch_size)
     for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "positions", "conditions") + (
         "conditioning", "caption_channels", "trunk", "learned_places", "time_mlp", "output_conv", "gelu",
+        "place_bias", "decode_depth",
     ):  # fmt: skip
         arguments[key] = getattr(config, key)
     return {**arguments, "axes": list(config.axes)}

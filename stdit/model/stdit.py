@@ -14,8 +14,9 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from stdit.model.checks import check_causal, check_conditioning, check_shape
+from stdit.model.checks import check_causal, check_conditioning, check_shape, check_trunk
 from stdit.model.config import size_arguments
+from stdit.model.masked import MaskedTrunk
 from stdit.model.sockets import is_folder, model_card, register_blocks
 from stdit.model.told import Told
 from stdit.model.trunks import TRUNKS, time_entries
@@ -80,13 +81,16 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         time_mlp: bool = True,
         output_conv: bool = False,
         gelu: str = "tanh",
+        place_bias: bool = False,
+        decode_depth: int = 4,
     ):
         super().__init__()
         check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
         pick({"extrapolate": None, "interpolate": None}, positions, "positions")
         check_causal(causal, window, time_entry, axes, patch_size)
         check_conditioning(conditioning, caption_channels, causal)
-        self.trunk = pick(TRUNKS, trunk, "trunk")
+        check_trunk(trunk, depth, decode_depth, conditioning, causal, time_entry, place_bias)
+        self.wiring = TRUNKS[trunk]
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -103,19 +107,24 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         self.adaLN_single = (
             nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if conditioning == "adaln_single" else None
         )
-        told = {"conditioning": conditioning, "captions": caption_channels is not None}
+        grid = (sample_size[1] // self.patch_size[1], sample_size[2] // self.patch_size[2])
+        block = partial(
+            STDiTBlock, hidden_size, num_heads, mlp_ratio=mlp_ratio, qk_norm=qk_norm, norm2_eps=norm2_eps, causal=causal,
+            window=window, conditioning=conditioning, captions=caption_channels is not None, gelu=gelu,
+            bias_grid=grid if place_bias else None,
+        )  # fmt: skip
         cycle = [axes[i % len(axes)] for i in range(depth)]
+        times, skips = time_entries(time_entry, cycle), self.wiring.skips(depth, decode_depth)
         self.blocks = nn.ModuleList(
-            STDiTBlock(
-                hidden_size, num_heads, axis, mlp_ratio, qk_norm, time, norm2_eps, causal, window, skip=skip, gelu=gelu, **told
-            )
-            for axis, time, skip in zip(cycle, time_entries(time_entry, cycle), self.trunk.skips(depth), strict=True)
+            block(axis, time=time, skip=skip) for axis, time, skip in zip(cycle, times, skips, strict=True)
         )
-        grid = [size // patch for size, patch in zip(sample_size[1:], self.patch_size[1:], strict=True)]
+        self.masked = (
+            MaskedTrunk(block(cycle[0], time=times[0]), grid, hidden_size, decode_depth) if self.wiring.masked else None
+        )
         extras = 1 + bool(num_classes) if self.how.joins else 0
         self.pos_embed = PlaceTable(grid[0], grid[1], hidden_size, extras) if learned_places else None
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels, conditioning)
-        self.output_conv = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1) if output_conv else None
+        self.final_conv = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1) if output_conv else None
         self.initialize_weights()
 
     @classmethod
@@ -174,7 +183,7 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp or [])[::2]:
             nn.init.normal_(layer.weight, std=0.02)
-        for module in (*self.blocks, self.final_layer):
+        for module in (*self.blocks, self.final_layer, *([self.masked] if self.masked is not None else [])):
             module.reset()
         if self.adaLN_single is not None:
             nn.init.zeros_(self.adaLN_single[1].weight)
@@ -191,6 +200,7 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         history: tuple[Tensor, Tensor] | None = None,
         captions: Tensor | None = None,
         caption_mask: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy latents. Lists of latents and timesteps go through as one packed sequence (see `packed`).
 
@@ -199,7 +209,8 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         a text encoder's tokens (B, L, C) or per latent frame (B, T, L, C), caption_mask: (B, L) or (B, T, L), true where
         there is a word; cache: the frames before these, for a
         causal model (`nn.cache`); info: (B|1, N) numbers for `conditions`, nan where unsaid; history: the same clips and
-        their timesteps (B, T) as each frame sees those before it (teacher forcing of causal models). Returns (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
+        their timesteps (B, T) as each frame sees those before it (teacher forcing of causal models); kept: (B, n) patches
+        that a masked trunk's encoder sees. Returns (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
         """
         if not isinstance(hidden_states, Tensor):
             return self.packed(hidden_states, timestep, class_labels, info)  # type: ignore[return-value, arg-type]
@@ -226,7 +237,11 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
             shown = None if condition.seen is None else condition.seen.expand(-1, frames, -1)
             tokens = torch.cat([told.to(tokens), tokens], dim=2)
         layout = kind((frames, rows, columns), cache.frames if cache is not None else 0, scale, extras, shown)
-        tokens = self.trunk.run(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=cache))
+        run = partial(self._run, cache=cache)
+        if self.masked is not None:
+            tokens = self.masked(self.blocks, tokens, condition, run, layout, kept)
+        else:
+            tokens = self.wiring.run(self.blocks, tokens, condition, partial(run, layout=layout))
         if cache is not None and cache.writing:
             cache.frames += frames
         tokens = tokens[:, :, extras:]
@@ -248,9 +263,10 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         `forward` gives for each alone. Not for causal models, nor with positions squeezed into the trained grid.
         """
         tokens_told = self.how.by_tokens or self.caption_embedder is not None
-        if self.config.causal or self.config.positions != "extrapolate" or self.patch_size[0] > 1 or tokens_told:
+        other = self.masked is not None or self.config.place_bias
+        if self.config.causal or self.config.positions != "extrapolate" or self.patch_size[0] > 1 or tokens_told or other:
             raise ValueError(
-                "packed sequences take models with causal=false, positions='extrapolate', patches of one frame and a "
+                "packed sequences take models with causal=false, positions='extrapolate', patches of one frame, no masking and a "
                 "condition that is a vector (adaln_zero, adaln, adaln_single, no captions); use batches of one shape instead."
             )
         grids = [token_grid(tuple(x.shape[1:]), self.patch_size) for x in latents]
@@ -270,7 +286,7 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
             *(None if part is None else part.reshape(1, 1, len(each), -1) for part in condition[:2])  # type: ignore[arg-type]
         )
         tokens = torch.cat(parts, dim=1)[:, None]
-        tokens = self.trunk.run(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=None))
+        tokens = self.wiring.run(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=None))
         tokens = self.final_layer(tokens, condition, layout)
         pieces = tokens[:, 0].split([t * s for t, s in layout.counts], dim=1)
         return [
@@ -285,10 +301,10 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
 
     def _output(self, prediction: Tensor) -> Tensor:
         """Through the convolution of every frame, if there is one (U-ViT)."""
-        if self.output_conv is None:
+        if self.final_conv is None:
             return prediction
         frames = prediction.shape[2]
-        images = self.output_conv(prediction.transpose(1, 2).flatten(0, 1))
+        images = self.final_conv(prediction.transpose(1, 2).flatten(0, 1))
         return images.unflatten(0, (-1, frames)).transpose(1, 2)
 
     def _spacing(self, grid: tuple[int, int, int]) -> tuple[float, float, float]:

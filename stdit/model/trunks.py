@@ -32,15 +32,18 @@ def long_skip(blocks: Sequence[nn.Module], hidden_states: Tensor, condition: Con
 
 
 class Trunk(NamedTuple):
-    """run: (blocks, tokens, condition, run) -> tokens; skips: of a depth, which blocks take what an earlier one made."""
+    """run: (blocks, tokens, condition, run) -> tokens; skips: of a depth, of it the decoder's, which blocks take what an
+    earlier one made. masked: it is `model.masked.MaskedTrunk` that runs."""
 
     run: Callable[[nn.ModuleList, Tensor, Condition, Run], Tensor]
-    skips: Callable[[int], list[bool]]
+    skips: Callable[[int, int], list[bool]]
+    masked: bool = False
 
 
 TRUNKS = {
-    "stack": Trunk(stack, lambda depth: [False] * depth),
-    "long_skip": Trunk(long_skip, lambda depth: [i >= depth - depth // 2 for i in range(depth)]),
+    "stack": Trunk(stack, lambda depth, _: [False] * depth),
+    "long_skip": Trunk(long_skip, lambda depth, _: [i >= depth - depth // 2 for i in range(depth)]),
+    "masked": Trunk(stack, lambda depth, decoder: [i >= (depth - decoder) // 2 for i in range(depth)], masked=True),
 }
 
 

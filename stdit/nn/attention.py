@@ -20,11 +20,12 @@ def _short_in_16_bits(query: Tensor, key: Tensor) -> bool:
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v on (B, L, H, D) -> (B, L, H, D), the softmax in float32; attn_mask bool, true to see."""
+    """softmax(q k^T / sqrt(D)) v on (B, L, H, D) -> (B, L, H, D), the softmax in float32; attn_mask bool, true to see, or added."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if attn_mask is not None:
-        weights = weights.masked_fill(~attn_mask, float("-inf"))
+        added = attn_mask.is_floating_point()
+        weights = weights + attn_mask if added else weights.masked_fill(~attn_mask, float("-inf"))
     return (weights.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value).transpose(1, 2)
 
 
@@ -58,6 +59,9 @@ class AxialAttnProcessor:
         padding = layout.seen(axis)  # (N, 1, 1, keys)
         if padding is not None:
             mask = padding if mask is None else mask & padding
+        if attn.place_bias is not None and axis != "temporal":
+            bias = attn.place_bias(layout.spots(axis)).to(query.dtype)
+            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
         kernel = partial(self._kernel, attn_mask=mask)
         out = layout.attend(query, key, value, axis, kernel)
         return layout.unfold(attn.proj(out.flatten(2)), axis)
@@ -103,10 +107,32 @@ class QKNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
+class PlaceBias(nn.Module):
+    """A learned number for every head and distance in rows and columns (BEiT's relative position bias, as in MDT).
+
+    The table is BEiT's: its last three rows were for a class token and are never read.
+    """
+
+    def __init__(self, rows: int, columns: int, heads: int):
+        super().__init__()
+        self.grid = (rows, columns)
+        self.table = nn.Parameter(0.02 * torch.randn((2 * rows - 1) * (2 * columns - 1) + 3, heads))
+
+    def forward(self, spots: Tensor) -> Tensor:
+        """(N, L, 2) -> (N, heads, queries, keys); larger distances than the grid has count as its largest."""
+        rows, columns = self.grid
+        distance = spots[:, :, None] - spots[:, None]
+        y = distance[..., 0].clamp(1 - rows, rows - 1) + rows - 1
+        x = distance[..., 1].clamp(1 - columns, columns - 1) + columns - 1
+        index = (y * (2 * columns - 1) + x).to(self.table.device)
+        return self.table[index].permute(0, 3, 1, 2)
+
+
 class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention along `axis` of (B, T, S, D).
 
-    time: how tokens know their place here, one of `PLACES`. causal: a frame sees itself and earlier frames, of these
+    time: how tokens know their place here, one of `PLACES`. bias_grid: add a learned number for each distance in space,
+    up to those of this grid. causal: a frame sees itself and earlier frames, of these
     the last `window` - 1 if a window is given.
     """
 
@@ -124,9 +150,11 @@ class Attention(nn.Module, AttentionModuleMixin):
         time: str = "attention",
         causal: bool = False,
         window: int | None = None,
+        bias_grid: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.heads, self.axis = num_heads, axis
+        self.place_bias = PlaceBias(*bias_grid, num_heads) if bias_grid is not None and axis != "temporal" else None
         adds_time, turns = PLACES[time]
         self.adds_time = adds_time and axis != "spatial"
         self.turns = 0 if axis == "spatial" and turns == 1 else turns

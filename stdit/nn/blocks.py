@@ -36,12 +36,14 @@ class STDiTBlock(nn.Module):
         captions: bool = False,
         skip: bool = False,
         gelu: str = "tanh",
+        bias_grid: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.time = time
         how = CONDITIONINGS[conditioning]
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=how.by_tokens, eps=how.eps)
-        self.attn = Attention(dim, num_heads, axis, qk_norm, time if time != "stream" else "none", causal, window)
+        inside = time if time != "stream" else "none"
+        self.attn = Attention(dim, num_heads, axis, qk_norm, inside, causal, window, bias_grid)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=how.by_tokens, eps=how.eps if how.by_tokens else norm2_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu)
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None

@@ -105,8 +105,13 @@ class PlaceTable(nn.Module):
     def __init__(self, rows: int, columns: int, dim: int, extras: int = 0):
         super().__init__()
         self.grid = (rows, columns)
-        self.patches = nn.Parameter(space_positions(rows, columns, dim).clone())
+        self.patches = nn.Parameter(torch.empty(rows * columns, dim))
         self.extras = nn.Parameter(torch.zeros(extras, dim)) if extras else None
+        self.reset()
+
+    def reset(self) -> None:
+        with torch.no_grad():
+            self.patches.copy_(space_positions(*self.grid, self.patches.shape[1]))
 
     def forward(self, rows: int, columns: int) -> Tensor:
         """(rows * columns, D)"""

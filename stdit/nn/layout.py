@@ -34,7 +34,8 @@ class Layout(Protocol):
 
 class Dense:
     """Clips of one shape, (B, T, extras + rows * columns, D). `begin`: the place in time of the first frame (a cache holds
-    earlier ones). extras: tokens of the condition before the patches of every frame; shown: (B, T, extras) bool, false for
+    earlier ones). kept: (B, n), where not every patch of a frame is there (`places` then tells frames alone, `spots` where
+    in space). extras: tokens of the condition before the patches of every frame; shown: (B, T, extras) bool, false for
     padding among them, or None."""
 
     def __init__(
@@ -44,28 +45,47 @@ class Dense:
         scale: tuple[float, float, float] = (1.0, 1.0, 1.0),
         extras: int = 0,
         shown: Tensor | None = None,
+        kept: Tensor | None = None,
     ):
-        self.grid, self.begin, self.scale, self.extras, self.shown = grid, begin, scale, extras, shown
+        self.grid, self.begin, self.scale, self.extras, self.shown, self.kept = grid, begin, scale, extras, shown, kept
+
+    @property
+    def patches(self) -> int:
+        """Of a frame."""
+        return self.grid[1] * self.grid[2] if self.kept is None else self.kept.shape[1]
+
+    def keeping(self, kept: Tensor) -> "Dense":
+        """The same clips with these patches (B, n) of every frame alone."""
+        return Dense(self.grid, self.begin, self.scale, self.extras, self.shown, kept)
+
+    def spots(self, axis: str) -> Tensor:
+        """(N|1, L, 2) row and column of each token of the folded sequences."""
+        t, rows, columns = self.grid
+        spots = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).flatten(0, 1)
+        spots = spots[None] if self.kept is None else spots[self.kept.cpu()]
+        if axis == "joint":
+            return spots.repeat(1, t, 1)
+        return spots if len(spots) == 1 else spots.repeat_interleave(t, 0)
 
     def fold(self, x: Tensor, axis: str) -> Tensor:
         return rearrange(x, AXES[axis][0])
 
     def unfold(self, x: Tensor, axis: str) -> Tensor:
-        return rearrange(x, AXES[axis][1], t=self.grid[0], s=self.extras + self.grid[1] * self.grid[2])
+        return rearrange(x, AXES[axis][1], t=self.grid[0], s=self.extras + self.patches)
 
     def places(self, axis: str) -> np.ndarray:
         t, rows, columns = self.grid
         if axis == "temporal":  # the same for every patch: where in space does not matter
             return _places(t, 1, 1, self.begin)
         t, begin = (t, self.begin) if axis == "joint" else (1, 0)
-        patches = _places(t, rows, columns, begin).reshape(t, rows * columns, 3)
+        patches = _places(t, rows, columns, begin).reshape(t, rows * columns, 3)[:, : self.patches]
         corner = patches[:, :1].repeat(self.extras, axis=1)  # tokens of the condition stand where their frame begins
         return np.concatenate([corner, patches], axis=1).reshape(-1, 3)
 
     def seen(self, axis: str) -> Tensor | None:
         if self.shown is None or axis == "temporal":  # in time a token meets itself alone
             return None
-        patches = self.shown.new_ones(*self.shown.shape[:2], self.grid[1] * self.grid[2])
+        patches = self.shown.new_ones(*self.shown.shape[:2], self.patches)
         folded = rearrange(torch.cat([self.shown, patches], 2)[..., None], AXES[axis][0])
         return folded[:, None, None, :, 0]
 

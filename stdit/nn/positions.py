@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def sincos(positions: Tensor, dim: int) -> Tensor:
-    """(N,) positions -> (N, dim): sines, then cosines, of positions times 10000^(-2i/dim). Float64."""
-    omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
+    """(N,) positions -> (N, dim) on the CPU: sines, then cosines, of positions times 10000^(-2i/dim). Float64."""
+    omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim / 2))
     angles = positions.double()[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -20,7 +20,8 @@ def space_positions(height: int, width: int, dim: int, scale: tuple[float, float
 
     scale: (y, x) distance of neighbours; trained size over this size squeezes a grid into the range that was trained.
     """
-    rows, columns = torch.arange(height) * scale[0], torch.arange(width) * scale[1]
+    # Said outright: what is kept for later must not be of the device that happens to be the default (meta).
+    rows, columns = (torch.arange(n, device="cpu") * s for n, s in zip((height, width), scale, strict=True))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.cat([sincos(x.flatten(), dim // 2), sincos(y.flatten(), dim // 2)], dim=1).float()
 
@@ -28,13 +29,13 @@ def space_positions(height: int, width: int, dim: int, scale: tuple[float, float
 @lru_cache(maxsize=64)
 def frame_positions(frames: int, dim: int) -> Tensor:
     """(frames, dim) float32: Latte's table, one at half its channels in frame 0."""
-    return sincos(torch.arange(frames), dim).float()
+    return sincos(torch.arange(frames, device="cpu"), dim).float()
 
 
 @lru_cache(maxsize=64)
 def time_positions(frames: int, dim: int, scale: float = 1.0) -> Tensor:
     """(frames, dim) float32, zero at frame 0: an image, or a still first frame, carries no trace of time."""
-    table = sincos(torch.arange(frames) * scale, dim)
+    table = sincos(torch.arange(frames, device="cpu") * scale, dim)
     return (table - table[:1]).float()
 
 

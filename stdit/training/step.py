@@ -113,12 +113,27 @@ def diffusion_losses(
     if noised[0].history is not None:
         named["history"] = noised[0].history
     if len(noised) == 1:
-        outputs = [model(noised[0].noisy, noised[0].timestep, **named)]
+        one = noised[0]
+        outputs = [model(one.noisy, one.timestep, **named)]
+        if objective.config.mask_ratio:  # once with all patches, once with some hidden (MDT)
+            kept = _kept(objective.config.mask_ratio, keys, one, patch)
+            outputs.append(model(one.noisy, one.timestep, **named, kept=kept))
+            losses = [_compare(objective, output, one) for output in outputs]
+            return Losses(losses[0].clips + losses[1].clips, losses[0].levels)
     else:
         packed: Any = model([one.noisy[0] for one in noised], [one.timestep[0] for one in noised], **named)
         outputs = [output[None] for output in packed]
     losses = [_compare(objective, output, one) for output, one in zip(outputs, noised, strict=True)]
     return Losses(*(torch.cat(parts) for parts in zip(*losses, strict=True)))
+
+
+def _kept(ratio: float, keys: list[tuple[int, int, int]], one: "_Noised", patch: tuple[int, int, int]) -> Tensor:
+    """(B, n) patches of a frame that are seen: as many in every clip of a step, which ones by each clip's key."""
+    patches = (one.noisy.shape[3] // patch[1]) * (one.noisy.shape[4] // patch[2])
+    ratio += 0.2 * float(torch.rand((), generator=keyed_generator("mask", *keys[0][:2])))
+    count = max(1, int(patches * (1 - ratio)))
+    drawn = [torch.randperm(patches, generator=keyed_generator("mask", *key))[:count] for key in keys]
+    return torch.stack(drawn).to(one.noisy.device)
 
 
 class _Noised(NamedTuple):

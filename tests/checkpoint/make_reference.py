@@ -2,8 +2,9 @@
 
     python tests/checkpoint/make_reference.py DIT_CLONE SIT_CLONE LATTE_CLONE
     python tests/checkpoint/make_reference.py DIT_CLONE SIT_CLONE LATTE_CLONE --full      compares XL/2 itself, keeps nothing
+    python tests/checkpoint/make_reference.py --wirings UVIT_CLONE MDT_CLONE
 
-Needs clones of facebookresearch/DiT, willisma/SiT and Vchitect/Latte, and `pip install --no-deps timm`. Writes
+Needs clones of facebookresearch/DiT, willisma/SiT, Vchitect/Latte, baofff/U-ViT and sail-sg/MDT, and `pip install --no-deps timm`. Writes
 reference/*.safetensors beside this file: weights (16 bits would not do), inputs and outputs of a few numbers each.
 """
 
@@ -40,7 +41,7 @@ class Missing(MetaPathFinder, Loader):
 
 def original(clone: str, module: str):
     """A module of somebody's repository."""
-    for name in [name for name in sys.modules if name.split(".")[0] in ("models", "diffusion", "transport")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("models", "diffusion", "transport", "libs")]:
         del sys.modules[name]
     sys.path[:] = [clone, *(p for p in sys.path if p != clone)]
     missing = Missing()
@@ -104,6 +105,36 @@ def networks(dit: str, sit: str, latte: str) -> None:
         with torch.no_grad():
             out = model(x, times, y=labels[:3] if extras == 2 else None)
         save(name, model.state_dict(), {"x": x, "t": times, "y": labels[:3], "out": out, **clock(model, False)})
+
+
+def wirings(uvit: str, mdt: str) -> None:
+    """U-ViT with and without labels; MDT v2 with all patches and with some hidden from its encoder."""
+    times, labels = torch.tensor([0, 1, 500, 998, 999, 37]), torch.tensor([0, 4, 5, 2, 5, 1])
+    size = {"patch_size": 2, "depth": 4, "num_heads": 4}
+    for name, classes, seed in (("uvit", 6, 11), ("uvit_unconditional", -1, 12)):
+        model = fill(original(uvit, "libs.uvit").UViT(8, in_chans=4, embed_dim=32, num_classes=classes, **size), seed)
+        model.pos_embed.data.normal_(generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            out = model(x, times, labels if classes > 0 else None)
+        save(name, model.state_dict(), {"x": x, "t": times, "y": labels, "out": out})
+    model = original(mdt, "masked_diffusion.models").MDTv2(
+        8, 2, 4, 32, depth=6, num_heads=4, num_classes=5, mask_ratio=0.3, decode_layer=2
+    )
+    model = fill(model, 13)
+    case = image_case(model, 14, times, labels)
+    kept = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i))[:9] for i in range(6)])
+
+    def hide(tokens, ratio):
+        hidden = torch.stack([torch.tensor([i for i in range(16) if i not in row.tolist()]) for row in kept])
+        restore = torch.cat([kept, hidden], 1).argsort(1)
+        mask = (torch.arange(16) >= 9).float().expand(6, -1).gather(1, restore)
+        return tokens.gather(1, kept[..., None].expand(-1, -1, 32)), mask, restore, kept
+
+    model.random_masking = hide
+    with torch.no_grad():
+        masked = model(case["x"], times, labels, enable_mask=True)
+    save("mdt", model.state_dict(), {**case, "kept": kept, "masked": masked})
 
 
 def full_size(dit: str, sit: str, latte: str) -> None:
@@ -178,6 +209,9 @@ def diffusion(dit: str) -> None:
 
 
 if __name__ == "__main__":
+    if "--wirings" in sys.argv:
+        wirings(*sys.argv[2:4])
+        sys.exit()
     if "--full" in sys.argv:
         full_size(*sys.argv[1:4])
         sys.exit()

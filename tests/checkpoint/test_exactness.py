@@ -51,17 +51,26 @@ def errors(name: str, form: str) -> list[float]:
             :, :, 0
         ]  # the velocity's sign is turned
     else:
-        ours = model(case["x"][:, :, None], case["t"].float(), case["y"])[:, :, 0]
+        labels = None if name.endswith("unconditional") else case["y"]
+        ours = model(case["x"][:, :, None], case["t"].float(), labels)[:, :, 0]
     assert ours.shape == case["out"].shape  # SiT's variance channels are gone on both sides
     return [error(a, b) for a, b in zip(ours, case["out"], strict=True)]
 
 
-CASES = [("dit", "dit"), ("sit", "sit"), ("latte", "latte"), ("latte_unconditional", "latte")]
+CASES = [("dit", "dit"), ("sit", "sit"), ("latte", "latte"), ("latte_unconditional", "latte"),
+         ("uvit", "uvit"), ("uvit_unconditional", "uvit"), ("mdt", "mdt")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_the_originals_numbers_come_out_at_every_timestep_and_label(name, form):
     assert max(errors(name, form)) < 1e-5
+
+
+@torch.no_grad()
+def test_a_masked_trunk_guesses_what_mdt_guesses():
+    model, case = convert("mdt", "mdt")
+    ours = model(case["x"][:, :, None], case["t"].float(), case["y"], kept=case["kept"])[:, :, 0]
+    assert max(error(a, b) for a, b in zip(ours, case["masked"], strict=True)) < 1e-5
 
 
 @torch.no_grad()

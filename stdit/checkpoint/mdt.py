@@ -1,0 +1,83 @@
+"""MDT v2's names and ours (Gao et al.): a masked trunk with learned places and a bias for distances."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from stdit.model.stdit import STDiT
+
+Tensors = dict[str, Tensor]
+_BIAS, _INDEX = "attn.rel_pos_bias.relative_position_bias_table", "attn.rel_pos_bias.relative_position_index"
+WIRED = {"trunk": "masked", "learned_places": True, "place_bias": True}
+
+
+def _counts(tensors: Tensors) -> list[int]:
+    parts = ("en_inblocks", "en_outblocks", "de_blocks", "sideblocks")
+    return [len({key.split(".")[1] for key in tensors if key.startswith(f"{part}.")}) for part in parts]
+
+
+def to_dit(tensors: Tensors) -> Tensors:
+    """DiT's names; ValueError for more than one side block."""
+    first, second, _, sides = _counts(tensors)
+    if sides != 1:
+        raise ValueError(f"MDT with {sides} side blocks is not known; MDT v2 has one.")
+    begin, out = {"en_inblocks": 0, "en_outblocks": first, "de_blocks": first + second}, {}
+    for key, value in tensors.items():
+        if key.endswith(_INDEX):  # computed
+            continue
+        if key.endswith(_BIAS):
+            key = key.replace(_BIAS, "attn.place_bias.table")
+        if match := re.match(r"(\w+blocks)\.(\d+)\.(.*)", key):
+            number = begin.get(match[1], 0) + int(match[2])
+            key = f"masked.side.{match[3]}" if match[1] == "sideblocks" else f"blocks.{number}.{match[3]}"
+        renamed = {"pos_embed": "pos_embed.patches", "decoder_pos_embed": "masked.places.patches"}
+        out[renamed.get(key, key)] = value[0] if key in renamed else value
+    out["masked.token"] = out.pop("mask_token").flatten()
+    return out
+
+
+def from_dit(tensors: Tensors) -> Tensors:
+    """The way back. The decoder's depth is told by nothing in the tensors but the caller's `restore`."""
+    tensors = dict(tensors)
+    decoder = int(tensors.pop("decode_depth"))
+    depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))
+    half = (depth - decoder) // 2
+    side = round(len(tensors["pos_embed.patches"]) ** 0.5)
+    out = {
+        "pos_embed": tensors.pop("pos_embed.patches")[None],
+        "decoder_pos_embed": tensors.pop("masked.places.patches")[None],
+        "mask_token": tensors.pop("masked.token")[None, None],
+    }
+    for key, value in tensors.items():
+        if match := re.match(r"blocks\.(\d+)\.(.*)", key):
+            number = int(match[1])
+            part, begin = ("en_inblocks", 0) if number < half else ("en_outblocks", half) if number < 2 * half else ("de_blocks", 2 * half)  # fmt: skip
+            key = f"{part}.{number - begin}.{match[2]}"
+        key = key.replace("masked.side.", "sideblocks.0.")
+        if key.endswith("attn.place_bias.table"):
+            out[key.replace("attn.place_bias.table", _INDEX)] = _index(side)
+            key = key.replace("attn.place_bias.table", _BIAS)
+        out[key] = value
+    return out
+
+
+def _index(side: int) -> Tensor:
+    spots = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).flatten(0, 1)
+    distance = spots[:, None] - spots[None] + side - 1
+    return distance[..., 0] * (2 * side - 1) + distance[..., 1]
+
+
+def restore(tensors: Tensors, model: STDiT) -> Tensors:
+    tensors = {key: value for key, value in tensors.items() if key != "pos_embed"}
+    return {**tensors, "decode_depth": torch.tensor(model.config.decode_depth)}
+
+
+def arguments(tensors: Tensors, config: dict) -> dict:
+    patch, side = tensors["x_embedder.proj.weight"].shape[-1], round(len(tensors["pos_embed.patches"]) ** 0.5)
+    skips = {int(m[1]) for key in tensors if (m := re.match(r"blocks\.(\d+)\.skip_linear\.weight", key))}
+    blocks = 1 + max(skips)
+    return {
+        **WIRED, "sample_size": (1, side * patch, side * patch),
+        "decode_depth": blocks - 2 * min(skips),
+    }  # fmt: skip

@@ -1,0 +1,144 @@
+import pytest
+import torch
+from conftest import fill
+
+from stdit.config import Config, load_typed
+from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.model.stdit import STDiT
+from stdit.nn.embedders import PlaceTable
+from stdit.nn.layout import Dense
+from stdit.prompt import Prompt
+from stdit.training.step import Clips, diffusion_losses
+
+TRUNKS = {
+    "u-vit": {"trunk": "long_skip", "depth": 5, "conditioning": "in_context", "learned_places": True, "time_mlp": False,
+              "gelu": "none", "output_conv": True},
+    "mdt": {"trunk": "masked", "depth": 4, "decode_depth": 2, "learned_places": True, "place_bias": True},
+    "long skips and adaLN": {"trunk": "long_skip", "depth": 4, "learned_places": True},
+}  # fmt: skip
+
+
+def model(name: str, **changes) -> STDiT:
+    size = {"hidden_size": 32, "num_heads": 4, "in_channels": 4, "num_classes": 5, "sample_size": (1, 8, 8)}
+    torch.manual_seed(0)
+    return fill(STDiT(**{**size, **TRUNKS[name], **changes}), 0.1).eval()
+
+
+def inputs(frames=3):
+    return torch.randn(2, 4, frames, 8, 8), torch.tensor([100.0, 700.0]), torch.tensor([1, 4])
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+@torch.no_grad()
+def test_one_frame_of_a_video_model_is_an_image(name):
+    joint, spatial = model(name, axes=["joint"]), model(name, axes=["spatial"])
+    x, t, labels = inputs(frames=1)
+    torch.testing.assert_close(joint(x, t, labels), spatial(x, t, labels), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+@torch.no_grad()
+def test_frames_meet_and_differ_by_their_time(name):
+    video = model(name, axes=["spatial", "temporal"])
+    x, t, labels = inputs()
+    changed = x.clone()
+    changed[:, :, 2] += 1
+    assert not torch.allclose(video(x, t, labels)[:, :, 0], video(changed, t, labels)[:, :, 0])
+    still = x[:, :, :1].expand(-1, -1, 3, -1, -1)
+    assert not torch.allclose(video(still, t, labels)[:, :, 0], video(still, t, labels)[:, :, 1])
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+@torch.no_grad()
+def test_sizes_that_were_never_learned_are_taken(name):
+    x = torch.randn(1, 4, 2, 12, 16)
+    assert model(name)(x, torch.tensor([5.0]), torch.tensor([0])).shape == (1, 4 * 2, 2, 12, 16)
+
+
+@torch.no_grad()
+def test_a_table_of_places_bends_to_other_grids_and_keeps_its_own():
+    table = PlaceTable(4, 4, 32)
+    assert torch.equal(table(4, 4), table.patches)
+    twice = table(8, 8).view(8, 8, 32)
+    coarse = twice.unflatten(0, (4, 2)).unflatten(2, (4, 2)).mean((1, 3))
+    assert (coarse.flatten(0, 1) - table.patches).abs().mean() < 0.1
+
+
+@torch.no_grad()
+def test_with_every_patch_kept_in_any_order_only_the_decoders_tokens_decide():
+    masked, (x, t, labels) = model("mdt"), inputs()
+    everything = torch.stack([torch.randperm(16) for _ in range(2)])
+    torch.testing.assert_close(
+        masked(x, t, labels, kept=everything), masked(x, t, labels, kept=torch.arange(16).expand(2, 16)), atol=1e-5, rtol=1e-4
+    )  # fmt: skip
+    torch.testing.assert_close(masked(x, t, labels, kept=everything), masked(x, t, labels), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_hidden_patch_reaches_the_decoder_by_the_long_skip_alone():
+    masked, (x, t, labels) = model("mdt"), inputs()
+    kept = torch.arange(16)[torch.arange(16) != 5].expand(2, 15)
+    seen = []
+    masked.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
+    masked(x, t, labels, kept=kept)
+    changed = x.clone()
+    changed[..., 2:4, 2:4] += 3  # patch 5 of 4 x 4
+    masked(changed, t, labels, kept=kept)
+    assert torch.equal(seen[0], seen[1])
+    assert seen[0].shape[2] == 15
+
+
+def test_kept_patches_fold_and_unfold_with_their_spots():
+    layout = Dense((2, 2, 3)).keeping(torch.tensor([[0, 5], [3, 1]]))
+    tokens = torch.randn(2, 2, 2, 4)
+    for axis in ("joint", "spatial", "temporal"):
+        assert torch.equal(layout.unfold(layout.fold(tokens, axis), axis), tokens)
+        assert len(layout.places(axis)) == layout.fold(tokens, axis).shape[1]
+    assert layout.spots("joint").tolist() == [[[0, 0], [1, 2]] * 2, [[1, 0], [0, 1]] * 2]
+    assert layout.spots("spatial").tolist() == [[[0, 0], [1, 2]]] * 2 + [[[1, 0], [0, 1]]] * 2
+
+
+def test_masking_trains_on_all_patches_and_on_some_and_is_a_function_of_the_key():
+    network = model("mdt", learn_sigma=False)
+    clips, labels = Clips(torch.randn(2, 4, 3, 8, 8)), Prompt(torch.tensor([1, 2]))
+
+    def losses(ratio, step=3):
+        objective = build_objective(ObjectiveConfig(mask_ratio=ratio))
+        return diffusion_losses(network, objective, [clips], labels, [(0, step, 0), (0, step, 1)], network.patch_size).clips
+
+    plain, both = losses(0.0), losses(0.5)
+    assert (both > plain).all()
+    assert torch.equal(both, losses(0.5))
+    assert not torch.equal(both, losses(0.6))
+    both.mean().backward()
+    assert network.masked.token.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trunk": "unet"}, "trunk"),
+        ({"depth": 5}, "such as depth=4"),
+        ({"conditioning": "in_context"}, "use adaln_zero"),
+        ({"time_entry": "rotary_3d"}, "use adaln_zero"),
+    ],
+)
+def test_wirings_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        model("mdt", **changes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective.mask_ratio=0.3"], "of model.trunk=masked"),
+        (["objective.mask_ratio=0.3", "model.trunk=masked", "objective.scheme=prefix"], "known frames must be seen"),
+        (["model.conditioning=in_context", "objective.scheme=mixed"], "objective.shares.region=0"),
+        (["model.caption_channels=64"], "text.encoder"),
+        (["model.conditioning=adaln_zer"], "Did you mean 'adaln_zero'"),
+        (["objective.scheme=teacher"], "model.causal=true"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused_when_they_are_read(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_typed(Config, "configs/video.yaml", ["objective.scheme=shared", *overrides])
