@@ -7,19 +7,27 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL
 from diffusers.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdit.checkpoint.diffusers_dit import config_of
+from stdit.checkpoint import diffusers_dit, diffusers_latte
 from stdit.checkpoint.files import Weights, check_tensors, read_json, read_weights
 from stdit.checkpoint.keymaps import FORMATS, dress, infer, recognise, strip
 from stdit.model.stdit import STDiT
 from stdit.variants import pick
 
 SCHEDULERS = {cls.__name__: cls for cls in (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler)}
+
+
+# Formats that are a folder diffusers itself writes: its class, and that class's arguments for a model of ours.
+DIFFUSERS = {
+    "diffusers": ("DiTTransformer2DModel", diffusers_dit.config_of),
+    "diffusers_latte": ("LatteTransformer3DModel", diffusers_latte.config_of),
+}
 
 
 class Converted(NamedTuple):
@@ -89,7 +97,7 @@ def write_original(model: STDiT, name: str, output: Path) -> None:
     """A .pt or .safetensors file of the original's layout; for diffusers a folder."""
     tensors = {key: value.contiguous() for key, value in from_stdit(model, name).items()}
     check_tensors(tensors, "the model")
-    if name != "diffusers":
+    if name not in DIFFUSERS:
         if output.is_dir() or output.suffix not in (".pt", ".safetensors"):
             raise ValueError(
                 f"--output {str(output)!r} is no file name for {name!r} weights; end it in .pt or .safetensors."
@@ -100,9 +108,8 @@ def write_original(model: STDiT, name: str, output: Path) -> None:
             else:
                 torch.save(tensors, part)
         return
-    from diffusers import DiTTransformer2DModel
-
-    theirs = DiTTransformer2DModel(**config_of(model))
+    kind, config_of = DIFFUSERS[name]
+    theirs = getattr(diffusers, kind)(**config_of(model))
     theirs.load_state_dict(tensors)
     with beside(output) as part:
         theirs.save_pretrained(part)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stdit.checkpoint import diffusers_dit, mdt, uvit
+from stdit.checkpoint import diffusers_dit, diffusers_latte, mdt, uvit
 from stdit.model.config import SIZES
 from stdit.model.stdit import STDiT
 from stdit.nn.positions import frame_positions, space_positions
@@ -140,7 +140,7 @@ def _latte_restore(tensors: Tensors, model: STDiT) -> Tensors:
 
 def _is(model: STDiT, classes: bool = True, **wanted) -> str:
     """What keeps a model from being one of these settings, or nothing."""
-    values = {**dict(model.config), "axes": list(model.config.axes)}
+    values = {**dict(model.config), "axes": list(model.config.axes), "caption_axes": list(model.config.caption_axes)}
     other = [f"{key}={values[key]!r} (not {value!r})" for key, value in wanted.items() if values[key] != value]
     if model.patch_size[0] != 1 or model.patch_size[1] != model.patch_size[2]:
         other.append(f"patch_size={list(model.patch_size)} (not square in space, 1 in time)")
@@ -178,6 +178,13 @@ FORMATS = {
         "diffusers", "ddpm", diffusers_dit.to_dit, diffusers_dit.from_dit, diffusers_dit.arguments,
         needs=lambda m: _is(m, axes=["spatial"], qk_norm=False, mlp_ratio=4.0, frequency_shift=1.0, **_WIRED, **_DIT_CLOCK),
     ),
+    "diffusers_latte": Format(
+        "diffusers_latte", "ddpm", diffusers_latte.to_dit, diffusers_latte.from_dit, diffusers_latte.arguments,
+        needs=lambda m: _is(
+            m, False, qk_norm=False, mlp_ratio=4.0, num_classes=0,
+            **{**_WIRED, **_DIT_CLOCK, **diffusers_latte.WIRED, "caption_channels": m.config.caption_channels},
+        ),
+    ),
     "uvit": Format(
         "uvit", "ddpm", uvit.to_dit, uvit.from_dit, uvit.arguments,
         needs=lambda m: _is(m, False, axes=["spatial"], learn_sigma=False, **{**_PLAIN, **_DIT_CLOCK, **uvit.WIRED, "output_conv": m.config.output_conv}),
@@ -194,6 +201,8 @@ def recognise(names: Iterable[str]) -> str | None:
     names = set(names)
     if "transformer_blocks.0.norm1.linear.weight" in names:
         return "diffusers"
+    if "temporal_transformer_blocks.0.scale_shift_table" in names:
+        return "diffusers_latte"
     if "decoder_pred.weight" in names and any(name.startswith("mid_block.") for name in names):
         return "uvit"
     if "decoder_pos_embed" in names and any(name.startswith("sideblocks.") for name in names):

@@ -31,6 +31,7 @@ class ModelConfig:
     conditions: list[str] = field(default_factory=list)  # told of each clip: fps, seconds, height, width
     conditioning: str = "adaln_zero"  # how labels and levels enter: adaln_zero, adaln, adaln_single, cross_attention, in_context
     caption_channels: int | None = None  # the width of a text encoder's tokens; null: told no captions
+    caption_axes: list[str] = field(default_factory=list)  # whose blocks look at captions; empty: all (Latte: [spatial])
     trunk: str = "stack"  # how blocks are wired: stack (DiT), long_skip (U-ViT), masked (MDT v2)
     learned_places: bool = False  # positions in space are learned, from sin-cos on
     time_mlp: bool = True  # false: levels as the bare sinusoid (U-ViT)
@@ -67,7 +68,7 @@ def model_arguments(config: ModelConfig) -> dict:
     if config.patch_size is not None:
         arguments["patch_size"] = tuple(config.patch_size)
     for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "positions", "conditions") + (
-        "conditioning", "caption_channels", "trunk", "learned_places", "time_mlp", "output_conv", "gelu",
+        "conditioning", "caption_channels", "caption_axes", "trunk", "learned_places", "time_mlp", "output_conv", "gelu",
         "place_bias", "decode_depth",
     ):  # fmt: skip
         arguments[key] = getattr(config, key)

@@ -76,6 +76,7 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         conditions: Sequence[str] = (),
         conditioning: str = "adaln_zero",
         caption_channels: int | None = None,
+        caption_axes: Sequence[str] = (),
         trunk: str = "stack",
         learned_places: bool = False,
         time_mlp: bool = True,
@@ -110,16 +111,16 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         grid = (sample_size[1] // self.patch_size[1], sample_size[2] // self.patch_size[2])
         block = partial(
             STDiTBlock, hidden_size, num_heads, mlp_ratio=mlp_ratio, qk_norm=qk_norm, norm2_eps=norm2_eps, causal=causal,
-            window=window, conditioning=conditioning, captions=caption_channels is not None, gelu=gelu,
-            bias_grid=grid if place_bias else None,
+            window=window, conditioning=conditioning, gelu=gelu, bias_grid=grid if place_bias else None,
         )  # fmt: skip
         cycle = [axes[i % len(axes)] for i in range(depth)]
         times, skips = time_entries(time_entry, cycle), self.wiring.skips(depth, decode_depth)
         self.blocks = nn.ModuleList(
-            block(axis, time=time, skip=skip) for axis, time, skip in zip(cycle, times, skips, strict=True)
+            block(axis, time=time, skip=skip, captions=bool(caption_channels) and axis in (caption_axes or [axis]))
+            for axis, time, skip in zip(cycle, times, skips, strict=True)
         )
         self.masked = (
-            MaskedTrunk(block(cycle[0], time=times[0]), grid, hidden_size, decode_depth) if self.wiring.masked else None
+            MaskedTrunk(block(cycle[0], time=times[0], captions=bool(caption_channels)), grid, hidden_size, decode_depth) if self.wiring.masked else None
         )
         extras = 1 + bool(num_classes) if self.how.joins else 0
         self.pos_embed = PlaceTable(grid[0], grid[1], hidden_size, extras) if learned_places else None

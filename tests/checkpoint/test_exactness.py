@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, LatteTransformer3DModel
 from safetensors.torch import load_file
 
 from stdit.checkpoint.convert import from_stdit, to_stdit, write_original
@@ -253,3 +253,25 @@ if __name__ == "__main__":  # python tests/checkpoint/test_exactness.py: the tab
         print(f"{name:<22} {max(errors(name, form)):.1e}")
     with tempfile.TemporaryDirectory() as folder:
         print(f"{'diffusers':<22} {max(diffusers_errors(1e-5, Path(folder))):.1e}")
+
+
+@torch.no_grad()
+def test_diffusers_latte_with_captions_is_ours_to_its_numbers_and_back_to_the_bit(tmp_path):
+    torch.manual_seed(0)
+    theirs = LatteTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=32,
+        attention_bias=True, sample_size=8, patch_size=2, activation_fn="gelu-approximate", num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6, caption_channels=12, video_length=5,
+    ).eval()  # fmt: skip
+    for value in theirs.parameters():
+        value.copy_(0.3 * torch.randn(value.shape))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = to_stdit(read_weights(tmp_path / "theirs"), "diffusers_latte").model
+    x, words, mask = torch.randn(3, 4, 5, 8, 8), torch.randn(3, 7, 12), torch.arange(7) < torch.tensor([[7], [3], [1]])
+    for time in (0, 500, 999):
+        t = torch.full((3,), time)
+        out = theirs(x, t, words, mask.repeat_interleave(5, 0)).sample
+        assert error(model(x, t.float(), captions=words, caption_mask=mask), out) < 1e-5
+    write_original(model, "diffusers_latte", tmp_path / "back")
+    again = LatteTransformer3DModel.from_pretrained(tmp_path / "back")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in theirs.state_dict().items())

@@ -1,0 +1,100 @@
+"""diffusers' `LatteTransformer3DModel`: text to video, adaLN-single, captions looked at by the blocks of space alone."""
+
+import re
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+_NAMES = {
+    "pos_embed.proj": "x_embedder.proj",
+    "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "adaln_single.linear": "adaLN_single.1",
+    "caption_projection.linear_1": "caption_embedder.fc1",
+    "caption_projection.linear_2": "caption_embedder.fc2",
+    "proj_out": "final_layer.linear",
+}
+_BLOCK = {
+    "attn1.to_out.0": "attn.proj",
+    "attn2.to_q": "cross_attn.q",
+    "attn2.to_out.0": "cross_attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+_TOGETHER = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "cross_attn.kv": ("attn2.to_k", "attn2.to_v")}
+_PARTS = ("transformer_blocks", "temporal_transformer_blocks")
+_TABLE = "scale_shift_table"
+WIRED = {
+    "conditioning": "adaln_single", "caption_axes": ["spatial"], "axes": ["spatial", "temporal"], "time_entry": "stream",
+}  # fmt: skip
+
+
+def to_dit(tensors: Tensors) -> Tensors:
+    """DiT's names: block 2 i is their spatial, block 2 i + 1 their temporal block i."""
+    rest, out = dict(tensors), Tensors()
+    if _TABLE in rest:
+        out["final_layer.adaLN_modulation.table"] = rest.pop(_TABLE)
+    for theirs, ours in _NAMES.items():
+        for kind in ("weight", "bias"):
+            if f"{theirs}.{kind}" in rest:
+                out[f"{ours}.{kind}"] = rest.pop(f"{theirs}.{kind}")
+    blocks = {match[0]: match for key in rest if (match := re.match(r"(\w*transformer_blocks)\.(\d+)\.", key))}
+    for prefix, match in blocks.items():
+        name = f"blocks.{2 * int(match[2]) + _PARTS.index(match[1])}."
+        if prefix + _TABLE in rest:
+            out[f"{name}adaLN_modulation.table"] = rest.pop(prefix + _TABLE)
+        for kind in ("weight", "bias"):
+            for theirs, ours in _BLOCK.items():
+                if f"{prefix}{theirs}.{kind}" in rest:
+                    out[f"{name}{ours}.{kind}"] = rest.pop(f"{prefix}{theirs}.{kind}")
+            for ours, parts in _TOGETHER.items():
+                if all(f"{prefix}{part}.{kind}" in rest for part in parts):
+                    out[f"{name}{ours}.{kind}"] = torch.cat([rest.pop(f"{prefix}{part}.{kind}") for part in parts])
+    return {**out, **rest}
+
+
+def from_dit(tensors: Tensors) -> Tensors:
+    """The way back."""
+    out = Tensors()
+    names, block = ({ours: theirs for theirs, ours in table.items()} for table in (_NAMES, _BLOCK))
+    for key, value in tensors.items():
+        head, _, kind = key.rpartition(".")
+        if key == "pos_embed":
+            continue
+        if not (match := re.match(r"blocks\.(\d+)\.(.+)", head)):
+            out[_TABLE if kind == "table" else f"{names[head]}.{kind}"] = value
+            continue
+        prefix, part = f"{_PARTS[int(match[1]) % 2]}.{int(match[1]) // 2}", match[2]
+        if kind == "table":
+            out[f"{prefix}.{_TABLE}"] = value
+        elif part in _TOGETHER:
+            split = value.chunk(len(_TOGETHER[part]))
+            out |= {f"{prefix}.{name}.{kind}": one.clone() for name, one in zip(_TOGETHER[part], split, strict=True)}
+        else:
+            out[f"{prefix}.{block[part]}.{kind}"] = value
+    return out
+
+
+def arguments(tensors: Tensors, config: dict) -> dict:
+    """What config.json tells, and what DiT has not."""
+    size = config.get("sample_size", 64)
+    found = {
+        **WIRED, "caption_channels": tensors["caption_embedder.fc1.weight"].shape[1],
+        "sample_size": (config.get("video_length", 16), size, size), "norm2_eps": config.get("norm_eps", 1e-6),
+    }  # fmt: skip
+    return {**found, "num_heads": config["num_attention_heads"]} if "num_attention_heads" in config else found
+
+
+def config_of(model) -> dict:
+    """The arguments of `LatteTransformer3DModel` for a model of ours."""
+    config = model.config
+    return {
+        "num_attention_heads": config.num_heads, "attention_head_dim": config.hidden_size // config.num_heads,
+        "in_channels": config.in_channels, "out_channels": model.out_channels, "num_layers": config.depth // 2,
+        "cross_attention_dim": config.hidden_size, "attention_bias": True, "sample_size": config.sample_size[1],
+        "patch_size": model.patch_size[1], "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 1000,
+        "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "norm_eps": config.norm2_eps,
+        "caption_channels": config.caption_channels, "video_length": config.sample_size[0],
+    }  # fmt: skip
