@@ -60,6 +60,19 @@ def forward_cost(arguments: dict, latent: Shape) -> Cost:
     )
 
 
+@torch.no_grad()
+def clip_flops(model: STDiT, latent: Shape) -> float:
+    """Multiply-adds of one forward of one clip of `latent` (T, h, w), counted on the model itself."""
+    with FlopCounterMode(display=False) as counter:
+        model(*_inputs(model, latent, 1), **_words(model))
+    return counter.get_total_flops() / 2
+
+
+def _words(model: STDiT) -> dict[str, Tensor]:
+    channels = model.config.caption_channels
+    return {} if channels is None else {"captions": torch.zeros(1, 16, channels)}
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of training on one device, by part.
