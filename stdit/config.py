@@ -75,6 +75,13 @@ class Config:
                 "objective.mask_ratio hides patches, known frames must be seen; set objective.scheme=shared, or "
                 "objective.mask_ratio=0."
             )
+        if self.model.network == "unet":
+            other = set(self.objective.mixture) - {"shared"}
+            if other or self.data.packing or self.init_from.path or self.model.gradient_checkpointing:
+                raise ValueError(
+                    "model.network=unet has one noise level for all frames and starts afresh; use objective.scheme=shared, "
+                    "data.packing=false, no init_from and no gradient_checkpointing, or model.network=transformer."
+                )
         taught = [name for name in self.objective.mixture if SCHEMES[name].taught]
         if taught and not self.model.causal:
             raise ValueError(

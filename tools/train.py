@@ -26,6 +26,7 @@ from stdit.data.video_io import VideoError
 from stdit.diffusion.objective import Objective, build_objective
 from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
+from stdit.model.unet import UNet
 from stdit.precision import resolve
 from stdit.text import CaptionCache, load_text_encoder
 from stdit.training.fit import Stopped, Trainer, averaged
@@ -55,7 +56,7 @@ def build_captions(config: Config, dataset: Dataset, device: torch.device, main:
 
 def build_model(
     config: Config, vae: VideoVAE, dataset: Dataset, objective: Objective, caption_channels: int | None = None
-) -> STDiT:
+) -> STDiT | UNet:
     """The network, after checking that classes and sizes fit together; model.num_classes=0 leaves labels out."""
     classes = dataset.num_classes if config.model.num_classes is None else config.model.num_classes
     if dataset.num_classes > classes > 0:
@@ -67,16 +68,20 @@ def build_model(
         raise ValueError(
             f"model.num_classes={classes} but the data has no labels; use model.num_classes=0, folders by class or a manifest with labels."
         )
-    arguments = {**model_arguments(config.model), "caption_channels": caption_channels}
+    names = dataset.class_names if classes == dataset.num_classes else None
+    told = {
+        "in_channels": vae.channels, "num_classes": classes, "learn_sigma": objective.learns_sigma, "class_names": names,
+        "caption_channels": caption_channels,
+    }  # fmt: skip
+    if config.model.network == "unet":
+        shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)
+        return UNet(**told, sample_size=shape, channels=config.model.unet_channels, layers=config.model.unet_layers)
+    arguments = model_arguments(config.model)
     image = STDiT.from_pretrained(config.init_from.path) if config.init_from.path else None
     if image is not None:
         arguments |= inflated_arguments(image, arguments, config.model.depth, config.init_from)
     shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width, arguments["patch_size"])
-    names = dataset.class_names if classes == dataset.num_classes else None
-    model = STDiT(
-        **arguments, in_channels=vae.channels, num_classes=classes, sample_size=shape,
-        learn_sigma=objective.learns_sigma, class_names=names,
-    )  # fmt: skip
+    model = STDiT(**{**arguments, **told, "sample_size": shape})
     if image is not None:
         print(f"from {config.init_from.path}: {inflate(image, model, config.init_from).keeps}")
     if config.model.gradient_checkpointing:

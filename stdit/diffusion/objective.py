@@ -17,7 +17,7 @@ from stdit.diffusion.levels import (
     shift_levels,
     size_shift,
 )
-from stdit.diffusion.paths import DDPMPath, FlowPath, Path, like
+from stdit.diffusion.paths import BETAS, DDPMPath, FlowPath, Path, like
 from stdit.diffusion.predictions import Estimate, from_epsilon, from_velocity
 from stdit.diffusion.variational import variational_bound
 from stdit.variants import pick
@@ -30,6 +30,7 @@ class ObjectiveConfig:
     scheme: what is known and who shares a level: one of `SCHEMES`, or "mixed", where each step takes one of them by its
     share in `shares`. known_noise: known frames stand at a level drawn from 0 to this one, and the model is told.
     mask_ratio: a second pass in which the encoder of a masked trunk does not see this share of patches, or up to 0.2 more.
+    betas: DDPM's schedule, linear (DiT) or scaled_linear (Stable Diffusion, U-ViT). learn_sigma: DDPM's variance is learned.
     mixed_from: the step at which "mixed" begins; before it all frames share a level. known_shift: flow's levels beside known frames are shifted by this factor more, since what is known has been followed
     where noise is high, and at low noise shows itself.
     """
@@ -41,6 +42,8 @@ class ObjectiveConfig:
     known_noise: float = 0.0
     known_shift: float = 1.0
     mask_ratio: float = 0.0
+    betas: str = "linear"
+    learn_sigma: bool = True
     distribution: Distribution = "logit_normal"
     shift: float = 1.0
     shift_tokens: int = 0
@@ -53,6 +56,7 @@ class ObjectiveConfig:
                 )
         if self.scheme != "mixed":
             pick({**SCHEMES, "mixed": None}, self.scheme, "objective.scheme")
+        pick(BETAS, self.betas, "objective.betas")
         for name, share in self.shares.items():
             pick(SCHEMES, name, "scheme in objective.shares")
             if not 0 <= share < float("inf"):
@@ -150,22 +154,25 @@ class FlowObjective(Objective):
 
 
 class DDPMObjective(Objective):
-    """DiT's: epsilon with learned range variance; simple loss plus variational bound in bits."""
-
-    learns_sigma = True
+    """DiT's: epsilon with learned range variance; simple loss plus variational bound in bits. Or epsilon alone."""
 
     def __init__(self, config: ObjectiveConfig):
         super().__init__(config)
-        self.path = DDPMPath()
+        self.path = DDPMPath(config.betas)
+        self.learns_sigma = config.learn_sigma
 
     def draw_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:
         return ((draw_levels(generator, count, "uniform") * self.path.num_steps).floor() + 1) / self.path.num_steps
 
     def estimate(self, output: Tensor, x: Tensor, levels: Tensor) -> Estimate:
+        if not self.learns_sigma:
+            return from_epsilon(output.to(x.dtype), x, levels, self.path)
         epsilon, variance = output.to(x.dtype).chunk(2, dim=1)
         return from_epsilon(epsilon, x, levels, self.path)._replace(variance=variance)
 
     def loss(self, output: Tensor, x: Tensor, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+        if not self.learns_sigma:
+            return (output.float() - noise).square().mean(dim=1)
         epsilon, variance = output.float().chunk(2, dim=1)
         simple = (epsilon - noise).square().mean(dim=1)
         # The bound teaches the variance only: the mean is taken as it is.

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from stdit.variants import pick
+
 
 def like(levels: Tensor, x: Tensor) -> Tensor:
     """(B,), (B, T|1) or (B, T|1, rows, columns) that divide h and w -> broadcastable to x (B, C, T, h, w)."""
@@ -55,8 +57,12 @@ class FlowPath:
         return noise - clean
 
 
+# First and last beta, and of which power's root they are evenly spaced.
+BETAS = {"linear": (1e-4, 0.02, 1), "scaled_linear": (0.00085, 0.012, 2)}
+
+
 class DDPMPath:
-    """DiT's chain: 1000 steps, betas linear from 1e-4 to 0.02. Step i in 0..999 is timestep i and level (i + 1) / 1000.
+    """DiT's chain: 1000 steps, betas linear from 1e-4 to 0.02; or Stable Diffusion's, whose roots are linear. Step i in 0..999 is timestep i and level (i + 1) / 1000.
 
     Levels between steps are rounded to the nearest; a clean frame (level 0) is timestep 0.
     """
@@ -64,10 +70,14 @@ class DDPMPath:
     name = "ddpm"
     num_steps = 1000
 
+    def __init__(self, betas: str = "linear"):
+        self.betas = pick(BETAS, betas, "objective.betas")
+
     @cached_property
     def alpha_bar(self) -> Tensor:
         """(1001,) float64, by level times 1000: the product of 1 - beta, 1 at level 0."""
-        betas = torch.linspace(1e-4, 0.02, self.num_steps, dtype=torch.float64)
+        first, last, power = self.betas
+        betas = torch.linspace(first ** (1 / power), last ** (1 / power), self.num_steps, dtype=torch.float64) ** power
         return torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
 
     def index(self, levels: Tensor) -> Tensor:

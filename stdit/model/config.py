@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, field
+from typing import Literal
 
 # depth, hidden size, heads
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -15,6 +16,9 @@ class ModelConfig:
     all blocks; `axes` is cycled over them.
     """
 
+    network: Literal["transformer", "unet"] = "transformer"  # unet: diffusers' own, to compare with; takes the two below
+    unet_channels: list[int] = field(default_factory=lambda: [64, 128])  # of each resolution, halved from one to the next
+    unet_layers: int = 1
     size: str = "S/2"
     axes: list[str] = field(default_factory=lambda: ["joint"])
     patch_size: list[int] | None = None

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stdit.model.stdit import STDiT
+from stdit.model.unet import UNet
 from stdit.precision import Precision, autocast
 from stdit.prompt import Prompt
 from stdit.sampling import tasks
@@ -36,7 +37,7 @@ class STDiTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: STDiT,
+        transformer: STDiT | UNet,
         vae: torch.nn.Module,
         scheduler,
         num_frames: int = 17,

@@ -13,10 +13,20 @@ class STDiTScheduler(SchedulerMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, objective: str = "flow", shift: float = 1.0, shift_tokens: int = 0, solver: str | None = None):
+    def __init__(
+        self,
+        objective: str = "flow",
+        shift: float = 1.0,
+        shift_tokens: int = 0,
+        solver: str | None = None,
+        betas: str = "linear",
+        learn_sigma: bool = True,
+    ):
         self.objective: Objective = build_objective(
-            ObjectiveConfig(name=objective, shift=shift, shift_tokens=shift_tokens)  # type: ignore[arg-type]
-        )
+            ObjectiveConfig(
+                name=objective, shift=shift, shift_tokens=shift_tokens, betas=betas, learn_sigma=learn_sigma,  # type: ignore[arg-type]
+            )
+        )  # fmt: skip
         self.solver = solver or ("ddpm" if objective == "ddpm" else "euler")
 
 

@@ -21,7 +21,9 @@ from stdit.vae import VideoVAE
 def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
     """The pipeline of a model in training; `config` is a `stdit.config.Config`."""
     data, objective = config.data, config.objective
-    scheduler = STDiTScheduler(objective.name, objective.shift, objective.shift_tokens)
+    scheduler = STDiTScheduler(
+        objective.name, objective.shift, objective.shift_tokens, betas=objective.betas, learn_sigma=objective.learn_sigma
+    )
     return STDiTPipeline(
         model,
         vae,

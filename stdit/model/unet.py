@@ -1,0 +1,117 @@
+"""The U-Net to compare with: diffusers' own, for images and for video, behind a transformer's face."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import UNet2DModel, UNet3DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from stdit.nn.embedders import CaptionEmbedder, LabelEmbedder
+
+
+class UNet(ModelMixin, ConfigMixin):
+    """`UNet2DModel` for images (sample_size[0] = 1), `UNet3DConditionModel` (convolutions and attention in space and in
+    time) for video; it takes and gives what an STDiT does.
+
+    channels: of every resolution, halved from one to the next; layers: residual blocks of each. Labels and captions are
+    tokens that video attends to; an image's label joins its time embedding, and it takes no captions. All frames share a
+    noise level. causal, window, conditions are there because a pipeline asks for them.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 16,
+        num_classes: int = 0,
+        sample_size: tuple[int, int, int] = (5, 8, 8),
+        channels: Sequence[int] = (64, 128),
+        layers: int = 1,
+        learn_sigma: bool = False,
+        class_names: Sequence[str] | None = None,
+        caption_channels: int | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        conditions: Sequence[str] = (),
+    ):
+        super().__init__()
+        if len(channels) < 2 or any(width % 8 for width in channels):
+            raise ValueError(f"unet_channels={list(channels)}: give two widths or more, each a multiple of 8.")
+        if causal or conditions:
+            raise ValueError("a U-Net is not causal and is told labels and captions alone; use model.network=transformer.")
+        self.in_channels, self.num_classes = in_channels, num_classes
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.video = sample_size[0] > 1
+        factor = 2 ** (len(channels) - 1)
+        self.patch_size = (1, factor, factor)  # what height and width must be whole times of
+        size = {
+            "in_channels": in_channels, "out_channels": self.out_channels, "block_out_channels": tuple(channels),
+            "layers_per_block": layers, "norm_num_groups": 8,
+        }  # fmt: skip
+        inner, width = len(channels) - 1, channels[-1]
+        if self.video:
+            self.y_embedder = LabelEmbedder(num_classes, width) if num_classes else None
+            self.caption_embedder = CaptionEmbedder(caption_channels, width) if caption_channels else None
+            self.nothing = None if num_classes or caption_channels else nn.Parameter(torch.zeros(1, 1, width))
+            self.unet: nn.Module = UNet3DConditionModel(
+                **size, cross_attention_dim=width, attention_head_dim=8,
+                down_block_types=("DownBlock3D",) * inner + ("CrossAttnDownBlock3D",),
+                up_block_types=("CrossAttnUpBlock3D",) + ("UpBlock3D",) * inner,
+            )  # fmt: skip
+        else:
+            if caption_channels:
+                raise ValueError("the U-Net of images takes no captions; use labels, video, or model.network=transformer.")
+            self.unet = UNet2DModel(
+                **size, sample_size=sample_size[1], attention_head_dim=8, num_class_embeds=num_classes + 1 if num_classes else None,
+                down_block_types=("DownBlock2D",) * inner + ("AttnDownBlock2D",),
+                up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * inner,
+            )  # fmt: skip
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        captions: Tensor | None = None,
+        caption_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, C, T, H, W), timestep (B,), or (B, T) where all frames share one -> (B, C_out, T, H, W).
+
+        ValueError for frames at levels of their own.
+        """
+        batch = len(hidden_states)
+        timestep = timestep.expand(batch) if timestep.ndim == 0 else timestep
+        if timestep.ndim > 1:
+            timestep = timestep.flatten(1)
+            if not bool((timestep == timestep[:, :1]).all()):
+                raise ValueError(
+                    "a U-Net has one noise level for all frames; for known frames and levels by frame use "
+                    "model.network=transformer (in training objective.scheme=shared)."
+                )
+            timestep = timestep[:, 0]
+        if self.num_classes and class_labels is None:
+            class_labels = torch.full((batch,), self.num_classes, device=hidden_states.device)
+        if not self.video:
+            if hidden_states.shape[2] != 1:
+                raise ValueError(f"this U-Net was made for images and got {hidden_states.shape[2]} latent frames.")
+            labels = class_labels if self.num_classes else None
+            return self.unet(hidden_states[:, :, 0], timestep, class_labels=labels).sample[:, :, None]
+        return self.unet(hidden_states, timestep, self._tokens(batch, class_labels, captions, caption_mask)).sample
+
+    def _tokens(
+        self, batch: int, labels: Tensor | None, captions: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """(B, N, D): the label, and the mean of the caption's words (diffusers' blocks take no mask for tokens)."""
+        parts = []
+        if self.y_embedder is not None:
+            parts.append(self.y_embedder(labels)[:, None])
+        if self.caption_embedder is not None:
+            if captions is None:
+                raise ValueError("this model is told captions: give captions, for none those of the empty text.")
+            words = self.caption_embedder(captions)
+            seen = words.new_ones(words.shape[:2]) if mask is None else mask.to(words)
+            parts.append((words * seen[..., None]).sum(1, keepdim=True) / seen.sum(1)[:, None, None].clamp(min=1))
+        if self.nothing is not None:
+            parts.append(self.nothing.expand(batch, -1, -1))
+        return torch.cat(parts, 1)
