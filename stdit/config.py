@@ -65,6 +65,10 @@ class Config:
                 "data.packing=true takes conditions that are vectors; use model.conditioning=adaln_zero without "
                 "text.encoder, or data.packing=false."
             )
+        if self.model.trunk == "joint" and self.text.encoder is None:
+            raise ValueError(
+                "model.trunk=joint has a stream of text; set text.encoder=words (or a folder of T5), or model.trunk=stack."
+            )
         if self.objective.mask_ratio and self.model.trunk != "masked":
             raise ValueError(
                 f"objective.mask_ratio={self.objective.mask_ratio} hides patches from the encoder of model.trunk=masked; set "

@@ -70,3 +70,28 @@ def check_trunk(
             f"trunk='masked' hides patches, which conditioning={conditioning!r}, causal={causal} and "
             f"time_entry={time_entry!r} do not take; use adaln_zero, causal=false and time_entry='attention'."
         )
+
+
+def check_joint(
+    trunk: str,
+    depth: int,
+    single_depth: int,
+    conditioning: str,
+    causal: bool,
+    axes: Sequence[str],
+    caption_channels: int | None,
+) -> None:
+    """ValueError for dual and single streams in company they do not take, or without a text."""
+    if trunk != "joint":
+        if single_depth:
+            raise ValueError(f"single_depth={single_depth} belongs to trunk='joint'; leave it out.")
+        return
+    if not caption_channels:
+        raise ValueError("trunk='joint' has a stream of text: name a text encoder (text.encoder=words), or use trunk='stack'.")
+    if not 0 <= single_depth <= depth:
+        raise ValueError(f"single_depth={single_depth} of depth={depth}: use 0 to {depth}.")
+    if causal or conditioning != "adaln_zero" or set(axes) != {"joint"}:
+        raise ValueError(
+            f"trunk='joint' with conditioning={conditioning!r}, causal={causal} and axes={list(axes)}: its blocks have "
+            "adaln_zero and attention over all tokens; use conditioning=adaln_zero, causal=false, axes=[joint]."
+        )

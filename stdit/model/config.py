@@ -36,13 +36,14 @@ class ModelConfig:
     conditioning: str = "adaln_zero"  # how labels and levels enter: adaln_zero, adaln, adaln_single, cross_attention, in_context
     caption_channels: int | None = None  # the width of a text encoder's tokens; null: told no captions
     caption_axes: list[str] = field(default_factory=list)  # whose blocks look at captions; empty: all (Latte: [spatial])
-    trunk: str = "stack"  # how blocks are wired: stack (DiT), long_skip (U-ViT), masked (MDT v2)
+    trunk: str = "stack"  # how blocks are wired: stack (DiT), long_skip (U-ViT), masked (MDT v2), joint (SD3, FLUX)
     learned_places: bool = False  # positions in space are learned, from sin-cos on
     time_mlp: bool = True  # false: levels as the bare sinusoid (U-ViT)
     output_conv: bool = False  # a 3 x 3 convolution over every frame at the end (U-ViT)
     gelu: str = "tanh"  # or none: the exact one
     place_bias: bool = False  # a learned number for each distance in space, in every attention (MDT)
     decode_depth: int = 4  # of a masked trunk: the blocks that always see all patches
+    single_depth: int = 0  # of a joint trunk: its last blocks, where text and video share layers (FLUX)
     gradient_checkpointing: bool = False
 
 
@@ -73,7 +74,7 @@ def model_arguments(config: ModelConfig) -> dict:
         arguments["patch_size"] = tuple(config.patch_size)
     for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "positions", "conditions") + (
         "conditioning", "caption_channels", "caption_axes", "trunk", "learned_places", "time_mlp", "output_conv", "gelu",
-        "place_bias", "decode_depth",
+        "place_bias", "decode_depth", "single_depth",
     ):  # fmt: skip
         arguments[key] = getattr(config, key)
     return {**arguments, "axes": list(config.axes)}

@@ -37,7 +37,7 @@ def forward_cost(arguments: dict, latent: Shape) -> Cost:
         model = STDiT(**arguments)
         inputs = _inputs(model, latent, 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs)
+        model(*inputs, **_words(model))
     counts = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
     flops: dict[str, float] = {}
     inside = 0.0

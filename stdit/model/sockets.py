@@ -1,6 +1,7 @@
-"""What diffusers must be told of our classes before its caches find them, and the card of a model."""
+"""Loading, adapters and the hub as diffusers has them, but strict and without pickle; and what its caches must be told."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -35,3 +36,48 @@ def model_card(config: dict, parameters: int) -> ModelCard:
 def is_folder(repo_id: str) -> bool:
     """Whether a place to push to is on this machine: an existing folder, or a path written as one."""
     return repo_id.startswith(("/", "./", "../", "~")) or Path(repo_id).is_dir()
+
+
+class Sockets:
+    """What a model does otherwise than diffusers' mixins, which come after it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Any:
+        """Load safetensors and config.json, of a pipeline's folder its transformer.
+
+        ValueError if a key is missing or unexpected (nothing is half loaded).
+        """
+        if (Path(pretrained_model_name_or_path) / "model_index.json").is_file():
+            kwargs.setdefault("subfolder", "transformer")
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        model, info = loaded
+        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        meta = [name for name, value in model.named_parameters() if value.is_meta]
+        if missing or unexpected or meta:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not fit its config: missing {missing or meta or 'nothing'}, "
+                f"unexpected {unexpected or 'nothing'}. Use the config.json that was saved with these weights."
+            )
+        return loaded if wants_info else model
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, **kwargs):
+        """As diffusers', for adapters of this model alone, and from safetensors only."""
+        kwargs.setdefault("use_safetensors", True)
+        kwargs.setdefault("weight_name", "pytorch_lora_weights.safetensors")
+        return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """As diffusers', with a model card; a path to a folder (./mine) writes there and touches no network."""
+        card = model_card(dict(self.config), self.num_parameters())
+        if not is_folder(str(repo_id)):
+            url = super().push_to_hub(repo_id, **kwargs)
+            card.push_to_hub(repo_id, token=kwargs.get("token"), create_pr=kwargs.get("create_pr"))
+            return url
+        folder = Path(repo_id).expanduser()
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{str(folder)!r} is not empty; nothing is overwritten, choose another folder.")
+        self.save_pretrained(folder)
+        card.save(folder / "README.md")
+        return str(folder)

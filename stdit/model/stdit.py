@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +13,17 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from stdit.model.checks import check_causal, check_conditioning, check_shape, check_trunk
+from stdit.model.checks import check_causal, check_conditioning, check_joint, check_shape, check_trunk
 from stdit.model.config import size_arguments
 from stdit.model.masked import MaskedTrunk
-from stdit.model.sockets import is_folder, model_card, register_blocks
+from stdit.model.sockets import Sockets, register_blocks
 from stdit.model.told import Told
-from stdit.model.trunks import TRUNKS, time_entries
+from stdit.model.trunks import TRUNKS, joint, time_entries
 from stdit.nn.blocks import FinalLayer, STDiTBlock
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.embedders import CaptionEmbedder, InfoEmbedder, LabelEmbedder, PatchEmbed, PlaceTable, TimestepEmbedder
+from stdit.nn.joint import DualBlock, SingleBlock
 from stdit.nn.layout import Dense, Layout, Packed, Taught
 from stdit.nn.modulation import Condition
 from stdit.nn.positions import space_positions
@@ -31,7 +31,7 @@ from stdit.nn.tokens import token_grid, unpatchify
 from stdit.variants import pick
 
 
-class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     """Spacetime diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers", grown in time).
 
     `sample_size` (T, H, W) is the latent size it was made for, a hint and no limit. `class_names` are accepted
@@ -84,6 +84,7 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         gelu: str = "tanh",
         place_bias: bool = False,
         decode_depth: int = 4,
+        single_depth: int = 0,
     ):
         super().__init__()
         check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
@@ -91,6 +92,7 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         check_causal(causal, window, time_entry, axes, patch_size)
         check_conditioning(conditioning, caption_channels, causal)
         check_trunk(trunk, depth, decode_depth, conditioning, causal, time_entry, place_bias)
+        check_joint(trunk, depth, single_depth, conditioning, causal, axes, caption_channels)
         self.wiring = TRUNKS[trunk]
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
         self.in_channels, self.num_classes = in_channels, num_classes
@@ -118,7 +120,16 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         self.blocks = nn.ModuleList(
             block(axis, time=time, skip=skip, captions=bool(caption_channels) and axis in (caption_axes or [axis]))
             for axis, time, skip in zip(cycle, times, skips, strict=True)
+            if not self.wiring.text
         )
+        self.pooled_embedder = None
+        if self.wiring.text:
+            assert caption_channels is not None
+            self.pooled_embedder = CaptionEmbedder(caption_channels, hidden_size)
+            self.blocks.extend(
+                (SingleBlock if i >= depth - single_depth else DualBlock)(hidden_size, num_heads, mlp_ratio, qk_norm, time)
+                for i, time in enumerate(times)
+            )
         self.masked = (
             MaskedTrunk(block(cycle[0], time=times[0], captions=bool(caption_channels)), grid, hidden_size, decode_depth) if self.wiring.masked else None
         )
@@ -133,53 +144,13 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         """A fresh model by name ("S/2" ... "XL/8"); keyword arguments as for the constructor, overriding the name's."""
         return cls(**{**size_arguments(size), **kwargs})
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "STDiT":
-        """Load safetensors and config.json, of a pipeline's folder its transformer.
-
-        ValueError if a key is missing or unexpected (nothing is half loaded).
-        """
-        if (Path(pretrained_model_name_or_path) / "model_index.json").is_file():
-            kwargs.setdefault("subfolder", "transformer")
-        wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        model, info = loaded
-        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-        meta = [name for name, value in model.named_parameters() if value.is_meta]
-        if missing or unexpected or meta:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not fit its config: missing {missing or meta or 'nothing'}, "
-                f"unexpected {unexpected or 'nothing'}. Use the config.json that was saved with these weights."
-            )
-        return loaded if wants_info else model
-
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, **kwargs):
-        """As diffusers', for adapters of this model alone, and from safetensors only."""
-        kwargs.setdefault("use_safetensors", True)
-        kwargs.setdefault("weight_name", "pytorch_lora_weights.safetensors")
-        return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """As diffusers', with a model card; a path to a folder (./mine) writes there and touches no network."""
-        card = model_card(dict(self.config), self.num_parameters())
-        if not is_folder(str(repo_id)):
-            url = super().push_to_hub(repo_id, **kwargs)
-            card.push_to_hub(repo_id, token=kwargs.get("token"), create_pr=kwargs.get("create_pr"))
-            return url
-        folder = Path(repo_id).expanduser()
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{str(folder)!r} is not empty; nothing is overwritten, choose another folder.")
-        self.save_pretrained(folder)
-        card.save(folder / "README.md")
-        return str(folder)
-
     def initialize_weights(self) -> None:
         """DiT's initialisation: xavier for linear layers, 0.02 for embeddings, zero for modulation and head."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if self.y_embedder is not None:
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp or [])[::2]:
@@ -239,7 +210,11 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
             tokens = torch.cat([told.to(tokens), tokens], dim=2)
         layout = kind((frames, rows, columns), cache.frames if cache is not None else 0, scale, extras, shown)
         run = partial(self._run, cache=cache)
-        if self.masked is not None:
+        if self.wiring.text:
+            assert condition.tokens is not None
+            told = partial(self._call, condition=condition, layout=layout)
+            tokens = joint(self.blocks, tokens, condition.tokens[:, 0], told)
+        elif self.masked is not None:
             tokens = self.masked(self.blocks, tokens, condition, run, layout, kept)
         else:
             tokens = self.wiring.run(self.blocks, tokens, condition, partial(run, layout=layout))
@@ -324,9 +299,12 @@ class STDiT(Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapt
         cache: FrameCache | None,
         skip: Tensor | None = None,
     ) -> Tensor:
+        return self._call(block, hidden_states, condition, layout, cache, skip)
+
+    def _call(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, hidden_states, condition, layout, cache, skip)
-        return block(hidden_states, condition, layout, cache, skip)
+            return self._gradient_checkpointing_func(partial(block, **named), *inputs)
+        return block(*inputs, **named)
 
 
 register_blocks()

@@ -18,6 +18,7 @@ class Told:
     info_embedder: nn.Module | None
     caption_embedder: nn.Module | None
     adaLN_single: nn.Module | None
+    pooled_embedder: nn.Module | None
 
     def condition(
         self,
@@ -43,6 +44,13 @@ class Told:
         if self.info_embedder is not None and info is not None:
             parts.append(self.info_embedder(info)[:, None, None].to(time))
         words, seen = self._words(captions, caption_mask)
+        if self.pooled_embedder is not None:
+            assert captions is not None and words is not None
+            if words.shape[1] > 1:
+                raise ValueError("trunk='joint' takes one caption a clip; give captions (B, L, C), or use another trunk.")
+            said = captions.new_ones(captions.shape[:2]) if caption_mask is None else caption_mask.to(captions)
+            mean = (captions * said[..., None]).sum(1) / said.sum(1, keepdim=True).clamp(min=1)
+            parts.append(self.pooled_embedder(mean.to(time))[:, None, None])
         vector = sum(parts[1:], parts[0])
         if not self.how.by_tokens:
             return Condition(vector, None if self.adaLN_single is None else self.adaLN_single(vector), words, seen)

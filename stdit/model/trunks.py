@@ -31,19 +31,30 @@ def long_skip(blocks: Sequence[nn.Module], hidden_states: Tensor, condition: Con
     return hidden_states
 
 
+def joint(
+    blocks: nn.ModuleList, hidden_states: Tensor, text: Tensor, run: Callable[..., tuple[Tensor, Tensor]]
+) -> Tensor:
+    """Video and text go through every block side by side; what has become of the text is left behind (SD3, FLUX)."""
+    for block in blocks:
+        hidden_states, text = run(block, hidden_states, text)
+    return hidden_states
+
+
 class Trunk(NamedTuple):
     """run: (blocks, tokens, condition, run) -> tokens; skips: of a depth, of it the decoder's, which blocks take what an
-    earlier one made. masked: it is `model.masked.MaskedTrunk` that runs."""
+    earlier one made. masked: it is `model.masked.MaskedTrunk` that runs. text: it is `joint`, over blocks of `nn.joint`."""
 
     run: Callable[[nn.ModuleList, Tensor, Condition, Run], Tensor]
     skips: Callable[[int, int], list[bool]]
     masked: bool = False
+    text: bool = False
 
 
 TRUNKS = {
     "stack": Trunk(stack, lambda depth, _: [False] * depth),
     "long_skip": Trunk(long_skip, lambda depth, _: [i >= depth - depth // 2 for i in range(depth)]),
     "masked": Trunk(stack, lambda depth, decoder: [i >= (depth - decoder) // 2 for i in range(depth)], masked=True),
+    "joint": Trunk(stack, lambda depth, _: [False] * depth, text=True),
 }
 
 

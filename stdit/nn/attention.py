@@ -36,7 +36,12 @@ class AxialAttnProcessor:
     _parallel_config = None
 
     def __call__(
-        self, attn: "Attention", hidden_states: Tensor, layout: Layout | None = None, cache: FrameCache | None = None
+        self,
+        attn: "Attention",
+        hidden_states: Tensor,
+        layout: Layout | None = None,
+        cache: FrameCache | None = None,
+        vector: Tensor | None = None,
     ) -> Tensor:
         axis = attn.axis
         layout = layout or Dense((*hidden_states.shape[1:3], 1))
@@ -46,7 +51,11 @@ class AxialAttnProcessor:
         if attn.adds_time and frames.max() > 0:  # nothing is added at frame 0
             table = time_positions(int(frames.max()) + 1, tokens.shape[-1], layout.scale[0])
             tokens = tokens + table[frames].to(tokens)
-        qkv = rearrange(attn.qkv(tokens), "n l (three h d) -> three n l h d", three=3, h=attn.heads)
+        projected = attn.qkv(tokens)
+        if attn.qkv_time is not None:
+            steered = layout.spread(attn.qkv_time(vector)).expand(*hidden_states.shape[:3], -1)
+            projected = projected + layout.fold(steered, axis)
+        qkv = rearrange(projected, "n l (three h d) -> three n l h d", three=3, h=attn.heads)
         query, key, value = qkv[0], qkv[1], qkv[2]
         query, key = attn.q_norm(query), attn.k_norm(key)
         if attn.turns:
@@ -132,7 +141,8 @@ class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention along `axis` of (B, T, S, D).
 
     time: how tokens know their place here, one of `PLACES`. bias_grid: add a learned number for each distance in space,
-    up to those of this grid. causal: a frame sees itself and earlier frames, of these
+    up to those of this grid. steered: the condition's vector, through a layer of its own, is added to queries, keys and
+    values (DiffiT, equations 3 to 5). causal: a frame sees itself and earlier frames, of these
     the last `window` - 1 if a window is given.
     """
 
@@ -151,6 +161,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         causal: bool = False,
         window: int | None = None,
         bias_grid: tuple[int, int] | None = None,
+        steered: bool = False,
     ):
         super().__init__()
         self.heads, self.axis = num_heads, axis
@@ -160,6 +171,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.turns = 0 if axis == "spatial" and turns == 1 else turns
         self.causal, self.window = causal and axis != "spatial", window
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv_time = nn.Linear(dim, 3 * dim, bias=False) if steered else None
         self.q_norm = QKNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.k_norm = QKNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
@@ -178,8 +190,14 @@ class Attention(nn.Module, AttentionModuleMixin):
             seen &= np.where(own, distance == 0, ~twin | (copies[:, None] & (distance > 0)))
         return None if seen.all() else torch.from_numpy(seen).to(device)
 
-    def forward(self, hidden_states: Tensor, layout: Layout | None = None, cache: FrameCache | None = None) -> Tensor:
-        return self.processor(self, hidden_states, layout, cache)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        layout: Layout | None = None,
+        cache: FrameCache | None = None,
+        vector: Tensor | None = None,
+    ) -> Tensor:
+        return self.processor(self, hidden_states, layout, cache, vector)
 
 
 class CrossAttention(nn.Module, AttentionModuleMixin):

@@ -41,10 +41,10 @@ class STDiTBlock(nn.Module):
         super().__init__()
         self.time = time
         how = CONDITIONINGS[conditioning]
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=how.by_tokens, eps=how.eps)
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=how.own_norms, eps=how.eps)
         inside = time if time != "stream" else "none"
-        self.attn = Attention(dim, num_heads, axis, qk_norm, inside, causal, window, bias_grid)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=how.by_tokens, eps=how.eps if how.by_tokens else norm2_eps)
+        self.attn = Attention(dim, num_heads, axis, qk_norm, inside, causal, window, bias_grid, how.steers)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=how.own_norms, eps=how.eps if how.own_norms else norm2_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu)
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         attends = how.attends or (captions and not how.joins)
@@ -72,7 +72,8 @@ class STDiTBlock(nn.Module):
             frames = frame_positions(hidden_states.shape[1], hidden_states.shape[-1]).to(hidden_states)
             hidden_states = hidden_states + frames[:, None]
         attn_mod, mlp_mod = self.adaLN_modulation(condition, layout)
-        hidden_states = hidden_states + attn_mod.gated(self.attn(attn_mod(self.norm1(hidden_states)), layout, cache))
+        seen = self.attn(attn_mod(self.norm1(hidden_states)), layout, cache, condition.vector)
+        hidden_states = hidden_states + attn_mod.gated(seen)
         if self.cross_attn is not None:
             looking = hidden_states if self.norm_cross is None else self.norm_cross(hidden_states)
             hidden_states = hidden_states + self.cross_attn(looking, condition.tokens, condition.seen)
@@ -86,7 +87,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, out_features: int, conditioning: str = "adaln_zero"):
         super().__init__()
         how = CONDITIONINGS[conditioning]
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=how.by_tokens, eps=how.eps)
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=how.own_norms, eps=how.eps)
         self.linear = nn.Linear(dim, out_features)
         self.adaLN_modulation = how.final(dim)
 

@@ -1,4 +1,4 @@
-"""The ways a condition enters a block: DiT's four (section 3.2) and PixArt's."""
+"""The ways a condition enters a block: DiT's four (section 3.2), PixArt's, and DiffiT's time-dependent self-attention."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from stdit.nn.modulation import AdaLN, AdaLNSingle, Unmodulated
 class Conditioning(NamedTuple):
     """modulation: of a block, final: of the head; both are built from a width and add nothing when fresh.
 
-    attends: every block attends to the condition's tokens. joins: they join the patches of every frame. A caption is
+    steers: the vector enters queries, keys and values. attends: every block attends to the condition's tokens. joins: they join the patches of every frame. A caption is
     always tokens: where the rest is a vector, blocks attend to the caption alone.
     """
 
@@ -20,15 +20,21 @@ class Conditioning(NamedTuple):
     final: Callable[[int], nn.Module]
     attends: bool = False
     joins: bool = False
+    steers: bool = False
 
     @property
     def by_tokens(self) -> bool:
         return self.attends or self.joins
 
     @property
+    def own_norms(self) -> bool:
+        """Layer norms have weights of their own where nothing modulates them."""
+        return self.modulation is Unmodulated
+
+    @property
     def eps(self) -> float:
         """Of layer norms: DiT's where they are modulated, ViT's where they have weights of their own."""
-        return 1e-5 if self.by_tokens else 1e-6
+        return 1e-5 if self.own_norms else 1e-6
 
 
 _plain_head = partial(AdaLN, branches=1, gated=False)
@@ -40,4 +46,5 @@ CONDITIONINGS = {
     "adaln_single": Conditioning(AdaLNSingle, partial(AdaLNSingle, branches=1, gated=False)),
     "cross_attention": Conditioning(Unmodulated, _unmodulated, attends=True),
     "in_context": Conditioning(Unmodulated, _unmodulated, joins=True),
+    "time_attention": Conditioning(Unmodulated, _unmodulated, steers=True),
 }

@@ -7,6 +7,7 @@ from stdit.model.cost import forward_cost
 from stdit.model.stdit import STDiT
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
+from stdit.nn.modulation import Condition
 
 # "Scalable Diffusion Models with Transformers": Gflops in figure 5 and parameters, XL/2 at 256 px
 PAPER = {
@@ -81,6 +82,20 @@ def test_everything_that_is_told_is_heard_and_padding_is_not(conditioning):
     torch.testing.assert_close(told(x, t, labels, captions=padded, caption_mask=words["caption_mask"]), out)
     heard = told(x, t, labels, captions=spoken, caption_mask=words["caption_mask"])
     assert not torch.allclose(heard[0], out[0]) and torch.allclose(heard[1], out[1])
+
+
+@torch.no_grad()
+def test_time_dependent_attention_is_diffits_equations():
+    told = fill(STDiT(1, 32, 4, in_channels=4, num_classes=5, conditioning="time_attention", axes=["spatial"]), 0.2)
+    block, attn = told.blocks[0], told.blocks[0].attn
+    x, vector = torch.randn(2, 1, 9, 32), torch.randn(2, 1, 1, 32)
+    y = torch.nn.functional.layer_norm(x[:, 0], (32,), block.norm1.weight, block.norm1.bias)
+    qkv = y @ attn.qkv.weight.T + attn.qkv.bias + vector[:, 0] @ attn.qkv_time.weight.T  # equations 3 to 5
+    q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in qkv.chunk(3, -1))
+    seen = ((q @ k.transpose(-1, -2)) / 8**0.5).softmax(-1) @ v  # equation 6, without its bias
+    hidden = x[:, 0] + attn.proj(seen.transpose(1, 2).flatten(2))  # equations 7 and 8
+    hidden = hidden + block.mlp(torch.nn.functional.layer_norm(hidden, (32,), block.norm2.weight, block.norm2.bias))
+    torch.testing.assert_close(block(x, Condition(vector))[:, 0], hidden, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln_single"])
