@@ -19,13 +19,15 @@ class Budget:
     gflops: float | None = None
     steps: int | None = None
 
-    def __post_init__(self) -> None:
+    @property
+    def kind(self) -> str:
+        """Which of the four it is; ValueError if that cannot be told."""
         given = [name for name in ("minutes", "tokens", "gflops", "steps") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"budget gives {given or 'nothing'}; give one of minutes, tokens, gflops, steps.")
         if getattr(self, given[0]) <= 0:
             raise ValueError(f"budget.{given[0]}={getattr(self, given[0])} buys nothing; use more than 0.")
-        self.kind = given[0]
+        return given[0]
 
     def steps_for(self, seconds_a_step: float, tokens_a_step: float, gflops_a_step: float) -> int:
         """How many steps it buys."""
@@ -51,7 +53,7 @@ class Comparison:
     overrides: dict[str, Any] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0])
-    budget: Budget = field(default_factory=lambda: Budget(steps=100))
+    budget: Budget = field(default_factory=Budget)
     clips: int = 96
     reference: int = 96
     guidance: float = 3.0
@@ -61,6 +63,7 @@ class Comparison:
     def __post_init__(self) -> None:
         if not self.variants:
             raise ValueError("a comparison needs variants: a name for each, and what it changes ({} for the base).")
+        self.budget.kind  # noqa: B018 (says what is wrong with it)
         if not self.seeds:
             raise ValueError("seeds is empty; give one number or more.")
         if self.clips < 2:
