@@ -1,13 +1,16 @@
-"""Judge clips of moving shapes: does the model draw the shape it was asked for, and does it move as asked?
+"""Judge clips of moving shapes: the shape asked for, moving as asked? And measure distances between any clips.
 
 python tools/evaluate.py --model models/quickstart --clips 480
 python tools/evaluate.py --input data/shapes/manifest.jsonl            the judge on drawn clips, against their truth
+python tools/evaluate.py --model models/NAME --reference data/clips --features inception=FILE     any model, against clips of its kind
+python tools/evaluate.py --input made/ --reference data/clips --features i3d=FILE      clips against clips; in pairs also PSNR and SSIM
 python tools/evaluate.py --model models/captions --captions "red circle" "blue square"      pairs that training left out
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +18,17 @@ import torch
 from sample_video import newest_model
 from tqdm import tqdm
 
+from stdit.data.config import DataConfig
+from stdit.data.datasets import build_dataset
 from stdit.data.manifest import read_manifest
 from stdit.data.shapes import CLASS_NAMES, COLORS, SHAPES
 from stdit.data.video_io import VideoReader
 from stdit.data.video_write import to_uint8, write_contact_sheet
 from stdit.evaluation.captions import asked, measure
+from stdit.evaluation.features import distances, load_extractor
+from stdit.evaluation.metrics import psnr, ssim
 from stdit.evaluation.shapes import judge, report, table
+from stdit.keys import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.run import write_text
 
@@ -37,6 +45,62 @@ def generated(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Pa
         [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, args.steps, args.guidance, seed=args.seed, solver=args.solver
     )  # fmt: skip
     return [to_uint8(clip) for clip in clips], labels, Path("output") / model.name
+
+
+def against(args: argparse.Namespace) -> int:
+    """Clips of a model, or of a folder, against real ones."""
+    extractor = load_extractor(args.features)
+    if args.input:
+        output, batches, size = None, None, (args.frames or 17, args.size or 64)
+    else:
+        model = Path(args.model) if args.model else newest_model()
+        pipe = STDiTPipeline.from_pretrained(str(model))
+        if torch.cuda.is_available():
+            pipe.to("cuda")
+        output, size = Path("output") / model.name, (args.frames or pipe.config.num_frames, args.size or pipe.config.height)
+        batches = _sampled(pipe, args, size)
+    real = _read(args.reference, size, args.clips)
+    made = batches if batches is not None else _read(args.input, size, args.clips)
+    found: dict = {"extractor": extractor.name}
+    if args.paired:
+        pairs = [(a, b) for a, b in zip(made, real, strict=True)]
+        found |= {
+            "PSNR, dB": psnr(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])),
+            "SSIM": float(np.mean([ssim(a, b) for a, b in pairs])),
+        }
+        made, real = (iter(side) for side in zip(*pairs, strict=True))
+    result = distances(made, real, extractor)
+    found |= dict(zip(result.names, (result.frechet, result.kernel), strict=True)) | {"clips": result.count}
+    for name, value in found.items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "distances.json", json.dumps({**vars(args), **found}, indent=1) + "\n")
+        print(f"{output / 'distances.json'}")
+    return 0
+
+
+def _sampled(pipe: STDiTPipeline, args: argparse.Namespace, size: tuple[int, int]) -> Iterator[torch.Tensor]:
+    classes = pipe.transformer.num_classes
+    for first in tqdm(range(0, args.clips, 32), unit="batch", desc="sampling"):
+        count = min(32, args.clips - first)
+        labels = [(first + i) % classes for i in range(count)] if classes else None
+        yield pipe(
+            labels, size[0], size[1], size[1], args.steps, args.guidance, seed=args.seed + first, solver=args.solver,
+            num_videos=count, progress=False,
+        )  # fmt: skip
+
+
+def _read(source: str, size: tuple[int, int], most: int) -> Iterator[torch.Tensor]:
+    """Clips of a folder or manifest in batches (B, 3, F, H, W), in the order of their names or rows."""
+    path = Path(source)
+    root, manifest = (str(path.parent), str(path)) if path.is_file() else (source, None)
+    config = DataConfig(root=root, manifest=manifest, num_frames=size[0], height=size[1], width=size[1])
+    dataset = build_dataset(config)
+    for first in range(0, min(most, len(dataset)), 32):
+        rows = range(first, min(first + 32, most, len(dataset)))
+        pixels = torch.stack([dataset.load(i, keyed_rng("sample", 0, i))["pixels"] for i in rows])
+        yield pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
 
 
 def told(args: argparse.Namespace) -> int:
@@ -103,6 +167,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--captions", nargs="*", metavar="PAIR", help="judge captions: of all pairs of colour and shape, and of these alone"
     )
+    parser.add_argument("--reference", help="a folder or manifest of real clips: distances in place of the judge")
+    parser.add_argument(
+        "--features", default="vae", help="of distances: vae, vae=PATH, inception=FILE, i3d=FILE or script=FILE"
+    )
+    parser.add_argument("--paired", action="store_true", help="input and reference are the same clips in order: PSNR, SSIM")
     parser.add_argument("--clips", type=int, default=480)
     parser.add_argument("--frames", type=int)
     parser.add_argument("--size", type=int)
@@ -115,6 +184,10 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--clips {args.clips} leaves nothing to judge; use 1 or more.")
     if args.captions is not None:
         return told(args)
+    if args.reference:
+        return against(args)
+    if args.paired:
+        raise ValueError("--paired compares --input with --reference; name both.")
     if args.input:
         clips, labels = recorded(Path(args.input))
         output = None
