@@ -60,6 +60,8 @@ class Config:
                 f"model.conditioning={self.model.conditioning} has one level a frame, objective.shares.region one a patch; "
                 "set objective.shares.region=0, or model.conditioning=adaln_zero."
             )
+        if self.model.trunk == "u_shape" and "region" in self.objective.mixture:
+            raise ValueError("model.trunk=u_shape takes levels by frame; set objective.shares.region=0.")
         if self.data.packing and (by_tokens or self.text.encoder is not None):
             raise ValueError(
                 "data.packing=true takes conditions that are vectors; use model.conditioning=adaln_zero without "

@@ -56,7 +56,12 @@ def check_trunk(
     trunk: str, depth: int, decode_depth: int, conditioning: str, causal: bool, time_entry: str, place_bias: bool
 ) -> None:
     """ValueError for a wiring that is unknown, or whose depth or company does not fit."""
-    if not pick(TRUNKS, trunk, "trunk").masked:
+    if pick(TRUNKS, trunk, "trunk").u and (depth < 3 or CONDITIONINGS[conditioning].joins):
+        raise ValueError(
+            f"trunk='u_shape' with depth={depth} and conditioning={conditioning!r}: it takes 3 blocks or more, and patches "
+            "alone; use depth=3 and conditioning='time_attention' (DiffiT) or 'adaln_zero'."
+        )
+    if not TRUNKS[trunk].masked:
         if place_bias and (causal or CONDITIONINGS[conditioning].joins):
             raise ValueError("place_bias=true is for patches alone; use it without causal=true and in_context.")
         return

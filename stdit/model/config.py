@@ -36,7 +36,7 @@ class ModelConfig:
     conditioning: str = "adaln_zero"  # how labels and levels enter: adaln_zero, adaln, adaln_single, cross_attention, in_context
     caption_channels: int | None = None  # the width of a text encoder's tokens; null: told no captions
     caption_axes: list[str] = field(default_factory=list)  # whose blocks look at captions; empty: all (Latte: [spatial])
-    trunk: str = "stack"  # how blocks are wired: stack (DiT), long_skip (U-ViT), masked (MDT v2), joint (SD3, FLUX)
+    trunk: str = "stack"  # how blocks are wired: stack (DiT), long_skip (U-ViT), masked (MDT v2), joint (SD3, FLUX), u_shape (DiffiT)
     learned_places: bool = False  # positions in space are learned, from sin-cos on
     time_mlp: bool = True  # false: levels as the bare sinusoid (U-ViT)
     output_conv: bool = False  # a 3 x 3 convolution over every frame at the end (U-ViT)

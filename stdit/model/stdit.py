@@ -19,6 +19,7 @@ from stdit.model.masked import MaskedTrunk
 from stdit.model.sockets import Sockets, register_blocks
 from stdit.model.told import Told
 from stdit.model.trunks import TRUNKS, joint, time_entries
+from stdit.model.ushape import UShape
 from stdit.nn.blocks import FinalLayer, STDiTBlock
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
@@ -133,6 +134,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         self.masked = (
             MaskedTrunk(block(cycle[0], time=times[0], captions=bool(caption_channels)), grid, hidden_size, decode_depth) if self.wiring.masked else None
         )
+        self.ushape = UShape(depth, hidden_size) if self.wiring.u else None
         extras = 1 + bool(num_classes) if self.how.joins else 0
         self.pos_embed = PlaceTable(grid[0], grid[1], hidden_size, extras) if learned_places else None
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels, conditioning)
@@ -214,6 +216,8 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             assert condition.tokens is not None
             told = partial(self._call, condition=condition, layout=layout)
             tokens = joint(self.blocks, tokens, condition.tokens[:, 0], told)
+        elif self.ushape is not None:
+            tokens = self.ushape(self.blocks, tokens, condition, run, layout)
         elif self.masked is not None:
             tokens = self.masked(self.blocks, tokens, condition, run, layout, kept)
         else:
@@ -239,10 +243,10 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         `forward` gives for each alone. Not for causal models, nor with positions squeezed into the trained grid.
         """
         tokens_told = self.how.by_tokens or self.caption_embedder is not None
-        other = self.masked is not None or self.config.place_bias
+        other = self.masked is not None or self.ushape is not None or self.config.place_bias
         if self.config.causal or self.config.positions != "extrapolate" or self.patch_size[0] > 1 or tokens_told or other:
             raise ValueError(
-                "packed sequences take models with causal=false, positions='extrapolate', patches of one frame, no masking and a "
+                "packed sequences take models with causal=false, positions='extrapolate', patches of one frame, a trunk of blocks alone and a "
                 "condition that is a vector (adaln_zero, adaln, adaln_single, no captions); use batches of one shape instead."
             )
         grids = [token_grid(tuple(x.shape[1:]), self.patch_size) for x in latents]

@@ -42,12 +42,14 @@ def joint(
 
 class Trunk(NamedTuple):
     """run: (blocks, tokens, condition, run) -> tokens; skips: of a depth, of it the decoder's, which blocks take what an
-    earlier one made. masked: it is `model.masked.MaskedTrunk` that runs. text: it is `joint`, over blocks of `nn.joint`."""
+    earlier one made. masked: it is `model.masked.MaskedTrunk` that runs. text: it is `joint`, over blocks of `nn.joint`. u: it is
+    `model.ushape.UShape`."""
 
     run: Callable[[nn.ModuleList, Tensor, Condition, Run], Tensor]
     skips: Callable[[int, int], list[bool]]
     masked: bool = False
     text: bool = False
+    u: bool = False
 
 
 TRUNKS = {
@@ -55,6 +57,7 @@ TRUNKS = {
     "long_skip": Trunk(long_skip, lambda depth, _: [i >= depth - depth // 2 for i in range(depth)]),
     "masked": Trunk(stack, lambda depth, decoder: [i >= (depth - decoder) // 2 for i in range(depth)], masked=True),
     "joint": Trunk(stack, lambda depth, _: [False] * depth, text=True),
+    "u_shape": Trunk(stack, lambda depth, _: [False] * depth, u=True),
 }
 
 

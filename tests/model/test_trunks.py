@@ -14,6 +14,7 @@ TRUNKS = {
     "u-vit": {"trunk": "long_skip", "depth": 5, "conditioning": "in_context", "learned_places": True, "time_mlp": False,
               "gelu": "none", "output_conv": True},
     "mdt": {"trunk": "masked", "depth": 4, "decode_depth": 2, "learned_places": True, "place_bias": True},
+    "diffit": {"trunk": "u_shape", "depth": 3, "conditioning": "time_attention", "place_bias": True},
     "long skips and adaLN": {"trunk": "long_skip", "depth": 4, "learned_places": True},
 }  # fmt: skip
 
@@ -53,6 +54,20 @@ def test_frames_meet_and_differ_by_their_time(name):
 def test_sizes_that_were_never_learned_are_taken(name):
     x = torch.randn(1, 4, 2, 12, 16)
     assert model(name)(x, torch.tensor([5.0]), torch.tensor([0])).shape == (1, 4 * 2, 2, 12, 16)
+
+
+@torch.no_grad()
+def test_the_us_middle_sees_a_quarter_of_the_patches_and_odd_grids_are_refused():
+    network, (x, t, labels) = model("diffit"), inputs()
+    counts = []
+    for block in network.blocks:
+        block.register_forward_pre_hook(lambda block, args: counts.append(args[0].shape[2]))
+    network(x, t, labels)
+    assert counts == [16, 4, 16]
+    with pytest.raises(ValueError, match="such as 4 x 4"):
+        network(torch.randn(1, 4, 1, 6, 8), t[:1], labels[:1])
+    with pytest.raises(ValueError, match="not by patch"):
+        network(x, torch.rand(2, 3, 16), labels)
 
 
 @torch.no_grad()
@@ -119,6 +134,7 @@ def test_masking_trains_on_all_patches_and_on_some_and_is_a_function_of_the_key(
     [
         ({"trunk": "unet"}, "trunk"),
         ({"depth": 5}, "such as depth=4"),
+        ({"trunk": "u_shape", "depth": 2, "place_bias": False}, "3 blocks or more"),
         ({"conditioning": "in_context"}, "use adaln_zero"),
         ({"time_entry": "rotary_3d"}, "use adaln_zero"),
     ],

@@ -31,6 +31,7 @@ VARIANTS = {
     "U-ViT": UVIT,
     "MDT v2": {"trunk": "masked", "depth": 3, "decode_depth": 1, "learned_places": True, "place_bias": True},
     "DiffiT": {"conditioning": "time_attention", "place_bias": True},
+    "DiffiT's U": {"conditioning": "time_attention", "trunk": "u_shape", "depth": 3, "place_bias": True},
     "MMDiT": {"trunk": "joint", "caption_channels": 64, "qk_norm": True},
     "FLUX": {"trunk": "joint", "single_depth": 1, "caption_channels": 64, "qk_norm": True, "time_entry": "rotary_3d"},
     "U-Net": {"network": "unet", "channels": (16, 32)},

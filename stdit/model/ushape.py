@@ -1,0 +1,63 @@
+"""DiffiT's U: blocks behind convolutions, the middle third on a grid of half the rows and columns."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from stdit.nn.layout import Dense
+from stdit.nn.modulation import Condition
+
+
+class UShape(nn.Module):
+    """What a U needs beside its blocks (Hatamizadeh et al., "DiffiT", section 3.2): before each block a convolution over its
+    frame, a way down, a way up, and the encoder handed to the decoder.
+
+    Convolutions see one frame; what frames tell each other they tell by the blocks' attention.
+    """
+
+    def __init__(self, depth: int, dim: int):
+        super().__init__()
+        self.outer = depth // 3  # blocks of each arm
+        groups = next(n for n in (32, 16, 8, 4, 2, 1) if dim % n == 0)
+        self.convs = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(groups, dim), nn.SiLU(), nn.Conv2d(dim, dim, 3, padding=1)) for _ in range(depth)
+        )
+        self.down = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
+        self.up = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim, 3, padding=1))
+        self.joins = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(self.outer))
+
+    def forward(
+        self, blocks: nn.ModuleList, tokens: Tensor, condition: Condition, run: Callable[..., Tensor], layout: Dense
+    ) -> Tensor:
+        """tokens (B, T, rows * columns, D) down and up again; ValueError for a grid that cannot be halved."""
+        frames, rows, columns = layout.grid
+        if rows % 2 or columns % 2:
+            raise ValueError(
+                f"trunk='u_shape' halves the grid of {rows} x {columns} patches; use sizes with an even number of patches, "
+                f"such as {rows + rows % 2} x {columns + columns % 2}."
+            )
+        if condition.vector.shape[2] > 1:
+            raise ValueError("trunk='u_shape' takes levels by frame, not by patch (in training objective.shares.region=0).")
+        half = Dense((frames, rows // 2, columns // 2), layout.begin, tuple(2 * s if i else s for i, s in enumerate(layout.scale)))  # type: ignore[arg-type]  # fmt: skip
+        kept, last = [], len(blocks) - self.outer
+        for i, block in enumerate(blocks):
+            if i == self.outer:
+                tokens = _per_frame(self.down, tokens, rows)
+            if i == last:
+                tokens = _per_frame(self.up, tokens, rows // 2)
+            inside = self.outer <= i < last
+            if i >= last:
+                tokens = self.joins[i - last](torch.cat([tokens, kept.pop()], dim=-1))
+            seen = _per_frame(self.convs[i], tokens, rows // 2 if inside else rows)
+            tokens = tokens + run(block, seen, condition, layout=half if inside else layout)
+            if i < self.outer:
+                kept.append(tokens)
+        return tokens
+
+
+def _per_frame(convolution: nn.Module, tokens: Tensor, rows: int) -> Tensor:
+    """(B, T, rows * columns, D) through a convolution over each frame."""
+    batch, frames, count, dim = tokens.shape
+    images = tokens.reshape(batch * frames, rows, count // rows, dim).permute(0, 3, 1, 2)
+    return convolution(images).flatten(2).transpose(1, 2).unflatten(0, (batch, frames))
