@@ -20,8 +20,8 @@ class Prompt(NamedTuple):
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Prompt":
         """Every tensor changed, those of `null` too."""
-        parts = [None if part is None else change(part) for part in self[:3]]
-        return Prompt(*parts, None if self.null is None else self.null.each(change))
+        labels, captions, mask = (None if part is None else change(part) for part in self[:3])
+        return Prompt(labels, captions, mask, None if self.null is None else self.null.each(change))
 
     def named(self) -> dict[str, Any]:
         """As arguments of the model; what it is not told is left out."""

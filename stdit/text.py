@@ -54,7 +54,9 @@ class Words:
         mask = torch.zeros(len(lists), longest, dtype=torch.bool)
         places = sincos(torch.arange(longest), self.channels).float()
         for i, words in enumerate(lists):
-            tokens[i, : len(words)] = torch.stack([_vector(word, self.channels) for word in words]) + places[: len(words)]
+            tokens[i, : len(words)] = (
+                torch.stack([_vector(word, self.channels) for word in words]) + places[: len(words)]
+            )
             mask[i, : len(words)] = True
         return Encoded(tokens, mask)
 
@@ -168,7 +170,9 @@ class CaptionCache:
     def _read(self, texts: Sequence[str]) -> Iterator[Encoded]:
         for text in texts:
             if text not in self._where:
-                raise ValueError(f"the caption {text[:60]!r} was never encoded into {self.folder}; encode the data again.")
+                raise ValueError(
+                    f"the caption {text[:60]!r} was never encoded into {self.folder}; encode the data again."
+                )
             name, row = self._where[text]
             if name not in self._open:
                 self._open[name] = safe_open(self.folder / name, framework="pt")

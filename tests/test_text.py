@@ -117,7 +117,9 @@ def test_an_encoder_of_another_kind_is_refused(tmp_path):
 @pytest.fixture
 def pipe():
     model = fill(
-        STDiT(2, 32, 4, in_channels=16, num_classes=3, caption_channels=64, learn_sigma=False, conditioning="adaln_single")
+        STDiT(
+            2, 32, 4, in_channels=16, num_classes=3, caption_channels=64, learn_sigma=False, conditioning="adaln_single"
+        )
     )
     vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
     return STDiTPipeline(model.eval(), vae, STDiTScheduler(), 5, 16, 16, text_encoder="words")

@@ -189,7 +189,9 @@ def held_losses(pipe: STDiTPipeline, config: Config) -> list[float]:
     x = clips.latents.to(pipe.device)
     noise = keyed_normal("noise", batch.keys, tuple(x.shape[1:])).to(x)
     numbers = batch.labels.to(x.device) if pipe.transformer.num_classes else None
-    prompt = pipe.prompt(numbers, batch.captions if config.text.encoder else None, len(x)).each(lambda v: v.to(x.device))
+    prompt = pipe.prompt(numbers, batch.captions if config.text.encoder else None, len(x)).each(
+        lambda v: v.to(x.device)
+    )
     found = []
     for level in LEVELS:
         levels = objective.path.on_clock(torch.full((len(x), 1), level, device=x.device))
@@ -205,7 +207,9 @@ def draw(spec: Comparison, runs: list[Run], folder: Path, distance: str) -> list
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     for i, (variant, group) in enumerate(by_variant(runs).items()):
         for run in group:
-            with open(Path("output") / f"{spec.name}-{variant}-{run.seed}" / "training_metrics.csv", newline="") as stream:
+            with open(
+                Path("output") / f"{spec.name}-{variant}-{run.seed}" / "training_metrics.csv", newline=""
+            ) as stream:
                 loss = np.array([float(row["loss"]) for row in csv.DictReader(stream)])
             size = max(1, len(loss) // 20)
             smooth = np.convolve(loss, np.ones(size) / size, mode="valid")
@@ -247,7 +251,9 @@ def main(argv: list[str] | None = None) -> int:
         runs.append(measure(spec, variant, seed, about[variant], folder))
     write_text(folder / "runs.json", json.dumps([asdict(run) for run in runs], indent=1))
     pictures = draw(spec, runs, folder, distance)
-    text = page(spec, runs, f"python tools/compare.py {' '.join([args.comparison, *args.overrides])}", pictures, distance)
+    text = page(
+        spec, runs, f"python tools/compare.py {' '.join([args.comparison, *args.overrides])}", pictures, distance
+    )
     write_text(folder / "comparison.md", text)
     print(text)
     print(f"{folder / 'comparison.md'}")

@@ -57,7 +57,10 @@ def against(args: argparse.Namespace) -> int:
         pipe = STDiTPipeline.from_pretrained(str(model))
         if torch.cuda.is_available():
             pipe.to("cuda")
-        output, size = Path("output") / model.name, (args.frames or pipe.config.num_frames, args.size or pipe.config.height)
+        output, size = (
+            Path("output") / model.name,
+            (args.frames or pipe.config.num_frames, args.size or pipe.config.height),
+        )
         batches = _sampled(pipe, args, size)
     real = _read(args.reference, size, args.clips)
     made = batches if batches is not None else _read(args.input, size, args.clips)
@@ -70,7 +73,7 @@ def against(args: argparse.Namespace) -> int:
         }
         made, real = (iter(side) for side in zip(*pairs, strict=True))
     result = distances(made, real, extractor)
-    found |= dict(zip(result.names, (result.frechet, result.kernel), strict=True)) | {"clips": result.count}
+    found |= dict(zip(result.names, (result.frechet, result.kernel), strict=True)) | {"clips": result.clips}
     for name, value in found.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     if output is not None:
@@ -165,13 +168,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="default: the newest under models/")
     parser.add_argument("--input", help="a manifest of clips to judge instead of a model")
     parser.add_argument(
-        "--captions", nargs="*", metavar="PAIR", help="judge captions: of all pairs of colour and shape, and of these alone"
+        "--captions",
+        nargs="*",
+        metavar="PAIR",
+        help="judge captions: of all pairs of colour and shape, and of these alone",
     )
     parser.add_argument("--reference", help="a folder or manifest of real clips: distances in place of the judge")
     parser.add_argument(
         "--features", default="vae", help="of distances: vae, vae=PATH, inception=FILE, i3d=FILE or script=FILE"
     )
-    parser.add_argument("--paired", action="store_true", help="input and reference are the same clips in order: PSNR, SSIM")
+    parser.add_argument(
+        "--paired", action="store_true", help="input and reference are the same clips in order: PSNR, SSIM"
+    )
     parser.add_argument("--clips", type=int, default=480)
     parser.add_argument("--frames", type=int)
     parser.add_argument("--size", type=int)

@@ -131,7 +131,9 @@ def planned_memory_is_right() -> str:
         x, y = torch.randn(16, 16, 5, 32, 32, device="cuda"), torch.zeros(16, dtype=torch.long, device="cuda")
         for step in range(3):
             with autocast("bf16", "cuda"):
-                losses = diffusion_losses(model, objective, [Clips(x)], Prompt(y), [(0, step, slot) for slot in range(16)])
+                losses = diffusion_losses(
+                    model, objective, [Clips(x)], Prompt(y), [(0, step, slot) for slot in range(16)]
+                )
             losses.clips.mean().backward()
             optimizer.step()
             model.zero_grad()
@@ -148,7 +150,9 @@ def train_steps(model, optimizers, first: int, last: int) -> list[float]:
     x, _, y = inputs()
     for step in range(first, last):
         with autocast("bf16", "cuda"):
-            result = diffusion_losses(model, objective, x.cuda(), Prompt(y.cuda()), [(0, step, slot) for slot in range(len(x))])
+            result = diffusion_losses(
+                model, objective, x.cuda(), Prompt(y.cuda()), [(0, step, slot) for slot in range(len(x))]
+            )
         result.clips.mean().backward()
         for optimizer in optimizers:
             optimizer.step()

@@ -123,7 +123,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--strength", type=float, default=0.6, help="edit: 0 changes nothing, 1 everything")
     add("--factor", type=int, default=2, help="interpolate: times the frame rate")
     add("--class-label", nargs="+", help="numbers or names, one clip each; default: one of each class, for tasks none")
-    add("--caption", nargs="+", metavar="TEXT", help="what is to be seen, one clip each, of a model trained with captions")
+    add(
+        "--caption",
+        nargs="+",
+        metavar="TEXT",
+        help="what is to be seen, one clip each, of a model trained with captions",
+    )
     add("--num-videos", type=int, default=4, help="clips of an unconditional model")
     add(
         "--frames",

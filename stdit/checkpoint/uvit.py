@@ -73,4 +73,3 @@ def arguments(tensors: Tensors, config: dict) -> dict:
         "sample_size": (1, side * patch.shape[-1], side * patch.shape[-1]),
     }  # fmt: skip
     return {**found, "num_heads": HEADS[len(patch)]} if len(patch) in HEADS else found
-

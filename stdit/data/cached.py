@@ -29,7 +29,9 @@ class CachedLatents:
         self._starts = np.cumsum([0] + [shard["count"] for shard in self.info["shards"]])
         self._labels = [label for shard in self.info["shards"] for label in shard["labels"]]
         # Latents that were cached before captions were kept have none.
-        self._captions = [text for shard in self.info["shards"] for text in shard.get("captions", [""] * shard["count"])]
+        self._captions = [
+            text for shard in self.info["shards"] for text in shard.get("captions", [""] * shard["count"])
+        ]
 
     def __len__(self) -> int:
         return int(self._starts[-1])

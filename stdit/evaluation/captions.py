@@ -46,9 +46,8 @@ def obeyed(clips: Sequence[np.ndarray], wanted: Sequence[tuple[str, str, str]]) 
     shape = np.array([v.shape == w[1] for v, w in zip(verdicts, wanted, strict=True)])
     direction = np.array([v.direction == w[2] for v, w in zip(verdicts, wanted, strict=True)])
     right = color & shape & direction
-    return Obeyed(
-        len(clips), *(float(x.mean()) for x in (color, shape, direction, right)), wilson(right)
-    )
+    shares = [float(x.mean()) for x in (color, shape, direction, right)]
+    return Obeyed(len(clips), shares[0], shares[1], shares[2], shares[3], wilson(right))
 
 
 def named(verdict: Verdict) -> str | None:

@@ -1,5 +1,6 @@
 """A comparison of training runs: what was asked for, what each run is, and the page a person reads."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,7 +125,7 @@ def order(runs: Sequence[Run], key: str = "frechet") -> str:
     groups = {name: [getattr(run, key) for run in group] for name, group in by_variant(runs).items()}
     ranked = sorted(groups, key=lambda name: best * float(np.mean(groups[name])))
     said = ranked[:1]
-    for a, b in zip(ranked, ranked[1:], strict=False):
+    for a, b in itertools.pairwise(ranked):
         gap = abs(float(np.mean(groups[a]) - np.mean(groups[b])))
         within = float(np.std(groups[a]) + np.std(groups[b]))
         said.append(f"{'<' if gap > within else '~'} {b}")

@@ -24,7 +24,7 @@ class Extractor(NamedTuple):
 class Distances(NamedTuple):
     frechet: float
     kernel: float
-    count: int
+    clips: int
     names: tuple[str, str]
     extractor: str
 

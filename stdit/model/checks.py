@@ -44,7 +44,9 @@ def check_conditioning(conditioning: str, caption_channels: int | None, causal: 
     """ValueError for a way of conditioning that is unknown or cannot do what is asked of it."""
     how = pick(CONDITIONINGS, conditioning, "conditioning")
     if caption_channels is not None and caption_channels < 1:
-        raise ValueError(f"caption_channels={caption_channels}: the width of a text encoder's tokens, 1 or more, or null.")
+        raise ValueError(
+            f"caption_channels={caption_channels}: the width of a text encoder's tokens, 1 or more, or null."
+        )
     if how.joins and caption_channels and causal:
         raise ValueError(
             "conditioning='in_context' repeats a caption in every frame, which a causal model's cache does not hold; use "
@@ -92,7 +94,9 @@ def check_joint(
             raise ValueError(f"single_depth={single_depth} belongs to trunk='joint'; leave it out.")
         return
     if not caption_channels:
-        raise ValueError("trunk='joint' has a stream of text: name a text encoder (text.encoder=words), or use trunk='stack'.")
+        raise ValueError(
+            "trunk='joint' has a stream of text: name a text encoder (text.encoder=words), or use trunk='stack'."
+        )
     if not 0 <= single_depth <= depth:
         raise ValueError(f"single_depth={single_depth} of depth={depth}: use 0 to {depth}.")
     if causal or conditioning != "adaln_zero" or set(axes) != {"joint"}:

@@ -16,8 +16,12 @@ class ModelConfig:
     all blocks; `axes` is cycled over them.
     """
 
-    network: Literal["transformer", "unet"] = "transformer"  # unet: diffusers' own, to compare with; takes the two below
-    unet_channels: list[int] = field(default_factory=lambda: [64, 128])  # of each resolution, halved from one to the next
+    network: Literal["transformer", "unet"] = (
+        "transformer"  # unet: diffusers' own, to compare with; takes the two below
+    )
+    unet_channels: list[int] = field(
+        default_factory=lambda: [64, 128]
+    )  # of each resolution, halved from one to the next
     unet_layers: int = 1
     size: str = "S/2"
     axes: list[str] = field(default_factory=lambda: ["joint"])
@@ -33,9 +37,13 @@ class ModelConfig:
     window: int | None = None  # of a causal model: how many latent frames a frame sees, itself included
     positions: str = "extrapolate"  # of sizes never trained: extrapolate, or interpolate into the trained grid
     conditions: list[str] = field(default_factory=list)  # told of each clip: fps, seconds, height, width
-    conditioning: str = "adaln_zero"  # how labels and levels enter: adaln_zero, adaln, adaln_single, cross_attention, in_context
+    conditioning: str = (
+        "adaln_zero"  # how labels and levels enter: adaln_zero, adaln, adaln_single, cross_attention, in_context
+    )
     caption_channels: int | None = None  # the width of a text encoder's tokens; null: told no captions
-    caption_axes: list[str] = field(default_factory=list)  # whose blocks look at captions; empty: all (Latte: [spatial])
+    caption_axes: list[str] = field(
+        default_factory=list
+    )  # whose blocks look at captions; empty: all (Latte: [spatial])
     trunk: str = "stack"  # how blocks are wired: stack (DiT), long_skip (U-ViT), masked (MDT v2), joint (SD3, FLUX), u_shape (DiffiT)
     learned_places: bool = False  # positions in space are learned, from sin-cos on
     time_mlp: bool = True  # false: levels as the bare sinusoid (U-ViT)
@@ -72,9 +80,6 @@ def model_arguments(config: ModelConfig) -> dict:
             arguments[key] = getattr(config, key)
     if config.patch_size is not None:
         arguments["patch_size"] = tuple(config.patch_size)
-    for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "positions", "conditions") + (
-        "conditioning", "caption_channels", "caption_axes", "trunk", "learned_places", "time_mlp", "output_conv", "gelu",
-        "place_bias", "decode_depth", "single_depth",
-    ):  # fmt: skip
+    for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "positions", "conditions", "conditioning", "caption_channels", "caption_axes", "trunk", "learned_places", "time_mlp", "output_conv", "gelu", "place_bias", "decode_depth", "single_depth"):  # fmt: skip
         arguments[key] = getattr(config, key)
     return {**arguments, "axes": list(config.axes)}

@@ -41,6 +41,10 @@ def is_folder(repo_id: str) -> bool:
 class Sockets:
     """What a model does otherwise than diffusers' mixins, which come after it."""
 
+    config: Any
+    num_parameters: Any
+    save_pretrained: Any
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Any:
         """Load safetensors and config.json, of a pipeline's folder its transformer.

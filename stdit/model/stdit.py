@@ -109,7 +109,9 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         self.caption_embedder = CaptionEmbedder(caption_channels, hidden_size) if caption_channels else None
         self.how = CONDITIONINGS[conditioning]
         self.adaLN_single = (
-            nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if conditioning == "adaln_single" else None
+            nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+            if conditioning == "adaln_single"
+            else None
         )
         grid = (sample_size[1] // self.patch_size[1], sample_size[2] // self.patch_size[2])
         block = partial(
@@ -128,11 +130,17 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             assert caption_channels is not None
             self.pooled_embedder = CaptionEmbedder(caption_channels, hidden_size)
             self.blocks.extend(
-                (SingleBlock if i >= depth - single_depth else DualBlock)(hidden_size, num_heads, mlp_ratio, qk_norm, time)
+                (SingleBlock if i >= depth - single_depth else DualBlock)(
+                    hidden_size, num_heads, mlp_ratio, qk_norm, time
+                )
                 for i, time in enumerate(times)
             )
         self.masked = (
-            MaskedTrunk(block(cycle[0], time=times[0], captions=bool(caption_channels)), grid, hidden_size, decode_depth) if self.wiring.masked else None
+            MaskedTrunk(
+                block(cycle[0], time=times[0], captions=bool(caption_channels)), grid, hidden_size, decode_depth
+            )
+            if self.wiring.masked
+            else None
         )
         self.ushape = UShape(depth, hidden_size) if self.wiring.u else None
         extras = 1 + bool(num_classes) if self.how.joins else 0
@@ -206,7 +214,13 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             assert condition.tokens is not None
             told = condition.tokens.expand(-1, frames, -1, -1)
             if self.pos_embed is not None:  # captions have places of their own
-                told = torch.cat([told[:, :, : len(self.pos_embed.extras)] + self.pos_embed.extras, told[:, :, len(self.pos_embed.extras) :]], 2)
+                told = torch.cat(
+                    [
+                        told[:, :, : len(self.pos_embed.extras)] + self.pos_embed.extras,
+                        told[:, :, len(self.pos_embed.extras) :],
+                    ],
+                    2,
+                )
             extras = told.shape[2]
             shown = None if condition.seen is None else condition.seen.expand(-1, frames, -1)
             tokens = torch.cat([told.to(tokens), tokens], dim=2)
@@ -214,8 +228,8 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         run = partial(self._run, cache=cache)
         if self.wiring.text:
             assert condition.tokens is not None
-            told = partial(self._call, condition=condition, layout=layout)
-            tokens = joint(self.blocks, tokens, condition.tokens[:, 0], told)
+            beside = partial(self._call, condition=condition, layout=layout)
+            tokens = joint(self.blocks, tokens, condition.tokens[:, 0], beside)
         elif self.ushape is not None:
             tokens = self.ushape(self.blocks, tokens, condition, run, layout)
         elif self.masked is not None:
@@ -244,7 +258,13 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         """
         tokens_told = self.how.by_tokens or self.caption_embedder is not None
         other = self.masked is not None or self.ushape is not None or self.config.place_bias
-        if self.config.causal or self.config.positions != "extrapolate" or self.patch_size[0] > 1 or tokens_told or other:
+        if (
+            self.config.causal
+            or self.config.positions != "extrapolate"
+            or self.patch_size[0] > 1
+            or tokens_told
+            or other
+        ):
             raise ValueError(
                 "packed sequences take models with causal=false, positions='extrapolate', patches of one frame, a trunk of blocks alone and a "
                 "condition that is a vector (adaln_zero, adaln, adaln_single, no captions); use batches of one shape instead."

@@ -1,5 +1,7 @@
 """How a model turns levels, labels, captions and what else is said of a clip into what its blocks are told."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from stdit.nn.modulation import Condition
 class Told:
     """The part of a model that is told. It has the embedders of DiT's names; which exist, its config says."""
 
+    config: Any
     how: Conditioning
     patch_size: tuple[int, int, int]
     num_classes: int
@@ -47,7 +50,9 @@ class Told:
         if self.pooled_embedder is not None:
             assert captions is not None and words is not None
             if words.shape[1] > 1:
-                raise ValueError("trunk='joint' takes one caption a clip; give captions (B, L, C), or use another trunk.")
+                raise ValueError(
+                    "trunk='joint' takes one caption a clip; give captions (B, L, C), or use another trunk."
+                )
             said = captions.new_ones(captions.shape[:2]) if caption_mask is None else caption_mask.to(captions)
             mean = (captions * said[..., None]).sum(1) / said.sum(1, keepdim=True).clamp(min=1)
             parts.append(self.pooled_embedder(mean.to(time))[:, None, None])

@@ -39,7 +39,9 @@ class UNet(ModelMixin, ConfigMixin):
         if len(channels) < 2 or any(width % 8 for width in channels):
             raise ValueError(f"unet_channels={list(channels)}: give two widths or more, each a multiple of 8.")
         if causal or conditions:
-            raise ValueError("a U-Net is not causal and is told labels and captions alone; use model.network=transformer.")
+            raise ValueError(
+                "a U-Net is not causal and is told labels and captions alone; use model.network=transformer."
+            )
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.video = sample_size[0] > 1
@@ -61,7 +63,9 @@ class UNet(ModelMixin, ConfigMixin):
             )  # fmt: skip
         else:
             if caption_channels:
-                raise ValueError("the U-Net of images takes no captions; use labels, video, or model.network=transformer.")
+                raise ValueError(
+                    "the U-Net of images takes no captions; use labels, video, or model.network=transformer."
+                )
             self.unet = UNet2DModel(
                 **size, sample_size=sample_size[1], attention_head_dim=8, num_class_embeds=num_classes + 1 if num_classes else None,
                 down_block_types=("DownBlock2D",) * inner + ("AttnDownBlock2D",),
@@ -99,9 +103,7 @@ class UNet(ModelMixin, ConfigMixin):
             return self.unet(hidden_states[:, :, 0], timestep, class_labels=labels).sample[:, :, None]
         return self.unet(hidden_states, timestep, self._tokens(batch, class_labels, captions, caption_mask)).sample
 
-    def _tokens(
-        self, batch: int, labels: Tensor | None, captions: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
+    def _tokens(self, batch: int, labels: Tensor | None, captions: Tensor | None, mask: Tensor | None) -> Tensor:
         """(B, N, D): the label, and the mean of the caption's words (diffusers' blocks take no mask for tokens)."""
         parts = []
         if self.y_embedder is not None:

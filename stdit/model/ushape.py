@@ -38,9 +38,12 @@ class UShape(nn.Module):
                 f"such as {rows + rows % 2} x {columns + columns % 2}."
             )
         if condition.vector.shape[2] > 1:
-            raise ValueError("trunk='u_shape' takes levels by frame, not by patch (in training objective.shares.region=0).")
+            raise ValueError(
+                "trunk='u_shape' takes levels by frame, not by patch (in training objective.shares.region=0)."
+            )
         half = Dense((frames, rows // 2, columns // 2), layout.begin, tuple(2 * s if i else s for i, s in enumerate(layout.scale)))  # type: ignore[arg-type]  # fmt: skip
-        kept, last = [], len(blocks) - self.outer
+        last = len(blocks) - self.outer
+        kept: list[Tensor] = []
         for i, block in enumerate(blocks):
             if i == self.outer:
                 tokens = _per_frame(self.down, tokens, rows)

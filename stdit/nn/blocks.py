@@ -67,6 +67,7 @@ class STDiTBlock(nn.Module):
         skip: Tensor | None = None,
     ) -> Tensor:
         if self.skip_linear is not None:
+            assert skip is not None
             hidden_states = self.skip_linear(torch.cat([hidden_states, skip], dim=-1))
         if self.time == "stream":
             frames = frame_positions(hidden_states.shape[1], hidden_states.shape[-1]).to(hidden_states)

@@ -11,6 +11,7 @@ from stdit.nn.mlp import Mlp
 from stdit.nn.modulation import AdaLN, Condition, Modulation
 from stdit.nn.positions import rotate, time_positions
 
+
 class JointAttnProcessor(AxialAttnProcessor):
     """All tokens of a clip and all words of its caption look at each other; padding is looked at by none."""
 
@@ -26,7 +27,9 @@ class JointAttnProcessor(AxialAttnProcessor):
         if attn.turns:
             turned = (places * layout.scale)[:, : attn.turns]
             query, key = rotate(query, turned), rotate(key, turned)
-        words = attn.heads_of(attn.text_qkv or attn.qkv, text, attn.text_q_norm or attn.q_norm, attn.text_k_norm or attn.k_norm)
+        words = attn.heads_of(
+            attn.text_qkv or attn.qkv, text, attn.text_q_norm or attn.q_norm, attn.text_k_norm or attn.k_norm
+        )
         query, key, value = (torch.cat(pair, 1) for pair in zip((query, key, value), words, strict=True))
         mask = None
         if seen is not None:
@@ -54,12 +57,15 @@ class JointAttention(nn.Module, AttentionModuleMixin):
 
         self.qkv, self.q_norm, self.k_norm = nn.Linear(dim, 3 * dim), norm(), norm()
         self.text_qkv = None if shared else nn.Linear(dim, 3 * dim)
-        self.text_q_norm, self.text_k_norm = (None, None) if shared else (norm(), norm())
+        self.text_q_norm = None if shared else norm()
+        self.text_k_norm = None if shared else norm()
         self.proj: nn.Module = nn.Identity() if shared else nn.Linear(dim, dim)
         self.text_proj: nn.Module = nn.Identity() if shared else nn.Linear(dim, dim)
         self.set_processor(JointAttnProcessor())
 
-    def heads_of(self, layer: nn.Module, x: Tensor, q_norm: nn.Module, k_norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(
+        self, layer: nn.Module, x: Tensor, q_norm: nn.Module, k_norm: nn.Module
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, L, heads, d)."""
         q, k, v = rearrange(layer(x), "b l (three h d) -> three b l h d", three=3, h=self.heads)
         return q_norm(q), k_norm(k), v
@@ -80,7 +86,9 @@ class DualBlock(nn.Module):
     video (B, T, S, D), text (B, N, D) -> both; the identity when fresh.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, time: str = "attention"):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, time: str = "attention"
+    ):
         super().__init__()
 
         def norm() -> nn.Module:
@@ -112,7 +120,9 @@ class DualBlock(nn.Module):
 class SingleBlock(nn.Module):
     """FLUX's: both streams through the same layers, attention and MLP beside each other. The identity when fresh."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, time: str = "attention"):
+    def __init__(
+        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, time: str = "attention"
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = JointAttention(dim, num_heads, qk_norm, time, shared=True)

@@ -26,8 +26,11 @@ class Layout(Protocol):
     def fold(self, x: Tensor, axis: str) -> Tensor: ...
     def unfold(self, x: Tensor, axis: str) -> Tensor: ...
     def places(self, axis: str) -> np.ndarray: ...  # (L, 3) frame, row and column of each token of a folded sequence
+    def spots(self, axis: str) -> Tensor: ...  # (N|1, L, 2) row and column of each token
     def copies(self, axis: str) -> np.ndarray: ...  # (L,) whether a token is of a noisy copy of the clip
-    def seen(self, axis: str) -> Tensor | None: ...  # (N, 1, 1, L) bool, false for keys that are padding; None if none is
+    def seen(
+        self, axis: str
+    ) -> Tensor | None: ...  # (N, 1, 1, L) bool, false for keys that are padding; None if none is
     def spread(self, x: Tensor) -> Tensor: ...  # what is computed once a frame, for every token
     def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor: ...
 
@@ -171,6 +174,9 @@ class Packed:
 
     def seen(self, axis: str) -> Tensor | None:
         return None
+
+    def spots(self, axis: str) -> Tensor:
+        return torch.from_numpy(self.places(axis)[None, :, 1:])
 
     def copies(self, axis: str) -> np.ndarray:
         return np.zeros(len(self.places(axis)), dtype=bool)

@@ -97,9 +97,7 @@ class Sampler(NamedTuple):
                 stacklevel=5,
             )
 
-    def fill(
-        self, canvas: Canvas, prompt: Prompt, keys: list[tuple[int, ...]], length: int, overlap: int
-    ) -> Tensor:
+    def fill(self, canvas: Canvas, prompt: Prompt, keys: list[tuple[int, ...]], length: int, overlap: int) -> Tensor:
         """Every window in turn; what one made is known to the next. A causal model goes on frame by frame."""
         stride = self.pipe.video_vae.stride[0]
         if self.pipe.transformer.config.causal and self._goes_forward(canvas):

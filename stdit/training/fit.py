@@ -177,12 +177,12 @@ class Trainer:
 
     def _prompt(self, batch: Batch) -> Prompt:
         """What the model is told of these clips, some of it left unsaid."""
-        dropout, labels, words = self.config.label_dropout, None, (None, None)
+        dropout, labels = self.config.label_dropout, None
         if self.num_classes:
             labels = dropped_labels(batch.labels, batch.keys, dropout, self.num_classes)
-        if self.captions is not None:
-            words = self.captions(dropped_captions(batch.captions, batch.keys, dropout))
-        return Prompt(labels, *words)
+        if self.captions is None:
+            return Prompt(labels)
+        return Prompt(labels, *self.captions(dropped_captions(batch.captions, batch.keys, dropout)))
 
     def _info(self, batch: Batch) -> Tensor | None:
         """What the model is told of a clip beside its label: the columns of `INFO` that it was made for."""

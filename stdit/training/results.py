@@ -22,7 +22,11 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
     """The pipeline of a model in training; `config` is a `stdit.config.Config`."""
     data, objective = config.data, config.objective
     scheduler = STDiTScheduler(
-        objective.name, objective.shift, objective.shift_tokens, betas=objective.betas, learn_sigma=objective.learn_sigma
+        objective.name,
+        objective.shift,
+        objective.shift_tokens,
+        betas=objective.betas,
+        learn_sigma=objective.learn_sigma,
     )
     return STDiTPipeline(
         model,

@@ -217,7 +217,8 @@ def test_guidance_on_three_channels_leaves_the_fourth_and_the_variance_alone(tin
     model, objective = tiny_model(axes=["spatial"]), build_objective(ObjectiveConfig(name="ddpm"))
     x, levels, labels = torch.randn(2, 4, 1, 8, 8), torch.full((1, 1), 0.5), torch.tensor([1, 2])
     plain, all_of_it, three = (
-        guided(model, objective, Prompt(labels, null=Prompt(torch.full_like(labels, 5))), Guidance(*how))(x, levels) for how in ((1.0,), (3.0,), (3.0, (0.0, 1.0), 3))
+        guided(model, objective, Prompt(labels, null=Prompt(torch.full_like(labels, 5))), Guidance(*how))(x, levels)
+        for how in ((1.0,), (3.0,), (3.0, (0.0, 1.0), 3))
     )
     torch.testing.assert_close(three[:, :3], all_of_it[:, :3])
     torch.testing.assert_close(three[:, 3:], plain[:, 3:])

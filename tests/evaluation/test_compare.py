@@ -79,7 +79,9 @@ def test_a_comparison_trains_judges_writes_a_page_and_goes_on_where_it_stopped(t
     Path("c.yaml").write_text(json.dumps(spec))
     assert compare.main(["c.yaml"]) == 0
     page = Path("output/compare/c/comparison.md").read_text()
-    assert "| zero |" in page and "`model.conditioning=adaln`" in page and "Fréchet distance (latents of the VAE" in page
+    assert (
+        "| zero |" in page and "`model.conditioning=adaln`" in page and "Fréchet distance (latents of the VAE" in page
+    )
     for picture in ("curves.png", "quality.png", "zero.png", "plain.png"):
         assert (Path("output/compare/c") / picture).stat().st_size > 0
     trained = []

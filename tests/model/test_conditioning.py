@@ -102,8 +102,10 @@ def test_time_dependent_attention_is_diffits_equations():
 @pytest.mark.parametrize("worded", [False, True], ids=["labels", "captions"])
 @torch.no_grad()
 def test_a_gated_block_is_the_identity_when_fresh(conditioning, worded):
-    fresh = STDiT(2, 32, 4, in_channels=4, num_classes=5, conditioning=conditioning, caption_channels=12 if worded else None)
-    x, t, labels = inputs()
+    fresh = STDiT(
+        2, 32, 4, in_channels=4, num_classes=5, conditioning=conditioning, caption_channels=12 if worded else None
+    )
+    _x, t, labels = inputs()
     condition = fresh.condition(t, labels, 2, **(captions() if worded else {}))
     tokens = torch.randn(2, 3, 16, 32)
     assert all(torch.equal(block(tokens, condition), tokens) for block in fresh.blocks)

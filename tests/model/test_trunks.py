@@ -119,7 +119,9 @@ def test_masking_trains_on_all_patches_and_on_some_and_is_a_function_of_the_key(
 
     def losses(ratio, step=3):
         objective = build_objective(ObjectiveConfig(mask_ratio=ratio))
-        return diffusion_losses(network, objective, [clips], labels, [(0, step, 0), (0, step, 1)], network.patch_size).clips
+        return diffusion_losses(
+            network, objective, [clips], labels, [(0, step, 0), (0, step, 1)], network.patch_size
+        ).clips
 
     plain, both = losses(0.0), losses(0.5)
     assert (both > plain).all()

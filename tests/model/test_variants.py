@@ -52,7 +52,10 @@ def build(name: str, **changes):
 @pytest.fixture(scope="module")
 def shapes():
     """48 moving shapes of 5 frames as latents (48, 16, 2, 4, 4), their labels, their captions as tokens."""
-    data, vae = MovingShapes(DataConfig(source="shapes", num_frames=5, height=32, width=32, num_shapes=48)), load_vae("tiny")
+    data, vae = (
+        MovingShapes(DataConfig(source="shapes", num_frames=5, height=32, width=32, num_shapes=48)),
+        load_vae("tiny"),
+    )
     pixels = torch.stack([data.load(i, keyed_rng("sample", 0, i))["pixels"] for i in range(48)])
     with torch.no_grad():
         latents = vae.encode(pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
@@ -74,7 +77,9 @@ def test_its_start_is_what_its_paper_says(name, shapes):
     model, prompt = build(name), told(build(name), labels, words, slice(2))
     passed = []
     for block in model.blocks:
-        block.register_forward_hook(lambda _, given, made: passed.append((given[0], made[0] if isinstance(made, tuple) else made)))
+        block.register_forward_hook(
+            lambda _, given, made: passed.append((given[0], made[0] if isinstance(made, tuple) else made))
+        )
     out = model(latents[:2], torch.tensor([100.0, 900.0]), **prompt.named())
     assert out.isfinite().all()
     unmoved = all(torch.equal(a, b) for a, b in passed)
@@ -89,18 +94,17 @@ def test_one_frame_is_an_image(name, shapes):
         video, image = build(name), build(name, sample_size=(1, 4, 4))
         prompt = told(image, labels, words, slice(2))
         t = torch.tensor([100.0, 900.0])
-        assert video(latents[:2, :, :1], t, **prompt.named()).shape == image(latents[:2, :, :1], t, **prompt.named()).shape
+        assert (
+            video(latents[:2, :, :1], t, **prompt.named()).shape == image(latents[:2, :, :1], t, **prompt.named()).shape
+        )
         return
     model = fill(build(name), 0.1).eval()
     prompt, t = told(model, labels, words, slice(2)), torch.tensor([100.0, 900.0])
     one = model(latents[:2, :, :1], t, **prompt.named())
-    if name in ("MMDiT", "FLUX"):  # all of an image's patches meet in every axis there is
-        other = model
-    elif name == "factorized":  # a temporal block sees one frame
-        other = model
-    else:
-        other = build(name, axes=["spatial"])
-        other.load_state_dict(model.state_dict())
+    # Axes make no difference to one frame, nor does how time is told: an image carries no trace of it.
+    how = {"MMDiT": "rotary", "FLUX": "attention_rotary_3d", "factorized": "rotary"}
+    other = build(name, **({"time_entry": how[name]} if name in how else {"axes": ["spatial"]}))
+    other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other.eval()(latents[:2, :, :1], t, **prompt.named()), one, atol=1e-5, rtol=1e-5)
 
 
@@ -122,10 +126,11 @@ def test_it_learns_moving_shapes_in_200_steps_and_samples(name, shapes):
         model.zero_grad()
         losses.append(loss.item())
     first, last = sum(losses[:20]) / 20, sum(losses[-20:]) / 20
-    print(name, first, last)
     assert last < 0.9 * first, (first, last)
     spoken = model.config.caption_channels is not None
-    pipe = STDiTPipeline(model.eval(), vae, STDiTScheduler("flow", 2.0), 5, 32, 32, text_encoder="words" if spoken else None)
+    pipe = STDiTPipeline(
+        model.eval(), vae, STDiTScheduler("flow", 2.0), 5, 32, 32, text_encoder="words" if spoken else None
+    )
     said = {"captions": "a red circle moves left"} if spoken else {}
     clips = pipe([0, 1] if model.num_classes else None, num_videos=2, num_inference_steps=4, progress=False, **said)
     assert clips.shape == (2, 3, 5, 32, 32) and clips.isfinite().all() and float(clips.std()) > 0.05

@@ -26,7 +26,10 @@ def test_a_dual_block_on_one_frame_is_sd3s(qk_norm):
         "text_mlp.fc1": "ff_context.net.0.proj", "text_mlp.fc2": "ff_context.net.2",
     }  # fmt: skip
     weights = {f"{a}.{k}": state[f"{b}.{k}"] for a, b in moved.items() for k in ("weight", "bias")}
-    for name, parts in (("attn.qkv", ("to_q", "to_k", "to_v")), ("attn.text_qkv", ("add_q_proj", "add_k_proj", "add_v_proj"))):
+    for name, parts in (
+        ("attn.qkv", ("to_q", "to_k", "to_v")),
+        ("attn.text_qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
+    ):
         weights |= {f"{name}.{k}": v for k, v in together(state, *(f"attn.{p}" for p in parts)).items()}
     if qk_norm:
         norms = {"q_norm": "norm_q", "k_norm": "norm_k", "text_q_norm": "norm_added_q", "text_k_norm": "norm_added_k"}
