@@ -1,4 +1,4 @@
-"""Turn DiT, SiT, Latte or diffusers weights into an stdit model, with the very numbers of the original; and back.
+"""Turn DiT, SiT, Latte, U-ViT, MDT or diffusers weights into an stdit model, with the very numbers of the original; and back.
 
 python tools/convert_checkpoint.py DiT-XL-2-256x256.pt --from dit --output models/dit
 python tools/convert_checkpoint.py DiT-XL-2-256 --from diffusers --output models/dit      (a whole DiTPipeline folder)
@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         "--weights", choices=("ema", "model"), default="ema", help="of a training checkpoint that has both"
     )
     parser.add_argument("--vae", help="write a whole pipeline with this VAE, ready for tools/sample_video.py")
+    parser.add_argument("--text-encoder", help="of a model that is told captions: a folder or hub id of its T5")
     args = parser.parse_args(argv)
+    if args.text_encoder and not args.vae:
+        raise ValueError("--text-encoder is written into a whole pipeline; give --vae too, or leave it out.")
     if bool(args.origin) == bool(args.target):
         raise ValueError(
             "say either --from (into stdit) or --to (out of stdit), and whose weights: "
@@ -74,7 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         else:
             converted = to_stdit(read_weights(source, args.weights), args.origin, settings)
             if args.vae:
-                save(converted, load_vae(args.vae), STDiTScheduler(converted.objective), part)
+                form = FORMATS[args.origin]
+                scheduler = STDiTScheduler(
+                    converted.objective, betas=form.betas, learn_sigma=converted.model.config.learn_sigma
+                )
+                save(converted, load_vae(args.vae), scheduler, part, args.text_encoder)
             else:
                 converted.model.save_pretrained(part)
         said = describe(converted)
@@ -83,9 +90,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def save(converted, vae, scheduler, folder: Path) -> None:
+def save(converted, vae, scheduler, folder: Path, text_encoder: str | None = None) -> None:
     """A pipeline folder that samples at the size the weights were made for."""
-    pipeline = STDiTPipeline(converted.model, vae, scheduler, objective=converted.objective)
+    pipeline = STDiTPipeline(
+        converted.model, vae, scheduler, objective=converted.objective, text_encoder=text_encoder
+    )
     stride, (frames, height, width) = pipeline.video_vae.stride, converted.model.config.sample_size
     pipeline.register_to_config(
         num_frames=pipeline.video_vae.pixel_frames(frames), height=height * stride[1], width=width * stride[2]

@@ -2,7 +2,7 @@
 
 python tools/evaluate_tasks.py --model models/quickstart --bounce models/bounce --rollout models/rollout --clips 96
 
-`--model` was trained on shapes that move straight (configs/quickstart.yaml), `--bounce` on shapes that bounce
+`--model` was trained on shapes that move straight (configs/quickstart.yaml; or configs/extend.yaml, without labels), `--bounce` on shapes that bounce
 (configs/bounce.yaml), `--rollout` is causal (configs/rollout.yaml). Figures go to output/NAME/tasks.json, a contact sheet of each task to output/NAME/tasks/; an
 orange line marks frames that were made, truth stands above.
 """
@@ -33,6 +33,11 @@ def load(path: str) -> STDiTPipeline:
 def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a model of shapes that move straight."""
     data = op.held_out(count, pipe.config.num_frames, "straight", pipe.config.height, seed)
+    if not pipe.transformer.num_classes:  # nothing but what is known says where the object goes
+        return {
+            "extend-forward": lambda: op.extension(pipe, data, 5, False, 2.0, False, **options),
+            "extend-backward": lambda: op.extension(pipe, data, 8, True, 2.0, False, **options),
+        }
     labelled = {**options, "guidance_scale": 2.0}
     return {
         "extend-forward": lambda: op.extension(pipe, data, 5, False, 2.0, True, **labelled),

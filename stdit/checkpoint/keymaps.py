@@ -35,6 +35,7 @@ class Format:
     arguments: Callable[[Tensors, dict], dict] = lambda tensors, config: {}
     adapt: Callable[[Tensors, dict], Tensors] = lambda tensors, arguments: tensors
     restore: Callable[[Tensors, STDiT], Tensors] = lambda tensors, model: tensors
+    betas: str = "linear"  # of DDPM, in training
     needs: Callable[[STDiT], str] = lambda model: ""  # why a model cannot be written so, or nothing
 
 
@@ -159,7 +160,7 @@ _WIRED = {
     "output_conv": False, "gelu": "tanh", "place_bias": False,
 }  # fmt: skip
 _PLAIN = {**_WIRED, "qk_norm": False, "frequency_shift": 0.0, "norm2_eps": 1e-6}
-_DIT_CLOCK = {"clock_scale": 1.0, "clock_reversed": False}
+_DIT_CLOCK = {"clock_scale": 1.0, "clock_reversed": False, "clock_offset": 0.0}
 
 FORMATS = {
     "dit": Format(
@@ -186,7 +187,7 @@ FORMATS = {
         ),
     ),
     "uvit": Format(
-        "uvit", "ddpm", uvit.to_dit, uvit.from_dit, uvit.arguments,
+        "uvit", "ddpm", uvit.to_dit, uvit.from_dit, uvit.arguments, betas="scaled_linear",
         needs=lambda m: _is(m, False, axes=["spatial"], learn_sigma=False, **{**_PLAIN, **_DIT_CLOCK, **uvit.WIRED, "output_conv": m.config.output_conv}),
     ),
     "mdt": Format(

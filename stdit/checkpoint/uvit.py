@@ -15,6 +15,7 @@ NAMES = {
 }
 WIRED = {
     "conditioning": "in_context", "trunk": "long_skip", "learned_places": True, "time_mlp": False, "gelu": "none",
+    "clock_offset": 1.0,  # its chain counts from 1
 }  # fmt: skip
 HEADS = {512: 8}  # U-ViT-S; the other widths are DiT's
 

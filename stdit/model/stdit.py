@@ -86,6 +86,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         place_bias: bool = False,
         decode_depth: int = 4,
         single_depth: int = 0,
+        clock_offset: float = 0.0,
     ):
         super().__init__()
         check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
@@ -102,8 +103,9 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
 
         self.x_embedder = PatchEmbed(self.patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(
-            hidden_size, scale=clock_scale, reverse=clock_reversed, frequency_shift=frequency_shift, mlp=time_mlp
-        )
+            hidden_size, scale=clock_scale, reverse=clock_reversed, frequency_shift=frequency_shift, mlp=time_mlp,
+            offset=clock_offset,
+        )  # fmt: skip
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
         self.info_embedder = InfoEmbedder(len(conditions), hidden_size) if conditions else None
         self.caption_embedder = CaptionEmbedder(caption_channels, hidden_size) if caption_channels else None

@@ -25,7 +25,7 @@ class TimestepEmbedder(nn.Module):
     """Timesteps of any shape (...), on 0..1000 -> (..., D): sinusoid of 256 numbers, then an MLP.
 
     Weights made elsewhere may expect another clock: `scale` and `reverse` turn ours into theirs (SiT: 0.001, reversed),
-    `frequency_shift` spreads the frequencies as diffusers' DiT does (1.0). mlp: false leaves the sinusoid, D numbers, as
+    `offset` counts from there (U-ViT's first step is 1), `frequency_shift` spreads the frequencies as diffusers' DiT does (1.0). mlp: false leaves the sinusoid, D numbers, as
     it is (U-ViT).
     """
 
@@ -37,8 +37,10 @@ class TimestepEmbedder(nn.Module):
         reverse: bool = False,
         frequency_shift: float = 0.0,
         mlp: bool = True,
+        offset: float = 0.0,
     ):
         super().__init__()
+        self.offset = offset
         frequency_dim = frequency_dim if mlp else dim
         self.frequency_dim, self.scale, self.reverse, self.shift = frequency_dim, scale, reverse, frequency_shift
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim)) if mlp else None
@@ -48,7 +50,7 @@ class TimestepEmbedder(nn.Module):
         half = self.frequency_dim // 2
         exponents = torch.arange(half, dtype=torch.float32, device=timestep.device)
         frequencies = torch.exp(-math.log(10000) * exponents / (half - self.shift))
-        clock = self.scale * (1000 - timestep.float() if self.reverse else timestep.float())
+        clock = self.scale * (1000 - timestep.float() if self.reverse else timestep.float() + self.offset)
         angles = clock[..., None] * frequencies
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return sinusoid if self.mlp is None else self.mlp(sinusoid.to(self.mlp[0].weight.dtype))

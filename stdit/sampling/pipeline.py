@@ -112,6 +112,11 @@ class STDiTPipeline(DiffusionPipeline):
     def encoder(self) -> TextEncoder:
         """The text encoder of a model that is told captions."""
         if self._encoder is None:
+            if self.config.text_encoder is None:
+                raise ValueError(
+                    "this model is told captions and names no text encoder; build the pipeline with text_encoder=FOLDER of the "
+                    "one it was trained with."
+                )
             self._encoder = load_text_encoder(self.config.text_encoder, self.device)
         channels = self.transformer.config.caption_channels
         if self._encoder.channels != channels:

@@ -52,7 +52,8 @@ def errors(name: str, form: str) -> list[float]:
         ]  # the velocity's sign is turned
     else:
         labels = None if name.endswith("unconditional") else case["y"]
-        ours = model(case["x"][:, :, None], case["t"].float(), labels)[:, :, 0]
+        begins = 1 if form == "uvit" else 0  # the number of its first step
+        ours = model(case["x"][:, :, None], case["t"].float() - begins, labels)[:, :, 0]
     assert ours.shape == case["out"].shape  # SiT's variance channels are gone on both sides
     return [error(a, b) for a, b in zip(ours, case["out"], strict=True)]
 
