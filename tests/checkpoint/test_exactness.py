@@ -248,15 +248,6 @@ def test_the_clock_is_the_originals_at_every_timestep(form):
     assert error(model.t_embedder(times), case["clock_out"]) < 1e-5
 
 
-if __name__ == "__main__":  # python tests/checkpoint/test_exactness.py: the table of docs/weights.md
-    import tempfile
-
-    for name, form in CASES:
-        print(f"{name:<22} {max(errors(name, form)):.1e}")
-    with tempfile.TemporaryDirectory() as folder:
-        print(f"{'diffusers':<22} {max(diffusers_errors(1e-5, Path(folder))):.1e}")
-
-
 @torch.no_grad()
 def test_diffusers_latte_with_captions_is_ours_to_its_numbers_and_back_to_the_bit(tmp_path):
     torch.manual_seed(0)
@@ -277,3 +268,12 @@ def test_diffusers_latte_with_captions_is_ours_to_its_numbers_and_back_to_the_bi
     write_original(model, "diffusers_latte", tmp_path / "back")
     again = LatteTransformer3DModel.from_pretrained(tmp_path / "back")
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in theirs.state_dict().items())
+
+
+if __name__ == "__main__":  # python tests/checkpoint/test_exactness.py: the table of docs/weights.md
+    import tempfile
+
+    for name, form in CASES:
+        print(f"{name:<22} {max(errors(name, form)):.1e}")
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"{'diffusers':<22} {max(diffusers_errors(1e-5, Path(folder))):.1e}")
