@@ -148,8 +148,8 @@ def measure(spec: Comparison, variant: str, seed: int, about: dict, folder: Path
         pipe.to("cuda")
     run = Run(variant, seed, spec.variants[variant], **about)
     summary = json.loads((Path("output") / model.name / "summary.json").read_text())
-    run.minutes = summary["training_seconds"] / 60
-    run.clips_per_second = config.train.batch_size * about["steps"] / summary["training_seconds"]
+    seconds = max(summary["training_seconds"], 0.1)  # they are rounded to tenths
+    run.minutes, run.clips_per_second = seconds / 60, config.train.batch_size * about["steps"] / seconds
     run.losses = {f"{level:g}": loss for level, loss in zip(LEVELS, held_losses(pipe, config), strict=True)}
     clips = made(pipe, spec, config)
     names = [CLASS_NAMES[i % len(CLASS_NAMES)] for i in range(len(clips))]
