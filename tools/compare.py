@@ -159,7 +159,7 @@ def measure(spec: Comparison, variant: str, seed: int, about: dict, folder: Path
     if spec.reference:
         real = target_clips(build_dataset(config.data), pipe.video_vae, None, spec.reference, seed=1)
         run.frechet = distances(clips.split(32), real.split(32), load_extractor(spec.features)).frechet
-    write_contact_sheet(folder / f"{variant}.png", list(clips), columns=3, count=24)
+    write_contact_sheet(folder / f"{variant}.png", list(clips[:24]), columns=3)
     file.parent.mkdir(exist_ok=True)
     write_text(file, json.dumps(asdict(run), indent=1))
     return run

@@ -92,6 +92,11 @@ class Run:
     both: float = math.nan
     frechet: float = math.nan
 
+    @property
+    def loss(self) -> float:
+        """The mean over the measured levels."""
+        return float(np.mean(list(self.losses.values())))
+
 
 def table(runs: Sequence[Run], distance: str) -> str:
     """One row a variant, mean and spread (standard deviation) over seeds, in markdown."""
@@ -157,6 +162,7 @@ def page(spec: Comparison, runs: Sequence[Run], command: str, pictures: Sequence
         table(runs, distance),
         "",
         f"By {distance}, best first (`<`: apart by more than their spreads together, `~`: not): {order(runs)}.",
+        f"By loss, the mean over levels, best first: {order(runs, 'loss')}.",
         f"By the judge (shape and direction), best first: {order(runs, 'both')}.",
         "",
         *[f"![{picture.stem}]({picture.name})" for picture in pictures],
