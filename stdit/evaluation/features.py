@@ -36,13 +36,17 @@ def _frames(pixels: Tensor) -> Tensor:
 
 
 def _vae(path: str) -> Extractor:
-    """Mean and spread over space of every channel and latent frame: what stands in a clip and how it moves, roughly."""
+    """Of every channel: mean, spread, and how much neighbours in y, x and time differ. Edges and motion count, since mean
+    and spread alone take noise of the right colours for better than objects (docs/comparison.md)."""
     vae = load_vae(path or "tiny")
 
     @torch.no_grad()
     def run(pixels: Tensor) -> Tensor:
         latents = vae.encode(pixels.to(vae.device, vae.dtype)).float()
-        return torch.cat([latents.mean((3, 4)), latents.std((3, 4))], 1).flatten(1)
+        parts = [latents.mean((2, 3, 4)), latents.std((2, 3, 4))]
+        for axis in (3, 4, *([2] if latents.shape[2] > 1 else [])):
+            parts.append(latents.diff(dim=axis).abs().mean((2, 3, 4)))
+        return torch.cat(parts, 1)
 
     return Extractor(f"latents of the VAE {vae.name!r}", run)
 

@@ -1,6 +1,7 @@
 """The U-Net to compare with: diffusers' own, for images and for video, behind a transformer's face."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from diffusers import UNet2DModel, UNet3DConditionModel
@@ -101,7 +102,11 @@ class UNet(ModelMixin, ConfigMixin):
                 raise ValueError(f"this U-Net was made for images and got {hidden_states.shape[2]} latent frames.")
             labels = class_labels if self.num_classes else None
             return self.unet(hidden_states[:, :, 0], timestep, class_labels=labels).sample[:, :, None]
-        return self.unet(hidden_states, timestep, self._tokens(batch, class_labels, captions, caption_mask)).sample
+        tokens = self._tokens(batch, class_labels, captions, caption_mask)
+        # On CPUs in bfloat16 the weights' gradients of its convolutions in time are not finite (torch 2.13, oneDNN).
+        with torch.autocast("cpu", enabled=False) if hidden_states.device.type == "cpu" else nullcontext():
+            dtype = self.unet.dtype
+            return self.unet(hidden_states.to(dtype), timestep, tokens.to(dtype)).sample
 
     def _tokens(self, batch: int, labels: Tensor | None, captions: Tensor | None, mask: Tensor | None) -> Tensor:
         """(B, N, D): the label, and the mean of the caption's words (diffusers' blocks take no mask for tokens)."""

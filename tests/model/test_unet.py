@@ -30,6 +30,14 @@ def test_it_takes_what_a_transformer_takes_and_hears_labels_and_levels(frames):
     torch.testing.assert_close(net(x, t), net(x, t, torch.tensor([5, 5])))
 
 
+def test_its_gradients_are_finite_in_the_precision_cpus_train_in():
+    net = unet(2, in_channels=16, channels=(32, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(torch.randn(32, 16, 2, 8, 8), torch.rand(32) * 1000, torch.randint(0, 5, (32,)))
+    out.float().square().mean().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is not None and not p.grad.isfinite().all()] == []
+
+
 @torch.no_grad()
 def test_captions_are_heard_and_their_padding_is_not():
     net, x, t = unet(caption_channels=12), torch.randn(2, 4, 3, 8, 8), torch.tensor([100.0, 700.0])
