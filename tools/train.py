@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -153,6 +153,10 @@ def main(argv: list[str] | None = None) -> int:
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # said outright, or two processes on CPUs would be two runs of one
         mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve(config.train.precision, device)],
+        # What the last joint block makes of the text, and a mask's parts without a mask, get no gradient.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=config.model.trunk in ("joint", "masked"))
+        ],
     )
     check_batch(config, accelerator.num_processes)
     dataset = build_dataset(config.data)

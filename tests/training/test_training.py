@@ -259,10 +259,19 @@ def test_latents_of_another_vae_are_refused(home, capsys):
 
 
 @pytest.mark.slow
-def test_one_and_two_processes_agree_on_the_loss(home):
-    assert go("name=one", "train.samples=0", "train.steps=5") == 0
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["model.trunk=joint", "text.encoder=words"],
+        ["model.trunk=masked", "model.depth=3", "model.decode_depth=1", "objective.mask_ratio=0.3"],
+    ],
+    ids=["stack", "joint", "masked"],
+)
+def test_one_and_two_processes_agree_on_the_loss(home, extra):
+    assert go("name=one", "train.samples=0", "train.steps=5", *extra) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(ROOT / "tools/train.py"),
-               "t.yaml", "name=two", "train.samples=0", "train.steps=5"]  # fmt: skip
+               "t.yaml", "name=two", "train.samples=0", "train.steps=5", *extra]  # fmt: skip
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
