@@ -92,9 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def save(converted, vae, scheduler, folder: Path, text_encoder: str | None = None) -> None:
     """A pipeline folder that samples at the size the weights were made for."""
-    pipeline = STDiTPipeline(
-        converted.model, vae, scheduler, objective=converted.objective, text_encoder=text_encoder
-    )
+    pipeline = STDiTPipeline(converted.model, vae, scheduler, objective=converted.objective, text_encoder=text_encoder)
     stride, (frames, height, width) = pipeline.video_vae.stride, converted.model.config.sample_size
     pipeline.register_to_config(
         num_frames=pipeline.video_vae.pixel_frames(frames), height=height * stride[1], width=width * stride[2]

@@ -81,7 +81,7 @@ def test_clips_are_measured_against_clips_and_captions_are_judged(tmp_path, monk
     same = ["--input", "s0", "--reference", "s0", "--frames", "5", "--size", "32"]
     assert evaluate.main([*same, "--paired"]) == 0
     said = capsys.readouterr().out
-    assert "SSIM: 1.0000" in said and "Fréchet distance: -0.0000" in said or "Fréchet distance: 0.0000" in said
+    assert "SSIM: 1.0000" in said and "Fréchet distance: 0.0000" in said.replace("-0.0000", "0.0000")
     assert evaluate.main(["--input", "s0", "--reference", "s1", "--frames", "5", "--size", "32"]) == 0
     assert evaluate.main(["--reference", "s1", "--clips", "4", "--steps", "1", "--frames", "5", "--size", "32"]) == 0
     with pytest.raises(ValueError, match="name both"):
