@@ -153,6 +153,8 @@ def test_wirings_that_make_no_sense_are_refused(changes, message):
         (["objective.mask_ratio=0.3", "model.trunk=masked", "objective.scheme=prefix"], "known frames must be seen"),
         (["model.conditioning=in_context", "objective.scheme=mixed"], "objective.shares.region=0"),
         (["model.caption_channels=64"], "text.encoder"),
+        (["model.conditioning=in_context", "data.packing=true", "data.sizes=[[17,64,64]]"], "data.packing=false"),
+        (["model.trunk=joint"], "text.encoder=words"),
         (["model.conditioning=adaln_zer"], "Did you mean 'adaln_zero'"),
         (["objective.scheme=teacher"], "model.causal=true"),
     ],
