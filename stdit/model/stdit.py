@@ -39,10 +39,14 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
     wherever a label is. positions: sizes never seen go on counting
     ("extrapolate") or are squeezed into the trained grid ("interpolate"); may be changed on a trained model
     (`register_to_config(positions=...)`). causal, window: frames see themselves and earlier ones alone.
-    conditions: what else than a label the model may be told of a clip (`data.config.INFO`). Six are for weights made elsewhere: the clock they expect (`clock_scale`,
-    `clock_reversed`, `frequency_shift`), an epsilon, where time enters (`nn.attention.PLACES`, or "stream" as in
-    Latte), and which block of an image model each block was (None: inserted). Raises ValueError for widths that do not divide
-    and unknown axes.
+    conditions: what else than a label the model may be told of a clip (`data.config.INFO`). conditioning: how it is told,
+    one of `nn.conditioning.CONDITIONINGS`; caption_channels: the width of a text encoder's tokens; caption_axes: whose
+    blocks look at captions (none named: all). trunk: how blocks are wired, one of `model.trunks.TRUNKS`, with decode_depth
+    (masked) and single_depth (joint). The rest is for weights made elsewhere and variants that need it: the clock they
+    expect (`clock_scale`, `clock_reversed`, `clock_offset`, `frequency_shift`), an epsilon, where time enters
+    (`nn.attention.PLACES`, or "stream" as in Latte), which block of an image model each block was (None: inserted), and
+    `learned_places`, `time_mlp`, `output_conv`, `gelu`, `place_bias` (U-ViT, MDT, DiffiT). Raises ValueError for widths
+    that do not divide, and for choices that are unknown or do not go together.
     """
 
     _supports_gradient_checkpointing = True
