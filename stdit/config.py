@@ -13,6 +13,7 @@ from stdit.data.datasets import DataConfig
 from stdit.diffusion.levels import SCHEMES
 from stdit.diffusion.objective import ObjectiveConfig
 from stdit.model.config import ModelConfig
+from stdit.model.trunks import TRUNKS
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.training.config import TrainConfig
 from stdit.variants import pick
@@ -60,18 +61,25 @@ class Config:
                 f"model.conditioning={self.model.conditioning} has one level a frame, objective.shares.region one a patch; "
                 "set objective.shares.region=0, or model.conditioning=adaln_zero."
             )
-        if self.model.trunk == "u_shape" and "region" in self.objective.mixture:
-            raise ValueError("model.trunk=u_shape takes levels by frame; set objective.shares.region=0.")
+        trunk = pick(TRUNKS, self.model.trunk, "model.trunk")
+        if not trunk.by_patch and "region" in self.objective.mixture:
+            raise ValueError(f"model.trunk={self.model.trunk} takes levels by frame; set objective.shares.region=0.")
+        if self.data.packing and not trunk.packs:
+            packs = [name for name, kind in TRUNKS.items() if kind.packs]
+            raise ValueError(
+                f"model.trunk={self.model.trunk} does not take clips of many shapes in one row; set data.packing=false, or "
+                f"model.trunk to one of {', '.join(packs)}."
+            )
         if self.data.packing and (by_tokens or self.text.encoder is not None):
             raise ValueError(
                 "data.packing=true takes conditions that are vectors; use model.conditioning=adaln_zero without "
                 "text.encoder, or data.packing=false."
             )
-        if self.model.trunk == "joint" and self.text.encoder is None:
+        if trunk.wants_text and self.text.encoder is None:
             raise ValueError(
-                "model.trunk=joint has a stream of text; set text.encoder=words (or a folder of T5), or model.trunk=stack."
+                f"model.trunk={self.model.trunk} has a stream of text; set text.encoder=words (or a folder of T5), or model.trunk=stack."
             )
-        if self.objective.mask_ratio and self.model.trunk != "masked":
+        if self.objective.mask_ratio and not trunk.hides:
             raise ValueError(
                 f"objective.mask_ratio={self.objective.mask_ratio} hides patches from the encoder of model.trunk=masked; set "
                 "that, or objective.mask_ratio=0."
@@ -83,10 +91,12 @@ class Config:
             )
         if self.model.network == "unet":
             other = set(self.objective.mixture) - {"shared"}
-            if other or self.data.packing or self.init_from.path or self.model.gradient_checkpointing:
+            own = self.data.packing or self.init_from.path or self.model.gradient_checkpointing or self.model.conditions
+            if other or own:
                 raise ValueError(
-                    "model.network=unet has one noise level for all frames and starts afresh; use objective.scheme=shared, "
-                    "data.packing=false, no init_from and no gradient_checkpointing, or model.network=transformer."
+                    "model.network=unet has one noise level for all frames, is told labels and captions alone and starts "
+                    "afresh; use objective.scheme=shared, data.packing=false, no model.conditions, no init_from and no "
+                    "gradient_checkpointing, or model.network=transformer."
                 )
         taught = [name for name in self.objective.mixture if SCHEMES[name].taught]
         if taught and not self.model.causal:

@@ -26,6 +26,7 @@ from stdit.data.video_io import VideoError
 from stdit.diffusion.objective import Objective, build_objective
 from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
+from stdit.model.trunks import TRUNKS
 from stdit.model.unet import UNet
 from stdit.precision import resolve
 from stdit.text import CaptionCache, load_text_encoder
@@ -154,9 +155,7 @@ def main(argv: list[str] | None = None) -> int:
         cpu=not torch.accelerator.is_available(),  # said outright, or two processes on CPUs would be two runs of one
         mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve(config.train.precision, device)],
         # What the last joint block makes of the text, and a mask's parts without a mask, get no gradient.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=config.model.trunk in ("joint", "masked"))
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=TRUNKS[config.model.trunk].idle)],
     )
     check_batch(config, accelerator.num_processes)
     dataset = build_dataset(config.data)

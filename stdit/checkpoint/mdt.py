@@ -30,10 +30,10 @@ def to_dit(tensors: Tensors) -> Tensors:
             key = key.replace(_BIAS, "attn.place_bias.table")
         if match := re.match(r"(\w+blocks)\.(\d+)\.(.*)", key):
             number = begin.get(match[1], 0) + int(match[2])
-            key = f"masked.side.{match[3]}" if match[1] == "sideblocks" else f"blocks.{number}.{match[3]}"
-        renamed = {"pos_embed": "pos_embed.patches", "decoder_pos_embed": "masked.places.patches"}
+            key = f"wiring.side.{match[3]}" if match[1] == "sideblocks" else f"blocks.{number}.{match[3]}"
+        renamed = {"pos_embed": "pos_embed.patches", "decoder_pos_embed": "wiring.places.patches"}
         out[renamed.get(key, key)] = value[0] if key in renamed else value
-    out["masked.token"] = out.pop("mask_token").flatten()
+    out["wiring.token"] = out.pop("mask_token").flatten()
     return out
 
 
@@ -46,15 +46,15 @@ def from_dit(tensors: Tensors) -> Tensors:
     side = round(len(tensors["pos_embed.patches"]) ** 0.5)
     out = {
         "pos_embed": tensors.pop("pos_embed.patches")[None],
-        "decoder_pos_embed": tensors.pop("masked.places.patches")[None],
-        "mask_token": tensors.pop("masked.token")[None, None],
+        "decoder_pos_embed": tensors.pop("wiring.places.patches")[None],
+        "mask_token": tensors.pop("wiring.token")[None, None],
     }
     for key, value in tensors.items():
         if match := re.match(r"blocks\.(\d+)\.(.*)", key):
             number = int(match[1])
             part, begin = ("en_inblocks", 0) if number < half else ("en_outblocks", half) if number < 2 * half else ("de_blocks", 2 * half)  # fmt: skip
             key = f"{part}.{number - begin}.{match[2]}"
-        key = key.replace("masked.side.", "sideblocks.0.")
+        key = key.replace("wiring.side.", "sideblocks.0.")
         if key.endswith("attn.place_bias.table"):
             out[key.replace("attn.place_bias.table", _INDEX)] = _index(side)
             key = key.replace("attn.place_bias.table", _BIAS)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from stdit.model.trunks import TRUNKS
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.layout import AXES
 from stdit.variants import pick
@@ -40,7 +39,7 @@ def check_causal(causal: bool, window: int | None, time_entry: str, axes: Sequen
         )
 
 
-def check_conditioning(conditioning: str, caption_channels: int | None, causal: bool) -> None:
+def check_conditioning(conditioning: str, caption_channels: int | None, causal: bool, place_bias: bool) -> None:
     """ValueError for a way of conditioning that is unknown or cannot do what is asked of it."""
     how = pick(CONDITIONINGS, conditioning, "conditioning")
     if caption_channels is not None and caption_channels < 1:
@@ -52,55 +51,8 @@ def check_conditioning(conditioning: str, caption_channels: int | None, causal: 
             "conditioning='in_context' repeats a caption in every frame, which a causal model's cache does not hold; use "
             "conditioning='cross_attention' or 'adaln_zero'."
         )
-
-
-def check_trunk(
-    trunk: str, depth: int, decode_depth: int, conditioning: str, causal: bool, time_entry: str, place_bias: bool
-) -> None:
-    """ValueError for a wiring that is unknown, or whose depth or company does not fit."""
-    if pick(TRUNKS, trunk, "trunk").u and (depth < 3 or CONDITIONINGS[conditioning].joins):
+    if place_bias and (causal or how.joins):
         raise ValueError(
-            f"trunk='u_shape' with depth={depth} and conditioning={conditioning!r}: it takes 3 blocks or more, and patches "
-            "alone; use depth=3 and conditioning='time_attention' (DiffiT) or 'adaln_zero'."
-        )
-    if not TRUNKS[trunk].masked:
-        if place_bias and (causal or CONDITIONINGS[conditioning].joins):
-            raise ValueError("place_bias=true is for patches alone; use it without causal=true and in_context.")
-        return
-    if decode_depth < 1 or depth <= decode_depth or (depth - decode_depth) % 2:
-        raise ValueError(
-            f"trunk='masked' with depth={depth} and decode_depth={decode_depth}: the encoder is two halves, so use a "
-            f"depth of decode_depth and an even number more, such as depth={decode_depth + 2}."
-        )
-    if causal or CONDITIONINGS[conditioning].joins or time_entry.endswith("3d"):
-        raise ValueError(
-            f"trunk='masked' hides patches, which conditioning={conditioning!r}, causal={causal} and "
-            f"time_entry={time_entry!r} do not take; use adaln_zero, causal=false and time_entry='attention'."
-        )
-
-
-def check_joint(
-    trunk: str,
-    depth: int,
-    single_depth: int,
-    conditioning: str,
-    causal: bool,
-    axes: Sequence[str],
-    caption_channels: int | None,
-) -> None:
-    """ValueError for dual and single streams in company they do not take, or without a text."""
-    if trunk != "joint":
-        if single_depth:
-            raise ValueError(f"single_depth={single_depth} belongs to trunk='joint'; leave it out.")
-        return
-    if not caption_channels:
-        raise ValueError(
-            "trunk='joint' has a stream of text: name a text encoder (text.encoder=words), or use trunk='stack'."
-        )
-    if not 0 <= single_depth <= depth:
-        raise ValueError(f"single_depth={single_depth} of depth={depth}: use 0 to {depth}.")
-    if causal or conditioning != "adaln_zero" or set(axes) != {"joint"}:
-        raise ValueError(
-            f"trunk='joint' with conditioning={conditioning!r}, causal={causal} and axes={list(axes)}: its blocks have "
-            "adaln_zero and attention over all tokens; use conditioning=adaln_zero, causal=false, axes=[joint]."
+            f"place_bias=true with causal={causal} and conditioning={conditioning!r}: it is for patches of whole clips alone; "
+            "use causal=false and adaln_zero, or place_bias=false."
         )

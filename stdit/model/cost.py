@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.model.stdit import STDiT
+from stdit.nn.matrices import hidden_matrices
 
 Shape = tuple[int, int, int]
 
@@ -119,17 +120,13 @@ def training_memory(
             whole, kept = kept, _saved_bytes(model, latent, micro_batch, bf16)
             again = (whole - kept) / len(model.blocks)
         size = 4.0 * sum(p.numel() for p in model.parameters())
-        matrices = 4.0 * sum(p.numel() for name, p in model.named_parameters() if _is_hidden(name, p))
+        matrices = 4.0 * sum(p.numel() for p in hidden_matrices(model).values())
     moments = 2 * size - (matrices if optimizer == "muon" else 0)
     tokens = forward_cost(arguments, latent).tokens
     widest = (
         micro_batch * tokens * arguments["hidden_size"] * max(4.0, arguments.get("mlp_ratio", 4.0)) * (2 if bf16 else 4)
     )
     return Memory(size, size, moments, size, kept, again, 2 * widest)
-
-
-def _is_hidden(name: str, value: Tensor) -> bool:
-    return value.ndim >= 2 and not any(word in name for word in ("embed", "adaLN", "final_layer"))
 
 
 def _inputs(model: STDiT, latent: Shape, batch: int) -> tuple[Tensor, Tensor, Tensor]:

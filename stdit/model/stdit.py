@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,19 +12,16 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from stdit.model.checks import check_causal, check_conditioning, check_joint, check_shape, check_trunk
+from stdit.model.checks import check_causal, check_conditioning, check_shape
 from stdit.model.config import size_arguments
-from stdit.model.masked import MaskedTrunk
 from stdit.model.sockets import Sockets, register_blocks
 from stdit.model.told import Told
-from stdit.model.trunks import TRUNKS, joint, time_entries
-from stdit.model.ushape import UShape
+from stdit.model.trunks import TRUNKS, Build, Way, time_entries
 from stdit.nn.blocks import FinalLayer, STDiTBlock
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.embedders import CaptionEmbedder, InfoEmbedder, LabelEmbedder, PatchEmbed, PlaceTable, TimestepEmbedder
-from stdit.nn.joint import DualBlock, SingleBlock
-from stdit.nn.layout import Dense, Layout, Packed, Taught
+from stdit.nn.layout import Dense, Packed, Taught
 from stdit.nn.modulation import Condition
 from stdit.nn.positions import space_positions
 from stdit.nn.tokens import token_grid, unpatchify
@@ -96,10 +92,8 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
         pick({"extrapolate": None, "interpolate": None}, positions, "positions")
         check_causal(causal, window, time_entry, axes, patch_size)
-        check_conditioning(conditioning, caption_channels, causal)
-        check_trunk(trunk, depth, decode_depth, conditioning, causal, time_entry, place_bias)
-        check_joint(trunk, depth, single_depth, conditioning, causal, axes, caption_channels)
-        self.wiring = TRUNKS[trunk]
+        check_conditioning(conditioning, caption_channels, causal, place_bias)
+        wiring = pick(TRUNKS, trunk, "trunk")
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -120,35 +114,22 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             else None
         )
         grid = (sample_size[1] // self.patch_size[1], sample_size[2] // self.patch_size[2])
-        block = partial(
-            STDiTBlock, hidden_size, num_heads, mlp_ratio=mlp_ratio, qk_norm=qk_norm, norm2_eps=norm2_eps, causal=causal,
-            window=window, conditioning=conditioning, gelu=gelu, bias_grid=grid if place_bias else None,
-        )  # fmt: skip
         cycle = [axes[i % len(axes)] for i in range(depth)]
-        times, skips = time_entries(time_entry, cycle), self.wiring.skips(depth, decode_depth)
-        self.blocks = nn.ModuleList(
-            block(axis, time=time, skip=skip, captions=bool(caption_channels) and axis in (caption_axes or [axis]))
-            for axis, time, skip in zip(cycle, times, skips, strict=True)
-            if not self.wiring.text
-        )
-        self.pooled_embedder = None
-        if self.wiring.text:
-            assert caption_channels is not None
-            self.pooled_embedder = CaptionEmbedder(caption_channels, hidden_size)
-            self.blocks.extend(
-                (SingleBlock if i >= depth - single_depth else DualBlock)(
-                    hidden_size, num_heads, mlp_ratio, qk_norm, time
-                )
-                for i, time in enumerate(times)
-            )
-        self.masked = (
-            MaskedTrunk(
-                block(cycle[0], time=times[0], captions=bool(caption_channels)), grid, hidden_size, decode_depth
-            )
-            if self.wiring.masked
-            else None
-        )
-        self.ushape = UShape(depth, hidden_size) if self.wiring.u else None
+        times = time_entries(time_entry, cycle)
+
+        def block(i: int, **changes) -> STDiTBlock:
+            return STDiTBlock(
+                hidden_size, num_heads, cycle[i], mlp_ratio, qk_norm, times[i], norm2_eps, causal, window, conditioning,
+                captions=bool(caption_channels) and cycle[i] in (caption_axes or cycle), gelu=gelu,
+                bias_grid=grid if place_bias else None, **changes,
+            )  # fmt: skip
+
+        build = Build(
+            depth, hidden_size, num_heads, mlp_ratio, qk_norm, cycle, times, grid, conditioning, time_entry, causal,
+            place_bias, caption_channels, decode_depth, single_depth, block,
+        )  # fmt: skip
+        self.wiring = wiring(build)
+        self.blocks = nn.ModuleList(self.wiring.make_blocks(build))
         extras = 1 + bool(num_classes) if self.how.joins else 0
         self.pos_embed = PlaceTable(grid[0], grid[1], hidden_size, extras) if learned_places else None
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels, conditioning)
@@ -171,7 +152,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp or [])[::2]:
             nn.init.normal_(layer.weight, std=0.02)
-        for module in (*self.blocks, self.final_layer, *([self.masked] if self.masked is not None else [])):
+        for module in (*self.blocks, self.final_layer, self.wiring):
             module.reset()
         if self.adaLN_single is not None:
             nn.init.zeros_(self.adaLN_single[1].weight)
@@ -209,6 +190,8 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
                 x.repeat(1, 2, *[1] * (x.ndim - 2)) if x is not None and x.ndim > plain else x
                 for x, plain in ((class_labels, 1), (captions, 3), (caption_mask, 2))
             )
+        if kept is not None and not self.wiring.hides:
+            raise ValueError(f"trunk={self.config.trunk!r} sees every patch; leave `kept` out, or use trunk='masked'.")
         frames, rows, columns = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
         condition = self.condition(timestep, class_labels, hidden_states.shape[0], info, captions, caption_mask)
         tokens = self.x_embedder(hidden_states)
@@ -231,17 +214,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             shown = None if condition.seen is None else condition.seen.expand(-1, frames, -1)
             tokens = torch.cat([told.to(tokens), tokens], dim=2)
         layout = kind((frames, rows, columns), cache.frames if cache is not None else 0, scale, extras, shown)
-        run = partial(self._run, cache=cache)
-        if self.wiring.text:
-            assert condition.tokens is not None
-            beside = partial(self._call, condition=condition, layout=layout)
-            tokens = joint(self.blocks, tokens, condition.tokens[:, 0], beside)
-        elif self.ushape is not None:
-            tokens = self.ushape(self.blocks, tokens, condition, run, layout)
-        elif self.masked is not None:
-            tokens = self.masked(self.blocks, tokens, condition, run, layout, kept)
-        else:
-            tokens = self.wiring.run(self.blocks, tokens, condition, partial(run, layout=layout))
+        tokens = self.wiring(self.blocks, tokens, Way(self._call, condition, layout, cache, kept))
         if cache is not None and cache.writing:
             cache.frames += frames
         tokens = tokens[:, :, extras:]
@@ -262,18 +235,13 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         latents: (C, T, H, W) each; timesteps: () or (T,) each; class_labels: (N,). Returns (C_out, T, H, W) each, what
         `forward` gives for each alone. Not for causal models, nor with positions squeezed into the trained grid.
         """
-        tokens_told = self.how.by_tokens or self.caption_embedder is not None
-        other = self.masked is not None or self.ushape is not None or self.config.place_bias
-        if (
-            self.config.causal
-            or self.config.positions != "extrapolate"
-            or self.patch_size[0] > 1
-            or tokens_told
-            or other
-        ):
+        told_by_tokens = self.how.by_tokens or self.caption_embedder is not None
+        bound = self.config.causal or self.config.positions != "extrapolate" or self.patch_size[0] > 1
+        if bound or told_by_tokens or not self.wiring.packs or self.config.place_bias:
             raise ValueError(
-                "packed sequences take models with causal=false, positions='extrapolate', patches of one frame, a trunk of blocks alone and a "
-                "condition that is a vector (adaln_zero, adaln, adaln_single, no captions); use batches of one shape instead."
+                "packed sequences take models with causal=false, positions='extrapolate', patches of one frame, a trunk of "
+                "blocks alone without place_bias (stack, long_skip) and a condition that is a vector (adaln_zero, adaln, "
+                "adaln_single, no captions); use batches of one shape instead."
             )
         grids = [token_grid(tuple(x.shape[1:]), self.patch_size) for x in latents]
         layout = Packed(grids)
@@ -292,7 +260,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             *(None if part is None else part.reshape(1, 1, len(each), -1) for part in condition[:2])  # type: ignore[arg-type]
         )
         tokens = torch.cat(parts, dim=1)[:, None]
-        tokens = self.wiring.run(self.blocks, tokens, condition, partial(self._run, layout=layout, cache=None))
+        tokens = self.wiring(self.blocks, tokens, Way(self._call, condition, layout))
         tokens = self.final_layer(tokens, condition, layout)
         pieces = tokens[:, 0].split([t * s for t, s in layout.counts], dim=1)
         return [
@@ -320,21 +288,10 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         t, y, x = (size // patch for size, patch in zip(self.config.sample_size, self.patch_size, strict=True))
         return (t / grid[0], y / grid[1], x / grid[2])
 
-    def _run(
-        self,
-        block: nn.Module,
-        hidden_states: Tensor,
-        condition: Condition,
-        layout: Layout,
-        cache: FrameCache | None,
-        skip: Tensor | None = None,
-    ) -> Tensor:
-        return self._call(block, hidden_states, condition, layout, cache, skip)
-
-    def _call(self, block: nn.Module, *inputs: Any, **named: Any) -> Any:
+    def _call(self, block: nn.Module, *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(partial(block, **named), *inputs)
-        return block(*inputs, **named)
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)
 
 
 register_blocks()

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stdit.model.trunks import Trunk
 from stdit.nn.conditioning import Conditioning
 from stdit.nn.modulation import Condition
 
@@ -14,6 +15,7 @@ class Told:
 
     config: Any
     how: Conditioning
+    wiring: Trunk
     patch_size: tuple[int, int, int]
     num_classes: int
     t_embedder: nn.Module
@@ -21,7 +23,6 @@ class Told:
     info_embedder: nn.Module | None
     caption_embedder: nn.Module | None
     adaLN_single: nn.Module | None
-    pooled_embedder: nn.Module | None
 
     def condition(
         self,
@@ -47,15 +48,8 @@ class Told:
         if self.info_embedder is not None and info is not None:
             parts.append(self.info_embedder(info)[:, None, None].to(time))
         words, seen = self._words(captions, caption_mask)
-        if self.pooled_embedder is not None:
-            assert captions is not None and words is not None
-            if words.shape[1] > 1:
-                raise ValueError(
-                    "trunk='joint' takes one caption a clip; give captions (B, L, C), or use another trunk."
-                )
-            said = captions.new_ones(captions.shape[:2]) if caption_mask is None else caption_mask.to(captions)
-            mean = (captions * said[..., None]).sum(1) / said.sum(1, keepdim=True).clamp(min=1)
-            parts.append(self.pooled_embedder(mean.to(time))[:, None, None])
+        more = self.wiring.told(captions, caption_mask)
+        parts += [] if more is None else [more.to(time)]
         vector = sum(parts[1:], parts[0])
         if not self.how.by_tokens:
             return Condition(vector, None if self.adaLN_single is None else self.adaLN_single(vector), words, seen)

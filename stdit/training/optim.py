@@ -3,18 +3,19 @@
 import torch
 from torch import nn
 
+from stdit.nn.matrices import hidden_matrices
+
 
 def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the hidden matrices and AdamW for the rest (embeddings, modulation, head, vectors).
+    """AdamW; or Muon for the hidden matrices and AdamW for the rest (embeddings, modulation, head, tables, vectors).
 
     Muon at the root-mean-square of AdamW's updates learnt faster in the short runs tried (docs/benchmarks.md).
     """
-    named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    learnt = [p for p in model.parameters() if p.requires_grad]
     if name == "adamw":
-        return [torch.optim.AdamW([p for _, p in named], lr=lr, weight_decay=weight_decay)]
-    kept_apart = ("embed", "adaLN", "final_layer")
-    hidden = [p for key, p in named if p.ndim >= 2 and not any(word in key for word in kept_apart)]
-    rest = [p for key, p in named if p.ndim < 2 or any(word in key for word in kept_apart)]
+        return [torch.optim.AdamW(learnt, lr=lr, weight_decay=weight_decay)]
+    hidden = hidden_matrices(model).values()
+    rest = [p for p in learnt if all(p is not h for h in hidden)]
     muon = torch.optim.Muon(
         [_matrix(p) for p in hidden], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
     )

@@ -2,12 +2,15 @@ import pytest
 import torch
 from conftest import fill
 
+import stdit.model.trunks
 from stdit.config import Config, load_typed
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.stdit import STDiT
+from stdit.model.trunks import Trunk
 from stdit.nn.embedders import PlaceTable
 from stdit.nn.layout import Dense
 from stdit.prompt import Prompt
+from stdit.training.optim import build_optimizers
 from stdit.training.step import Clips, diffusion_losses
 
 TRUNKS = {
@@ -128,7 +131,7 @@ def test_masking_trains_on_all_patches_and_on_some_and_is_a_function_of_the_key(
     assert torch.equal(both, losses(0.5))
     assert not torch.equal(both, losses(0.6))
     both.mean().backward()
-    assert network.masked.token.grad.abs().sum() > 0
+    assert network.wiring.token.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -137,13 +140,64 @@ def test_masking_trains_on_all_patches_and_on_some_and_is_a_function_of_the_key(
         ({"trunk": "unet"}, "trunk"),
         ({"depth": 5}, "such as depth=4"),
         ({"trunk": "u_shape", "depth": 2, "place_bias": False}, "3 blocks or more"),
-        ({"conditioning": "in_context"}, "use adaln_zero"),
+        ({"conditioning": "in_context"}, "and adaln_zero"),
+        ({"conditioning": "in_context", "place_bias": False}, "use adaln_zero"),
+        ({"single_depth": 1}, "belongs to trunk='joint'"),
+        ({"trunk": "joint", "caption_channels": 8}, "use place_bias=false"),
         ({"time_entry": "rotary_3d"}, "use adaln_zero"),
     ],
 )
 def test_wirings_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         model("mdt", **changes)
+
+
+def test_a_trunk_that_hides_nothing_takes_no_kept_patches():
+    x, t, labels = inputs()
+    with pytest.raises(ValueError, match="sees every patch"):
+        model("u-vit")(x, t, labels, kept=torch.arange(4).expand(2, 4))
+
+
+def test_a_wiring_from_anywhere_is_one_class_and_one_row(monkeypatch, tmp_path):
+    class Twice(Trunk):
+        """Every block two times over, a gate of its own between."""
+
+        def __init__(self, build):
+            super().__init__(build)
+            self.gate = torch.nn.Parameter(torch.zeros(build.dim))
+
+        def forward(self, blocks, tokens, way):
+            for block in blocks:
+                tokens = tokens + self.gate * way(block, way(block, tokens))
+            return tokens
+
+    monkeypatch.setitem(stdit.model.trunks.TRUNKS, "twice", Twice)
+    network = model("mdt", trunk="twice", learn_sigma=False)
+    loss = diffusion_losses(
+        network, build_objective(ObjectiveConfig()), [Clips(torch.randn(2, 4, 3, 8, 8))], Prompt(torch.tensor([1, 2])),
+        [(0, 3, 0), (0, 3, 1)], network.patch_size,
+    ).clips  # fmt: skip
+    loss.mean().backward()
+    assert network.wiring.gate.grad.abs().sum() > 0
+    network.save_pretrained(tmp_path)
+    assert torch.equal(STDiT.from_pretrained(tmp_path).wiring.gate, network.wiring.gate)
+    config = load_typed(Config, "configs/video.yaml", ["model.trunk=twice", "objective.scheme=shared"])
+    assert config.model.trunk == "twice"
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_muon_takes_matrices_and_no_tables(name):
+    network = model(name, conditions=["fps"])
+    muon, rest = build_optimizers(network, "muon", 1e-3)
+    names = {id(p): key for key, p in network.named_parameters()}
+    shapes = {p.data_ptr(): names[id(p)] for p in network.parameters()}
+    taken = {shapes[p.data_ptr()] for group in muon.param_groups for p in group["params"]}
+    assert all(key.endswith("weight") for key in taken)
+    assert {key for key in names.values() if key.endswith(("attn.qkv.weight", "mlp.fc1.weight"))} <= taken
+    assert not [key for key in taken if "embed" in key or "adaLN" in key or "final" in key]
+    others = {names[id(p)] for group in rest.param_groups for p in group["params"]}
+    assert taken | others == set(names.values())
+    assert not taken & others
 
 
 @pytest.mark.parametrize(
@@ -155,6 +209,9 @@ def test_wirings_that_make_no_sense_are_refused(changes, message):
         (["model.caption_channels=64"], "text.encoder"),
         (["model.conditioning=in_context", "data.packing=true", "data.sizes=[[17,64,64]]"], "data.packing=false"),
         (["model.trunk=joint"], "text.encoder=words"),
+        (["model.trunk=masked", "data.packing=true", "data.sizes=[[17,64,64]]"], "one of stack, long_skip"),
+        (["model.trunk=u_shape", "objective.scheme=mixed"], "objective.shares.region=0"),
+        (["model.network=unet", "model.conditions=[fps]"], "no model.conditions"),
         (["model.conditioning=adaln_zer"], "Did you mean 'adaln_zero'"),
         (["objective.scheme=teacher"], "model.causal=true"),
     ],

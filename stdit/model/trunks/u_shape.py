@@ -1,23 +1,25 @@
 """DiffiT's U: blocks behind convolutions, the middle third on a grid of half the rows and columns."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
+from stdit.model.trunks.base import Build, Trunk, Way
+from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.layout import Dense
-from stdit.nn.modulation import Condition
 
 
-class UShape(nn.Module):
-    """What a U needs beside its blocks (Hatamizadeh et al., "DiffiT", section 3.2): before each block a convolution over its
-    frame, a way down, a way up, and the encoder handed to the decoder.
+class UShape(Trunk):
+    """Before each block a convolution over its frame, a way down, a way up, and the encoder handed to the decoder
+    (Hatamizadeh et al., "DiffiT: Diffusion Vision Transformers for Image Generation", the image-space model).
 
     Convolutions see one frame; what frames tell each other they tell by the blocks' attention.
     """
 
-    def __init__(self, depth: int, dim: int):
-        super().__init__()
+    by_patch = False
+
+    def __init__(self, build: Build):
+        super().__init__(build)
+        depth, dim = build.depth, build.dim
         self.outer = depth // 3  # blocks of each arm
         groups = next(n for n in (32, 16, 8, 4, 2, 1) if dim % n == 0)
         self.convs = nn.ModuleList(
@@ -27,17 +29,26 @@ class UShape(nn.Module):
         self.up = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(dim, dim, 3, padding=1))
         self.joins = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(self.outer))
 
-    def forward(
-        self, blocks: nn.ModuleList, tokens: Tensor, condition: Condition, run: Callable[..., Tensor], layout: Dense
-    ) -> Tensor:
-        """tokens (B, T, rows * columns, D) down and up again; ValueError for a grid that cannot be halved."""
+    @classmethod
+    def check(cls, build: Build) -> None:
+        super().check(build)
+        if build.depth < 3 or CONDITIONINGS[build.conditioning].joins:
+            raise ValueError(
+                f"trunk='u_shape' with depth={build.depth} and conditioning={build.conditioning!r}: it takes 3 blocks or "
+                "more, and patches alone; use depth=3 and conditioning='time_attention' (DiffiT) or 'adaln_zero'."
+            )
+
+    def forward(self, blocks: nn.ModuleList, tokens: Tensor, way: Way) -> Tensor:
+        """Tokens (B, T, rows * columns, D) down and up again; ValueError for a grid that cannot be halved."""
+        layout = way.layout
+        assert isinstance(layout, Dense)
         frames, rows, columns = layout.grid
         if rows % 2 or columns % 2:
             raise ValueError(
                 f"trunk='u_shape' halves the grid of {rows} x {columns} patches; use sizes with an even number of patches, "
                 f"such as {rows + rows % 2} x {columns + columns % 2}."
             )
-        if condition.vector.shape[2] > 1:
+        if way.condition.vector.shape[2] > 1:
             raise ValueError(
                 "trunk='u_shape' takes levels by frame, not by patch (in training objective.shares.region=0)."
             )
@@ -53,7 +64,7 @@ class UShape(nn.Module):
             if i >= last:
                 tokens = self.joins[i - last](torch.cat([tokens, kept.pop()], dim=-1))
             seen = _per_frame(self.convs[i], tokens, rows // 2 if inside else rows)
-            tokens = tokens + run(block, seen, condition, layout=half if inside else layout)
+            tokens = tokens + way(block, seen, layout=half if inside else layout)
             if i < self.outer:
                 kept.append(tokens)
         return tokens

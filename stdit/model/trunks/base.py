@@ -1,0 +1,102 @@
+"""What any wiring of blocks is asked: which blocks, who follows whom, and what it does not go with."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from stdit.nn.attention import PLACES
+from stdit.nn.cache import FrameCache
+from stdit.nn.layout import Layout
+from stdit.nn.modulation import Condition
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a model asks of its trunk. axes and times are of every block; grid: rows and columns of patches it is made for;
+    block: (number, **changes) -> a plain block of this model."""
+
+    depth: int
+    dim: int
+    heads: int
+    mlp_ratio: float
+    qk_norm: bool
+    axes: Sequence[str]
+    times: Sequence[str]
+    grid: tuple[int, int]
+    conditioning: str
+    time_entry: str
+    causal: bool
+    place_bias: bool
+    caption_channels: int | None
+    decode_depth: int
+    single_depth: int
+    block: Callable[..., nn.Module]
+
+
+@dataclass(frozen=True)
+class Way:
+    """What goes with the tokens from block to block. call: runs a block, checkpointed where that is asked for; kept: (B, n)
+    patches that may be seen, None for all."""
+
+    call: Callable[..., Any]
+    condition: Condition
+    layout: Layout
+    cache: FrameCache | None = None
+    kept: Tensor | None = None
+
+    def __call__(
+        self, block: nn.Module, tokens: Tensor, skip: Tensor | None = None, layout: Layout | None = None
+    ) -> Tensor:
+        """Tokens through one plain block."""
+        return self.call(block, tokens, self.condition, layout or self.layout, self.cache, skip)
+
+
+class Trunk(nn.Module):
+    """How blocks are wired; what it owns beside them. The blocks themselves are the model's, `blocks.0` to the last.
+
+    packs: takes clips of many shapes in one row. by_patch: takes a level for every patch. hides: may learn with patches
+    hidden. wants_text: has a stream of text. idle: in some steps some parameters take no part.
+    """
+
+    packs: ClassVar[bool] = False
+    by_patch: ClassVar[bool] = True
+    hides: ClassVar[bool] = False
+    wants_text: ClassVar[bool] = False
+    idle: ClassVar[bool] = False
+
+    def __init__(self, build: Build):
+        super().__init__()
+        self.check(build)
+
+    @classmethod
+    def check(cls, build: Build) -> None:
+        """ValueError for a depth that does not fit, and for company it does not take."""
+        if build.single_depth:
+            raise ValueError(f"single_depth={build.single_depth} belongs to trunk='joint'; leave it out.")
+
+    def make_blocks(self, build: Build) -> list[nn.Module]:
+        return [build.block(i) for i in range(build.depth)]
+
+    def reset(self) -> None:
+        """Its own start, where a linear layer's does not fit."""
+
+    def told(self, captions: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """(B, 1, 1, D) that it adds to the condition's vector, of captions (B, L, C) and their mask (B, L)."""
+        return None
+
+    def forward(self, blocks: nn.ModuleList, tokens: Tensor, way: Way) -> Tensor:
+        """Tokens (B, T, S, D) through all blocks."""
+        raise NotImplementedError
+
+
+def time_entries(entry: str, axes: Sequence[str]) -> list[str]:
+    """Where time enters each block of these axes: in every attention, or once, in the stream before the first of time."""
+    inside = [name for name in PLACES if name != "none"]
+    if entry in inside:
+        return [entry] * len(axes)
+    if entry != "stream":
+        raise ValueError(f"time_entry={entry!r} is unknown. Choose one of: {', '.join([*inside, 'stream'])}.")
+    first = next((i for i, axis in enumerate(axes) if axis != "spatial"), None)
+    return ["stream" if i == first else "none" for i in range(len(axes))]

@@ -1,0 +1,80 @@
+"""MDT v2: an encoder that sees some patches while it learns, a side block that guesses the others, a decoder that sees all."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from stdit.model.trunks.base import Build, Trunk, Way
+from stdit.model.trunks.long_skip import skipping
+from stdit.nn.conditioning import CONDITIONINGS
+from stdit.nn.embedders import PlaceTable
+from stdit.nn.layout import Dense
+
+
+class Masked(Trunk):
+    """Long skips in the encoder, the first tokens handed to every block of the decoder, and what masking needs (Gao et al.,
+    "MDTv2", section 3): a token for what is hidden, the decoder's places, one side block.
+
+    The same patches are hidden in all frames of a clip, so that tokens keep their layout and an image is one frame.
+    """
+
+    hides, idle = True, True
+
+    def __init__(self, build: Build):
+        super().__init__(build)
+        self.side, self.decode_depth = build.block(0), build.decode_depth
+        self.places = PlaceTable(*build.grid, build.dim)
+        self.token = nn.Parameter(torch.zeros(build.dim))
+
+    @classmethod
+    def check(cls, build: Build) -> None:
+        super().check(build)
+        depth, decode_depth = build.depth, build.decode_depth
+        if decode_depth < 1 or depth <= decode_depth or (depth - decode_depth) % 2:
+            raise ValueError(
+                f"trunk='masked' with depth={depth} and decode_depth={decode_depth}: the encoder is two halves, so use a "
+                f"depth of decode_depth and an even number more, such as depth={decode_depth + 2}."
+            )
+        if build.causal or CONDITIONINGS[build.conditioning].joins or build.time_entry.endswith("3d"):
+            raise ValueError(
+                f"trunk='masked' hides patches, which conditioning={build.conditioning!r}, causal={build.causal} and "
+                f"time_entry={build.time_entry!r} do not take; use adaln_zero, causal=false and time_entry='attention'."
+            )
+
+    def make_blocks(self, build: Build) -> list[nn.Module]:
+        half = (build.depth - build.decode_depth) // 2
+        return [build.block(i, skip=i >= half) for i in range(build.depth)]
+
+    def reset(self) -> None:
+        nn.init.normal_(self.token, std=0.02)
+        self.side.reset()  # type: ignore[operator]
+
+    def forward(self, blocks: nn.ModuleList, tokens: Tensor, way: Way) -> Tensor:
+        assert isinstance(way.layout, Dense)
+        begin, (_, rows, columns) = tokens, way.layout.grid
+        encoder, decoder = blocks[: len(blocks) - self.decode_depth], blocks[len(blocks) - self.decode_depth :]
+        places = self.places(rows, columns).to(tokens)
+        if way.kept is None:
+            tokens = skipping(encoder, tokens, way) + places
+        else:
+            seen = _gather(tokens, way.kept)
+            seen = skipping(encoder, seen, replace(way, layout=way.layout.keeping(way.kept)))
+            tokens = self._guess(seen, way, way.kept, places)
+        for block in decoder:
+            tokens = way(block, tokens, skip=begin)
+        return tokens
+
+    def _guess(self, seen: Tensor, way: Way, kept: Tensor, places: Tensor) -> Tensor:
+        """All patches again: the hidden ones as the side block guesses them, the others as they were."""
+        batch, frames, _, dim = seen.shape
+        where = kept[:, None, :, None].expand(-1, frames, -1, dim)
+        full = self.token.to(seen).expand(batch, frames, len(places), dim).scatter(2, where, seen) + places
+        shown = torch.zeros(batch, len(places), dtype=torch.bool, device=seen.device).scatter(1, kept, True)
+        return torch.where(shown[:, None, :, None], full, way(self.side, full))
+
+
+def _gather(tokens: Tensor, kept: Tensor) -> Tensor:
+    """(B, T, S, D), (B, n) -> (B, T, n, D)."""
+    where = kept[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[-1])
+    return tokens.gather(2, where)

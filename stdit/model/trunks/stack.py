@@ -1,0 +1,16 @@
+"""DiT's wiring."""
+
+from torch import Tensor, nn
+
+from stdit.model.trunks.base import Trunk, Way
+
+
+class Stack(Trunk):
+    """One block after another (DiT, figure 3)."""
+
+    packs = True
+
+    def forward(self, blocks: nn.ModuleList, tokens: Tensor, way: Way) -> Tensor:
+        for block in blocks:
+            tokens = way(block, tokens)
+        return tokens
