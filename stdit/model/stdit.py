@@ -109,9 +109,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         self.caption_embedder = CaptionEmbedder(caption_channels, hidden_size) if caption_channels else None
         self.how = CONDITIONINGS[conditioning]
         self.adaLN_single = (
-            nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-            if conditioning == "adaln_single"
-            else None
+            nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if self.how.shares else None
         )
         grid = (sample_size[1] // self.patch_size[1], sample_size[2] // self.patch_size[2])
         cycle = [axes[i % len(axes)] for i in range(depth)]

@@ -12,8 +12,9 @@ from stdit.nn.modulation import AdaLN, AdaLNSingle, Unmodulated
 class Conditioning(NamedTuple):
     """modulation: of a block, final: of the head; both are built from a width and add nothing when fresh.
 
-    steers: the vector enters queries, keys and values. attends: every block attends to the condition's tokens. joins: they join the patches of every frame. A caption is
-    always tokens: where the rest is a vector, blocks attend to the caption alone.
+    shares: all blocks start from one modulation. steers: the vector enters queries, keys and values. attends: every block
+    attends to the condition's tokens. joins: they join the patches of every frame. A caption is always tokens: where the
+    rest is a vector, blocks attend to the caption alone.
     """
 
     modulation: Callable[[int], nn.Module]
@@ -21,6 +22,7 @@ class Conditioning(NamedTuple):
     attends: bool = False
     joins: bool = False
     steers: bool = False
+    shares: bool = False
 
     @property
     def by_tokens(self) -> bool:
@@ -43,7 +45,7 @@ _unmodulated = partial(Unmodulated, branches=1)
 CONDITIONINGS = {
     "adaln_zero": Conditioning(AdaLN, _plain_head),
     "adaln": Conditioning(partial(AdaLN, gated=False), _plain_head),
-    "adaln_single": Conditioning(AdaLNSingle, partial(AdaLNSingle, branches=1, gated=False)),
+    "adaln_single": Conditioning(AdaLNSingle, partial(AdaLNSingle, branches=1, gated=False), shares=True),
     "cross_attention": Conditioning(Unmodulated, _unmodulated, attends=True),
     "in_context": Conditioning(Unmodulated, _unmodulated, joins=True),
     "time_attention": Conditioning(Unmodulated, _unmodulated, steers=True),

@@ -12,7 +12,7 @@ class Condition(NamedTuple):
     """What blocks are told, once per clip or per frame.
 
     vector: (B, T|1, S|1, D), the sum of all that is one vector. shared: (B, T|1, S|1, 6 D), the modulation all blocks
-    start from (adaln_single). tokens: (B, T|1, N, D) to look at; seen: (B, T|1, N) bool, false for padding.
+    start from, where they share one. tokens: (B, T|1, N, D) to look at; seen: (B, T|1, N) bool, false for padding.
     """
 
     vector: Tensor
