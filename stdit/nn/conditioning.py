@@ -1,4 +1,4 @@
-"""The ways a condition enters a block: DiT's four (section 3.2), PixArt's, and DiffiT's time-dependent self-attention."""
+"""The ways a condition enters a block: DiT's four (section 3.2), PixArt's, W.A.L.T's, and DiffiT's time-dependent self-attention."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from stdit.nn.modulation import AdaLN, AdaLNSingle, Unmodulated
+from stdit.nn.modulation import AdaLN, AdaLNLora, AdaLNSingle, Unmodulated
 
 
 class Conditioning(NamedTuple):
@@ -46,6 +46,7 @@ CONDITIONINGS = {
     "adaln_zero": Conditioning(AdaLN, _plain_head),
     "adaln": Conditioning(partial(AdaLN, gated=False), _plain_head),
     "adaln_single": Conditioning(AdaLNSingle, partial(AdaLNSingle, branches=1, gated=False), shares=True),
+    "adaln_lora": Conditioning(AdaLNLora, _plain_head, shares=True),
     "cross_attention": Conditioning(Unmodulated, _unmodulated, attends=True),
     "in_context": Conditioning(Unmodulated, _unmodulated, joins=True),
     "time_attention": Conditioning(Unmodulated, _unmodulated, steers=True),

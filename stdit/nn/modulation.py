@@ -79,6 +79,30 @@ class AdaLNSingle(nn.Module):
         nn.init.zeros_(self.table)
 
 
+class AdaLNLora(nn.Module):
+    """A low-rank layer of each block's own, added to what all share (Gupta et al., "W.A.L.T", AdaLN-LoRA; the rank is a
+    sixteenth of the width, as in Cosmos). Zero when fresh."""
+
+    def __init__(self, dim: int, branches: int = 2):
+        super().__init__()
+        rank = max(1, dim // 16)
+        self.branches = branches
+        self.own = nn.Sequential(
+            nn.SiLU(), nn.Linear(dim, rank, bias=False), nn.Linear(rank, 3 * branches * dim, bias=False)
+        )
+
+    def forward(self, condition: Condition, layout: Layout | None = None) -> list[Modulation]:
+        assert condition.shared is not None
+        modulation = condition.shared + self.own(condition.vector)
+        if layout is not None:
+            modulation = layout.spread(modulation)
+        chunks = modulation.chunk(3 * self.branches, dim=-1)
+        return [Modulation(*chunks[3 * i : 3 * i + 3]) for i in range(self.branches)]
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.own[2].weight)  # type: ignore[arg-type]
+
+
 class Unmodulated(nn.Module):
     """For blocks that are told by tokens alone."""
 

@@ -98,7 +98,7 @@ def test_time_dependent_attention_is_diffits_equations():
     torch.testing.assert_close(block(x, Condition(vector))[:, 0], hidden, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln_single"])
+@pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln_single", "adaln_lora"])
 @pytest.mark.parametrize("worded", [False, True], ids=["labels", "captions"])
 @torch.no_grad()
 def test_a_gated_block_is_the_identity_when_fresh(conditioning, worded):
@@ -122,7 +122,7 @@ def test_a_cache_serves_every_conditioning(conditioning):
     torch.testing.assert_close(torch.cat(parts, 2), told(x, t, labels), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("conditioning", ["adaln", "adaln_single"])
+@pytest.mark.parametrize("conditioning", ["adaln", "adaln_single", "adaln_lora"])
 @torch.no_grad()
 def test_packed_clips_are_what_each_is_alone(conditioning):
     told = model(conditioning=conditioning)

@@ -24,6 +24,7 @@ VARIANTS = {
     "adaLN-Zero": {},
     "adaLN": {"conditioning": "adaln"},
     "adaLN-single": {"conditioning": "adaln_single"},
+    "adaLN-LoRA": {"conditioning": "adaln_lora"},
     "cross-attention": {"conditioning": "cross_attention"},
     "in-context": {"conditioning": "in_context"},
     "factorized": {"axes": ["spatial", "temporal"]},
@@ -37,7 +38,7 @@ VARIANTS = {
     "U-Net": {"network": "unet", "channels": (16, 32)},
 }
 # Their papers: gates that begin at zero. The others begin as plain transformers (or convolutions) do.
-IDENTITY = {"adaLN-Zero", "adaLN-single", "factorized", "captions", "MMDiT", "FLUX"}
+IDENTITY = {"adaLN-Zero", "adaLN-single", "adaLN-LoRA", "factorized", "captions", "MMDiT", "FLUX"}
 
 
 def build(name: str, **changes):
