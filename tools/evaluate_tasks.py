@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from stdit.data.shapes import CLASS_NAMES
+from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES
 from stdit.data.video_write import write_contact_sheet
 from stdit.evaluation import operations as op
 from stdit.evaluation.rollouts import rollout
@@ -25,7 +25,7 @@ from stdit.training.run import write_text
 def load(path: str) -> STDiTPipeline:
     pipe = STDiTPipeline.from_pretrained(path)
     names = pipe.transformer.config.class_names
-    if pipe.transformer.num_classes and sorted(names or []) != sorted(CLASS_NAMES):
+    if pipe.transformer.num_classes and sorted(names or []) not in (sorted(CLASS_NAMES), sorted(OBJECT_NAMES)):
         raise ValueError(f"{path} was not trained on moving shapes; this judge knows only those.")
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
@@ -35,13 +35,13 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     data = op.held_out(count, pipe.config.num_frames, "straight", pipe.config.height, seed)
     if not pipe.transformer.num_classes:  # nothing but what is known says where the object goes
         return {
-            "extend-forward": lambda: op.extension(pipe, data, 5, False, 2.0, False, **options),
-            "extend-backward": lambda: op.extension(pipe, data, 8, True, 2.0, False, **options),
+            "extend-forward": lambda: op.extension(pipe, data, 5, False, 2.0, **options),
+            "extend-backward": lambda: op.extension(pipe, data, 8, True, 2.0, **options),
         }
     labelled = {**options, "guidance_scale": 2.0}
     return {
-        "extend-forward": lambda: op.extension(pipe, data, 5, False, 2.0, True, **labelled),
-        "extend-backward": lambda: op.extension(pipe, data, 8, True, 2.0, True, **labelled),
+        "extend-forward": lambda: op.extension(pipe, data, 5, False, 2.0, **labelled),
+        "extend-backward": lambda: op.extension(pipe, data, 8, True, 2.0, **labelled),
         "interpolate": lambda: op.interpolation(pipe, data, 2, **labelled),
         "inpaint": lambda: op.inpainting(pipe, data, **labelled),
         "edit-0.3": lambda: op.editing(pipe, data, 0.3, 0.9, False, **{**options, "guidance_scale": 1.0}),
@@ -58,9 +58,9 @@ def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     options = {**options, "history_guidance": 1.5}
     short, beyond = (op.held_out(count, n, "bounce", size, seed + 1) for n in (length, length + 16))
     return {
-        "extend-bounce": lambda: op.extension(pipe, short, 5, False, 2.0, False, **options),
-        "extend-beyond": lambda: op.extension(pipe, beyond, length, False, 4.0, False, **options),
-        "extend-beyond-5": lambda: op.extension(pipe, beyond, 5, False, 4.0, False, **options),
+        "extend-bounce": lambda: op.extension(pipe, short, 5, False, 2.0, **options),
+        "extend-beyond": lambda: op.extension(pipe, beyond, length, False, 4.0, **options),
+        "extend-beyond-5": lambda: op.extension(pipe, beyond, 5, False, 4.0, **options),
         "connect": lambda: op.connection(pipe, short, 5, 4, 1.5, **options),
         "loop": lambda: op.loops(pipe, short, 9, 12, **options),
     }

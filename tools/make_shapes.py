@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from stdit.data.shapes import CLASS_NAMES, COLORS, SHAPES, draw, random_clip
+from stdit.data.shapes import CLASS_NAMES, COLORS, OBJECT_NAMES, draw, random_clip
 from stdit.data.video_write import write_video
 from stdit.keys import keyed_rng
 
@@ -22,7 +22,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--size", type=int, default=64, help="pixels, at least 32")
-    parser.add_argument("--motion", choices=("straight", "bounce"), default="straight")
+    parser.add_argument(
+        "--motion",
+        choices=("straight", "bounce"),
+        default="straight",
+        help="labels: shape and direction, or of what bounces colour and shape",
+    )
     parser.add_argument("--fps", type=float, default=8)
     parser.add_argument(
         "--without", nargs="+", default=[], metavar="PAIR", help='no clip shows such a pair, for example "red circle"'
@@ -32,9 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; use {least} or more.")
 
-    known = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
     for pair in args.without:
-        if pair not in known:
+        if pair not in OBJECT_NAMES:
             raise ValueError(f"--without {pair!r} is no colour and shape; colours: {', '.join(COLORS)}.")
     output = Path(args.output)
     manifest = output / "manifest.jsonl"
@@ -51,13 +55,14 @@ def main(argv: list[str] | None = None) -> int:
     for i in tqdm(range(args.num_clips), unit="clip", desc="drawing"):
         shape = (i % len(CLASS_NAMES), args.frames, args.size, args.motion)
         clip, tries = random_clip(keyed_rng("sample", args.seed, i), *shape), 0
-        while f"{clip.color_name} {clip.shape}" in args.without:
+        while clip.object_name in args.without:
             tries += 1
             clip = random_clip(keyed_rng("sample", args.seed, i, tries), *shape)
         name = f"{i:06d}.mp4"
         write_video(output / name, draw(clip), fps=args.fps)
-        label = CLASS_NAMES[clip.label]
-        rows.append(json.dumps({"path": name, "label": label, "caption": clip.caption, "truth": clip.truth()}))
+        rows.append(
+            json.dumps({"path": name, "label": clip.class_name, "caption": clip.caption, "truth": clip.truth()})
+        )
     settings_file.write_text(json.dumps(settings) + "\n")
     beside = manifest.with_suffix(".part")
     beside.write_text("\n".join(rows) + "\n")

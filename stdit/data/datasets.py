@@ -16,7 +16,7 @@ from stdit.data.config import DataConfig, Dataset, clip_info
 from stdit.data.idx import read_idx
 from stdit.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Table, read_manifest, scan_folder
 from stdit.data.order import Size
-from stdit.data.shapes import CLASS_NAMES, ShapeClip, draw, random_clip
+from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, ShapeClip, draw, random_clip
 from stdit.data.transforms import cover_size, crop, resize
 from stdit.data.video_io import VideoError, VideoReader
 from stdit.keys import keyed_rng
@@ -186,10 +186,9 @@ class IdxImages:
 class MovingShapes:
     """Shapes drawn as they are asked for, clip `index` always the same."""
 
-    num_classes = len(CLASS_NAMES)
-    class_names: list[str] | None = list(CLASS_NAMES)
-
     def __init__(self, config: DataConfig):
+        self.class_names: list[str] | None = list(OBJECT_NAMES if config.motion == "bounce" else CLASS_NAMES)
+        self.num_classes = len(self.class_names)
         for _, height, width in [*config.sizes, (config.num_frames, config.height, config.width)]:
             if height != width:
                 raise ValueError(f"shapes are drawn on squares; height {height} and width {width} differ.")
@@ -199,10 +198,11 @@ class MovingShapes:
         return self.config.num_shapes
 
     def label(self, index: int) -> int:
-        return index % self.num_classes
+        assert self.class_names is not None
+        return self.class_names.index(self._clip(index, self._size).class_name)
 
     def caption(self, index: int) -> str:
-        return self._clip(index, Size(self.config.num_frames, self.config.height, self.config.width)).caption
+        return self._clip(index, self._size).caption
 
     def name(self, index: int) -> str:
         return f"shape {index}"
@@ -213,13 +213,17 @@ class MovingShapes:
         return (longest, self.config.height, self.config.width)
 
     def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
-        size = size or Size(self.config.num_frames, self.config.height, self.config.width)
+        size = size or self._size
         drawn = draw(self._clip(index, size))
         return {"pixels": torch.from_numpy(drawn), "info": clip_info(size, self.config.fps or 8.0)}
 
+    @property
+    def _size(self) -> Size:
+        return Size(self.config.num_frames, self.config.height, self.config.width)
+
     def _clip(self, index: int, size: Size) -> ShapeClip:
         own = keyed_rng("sample", index)
-        return random_clip(own, self.label(index), size.frames, size.height, self.config.motion)
+        return random_clip(own, index % len(CLASS_NAMES), size.frames, size.height, self.config.motion)
 
 
 def _videos(root: Path, config: DataConfig) -> VideoClips:

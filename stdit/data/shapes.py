@@ -19,6 +19,8 @@ COLORS = {
     "purple": (0.54, 0.18, 0.78),
     "pink": (0.94, 0.50, 0.74),
 }
+# What stays the same of an object that bounces: its direction does not.
+OBJECT_NAMES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 
 # How far each shape reaches from its centroid, in units of `size`: left, right, up, down. `size` is the radius of
 # the circle of equal area, so that area says nothing about shape.
@@ -56,9 +58,20 @@ class ShapeClip:
         return min(COLORS, key=lambda name: float(np.linalg.norm(np.subtract(COLORS[name], self.color))))
 
     @property
+    def object_name(self) -> str:
+        """One of `OBJECT_NAMES`."""
+        return f"{self.color_name} {self.shape}"
+
+    @property
+    def class_name(self) -> str:
+        """What it is labelled: one of `CLASS_NAMES`, or of `OBJECT_NAMES` if it bounces."""
+        return self.object_name if self.motion == "bounce" else CLASS_NAMES[self.label]
+
+    @property
     def caption(self) -> str:
         article = "an" if self.color_name[0] in "aeiou" else "a"
-        return f"{article} {self.color_name} {self.shape} moves {self.direction}"
+        how = "bounces" if self.motion == "bounce" else f"moves {self.direction}"
+        return f"{article} {self.object_name} {how}"
 
     def truth(self) -> dict:
         """What the manifest records."""

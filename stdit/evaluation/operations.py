@@ -58,7 +58,7 @@ class Set(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        return [CLASS_NAMES[truth.label] for truth in self.truths]
+        return [truth.class_name for truth in self.truths]
 
     @property
     def centers(self) -> np.ndarray:
@@ -75,13 +75,18 @@ def held_out(count: int, frames: int, motion: str, size: int, seed: int) -> Set:
     return Set(truths, drawn.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
 
 
-def extension(pipe: Any, data: Set, known: int, backward: bool, asked: float, label: bool, **options) -> Outcome:
+def told(pipe: Any, data: Set) -> dict[str, list[str]]:
+    """Labels, for a model that takes any."""
+    return {"class_labels": data.names} if pipe.transformer.num_classes else {}
+
+
+def extension(pipe: Any, data: Set, known: int, backward: bool, asked: float, **options) -> Outcome:
     """From `known` first (or last) frames to the whole clip: does the object go on as it must?"""
     frames = data.pixels.shape[2]
     new = frames - known
     clip = data.pixels[:, :, new:] if backward else data.pixels[:, :, :known]
     gap = {"before": new} if backward else {"after": new}
-    made = pipe.extend(clip, class_labels=data.names if label else None, **gap, **options)
+    made = pipe.extend(clip, **told(pipe, data), **gap, **options)
     part = slice(0, new) if backward else slice(known, frames)
     verdicts = [judge(to_uint8(c)[part]) for c in made]
     far = 0 if backward else -1
@@ -100,7 +105,9 @@ def connection(pipe: Any, data: Set, first: int, last: int, asked: float, **opti
     """The two ends of one trajectory joined: is the object where it was on the way?"""
     frames = data.pixels.shape[2]
     gap = slice(first, frames - last)
-    made = pipe.connect(data.pixels[:, :, :first], data.pixels[:, :, gap.stop :], frames - first - last, **options)
+    made = pipe.connect(
+        data.pixels[:, :, :first], data.pixels[:, :, gap.stop :], frames - first - last, **told(pipe, data), **options
+    )
     centers = np.stack([judge(to_uint8(c)).centers for c in made])
     errors = _distance(centers[:, gap], data.centers[:, gap])
     name = f"connect {first} and {last} frames over {frames - first - last}"
@@ -113,7 +120,7 @@ def connection(pipe: Any, data: Set, first: int, last: int, asked: float, **opti
 
 def loops(pipe: Any, data: Set, known: int, new: int, **options) -> Outcome:
     """Is the jump from the last frame to the first no larger than a step?"""
-    made = pipe.loop(data.pixels[:, :, :known], new, **options)
+    made = pipe.loop(data.pixels[:, :, :known], new, **told(pipe, data), **options)
     centers = np.stack([judge(to_uint8(c)).centers for c in made])
     steps = _distance(centers[:, 1:], centers[:, :-1]).mean(1)
     jumps = _distance(centers[:, 0], centers[:, -1])

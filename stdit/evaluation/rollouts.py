@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stdit.data.video_write import to_uint8
-from stdit.evaluation.operations import Figure, Outcome, Set, same_object
+from stdit.evaluation.operations import Figure, Outcome, Set, same_object, told
 from stdit.evaluation.shapes import judge, wilson
 
 
@@ -19,7 +19,7 @@ def rollout(pipe: Any, data: Set, known: int, new: int, **options) -> Outcome:
     seconds, memory, shown = [], [], [data.pixels[:8, :, :known]]
     last_parts: deque[Tensor] = deque(maxlen=5)  # all that is kept: memory is measured too
     every = max(1, new // 4 // 12)
-    stream = pipe.stream(data.pixels[:, :, :known], new, **options)
+    stream = pipe.stream(data.pixels[:, :, :known], new, **told(pipe, data), **options)
     while True:
         began = time.perf_counter()
         part = next(stream, None)

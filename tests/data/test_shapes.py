@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from stdit.data.shapes import CLASS_NAMES, draw, random_clip
+from stdit.data.config import DataConfig
+from stdit.data.datasets import MovingShapes
+from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, draw, random_clip
 from stdit.keys import keyed_rng
 
 
@@ -40,3 +42,12 @@ def test_area_does_not_tell_shapes_apart():
 def test_an_unknown_motion_is_refused():
     with pytest.raises(ValueError, match="motion='jump' is unknown"):
         random_clip(keyed_rng("sample", 0), motion="jump")
+
+
+def test_what_bounces_is_labelled_by_what_stays_the_same():
+    data = MovingShapes(DataConfig(source="shapes", num_frames=9, height=32, width=32, num_shapes=24, motion="bounce"))
+    assert data.num_classes == len(OBJECT_NAMES) == 24
+    for i in range(24):
+        clip = data._clip(i, data._size)
+        assert data.class_names[data.label(i)] == f"{clip.color_name} {clip.shape}"
+        assert data.caption(i).endswith(f"{clip.color_name} {clip.shape} bounces")

@@ -1,5 +1,7 @@
 """The measurements of tasks, tried on answers whose worth is known: the truth, and a clip that stands still."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ DATA = op.held_out(12, 17, "straight", 64, 5)
 
 class Answers:
     """A pipeline that gives the clips it was made with, whatever it is asked."""
+
+    transformer = SimpleNamespace(num_classes=12)
 
     def __init__(self, clips):
         self.clips = clips
@@ -31,10 +35,10 @@ def values(outcome):
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_truth_reaches_every_figure_of_an_extension_and_a_still_clip_does_not(backward):
     known = 8 if backward else 5
-    right = values(op.extension(Answers(DATA.pixels), DATA, known, backward, 2.0, True))
+    right = values(op.extension(Answers(DATA.pixels), DATA, known, backward, 2.0))
     assert all(figure.reached in (True, None) for figure in right.values())
     assert right["mean position error at the end"].value < 0.1
-    wrong = values(op.extension(still(), DATA, known, backward, 2.0, True))
+    wrong = values(op.extension(still(), DATA, known, backward, 2.0))
     assert wrong["direction kept"].value == 0
     if not backward:
         assert wrong["mean position error at the end"].value > 5
