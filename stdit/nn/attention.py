@@ -142,7 +142,7 @@ class Attention(nn.Module, AttentionModuleMixin):
 
     time: how tokens know their place here, one of `PLACES`. bias_grid: add a learned number for each distance in space,
     up to those of this grid. steered: the condition's vector, through a layer of its own, is added to queries, keys and
-    values (DiffiT, equations 3 to 5). causal: a frame sees itself and earlier frames, of these
+    values (DiffiT's TMSA). causal: a frame sees itself and earlier frames, of these
     the last `window` - 1 if a window is given.
     """
 

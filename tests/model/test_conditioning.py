@@ -90,10 +90,10 @@ def test_time_dependent_attention_is_diffits_equations():
     block, attn = told.blocks[0], told.blocks[0].attn
     x, vector = torch.randn(2, 1, 9, 32), torch.randn(2, 1, 1, 32)
     y = torch.nn.functional.layer_norm(x[:, 0], (32,), block.norm1.weight, block.norm1.bias)
-    qkv = y @ attn.qkv.weight.T + attn.qkv.bias + vector[:, 0] @ attn.qkv_time.weight.T  # equations 3 to 5
+    qkv = y @ attn.qkv.weight.T + attn.qkv.bias + vector[:, 0] @ attn.qkv_time.weight.T  # q, k, v of TMSA
     q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in qkv.chunk(3, -1))
-    seen = ((q @ k.transpose(-1, -2)) / 8**0.5).softmax(-1) @ v  # equation 6, without its bias
-    hidden = x[:, 0] + attn.proj(seen.transpose(1, 2).flatten(2))  # equations 7 and 8
+    seen = ((q @ k.transpose(-1, -2)) / 8**0.5).softmax(-1) @ v  # TMSA itself, without its bias
+    hidden = x[:, 0] + attn.proj(seen.transpose(1, 2).flatten(2))  # the block
     hidden = hidden + block.mlp(torch.nn.functional.layer_norm(hidden, (32,), block.norm2.weight, block.norm2.bias))
     torch.testing.assert_close(block(x, Condition(vector))[:, 0], hidden, atol=1e-5, rtol=1e-5)
 
