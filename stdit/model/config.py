@@ -37,9 +37,7 @@ class ModelConfig:
     window: int | None = None  # of a causal model: how many latent frames a frame sees, itself included
     positions: str = "extrapolate"  # of sizes never trained: extrapolate, or interpolate into the trained grid
     conditions: list[str] = field(default_factory=list)  # told of each clip: fps, seconds, height, width
-    conditioning: str = (
-        "adaln_zero"  # how labels and levels enter: adaln_zero, adaln, adaln_single, cross_attention, in_context
-    )
+    conditioning: str = "adaln_zero"  # how labels and levels enter: a row of nn/conditioning.py
     caption_channels: int | None = None  # the width of a text encoder's tokens; null: told no captions
     caption_axes: list[str] = field(
         default_factory=list
