@@ -29,9 +29,13 @@ def check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, cl
         )
 
 
-def check_causal(causal: bool, window: int | None, time_entry: str, axes: Sequence[str], patch_size) -> None:
+def check_causal(causal: bool, window: int | None, sink: int, time_entry: str, axes: Sequence[str], patch_size) -> None:
     if window is not None and (window < 2 or not causal):
         raise ValueError(f"window={window} with causal={causal}: a window is 2 frames or more, of a causal model.")
+    if sink < 0 or (sink and window is None):
+        raise ValueError(
+            f"sink={sink} with window={window}: the first frames that are seen beside a window, 0 or more; set a window."
+        )
     if causal and (time_entry not in ("rotary", "rotary_3d") or patch_size[0] != 1 or set(axes) == {"spatial"}):
         raise ValueError(
             f"causal=true with time_entry={time_entry!r}, axes={list(axes)} and patch_size={list(patch_size)}: a causal "

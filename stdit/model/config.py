@@ -35,6 +35,7 @@ class ModelConfig:
     time_entry: str = "attention"  # attention (a table), rotary, rotary_3d (space too), attention_rotary_3d, stream
     causal: bool = False  # a frame sees itself and earlier frames; needs time_entry=rotary
     window: int | None = None  # of a causal model: how many latent frames a frame sees, itself included
+    sink: int = 0  # and how many of the clip's first ones besides, however long ago
     positions: str = "extrapolate"  # of sizes never trained: extrapolate, or interpolate into the trained grid
     conditions: list[str] = field(default_factory=list)  # told of each clip: fps, seconds, height, width
     conditioning: str = "adaln_zero"  # how labels and levels enter: a row of nn/conditioning.py
@@ -78,6 +79,6 @@ def model_arguments(config: ModelConfig) -> dict:
             arguments[key] = getattr(config, key)
     if config.patch_size is not None:
         arguments["patch_size"] = tuple(config.patch_size)
-    for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "positions", "conditions", "conditioning", "caption_channels", "caption_axes", "trunk", "learned_places", "time_mlp", "output_conv", "gelu", "place_bias", "decode_depth", "single_depth"):  # fmt: skip
+    for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "sink", "positions", "conditions", "conditioning", "caption_channels", "caption_axes", "trunk", "learned_places", "time_mlp", "output_conv", "gelu", "place_bias", "decode_depth", "single_depth"):  # fmt: skip
         arguments[key] = getattr(config, key)
     return {**arguments, "axes": list(config.axes)}

@@ -34,7 +34,8 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
     `sample_size` (T, H, W) is the latent size it was made for, a hint and no limit. `class_names` are accepted
     wherever a label is. positions: sizes never seen go on counting
     ("extrapolate") or are squeezed into the trained grid ("interpolate"); may be changed on a trained model
-    (`register_to_config(positions=...)`). causal, window: frames see themselves and earlier ones alone.
+    (`register_to_config(positions=...)`). causal, window, sink: frames see themselves and earlier ones alone,
+    the last of them and the first (`nn.attention`).
     conditions: what else than a label the model may be told of a clip (`data.config.INFO`). conditioning: how it is told,
     one of `nn.conditioning.CONDITIONINGS`; caption_channels: the width of a text encoder's tokens; caption_axes: whose
     blocks look at captions (none named: all). trunk: how blocks are wired, one of `model.trunks.TRUNKS`, with decode_depth
@@ -87,11 +88,12 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         decode_depth: int = 4,
         single_depth: int = 0,
         clock_offset: float = 0.0,
+        sink: int = 0,
     ):
         super().__init__()
         check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
         pick({"extrapolate": None, "interpolate": None}, positions, "positions")
-        check_causal(causal, window, time_entry, axes, patch_size)
+        check_causal(causal, window, sink, time_entry, axes, patch_size)
         check_conditioning(conditioning, caption_channels, causal, place_bias)
         wiring = pick(TRUNKS, trunk, "trunk")
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
@@ -119,7 +121,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             return STDiTBlock(
                 hidden_size, num_heads, cycle[i], mlp_ratio, qk_norm, times[i], norm2_eps, causal, window, conditioning,
                 captions=bool(caption_channels) and cycle[i] in (caption_axes or cycle), gelu=gelu,
-                bias_grid=grid if place_bias else None, **changes,
+                bias_grid=grid if place_bias else None, sink=sink, horizon=sample_size[0] // self.patch_size[0], **changes,
             )  # fmt: skip
 
         build = Build(

@@ -18,7 +18,7 @@ class UNet(ModelMixin, ConfigMixin):
 
     channels: of every resolution, halved from one to the next; layers: residual blocks of each. Labels and captions are
     tokens that video attends to; an image's label joins its time embedding, and it takes no captions. All frames share a
-    noise level. causal, window, conditions are there because a pipeline asks for them.
+    noise level. causal, window, sink, conditions are there because a pipeline asks for them.
     """
 
     @register_to_config
@@ -34,6 +34,7 @@ class UNet(ModelMixin, ConfigMixin):
         caption_channels: int | None = None,
         causal: bool = False,
         window: int | None = None,
+        sink: int = 0,
         conditions: Sequence[str] = (),
     ):
         super().__init__()

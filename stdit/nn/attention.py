@@ -58,13 +58,13 @@ class AxialAttnProcessor:
         qkv = rearrange(projected, "n l (three h d) -> three n l h d", three=3, h=attn.heads)
         query, key, value = qkv[0], qkv[1], qkv[2]
         query, key = attn.q_norm(query), attn.k_norm(key)
-        if attn.turns:
-            turned = (places * layout.scale)[:, : attn.turns]
-            query, key = rotate(query, turned), rotate(key, turned)
-        key_frames = frames
+        key_places = places
         if cache is not None and axis != "spatial":
-            key, value, key_frames = cache.seen(attn, key, value, frames)
-        mask = attn.mask(frames, key_frames, layout.copies(axis), query.device)
+            key, value, key_places = cache.seen(attn, key, value, places)
+        if attn.turns:
+            near = attn.nearer(key_places, frames)
+            query, key = (rotate(x, (at * layout.scale)[:, : attn.turns]) for x, at in ((query, places), (key, near)))
+        mask = attn.mask(frames, key_places[:, 0], layout.copies(axis), query.device)
         padding = layout.seen(axis)  # (N, 1, 1, keys)
         if padding is not None:
             mask = padding if mask is None else mask & padding
@@ -143,7 +143,8 @@ class Attention(nn.Module, AttentionModuleMixin):
     time: how tokens know their place here, one of `PLACES`. bias_grid: add a learned number for each distance in space,
     up to those of this grid. steered: the condition's vector, through a layer of its own, is added to queries, keys and
     values (DiffiT's TMSA). causal: a frame sees itself and earlier frames, of these
-    the last `window` - 1 if a window is given.
+    the last `window` - 1 if a window is given, and in any case the first `sink` (Xiao et al., "StreamingLLM"), which beyond
+    `horizon` frames stand as far off as the first of so many.
     """
 
     _default_processor_cls = AxialAttnProcessor
@@ -162,9 +163,11 @@ class Attention(nn.Module, AttentionModuleMixin):
         window: int | None = None,
         bias_grid: tuple[int, int] | None = None,
         steered: bool = False,
+        sink: int = 0,
+        horizon: int = 1,
     ):
         super().__init__()
-        self.heads, self.axis = num_heads, axis
+        self.heads, self.axis, self.sink, self.horizon = num_heads, axis, sink, horizon
         self.place_bias = PlaceBias(*bias_grid, num_heads) if bias_grid is not None and axis != "temporal" else None
         adds_time, turns = PLACES[time]
         self.adds_time = adds_time and axis != "spatial"
@@ -177,6 +180,15 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.proj = nn.Linear(dim, dim)
         self.set_processor(AxialAttnProcessor())
 
+    def nearer(self, places: np.ndarray, frames: np.ndarray) -> np.ndarray:
+        """Where keys (L, 3) stand for queries of `frames`: the first of a long clip no further off than in training."""
+        late = int(frames.min()) + 1 - self.horizon
+        if not self.sink or late <= 0:
+            return places
+        near = places.copy()
+        near[near[:, 0] < self.sink, 0] += late
+        return near
+
     def mask(
         self, frames: np.ndarray, key_frames: np.ndarray, copies: np.ndarray, device: torch.device
     ) -> Tensor | None:
@@ -184,7 +196,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         if not self.causal:
             return None
         distance = frames[:, None] - key_frames[None]
-        seen = (distance >= 0) & (distance < (self.window or len(key_frames) + 1))
+        seen = (distance >= 0) & ((distance < (self.window or len(key_frames) + 1)) | (key_frames < self.sink))
         if copies.any():  # a noisy copy sees of noisy frames itself alone, and nothing sees a copy of another frame
             twin, own = copies[:, None] ^ copies[None], copies[:, None] & copies[None]
             seen &= np.where(own, distance == 0, ~twin | (copies[:, None] & (distance > 0)))

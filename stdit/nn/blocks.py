@@ -37,13 +37,17 @@ class STDiTBlock(nn.Module):
         skip: bool = False,
         gelu: str = "tanh",
         bias_grid: tuple[int, int] | None = None,
+        sink: int = 0,
+        horizon: int = 1,
     ):
         super().__init__()
         self.time = time
         how = CONDITIONINGS[conditioning]
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=how.own_norms, eps=how.eps)
         inside = time if time != "stream" else "none"
-        self.attn = Attention(dim, num_heads, axis, qk_norm, inside, causal, window, bias_grid, how.steers)
+        self.attn = Attention(
+            dim, num_heads, axis, qk_norm, inside, causal, window, bias_grid, how.steers, sink, horizon
+        )
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=how.own_norms, eps=how.eps if how.own_norms else norm2_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu)
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None

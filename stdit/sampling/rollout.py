@@ -52,7 +52,7 @@ def latent_frames(
 ) -> Iterator[Tensor]:
     """Latents (B, C, 1, h, w): the `first` known ones, then each of the others when it is finished."""
     pipe, vae, objective = sampler.pipe, sampler.pipe.video_vae, sampler.own.objective
-    cache = FrameCache(pipe.transformer.config.window)
+    cache = FrameCache(pipe.transformer.config.window, pipe.transformer.config.sink)
     guidance = sampler.guidance._replace(
         interval=(0.0, 1.0), history=1.0
     )  # the cache needs the same calls at every level
@@ -69,7 +69,8 @@ def latent_frames(
         return latents
 
     if first:
-        yield from finish(vae.encode(known.to(vae.dtype)).float()).split(1, dim=2)
+        for part in vae.encode(known.to(vae.dtype)).float().split(1, dim=2):
+            yield finish(part)
     trained = vae.latent_frames(pipe.config.num_frames) * shape[1] * shape[2]
     levels = objective.schedule(sampler.steps, trained)[:, None].to(known.device)
     for frame in pipe.progress_bar(range(first, shape[0])):

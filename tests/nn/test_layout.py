@@ -9,8 +9,9 @@ from stdit.nn.layout import AXES, Packed
 from stdit.nn.positions import rotate
 
 
-def causal(axes, window, entry="rotary"):
-    arguments = {"depth": 3, "hidden_size": 32, "num_heads": 4, "in_channels": 4, "num_classes": 3, "qk_norm": True}
+def causal(axes, window, entry="rotary", **changes):
+    arguments = {"depth": 3, "hidden_size": 32, "num_heads": 4, "in_channels": 4, "num_classes": 3, "qk_norm": True,
+                 "sample_size": (6, 4, 4), **changes}  # fmt: skip
     return fill(STDiT(**arguments, axes=axes, causal=True, window=window, time_entry=entry), 0.1).eval()
 
 
@@ -19,11 +20,11 @@ def inputs(frames=6):
 
 
 @pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"]], ids="-".join)
-@pytest.mark.parametrize("window", [None, 2, 3])
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (2, 0), (3, 0), (2, 1), (3, 2)])
 @pytest.mark.parametrize("entry", ["rotary", "rotary_3d"])
 @torch.no_grad()
-def test_frame_by_frame_with_a_cache_equals_all_frames_at_once(axes, window, entry):
-    model, (x, t, labels), cache = causal(axes, window, entry), inputs(), FrameCache(window)
+def test_frame_by_frame_with_a_cache_equals_all_frames_at_once(axes, window, sink, entry):
+    model, (x, t, labels), cache = causal(axes, window, entry, sink=sink), inputs(), FrameCache(window, sink)
     whole, parts, sizes = model(x, t, labels), [], []
     for i in range(6):
         frame = (x[:, :, i : i + 1], t[:, i : i + 1], labels)
@@ -34,14 +35,14 @@ def test_frame_by_frame_with_a_cache_equals_all_frames_at_once(axes, window, ent
         sizes.append(cache.bytes())
     torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-5, rtol=1e-5)
     if window:
-        assert len(set(sizes[window - 2 :])) == 1  # memory stops growing at the window
+        assert len(set(sizes[window - 2 + sink :])) == 1  # memory stops growing at the window
 
 
 @pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"]], ids="-".join)
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("window", "sink"), [(None, 0), (3, 0), (3, 1)])
 @torch.no_grad()
-def test_a_taught_frame_is_what_the_cache_of_clean_frames_before_it_gives(axes, window):
-    model, (x, t, labels), cache = causal(axes, window), inputs(), FrameCache(window)
+def test_a_taught_frame_is_what_the_cache_of_clean_frames_before_it_gives(axes, window, sink):
+    model, (x, t, labels), cache = causal(axes, window, sink=sink), inputs(), FrameCache(window, sink)
     clean, level = torch.randn_like(x), torch.full((2, 6), 20.0)
     taught = model(x, t, labels, history=(clean, level))
     for i in range(6):
@@ -61,6 +62,26 @@ def test_a_causal_model_sees_no_later_frame_and_none_before_its_window(axes):
     moved = (model(x, t, labels) != model(changed, t, labels)).flatten(3).any(3).any(1)[0]
     reach = 3 + model.config.depth if axes == ["joint"] else 3 + 1  # one frame further with every temporal block
     assert moved.tolist() == [3 <= frame <= reach for frame in range(6)]
+
+
+@torch.no_grad()
+def test_a_sink_is_seen_for_ever_and_no_further_off_than_in_training():
+    model, (x, t, labels) = causal(["joint"], 2, sink=1, depth=1), inputs()
+
+    def last(middle):
+        """The output for frame 5 behind frame 0, `middle` others, and frame 4."""
+        cache = FrameCache(2, 1)
+        cache.writing = True
+        for i in [0, *middle, 4]:
+            model(x[:, :, i : i + 1], t[:, i : i + 1], labels, cache=cache)
+        cache.writing = False
+        return model(x[:, :, 5:], t[:, 5:], labels, cache=cache)
+
+    long = last([1, 2, 3] * 30)
+    torch.testing.assert_close(long, last([1, 2, 3]), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(last([1]), long, atol=1e-3)  # nearer than the horizon, distance counts
+    x[:, :, 0] += 1
+    assert not torch.allclose(last([1, 2, 3] * 30), long, atol=1e-3)
 
 
 @torch.no_grad()
