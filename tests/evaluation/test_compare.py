@@ -64,14 +64,34 @@ def test_comparisons_that_make_no_sense_are_refused(changes, message):
         Comparison(**{"variants": {"a": {}}, "budget": Budget(steps=1), **changes})
 
 
+BASE = {
+    "name": "b", "data": {"source": "shapes", "num_frames": 5, "height": 32, "width": 32, "num_shapes": 40, "workers": 0},
+    "model": {"size": "S/2", "depth": 2, "hidden_size": 32, "num_heads": 2},
+    "train": {"batch_size": 4, "samples": 0, "precision": "fp32"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["tokens", "gflops"])
+def test_variants_of_one_budget_cost_the_same(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text(json.dumps(BASE))
+    variants = {"small": {}, "deep": {"model.depth": 6}, "coarse": {"model.patch_size": [1, 4, 4]}}
+    spec = Comparison(
+        "c", base="base.yaml", variants=variants, budget=Budget(**{kind: 1e4 if kind == "tokens" else 10.0})
+    )
+    made = compare.plan(spec, tmp_path)
+    spent = {}
+    for name, about in made.items():
+        tokens = {"small": 2 * 2 * 2, "deep": 2 * 2 * 2, "coarse": 2}[name] * 4  # a step's: 2 latent frames, 4 clips
+        spent[name] = about["steps"] * (tokens if kind == "tokens" else 3 * about["gflops"] * 4)
+    assert min(spent.values()) > 0.99 * max(spent.values())
+    steps = {name: about["steps"] for name, about in made.items()}
+    assert steps["coarse"] > steps["small"] and (steps["deep"] < steps["small"]) == (kind == "gflops")
+
+
 def test_a_comparison_trains_judges_writes_a_page_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    base = {
-        "name": "b", "data": {"source": "shapes", "num_frames": 5, "height": 32, "width": 32, "num_shapes": 40, "workers": 0},
-        "model": {"size": "S/2", "depth": 2, "hidden_size": 32, "num_heads": 2},
-        "train": {"batch_size": 4, "samples": 0, "precision": "fp32"},
-    }  # fmt: skip
-    Path("base.yaml").write_text(json.dumps(base))
+    Path("base.yaml").write_text(json.dumps(BASE))
     spec = {
         "name": "c", "base": "base.yaml", "variants": {"zero": {}, "plain": {"model.conditioning": "adaln"}},
         "budget": {"steps": 3}, "clips": 12, "reference": 12, "sample_steps": 2,
