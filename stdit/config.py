@@ -91,13 +91,24 @@ class Config:
             )
         if self.model.network == "unet":
             other = set(self.objective.mixture) - {"shared"}
-            own = self.data.packing or self.init_from.path or self.model.gradient_checkpointing or self.model.conditions
-            if other or own:
+            plain = ModelConfig()
+            chosen = [
+                f"model.{key}={getattr(self.model, key)}"
+                for key in ("causal", "sink", "trunk", "conditioning", "conditions", "gradient_checkpointing")
+                if getattr(self.model, key) != getattr(plain, key)
+            ]
+            if other or chosen or self.data.packing or self.init_from.path:
                 raise ValueError(
-                    "model.network=unet has one noise level for all frames, is told labels and captions alone and starts "
-                    "afresh; use objective.scheme=shared, data.packing=false, no model.conditions, no init_from and no "
-                    "gradient_checkpointing, or model.network=transformer."
+                    "model.network=unet has one noise level for all frames, wiring and conditioning of its own, and starts "
+                    "afresh; use objective.scheme=shared, data.packing=false, no init_from and none of "
+                    f"{', '.join(chosen) or 'model.conditions'}, or model.network=transformer."
                 )
+        longest = max((size[0] for size in self.data.sizes), default=0)
+        if self.model.sink and longest > self.data.num_frames:
+            raise ValueError(
+                f"model.sink={self.model.sink} counts from data.num_frames={self.data.num_frames}, and data.sizes has "
+                f"{longest}; set data.num_frames={longest}."
+            )
         taught = [name for name in self.objective.mixture if SCHEMES[name].taught]
         if taught and not self.model.causal:
             raise ValueError(

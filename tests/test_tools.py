@@ -49,6 +49,17 @@ def test_shapes_are_drawn_with_their_truth(home, capsys):
         make_shapes.main(["--output", "none", "--num-clips", "0"])
 
 
+def test_what_bounces_is_not_judged_by_direction_and_older_labels_are_not_kept(home, monkeypatch):
+    bounce = ["--output", "bounce", "--num-clips", "3", "--frames", "5", "--motion", "bounce"]
+    make_shapes.main(bounce)
+    with pytest.raises(ValueError, match="name no shape and direction"):
+        evaluate.main(["--input", "bounce/manifest.jsonl"])
+    settings = json.loads(Path("bounce/settings.json").read_text())
+    Path("bounce/settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "labels"}))
+    with pytest.raises(ValueError, match="holds other clips"):
+        make_shapes.main(bounce)
+
+
 def test_the_judge_agrees_with_the_truth_of_drawn_files(home, capsys):
     make_shapes.main(["--output", "full", "--num-clips", "24"])
     assert evaluate.main(["--input", "full/manifest.jsonl"]) == 0

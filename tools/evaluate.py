@@ -160,6 +160,11 @@ def recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
         ):
             print(f"truth against judge, {name}: median error {m:.3f}, largest {w:.3f}")
     names = rows.class_names or []
+    if unknown := sorted(set(names) - set(CLASS_NAMES)):
+        raise ValueError(
+            f"labels such as {unknown[0]!r} name no shape and direction, which is what is judged here; for shapes that bounce "
+            "use tools/evaluate_tasks.py --bounce."
+        )
     return clips, [CLASS_NAMES.index(names[row.label]) if names else row.label for row in rows.rows]
 
 

@@ -25,7 +25,8 @@ from stdit.training.run import write_text
 def load(path: str) -> STDiTPipeline:
     pipe = STDiTPipeline.from_pretrained(path)
     names = pipe.transformer.config.class_names
-    if pipe.transformer.num_classes and sorted(names or []) not in (sorted(CLASS_NAMES), sorted(OBJECT_NAMES)):
+    known = sorted(names or []) == sorted(CLASS_NAMES) or (names and set(names) <= set(OBJECT_NAMES))
+    if pipe.transformer.num_classes and not known:
         raise ValueError(f"{path} was not trained on moving shapes; this judge knows only those.")
     return pipe.to("cuda") if torch.cuda.is_available() else pipe
 
@@ -69,7 +70,7 @@ def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
 def long(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a causal model of shapes that bounce: 40 times the length it was trained at."""
     data = op.held_out(min(count, 48), pipe.config.num_frames, "bounce", pipe.config.height, seed + 2)
-    choices = {key: options[key] for key in ("num_inference_steps", "seed")}
+    choices = {**{key: options[key] for key in ("num_inference_steps", "seed")}, "guidance_scale": 2.0}
     return {"rollout": lambda: rollout(pipe, data, 13, 40 * (pipe.config.num_frames - 1), **choices)}
 
 

@@ -243,9 +243,10 @@ def packed_equals_unpacked() -> str:
 
 def cached_rollout_equals_uncached() -> str:
     """A causal model frame by frame with a cache, against all frames at once."""
-    model = small_model(axes=["joint"], causal=True, window=3, time_entry="rotary_3d").to("cuda").eval()
+    sunk = {"window": 3, "sink": 1, "sample_size": (6, 8, 8)}
+    model = small_model(axes=["joint"], causal=True, time_entry="rotary_3d", **sunk).to("cuda").eval()
     x, t = torch.randn(2, model.in_channels, 6, 8, 8, device="cuda"), torch.rand(2, 6, device="cuda") * 1000
-    cache, parts = FrameCache(3), []
+    cache, parts = FrameCache(3, 1), []
     with torch.no_grad():
         whole = model(x, t)
         for i in range(6):

@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(args.output)
     manifest = output / "manifest.jsonl"
     settings = {key: value for key, value in vars(args).items() if key != "output" and (value or key != "without")}
+    if args.motion == "bounce":
+        settings["labels"] = "colour and shape"  # folders of earlier versions have directions, which turn
     settings_file = output / "settings.json"
     if manifest.is_file():
         made = json.loads(settings_file.read_text()) if settings_file.is_file() else None

@@ -17,6 +17,7 @@ from stdit.model.config import model_arguments
 from stdit.model.cost import Memory, Shape, forward_cost, training_memory
 from stdit.model.stdit import STDiT
 from stdit.precision import native_bf16, resolve
+from stdit.text import load_text_encoder
 from stdit.vae import VideoVAE, load_vae
 from stdit.variants import pick
 
@@ -50,7 +51,13 @@ def arguments_of(config: Config, vae: VideoVAE) -> dict:
         image = STDiT.from_pretrained(config.init_from.path)
         chosen |= inflated_arguments(image, chosen, config.model.depth, config.init_from)
     learns = build_objective(config.objective).learns_sigma
-    return {**chosen, "in_channels": vae.channels, "num_classes": config.model.num_classes or 0, "learn_sigma": learns}
+    words = load_text_encoder(config.text.encoder).channels if config.text.encoder else None
+    data = config.data
+    return {
+        **chosen, "in_channels": vae.channels, "num_classes": config.model.num_classes or 0, "learn_sigma": learns,
+        "caption_channels": words,
+        "sample_size": vae.latent_shape(data.num_frames, data.height, data.width, chosen["patch_size"]),
+    }  # fmt: skip
 
 
 def largest(at: Callable[[int], Memory], room: float) -> int:

@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     accelerator.wait_for_everyone()
     order = build_order(config, dataset, vae, model.patch_size, accelerator.num_processes)
     resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint()}
-    checkpoint = find_checkpoint(config.train, folders, resolved, accelerator.is_main_process)
+    checkpoint = find_checkpoint(config.train, folders, resolved, to_plain(Config()), accelerator.is_main_process)
     accelerator.wait_for_everyone()
 
     trainer = Trainer(

@@ -76,8 +76,9 @@ def held_out(count: int, frames: int, motion: str, size: int, seed: int) -> Set:
 
 
 def told(pipe: Any, data: Set) -> dict[str, list[str]]:
-    """Labels, for a model that takes any."""
-    return {"class_labels": data.names} if pipe.transformer.num_classes else {}
+    """Labels, for a model that knows them all."""
+    known = set(pipe.transformer.config.class_names or ())
+    return {"class_labels": data.names} if set(data.names) <= known else {}
 
 
 def extension(pipe: Any, data: Set, known: int, backward: bool, asked: float, **options) -> Outcome:

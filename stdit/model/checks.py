@@ -29,12 +29,16 @@ def check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, cl
         )
 
 
-def check_causal(causal: bool, window: int | None, sink: int, time_entry: str, axes: Sequence[str], patch_size) -> None:
+def check_causal(
+    causal: bool, window: int | None, sink: int, time_entry: str, axes: Sequence[str], patch_size, frames: int
+) -> None:
+    """frames: latent frames of what it is trained on."""
     if window is not None and (window < 2 or not causal):
         raise ValueError(f"window={window} with causal={causal}: a window is 2 frames or more, of a causal model.")
-    if sink < 0 or (sink and window is None):
+    if sink < 0 or (sink and (window is None or sink + window > frames)):
         raise ValueError(
-            f"sink={sink} with window={window}: the first frames that are seen beside a window, 0 or more; set a window."
+            f"sink={sink} with window={window} and sample_size of {frames} latent frames: the first frames that are seen "
+            "beside a window, learnt where clips hold both; set a window, and train on sink + window latent frames or more."
         )
     if causal and (time_entry not in ("rotary", "rotary_3d") or patch_size[0] != 1 or set(axes) == {"spatial"}):
         raise ValueError(

@@ -69,9 +69,9 @@ def clip_flops(model: STDiT, latent: Shape) -> float:
     return counter.get_total_flops() / 2
 
 
-def _words(model: STDiT) -> dict[str, Tensor]:
+def _words(model: STDiT, batch: int = 1) -> dict[str, Tensor]:
     channels = model.config.caption_channels
-    return {} if channels is None else {"captions": torch.zeros(1, 16, channels)}
+    return {} if channels is None else {"captions": torch.zeros(batch, 16, channels, device=model.device)}
 
 
 @dataclass(frozen=True)
@@ -146,5 +146,5 @@ def _saved_bytes(model: STDiT, latent: Shape, batch: int, bf16: bool) -> float:
         return x
 
     with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        model(*_inputs(model, latent, batch)).float().square().mean()
+        model(*_inputs(model, latent, batch), **_words(model, batch)).float().square().mean()
     return float(sum(storage.nbytes() for storage in storages.values()))

@@ -31,7 +31,7 @@ from stdit.variants import pick
 class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     """Spacetime diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers", grown in time).
 
-    `sample_size` (T, H, W) is the latent size it was made for, a hint and no limit. `class_names` are accepted
+    `sample_size` (T, H, W) is the latent size it was made for: a hint, and how far off a sink stands at most. `class_names` are accepted
     wherever a label is. positions: sizes never seen go on counting
     ("extrapolate") or are squeezed into the trained grid ("interpolate"); may be changed on a trained model
     (`register_to_config(positions=...)`). causal, window, sink: frames see themselves and earlier ones alone,
@@ -93,7 +93,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         super().__init__()
         check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
         pick({"extrapolate": None, "interpolate": None}, positions, "positions")
-        check_causal(causal, window, sink, time_entry, axes, patch_size)
+        check_causal(causal, window, sink, time_entry, axes, patch_size, sample_size[0])
         check_conditioning(conditioning, caption_channels, causal, place_bias)
         wiring = pick(TRUNKS, trunk, "trunk")
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
@@ -190,6 +190,17 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
                 x.repeat(1, 2, *[1] * (x.ndim - 2)) if x is not None and x.ndim > plain else x
                 for x, plain in ((class_labels, 1), (captions, 3), (caption_mask, 2))
             )
+        if cache is not None and (cache.window, cache.sink) != (self.config.window, self.config.sink):
+            raise ValueError(
+                f"the cache holds window={cache.window} and sink={cache.sink}, this model was trained with "
+                f"window={self.config.window} and sink={self.config.sink}; make the cache with these."
+            )
+        behind = hidden_states.shape[2] + (0 if cache is None else cache.frames)
+        if self.config.sink and hidden_states.shape[2] > 1 and behind > self.config.sample_size[0] and history is None:
+            raise ValueError(
+                f"a model with sink={self.config.sink} goes on frame by frame beyond the {self.config.sample_size[0]} latent "
+                "frames of its training; use pipe.stream, or a cache and one frame a call."
+            )
         if kept is not None and not self.wiring.hides:
             raise ValueError(f"trunk={self.config.trunk!r} sees every patch; leave `kept` out, or use trunk='masked'.")
         frames, rows, columns = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
@@ -214,7 +225,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             shown = None if condition.seen is None else condition.seen.expand(-1, frames, -1)
             tokens = torch.cat([told.to(tokens), tokens], dim=2)
         layout = kind((frames, rows, columns), cache.frames if cache is not None else 0, scale, extras, shown)
-        tokens = self.wiring(self.blocks, tokens, Way(self._call, condition, layout, cache, kept))
+        tokens = self.wiring(tokens, Way(self.blocks, self._call, condition, layout, cache, kept))
         if cache is not None and cache.writing:
             cache.frames += frames
         tokens = tokens[:, :, extras:]
@@ -240,8 +251,8 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         if bound or told_by_tokens or not self.wiring.packs or self.config.place_bias:
             raise ValueError(
                 "packed sequences take models with causal=false, positions='extrapolate', patches of one frame, a trunk of "
-                "blocks alone without place_bias (stack, long_skip) and a condition that is a vector (adaln_zero, adaln, "
-                "adaln_single, no captions); use batches of one shape instead."
+                "blocks alone without place_bias (such as stack) and a condition that is a vector (such as adaln_zero, and no "
+                "captions); use batches of one shape instead."
             )
         grids = [token_grid(tuple(x.shape[1:]), self.patch_size) for x in latents]
         layout = Packed(grids)
@@ -260,7 +271,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             *(None if part is None else part.reshape(1, 1, len(each), -1) for part in condition[:2])  # type: ignore[arg-type]
         )
         tokens = torch.cat(parts, dim=1)[:, None]
-        tokens = self.wiring(self.blocks, tokens, Way(self._call, condition, layout))
+        tokens = self.wiring(tokens, Way(self.blocks, self._call, condition, layout))
         tokens = self.final_layer(tokens, condition, layout)
         pieces = tokens[:, 0].split([t * s for t, s in layout.counts], dim=1)
         return [
@@ -286,7 +297,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         if self.config.positions == "extrapolate":
             return (1.0, 1.0, 1.0)
         t, y, x = (size // patch for size, patch in zip(self.config.sample_size, self.patch_size, strict=True))
-        return (t / grid[0], y / grid[1], x / grid[2])
+        return (1.0 if self.config.causal else t / grid[0], y / grid[1], x / grid[2])  # a cache counts on
 
     def _call(self, block: nn.Module, *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():

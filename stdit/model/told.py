@@ -47,9 +47,9 @@ class Told:
             parts.append(label if class_labels.ndim > 1 else label[:, None])
         if self.info_embedder is not None and info is not None:
             parts.append(self.info_embedder(info)[:, None, None].to(time))
-        words, seen = self._words(captions, caption_mask)
-        more = self.wiring.told(captions, caption_mask)
-        parts += [] if more is None else [more.to(time)]
+        words, seen = self._words(captions, caption_mask, time.dtype)
+        more = self.wiring.told(captions, caption_mask, time.dtype)
+        parts += [] if more is None else [more]
         vector = sum(parts[1:], parts[0])
         if not self.how.by_tokens:
             return Condition(vector, None if self.adaLN_single is None else self.adaLN_single(vector), words, seen)
@@ -66,7 +66,9 @@ class Told:
             seen = torch.cat([seen.new_ones(told.shape[:3]), seen.expand(-1, frames, -1)], dim=2)
         return Condition(vector, None, torch.cat(parts, dim=2), seen)
 
-    def _words(self, captions: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _words(
+        self, captions: Tensor | None, mask: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Captions (B, T|1, L, D) and their mask (B, T|1, L)."""
         if self.caption_embedder is None:
             if captions is not None:
@@ -74,7 +76,7 @@ class Told:
             return None, None
         if captions is None:
             raise ValueError("this model is told captions: give captions, for none those of the empty text.")
-        words = self.caption_embedder(captions.to(self.caption_embedder.fc1.weight.dtype))
+        words = self.caption_embedder(captions.to(dtype))
         if mask is not None:
             mask = mask.bool() if mask.ndim > 2 else mask.bool()[:, None]
         return (words if words.ndim > 3 else words[:, None]), mask

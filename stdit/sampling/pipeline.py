@@ -199,7 +199,7 @@ class STDiTPipeline(DiffusionPipeline):
         """`after` new frames behind a clip by a causal model, group by group as they are made: (B, 3, f, H, W).
 
         Time and memory for a new frame stay constant however long it runs: keys and values of finished frames are kept
-        for the model's window, pixels are decoded as a stream.
+        for the model's window (and its sink), pixels are decoded as a stream.
         """
         if not self.transformer.config.causal:
             raise ValueError("this model is not causal; use extend, or train with model.causal=true.")

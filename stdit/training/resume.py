@@ -17,8 +17,13 @@ _FREE = (
 )  # fmt: skip
 
 
-def find_checkpoint(config: TrainConfig, folders: RunFolders, resolved: dict, main: bool = True) -> Checkpoint | None:
-    """The checkpoint that `train.resume` names; None to begin. ValueError if it was made with another config."""
+def find_checkpoint(
+    config: TrainConfig, folders: RunFolders, resolved: dict, defaults: dict, main: bool = True
+) -> Checkpoint | None:
+    """The checkpoint that `train.resume` names; None to begin. ValueError if it was made with another config.
+
+    defaults: the values that keys have which nobody gave, for those that did not exist when it was written.
+    """
     if config.resume == "never":
         if main and list_checkpoints(folders.checkpoints):
             _set_aside(folders.checkpoints)
@@ -29,11 +34,9 @@ def find_checkpoint(config: TrainConfig, folders: RunFolders, resolved: dict, ma
         checkpoint = _named(Path(config.resume))
     if checkpoint is None:
         return None
-    # A section that did not exist when the checkpoint was written had its defaults.
-    sections = {key: value for key, value in resolved.items() if isinstance(value, dict)}
     changed = [
         line
-        for line in differences({**sections, **checkpoint.info["config"]}, resolved)
+        for line in differences(_over(defaults, checkpoint.info["config"]), resolved)
         if not line.startswith(tuple(f"{k}:" for k in _FREE))
     ]
     if changed and not config.allow_changes:
@@ -42,6 +45,13 @@ def find_checkpoint(config: TrainConfig, folders: RunFolders, resolved: dict, ma
             "begin again with train.resume=never, or go on all the same with train.allow_changes=true."
         )
     return checkpoint
+
+
+def _over(defaults: dict, given: dict) -> dict:
+    """`given`, and of what it lacks the defaults."""
+    merged = {**defaults, **given}
+    both = (key for key in merged if isinstance(given.get(key), dict) and isinstance(defaults.get(key), dict))
+    return merged | {key: _over(defaults[key], given[key]) for key in both}
 
 
 def _named(path: Path) -> Checkpoint:

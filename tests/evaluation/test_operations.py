@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from stdit.data.shapes import CLASS_NAMES
 from stdit.evaluation import operations as op
 
 DATA = op.held_out(12, 17, "straight", 64, 5)
@@ -13,7 +14,7 @@ DATA = op.held_out(12, 17, "straight", 64, 5)
 class Answers:
     """A pipeline that gives the clips it was made with, whatever it is asked."""
 
-    transformer = SimpleNamespace(num_classes=12)
+    transformer = SimpleNamespace(config=SimpleNamespace(class_names=CLASS_NAMES))
 
     def __init__(self, clips):
         self.clips = clips

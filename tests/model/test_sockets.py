@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import from_noise
+from conftest import fill, from_noise
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -12,6 +12,7 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.training_utils import EMAModel
 
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
@@ -93,6 +94,7 @@ def test_bfloat16_loading_keeps_positions_and_the_clock_in_float32(model, tmp_pa
 @torch.no_grad()
 @pytest.mark.parametrize("backend", ["native", "_native_math"])
 def test_attention_back_ends_agree(model, backend, monkeypatch):
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry.get_active_backend()[0])
     x, asked = case(), []
     want = model(*x)
     dispatch = attention.dispatch_attention_fn
@@ -186,6 +188,17 @@ def test_layerwise_casting_stores_fp8_and_computes_in_float32(model):
     assert model.t_embedder.mlp[0].weight.dtype == model.x_embedder.proj.weight.dtype == torch.float32
     got = model(*x)
     assert 0 < (got - want).norm() / want.norm() < 0.1
+
+
+@pytest.mark.parametrize("trunk", ["stack", "joint"])
+@torch.no_grad()
+def test_layerwise_casting_takes_captions(trunk):
+    model = fill(STDiT(2, 32, 4, in_channels=4, caption_channels=8, trunk=trunk), 0.1).eval()
+    inputs = torch.randn(2, 4, 2, 4, 4), torch.tensor([3.0, 700.0])
+    words = {"captions": torch.randn(2, 5, 8), "caption_mask": torch.arange(5)[None] < torch.tensor([[3], [5]])}
+    want = model(*inputs, **words)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert (model(*inputs, **words) - want).norm() / want.norm() < 0.2
 
 
 @torch.no_grad()

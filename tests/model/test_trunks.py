@@ -1,5 +1,6 @@
 import pytest
 import torch
+from accelerate import dispatch_model
 from conftest import fill
 
 import stdit.model.trunks
@@ -166,8 +167,8 @@ def test_a_wiring_from_anywhere_is_one_class_and_one_row(monkeypatch, tmp_path):
             super().__init__(build)
             self.gate = torch.nn.Parameter(torch.zeros(build.dim))
 
-        def forward(self, blocks, tokens, way):
-            for block in blocks:
+        def forward(self, tokens, way):
+            for block in way.blocks:
                 tokens = tokens + self.gate * way(block, way(block, tokens))
             return tokens
 
@@ -183,6 +184,18 @@ def test_a_wiring_from_anywhere_is_one_class_and_one_row(monkeypatch, tmp_path):
     assert torch.equal(STDiT.from_pretrained(tmp_path).wiring.gate, network.wiring.gate)
     config = load_typed(Config, "configs/video.yaml", ["model.trunk=twice", "objective.scheme=shared"])
     assert config.model.trunk == "twice"
+
+
+@pytest.mark.parametrize("name", ["u-vit", "mdt", "diffit"])
+@torch.no_grad()
+def test_accelerate_spreads_a_model_over_devices_and_disk(name, tmp_path):
+    network, (x, t, labels) = model(name), inputs()
+    want = network(x, t, labels)
+    places = {key: "cpu" for key, _ in network.named_children() if key != "blocks"}
+    places |= {f"blocks.{i}": "disk" if i % 2 else "cpu" for i in range(len(network.blocks))}
+    spread = dispatch_model(network, places, main_device="cpu", offload_dir=tmp_path)
+    assert any(value.is_meta for value in spread.parameters())
+    torch.testing.assert_close(spread(x, t, labels), want)
 
 
 @pytest.mark.parametrize("name", TRUNKS)
@@ -211,7 +224,9 @@ def test_muon_takes_matrices_and_no_tables(name):
         (["model.trunk=joint"], "text.encoder=words"),
         (["model.trunk=masked", "data.packing=true", "data.sizes=[[17,64,64]]"], "one of stack, long_skip"),
         (["model.trunk=u_shape", "objective.scheme=mixed"], "objective.shares.region=0"),
-        (["model.network=unet", "model.conditions=[fps]"], "no model.conditions"),
+        (["model.network=unet", "model.conditions=[fps]"], "none of model.conditions"),
+        (["model.network=unet", "model.trunk=long_skip"], "none of model.trunk=long_skip"),
+        (["model.causal=true", "model.sink=1", "data.sizes=[[33,64,64]]"], "data.num_frames=33"),
         (["model.conditioning=adaln_zer"], "Did you mean 'adaln_zero'"),
         (["objective.scheme=teacher"], "model.causal=true"),
     ],

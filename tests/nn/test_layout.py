@@ -84,6 +84,26 @@ def test_a_sink_is_seen_for_ever_and_no_further_off_than_in_training():
     assert not torch.allclose(last([1, 2, 3] * 30), long, atol=1e-3)
 
 
+def test_a_sink_that_was_not_learnt_or_would_not_be_exact_is_refused():
+    with pytest.raises(ValueError, match="sink \\+ window latent frames or more"):
+        causal(["joint"], 4, sink=3)
+    with pytest.raises(ValueError, match="set a window"):
+        causal(["joint"], None, sink=1)
+    model, (x, t, labels) = causal(["joint"], 2, sink=1), inputs(8)
+    with pytest.raises(ValueError, match="frame by frame beyond the 6"):
+        model(x, t, labels)
+    with pytest.raises(ValueError, match="make the cache with these"):
+        model(x[:, :, :1], t[:, :1], labels, cache=FrameCache(2))
+
+
+@torch.no_grad()
+def test_squeezed_positions_leave_the_time_of_a_causal_model_alone():
+    model, (x, t, labels), cache = causal(["joint"], 3, positions="interpolate"), inputs(), FrameCache(3)
+    cache.writing = True
+    parts = [model(x[:, :, i : i + 1], t[:, i : i + 1], labels, cache=cache) for i in range(6)]
+    torch.testing.assert_close(torch.cat(parts, 2), model(x, t, labels), atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_rotary_time_knows_distances_only():
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import resource
@@ -8,6 +9,10 @@ import sys
 import pytest
 import torch
 
+from stdit.config import Config, to_plain
+from stdit.training.config import TrainConfig
+from stdit.training.resume import find_checkpoint
+from stdit.training.run import RunFolders
 from stdit.training.state import (
     damage,
     flatten_optimizer,
@@ -171,3 +176,16 @@ def test_an_optimizer_goes_on_where_it_stopped(kind, tmp_path):
     restore_optimizer(second, checkpoint.tensors["optimizer"], json.loads(json.dumps(checkpoint.info["optimizer"])))
     steps(half, second, 3, 6)
     assert torch.equal(whole, half)
+
+
+def test_a_key_that_came_later_counts_as_its_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    now, folders = to_plain(Config()), RunFolders("old")
+    old = copy.deepcopy(now)
+    del old["model"]["sink"], old["text"]
+    save_checkpoint(folders.checkpoints, 1, {"model": {"w": torch.zeros(1)}}, {"config": old}, keep=2)
+    config = TrainConfig()
+    assert find_checkpoint(config, folders, now, to_plain(Config())) is not None
+    now["model"]["sink"] = 1
+    with pytest.raises(ValueError, match=r"model\.sink: 0 -> 1"):
+        find_checkpoint(config, folders, now, to_plain(Config()))

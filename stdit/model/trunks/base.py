@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from stdit.nn.attention import PLACES
@@ -37,9 +38,13 @@ class Build:
 
 @dataclass(frozen=True)
 class Way:
-    """What goes with the tokens from block to block. call: runs a block, checkpointed where that is asked for; kept: (B, n)
-    patches that may be seen, None for all."""
+    """The blocks, and what goes with the tokens from one to the next. call: runs a block, checkpointed where that is asked
+    for; kept: (B, n) patches that may be seen, None for all.
 
+    Blocks stand here, not among a trunk's arguments, since accelerate's hooks move modules that are given to a module.
+    """
+
+    blocks: nn.ModuleList
     call: Callable[..., Any]
     condition: Condition
     layout: Layout
@@ -82,11 +87,11 @@ class Trunk(nn.Module):
     def reset(self) -> None:
         """Its own start, where a linear layer's does not fit."""
 
-    def told(self, captions: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    def told(self, captions: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """(B, 1, 1, D) that it adds to the condition's vector, of captions (B, L, C) and their mask (B, L)."""
         return None
 
-    def forward(self, blocks: nn.ModuleList, tokens: Tensor, way: Way) -> Tensor:
+    def forward(self, tokens: Tensor, way: Way) -> Tensor:
         """Tokens (B, T, S, D) through all blocks."""
         raise NotImplementedError
 

@@ -1,5 +1,6 @@
 """SD3's and FLUX's wiring: video and text side by side through every block."""
 
+import torch
 from torch import Tensor, nn
 
 from stdit.model.trunks.base import Build, Trunk, Way
@@ -46,17 +47,17 @@ class Joint(Trunk):
             for i, time in enumerate(build.times)
         ]
 
-    def told(self, captions: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    def told(self, captions: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         assert captions is not None  # a model with captions has said so
         if captions.ndim > 3:
             raise ValueError("trunk='joint' takes one caption a clip; give captions (B, L, C), or use another trunk.")
         said = captions.new_ones(captions.shape[:2]) if mask is None else mask.to(captions)
         mean = (captions * said[..., None]).sum(1) / said.sum(1, keepdim=True).clamp(min=1)
-        return self.pooled_embedder(mean.to(self.pooled_embedder.fc1.weight.dtype))[:, None, None]
+        return self.pooled_embedder(mean.to(dtype))[:, None, None]
 
-    def forward(self, blocks: nn.ModuleList, tokens: Tensor, way: Way) -> Tensor:
+    def forward(self, tokens: Tensor, way: Way) -> Tensor:
         assert way.condition.tokens is not None
         text = way.condition.tokens[:, 0]
-        for block in blocks:
+        for block in way.blocks:
             tokens, text = way.call(block, tokens, text, way.condition, way.layout)
         return tokens

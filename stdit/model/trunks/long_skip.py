@@ -16,8 +16,8 @@ class LongSkip(Trunk):
     def make_blocks(self, build: Build) -> list[nn.Module]:
         return [build.block(i, skip=i >= build.depth - build.depth // 2) for i in range(build.depth)]
 
-    def forward(self, blocks: nn.ModuleList, tokens: Tensor, way: Way) -> Tensor:
-        return skipping(blocks, tokens, way)
+    def forward(self, tokens: Tensor, way: Way) -> Tensor:
+        return skipping(way.blocks, tokens, way)
 
 
 def skipping(blocks: Sequence[nn.Module], tokens: Tensor, way: Callable[..., Tensor]) -> Tensor:

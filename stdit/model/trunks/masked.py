@@ -50,9 +50,9 @@ class Masked(Trunk):
         nn.init.normal_(self.token, std=0.02)
         self.side.reset()  # type: ignore[operator]
 
-    def forward(self, blocks: nn.ModuleList, tokens: Tensor, way: Way) -> Tensor:
+    def forward(self, tokens: Tensor, way: Way) -> Tensor:
         assert isinstance(way.layout, Dense)
-        begin, (_, rows, columns) = tokens, way.layout.grid
+        blocks, begin, (_, rows, columns) = way.blocks, tokens, way.layout.grid
         encoder, decoder = blocks[: len(blocks) - self.decode_depth], blocks[len(blocks) - self.decode_depth :]
         places = self.places(rows, columns).to(tokens)
         if way.kept is None:

@@ -1,6 +1,6 @@
 """DiT's wiring."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from stdit.model.trunks.base import Trunk, Way
 
@@ -10,7 +10,7 @@ class Stack(Trunk):
 
     packs = True
 
-    def forward(self, blocks: nn.ModuleList, tokens: Tensor, way: Way) -> Tensor:
-        for block in blocks:
+    def forward(self, tokens: Tensor, way: Way) -> Tensor:
+        for block in way.blocks:
             tokens = way(block, tokens)
         return tokens

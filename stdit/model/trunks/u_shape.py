@@ -38,9 +38,9 @@ class UShape(Trunk):
                 "more, and patches alone; use depth=3 and conditioning='time_attention' (DiffiT) or 'adaln_zero'."
             )
 
-    def forward(self, blocks: nn.ModuleList, tokens: Tensor, way: Way) -> Tensor:
+    def forward(self, tokens: Tensor, way: Way) -> Tensor:
         """Tokens (B, T, rows * columns, D) down and up again; ValueError for a grid that cannot be halved."""
-        layout = way.layout
+        blocks, layout = way.blocks, way.layout
         assert isinstance(layout, Dense)
         frames, rows, columns = layout.grid
         if rows % 2 or columns % 2:
