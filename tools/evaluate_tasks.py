@@ -56,7 +56,7 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
 def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a model of shapes that bounce."""
     length, size = pipe.config.num_frames, pipe.config.height
-    options = {**options, "history_guidance": 1.5}
+    options = {**options, "history_guidance": 2.0}
     short, beyond = (op.held_out(count, n, "bounce", size, seed + 1) for n in (length, length + 16))
     return {
         "extend-bounce": lambda: op.extension(pipe, short, 5, False, 2.0, **options),
