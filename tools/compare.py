@@ -32,6 +32,7 @@ from stdit.data.loader import batches
 from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_write import to_uint8, write_contact_sheet
 from stdit.diffusion.objective import build_objective
+from stdit.evaluation.captions import asked, caption
 from stdit.evaluation.compare import Comparison, Run, by_variant, page
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.shapes import report
@@ -152,7 +153,7 @@ def measure(spec: Comparison, variant: str, seed: int, about: dict, folder: Path
     run.minutes, run.clips_per_second = seconds / 60, config.train.batch_size * about["steps"] / seconds
     run.losses = {f"{level:g}": loss for level, loss in zip(LEVELS, held_losses(pipe, config), strict=True)}
     clips = made(pipe, spec, config)
-    names = [CLASS_NAMES[i % len(CLASS_NAMES)] for i in range(len(clips))]
+    names = [f"{shape} {direction}" for _, shape, direction in wanted(spec, config)]
     if sorted(pipe.transformer.config.class_names or []) == sorted(CLASS_NAMES) or config.text.encoder:
         judged = report([to_uint8(clip) for clip in clips], [CLASS_NAMES.index(name) for name in names])
         run.shape, run.direction, run.both = judged.shape, judged.direction, judged.both
@@ -165,17 +166,23 @@ def measure(spec: Comparison, variant: str, seed: int, about: dict, folder: Path
     return run
 
 
+def wanted(spec: Comparison, config: Config) -> list[tuple[str, str, str]]:
+    """Colour, shape and direction of every clip that is asked for: of captions all evenly, of labels no colour."""
+    if config.text.encoder:
+        return asked(None, spec.clips)
+    shapes = [CLASS_NAMES[i % len(CLASS_NAMES)].split() for i in range(spec.clips)]
+    return [("", shape, direction) for shape, direction in shapes]
+
+
 def made(pipe: STDiTPipeline, spec: Comparison, config: Config) -> torch.Tensor:
     """Clips of every label or caption in turn, or of none."""
     how: dict[str, Any] = {
         "num_inference_steps": spec.sample_steps, "guidance_scale": spec.guidance, "seed": 1, "progress": False,
     }  # fmt: skip
-    names = [CLASS_NAMES[i % len(CLASS_NAMES)] for i in range(spec.clips)]
     if config.text.encoder:
-        shapes = [name.split() for name in names]
-        return pipe(captions=[f"a {shape} moves {direction}" for shape, direction in shapes], **how)
+        return pipe(captions=[caption(*one) for one in wanted(spec, config)], **how)
     if sorted(pipe.transformer.config.class_names or []) == sorted(CLASS_NAMES):
-        return pipe(names, **how)
+        return pipe([f"{shape} {direction}" for _, shape, direction in wanted(spec, config)], **how)
     classes = pipe.transformer.num_classes
     return pipe([i % classes for i in range(spec.clips)] if classes else None, num_videos=spec.clips, **how)
 

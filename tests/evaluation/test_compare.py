@@ -4,7 +4,11 @@ from pathlib import Path
 import compare
 import pytest
 
-from stdit.config import Config, load_typed
+from stdit.config import Config, TextChoice, load_typed
+from stdit.data.config import DataConfig
+from stdit.data.datasets import MovingShapes
+from stdit.data.shapes import CLASS_NAMES
+from stdit.evaluation.captions import caption
 from stdit.evaluation.compare import Budget, Comparison, Run, differences, order, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +114,15 @@ def test_a_comparison_trains_judges_writes_a_page_and_goes_on_where_it_stopped(t
     assert Path("output/compare/c/comparison.md").read_text() == page and not trained
     with pytest.raises(ValueError, match="differs in clips"):
         compare.main(["c.yaml", "clips=24"])
+
+
+def test_captions_asked_for_are_such_as_the_data_has():
+    spec = Comparison(variants={"a": {}}, budget=Budget(steps=1), clips=192)
+    said = [caption(*one) for one in compare.wanted(spec, Config(text=TextChoice(encoder="words")))]
+    data = MovingShapes(DataConfig(source="shapes", num_shapes=2000))
+    assert len(set(said)) == 96 and set(said) == {data.caption(i) for i in range(2000)}
+    labels = compare.wanted(spec, Config())
+    assert [f"{shape} {direction}" for _, shape, direction in labels[:12]] == list(CLASS_NAMES)
 
 
 def test_a_typo_in_any_variant_is_found_before_anything_is_trained(tmp_path, monkeypatch):
