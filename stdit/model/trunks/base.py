@@ -1,5 +1,6 @@
 """What any wiring of blocks is asked: which blocks, who follows whom, and what it does not go with."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -58,7 +59,7 @@ class Way:
         return self.call(block, tokens, self.condition, layout or self.layout, self.cache, skip)
 
 
-class Trunk(nn.Module):
+class Trunk(nn.Module, ABC):
     """How blocks are wired; what it owns beside them. The blocks themselves are the model's, `blocks.0` to the last.
 
     packs: takes clips of many shapes in one row. by_patch: takes a level for every patch. hides: may learn with patches
@@ -91,9 +92,9 @@ class Trunk(nn.Module):
         """(B, 1, 1, D) that it adds to the condition's vector, of captions (B, L, C) and their mask (B, L)."""
         return None
 
+    @abstractmethod
     def forward(self, tokens: Tensor, way: Way) -> Tensor:
         """Tokens (B, T, S, D) through all blocks."""
-        raise NotImplementedError
 
 
 def time_entries(entry: str, axes: Sequence[str]) -> list[str]:
