@@ -33,6 +33,15 @@ def _prefix(generator: torch.Generator, grid: Grid) -> Tensor:
     return known
 
 
+def _motion(generator: torch.Generator, grid: Grid) -> Tensor:
+    """The first frames, at least two: one does not tell how things move."""
+    if grid[0] < 3:
+        return _prefix(generator, grid)
+    known = _nothing(generator, grid)
+    known[: 2 + _below(generator, grid[0] - 2)] = True
+    return known
+
+
 def _suffix(generator: torch.Generator, grid: Grid) -> Tensor:
     """The last frames, at least one."""
     return _prefix(generator, grid).flip(0)
@@ -93,6 +102,7 @@ SCHEMES: dict[str, Scheme] = {
     "shared": Scheme(),
     "per_frame": Scheme(independent=True),
     "prefix": Scheme(_prefix),
+    "motion": Scheme(_motion),
     "suffix": Scheme(_suffix),
     "ends": Scheme(_ends),
     "random": Scheme(_random),

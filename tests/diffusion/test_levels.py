@@ -44,6 +44,7 @@ def test_each_scheme_takes_as_known_what_its_name_says():
     everything = {tuple(t < n for t in range(5)) for n in range(1, 5)}
     assert masks("prefix") == everything
     assert masks("suffix") == {mask[::-1] for mask in everything}
+    assert masks("motion") == {mask for mask in everything if mask[1]}
     assert masks("every") == {tuple(t % k == 0 for t in range(5)) for k in (2, 3, 4, 5)}
     gaps = {(b, e) for b in range(1, 4) for e in range(b + 1, 5)}
     assert masks("ends", count=400) == {tuple(not b <= t < e for t in range(5)) for b, e in gaps}
