@@ -63,7 +63,7 @@ def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
         "extend-beyond": lambda: op.extension(pipe, beyond, length, False, 4.0, **options),
         "extend-beyond-5": lambda: op.extension(pipe, beyond, 5, False, 4.0, **options),
         "connect": lambda: op.connection(pipe, short, 5, 4, 1.5, **options),
-        "loop": lambda: op.loops(pipe, short, 9, 12, **options),
+        "loop": lambda: op.loops(pipe, short, length, 12, **options),
     }
 
 

@@ -19,12 +19,14 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from stdit.data.inputs import Input, read_input, read_mask
-from stdit.data.video_write import write_video
+from stdit.data.video_write import WRITERS, write_video
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.tasks import surround
 
@@ -51,7 +53,10 @@ def output_paths(args: argparse.Namespace, model: Path, count: int, suffix: str,
         folder = Path(args.output) if args.output else Path("output") / model.name / "samples"
         task = "" if args.task == "generate" else f"{args.task}-"
         paths = [folder / f"{task}{i:03d}-seed-{args.seed}-{digest}{suffix}" for i in range(count)]
-    taken = [path for path in paths if path.exists()]
+    unknown = [path for path in paths if path.suffix.lower() not in WRITERS]
+    if unknown:
+        raise ValueError(f"--output {unknown[0]}: cannot write {unknown[0].suffix}; use one of {', '.join(WRITERS)}.")
+    taken = [file for path in paths for file in (path, path.with_suffix(".json")) if file.exists()]
     if taken and not args.overwrite:
         raise ValueError(f"{taken[0]} exists; choose another --output or --seed, or pass --overwrite.")
     for path in paths:
@@ -66,7 +71,7 @@ def generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace,
 def inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, labels, options: dict):
     (given,) = inputs
     if args.mask:
-        mask = read_mask(args.mask, given.source, tuple(given.pixels.shape[3:]))
+        mask = read_mask(args.mask, given.source, tuple(given.pixels.shape[2:]), args.fps or pipe.config.fps)
         return pipe.inpaint(given.pixels, mask, labels, **options)
     pixels, mask = surround(given.pixels, args.height or pipe.config.height, args.width or pipe.config.width)
     return pipe.inpaint(pixels, mask, labels, **options)
@@ -87,7 +92,9 @@ TASKS: dict[str, tuple[int, Callable, tuple[str, ...]]] = {
     "inpaint": (1, inpaint, ("mask", "frames")),
     "edit": (1, lambda p, x, a, y, o: p.edit(x[0].pixels, a.strength, y, **o), ("strength", "frames")),
 }
-OWN = {"after": 0, "before": 0, "mask": None, "strength": 0.6, "factor": 2}
+OWN = {"after": 0, "before": 0, "mask": None, "strength": 0.6, "factor": 2, "num_videos": 4}
+COUNTS = ("frames", "height", "width", "num_videos", "factor", "every", "window", "overlap", "tile")  # 1 or more
+STILL = ("inpaint", "edit")  # tasks that make of a picture a picture
 FRAMES_TAKEN = ("extend", "interpolate", "inpaint", "edit")  # tasks where --frames shortens the input
 
 
@@ -97,18 +104,28 @@ def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline) -> list[Input]:
     for name, default in OWN.items():
         if getattr(args, name) != default and name not in flags:
             users = [task for task, (_, _, own) in TASKS.items() if name in own]
-            raise ValueError(f"--{name} belongs to --task {' or '.join(users)}, not to {args.task}; leave it out.")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} belongs to --task {' or '.join(users)}, not to {args.task}; leave it out.")
     if len(args.input) != count:
         raise ValueError(f"--task {args.task} takes {count} --input file(s), {len(args.input)} given.")
-    size = (args.height or pipe.config.height, args.width or pipe.config.width)
-    if args.task == "inpaint" and not args.mask:  # the picture keeps its place inside the larger frame
-        size = (min(size[0], pipe.config.height), min(size[1], pipe.config.width))
+    trained = (pipe.config.height, pipe.config.width)
+    size: Any = (args.height or trained[0], args.width or trained[1])
+    if args.task == "inpaint" and not args.mask:  # the whole picture inside the larger frame
+        size = partial(_inside, frame=size, trained=trained)
     frames = args.frames if args.task in FRAMES_TAKEN else None
     inputs = [read_input(path, size, args.fps or pipe.config.fps, frames) for path in args.input]
     for path, given in zip(args.input, inputs, strict=True):
         if given.note:
             print(f"{path}: {given.note}")
     return inputs
+
+
+def _inside(source: tuple[int, int], frame: tuple[int, int], trained: tuple[int, int]) -> tuple[int, int]:
+    """The size of a picture that is to stand whole in a frame, no larger than it takes to cover what the model knows."""
+    scale = min(
+        *(f / s for f, s in zip(frame, source, strict=True)), max(t / s for t, s in zip(trained, source, strict=True))
+    )
+    return max(1, round(source[0] * scale)), max(1, round(source[1] * scale))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -119,7 +136,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--input", nargs="+", default=[], metavar="PATH", help="clips or pictures that a task starts from")
     add("--after", type=int, default=0, help="extend: new frames behind")
     add("--before", type=int, default=0, help="extend: new frames in front")
-    add("--mask", help="inpaint: a picture of the clip's size, white where pixels are to be made")
+    add("--mask", help="inpaint: a picture (or clip) of the clip's size, white where pixels are to be made")
     add("--strength", type=float, default=0.6, help="edit: 0 changes nothing, 1 everything")
     add("--factor", type=int, default=2, help="interpolate: times the frame rate")
     add("--class-label", nargs="+", help="numbers or names, one clip each; default: one of each class, for tasks none")
@@ -154,17 +171,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--overlap", type=int, help="known frames in a window at most")
     add("--blend", type=int, default=0, help="known pixels this near to made ones fade into them")
     add("--tile", type=int, help="decode in tiles of so many latents")
+    add(
+        "--positions",
+        help="of sizes never trained: extrapolate, or interpolate into the trained grid; default: the model's",
+    )
     add("--seed", type=int, default=0)
     add("--gif", action="store_true", help="write gif instead of mp4")
     add("--output", help="a file (.mp4, .gif, .png) or a folder")
     add("--overwrite", action="store_true")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in (*COUNTS, "fps"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} {value} is none; use {'a positive number' if name == 'fps' else '1 or more'}.")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     model = Path(args.model) if args.model else newest_model()
     pipe = STDiTPipeline.from_pretrained(str(model))
+    if args.positions:
+        pipe.transformer.set_positions(args.positions)
     if torch.cuda.is_available():
         pipe.to("cuda")
     inputs = read_inputs(args, pipe)
@@ -178,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         "num_inference_steps": args.steps, "guidance_scale": args.guidance, "guidance_interval": tuple(args.guidance_interval),
         "guidance_channels": args.guidance_channels, "history_guidance": args.history_guidance, "seed": args.seed,
         "solver": args.solver, "arrangement": args.arrangement, "every": args.every, "overlap": args.overlap,
-        "blend": args.blend, "tile": args.tile, **({"window": args.window} if args.window else {}),
+        "blend": args.blend, "tile": args.tile, "fps": args.fps, **({"window": args.window} if args.window else {}),
         **({"captions": words} if words else {}),
     }  # fmt: skip
     settings = {
@@ -186,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
         "height": args.height or pipe.config.height, "width": args.width or pipe.config.width, **options,
         **{name: getattr(args, name) for name in ("input", *OWN)},
     }  # fmt: skip
-    suffix = ".png" if plain and settings["num_frames"] == 1 else ".gif" if args.gif else ".mp4"
+    still = settings["num_frames"] == 1 if plain else args.task in STILL and inputs[0].pixels.shape[2] == 1
+    suffix = ".png" if still else ".gif" if args.gif else ".mp4"
     paths = output_paths(args, model, count, suffix, settings)
     with warnings.catch_warnings(record=True) as said:
         clips = TASKS[args.task][1](pipe, inputs, args, numbers, options)

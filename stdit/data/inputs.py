@@ -1,5 +1,6 @@
 """A user's own picture, clip or mask, at the size and frame rate a model works at; what was changed is said."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,50 +22,68 @@ class Input(NamedTuple):
     source: tuple[int, int]
 
 
-def read_input(path: str | Path, size: tuple[int, int], fps: float, frames: int | None = None) -> Input:
+Size = tuple[int, int]
+
+
+def read_input(path: str | Path, size: Size | Callable[[Size], Size], fps: float, frames: int | None = None) -> Input:
     """A picture (one frame) or clip, scaled to cover `size` (H, W) and cropped, frames picked by time stamps at `fps`.
 
-    frames: only the first so many. ValueError (or VideoError) in one line if it cannot be read or is too short.
+    size: or a function of the file's own. frames: only the first so many. ValueError (or VideoError) in one line if it
+    cannot be read or is too short.
     """
-    path = Path(path)
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        picture = _picture(path, "RGB")[None]
-        found, rate = picture, ""
-    else:
-        with VideoReader(path) as reader:
-            count = max(1, int(np.floor(float(reader.timestamps[-1]) * fps + 1e-3)) + 1)
-            picked = reader.indices_at(np.arange(count) / fps)
-            if abs(reader.fps / fps - 1) < 0.01:  # its own rate: every frame
-                picked = list(range(len(reader)))
-            rate = (
-                ""
-                if len(picked) == len(reader)
-                else f"{len(reader)} frames at {reader.fps:.4g} fps -> {len(picked)} at {fps:g}"
-            )
-            if frames is not None and frames > len(picked):
-                raise ValueError(
-                    f"{path} has {len(picked)} frames at {fps:g} fps, --frames {frames} are more; use fewer."
-                )
-            found = reader.get_frames(picked[:frames])
+    found, rate = _frames(Path(path), fps, frames)
     source = (found.shape[1], found.shape[2])
+    size = size(source) if callable(size) else size
+    covering = cover_size(source, size)
     scaled = "" if source == size else f"{source[0]} x {source[1]} -> {size[0]} x {size[1]}"
-    fitted = crop(resize(found, cover_size(source, size)), size)
+    if max(covering[0] - size[0], covering[1] - size[1]) > 1:
+        scaled += f" (cropped from {covering[0]} x {covering[1]})"
+    fitted = crop(resize(found, covering), size)
     pixels = torch.from_numpy(np.ascontiguousarray(fitted)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     return Input(pixels, ", ".join(note for note in (scaled, rate) if note), source)
 
 
-def read_mask(path: str | Path, source: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """A picture, white where pixels are to be made -> (H, W) bool; of the clip's own size, or of the size worked at."""
-    mask = _picture(Path(path), "L")
-    if mask.shape not in (source, size):
+def read_mask(path: str | Path, source: Size, clip: tuple[int, int, int], fps: float) -> Tensor:
+    """A picture or clip, white where pixels are to be made -> (H, W) or (F, H, W) bool.
+
+    source: (H, W) of the clip's file; clip: (F, H, W) as it is worked at. The mask is of either size, and a clip of a mask
+    has as many frames at `fps`.
+    """
+    path, size = Path(path), clip[1:]
+    still = path.suffix.lower() in IMAGE_SUFFIXES
+    masks = _picture(path, "L")[None] if still else _frames(path, fps, None)[0].mean(-1).astype(np.uint8)
+    if masks.shape[1:] not in (source, size):
         raise ValueError(
-            f"mask {path} is {mask.shape[0]} x {mask.shape[1]}, the clip is {source[0]} x {source[1]}; draw the mask on a "
+            f"mask {path} is {masks.shape[1]} x {masks.shape[2]}, the clip is {source[0]} x {source[1]}; draw the mask on a "
             "picture of the clip's size."
         )
-    if mask.shape != size:
-        covering = cover_size(mask.shape, size)
-        mask = crop(np.asarray(Image.fromarray(mask).resize(covering[::-1], Image.Resampling.NEAREST))[None], size)[0]
-    return torch.from_numpy(mask > 127)
+    if not still and len(masks) != clip[0]:
+        raise ValueError(
+            f"mask {path} has {len(masks)} frames at {fps:g} fps, the clip has {clip[0]}; give one for each, or a picture for "
+            "all."
+        )
+    if masks.shape[1:] != size:
+        covering = cover_size(masks.shape[1:], size)[::-1]
+        masks = np.stack([np.asarray(Image.fromarray(m).resize(covering, Image.Resampling.NEAREST)) for m in masks])
+        masks = crop(masks, size)
+    made = torch.from_numpy(masks > 127)
+    return made[0] if still else made
+
+
+def _frames(path: Path, fps: float, frames: int | None) -> tuple[np.ndarray, str]:
+    """(F, H, W, 3) uint8 of a picture or clip at a rate, and what was done to come to it."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        if frames is not None and frames > 1:
+            raise ValueError(f"{path} is a picture, --frames {frames} are more than its one; leave --frames out.")
+        return _picture(path, "RGB")[None], ""
+    with VideoReader(path) as reader:
+        count = max(1, int(np.floor(float(reader.timestamps[-1]) * fps + 1e-3)) + 1)
+        own = abs(reader.fps / fps - 1) < 0.01  # its own rate: every frame
+        picked = list(range(len(reader))) if own else reader.indices_at(np.arange(count) / fps)
+        if frames is not None and frames > len(picked):
+            raise ValueError(f"{path} has {len(picked)} frames at {fps:g} fps, --frames {frames} are more; use fewer.")
+        note = "" if own else f"{len(reader)} frames at {reader.fps:.4g} fps -> {len(picked)} at {fps:g}"
+        return reader.get_frames(picked[:frames]), note
 
 
 def _picture(path: Path, mode: str) -> np.ndarray:

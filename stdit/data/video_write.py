@@ -38,14 +38,13 @@ def write_video(path: str | os.PathLike, frames: Frames, fps: float = 8) -> None
         raise ValueError(f"{path}: there are no frames to write; give at least one.")
     if not fps > 0:
         raise ValueError(f"{path}: fps={fps} is not a frame rate; use a positive number.")
-    writers = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
-    if path.suffix.lower() not in writers:
+    if path.suffix.lower() not in WRITERS:
         raise ValueError(
-            f"{path}: cannot write {path.suffix or 'a file without suffix'}; use one of {', '.join(writers)}."
+            f"{path}: cannot write {path.suffix or 'a file without suffix'}; use one of {', '.join(WRITERS)}."
         )
     beside = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        writers[path.suffix.lower()](beside, frames, fps)
+        WRITERS[path.suffix.lower()](beside, frames, fps)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -70,6 +69,9 @@ def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
 
 def _write_png(path: Path, frames: np.ndarray, fps: float) -> None:
     Image.fromarray(np.concatenate(list(frames), axis=1)).save(path, format="png")
+
+
+WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
 
 
 def contact_sheet(clips: Sequence[Frames], columns: int = 1, count: int = 5, gap: int = 2) -> np.ndarray:

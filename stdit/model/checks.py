@@ -29,6 +29,10 @@ def check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, cl
         )
 
 
+def check_positions(positions: str) -> None:
+    pick({"extrapolate": None, "interpolate": None}, positions, "positions")
+
+
 def check_causal(
     causal: bool, window: int | None, sink: int, time_entry: str, axes: Sequence[str], patch_size, frames: int
 ) -> None:

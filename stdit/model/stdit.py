@@ -12,7 +12,7 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from stdit.model.checks import check_causal, check_conditioning, check_shape
+from stdit.model.checks import check_causal, check_conditioning, check_positions, check_shape
 from stdit.model.config import size_arguments
 from stdit.model.sockets import Sockets, register_blocks
 from stdit.model.told import Told
@@ -92,7 +92,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
     ):
         super().__init__()
         check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
-        pick({"extrapolate": None, "interpolate": None}, positions, "positions")
+        check_positions(positions)
         check_causal(causal, window, sink, time_entry, axes, patch_size, sample_size[0])
         check_conditioning(conditioning, caption_channels, causal, place_bias)
         wiring = pick(TRUNKS, trunk, "trunk")
@@ -140,6 +140,16 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
     def from_size(cls, size: str, **kwargs) -> "STDiT":
         """A fresh model by name ("S/2" ... "XL/8"); keyword arguments as for the constructor, overriding the name's."""
         return cls(**{**size_arguments(size), **kwargs})
+
+    @property
+    def by_patch(self) -> bool:
+        """Whether patches may stand at levels of their own."""
+        return self.wiring.by_patch and not self.how.by_tokens
+
+    def set_positions(self, positions: str) -> None:
+        """Where patches of sizes never trained stand: `extrapolate` counts on, `interpolate` squeezes into the trained grid."""
+        check_positions(positions)
+        self.register_to_config(positions=positions)
 
     def initialize_weights(self) -> None:
         """DiT's initialisation: xavier for linear layers, 0.02 for embeddings, zero for modulation and head."""

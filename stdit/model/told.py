@@ -56,7 +56,7 @@ class Told:
         if time.shape[2] > 1:
             raise ValueError(
                 f"levels by patch need a vector by patch; conditioning={self.config.conditioning!r} has one token a frame. "
-                "Use conditioning='adaln_zero', or levels by frame (in training objective.shares.region=0)."
+                "Use conditioning='adaln_zero', or levels by frame (masks of whole frames; in training objective.shares.region=0)."
             )
         parts += [] if words is None else [words]
         frames = max(part.shape[1] for part in parts)

@@ -21,6 +21,8 @@ class UNet(ModelMixin, ConfigMixin):
     noise level. causal, window, sink, conditions are there because a pipeline asks for them.
     """
 
+    by_patch = False  # one level for all
+
     @register_to_config
     def __init__(
         self,

@@ -12,6 +12,7 @@ from stdit.model.unet import UNet
 from stdit.precision import Precision, autocast
 from stdit.prompt import Prompt
 from stdit.sampling import tasks
+from stdit.sampling.checks import check, check_window
 from stdit.sampling.guidance import Guidance
 from stdit.sampling.rollout import stream
 from stdit.sampling.sampler import Sampler
@@ -20,7 +21,7 @@ from stdit.sampling.tasks import Canvas
 from stdit.sources import check_reachable, locate
 from stdit.text import TextEncoder, encode_with_null, load_text_encoder
 from stdit.vae import as_video_vae
-from stdit.vae.tiling import decode_tiled
+from stdit.vae.tiling import decode
 
 Labels = Sequence[int | str] | int | str | Tensor | None
 Captions = Sequence[str] | str | None
@@ -194,6 +195,7 @@ class STDiTPipeline(DiffusionPipeline):
         guidance_scale: float = 2.0,
         seed: int = 0,
         solver: str | None = None,
+        fps: float | None = None,
         precision: Precision = "auto",
     ) -> Iterator[Tensor]:
         """`after` new frames behind a clip by a causal model, group by group as they are made: (B, 3, f, H, W).
@@ -203,14 +205,15 @@ class STDiTPipeline(DiffusionPipeline):
         """
         if not self.transformer.config.causal:
             raise ValueError("this model is not causal; use extend, or train with model.causal=true.")
-        canvas = tasks.extend(clip, after, 0, self.video_vae)
+        stride = self.video_vae.stride[0]  # the canvas of one group stands for all: a stream holds no whole clip
+        canvas = tasks.extend(clip, after if after % stride else min(after, stride), 0, self.video_vae)
         of = self.prompt(class_labels, captions, len(clip)).each(lambda x: x.to(self.device))
-        sampler = Sampler(self, num_inference_steps, Guidance(guidance_scale), solver)
-        sampler.check(canvas, canvas.pixels.shape[2])
+        sampler = Sampler(self, num_inference_steps, Guidance(guidance_scale), solver, fps=fps)
+        total = clip.shape[2] + after
+        check(sampler, canvas, total, seed)
         self.set_progress_bar_config(disable=True)
         keys = [(seed, i) for i in range(len(clip))]
-        _, _, total, height, width = canvas.pixels.shape
-        frames = stream(sampler, clip, (total, height, width), of, keys)
+        frames = stream(sampler, clip, (total, *clip.shape[3:]), of, keys)
         while True:  # a generator must not hold autocast open between its parts
             with autocast(precision, self.device):
                 part = next(frames, None)
@@ -227,13 +230,21 @@ class STDiTPipeline(DiffusionPipeline):
         return self.fill(tasks.loop(clip, frames, self.video_vae), class_labels, **options)
 
     def interpolate(
-        self, clip: Tensor, factor: int = 2, class_labels: Labels = None, strength: float = 0.4, **options
+        self,
+        clip: Tensor,
+        factor: int = 2,
+        class_labels: Labels = None,
+        strength: float = 0.4,
+        fps: float | None = None,
+        **options,
     ) -> Tensor:
         """`factor` times as many frames a second: (F - 1) * factor + 1 frames. Options: those of `fill`.
 
-        New frames begin as the blend of their neighbours at level `strength`; more for motion that a blend misses.
+        New frames begin as the blend of their neighbours at level `strength`; more for motion that a blend misses. fps: the
+        clip's own rate (null: as trained); a model that is told rates is told `factor` times that.
         """
-        return self.fill(tasks.interpolate(clip, factor, self.video_vae, strength), class_labels, **options)
+        canvas = tasks.interpolate(clip, factor, self.video_vae, strength)
+        return self.fill(canvas, class_labels, fps=(fps or self.config.fps) * factor, **options)
 
     def inpaint(self, clip: Tensor, mask: Tensor, class_labels: Labels = None, **options) -> Tensor:
         """Make anew where mask (F, H, W), bool, is true. Options: those of `fill`."""
@@ -285,7 +296,7 @@ class STDiTPipeline(DiffusionPipeline):
             solver, arrangement, every, blend if paste else None, tile, fps,
         )  # fmt: skip
         length, overlap = self._window(canvas, window, overlap)
-        sampler.check(canvas, length)
+        check(sampler, canvas, length, seed)
         self.set_progress_bar_config(disable=not progress, leave=False)
         filled = []
         for first in range(0, len(canvas.pixels), batch_size):
@@ -308,8 +319,9 @@ class STDiTPipeline(DiffusionPipeline):
     def _window(self, canvas: Canvas, window: int | None, overlap: int | None) -> tuple[int, int]:
         """Frames looked at at a time, and how many of them may be known ones before those to be made."""
         frames, stride = canvas.pixels.shape[2], self.video_vae.stride[0]
-        length = window or max(self.config.num_frames, 1 + 2 * stride)
-        self.video_vae.latent_frames(length)
+        if window is not None:
+            check_window(window, frames, self.video_vae)
+        length = max(self.config.num_frames, 1 + 2 * stride) if window is None else window
         if frames < length:  # all at once; what does not fill a group is made and cut
             length = next(n for n in range(frames, length + 1) if tasks.fits(self.video_vae, n))
         known = length // 2 // stride * stride + 1 if overlap is None else overlap
@@ -321,12 +333,7 @@ class STDiTPipeline(DiffusionPipeline):
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Latents to pixels on the CPU, a few clips at a time; `tile`: in tiles of so many latents (`vae.tiling`)."""
-        vae = self.video_vae
-
-        def one(part: Tensor) -> Tensor:
-            return vae.decode(part) if tile is None else decode_tiled(vae, part, tile, max(1, tile // 4))
-
-        return torch.cat([one(part.to(vae.dtype)).clamp(-1, 1).float().cpu() for part in latents.split(8)])
+        return decode(self.video_vae, latents, tile)
 
 
 def _label(value: int | str, classes: int, names: Sequence[str] | None) -> int:

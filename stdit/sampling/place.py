@@ -1,5 +1,7 @@
 """Known pixels into latents, and back: which patches are known, how they are encoded, how they guide what is not."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,17 +74,24 @@ def settled(decoded: Tensor, between: Tensor | None, tolerance: float = 0.4) -> 
 
 
 def pixel_guided(
-    predict: Predict, canvas: Tensor, made: Tensor, partly: Tensor, between: Tensor | None, vae: VideoVAE, path: Path
+    predict: Predict,
+    canvas: Tensor,
+    made: Tensor,
+    partly: Tensor,
+    between: Tensor | None,
+    vae: VideoVAE,
+    path: Path,
+    decode: Callable[[Tensor], Tensor],
 ) -> Predict:
     """Help for patches known in part: decode the estimate, put the known pixels in, encode again.
 
-    canvas: (B, 3, F, H, W); partly: (T, 1, 1) or (T, rows, columns); between: see `settled`.
+    canvas: (B, 3, F, H, W); partly: (T, 1, 1) or (T, rows, columns); between: see `settled`; decode: latents to pixels.
     """
 
     def guided(x: Tensor, levels: Tensor) -> Estimate:
         estimate = predict(x, levels)
-        decoded = settled(vae.decode(estimate.clean.to(vae.dtype)).clamp(-1, 1), between)
-        seen = vae.encode(torch.where(made, decoded, canvas.to(decoded))).to(x.dtype)
+        decoded = settled(decode(estimate.clean).to(canvas), between)
+        seen = vae.encode(torch.where(made, decoded, canvas).to(vae.dtype)).to(x.dtype)
         alpha, sigma = path.alpha_sigma(like(levels, x))
         moves = like(partly[None], x) & (sigma > 0)
         noise = (x - alpha * seen) / torch.where(sigma > 0, sigma, 1)

@@ -1,6 +1,5 @@
 """Fills a canvas: window by window, known pixels to latents, a plan, a solver, pixels again."""
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,46 +60,10 @@ class Sampler(NamedTuple):
         values = torch.tensor([[info[name] for name in model.config.conditions]], device=self.pipe.device)
         return partial(model, info=values)
 
-    def check(self, canvas: Canvas, length: int) -> None:
-        """ValueError for what cannot be sampled, a warning for what the model was not trained for."""
-        channels, guided_channels = self.pipe.video_vae.channels, self.guidance.channels
-        height, width = canvas.pixels.shape[3:]
-        self.pipe.video_vae.latent_shape(length, height, width, self.pipe.transformer.patch_size)
-        if isinstance(self.steps, int) and self.steps < 1:
-            raise ValueError(f"num_inference_steps={self.steps} makes no picture; use 1 or more.")
-        if guided_channels is not None and not 1 <= guided_channels <= channels:
-            raise ValueError(f"guidance_channels={guided_channels} is outside the latents' 1 to {channels} channels.")
-        if self.blend is not None and self.blend < 0:
-            raise ValueError(f"blend={self.blend} is negative; use 0 to leave known pixels as they are.")
-        plain = bool(canvas.made.all()) and canvas.strength == 1 and self.arrangement == "together"
-        if self.foreign and not plain:
-            raise ValueError(
-                f"this task holds frames at levels of their own, which is for stdit's own solvers; this model brings "
-                f"{type(self.pipe.scheduler).__name__}: add solver='ddim' (--solver ddim)."
-            )
-        if self.foreign and not isinstance(self.steps, int):
-            raise ValueError(
-                f"num_inference_steps={self.steps!r} is for stdit's own solvers, this model brings "
-                f"{type(self.pipe.scheduler).__name__}; use a number, or add solver='ddim' (--solver ddim)."
-            )
-        closed = ~canvas.made.flatten(1).any(1)
-        if self.pipe.transformer.config.causal and bool((closed[1:] & ~closed[:-1]).any()):
-            raise ValueError(
-                "this model is causal: it cannot see the known frames that follow what is to be made; use a model trained "
-                "without model.causal, or extend a clip by after=."
-            )
-        trained = list(self.pipe.config.schemes)
-        if not canvas.made.all() and trained == ["shared"]:
-            warnings.warn(
-                "this model was trained with objective.scheme=shared and has never seen known frames: expect seams; "
-                "train with objective.scheme=mixed.",
-                stacklevel=5,
-            )
-
     def fill(self, canvas: Canvas, prompt: Prompt, keys: list[tuple[int, ...]], length: int, overlap: int) -> Tensor:
         """Every window in turn; what one made is known to the next. A causal model goes on frame by frame."""
         stride = self.pipe.video_vae.stride[0]
-        if self.pipe.transformer.config.causal and self._goes_forward(canvas):
+        if self.pipe.transformer.config.causal and self.goes_forward(canvas):
             known = canvas.pixels[:, :, : int((~canvas.made).sum())]
             _, _, frames, height, width = canvas.pixels.shape
             size = (frames, height, width)
@@ -120,7 +83,7 @@ class Sampler(NamedTuple):
             number += 1
         return pixels[:, :, :frames]
 
-    def _goes_forward(self, canvas: Canvas) -> bool:
+    def goes_forward(self, canvas: Canvas) -> bool:
         """Whether nothing or whole groups of first frames are known, and all after them is to be made from noise."""
         made, begin = canvas.made, int((~canvas.made[:, 0, 0]).sum())
         whole = begin == 0 or (begin - 1) % self.pipe.video_vae.stride[0] == 0
@@ -162,7 +125,9 @@ class Sampler(NamedTuple):
             return objective.estimate(output(x, levels), x, levels)
 
         helped = (
-            pixel_guided(predict, pixels, made, partly, canvas.between, vae, objective.path)
+            pixel_guided(
+                predict, pixels, made, partly, canvas.between, vae, objective.path, partial(pipe.decode, tile=self.tile)
+            )
             if partly.any()
             else predict
         )

@@ -52,6 +52,23 @@ def decode_tiled(vae: VideoVAE, latents: Tensor, tile: int = 32, overlap: int = 
     return whole / total
 
 
+def overlap_of(tile: int) -> int:
+    """Latents that neighbours share: a quarter of a tile. ValueError for a tile too small to share any."""
+    if tile < 3:
+        raise ValueError(f"tile={tile} latents leave no room beside their overlap; use tile=16 or more.")
+    return max(1, tile // 4)
+
+
+def decode(vae: VideoVAE, latents: Tensor, tile: int | None = None) -> Tensor:
+    """Latents to pixels in [-1, 1] on the CPU, a few clips at a time; `tile`: in tiles of so many latents.
+
+    The smaller a tile against the decoder's reach, the more of its seams is seen; 24 or more are safe with the tiny VAE.
+    """
+    parts = (part.to(vae.dtype) for part in latents.split(8))
+    pixels = (vae.decode(part) if tile is None else decode_tiled(vae, part, tile, overlap_of(tile)) for part in parts)
+    return torch.cat([part.clamp(-1, 1).float().cpu() for part in pixels])
+
+
 def _tiles(height: int, width: int, tile: int, overlap: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     for rows in spans(height, tile, overlap):
         for columns in spans(width, tile, overlap):
