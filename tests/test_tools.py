@@ -7,15 +7,20 @@ import cache_latents
 import check_media
 import evaluate
 import make_shapes
+import numpy as np
 import pytest
+import quickstart
 import sample_video
 import torch
 import train
 from PIL import Image
 
 from stdit.data import VideoReader
+from stdit.data.inputs import read_input
 from stdit.data.manifest import read_manifest
 from stdit.data.shapes import CLASS_NAMES
+from stdit.data.video_write import write_video
+from stdit.sampling.pipeline import STDiTPipeline
 
 TINY = """
 name: t
@@ -195,6 +200,9 @@ def model(home):
         ("loop", ["shapes/000000.mp4", "--frames", "4"], 9),
         ("interpolate", ["shapes/000000.mp4", "--factor", "4"], 17),
         ("inpaint", ["shapes/000000.mp4", "--mask", "mask.png"], 5),
+        ("inpaint", ["shapes/000000.mp4", "--mask", "mask.mp4"], 5),
+        ("extend", ["shapes/000000.mp4", "--before", "1", "--after", "4", "--frames", "4"], 9),
+        ("connect", ["picture.png", "picture.png", "--frames", "3"], 5),
         ("inpaint", ["shapes/000000.mp4", "--width", "64"], 5),
         ("edit", ["shapes/000000.mp4", "--strength", "0.5", "--class-label", "square up"], 5),
     ],
@@ -204,7 +212,8 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
     mask = Image.new("L", (48, 48), 0)
     mask.paste(255, (0, 0, 24, 24))
     mask.save("mask.png")
-    inputs = [flag for flag in flags if flag.endswith((".mp4", ".png")) and flag != "mask.png"]
+    write_video("mask.mp4", np.repeat(np.asarray(mask.convert("RGB"))[None], 5, 0))
+    inputs = [flag for flag in flags if flag.endswith((".mp4", ".png")) and not flag.startswith("mask.")]
     rest = [flag for flag in flags if flag not in inputs]
     arguments = ["--task", task, "--input", *inputs, *rest, "--steps", "2", "--output", "made"]
     assert sample_video.main(arguments) == 0
@@ -238,13 +247,74 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
             "mask odd.png is 7 x 9, the clip is 48 x 48",
         ),
         (["--task", "inpaint", "--input", "shapes/000000.mp4"], "leaves no room around"),
+        (
+            ["--task", "inpaint", "--input", "shapes/000000.mp4", "--mask", "short.mp4"],
+            "has 3 frames at 8 fps, the clip has 5",
+        ),
+        (["--task", "edit", "--input", "odd.png", "--frames", "9"], "odd.png is a picture, --frames 9 are more"),
+        (["--task", "extend", "--input", "shapes/000000.mp4", "--frames", "-1", "--after", "4"], "--frames -1 is none"),
+        (["--task", "loop", "--input", "shapes/000000.mp4", "--frames", "0"], "--frames 0 is none; use 1 or more"),
+        (["--height", "0"], "--height 0 is none"),
+        (["--fps", "-3"], "--fps -3.0 is none; use a positive number"),
+        (["--seed", "-1"], "seed=-1 is negative"),
+        (["--tile", "2"], "tile=2 latents leave no room"),
+        (["--positions", "squeezed"], "Unknown positions 'squeezed'"),
+        (
+            ["--task", "edit", "--input", "shapes/000000.mp4", "--num-videos", "3"],
+            "--num-videos belongs to --task generate",
+        ),
     ],
 )
 def test_tasks_that_cannot_be_are_refused_before_anything_is_written(model, arguments, message):
     Image.new("L", (9, 7)).save("odd.png")
+    write_video("short.mp4", np.zeros((3, 48, 48, 3), np.uint8))
     with pytest.raises((ValueError, OSError), match=message):
         sample_video.main([*arguments, "--output", "made"])
     assert not (model / "made").exists() or not list((model / "made").iterdir())
+
+
+def test_what_is_done_to_an_input_is_said(home):
+    wide = np.zeros((4, 32, 64, 3), np.uint8)
+    write_video("wide.mp4", wide, fps=8)
+    write_video("slow.mp4", wide[:, :, :32], fps=6.5)
+    assert read_input("wide.mp4", (32, 32), 8.0).note == "32 x 64 -> 32 x 32 (cropped from 32 x 64)"
+    assert "4 frames at 6.5 fps -> 4 at 8" in read_input("slow.mp4", (32, 32), 8.0).note
+    assert read_input("slow.mp4", (32, 32), 6.5).note == ""
+
+
+def test_outpainting_keeps_the_whole_picture_and_a_picture_stays_a_picture(model, capsys):
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:, :8], picture[:, -8:] = (255, 0, 0), (0, 0, 255)
+    Image.fromarray(picture).save("wide.png")
+    arguments = ["--task", "inpaint", "--input", "wide.png", "--height", "64", "--width", "64", "--steps", "1"]
+    assert sample_video.main([*arguments, "--output", "square.png"]) == 0
+    assert "cropped" not in capsys.readouterr().out
+    made = np.asarray(Image.open("square.png"))
+    assert made.shape == (64, 64, 3)
+    assert np.array_equal(made[16:48], picture)
+
+
+def test_nothing_that_is_there_is_overwritten_nor_a_kind_of_file_found_out_late(model, monkeypatch):
+    Path("mine.json").write_text("{}")
+    monkeypatch.setattr(sample_video.STDiTPipeline, "fill", None)
+    for output, message in (
+        ("mine.mp4", "mine.json exists"),
+        ("x.webm", "cannot write .webm"),
+        ("z.json", "cannot write"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample_video.main(["--class-label", "0", "--output", output])
+    assert Path("mine.json").read_text() == "{}"
+
+
+def test_the_quickstart_shows_each_task_with_its_new_frames_marked(model):
+    pipe = STDiTPipeline.from_pretrained("models/t")
+    pipe.register_to_config(num_frames=17)
+    quickstart.show_tasks(pipe, model)
+    assert Image.open("tasks.png").size[1] > 4 * 32
+    for name, frames in (("extended", 17), ("connected", 17), ("loop", 13), ("animated", 17)):
+        with VideoReader(f"{name}.mp4") as reader:
+            assert len(reader) == frames
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])

@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     cache_latents.main([CONFIG, *clips, "--output", "data/shapes_latents"])
     print("3/4  training; samples appear in output/quickstart/samples as it goes")
     code = train.run([CONFIG, *args.overrides])
-    if code == 0 and not args.overrides:
+    if code == 0 and args.overrides:
+        print("4/4  tasks are shown of the model of the plain command; of another: tools/sample_video.py --task ...")
+    elif code == 0:
         print("4/4  extending, connecting, looping and animating drawn clips")
         show_tasks(STDiTPipeline.from_pretrained("models/quickstart"), Path("output/quickstart"))
         print("output/quickstart/tasks.png: extended, connected, loop, animated; an orange line marks new frames")

@@ -1,0 +1,254 @@
+"""Each option of a task does what its name says, on a tiny random model; what it cannot do is refused before any work."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import fill
+
+from stdit.data.shapes import draw, random_clip
+from stdit.diffusion.levels import SCHEMES
+from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.diffusion.predictions import Estimate
+from stdit.keys import keyed_rng
+from stdit.prompt import Prompt
+from stdit.sampling import sampler
+from stdit.sampling.guidance import Guidance, guided
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.sampling.place import made_patches, pixel_guided, settled
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.sampling.windows import next_window
+from stdit.vae import TinyVAE, load_vae
+
+FAST = {"num_inference_steps": 2, "progress": False, "precision": "fp32"}
+
+
+@pytest.fixture
+def make(tiny_model):
+    def build(schemes=tuple(SCHEMES), **changes) -> STDiTPipeline:
+        model = tiny_model(in_channels=16, num_classes=0, learn_sigma=False, sample_size=(3, 4, 4), **changes)
+        vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
+        return STDiTPipeline(model, vae, STDiTScheduler("flow"), 9, 32, 32, 8.0, "flow", schemes=list(schemes))
+
+    return build
+
+
+def clip(frames, count=1, height=32, width=32):
+    return torch.rand(count, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)) * 2 - 1
+
+
+def test_history_guidance_leads_away_from_what_would_be_without_history():
+    objective = build_objective(ObjectiveConfig())
+    x, forgotten = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 3, 4, 4)
+    levels = torch.tensor([[0.0, 0.7, 0.7]])
+
+    def model(hidden_states, timestep, **_):
+        return hidden_states.mean(2, keepdim=True) * (1 + timestep.view(2, 1, -1, 1, 1) / 1000)
+
+    def at(history):
+        return guided(model, objective, Prompt(), Guidance(history=history), forgotten)(x, levels)[:, :, 1:]
+
+    blind = torch.cat([forgotten[:, :, :1], x[:, :, 1:]], 2)
+    without = model(blind, objective.timestep(torch.tensor([[1.0, 0.7, 0.7]])).expand(2, -1))[:, :, 1:]
+    torch.testing.assert_close(at(3.0), at(1.0) + 2 * (at(1.0) - without))
+    assert not torch.allclose(at(1.0), without)
+
+
+@torch.no_grad()
+def test_pixel_guidance_brings_known_pixels_of_partly_known_patches_into_the_estimate():
+    vae = load_vae("tiny")
+    shape = random_clip(keyed_rng("sample", 0), 0, 9, 32)
+    pixels = torch.from_numpy(draw(shape)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    made = torch.arange(9)[:, None, None] % 2 == 1
+    todo, partly = made_patches(made, vae, (1, 2, 2))
+    assert partly.any()
+    other = vae.encode(torch.full_like(pixels, 0.2))
+    path = build_objective(ObjectiveConfig()).path
+
+    def predict(x, levels):
+        return Estimate(other, x)
+
+    levels = torch.where(todo, 0.5, 0.0).view(1, -1)
+    helped = pixel_guided(predict, pixels, made, partly, None, vae, path, vae.decode)
+    x = torch.randn(other.shape)
+    known = ~made.expand(9, 32, 32)
+    error = [(vae.decode(f(x, levels).clean) - pixels)[:, :, known].square().mean() for f in (predict, helped)]
+    assert error[1] < 0.5 * error[0]
+    alpha, sigma = path.alpha_sigma(levels.view(1, 1, -1, 1, 1))
+    estimate = helped(x, levels)
+    torch.testing.assert_close((alpha * estimate.clean + sigma * estimate.noise)[:, :, 1:], x[:, :, 1:])
+
+
+def test_what_lies_nearly_between_its_neighbours_is_taken_to_lie_between():
+    between = torch.stack([torch.zeros(1, 3, 1, 1, 4), torch.full((1, 3, 1, 1, 4), 0.5)])
+    decoded = torch.tensor([0.25, 0.7, -0.3, 1.0]).view(1, 1, 1, 1, 4).expand(1, 3, 1, 1, 4)
+    assert settled(decoded, between)[0, 0, 0, 0].tolist() == pytest.approx([0.25, 0.5, 0.0, 1.0])
+    assert settled(decoded, None) is decoded
+
+
+def test_arrangements_windows_and_overlap_reach_the_plan(make, monkeypatch):
+    pipe, arranged, windows = make(), [], []
+    arrange, window = sampler.arrange, sampler.next_window
+    monkeypatch.setattr(sampler, "arrange", lambda *a: arranged.append((len(a[0]), *a[2:])) or arrange(*a))
+    monkeypatch.setattr(sampler, "next_window", lambda *a: windows.append(a[1:]) or window(*a))
+    pipe.extend(clip(5), after=4, **FAST)
+    pipe.extend(clip(5), after=12, arrangement="pyramid", every=2, overlap=1, **FAST)
+    pipe.extend(clip(5), after=12, window=13, **FAST)
+    assert set(arranged) == {(3, "together", 1), (3, "pyramid", 2)}
+    assert [key for key, _ in itertools.groupby(windows)] == [(9, 5, 4), (9, 1, 4), (13, 5, 4)]
+
+
+def test_known_pixels_near_the_seam_fade_only_where_blending_is_asked_for(make):
+    pipe = make()
+    blended = pipe.extend(clip(5), after=4, blend=2, **FAST)
+    changed = (blended[:, :, :5] != clip(5)).flatten(3).any(3)[0].any(0)
+    assert changed.tolist() == [False, False, False, True, True]
+    as_decoded = pipe.extend(clip(5), after=4, paste=False, **FAST)
+    assert (as_decoded[:, :, :5] != clip(5)).all(2).float().mean() > 0.9
+
+
+def test_tiles_bound_what_is_decoded_at_a_time_in_plain_clips_and_tasks(make, monkeypatch):
+    pipe, sizes = make(), []
+    decode = pipe.video_vae._decode
+    monkeypatch.setattr(pipe.video_vae, "_decode", lambda z: sizes.append(tuple(z.shape[3:])) or decode(z))
+    hole = torch.zeros(64, 64, dtype=torch.bool)
+    hole[3:50, 5:40] = True
+    for call in (
+        lambda: pipe(num_frames=1, height=64, width=64, tile=4, **FAST),
+        lambda: pipe.inpaint(clip(5, height=64, width=64), hole, tile=4, **FAST),
+    ):
+        sizes.clear()
+        assert torch.isfinite(call()).all()
+        assert set(sizes) == {(4, 4)}
+
+
+def told(pipe):
+    seen = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args, named: seen.append(named["info"]), with_kwargs=True)
+    return seen
+
+
+def test_a_model_that_is_told_rate_length_and_size_is_told_those_of_the_clip(make):
+    pipe = make(conditions=["fps", "seconds", "height", "width"])
+    seen = told(pipe)
+    pipe.extend(clip(5, height=64), after=4, **FAST)
+    assert seen.pop().tolist() == [[8.0, 9 / 8, 64.0, 32.0]]
+    pipe.extend(clip(5), after=4, fps=16.0, **FAST)
+    assert seen.pop().tolist() == [[16.0, 9 / 16, 32.0, 32.0]]
+    assert pipe.interpolate(clip(3), 4, **FAST).shape[2] == 9
+    assert seen.pop()[0, 0] == 32
+    pipe.interpolate(clip(3), 4, fps=2.0, **FAST)
+    assert seen.pop()[0, 0] == 8
+
+
+def test_a_stream_is_told_its_rate(make):
+    pipe = make(causal=True, window=3, time_entry="rotary", conditions=["fps"])
+    seen = told(pipe)
+    list(pipe.stream(clip(5), 8, num_inference_steps=1, precision="fp32", fps=4.0))
+    assert {float(info) for info in seen} == {4.0}
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_interpolated_clips_hold_the_frames_that_were_there(make, factor):
+    made = make().interpolate(clip(5), factor, **FAST)
+    assert torch.equal(made[:, :, ::factor], clip(5))
+
+
+def test_where_patches_of_other_sizes_stand_can_be_chosen_after_training(make):
+    pipe = make(time_entry="rotary_3d")
+    at = {}
+    for positions in ("extrapolate", "interpolate"):
+        pipe.transformer.set_positions(positions)
+        at[positions] = [pipe(num_videos=1, num_frames=9, height=h, width=32, **FAST) for h in (32, 64)]
+    assert torch.equal(at["extrapolate"][0], at["interpolate"][0])
+    assert not torch.allclose(at["extrapolate"][1], at["interpolate"][1])
+    with pytest.raises(ValueError, match="Did you mean 'interpolate'"):
+        pipe.transformer.set_positions("interpolated")
+
+
+@pytest.mark.parametrize("length", [9, 13, 17])
+@pytest.mark.parametrize("stride", [1, 4])
+def test_windows_come_to_an_end_whatever_is_known(length, stride):
+    for frames, overlap in itertools.product((length, 25, 41), (1, 5, length - stride)):
+        for begin, end in ((0, 5), (0, 1), (frames - 4, frames), (8, 12), (0, 0), (5, frames)):
+            open_frames = torch.ones(frames, dtype=torch.bool)
+            open_frames[begin:end] = False
+            while (window := next_window(open_frames, length, overlap, stride)) is not None:
+                assert open_frames[window.keep_from : window.keep_to].any()
+                open_frames[window.keep_from : window.keep_to] = False
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.extend(clip(5), after=4, window=1), "window=1 does not hold .* use window=9"),
+        (lambda p: p.extend(clip(4), before=9, window=5), "window=5 does not hold .* use window=9"),
+        (lambda p: p.extend(clip(5), after=12, window=10), "window=10 does not hold .* use window=13"),
+        (lambda p: p.extend(clip(5), after=4, window=0), "window=0 does not hold"),
+        (lambda p: p.extend(clip(5), after=4, seed=-1), "seed=-1 is negative"),
+        (lambda p: p.extend(clip(5), after=4, tile=2), "tile=2 latents leave no room"),
+        (lambda p: p.extend(clip(5), after=4, fps=-3.0), "fps=-3.0 is not a frame rate"),
+        (lambda p: p.extend(clip(5), after=4, solver="eulr"), "Did you mean 'euler'"),
+        (lambda p: p.extend(clip(5), after=4, arrangement="pyramyd"), "Did you mean 'pyramid'"),
+        (lambda p: p.extend(clip(5), after=4, every=0), "every=0 is no number"),
+        (lambda p: p.extend(clip(5), after=4, guidance_interval=(0.9, 0.1)), r"guidance_interval=\(0.9, 0.1\) is no"),
+    ],
+)
+def test_choices_that_make_no_sense_are_refused_before_the_model_runs(make, call, message):
+    pipe = make()
+    pipe.transformer.forward = None
+    with pytest.raises(ValueError, match=message) as error:
+        call(pipe)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"history_guidance": 3.0}, "leave out history_guidance=3.0"),
+        ({"arrangement": "pyramid"}, "leave out arrangement=pyramid"),
+        ({"tile": 8}, "leave out tile=8"),
+        ({"guidance_interval": (0.0, 0.5)}, "leave out guidance_interval"),
+    ],
+)
+def test_a_causal_model_refuses_what_a_stream_cannot_do(make, option, message):
+    with pytest.raises(ValueError, match=message):
+        make(causal=True, window=3, time_entry="rotary").extend(clip(5), after=4, **option, **FAST)
+
+
+def test_a_causal_model_without_a_window_warns_beyond_its_length(make):
+    with pytest.warns(UserWarning, match="trained on 9 frames without a window: for 13"):
+        make(causal=True, time_entry="rotary").extend(clip(5), after=8, **FAST)
+
+
+def test_a_model_of_levels_by_frame_refuses_masks_with_a_remedy_for_sampling(make):
+    pipe = make(conditioning="in_context")
+    with pytest.raises(ValueError, match="takes levels by frame; mask whole frames"):
+        pipe.inpaint(clip(5), torch.ones(32, 32, dtype=torch.bool).tril(), **FAST)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "call"),
+    [
+        (["suffix"], lambda p: p.extend(clip(5), after=4, **FAST)),
+        (["prefix"], lambda p: p.extend(clip(4), before=5, **FAST)),
+        (["prefix", "suffix"], lambda p: p.connect(clip(5), clip(4), 4, **FAST)),
+        (["prefix", "ends"], lambda p: p.inpaint(clip(5), torch.ones(32, 32, dtype=torch.bool).tril(), **FAST)),
+    ],
+)
+def test_a_model_warns_of_known_frames_where_it_saw_none(make, schemes, call):
+    with pytest.warns(UserWarning, match=f"trained with objective.scheme={', '.join(schemes)} and has not seen"):
+        call(make(schemes=schemes))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_does_not_warn_of_what_it_was_trained_for(make):
+    make(schemes=["motion"]).extend(clip(5), after=4, **FAST)
+    make(schemes=["suffix"]).extend(clip(4), before=5, **FAST)
+    make(schemes=["ends"]).loop(clip(5), 4, **FAST)
+    make(schemes=["teacher"], causal=True, window=3, time_entry="rotary").extend(clip(5), after=4, **FAST)
+
+
+def test_guidance_toward_history_says_when_there_is_none(make):
+    with pytest.warns(UserWarning, match="none is known here"):
+        make().edit(clip(5), 0.5, history_guidance=2.0, **FAST)

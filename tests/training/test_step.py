@@ -1,0 +1,119 @@
+"""One training step: what is known is encoded as a task can encode it, and the loss counts on the rest."""
+
+import pytest
+import torch
+from conftest import fill
+
+from stdit.data.loader import Batch
+from stdit.diffusion.levels import SCHEMES
+from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.prompt import Prompt
+from stdit.training.step import Clips, diffusion_losses, to_latents
+from stdit.vae import TinyVAE
+
+KEYS = [(0, 3, slot) for slot in range(4)]
+KNOWING = sorted(set(SCHEMES) - {"shared", "per_frame", "teacher"})
+
+
+def losses(scheme, model, latents=None, restarted=lambda starts: torch.zeros(int(starts.sum()), 4, 4, 4), **config):
+    latents = torch.randn(4, 4, 5, 4, 4, generator=torch.Generator().manual_seed(0)) if latents is None else latents
+    objective = build_objective(ObjectiveConfig(scheme=scheme, **config))
+    return diffusion_losses(model, objective, [Clips(latents, restarted)], Prompt(), KEYS, (1, 2, 2)).clips
+
+
+def known_pixels(timestep, like):
+    """Where a model of patches of 2 x 2 is told level 0: (B, 1, T, h, w)."""
+    known = timestep == 0
+    if known.ndim == 3:
+        known = known.unflatten(2, (2, 2)).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return known.view(*known.shape, *[1] * (4 - known.ndim))[:, None].expand_as(like)
+
+
+@pytest.mark.parametrize("scheme", KNOWING)
+def test_what_a_model_says_of_known_frames_changes_no_loss(scheme):
+    def says(value):
+        return lambda x, timestep: torch.where(known_pixels(timestep, x), value, 0.1 * x)
+
+    found = losses(scheme, says(0.0))
+    assert torch.isfinite(found).all()
+    assert torch.equal(found, losses(scheme, says(1000.0)))
+
+
+@pytest.mark.parametrize("scheme", KNOWING)
+def test_the_loss_is_the_mean_of_what_is_to_be_predicted_of_each_frame(scheme):
+    seen = {}
+
+    def silent(x, timestep):
+        seen.update(x=x, known=known_pixels(timestep, x))
+        return torch.zeros_like(x)
+
+    def exact(x, timestep):  # of a clip that is 0 everywhere, the noise is what is left
+        level = (timestep if timestep.ndim == 2 else timestep.unflatten(2, (2, 2))) / 1000
+        if level.ndim == 4:
+            level = level.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        level = level.view(*level.shape, *[1] * (4 - level.ndim))[:, None]
+        return torch.where(level > 0, x / level.clamp(min=1e-9), 0)
+
+    zero = torch.zeros(4, 4, 5, 4, 4)
+    assert losses(scheme, exact, zero).abs().max() < 1e-8
+    assert losses(scheme, silent, zero).min() > 0.3  # noise has variance 1
+    assert seen["known"].any()
+    assert not seen["x"][seen["known"]].any()
+
+
+def test_a_run_of_known_frames_inside_a_clip_is_shown_as_it_is_encoded_alone():
+    seen = {}
+
+    def model(x, timestep):
+        seen.update(x=x, known=(timestep == 0))
+        return torch.zeros_like(x)
+
+    latents = torch.randn(4, 4, 5, 4, 4)
+    for scheme, restarts in (("suffix", True), ("prefix", False), ("motion", False), ("ends", True)):
+        losses(scheme, model, latents, lambda starts: torch.full((int(starts.sum()), 4, 4, 4), 7.0))
+        x, known = seen["x"].transpose(1, 2), seen["known"]
+        begins = known.clone()
+        begins[:, 1:] &= ~known[:, :-1]
+        begins[:, 0] = False
+        assert bool(begins.any()) == restarts
+        assert (x[begins] == 7).all()
+        assert torch.equal(x[known & ~begins], latents.transpose(1, 2)[known & ~begins])
+
+
+@torch.no_grad()
+def test_cached_latents_and_pixels_restart_alike():
+    vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))).eval()
+    frames = torch.randint(0, 256, (2, 9, 32, 32, 3), dtype=torch.uint8)
+    pixels = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    alone = torch.cat([vae.encode(pixels[:, :, :1])] + [vae.encode_run(vae.group(pixels, t)) for t in (1, 2)], 2)
+
+    def batch(**parts):
+        empty = {"pixels": None, "latents": None, "restarts": None}
+        return Batch(
+            **{**empty, **parts}, labels=torch.zeros(2), keys=KEYS[:2], bad={}, total=2, info=None, captions=[]
+        )
+
+    starts = torch.tensor([[False, True, False], [False, False, True]])
+    (from_pixels,) = to_latents(batch(pixels=frames), vae)
+    (from_cache,) = to_latents(batch(latents=vae.encode(pixels), restarts=alone), vae)
+    torch.testing.assert_close(from_pixels.latents, from_cache.latents)
+    torch.testing.assert_close(from_pixels.restarted(starts), from_cache.restarted(starts), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(from_cache.restarted(starts)[0], alone[0, :, 1])
+    assert not torch.allclose(from_cache.restarted(starts)[0], from_cache.latents[0, :, 1], atol=1e-3)
+    (old,) = to_latents(batch(latents=vae.encode(pixels)), vae)
+    with pytest.raises(ValueError, match="cache them again"):
+        old.restarted(starts)
+
+
+def test_larger_clips_are_trained_and_sampled_at_higher_noise():
+    small, large = 64, 1024
+    plain = build_objective(ObjectiveConfig(shift=2.0))
+    grown = build_objective(ObjectiveConfig(shift=2.0, shift_tokens=small))
+    draw = [o.draw_levels(torch.Generator().manual_seed(0), 500, n) for o in (plain, grown) for n in (small, large)]
+    assert torch.equal(draw[0], draw[1])
+    assert torch.equal(draw[0], draw[2])
+    assert (draw[3] > draw[2]).all()
+    levels = [grown.schedule(10, n) for n in (small, large)]
+    assert (levels[1] >= levels[0]).all()
+    assert (levels[1][1:-1] > levels[0][1:-1]).all()
+    assert [float(levels[1][i]) for i in (0, -1)] == [1.0, 0.0]
