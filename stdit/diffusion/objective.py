@@ -28,8 +28,7 @@ class ObjectiveConfig:
     """`shift` moves flow's levels toward noise; with `shift_tokens` it holds there and grows with the root of size.
 
     scheme: what is known and who shares a level: one of `SCHEMES`, or "mixed", where each step takes one of them by its
-    share in `shares`. known_noise: known frames stand at a level from 0 to this one, near 0 more often than not
-    (this times the square of a uniform number), and the model is told.
+    share in `shares`. known_noise: known frames stand at a level drawn from 0 to this one, and the model is told.
     mask_ratio: a second pass in which the encoder of a masked trunk does not see this share of patches, or up to 0.2 more.
     betas: DDPM's schedule, linear (DiT) or scaled_linear (Stable Diffusion, U-ViT). learn_sigma: DDPM's variance is learned.
     mixed_from: the step at which "mixed" begins; before it all frames share a level. known_shift: flow's levels beside known frames are shifted by this factor more, since what is known has been followed
@@ -101,7 +100,7 @@ class Objective(ABC):
         known = kind.known(generator, grid)
         if known.any() or kind.taught:
             levels = self.path.on_clock(shift_levels(levels, self.config.known_shift))
-        clean = self.path.on_clock(self.config.known_noise * torch.rand((), generator=generator) ** 2)
+        clean = self.path.on_clock(self.config.known_noise * torch.rand((), generator=generator))
         levels = torch.where(known, clean, levels.view(-1, *[1] * (known.ndim - 1)))
         return Drawn(levels, known, clean if kind.taught else None)
 

@@ -74,7 +74,6 @@ def test_schemes_come_as_often_as_their_shares_say():
 def test_known_frames_may_carry_noise_and_are_still_not_predicted():
     levels = torch.cat([one.levels[one.known] for one in drawn("prefix", known_noise=0.2)])
     assert 0 < levels.min() < levels.max() <= 0.2
-    assert levels.median() < 0.07  # near 0, where sampling has them, more often than not
 
 
 def test_known_frames_can_begin_after_plain_training():
