@@ -18,17 +18,20 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from stdit.data.inputs import Input, read_input, read_mask
-from stdit.data.video_write import WRITERS, write_video
+from stdit.data.video_write import WRITERS, VideoStream, write_video
 from stdit.sampling.pipeline import STDiTPipeline
-from stdit.sampling.tasks import surround
+from stdit.sampling.tasks import fits, surround
 
 
 def newest_model(folder: Path = Path("models")) -> Path:
@@ -64,6 +67,23 @@ def output_paths(args: argparse.Namespace, model: Path, count: int, suffix: str,
     return paths
 
 
+def write_parts(paths: list[Path], parts: Iterable[torch.Tensor], fps: float) -> tuple[int, int, int]:
+    """Write clips (B, 3, f, H, W) that come in parts, mp4 as they come -> frames, height and width of each."""
+    if paths[0].suffix.lower() != ".mp4":
+        clips = torch.cat(list(parts), dim=2)
+        for path, clip in zip(paths, clips, strict=True):
+            write_video(path, clip, fps=fps)
+        return clips.shape[2], clips.shape[3], clips.shape[4]
+    frames, size = 0, (0, 0)
+    with ExitStack() as open_files:
+        videos = [open_files.enter_context(VideoStream(path, fps)) for path in paths]
+        for part in parts:
+            frames, size = frames + part.shape[2], (part.shape[3], part.shape[4])
+            for video, clip in zip(videos, part, strict=True):
+                video.add(clip)
+    return frames, *size
+
+
 def generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, labels, options: dict):
     return pipe(labels, args.frames, args.height, args.width, num_videos=args.num_videos, **options)
 
@@ -77,15 +97,26 @@ def inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, 
     return pipe.inpaint(pixels, mask, labels, **options)
 
 
+PLAIN = {"guidance_interval": (0.0, 1.0), "history_guidance": 1.0, "arrangement": "together", "every": 1, "blend": 0}
+STREAMED = ("num_inference_steps", "guidance_scale", "seed", "solver", "fps", "captions")  # what pipe.stream takes
+
+
+def extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, labels, options: dict):
+    """At once; or, by a causal model, group after group as they are made, so that minutes need no more memory."""
+    pixels, rest = inputs[0].pixels, {name: value for name, value in options.items() if name not in STREAMED}
+    plain = all(value == PLAIN.get(name) for name, value in rest.items())
+    if not pipe.transformer.config.causal or args.before or not plain or not fits(pipe.video_vae, pixels.shape[2]):
+        return pipe.extend(pixels, args.after, args.before, labels, **options)
+    chosen = {name: value for name, value in options.items() if name in STREAMED}
+    made = pipe.stream(pixels, args.after, labels, **chosen)
+    return chain([pixels], (part for part in tqdm(made, "groups of frames", args.after // pipe.video_vae.stride[0])))
+
+
 # What each task takes, and the call that does it: inputs, and the flags that are its own.
 TASKS: dict[str, tuple[int, Callable, tuple[str, ...]]] = {
     "generate": (0, generate, ("frames", "num_videos")),
     "animate": (1, lambda p, x, a, y, o: p.animate(x[0].pixels, a.frames, y, **o), ("frames",)),
-    "extend": (
-        1,
-        lambda p, x, a, y, o: p.extend(x[0].pixels, a.after, a.before, y, **o),
-        ("after", "before", "frames"),
-    ),
+    "extend": (1, extend, ("after", "before", "frames")),
     "connect": (2, lambda p, x, a, y, o: p.connect(x[0].pixels, x[1].pixels, a.frames or 12, y, **o), ("frames",)),
     "loop": (1, lambda p, x, a, y, o: p.loop(x[0].pixels, a.frames or 12, y, **o), ("frames",)),
     "interpolate": (1, lambda p, x, a, y, o: p.interpolate(x[0].pixels, a.factor, y, **o), ("factor", "frames")),
@@ -218,24 +249,23 @@ def main(argv: list[str] | None = None) -> int:
     still = settings["num_frames"] == 1 if plain else args.task in STILL and inputs[0].pixels.shape[2] == 1
     suffix = ".png" if still else ".gif" if args.gif else ".mp4"
     paths = output_paths(args, model, count, suffix, settings)
+    fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
     with warnings.catch_warnings(record=True) as said:
         clips = TASKS[args.task][1](pipe, inputs, args, numbers, options)
+        frames, height, width = write_parts(paths, [clips] if isinstance(clips, torch.Tensor) else clips, fps)
     for text in dict.fromkeys(str(warning.message) for warning in said):
         print(f"warning: {text}")
-    fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
     names = pipe.transformer.config.class_names
-    for i, (path, clip) in enumerate(zip(paths, clips, strict=True)):
-        write_video(path, clip, fps=fps)
+    for i, path in enumerate(paths):
         label = None if numbers is None else int(numbers[i])
         name = names[label] if names and label is not None and label < len(names) else label
-        made = {**settings, "num_frames": clip.shape[1], "height": clip.shape[2], "width": clip.shape[3], "fps": fps}
+        made = {**settings, "num_frames": frames, "height": height, "width": width, "fps": fps}
         caption = words[i if len(words) > 1 else 0] if words else None
         path.with_suffix(".json").write_text(
             json.dumps({**made, "clip": i, "label": label, "label_name": name, "caption": caption}, indent=1) + "\n"
         )
-    shape = " x ".join(map(str, clips.shape[2:]))
     print(
-        f"{model}: {args.task}, {count} clip(s), {shape} at {fps:g} fps, {args.steps} steps, guidance {args.guidance}: {paths[0].parent}"
+        f"{model}: {args.task}, {count} clip(s), {frames} x {height} x {width} at {fps:g} fps, {args.steps} steps, guidance {args.guidance}: {paths[0].parent}"
     )
     return 0
 

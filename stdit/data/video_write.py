@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -50,16 +51,49 @@ def write_video(path: str | os.PathLike, frames: Frames, fps: float = 8) -> None
         beside.unlink(missing_ok=True)
 
 
-def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        stream.options = {"crf": "16", "preset": "fast"}
+class VideoStream:
+    """An mp4 that takes frames as they are made and appears when it is whole: `with VideoStream(path, fps) as video:`.
+
+    Nothing is left behind when the block ends in an error.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: float = 8):
+        self.path, self.fps = Path(path), fps
+        self._beside = self.path.with_name(f".{os.getpid()}-{self.path.name}")
+        self._container: Any = None  # made with the first frame, whose size it takes
+
+    def __enter__(self) -> "VideoStream":
+        return self
+
+    def add(self, frames: Frames) -> None:
+        """Frames as `write_video` takes them, all of one size."""
+        frames = to_uint8(frames)
+        height, width = frames.shape[1:3]
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._container is None:
+            self._container = av.open(str(self._beside), "w", format="mp4", options={"movflags": "+faststart"})
+            self._stream = self._container.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(1001))
+            self._stream.height, self._stream.width, self._stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+            self._stream.options = {"crf": "16", "preset": "fast"}
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
+            shown = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            self._container.mux(self._stream.encode(shown))
+
+    def __exit__(self, error, *_) -> None:
+        try:
+            if self._container is not None:
+                if error is None:
+                    self._container.mux(self._stream.encode())
+                self._container.close()
+                if error is None:
+                    os.replace(self._beside, self.path)
+        finally:
+            self._beside.unlink(missing_ok=True)
+
+
+def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
+    with VideoStream(path, fps) as video:
+        video.add(frames)
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:

@@ -1,0 +1,76 @@
+"""Minutes from the command line: a causal model's frames are written as they are made."""
+
+import numpy as np
+import pytest
+import sample_video
+import torch
+from conftest import fill
+
+from stdit.data import VideoReader
+from stdit.data.video_write import VideoStream, write_video
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.vae import TinyVAE
+
+
+@pytest.fixture
+def causal(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model(
+        in_channels=16,
+        num_classes=2,
+        learn_sigma=False,
+        causal=True,
+        window=3,
+        time_entry="rotary",
+        sample_size=(3, 4, 4),
+    )
+    vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
+    pipe = STDiTPipeline(model, vae, STDiTScheduler("flow"), 9, 32, 32, 8.0, "flow", schemes=["teacher"])
+    pipe.save_pretrained("models/causal")
+    write_video("clip.mp4", np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8), fps=8)
+    return pipe
+
+
+ARGUMENTS = ["--task", "extend", "--input", "clip.mp4", "--after", "24", "--steps", "1"]
+
+
+def frames(path):
+    with VideoReader(path) as reader:
+        return np.stack(list(reader))
+
+
+def test_a_long_clip_is_written_as_it_is_made_and_is_the_one_made_at_once(causal, tmp_path, monkeypatch):
+    given = torch.from_numpy(frames("clip.mp4")).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    whole = causal.extend(given.expand(2, -1, -1, -1, -1), after=24, class_labels=[0, 1], num_inference_steps=1)
+    monkeypatch.setattr(STDiTPipeline, "fill", None)  # the command holds no whole clip
+    assert sample_video.main([*ARGUMENTS, "--class-label", "0", "1", "--output", "made"]) == 0
+    written = sorted((tmp_path / "made").glob("*.mp4"))
+    assert len(written) == len(list((tmp_path / "made").glob("*.json"))) == 2
+    for path, clip in zip(written, whole, strict=True):
+        write_video("whole.mp4", clip)
+        assert np.array_equal(frames(path), frames("whole.mp4"))
+
+
+def test_what_a_stream_cannot_do_is_refused_and_nothing_is_left(causal, tmp_path):
+    with pytest.raises(ValueError, match="leave out history_guidance=2.0"):
+        sample_video.main([*ARGUMENTS, "--history-guidance", "2", "--output", "made"])
+    assert not list((tmp_path / "made").glob("*"))
+
+
+def test_a_stream_of_frames_is_the_file_written_at_once_and_an_error_leaves_none(tmp_path):
+    clip = torch.rand(3, 9, 15, 16) * 2 - 1
+    write_video(tmp_path / "once.mp4", clip)
+    with VideoStream(tmp_path / "parts.mp4") as video:
+        for part in clip.split(4, dim=1):
+            video.add(part)
+    assert np.array_equal(frames(tmp_path / "once.mp4"), frames(tmp_path / "parts.mp4"))
+
+    def broken():
+        with VideoStream(tmp_path / "broken.mp4") as video:
+            video.add(clip)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        broken()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["once.mp4", "parts.mp4"]
