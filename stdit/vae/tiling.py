@@ -62,7 +62,7 @@ def overlap_of(tile: int) -> int:
 def decode(vae: VideoVAE, latents: Tensor, tile: int | None = None) -> Tensor:
     """Latents to pixels in [-1, 1] on the CPU, a few clips at a time; `tile`: in tiles of so many latents.
 
-    The smaller a tile against the decoder's reach, the more of its seams is seen; 24 or more are safe with the tiny VAE.
+    Neighbours share a quarter; the smaller that is against the decoder's reach, the more is seen of their seams.
     """
     parts = (part.to(vae.dtype) for part in latents.split(8))
     pixels = (vae.decode(part) if tile is None else decode_tiled(vae, part, tile, overlap_of(tile)) for part in parts)
