@@ -110,10 +110,10 @@ SCHEMES: dict[str, Scheme] = {
     "region": Scheme(_region),
     "teacher": Scheme(independent=True, taught=True),
 }
-# Four steps in five plain: known frames are learnt all the same, and plain clips cost nothing that was measured.
+# Seven steps in eight plain: known frames are learnt all the same, and plain clips hardly pay for it (docs/operations.md).
 MIXTURE = {
-    "shared": 0.8, "prefix": 0.06, "motion": 0.02, "suffix": 0.04, "ends": 0.03, "region": 0.03, "every": 0.01,
-    "per_frame": 0.005, "random": 0.005,
+    "shared": 0.875, "prefix": 0.04, "motion": 0.015, "suffix": 0.025, "ends": 0.02, "region": 0.015, "every": 0.005,
+    "per_frame": 0.0025, "random": 0.0025,
 }  # fmt: skip
 
 
