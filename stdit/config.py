@@ -55,6 +55,12 @@ class Config:
             raise ValueError(
                 "model.caption_channels is the text encoder's; leave it out, and name the encoder by text.encoder."
             )
+        objective = self.objective
+        if objective.name == "ddpm" and (objective.shift, objective.shift_tokens) != (1.0, 0):
+            raise ValueError(
+                f"objective.shift={objective.shift} and shift_tokens={objective.shift_tokens} move flow's levels; DDPM's are "
+                "fixed by its betas: set objective.shift=1 and shift_tokens=0, or objective.name=flow."
+            )
         by_tokens = pick(CONDITIONINGS, self.model.conditioning, "model.conditioning").by_tokens
         if by_tokens and "region" in self.objective.mixture:
             raise ValueError(

@@ -246,7 +246,7 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
             ["--task", "inpaint", "--input", "shapes/000000.mp4", "--mask", "odd.png"],
             "mask odd.png is 7 x 9, the clip is 48 x 48",
         ),
-        (["--task", "inpaint", "--input", "shapes/000000.mp4"], "leaves no room around"),
+        (["--task", "inpaint", "--input", "shapes/000000.mp4"], "needs a --mask, or room around"),
         (
             ["--task", "inpaint", "--input", "shapes/000000.mp4", "--mask", "short.mp4"],
             "has 3 frames at 8 fps, the clip has 5",
@@ -330,7 +330,9 @@ def test_clips_and_pictures_of_many_sizes_train_in_one_run(home, packing, capsys
         f"data.packing={packing}",
         "train.samples=2",
     ]
-    region = f"objective.shares.region={0 if packing == 'true' else 5}"  # levels by patch: buckets take them, packs do not
+    region = (
+        f"objective.shares.region={0 if packing == 'true' else 5}"  # levels by patch: buckets take them, packs do not
+    )
     mixed = ["objective.scheme=mixed", region, "model.conditions=[fps,seconds,height,width]"]
     assert train.run([*common, *mixed, "train.steps=6", "train.batch_size=1"]) == 0
     printed = capsys.readouterr().out

@@ -18,7 +18,7 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -67,21 +67,24 @@ def output_paths(args: argparse.Namespace, model: Path, count: int, suffix: str,
     return paths
 
 
-def write_parts(paths: list[Path], parts: Iterable[torch.Tensor], fps: float) -> tuple[int, int, int]:
-    """Write clips (B, 3, f, H, W) that come in parts, mp4 as they come -> frames, height and width of each."""
-    if paths[0].suffix.lower() != ".mp4":
-        clips = torch.cat(list(parts), dim=2)
+def write_clips(paths: list[Path], clips: torch.Tensor | Iterable[torch.Tensor], fps: float) -> Iterator[tuple]:
+    """Write clips (B, 3, F, H, W), or their parts (B, 3, f, H, W) as they come -> frames, height and width of each file."""
+    if not isinstance(clips, torch.Tensor) and paths[0].suffix.lower() != ".mp4":
+        clips = torch.cat(list(clips), dim=2)
+    if isinstance(clips, torch.Tensor):
         for path, clip in zip(paths, clips, strict=True):
             write_video(path, clip, fps=fps)
-        return clips.shape[2], clips.shape[3], clips.shape[4]
-    frames, size = 0, (0, 0)
+            yield tuple(clip.shape[1:])
+        return
+    frames, size = 0, ()
     with ExitStack() as open_files:
         videos = [open_files.enter_context(VideoStream(path, fps)) for path in paths]
-        for part in parts:
-            frames, size = frames + part.shape[2], (part.shape[3], part.shape[4])
+        for part in clips:
+            frames, size = frames + part.shape[2], tuple(part.shape[3:])
             for video, clip in zip(videos, part, strict=True):
                 video.add(clip)
-    return frames, *size
+    for _ in paths:
+        yield (frames, *size)
 
 
 def generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, labels, options: dict):
@@ -91,7 +94,9 @@ def generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace,
 def inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, labels, options: dict):
     (given,) = inputs
     if args.mask:
-        mask = read_mask(args.mask, given.source, tuple(given.pixels.shape[2:]), args.fps or pipe.config.fps)
+        mask = read_mask(
+            args.mask, given.source, tuple(given.pixels.shape[2:]), args.fps or pipe.config.fps, args.frames
+        )
         return pipe.inpaint(given.pixels, mask, labels, **options)
     pixels, mask = surround(given.pixels, args.height or pipe.config.height, args.width or pipe.config.width)
     return pipe.inpaint(pixels, mask, labels, **options)
@@ -143,6 +148,8 @@ def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline) -> list[Input]:
     size: Any = (args.height or trained[0], args.width or trained[1])
     if args.task == "inpaint" and not args.mask:  # the whole picture inside the larger frame
         size = partial(_inside, frame=size, trained=trained)
+    if args.task == "inpaint" and not (args.mask or args.height or args.width):
+        raise ValueError("--task inpaint needs a --mask, or room around the picture: a larger --height or --width.")
     frames = args.frames if args.task in FRAMES_TAKEN else None
     inputs = [read_input(path, size, args.fps or pipe.config.fps, frames) for path in args.input]
     for path, given in zip(args.input, inputs, strict=True):
@@ -244,28 +251,27 @@ def main(argv: list[str] | None = None) -> int:
     settings = {
         "model": str(model), "task": args.task, "class_labels": labels, "num_frames": args.frames or (pipe.config.num_frames if plain else None),
         "height": args.height or pipe.config.height, "width": args.width or pipe.config.width, **options,
-        **{name: getattr(args, name) for name in ("input", *OWN)},
+        **{name: getattr(args, name) for name in ("input", "positions", *OWN)},
     }  # fmt: skip
     still = settings["num_frames"] == 1 if plain else args.task in STILL and inputs[0].pixels.shape[2] == 1
     suffix = ".png" if still else ".gif" if args.gif else ".mp4"
     paths = output_paths(args, model, count, suffix, settings)
     fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
+    names = pipe.transformer.config.class_names
     with warnings.catch_warnings(record=True) as said:
         clips = TASKS[args.task][1](pipe, inputs, args, numbers, options)
-        frames, height, width = write_parts(paths, [clips] if isinstance(clips, torch.Tensor) else clips, fps)
+        for i, (path, size) in enumerate(zip(paths, write_clips(paths, clips, fps), strict=True)):
+            label = None if numbers is None else int(numbers[i])
+            name = names[label] if names and label is not None and label < len(names) else label
+            caption = words[i if len(words) > 1 else 0] if words else None
+            made = {**settings, **dict(zip(("num_frames", "height", "width"), size, strict=True)), "fps": fps}
+            path.with_suffix(".json").write_text(
+                json.dumps({**made, "clip": i, "label": label, "label_name": name, "caption": caption}, indent=1) + "\n"
+            )
     for text in dict.fromkeys(str(warning.message) for warning in said):
         print(f"warning: {text}")
-    names = pipe.transformer.config.class_names
-    for i, path in enumerate(paths):
-        label = None if numbers is None else int(numbers[i])
-        name = names[label] if names and label is not None and label < len(names) else label
-        made = {**settings, "num_frames": frames, "height": height, "width": width, "fps": fps}
-        caption = words[i if len(words) > 1 else 0] if words else None
-        path.with_suffix(".json").write_text(
-            json.dumps({**made, "clip": i, "label": label, "label_name": name, "caption": caption}, indent=1) + "\n"
-        )
     print(
-        f"{model}: {args.task}, {count} clip(s), {frames} x {height} x {width} at {fps:g} fps, {args.steps} steps, guidance {args.guidance}: {paths[0].parent}"
+        f"{model}: {args.task}, {count} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {args.steps} steps, guidance {args.guidance}: {paths[0].parent}"
     )
     return 0
 

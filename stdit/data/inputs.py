@@ -43,15 +43,17 @@ def read_input(path: str | Path, size: Size | Callable[[Size], Size], fps: float
     return Input(pixels, ", ".join(note for note in (scaled, rate) if note), source)
 
 
-def read_mask(path: str | Path, source: Size, clip: tuple[int, int, int], fps: float) -> Tensor:
+def read_mask(
+    path: str | Path, source: Size, clip: tuple[int, int, int], fps: float, frames: int | None = None
+) -> Tensor:
     """A picture or clip, white where pixels are to be made -> (H, W) or (F, H, W) bool.
 
     source: (H, W) of the clip's file; clip: (F, H, W) as it is worked at. The mask is of either size, and a clip of a mask
-    has as many frames at `fps`.
+    has as many frames at `fps` (frames: only the first so many count).
     """
     path, size = Path(path), clip[1:]
     still = path.suffix.lower() in IMAGE_SUFFIXES
-    masks = _picture(path, "L")[None] if still else _frames(path, fps, None)[0].mean(-1).astype(np.uint8)
+    masks = _picture(path, "L")[None] if still else _frames(path, fps, frames)[0].mean(-1).astype(np.uint8)
     if masks.shape[1:] not in (source, size):
         raise ValueError(
             f"mask {path} is {masks.shape[1]} x {masks.shape[2]}, the clip is {source[0]} x {source[1]}; draw the mask on a "

@@ -54,11 +54,6 @@ class ObjectiveConfig:
                 raise ValueError(
                     f"objective.{name}={getattr(self, name)} is not positive; 1 leaves the levels as they are."
                 )
-        if self.name == "ddpm" and (self.shift, self.shift_tokens) != (1.0, 0):
-            raise ValueError(
-                f"objective.shift={self.shift} and shift_tokens={self.shift_tokens} move flow's levels; DDPM's are fixed by its "
-                "betas: leave them out, or use objective.name=flow."
-            )
         if self.scheme != "mixed":
             pick({**SCHEMES, "mixed": None}, self.scheme, "objective.scheme")
         pick(BETAS, self.betas, "objective.betas")

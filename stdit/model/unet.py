@@ -23,6 +23,9 @@ class UNet(ModelMixin, ConfigMixin):
 
     by_patch = False  # one level for all
 
+    def set_positions(self, positions: str) -> None:
+        raise ValueError("a U-Net's convolutions know no positions; leave positions out.")
+
     @register_to_config
     def __init__(
         self,

@@ -36,21 +36,23 @@ def check(sampler: "Sampler", canvas: Canvas, length: int, seed: int) -> None:
                 "this model is causal: it cannot see the known frames that follow what is to be made; use a model trained "
                 "without model.causal, or extend a clip by after=."
             )
-        _warn_of_length(sampler, max(length, canvas.pixels.shape[2]))
         if sampler.goes_forward(canvas):
             _check_stream(sampler)
+            _warn_of_length(sampler, max(length, canvas.pixels.shape[2]))
     _warn_of_schemes(list(pipe.config.schemes), canvas, closed, bool(pipe.transformer.config.causal))
     if sampler.guidance.history != 1 and not closed.any():
         warnings.warn(
-            "history_guidance leads toward known frames, and none is known here: it does nothing.", stacklevel=4
+            "history_guidance leads toward known frames, and none is known here: it does nothing.", stacklevel=5
         )
 
 
-def check_window(window: int, frames: int, vae: VideoVAE) -> None:
+def check_window(window: int, canvas: Canvas, vae: VideoVAE) -> None:
     """ValueError for a window (in frames) that this VAE's groups do not fill, or that can go no further."""
-    least = 1 + 2 * vae.stride[0]
-    if not fits(vae, max(window, 1)) or window < min(frames, least):
-        near = next(n for n in range(max(window, least), max(window, least) + vae.stride[0] + 1) if fits(vae, n))
+    step, closed = vae.frame_step or vae.stride[0], ~canvas.made.flatten(1).any(1)
+    first = int(closed.int().argmax()) if closed.any() else 0  # a head before known frames is made from behind
+    least = 1 + (2 if first or bool((closed[1:] & ~closed[:-1]).any()) else 1) * step
+    if not fits(vae, max(window, 1)) or window < min(len(closed), least):
+        near = next(n for n in range(max(window, least), max(window, least) + step + 1) if fits(vae, n))
         raise ValueError(
             f"window={window} does not hold a first frame, what is known and what is made in whole groups of VAE "
             f"{vae.name!r}; use window={near}."
@@ -69,8 +71,8 @@ def _check_choices(sampler: "Sampler") -> None:
     if guided_channels is not None and not 1 <= guided_channels <= channels:
         raise ValueError(f"guidance_channels={guided_channels} is outside the latents' 1 to {channels} channels.")
     low, high = sampler.guidance.interval
-    if not 0 <= low < high <= 1:
-        raise ValueError(f"guidance_interval=({low:g}, {high:g}) is no stretch of levels; use 0 <= low < high <= 1.")
+    if not 0 <= low <= high:
+        raise ValueError(f"guidance_interval=({low:g}, {high:g}) is no stretch of levels; use 0 <= low <= high.")
     if sampler.blend is not None and sampler.blend < 0:
         raise ValueError(f"blend={sampler.blend} is negative; use 0 to leave known pixels as they are.")
     if sampler.tile is not None:
@@ -117,25 +119,30 @@ def _warn_of_length(sampler: "Sampler", frames: int) -> None:
         warnings.warn(
             f"this causal model was trained on {trained} frames without a window: for {frames} its cache grows with every "
             "frame, and it sees further back than it learnt; train with model.window for minutes.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
 def _warn_of_schemes(trained: list[str], canvas: Canvas, closed: Tensor, causal: bool) -> None:
     """Known frames or patches at places where this model never saw any."""
-    if canvas.made.all():
+    if canvas.made.all() or not canvas.made.any():
         return
+    gaps = int((closed[:-1] & ~closed[1:]).sum())
     if canvas.made.shape[1] > 1:
         fitting = ["region"]
     elif causal or (closed[0] and not closed[-1]):
         fitting = ["prefix", "motion", "random", "teacher"]
     elif closed[-1] and not closed[0]:
         fitting = ["suffix", "random"]
+    elif not closed[0]:
+        fitting = ["random"]
     else:
-        fitting = ["ends", "random", "every"]
+        fitting = ["ends" if gaps == 1 else "every", "random"]
+    if canvas.made.shape[1] == 1:
+        fitting.append("per_frame")  # any frame has been cleaner than any other
     if not set(fitting) & set(trained):
         warnings.warn(
             f"this model was trained with objective.scheme={', '.join(trained)} and has not seen known frames where this "
             f"task has them (as {' or '.join(fitting)} show them): expect seams; train with objective.scheme=mixed.",
-            stacklevel=5,
+            stacklevel=6,
         )

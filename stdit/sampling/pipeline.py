@@ -205,8 +205,9 @@ class STDiTPipeline(DiffusionPipeline):
         """
         if not self.transformer.config.causal:
             raise ValueError("this model is not causal; use extend, or train with model.causal=true.")
-        stride = self.video_vae.stride[0]  # the canvas of one group stands for all: a stream holds no whole clip
-        canvas = tasks.extend(clip, after if after % stride else min(after, stride), 0, self.video_vae)
+        step = self.video_vae.frame_step or self.video_vae.stride[0]
+        # The canvas of one group stands for all: a stream holds no whole clip.
+        canvas = tasks.extend(clip, after if after % step else min(after, step), 0, self.video_vae)
         of = self.prompt(class_labels, captions, len(clip)).each(lambda x: x.to(self.device))
         sampler = Sampler(self, num_inference_steps, Guidance(guidance_scale), solver, fps=fps)
         total = clip.shape[2] + after
@@ -320,7 +321,7 @@ class STDiTPipeline(DiffusionPipeline):
         """Frames looked at at a time, and how many of them may be known ones before those to be made."""
         frames, stride = canvas.pixels.shape[2], self.video_vae.stride[0]
         if window is not None:
-            check_window(window, frames, self.video_vae)
+            check_window(window, canvas, self.video_vae)
         length = max(self.config.num_frames, 1 + 2 * stride) if window is None else window
         if frames < length:  # all at once; what does not fill a group is made and cut
             length = next(n for n in range(frames, length + 1) if tasks.fits(self.video_vae, n))

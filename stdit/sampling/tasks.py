@@ -113,7 +113,9 @@ def inpaint(clip: Tensor, mask: Tensor) -> Canvas:
         raise ValueError(
             "mask is false everywhere: there is nothing to be made; set it true where pixels shall be new."
         )
-    return Canvas(clip, mask.expand(frames, height, width))
+    mask = mask.expand(frames, height, width)
+    whole = mask[:, :1, :1]  # where every frame is made or kept as a whole, it needs no level for every patch
+    return Canvas(clip, whole if bool((mask == whole).all()) else mask)
 
 
 def edit(clip: Tensor, strength: float) -> Canvas:

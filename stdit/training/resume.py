@@ -36,7 +36,9 @@ def find_checkpoint(
         return None
     changed = [
         line
-        for line in differences(_over(defaults, checkpoint.info["config"]), resolved)
+        for line in differences(
+            _in_effect(_over(defaults, checkpoint.info["config"]), checkpoint.info["config"]), _in_effect(resolved)
+        )
         if not line.startswith(tuple(f"{k}:" for k in _FREE))
     ]
     if changed and not config.allow_changes:
@@ -45,6 +47,20 @@ def find_checkpoint(
             "begin again with train.resume=never, or go on all the same with train.allow_changes=true."
         )
     return checkpoint
+
+
+def _in_effect(config: dict, given: dict | None = None) -> dict:
+    """A config whose `objective.shares` are those that steps are drawn by: none but of a mixture, in parts of 1.
+
+    given: as it was written, whose shares count: a scheme that did not exist then had none.
+    """
+    objective = config["objective"]
+    shares = (given or {}).get("objective", {}).get("shares", objective["shares"])
+    if objective["scheme"] != "mixed":
+        shares = {}
+    total = sum(shares.values())
+    shares = {name: round(share / total, 6) for name, share in shares.items() if share}
+    return {**config, "objective": {**objective, "shares": shares}}
 
 
 def _over(defaults: dict, given: dict) -> dict:

@@ -95,7 +95,6 @@ def test_levels_beside_known_frames_lie_at_higher_noise_by_known_shift():
     ("config", "message"),
     [
         ({"scheme": "prefx"}, "Did you mean 'prefix'"),
-        ({"name": "ddpm", "shift": 3.0}, r"objective.shift=3.0 and shift_tokens=0 move flow's levels"),
         ({"shares": {"sufix": 1.0}}, "Did you mean 'suffix'"),
         ({"shares": {"prefix": -1.0}}, r"objective.shares.prefix=-1.0 is no share"),
         ({"shares": {"prefix": 0.0}}, "are all 0"),

@@ -166,6 +166,10 @@ def test_where_patches_of_other_sizes_stand_can_be_chosen_after_training(make):
         pipe.transformer.set_positions("interpolated")
 
 
+def test_a_window_of_one_group_goes_forward(make):
+    assert torch.equal(make().extend(clip(5), after=16, window=5, **FAST)[:, :, :5], clip(5))
+
+
 @pytest.mark.parametrize("length", [9, 13, 17])
 @pytest.mark.parametrize("stride", [1, 4])
 def test_windows_come_to_an_end_whatever_is_known(length, stride):
@@ -181,7 +185,7 @@ def test_windows_come_to_an_end_whatever_is_known(length, stride):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: p.extend(clip(5), after=4, window=1), "window=1 does not hold .* use window=9"),
+        (lambda p: p.extend(clip(5), after=4, window=1), "window=1 does not hold .* use window=5"),
         (lambda p: p.extend(clip(4), before=9, window=5), "window=5 does not hold .* use window=9"),
         (lambda p: p.extend(clip(5), after=12, window=10), "window=10 does not hold .* use window=13"),
         (lambda p: p.extend(clip(5), after=4, window=0), "window=0 does not hold"),
@@ -221,8 +225,11 @@ def test_a_causal_model_without_a_window_warns_beyond_its_length(make):
         make(causal=True, time_entry="rotary").extend(clip(5), after=8, **FAST)
 
 
-def test_a_model_of_levels_by_frame_refuses_masks_with_a_remedy_for_sampling(make):
+def test_a_model_of_levels_by_frame_takes_masks_of_whole_frames_and_refuses_others(make):
     pipe = make(conditioning="in_context")
+    last = torch.zeros(5, 32, 32, dtype=torch.bool)
+    last[1:] = True
+    assert torch.equal(pipe.inpaint(clip(5), last, **FAST)[:, :, :1], clip(5)[:, :, :1])
     with pytest.raises(ValueError, match="takes levels by frame; mask whole frames"):
         pipe.inpaint(clip(5), torch.ones(32, 32, dtype=torch.bool).tril(), **FAST)
 
@@ -232,13 +239,18 @@ def test_a_model_of_levels_by_frame_refuses_masks_with_a_remedy_for_sampling(mak
     [
         (["suffix"], lambda p: p.extend(clip(5), after=4, **FAST)),
         (["prefix"], lambda p: p.extend(clip(4), before=5, **FAST)),
+        (["ends"], lambda p: p.extend(clip(4), before=1, after=4, **FAST)),
+        (["ends"], lambda p: p.interpolate(clip(5), 2, **FAST)),
         (["prefix", "suffix"], lambda p: p.connect(clip(5), clip(4), 4, **FAST)),
         (["prefix", "ends"], lambda p: p.inpaint(clip(5), torch.ones(32, 32, dtype=torch.bool).tril(), **FAST)),
     ],
 )
 def test_a_model_warns_of_known_frames_where_it_saw_none(make, schemes, call):
-    with pytest.warns(UserWarning, match=f"trained with objective.scheme={', '.join(schemes)} and has not seen"):
+    with pytest.warns(
+        UserWarning, match=f"trained with objective.scheme={', '.join(schemes)} and has not seen"
+    ) as said:
         call(make(schemes=schemes))
+    assert said[0].filename == __file__  # it points at the caller
 
 
 @pytest.mark.filterwarnings("error")
@@ -246,6 +258,9 @@ def test_a_model_does_not_warn_of_what_it_was_trained_for(make):
     make(schemes=["motion"]).extend(clip(5), after=4, **FAST)
     make(schemes=["suffix"]).extend(clip(4), before=5, **FAST)
     make(schemes=["ends"]).loop(clip(5), 4, **FAST)
+    make(schemes=["per_frame"]).interpolate(clip(5), 2, **FAST)
+    make(schemes=["prefix"]).edit(clip(5), 0.0, **FAST)
+    make(causal=True, time_entry="rotary").edit(clip(17), 0.5, **FAST)
     make(schemes=["teacher"], causal=True, window=3, time_entry="rotary").extend(clip(5), after=4, **FAST)
 
 
