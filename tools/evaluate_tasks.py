@@ -56,14 +56,14 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
 def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a model of shapes that bounce."""
     length, size = pipe.config.num_frames, pipe.config.height
-    options = {**options, "history_guidance": 2.0}
+    led, options = {**options, "history_guidance": 2.0}, {**options, "history_guidance": 1.5}
     short, beyond = (op.held_out(count, n, "bounce", size, seed + 1) for n in (length, length + 16))
     return {
         "extend-bounce": lambda: op.extension(pipe, short, 5, False, 2.0, **options),
         "extend-beyond": lambda: op.extension(pipe, beyond, length, False, 4.0, **options),
         "extend-beyond-5": lambda: op.extension(pipe, beyond, 5, False, 4.0, **options),
         "connect": lambda: op.connection(pipe, short, 5, 4, 1.5, **options),
-        "loop": lambda: op.loops(pipe, short, length, 12, **options),
+        "loop": lambda: op.loops(pipe, short, length, 12, **led),
     }
 
 
