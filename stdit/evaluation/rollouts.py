@@ -29,7 +29,7 @@ def rollout(pipe: Any, data: Set, known: int, new: int, **options) -> Outcome:
         memory.append(_resident())
         last_parts.append(part)
         if len(seconds) % every == 0:
-            shown.append(part[:8, :, -1:])
+            shown.append(part[:8, :, -1:].clone())  # a view would keep the whole part
     made = torch.cat(list(last_parts), 2)
     tenth = max(1, len(seconds) // 10)
     end = [judge(to_uint8(clip)[-17:]) for clip in made]
