@@ -218,12 +218,15 @@ def test_muon_takes_matrices_and_no_tables(name):
     [
         (["objective.mask_ratio=0.3"], "of model.trunk=masked"),
         (["objective.mask_ratio=0.3", "model.trunk=masked", "objective.scheme=prefix"], "known frames must be seen"),
-        (["model.conditioning=in_context", "objective.scheme=mixed"], "objective.shares.region=0"),
+        (
+            ["model.conditioning=in_context", "objective.scheme=mixed", "objective.shares.region=0.1"],
+            "objective.shares.region=0",
+        ),
         (["model.caption_channels=64"], "text.encoder"),
         (["model.conditioning=in_context", "data.packing=true", "data.sizes=[[17,64,64]]"], "data.packing=false"),
         (["model.trunk=joint"], "text.encoder=words"),
         (["model.trunk=masked", "data.packing=true", "data.sizes=[[17,64,64]]"], "one of stack, long_skip"),
-        (["model.trunk=u_shape", "objective.scheme=mixed"], "objective.shares.region=0"),
+        (["model.trunk=u_shape", "objective.scheme=mixed", "objective.shares.region=0.1"], "objective.shares.region=0"),
         (["model.network=unet", "model.conditions=[fps]"], "none of model.conditions"),
         (["model.network=unet", "model.trunk=long_skip"], "none of model.trunk=long_skip"),
         (["model.causal=true", "model.sink=1", "data.sizes=[[33,64,64]]"], "data.num_frames=33"),
