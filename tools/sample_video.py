@@ -114,7 +114,7 @@ def extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, l
         return pipe.extend(pixels, args.after, args.before, labels, **options)
     chosen = {name: value for name, value in options.items() if name in STREAMED}
     made = pipe.stream(pixels, args.after, labels, **chosen)
-    return chain([pixels], (part for part in tqdm(made, "groups of frames", args.after // pipe.video_vae.stride[0])))
+    return chain([pixels], tqdm(made, "groups of frames", args.after // pipe.video_vae.stride[0]))
 
 
 # What each task takes, and the call that does it: inputs, and the flags that are its own.
