@@ -37,8 +37,9 @@ def next_window(open_frames: Tensor, length: int, overlap: int, stride: int) -> 
     context = fitting[-1] if goal and fitting else contexts[-1]
     begin = max(0, min(first - context, frames - length))
     end = keep_to = begin + length
-    if goal and end_of_gap + goal > end:  # what follows comes into view later: leave a gap that can be closed well
-        leave = length - goal - contexts[:2][-1]
+    if goal and end_of_gap + goal > end:
+        # What follows comes into view later. The way there may be long: leave all the room that a window closes at once.
+        leave = length - goal - 1
         keep_to = min(end, max(first + stride, end_of_gap - leave))
     return Window(begin, end, begin, keep_to)
 

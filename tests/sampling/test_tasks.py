@@ -167,12 +167,14 @@ def test_windows_fill_every_frame_and_see_known_ones_in_whole_groups(frames, kno
     assert not open_frames.any()
 
 
-def test_a_gap_is_closed_only_by_a_window_that_sees_what_follows():
-    open_frames = torch.zeros(41, dtype=torch.bool)
-    open_frames[5:33] = True
+@pytest.mark.parametrize("gap", [16, 20, 24, 28])
+def test_a_gap_is_closed_by_a_window_that_sees_what_follows_and_has_all_the_room_it_can(gap):
+    open_frames = torch.zeros(5 + gap + 8, dtype=torch.bool)
+    open_frames[5 : 5 + gap] = True
     while (window := next_window(open_frames, 17, 5, 4)) is not None:
-        if window.keep_to >= 33:
-            assert window.end >= 33 + 4
+        if window.keep_to >= 5 + gap:
+            assert window.end >= 5 + gap + 4
+            assert int(open_frames.sum()) == 17 - 1 - 4  # beside one frame before it and a group behind
         open_frames[window.keep_from : window.keep_to] = False
 
 
