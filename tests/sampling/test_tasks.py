@@ -9,6 +9,7 @@ from stdit.diffusion.levels import SCHEMES
 from stdit.keys import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.place import encode_known, made_patches, paste
+from stdit.sampling.sampler import Sampler
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.sampling.tasks import Canvas, surround
 from stdit.sampling.windows import next_window
@@ -73,6 +74,32 @@ def test_images_connect_by_any_gap_that_fits(make):
     joined = pipe.connect(first, last, frames=7, **FAST)
     assert torch.equal(joined[:, :, 0], first)
     assert torch.equal(joined[:, :, -1], last)
+
+
+@pytest.mark.parametrize(
+    ("head", "gap", "tail"), [(1, 15, 1), (1, 16, 1), (5, 12, 2), (0, 16, 1), (5, 13, 5), (5, 8, 4)]
+)
+def test_a_goal_that_fills_no_group_stands_still_until_the_window_that_closes_the_gap_sees_one(
+    make, monkeypatch, head, gap, tail
+):
+    windows, look = [], Sampler._window
+
+    def spy(self, canvas, *rest):
+        windows.append(canvas._replace(pixels=canvas.pixels.clone(), made=canvas.made.clone()))
+        return look(self, canvas, *rest)
+
+    monkeypatch.setattr(Sampler, "_window", spy)
+    pipe, given = make(), clip(head + gap + tail)
+    made = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
+    made[head : head + gap] = True
+    filled = pipe.fill(Canvas(given, made), **FAST)
+    assert filled.shape == given.shape
+    assert torch.equal(filled[:, :, head + gap :], given[:, :, head + gap :])
+    closing = next(w for w in windows if not w.made[-1])
+    todo, _ = made_patches(closing.made, pipe.video_vae, (1, 1, 1))
+    assert not todo.flatten(1).any(1)[-1]
+    if tail < 4:
+        assert torch.equal(closing.pixels[:, :, -1], given[:, :, -1])
 
 
 @pytest.mark.parametrize("arrangement", ["autoregressive", "pyramid"])
