@@ -287,11 +287,11 @@ class STDiTPipeline(DiffusionPipeline):
         history_guidance: guide toward the known frames (above 1). arrangement: together, autoregressive by chunks of
         `every` latent frames, or pyramid, neighbours `every` steps apart. window: frames looked at at a time (null: as
         trained); overlap: of these, known frames at most. blend: known pixels this near to made ones fade into them.
-        paste: false leaves known pixels as the VAE decodes them.
-        tile: decode in tiles of so many latents, for large frames in bounded memory.
-        fps: told to a model that is conditioned on it (null: as trained).
+        paste: false leaves known pixels as the VAE decodes them. tile: decode in tiles of so many latents,
+        for large frames in bounded memory. fps: told to a model that is conditioned on it (null: as trained).
         """
         prompt = self.prompt(class_labels, captions, len(canvas.pixels))
+        canvas = tasks.with_goal(canvas, self.video_vae)
         sampler = Sampler(
             self, num_inference_steps, Guidance(guidance_scale, guidance_interval, guidance_channels, history_guidance),
             solver, arrangement, every, blend if paste else None, tile, fps,

@@ -18,9 +18,8 @@ from stdit.sampling.plan import arrange
 from stdit.sampling.rollout import stream
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.sampling.solvers import solve
-from stdit.sampling.tasks import Canvas, fits
+from stdit.sampling.tasks import Canvas
 from stdit.sampling.windows import next_window
-from stdit.vae import VideoVAE
 
 if TYPE_CHECKING:
     from stdit.sampling.pipeline import STDiTPipeline
@@ -70,7 +69,7 @@ class Sampler(NamedTuple):
             size = (frames, height, width)
             return torch.cat([known, *stream(self, known, size, prompt, keys)], dim=2)
         frames, number = canvas.pixels.shape[2], 0
-        canvas = _lengthened(canvas, length, self.pipe.video_vae)
+        canvas = _lengthened(canvas, length)
         pixels, made = canvas.pixels.clone(), canvas.made.clone()
         while (window := next_window(made.flatten(1).any(1), length, overlap, stride)) is not None:
             view = slice(window.begin, window.end)
@@ -153,14 +152,9 @@ class Sampler(NamedTuple):
         return x
 
 
-def _lengthened(canvas: Canvas, length: int, vae: VideoVAE) -> Canvas:
-    """A canvas with its last frame repeated until it fills a window, and a group where it is known.
-
-    The model sees known latents only: a goal that fills no group stands still for one, so that the way there is seen.
-    """
+def _lengthened(canvas: Canvas, length: int) -> Canvas:
+    """A canvas shorter than a window, its last frame repeated until it fills one."""
     more = length - canvas.pixels.shape[2]
-    if canvas.made.shape[1] == 1 and canvas.strength == 1:
-        more = max(more, _short_of_a_group(canvas.made.flatten(), vae))
     if more <= 0:
         return canvas
     between = canvas.between
@@ -171,13 +165,3 @@ def _lengthened(canvas: Canvas, length: int, vae: VideoVAE) -> Canvas:
         if between is None
         else torch.cat([between, between[:, :, :, -1:].expand(-1, -1, -1, more, -1, -1)], 3),
     )
-
-
-def _short_of_a_group(made: Tensor, vae: VideoVAE) -> int:
-    """How many frames the known ones at the end of a canvas (F,) lack to fill a group of their own."""
-    stride, frames = vae.stride[0], len(made)
-    if made[-1] or not made.any():
-        return 0
-    begin = int(made.nonzero()[-1]) + 1
-    end = begin + (1 - begin) % stride + stride  # of the first group that begins among them
-    return 0 if end <= frames else next(n for n in range(end, end + frames) if fits(vae, n)) - frames

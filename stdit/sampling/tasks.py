@@ -165,6 +165,27 @@ def fits(vae: VideoVAE, frames: int) -> bool:
     return True
 
 
+def with_goal(canvas: Canvas, vae: VideoVAE) -> Canvas:
+    """A canvas whose last known frames, if they fill no group behind what is made, stand still until they do.
+
+    The model sees known latents only, so that it would not see where the way must lead.
+    """
+    made, stride, frames = canvas.made[:, 0, 0], vae.stride[0], len(canvas.made)
+    if canvas.made.shape[1] > 1 or canvas.between is not None or made[-1] or not made.any():
+        return canvas
+    begin = int(made.nonzero()[-1]) + 1
+    end = begin + (1 - begin) % stride + stride  # of the first group that begins among the known ones
+    if end <= frames:
+        return canvas
+    more = next(n for n in range(end, end + frames) if fits(vae, n)) - frames
+    still = canvas.pixels[:, :, -1:].expand(-1, -1, more, -1, -1)
+    return canvas._replace(
+        pixels=torch.cat([canvas.pixels, still], 2),
+        made=torch.cat([canvas.made, canvas.made[-1:].expand(more, -1, -1)]),
+        keep=canvas.keep or frames,
+    )
+
+
 def _check_gap(vae: VideoVAE, total: int, new: int, name: str, first: int) -> None:
     """New frames make whole groups of the VAE, or the whole clip does; else ValueError naming the nearest that do.
 

@@ -100,6 +100,9 @@ def test_a_goal_that_fills_no_group_stands_still_until_the_window_that_closes_th
     assert not todo.flatten(1).any(1)[-1]
     if tail < 4:
         assert torch.equal(closing.pixels[:, :, -1], given[:, :, -1])
+    windows.clear()
+    pipe.fill(Canvas(given, made), window=25, **FAST)
+    assert len(windows) == 1  # what stands still is in one window with the rest, where that is long enough
 
 
 @pytest.mark.parametrize("arrangement", ["autoregressive", "pyramid"])
