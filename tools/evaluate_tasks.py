@@ -57,13 +57,15 @@ def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a model of shapes that bounce."""
     length, size = pipe.config.num_frames, pipe.config.height
     led, options = {**options, "history_guidance": 2.0}, {**options, "history_guidance": 1.5}
-    short, beyond = (op.held_out(count, n, "bounce", size, seed + 1) for n in (length, length + 16))
+    short, pictures, beyond = (op.held_out(count, n, "bounce", size, seed + 1) for n in (length, 18, length + 16))
     return {
         "extend-bounce": lambda: op.extension(pipe, short, 5, False, 2.0, **options),
         "extend-beyond": lambda: op.extension(pipe, beyond, length, False, 4.0, **options),
         "extend-beyond-5": lambda: op.extension(pipe, beyond, 5, False, 4.0, **options),
         "connect": lambda: op.connection(pipe, short, 5, 4, 1.5, **options),
+        "connect-pictures": lambda: op.connection(pipe, pictures, 1, 1, 1.5, **options),
         "loop": lambda: op.loops(pipe, short, length, 12, **led),
+        "loop-windows": lambda: op.loops(pipe, short, length, 16, **led),
     }
 
 

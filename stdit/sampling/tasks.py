@@ -74,10 +74,11 @@ def loop(clip: Tensor, frames: int, vae: VideoVAE) -> Canvas:
     """
     check_clip(clip, "clip")
     length = clip.shape[2]
-    goal = min(length, vae.stride[0])
     if frames < 1:
         raise ValueError(f"frames={frames} leaves no gap between the clip's end and its beginning; use 1 or more.")
-    _check_gap(vae, length + frames + goal, frames, "frames", 0)
+    step = vae.stride[0]
+    _check_gap(vae, length + frames + min(length, step), frames, "frames", 0)
+    goal = min(length, (1 - length - frames) % step + step)  # a whole group, wherever the gap ends
     return _pieces([clip, frames, clip[:, :, :goal]])._replace(keep=length + frames)
 
 

@@ -7,6 +7,7 @@ from conftest import fill
 from stdit.data.shapes import draw, random_clip
 from stdit.diffusion.levels import SCHEMES
 from stdit.keys import keyed_rng
+from stdit.sampling import tasks
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.place import encode_known, made_patches, paste
 from stdit.sampling.sampler import Sampler
@@ -103,6 +104,15 @@ def test_a_goal_that_fills_no_group_stands_still_until_the_window_that_closes_th
     windows.clear()
     pipe.fill(Canvas(given, made), window=25, **FAST)
     assert len(windows) == 1  # what stands still is in one window with the rest, where that is long enough
+
+
+@pytest.mark.parametrize("length", [7, 8, 9, 17])
+def test_a_loop_leads_to_a_whole_group_of_the_clip_itself(make, length):
+    vae = make().video_vae
+    canvas = tasks.loop(clip(length), 4, vae)
+    todo, _ = made_patches(canvas.made, vae, (1, 1, 1))
+    assert not todo[-1].any()
+    assert torch.equal(canvas.pixels[:, :, length + 4 :], clip(length)[:, :, : canvas.pixels.shape[2] - length - 4])
 
 
 @pytest.mark.parametrize("arrangement", ["autoregressive", "pyramid"])
