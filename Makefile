@@ -5,8 +5,6 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Threads that wait give their core away: with other work on one core the training else waits for it at every operation.
-export OMP_WAIT_POLICY ?= PASSIVE
 # The small CPU build of torch, where this index is reached; elsewhere the package index's own build serves.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
