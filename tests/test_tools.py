@@ -16,7 +16,6 @@ import train
 from PIL import Image
 
 from stdit.data import VideoReader
-from stdit.data.inputs import read_input
 from stdit.data.manifest import read_manifest
 from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_write import write_video
@@ -256,6 +255,8 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
         (["--task", "loop", "--input", "shapes/000000.mp4", "--frames", "0"], "--frames 0 is none; use 1 or more"),
         (["--height", "0"], "--height 0 is none"),
         (["--fps", "-3"], "--fps -3.0 is none; use a positive number"),
+        (["--fps", "inf"], "--fps inf is none; use a positive number"),
+        (["--guidance", "nan"], "guidance_scale=nan is no scale"),
         (["--seed", "-1"], "seed=-1 is negative"),
         (["--tile", "2"], "tile=2 latents leave no room"),
         (["--positions", "squeezed"], "Unknown positions 'squeezed'"),
@@ -273,13 +274,9 @@ def test_tasks_that_cannot_be_are_refused_before_anything_is_written(model, argu
     assert not (model / "made").exists() or not list((model / "made").iterdir())
 
 
-def test_what_is_done_to_an_input_is_said(home):
-    wide = np.zeros((4, 32, 64, 3), np.uint8)
-    write_video("wide.mp4", wide, fps=8)
-    write_video("slow.mp4", wide[:, :, :32], fps=6.5)
-    assert read_input("wide.mp4", (32, 32), 8.0).note == "32 x 64 -> 32 x 32 (cropped from 32 x 64)"
-    assert "4 frames at 6.5 fps -> 4 at 8" in read_input("slow.mp4", (32, 32), 8.0).note
-    assert read_input("slow.mp4", (32, 32), 6.5).note == ""
+def test_a_gif_is_not_written_under_another_name(model):
+    with pytest.raises(ValueError, match="--gif and --output made.mp4 say different things"):
+        sample_video.main(["--gif", "--output", "made.mp4"])
 
 
 def test_outpainting_keeps_the_whole_picture_and_a_picture_stays_a_picture(model, capsys):

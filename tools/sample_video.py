@@ -220,9 +220,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in (*COUNTS, "fps"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < float("inf"):
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} {value} is none; use {'a positive number' if name == 'fps' else '1 or more'}.")
+    if args.gif and args.output and Path(args.output).suffix not in ("", ".gif"):
+        raise ValueError(f"--gif and --output {args.output} say different things; leave one of them out.")
     return args
 
 

@@ -23,6 +23,7 @@ class Input(NamedTuple):
 
 
 Size = tuple[int, int]
+_MOST = 20_000  # a gap in the time stamps, or a slip in a rate, asks for more than any memory holds
 
 
 def read_input(path: str | Path, size: Size | Callable[[Size], Size], fps: float, frames: int | None = None) -> Input:
@@ -81,11 +82,16 @@ def _frames(path: Path, fps: float, frames: int | None) -> tuple[np.ndarray, str
     with VideoReader(path) as reader:
         count = max(1, int(np.floor(float(reader.timestamps[-1]) * fps + 1e-3)) + 1)
         own = abs(reader.fps / fps - 1) < 0.01  # its own rate: every frame
-        picked = list(range(len(reader))) if own else reader.indices_at(np.arange(count) / fps)
-        if frames is not None and frames > len(picked):
-            raise ValueError(f"{path} has {len(picked)} frames at {fps:g} fps, --frames {frames} are more; use fewer.")
-        note = "" if own else f"{len(reader)} frames at {reader.fps:.4g} fps -> {len(picked)} at {fps:g}"
-        return reader.get_frames(picked[:frames]), note
+        count = len(reader) if own else count
+        if frames is not None and frames > count:
+            raise ValueError(f"{path} has {count} frames at {fps:g} fps, --frames {frames} are more; use fewer.")
+        taken = count if frames is None else frames
+        if taken > _MOST:
+            raise ValueError(
+                f"{path} has {count} frames at {fps:g} fps, more than the {_MOST} taken at a time; cut it, or give --frames."
+            )
+        note = "" if own else f"{len(reader)} frames at {reader.fps:.4g} fps -> {count} at {fps:g}"
+        return reader.get_frames(list(range(taken)) if own else reader.indices_at(np.arange(taken) / fps)), note
 
 
 def _picture(path: Path, mode: str) -> np.ndarray:

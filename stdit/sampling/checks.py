@@ -70,6 +70,9 @@ def _check_choices(sampler: "Sampler") -> None:
         raise ValueError(f"every={sampler.every} is no number of frames or steps; use 1 or more.")
     if guided_channels is not None and not 1 <= guided_channels <= channels:
         raise ValueError(f"guidance_channels={guided_channels} is outside the latents' 1 to {channels} channels.")
+    for name, scale in (("guidance_scale", sampler.guidance.scale), ("history_guidance", sampler.guidance.history)):
+        if not 0 <= scale < float("inf"):
+            raise ValueError(f"{name}={scale} is no scale; use 0 or more, 1 for none.")
     low, high = sampler.guidance.interval
     if not 0 <= low <= high:
         raise ValueError(f"guidance_interval=({low:g}, {high:g}) is no stretch of levels; use 0 <= low <= high.")
@@ -77,7 +80,7 @@ def _check_choices(sampler: "Sampler") -> None:
         raise ValueError(f"blend={sampler.blend} is negative; use 0 to leave known pixels as they are.")
     if sampler.tile is not None:
         overlap_of(sampler.tile)
-    if sampler.fps is not None and not sampler.fps > 0:
+    if sampler.fps is not None and not 0 < sampler.fps < float("inf"):
         raise ValueError(f"fps={sampler.fps} is not a frame rate; use a positive number.")
 
 

@@ -323,14 +323,13 @@ class STDiTPipeline(DiffusionPipeline):
         if window is not None:
             check_window(window, canvas, self.video_vae)
         length = max(self.config.num_frames, 1 + 2 * stride) if window is None else window
-        if frames < length:  # all at once; what does not fill a group is made and cut
-            length = next(n for n in range(frames, length + 1) if tasks.fits(self.video_vae, n))
-        known = length // 2 // stride * stride + 1 if overlap is None else overlap
-        if overlap is not None and not 1 <= overlap < length:
+        if overlap is not None and not 1 <= overlap <= length - stride:
             raise ValueError(
                 f"overlap={overlap} leaves nothing to be made in a window of {length} frames; use 1 to {length - stride}."
             )
-        return length, max(1, known)
+        if frames < length:  # all at once; what does not fill a group is made and cut
+            length = next(n for n in range(frames, length + 1) if tasks.fits(self.video_vae, n))
+        return length, length // 2 // stride * stride + 1 if overlap is None else overlap
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Latents to pixels on the CPU, a few clips at a time; `tile`: in tiles of so many latents (`vae.tiling`)."""

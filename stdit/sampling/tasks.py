@@ -167,14 +167,17 @@ def fits(vae: VideoVAE, frames: int) -> bool:
 
 
 def with_goal(canvas: Canvas, vae: VideoVAE) -> Canvas:
-    """A canvas whose last known frames, if they fill no group behind what is made, stand still until they do.
+    """A canvas whose last known frames, if they fill no group behind a gap, stand still until they do.
 
-    The model sees known latents only, so that it would not see where the way must lead.
+    The model sees known latents only, so that it would not see where the way must lead. Where nothing is known in front,
+    no way has to be closed, and a clip that stands still would be gone on with as one.
     """
     made, stride, frames = canvas.made[:, 0, 0], vae.stride[0], len(canvas.made)
     if canvas.made.shape[1] > 1 or canvas.between is not None or made[-1] or not made.any():
         return canvas
     begin = int(made.nonzero()[-1]) + 1
+    if made[:begin].all():
+        return canvas
     end = begin + (1 - begin) % stride + stride  # of the first group that begins among the known ones
     if end <= frames:
         return canvas

@@ -77,9 +77,7 @@ def test_images_connect_by_any_gap_that_fits(make):
     assert torch.equal(joined[:, :, -1], last)
 
 
-@pytest.mark.parametrize(
-    ("head", "gap", "tail"), [(1, 15, 1), (1, 16, 1), (5, 12, 2), (0, 16, 1), (5, 13, 5), (5, 8, 4)]
-)
+@pytest.mark.parametrize(("head", "gap", "tail"), [(1, 15, 1), (1, 16, 1), (5, 12, 2), (5, 13, 5), (5, 8, 4)])
 def test_a_goal_that_fills_no_group_stands_still_until_the_window_that_closes_the_gap_sees_one(
     make, monkeypatch, head, gap, tail
 ):
@@ -104,6 +102,20 @@ def test_a_goal_that_fills_no_group_stands_still_until_the_window_that_closes_th
     windows.clear()
     pipe.fill(Canvas(given, made), window=25, **FAST)
     assert len(windows) == 1  # what stands still is in one window with the rest, where that is long enough
+
+
+def test_what_is_led_up_to_from_nothing_does_not_stand_still(make):
+    vae = make().video_vae
+    for canvas in (
+        tasks.extend(clip(1), 0, 8, vae),
+        tasks.extend(clip(4), 4, 5, vae),
+        tasks.interpolate(clip(5), 2, vae),
+    ):
+        assert tasks.with_goal(canvas, vae) is canvas
+
+
+def test_an_overlap_that_a_short_clip_does_not_need_is_no_error(make):
+    assert make().extend(clip(1), after=4, overlap=5, **FAST).shape[2] == 5
 
 
 @pytest.mark.parametrize("length", [7, 8, 9, 17])
