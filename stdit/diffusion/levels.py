@@ -110,7 +110,8 @@ SCHEMES: dict[str, Scheme] = {
     "region": Scheme(_region),
     "teacher": Scheme(independent=True, taught=True),
 }
-# Seven steps in eight plain: known frames are learnt all the same, and plain clips pay little for it (docs/operations.md).
+# Seven steps in eight plain: plain clips pay little; in minutes of training known frames are learnt in one run and not in
+# another (docs/operations.md).
 MIXTURE = {
     "shared": 0.875, "prefix": 0.04, "motion": 0.015, "suffix": 0.025, "ends": 0.02, "region": 0.015, "every": 0.005,
     "per_frame": 0.0025, "random": 0.0025,
