@@ -27,7 +27,7 @@ from stdit.variants import pick
 class ObjectiveConfig:
     """`shift` moves flow's levels toward noise; with `shift_tokens` it holds there and grows with the root of size.
 
-    scheme: what is known and who shares a level: one of `SCHEMES`, or "mixed", where each step takes one of them by its
+    scheme: what is known and who shares a level: one of `SCHEMES`, or "mixed", where each clip takes one of them by its
     share in `shares`. known_noise: known frames stand at a level drawn from 0 to this one, and the model is told.
     mask_ratio: a second pass in which the encoder of a masked trunk does not see this share of patches, or up to 0.2 more.
     betas: DDPM's schedule, linear (DiT) or scaled_linear (Stable Diffusion, U-ViT). learn_sigma: DDPM's variance is learned.
@@ -71,12 +71,12 @@ class ObjectiveConfig:
             raise ValueError(f"objective.known_noise={self.known_noise} lies in [0, 1); 0 keeps known frames clean.")
 
     def mixture_at(self, step: int) -> dict[str, float]:
-        """The schemes of one training step, with their shares."""
+        """The schemes that clips of one training step draw from, with their shares."""
         return {"shared": 1.0} if self.scheme == "mixed" and step < self.mixed_from else self.mixture
 
     @property
     def mixture(self) -> dict[str, float]:
-        """The schemes that training takes, with their shares of the steps."""
+        """The schemes that training takes, with their shares of the clips."""
         if self.scheme != "mixed":
             return {self.scheme: 1.0}
         total = sum(self.shares.values())

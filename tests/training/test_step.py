@@ -66,6 +66,31 @@ def test_the_loss_is_the_mean_of_what_is_to_be_predicted_of_each_frame(scheme):
         torch.testing.assert_close(found[clip], torch.stack(frames).mean())
 
 
+def test_every_clip_of_a_batch_takes_its_own_scheme_and_loses_what_it_loses_alone(tiny_model):
+    objective = build_objective(ObjectiveConfig(scheme="mixed", shares=dict.fromkeys(set(SCHEMES) - {"teacher"}, 1.0)))
+    model, keys, asked = tiny_model(learn_sigma=False), [(0, 3, slot) for slot in range(12)], []
+    latents, labels = torch.randn(12, 4, 3, 4, 4), torch.arange(12) % 5
+
+    def watched(x, timestep, **told):
+        asked.append(tuple(timestep.shape))
+        return model(x, timestep, **told)
+
+    def of(rows):
+        pick = torch.tensor(rows)
+        clips = Clips(latents[pick], lambda starts: torch.full((int(starts.sum()), 4, 4, 4), 0.5))
+        prompt = Prompt(labels[pick])
+        return diffusion_losses(watched, objective, [clips], prompt, [keys[row] for row in rows], (1, 2, 2))
+
+    with torch.no_grad():
+        together, groups = of(list(range(12))), list(asked)
+        alone = [of([row]) for row in range(12)]
+    assert [len(shape) for shape in groups] == [2, 3]  # by frame, then by patch
+    assert len(set(asked[2:])) > 2  # one level, one a frame, one a patch
+    for name in ("clips", "levels"):
+        expected = torch.cat([getattr(one, name) for one in alone])
+        torch.testing.assert_close(getattr(together, name), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_run_of_known_frames_inside_a_clip_is_shown_as_it_is_encoded_alone():
     seen = {}
 
