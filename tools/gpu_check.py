@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from stdit.checkpoint.convert import to_stdit
 from stdit.checkpoint.files import Weights
+from stdit.diffusion.levels import MIXTURE
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.config import size_arguments
 from stdit.model.cost import training_memory
@@ -146,13 +147,13 @@ def planned_memory_is_right() -> str:
 
 
 def train_steps(model, optimizers, first: int, last: int) -> list[float]:
-    objective, losses = build_objective(ObjectiveConfig(scheme="per_frame")), []
-    x, _, y = inputs()
+    objective, losses = build_objective(ObjectiveConfig(scheme="mixed", shares=dict.fromkeys(MIXTURE, 1.0))), []
+    x, _, y = (part.cuda() for part in inputs(8))
+    clips = Clips(x, lambda starts: x.transpose(1, 2)[starts])
     for step in range(first, last):
         with autocast("bf16", "cuda"):
-            result = diffusion_losses(
-                model, objective, x.cuda(), Prompt(y.cuda()), [(0, step, slot) for slot in range(len(x))]
-            )
+            keys = [(0, step, slot) for slot in range(len(x))]
+            result = diffusion_losses(model, objective, [clips], Prompt(y), keys, model.patch_size)
         result.clips.mean().backward()
         for optimizer in optimizers:
             optimizer.step()

@@ -68,6 +68,11 @@ def _check_choices(sampler: "Sampler") -> None:
     pick(ARRANGEMENTS, sampler.arrangement, "arrangement")
     if sampler.every < 1:
         raise ValueError(f"every={sampler.every} is no number of frames or steps; use 1 or more.")
+    if sampler.every > 1 and sampler.arrangement == "together":
+        raise ValueError(
+            f"every={sampler.every} counts a chunk's frames or a pyramid's steps, arrangement='together' has neither; leave it "
+            "out, or use arrangement='autoregressive' or 'pyramid'."
+        )
     if guided_channels is not None and not 1 <= guided_channels <= channels:
         raise ValueError(f"guidance_channels={guided_channels} is outside the latents' 1 to {channels} channels.")
     for name, scale in (("guidance_scale", sampler.guidance.scale), ("history_guidance", sampler.guidance.history)):

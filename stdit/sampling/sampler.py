@@ -69,7 +69,7 @@ class Sampler(NamedTuple):
             size = (frames, height, width)
             return torch.cat([known, *stream(self, known, size, prompt, keys)], dim=2)
         frames, number = canvas.pixels.shape[2], 0
-        canvas = _lengthened(canvas, length)
+        canvas = canvas.lengthened(length)
         pixels, made = canvas.pixels.clone(), canvas.made.clone()
         while (window := next_window(made.flatten(1).any(1), length, overlap, stride)) is not None:
             view = slice(window.begin, window.end)
@@ -150,18 +150,3 @@ class Sampler(NamedTuple):
                 predicted = predicted[:, : x.shape[1]]
             x = scheduler.step(predicted, t, x, return_dict=False)[0]
         return x
-
-
-def _lengthened(canvas: Canvas, length: int) -> Canvas:
-    """A canvas shorter than a window, its last frame repeated until it fills one."""
-    more = length - canvas.pixels.shape[2]
-    if more <= 0:
-        return canvas
-    between = canvas.between
-    return canvas._replace(
-        pixels=torch.cat([canvas.pixels, canvas.pixels[:, :, -1:].expand(-1, -1, more, -1, -1)], 2),
-        made=torch.cat([canvas.made, canvas.made[-1:].expand(more, -1, -1)]),
-        between=None
-        if between is None
-        else torch.cat([between, between[:, :, :, -1:].expand(-1, -1, -1, more, -1, -1)], 3),
-    )

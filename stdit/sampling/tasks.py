@@ -22,6 +22,17 @@ class Canvas(NamedTuple):
     keep: int | None = None
     between: Tensor | None = None
 
+    def lengthened(self, frames: int) -> "Canvas":
+        """With its last frame repeated until there are `frames`."""
+        more = max(0, frames - self.pixels.shape[2])
+        return self._replace(
+            pixels=torch.cat([self.pixels, self.pixels[:, :, -1:].expand(-1, -1, more, -1, -1)], 2),
+            made=torch.cat([self.made, self.made[-1:].expand(more, -1, -1)]),
+            between=None
+            if self.between is None
+            else torch.cat([self.between, self.between[:, :, :, -1:].expand(-1, -1, -1, more, -1, -1)], 3),
+        )
+
 
 def blank(count: int, frames: int, height: int, width: int) -> Canvas:
     """Nothing is known."""
@@ -181,13 +192,8 @@ def with_goal(canvas: Canvas, vae: VideoVAE) -> Canvas:
     end = begin + (1 - begin) % stride + stride  # of the first group that begins among the known ones
     if end <= frames:
         return canvas
-    more = next(n for n in range(end, end + frames) if fits(vae, n)) - frames
-    still = canvas.pixels[:, :, -1:].expand(-1, -1, more, -1, -1)
-    return canvas._replace(
-        pixels=torch.cat([canvas.pixels, still], 2),
-        made=torch.cat([canvas.made, canvas.made[-1:].expand(more, -1, -1)]),
-        keep=canvas.keep or frames,
-    )
+    longer = canvas.lengthened(next(n for n in range(end, end + frames) if fits(vae, n)))
+    return longer._replace(keep=canvas.keep or frames)
 
 
 def _check_gap(vae: VideoVAE, total: int, new: int, name: str, first: int) -> None:

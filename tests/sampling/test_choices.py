@@ -199,6 +199,7 @@ def test_windows_come_to_an_end_whatever_is_known(length, stride):
         (lambda p: p.extend(clip(5), after=4, solver="eulr"), "Did you mean 'euler'"),
         (lambda p: p.extend(clip(5), after=4, arrangement="pyramyd"), "Did you mean 'pyramid'"),
         (lambda p: p.extend(clip(5), after=4, every=0), "every=0 is no number"),
+        (lambda p: p.extend(clip(5), after=4, every=2), "together. has neither; leave it out"),
         (lambda p: p.extend(clip(5), after=4, guidance_interval=(0.9, 0.1)), r"guidance_interval=\(0.9, 0.1\) is no"),
     ],
 )
