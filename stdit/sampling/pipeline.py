@@ -291,7 +291,7 @@ class STDiTPipeline(DiffusionPipeline):
         for large frames in bounded memory. fps: told to a model that is conditioned on it (null: as trained).
         """
         prompt = self.prompt(class_labels, captions, len(canvas.pixels))
-        canvas = tasks.with_goal(canvas, self.video_vae)
+        canvas = tasks.in_groups(canvas, self.video_vae)
         sampler = Sampler(
             self, num_inference_steps, Guidance(guidance_scale, guidance_interval, guidance_channels, history_guidance),
             solver, arrangement, every, blend if paste else None, tile, fps,
@@ -307,7 +307,7 @@ class STDiTPipeline(DiffusionPipeline):
             with autocast(precision, self.device):
                 of = prompt.each(lambda x, first=first: x[first : first + batch_size].to(self.device))
                 filled.append(sampler.fill(part, of, keys, length, overlap))
-        return torch.cat(filled)[:, :, : canvas.keep]
+        return torch.cat(filled)[:, :, canvas.answer]
 
     def _labels_for(self, given: Labels, count: int) -> Tensor | None:
         labels = given if isinstance(given, Tensor) else self.labels(given, count)

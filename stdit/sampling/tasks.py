@@ -12,14 +12,14 @@ class Canvas(NamedTuple):
     """pixels: (B, 3, F, H, W) in [-1, 1]; made: (F, 1, 1) or (F, H, W) bool, true where they are to be made.
 
     strength: the level at which making starts; below 1 it starts from the pixels that are there.
-    keep: how many of the frames are the answer (null: all). between: low and high (2, B, 3, F, H, W), what a made pixel
+    answer: which of the frames are asked for. between: low and high (2, B, 3, F, H, W), what a made pixel
     lies between where its known neighbours in time say so (see `place.settled`).
     """
 
     pixels: Tensor
     made: Tensor
     strength: float = 1.0
-    keep: int | None = None
+    answer: slice = slice(None)
     between: Tensor | None = None
 
     def lengthened(self, frames: int) -> "Canvas":
@@ -90,7 +90,7 @@ def loop(clip: Tensor, frames: int, vae: VideoVAE) -> Canvas:
     step = vae.stride[0]
     _check_gap(vae, length + frames + min(length, step), frames, "frames", 0)
     goal = min(length, (1 - length - frames) % step + step)  # a whole group, wherever the gap ends
-    return _pieces([clip, frames, clip[:, :, :goal]])._replace(keep=length + frames)
+    return _pieces([clip, frames, clip[:, :, :goal]])._replace(answer=slice(length + frames))
 
 
 def interpolate(clip: Tensor, factor: int, vae: VideoVAE, strength: float = 0.4) -> Canvas:
@@ -177,23 +177,29 @@ def fits(vae: VideoVAE, frames: int) -> bool:
     return True
 
 
-def with_goal(canvas: Canvas, vae: VideoVAE) -> Canvas:
-    """A canvas whose last known frames, if they fill no group behind a gap, stand still until they do.
+def in_groups(canvas: Canvas, vae: VideoVAE) -> Canvas:
+    """A canvas whose known frames around a gap, if they fill no group, stand still at their outer end until they do.
 
-    The model sees known latents only, so that it would not see where the way must lead. Where nothing is known in front,
-    no way has to be closed, and a clip that stands still would be gone on with as one.
+    The model sees known latents only: it would not see how things move before the gap, nor where the way must lead. A
+    clip in front that has a whole group shows its motion as it is. Where nothing is known in front, nothing is changed.
     """
     made, stride, frames = canvas.made[:, 0, 0], vae.stride[0], len(canvas.made)
-    if canvas.made.shape[1] > 1 or canvas.between is not None or made[-1] or not made.any():
+    if canvas.made.shape[1] > 1 or canvas.between is not None or made[0] or not made.any():
         return canvas
-    begin = int(made.nonzero()[-1]) + 1
-    if made[:begin].all():
+    first, last = int(made.nonzero()[0]), int(made.nonzero()[-1]) + 1
+    ahead = (1 - first) % stride if first < stride + 1 and bool(made[first:last].all()) else 0
+    end = 0
+    if last < frames:  # of the first group that begins among the known ones behind
+        end = last + ahead + (1 - last - ahead) % stride + stride
+    if not ahead and end <= frames:
         return canvas
-    end = begin + (1 - begin) % stride + stride  # of the first group that begins among the known ones
-    if end <= frames:
-        return canvas
-    longer = canvas.lengthened(next(n for n in range(end, end + frames) if fits(vae, n)))
-    return longer._replace(keep=canvas.keep or frames)
+    end = max(end, frames + ahead)
+    longer = canvas._replace(
+        pixels=torch.cat([canvas.pixels[:, :, :1].expand(-1, -1, ahead, -1, -1), canvas.pixels], 2),
+        made=torch.cat([canvas.made[:1].expand(ahead, -1, -1), canvas.made]),
+        answer=slice(ahead, ahead + len(range(frames)[canvas.answer])),
+    )
+    return longer.lengthened(next(n for n in range(end, end + frames + stride) if fits(vae, n)))
 
 
 def _check_gap(vae: VideoVAE, total: int, new: int, name: str, first: int) -> None:

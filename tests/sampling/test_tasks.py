@@ -110,8 +110,27 @@ def test_what_is_led_up_to_from_nothing_does_not_stand_still(make):
         tasks.extend(clip(1), 0, 8, vae),
         tasks.extend(clip(4), 4, 5, vae),
         tasks.interpolate(clip(5), 2, vae),
+        tasks.extend(clip(1), 8, 0, vae),
+        tasks.extend(clip(7), 8, 0, vae),
     ):
-        assert tasks.with_goal(canvas, vae) is canvas
+        assert tasks.in_groups(canvas, vae) is canvas
+
+
+@pytest.mark.parametrize(("head", "gap", "tail"), [(2, 4, 0), (3, 14, 0), (4, 16, 0), (2, 12, 3), (4, 8, 1)])
+def test_of_a_clip_shorter_than_a_group_the_model_sees_every_frame(make, head, gap, tail):
+    pipe, given = make(), clip(head + gap + tail)
+    made = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
+    made[head : head + gap] = True
+    canvas = tasks.in_groups(Canvas(given, made), pipe.video_vae)
+    todo, partly = made_patches(canvas.made, pipe.video_vae, (1, 1, 1))
+    assert not partly.any()
+    assert (~todo).sum() == 2 + bool(tail)
+    assert torch.equal(canvas.pixels[:, :, canvas.answer], given)
+    assert torch.equal(canvas.made[canvas.answer], made)
+    assert torch.equal(canvas.pixels[:, :, 0], given[:, :, 0])
+    filled = pipe.fill(Canvas(given, made), **FAST)
+    assert torch.equal(filled[:, :, ~made.flatten()], given[:, :, ~made.flatten()])
+    assert not torch.equal(filled[:, :, made.flatten()], given[:, :, made.flatten()])
 
 
 def test_an_overlap_that_a_short_clip_does_not_need_is_no_error(make):
