@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 # What a draw is for. Two purposes under the same (seed, step, sample) are independent.
-PURPOSES = ("order", "sample", "noise", "levels", "dropout", "preview", "scheme", "history", "mask")
+PURPOSES = ("order", "sample", "noise", "levels", "dropout", "preview", "scheme", "history", "mask", "crowd")
 
 
 def keyed_rng(purpose: str, *key: int) -> np.random.Generator:

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from stdit.keys import keyed_generator
+
 Distribution = Literal["logit_normal", "uniform"]
 Grid = tuple[int, int, int]  # latent frames, rows and columns of patches
 
@@ -90,12 +92,13 @@ def _region(generator: torch.Generator, grid: Grid) -> Tensor:
 class Scheme(NamedTuple):
     """What is known, and whether the other frames have a level each (diffusion forcing) or share one.
 
-    taught: each frame is predicted beside the clean frames before it, all frames of a clip at once (causal models).
+    by_patch: what is known is, in part, less than a frame. taught: each frame is predicted beside the clean frames before it, all frames of a clip at once (causal models).
     """
 
     known: Callable[[torch.Generator, Grid], Tensor] = _nothing
     independent: bool = False
     taught: bool = False
+    by_patch: bool = False
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -107,11 +110,10 @@ SCHEMES: dict[str, Scheme] = {
     "ends": Scheme(_ends),
     "random": Scheme(_random),
     "every": Scheme(_every),
-    "region": Scheme(_region),
+    "region": Scheme(_region, by_patch=True),
     "teacher": Scheme(independent=True, taught=True),
 }
-# Seven steps in eight plain: plain clips pay little; in minutes of training known frames are learnt in one run and not in
-# another (docs/operations.md).
+# Seven clips in eight plain: plain clips pay little, and of a batch of 16 two have something known (docs/operations.md).
 MIXTURE = {
     "shared": 0.875, "prefix": 0.04, "motion": 0.015, "suffix": 0.025, "ends": 0.02, "region": 0.015, "every": 0.005,
     "per_frame": 0.0025, "random": 0.0025,
@@ -123,6 +125,23 @@ def choose(generator: torch.Generator, shares: Mapping[str, float]) -> str:
     names = sorted(shares)
     weights = torch.tensor([shares[name] for name in names], dtype=torch.float64)
     return names[int(torch.multinomial(weights, 1, generator=generator))]
+
+
+def scheme_of(key: tuple[int, int, int], shares: Mapping[str, float]) -> str:
+    """The scheme of one clip of training, by its key (seed, step, slot): in the long run each by its share.
+
+    One clip with levels by patch makes its whole batch pay for a condition a patch, so that such clips come together: a
+    quarter of the clips of few steps (of all steps, where their share is larger).
+    """
+    generator = keyed_generator("scheme", *key)
+    dear = {name: share for name, share in shares.items() if SCHEMES[name].by_patch}
+    if dear:
+        share = sum(dear.values()) / sum(shares.values())
+        steps = min(1.0, 4 * share)
+        crowded = _uniform(keyed_generator("crowd", *key[:2])) < steps
+        rest = {name: shares[name] for name in shares if name not in dear}
+        shares = dear if crowded and _uniform(generator) < share / steps else rest
+    return choose(generator, shares)
 
 
 def draw_levels(generator: torch.Generator, count: int, distribution: Distribution) -> Tensor:
@@ -140,6 +159,10 @@ def shift_levels(levels: Tensor, shift: float) -> Tensor:
 def size_shift(shift: float, tokens: int, base_tokens: int) -> float:
     """The shift for a clip of `tokens` latent positions when `shift` holds at `base_tokens` (0: everywhere)."""
     return shift * math.sqrt(tokens / base_tokens) if base_tokens else shift
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
 
 
 def _below(generator: torch.Generator, high: int) -> int:

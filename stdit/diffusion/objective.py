@@ -63,6 +63,12 @@ class ObjectiveConfig:
                 raise ValueError(f"objective.shares.{name}={share} is no share; use 0 or more.")
         if not any(self.shares.values()):
             raise ValueError("objective.shares are all 0; give at least one scheme a share.")
+        taught = [name for name, share in self.mixture.items() if SCHEMES[name].taught]
+        if taught and len(self.mixture) > 1:
+            raise ValueError(
+                f"objective.shares.{taught[0]} shows clips a history of their own and mixes with no other scheme; set it to 0, "
+                f"or use objective.scheme={taught[0]}."
+            )
         if self.mixed_from < 0:
             raise ValueError(f"objective.mixed_from={self.mixed_from} is no step; use 0 or more.")
         if not 0 <= self.mask_ratio <= 0.75:

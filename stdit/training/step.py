@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stdit.data.loader import Batch
-from stdit.diffusion.levels import Drawn, choose
+from stdit.diffusion.levels import scheme_of
 from stdit.diffusion.objective import Objective
 from stdit.diffusion.paths import like
 from stdit.keys import keyed_generator, keyed_normal
@@ -98,29 +98,31 @@ def diffusion_losses(
 ) -> Losses:
     """Noise latents (B, C, T, h, w) at levels drawn by key, predict under a prompt, compare what was not known.
 
-    Each clip draws its scheme by its key. Clips of one shape go through the model together, but those whose levels are by
-    patch, or that see a history, which come after; clips of many shapes in one packed sequence.
+    Each clip has a scheme of its own, so that every step shows some of each. Clips of many shapes go through the model in
+    one packed sequence.
     """
+    counts = [len(part.latents) for part in clips]
+    begins = [sum(counts[:i]) for i in range(len(counts))]
+    noised = [
+        _noise(objective, part, keys[begin : begin + count], patch)
+        for part, begin, count in zip(clips, begins, counts, strict=True)
+    ]
     named = prompt.named() if info is None else {**prompt.named(), "info": info}
-    if len(clips) > 1:
-        noised = [_noise(objective, part, [key], patch)[0][1] for part, key in zip(clips, keys, strict=True)]
-        packed: Any = model([one.noisy[0] for one in noised], [one.timestep[0] for one in noised], **named)
-        losses = [_compare(objective, output[None], one) for output, one in zip(packed, noised, strict=True)]
-        return Losses(*(torch.cat(parts) for parts in zip(*losses, strict=True)))
-    groups = _noise(objective, clips[0], keys, patch)
-    losses = []
-    for rows, one in groups:
-        told = {name: value[rows] for name, value in named.items()} if len(groups) > 1 else dict(named)
-        if one.history is not None:
-            told["history"] = one.history
-        found = _compare(objective, model(one.noisy, one.timestep, **told), one)
+    if noised[0].history is not None:
+        named["history"] = noised[0].history
+    if len(noised) == 1:
+        one = noised[0]
+        outputs = [model(one.noisy, one.timestep, **named)]
         if objective.config.mask_ratio:  # once with all patches, once with some hidden (MDT)
-            kept = _kept(objective.config.mask_ratio, [keys[row] for row in rows], one, patch)
-            hidden = _compare(objective, model(one.noisy, one.timestep, **told, kept=kept), one)
-            found = found._replace(clips=found.clips + hidden.clips)
-        losses.append(found)
-    order = torch.tensor([row for rows, _ in groups for row in rows]).argsort().to(losses[0].clips.device)
-    return Losses(*(torch.cat(parts)[order] for parts in zip(*losses, strict=True)))
+            kept = _kept(objective.config.mask_ratio, keys, one, patch)
+            outputs.append(model(one.noisy, one.timestep, **named, kept=kept))
+            losses = [_compare(objective, output, one) for output in outputs]
+            return Losses(losses[0].clips + losses[1].clips, losses[0].levels)
+    else:
+        packed: Any = model([one.noisy[0] for one in noised], [one.timestep[0] for one in noised], **named)
+        outputs = [output[None] for output in packed]
+    losses = [_compare(objective, output, one) for output, one in zip(outputs, noised, strict=True)]
+    return Losses(*(torch.cat(parts) for parts in zip(*losses, strict=True)))
 
 
 def _kept(ratio: float, keys: list[tuple[int, int, int]], one: "_Noised", patch: tuple[int, int, int]) -> Tensor:
@@ -142,41 +144,35 @@ class _Noised(NamedTuple):
     history: tuple[Tensor, Tensor] | None
 
 
-def _noise(objective: Objective, clips: Clips, keys: list, patch: tuple[int, int, int]) -> list[tuple[list, _Noised]]:
-    """Clips at the levels of their keys, in groups that a model can be told of at once, each with its rows in the batch."""
+def _noise(objective: Objective, clips: Clips, keys: list, patch: tuple[int, int, int]) -> _Noised:
     (t, h, w), (pt, ph, pw) = clips.latents.shape[2:], patch
+    grid = (t // pt, h // ph, w // pw)
     drawn = []
     for key in keys:
-        scheme = choose(keyed_generator("scheme", *key), objective.config.mixture_at(key[1]))
-        one = objective.draw(keyed_generator("levels", *key), scheme, (t // pt, h // ph, w // pw), t * h * w)
-        drawn.append(one._replace(levels=one.levels.repeat_interleave(pt, 0), known=one.known.repeat_interleave(pt, 0)))
-    touched = torch.stack([one.known.reshape(t, -1).any(1) for one in drawn])
-    latents = _as_encoded_alone(clips, touched.to(clips.latents.device))
+        scheme = scheme_of(key, objective.config.mixture_at(key[1]))
+        drawn.append(objective.draw(keyed_generator("levels", *key), scheme, grid, t * h * w))
+    by_patch = any(one.levels.ndim > 1 for one in drawn)
+    levels, known = (
+        torch.stack([_spread(part, grid) if by_patch else part for part in parts]).repeat_interleave(pt, 1)
+        for parts in zip(*((one.levels, one.known) for one in drawn), strict=True)
+    )
+    levels, known = levels.to(clips.latents.device), known.to(clips.latents.device)
+    latents = _as_encoded_alone(clips, known)
     noise = keyed_normal("noise", keys, tuple(latents.shape[1:])).to(latents.device)
-    alike: dict[Any, list[int]] = {}
-    for row, one in enumerate(drawn):
-        alike.setdefault((one.levels.ndim, one.history is not None), []).append(row)
-    if len(alike) == 1:
-        rows = list(range(len(keys)))
-        return [(rows, _group(objective, latents, noise, drawn, keys))]
-    return [
-        (rows, _group(objective, latents[rows], noise[rows], [drawn[row] for row in rows], [keys[row] for row in rows]))
-        for _, rows in sorted(alike.items())
-    ]
-
-
-def _group(objective: Objective, latents: Tensor, noise: Tensor, drawn: list[Drawn], keys: list) -> _Noised:
-    levels = torch.stack([one.levels for one in drawn]).to(latents.device)
-    known = torch.stack([one.known for one in drawn]).to(latents.device)
-    shared = levels.ndim == 2 and bool((levels == levels[:, :1]).all())  # then one condition a clip says it all
-    timestep = objective.timestep(levels[:, 0] if shared else levels)
-    timestep = timestep.flatten(2) if timestep.ndim > 2 else timestep
+    shared = bool((levels == levels[:, :1]).all())  # one condition a clip is cheaper than one a frame
+    timestep = objective.timestep(levels[:, 0] if shared and not by_patch else levels)
+    timestep = timestep.flatten(2) if by_patch else timestep
     history = None
     if drawn[0].history is not None:
         clean = torch.stack([one.history for one in drawn]).to(levels)[:, None].expand_as(levels)
         other = keyed_normal("history", keys, tuple(latents.shape[1:])).to(latents.device)
         history = objective.noisy(latents, other, clean), objective.timestep(clean)
     return _Noised(latents, noise, objective.noisy(latents, noise, levels), levels, known, timestep, history)
+
+
+def _spread(frames: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """(T,) or (T, rows, columns) -> (T, rows, columns)."""
+    return frames if frames.ndim > 1 else frames[:, None, None].expand(grid)
 
 
 def _compare(objective: Objective, output: Tensor, one: _Noised) -> Losses:
@@ -190,10 +186,11 @@ def _compare(objective: Objective, output: Tensor, one: _Noised) -> Losses:
 
 
 def _as_encoded_alone(clips: Clips, known: Tensor) -> Tensor:
-    """Latents in which every run of known frames, (B, T), is what a task can encode of it."""
-    starts = known.clone()
+    """Latents in which every run of known frames, (B, T) or (B, T, rows, columns), is what a task can encode of it."""
+    touched = known.flatten(2).any(2) if known.ndim > 2 else known
+    starts = touched.clone()
     starts[:, 0] = False  # a clip's own beginning
-    starts[:, 1:] &= ~known[:, :-1]
+    starts[:, 1:] &= ~touched[:, :-1]
     if not starts.any():
         return clips.latents
     latents = clips.latents.clone()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from stdit.diffusion.levels import MIXTURE, SCHEMES, choose
+from stdit.diffusion.levels import MIXTURE, SCHEMES, scheme_of
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.keys import keyed_generator
 
@@ -65,10 +65,18 @@ def test_an_image_has_no_other_frames_to_know(scheme):
         assert not any(one.known.any() for one in drawn(scheme, grid=(1, 4, 4)))
 
 
-def test_schemes_come_as_often_as_their_shares_say():
-    picked = [choose(keyed_generator("scheme", 0, step), MIXTURE) for step in range(4000)]
-    for name, share in MIXTURE.items():
-        assert picked.count(name) / 4000 == pytest.approx(share / sum(MIXTURE.values()), abs=0.03)
+@pytest.mark.parametrize("shares", [MIXTURE, {"region": 0.6, "shared": 0.4}, {"region": 1.0}, {"prefix": 1.0}], ids=len)
+def test_schemes_come_as_often_as_their_shares_say(shares):
+    picked = [scheme_of((0, step, slot), shares) for step in range(500) for slot in range(16)]
+    assert set(picked) == set(shares)
+    for name, share in shares.items():
+        assert picked.count(name) / len(picked) == pytest.approx(share / sum(shares.values()), abs=0.02)
+
+
+def test_every_few_clips_one_has_something_known_and_those_by_patch_come_in_few_steps():
+    steps = [{scheme_of((0, step, slot), MIXTURE) for slot in range(16)} for step in range(500)]
+    assert sum(step != {"shared"} for step in steps) > 0.7 * 500
+    assert 0.03 * 500 < sum("region" in step for step in steps) < 0.1 * 500  # alone, with a share of 0.015, in a fifth
 
 
 def test_known_frames_may_carry_noise_and_are_still_not_predicted():
@@ -104,3 +112,9 @@ def test_levels_beside_known_frames_lie_at_higher_noise_by_known_shift():
 def test_schemes_that_make_no_sense_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         ObjectiveConfig(**config)
+
+
+def test_a_scheme_whose_clips_see_a_history_mixes_with_no_other():
+    with pytest.raises(ValueError, match="shares.teacher shows clips a history .* use objective.scheme=teacher"):
+        ObjectiveConfig(scheme="mixed", shares={"teacher": 0.5, "shared": 0.5})
+    assert ObjectiveConfig(scheme="mixed", shares={"teacher": 0.5, "shared": 0.0}).mixture == {"teacher": 1.0}
