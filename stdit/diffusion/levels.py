@@ -92,7 +92,8 @@ def _region(generator: torch.Generator, grid: Grid) -> Tensor:
 class Scheme(NamedTuple):
     """What is known, and whether the other frames have a level each (diffusion forcing) or share one.
 
-    by_patch: what is known is, in part, less than a frame. taught: each frame is predicted beside the clean frames before it, all frames of a clip at once (causal models).
+    taught: each frame is predicted beside the clean frames before it, all frames of a clip at once (causal models).
+    by_patch: patches of a frame have levels of their own.
     """
 
     known: Callable[[torch.Generator, Grid], Tensor] = _nothing
