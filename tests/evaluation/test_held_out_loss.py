@@ -4,9 +4,9 @@ import held_out_loss
 import pytest
 import torch
 from conftest import fill
+from held_out_loss import losses_by_scheme
 
 from stdit.diffusion.levels import SCHEMES
-from stdit.evaluation.learnt import losses_by_scheme
 from stdit.evaluation.operations import held_out
 from stdit.model.stdit import STDiT
 from stdit.sampling.pipeline import STDiTPipeline
