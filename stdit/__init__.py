@@ -3,7 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from stdit import legacy
+
+__version__ = "0.2.0.dev0"
+
+legacy.install()
 
 # Loaded when first asked for, so that `import stdit` stays light.
 _PUBLIC = {"STDiT": "stdit.model.stdit", "STDiTPipeline": "stdit.sampling.pipeline", "load_vae": "stdit.vae"}

@@ -10,8 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stdit.checkpoint.inflate import InitFrom
 from stdit.data.datasets import DataConfig
-from stdit.diffusion.levels import SCHEMES
+from stdit.diffusion.levels import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig
+from stdit.legacy import renamed_config
 from stdit.model.config import ModelConfig
 from stdit.model.trunks import TRUNKS
 from stdit.nn.conditioning import CONDITIONINGS
@@ -62,14 +63,16 @@ class Config:
                 "fixed by its betas: set objective.shift=1 and shift_tokens=0, or objective.name=flow."
             )
         by_tokens = pick(CONDITIONINGS, self.model.conditioning, "model.conditioning").by_tokens
-        if by_tokens and "region" in self.objective.mixture:
+        if by_tokens and "region" in self.objective.active_mask_probs:
             raise ValueError(
-                f"model.conditioning={self.model.conditioning} has one level a frame, objective.shares.region one a patch; "
-                "set objective.shares.region=0, or model.conditioning=adaln_zero."
+                f"model.conditioning={self.model.conditioning} has one level a frame, objective.mask_probs.region one a patch; "
+                "set objective.mask_probs.region=0, or model.conditioning=adaln_zero."
             )
         trunk = pick(TRUNKS, self.model.trunk, "model.trunk")
-        if not trunk.by_patch and "region" in self.objective.mixture:
-            raise ValueError(f"model.trunk={self.model.trunk} takes levels by frame; set objective.shares.region=0.")
+        if not trunk.supports_patch_levels and "region" in self.objective.active_mask_probs:
+            raise ValueError(
+                f"model.trunk={self.model.trunk} takes levels by frame; set objective.mask_probs.region=0."
+            )
         if self.data.packing and not trunk.packs:
             packs = [name for name, kind in TRUNKS.items() if kind.packs]
             raise ValueError(
@@ -81,7 +84,7 @@ class Config:
                 "data.packing=true takes conditions that are vectors; use model.conditioning=adaln_zero without "
                 "text.encoder, or data.packing=false."
             )
-        if trunk.wants_text and self.text.encoder is None:
+        if trunk.requires_text and self.text.encoder is None:
             raise ValueError(
                 f"model.trunk={self.model.trunk} has a stream of text; set text.encoder=words (or a folder of T5), or model.trunk=stack."
             )
@@ -90,24 +93,24 @@ class Config:
                 f"objective.mask_ratio={self.objective.mask_ratio} hides patches from the encoder of model.trunk=masked; set "
                 "that, or objective.mask_ratio=0."
             )
-        if self.objective.mask_ratio and set(self.objective.mixture) - {"shared", "per_frame"}:
+        if self.objective.mask_ratio and set(self.objective.active_mask_probs) - {"shared", "per_frame"}:
             raise ValueError(
-                "objective.mask_ratio hides patches, known frames must be seen; set objective.scheme=shared, or "
+                "objective.mask_ratio hides patches, known frames must be seen; set objective.mask_strategy=shared, or "
                 "objective.mask_ratio=0."
             )
         if self.model.network == "unet":
-            other = set(self.objective.mixture) - {"shared"}
+            other = set(self.objective.active_mask_probs) - {"shared"}
             plain = ModelConfig()
             chosen = [
                 f"model.{key}={getattr(self.model, key)}"
-                for key in ("causal", "sink", "trunk", "conditioning", "conditions", "gradient_checkpointing")
+                for key in ("causal", "sink", "trunk", "conditioning", "micro_conditions", "gradient_checkpointing")
                 if getattr(self.model, key) != getattr(plain, key)
             ]
             if other or chosen or self.data.packing or self.init_from.path:
                 raise ValueError(
                     "model.network=unet has one noise level for all frames, wiring and conditioning of its own, and starts "
-                    "afresh; use objective.scheme=shared, data.packing=false, no init_from and none of "
-                    f"{', '.join(chosen) or 'model.conditions'}, or model.network=transformer."
+                    "afresh; use objective.mask_strategy=shared, data.packing=false, no init_from and none of "
+                    f"{', '.join(chosen) or 'model.micro_conditions'}, or model.network=transformer."
                 )
         longest = max((size[0] for size in self.data.sizes), default=0)
         if self.model.sink and longest > self.data.num_frames:
@@ -115,11 +118,11 @@ class Config:
                 f"model.sink={self.model.sink} counts from data.num_frames={self.data.num_frames}, and data.sizes has "
                 f"{longest}; set data.num_frames={longest}."
             )
-        taught = [name for name in self.objective.mixture if SCHEMES[name].taught]
+        taught = [name for name in self.objective.active_mask_probs if MASK_STRATEGIES[name].taught]
         if taught and not self.model.causal:
             raise ValueError(
-                f"objective.scheme={taught[0]} shows each frame the clean ones before it, which is for model.causal=true; "
-                "set that, or use objective.scheme=prefix."
+                f"objective.mask_strategy={taught[0]} shows each frame the clean ones before it, which is for model.causal=true; "
+                "set that, or use objective.mask_strategy=prefix."
             )
 
 
@@ -138,9 +141,11 @@ def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ())
         given = OmegaConf.load(path)
         if not isinstance(given, DictConfig):
             raise ValueError(f"The config {str(path)!r} is not a mapping of keys to values; see configs/ for examples.")
-        for source in (given, OmegaConf.from_dotlist(list(overrides))):
+        sources = [given, OmegaConf.from_dotlist(list(overrides))]
+        for source in sources:
             _refuse_interpolation(source, "")
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given, OmegaConf.from_dotlist(list(overrides)))
+        renamed = [renamed_config(OmegaConf.to_container(source)) for source in sources]  # type: ignore[arg-type]
+        merged = OmegaConf.merge(OmegaConf.structured(schema), *renamed)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ValueError(" ".join(str(error).split())) from error

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from stdit.hub import check_reachable, resolve_source
 from stdit.nn.positions import sincos
-from stdit.sources import check_reachable, locate
 
 
 class Encoded(NamedTuple):
@@ -36,7 +36,7 @@ class TextEncoder(Protocol):
     def encode(self, texts: Sequence[str]) -> Encoded: ...
 
 
-class Words:
+class HashedWordEncoder:
     """Each word a fixed random vector, its place added: no weights, no network; knows nothing of meaning or grammar.
 
     Enough for captions of few words; a transformer learns what they mean (`caption_embedder`).
@@ -71,7 +71,7 @@ def _vector(word: str, channels: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(channels)).float()
 
 
-class Pretrained:
+class TransformersTextEncoder:
     """T5, umT5 or CLIP's text model with its tokenizer, from a folder or a hub id: the last layer's tokens."""
 
     # The lengths the models were trained at: PixArt's and Latte's for T5, Wan's for umT5, CLIP's own.
@@ -82,7 +82,7 @@ class Pretrained:
             import transformers
         except ImportError as error:
             raise ValueError(f"text encoder {name!r} needs transformers: pip install 'stdit[transformers]'.") from error
-        source, options = locate(name, "text encoder")
+        source, options = resolve_source(name, "text encoder")
         try:
             check_reachable(source, "config.json", options)
             config = transformers.AutoConfig.from_pretrained(source, **options)
@@ -116,7 +116,7 @@ class Pretrained:
 
 def load_text_encoder(name: str, device: torch.device | str = "cpu") -> TextEncoder:
     """ "words" (built in), or a folder or hub id of T5, umT5 or CLIP; ValueError if it cannot be had."""
-    return Words() if name == "words" else Pretrained(name, device)
+    return HashedWordEncoder() if name == "words" else TransformersTextEncoder(name, device)
 
 
 class CaptionCache:

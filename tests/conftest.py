@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stdit.model.stdit import STDiT
-from stdit.sampling.plan import Plan, arrange
+from stdit.sampling.schedule import Schedule, make_schedule
 
 
 @pytest.fixture(autouse=True)
@@ -23,9 +23,9 @@ def fill(model: torch.nn.Module, scale: float = 0.05) -> torch.nn.Module:
     return model
 
 
-def from_noise(noise: torch.Tensor, schedule: torch.Tensor) -> Plan:
+def from_noise(noise: torch.Tensor, schedule: torch.Tensor) -> Schedule:
     """Every frame from noise (B, C, T, h, w), all together along a schedule (steps + 1,)."""
-    return Plan(noise, arrange(schedule, torch.ones(noise.shape[2], dtype=torch.bool)))
+    return Schedule(noise, make_schedule(schedule, torch.ones(noise.shape[2], dtype=torch.bool)))
 
 
 @pytest.fixture

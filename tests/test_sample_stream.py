@@ -23,11 +23,13 @@ def causal(tiny_model, tmp_path, monkeypatch):
         learn_sigma=False,
         causal=True,
         window=3,
-        time_entry="rotary",
+        position_encoding="rope",
         sample_size=(3, 4, 4),
     )
     vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
-    pipe = STDiTPipeline(model, vae, STDiTScheduler("flow"), 9, 32, 32, 8.0, "flow", schemes=["teacher"])
+    pipe = STDiTPipeline(
+        model, vae, STDiTScheduler("flow"), 9, 32, 32, 8.0, "flow", mask_strategies=["teacher_forcing"]
+    )
     pipe.save_pretrained("models/causal")
     write_video("clip.mp4", np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8), fps=8)
     return pipe
@@ -73,9 +75,13 @@ def test_what_a_stream_cannot_do_is_refused_and_nothing_is_left(causal, tmp_path
 
 def test_the_rate_asked_for_is_told_and_written(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    model = tiny_model(in_channels=16, num_classes=0, learn_sigma=False, sample_size=(3, 4, 4), conditions=["fps"])
+    model = tiny_model(
+        in_channels=16, num_classes=0, learn_sigma=False, sample_size=(3, 4, 4), micro_conditions=["fps"]
+    )
     vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
-    STDiTPipeline(model, vae, STDiTScheduler("flow"), 9, 32, 32, 8.0, "flow", schemes=["every"]).save_pretrained("m")
+    STDiTPipeline(
+        model, vae, STDiTScheduler("flow"), 9, 32, 32, 8.0, "flow", mask_strategies=["every_kth"]
+    ).save_pretrained("m")
     write_video("clip.mp4", np.zeros((3, 32, 32, 3), np.uint8), fps=4)
     told = []
     forward = STDiT.forward

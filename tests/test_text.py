@@ -7,14 +7,14 @@ from conftest import fill
 from stdit.model.stdit import STDiT
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
-from stdit.text import CaptionCache, Words, encode_with_null, load_text_encoder
+from stdit.text import CaptionCache, HashedWordEncoder, encode_with_null, load_text_encoder
 from stdit.vae import TinyVAE
 
 TEXTS = ["a red circle moves left", "a blue square", "", "a red square moves up and up"]
 
 
 def test_words_are_the_same_wherever_they_stand_but_for_their_place():
-    encoder = Words()
+    encoder = HashedWordEncoder()
     tokens, mask = encoder.encode(["red circle", "Circle, red!"])
     assert mask.tolist() == [[True] * 3, [True] * 3]
     swapped = tokens[0, [1, 0]] - tokens[1, :2]
@@ -68,14 +68,14 @@ def test_a_pretrained_encoders_words_do_not_hang_on_the_padding_beside_them(pret
 
 
 def test_kept_captions_are_those_that_were_encoded_and_none_is_encoded_twice(tmp_path, monkeypatch):
-    encoder = Words()
+    encoder = HashedWordEncoder()
     monkeypatch.setattr(CaptionCache, "SHARD", 3)
     cache = CaptionCache(tmp_path, encoder)
     cache.add(encoder, TEXTS[:2], progress=False)
     cache.add(encoder, TEXTS * 2, progress=False)
     asked = []
-    encode = Words.encode
-    monkeypatch.setattr(Words, "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
+    encode = HashedWordEncoder.encode
+    monkeypatch.setattr(HashedWordEncoder, "encode", lambda self, texts: asked.extend(texts) or encode(self, texts))
     again = CaptionCache(tmp_path, encoder)
     again.add(encoder, TEXTS, progress=False)
     assert not asked and len(again) == 4
@@ -87,7 +87,7 @@ def test_kept_captions_are_those_that_were_encoded_and_none_is_encoded_twice(tmp
 
 
 def test_a_shard_without_an_index_is_not_there(tmp_path):
-    encoder = Words()
+    encoder = HashedWordEncoder()
     cache = CaptionCache(tmp_path, encoder)
     cache.add(encoder, TEXTS, progress=False)
     next(cache.folder.glob("*.json")).unlink()
@@ -95,7 +95,7 @@ def test_a_shard_without_an_index_is_not_there(tmp_path):
 
 
 def test_the_null_caption_is_as_long_as_those_beside_it():
-    said, unsaid = encode_with_null(Words(), TEXTS[:2])
+    said, unsaid = encode_with_null(HashedWordEncoder(), TEXTS[:2])
     assert said.tokens.shape == unsaid.tokens.shape and unsaid.mask.sum(1).tolist() == [1, 1]
 
 

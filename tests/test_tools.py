@@ -85,7 +85,7 @@ def test_cached_latents_train_like_the_clips_they_came_from(home):
         cache_latents.main(["t.yaml", "data.num_frames=1", "--output", "latents", "--shard-size", "10"])
     from stdit.config import Config, load_typed
     from stdit.data.datasets import build_dataset
-    from stdit.keys import keyed_rng
+    from stdit.rng import keyed_rng
     from stdit.vae import load_vae
 
     config = load_typed(Config, "t.yaml")
@@ -185,7 +185,7 @@ def test_an_image_model_is_trained_and_inflated_by_config_alone(home, capsys):
 
 @pytest.fixture
 def model(home):
-    assert train.run(["t.yaml", "objective.scheme=mixed"]) == 0
+    assert train.run(["t.yaml", "objective.mask_strategy=mixed"]) == 0
     return home
 
 
@@ -259,7 +259,7 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
         (["--guidance", "nan"], "guidance_scale=nan is no scale"),
         (["--seed", "-1"], "seed=-1 is negative"),
         (["--tile", "2"], "tile=2 latents leave no room"),
-        (["--positions", "squeezed"], "Unknown positions 'squeezed'"),
+        (["--pos-scaling", "squeezed"], "Unknown pos_scaling 'squeezed'"),
         (
             ["--task", "edit", "--input", "shapes/000000.mp4", "--num-videos", "3"],
             "--num-videos belongs to --task generate",
@@ -327,10 +327,8 @@ def test_clips_and_pictures_of_many_sizes_train_in_one_run(home, packing, capsys
         f"data.packing={packing}",
         "train.samples=2",
     ]
-    region = (
-        f"objective.shares.region={0 if packing == 'true' else 5}"  # levels by patch: buckets take them, packs do not
-    )
-    mixed = ["objective.scheme=mixed", region, "model.conditions=[fps,seconds,height,width]"]
+    region = f"objective.mask_probs.region={0 if packing == 'true' else 5}"  # levels by patch: buckets take them, packs do not
+    mixed = ["objective.mask_strategy=mixed", region, "model.micro_conditions=[fps,seconds,height,width]"]
     assert train.run([*common, *mixed, "train.steps=6", "train.batch_size=1"]) == 0
     printed = capsys.readouterr().out
     assert "1 x 32 x 48: 6 clips" in printed
@@ -342,6 +340,6 @@ def test_clips_and_pictures_of_many_sizes_train_in_one_run(home, packing, capsys
 
 
 def test_packing_refuses_levels_by_patch(home, capsys):
-    packed = ["data.sizes=[[5, 32, 32]]", "train.tokens=48", "data.packing=true", "objective.scheme=mixed"]
+    packed = ["data.sizes=[[5, 32, 32]]", "train.tokens=48", "data.packing=true", "objective.mask_strategy=mixed"]
     assert train.run(["t.yaml", *packed]) == 1
-    assert "set objective.shares.region=0" in capsys.readouterr().err
+    assert "set objective.mask_probs.region=0" in capsys.readouterr().err

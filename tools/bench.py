@@ -24,11 +24,11 @@ from stdit.data.loader import batches
 from stdit.data.manifest import VIDEO_SUFFIXES, scan_folder
 from stdit.data.video_io import VideoError, VideoReader
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
-from stdit.keys import keyed_rng
 from stdit.model.stdit import STDiT
 from stdit.nn.attention import explicit_attention
 from stdit.precision import autocast, native_bf16
 from stdit.prompt import Prompt
+from stdit.rng import keyed_rng
 from stdit.training.optim import build_optimizers
 from stdit.training.step import Clips, diffusion_losses
 from stdit.vae import load_vae
@@ -101,7 +101,7 @@ def _samples_rate(dataset, count: int) -> float:
 def _windows_rate(dataset, count: int) -> float:
     """The same windows as `_samples_rate` reads, decoded by PyAV from the key frame before."""
     from stdit.data.datasets import window
-    from stdit.data.order import sample_index
+    from stdit.data.samplers import sample_index
 
     jobs = []
     for step in range(count):

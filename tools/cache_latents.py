@@ -23,8 +23,8 @@ from tqdm import tqdm
 from stdit.config import Config, load_typed
 from stdit.data.datasets import build_dataset
 from stdit.data.video_io import VideoError
-from stdit.keys import keyed_rng
 from stdit.precision import autocast
+from stdit.rng import keyed_rng
 from stdit.training.run import write_text
 from stdit.vae import load_vae
 
@@ -69,7 +69,7 @@ def _encode(vae, pixels: torch.Tensor, device: str) -> dict[str, torch.Tensor]:
     with autocast("auto", device):
         latents = vae.encode(batch)
         groups = [vae.group(batch, t) for t in range(1, latents.shape[2])]
-        heads = vae.encode_run(torch.cat(groups)) if groups else latents[:0]
+        heads = vae.encode_segment(torch.cat(groups)) if groups else latents[:0]
     heads = torch.cat([latents[:, :, :1], *heads.split(len(batch))], dim=2)
     if not torch.isfinite(latents).all() or not torch.isfinite(heads).all():
         raise ValueError(f"VAE {vae.name!r} gave latents that are not finite; use it in float32.")

@@ -36,10 +36,10 @@ from stdit.evaluation.captions import asked, caption
 from stdit.evaluation.compare import Comparison, Run, by_variant, page
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.shapes import report
-from stdit.keys import keyed_normal
 from stdit.model.cost import clip_flops
 from stdit.precision import autocast
 from stdit.prompt import Prompt
+from stdit.rng import keyed_normal
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.optim import build_optimizers
 from stdit.training.results import target_clips
@@ -201,7 +201,7 @@ def held_losses(pipe: STDiTPipeline, config: Config) -> list[float]:
     )
     found = []
     for level in LEVELS:
-        levels = objective.path.on_clock(torch.full((len(x), 1), level, device=x.device))
+        levels = objective.path.quantize(torch.full((len(x), 1), level, device=x.device))
         noisy = objective.noisy(x, noise, levels)
         output = pipe.transformer(noisy, objective.timestep(levels[:, 0]), **prompt.named())
         found.append(float(objective.loss(output, noisy, x, noise, levels).mean()))

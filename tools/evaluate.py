@@ -27,8 +27,8 @@ from stdit.data.video_write import to_uint8, write_contact_sheet
 from stdit.evaluation.captions import asked, measure
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.metrics import psnr, ssim
-from stdit.evaluation.shapes import judge, report, table
-from stdit.keys import keyed_rng
+from stdit.evaluation.shapes import measure_shape, report, table
+from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.run import write_text
 
@@ -143,7 +143,7 @@ def recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
         with VideoReader(row.path) as reader:
             clips.append(reader.get_frames(range(len(reader))))
         if truth:
-            seen = judge(clips[-1])
+            seen = measure_shape(clips[-1])
             start = np.array(truth["start"]) - seen.centers[0]
             errors.append(
                 [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from stdit.checkpoint.convert import to_stdit
 from stdit.checkpoint.files import Weights
-from stdit.diffusion.levels import MIXTURE
+from stdit.diffusion.levels import DEFAULT_MASK_PROBS
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.config import size_arguments
 from stdit.model.cost import training_memory
@@ -147,7 +147,10 @@ def planned_memory_is_right() -> str:
 
 
 def train_steps(model, optimizers, first: int, last: int) -> list[float]:
-    objective, losses = build_objective(ObjectiveConfig(scheme="mixed", shares=dict.fromkeys(MIXTURE, 1.0))), []
+    objective, losses = (
+        build_objective(ObjectiveConfig(mask_strategy="mixed", mask_probs=dict.fromkeys(DEFAULT_MASK_PROBS, 1.0))),
+        [],
+    )
     x, _, y = (part.cuda() for part in inputs(8))
     clips = Clips(x, lambda starts: x.transpose(1, 2)[starts])
     for step in range(first, last):
@@ -245,7 +248,7 @@ def packed_equals_unpacked() -> str:
 def cached_rollout_equals_uncached() -> str:
     """A causal model frame by frame with a cache, against all frames at once."""
     sunk = {"window": 3, "sink": 1, "sample_size": (6, 8, 8)}
-    model = small_model(axes=["joint"], causal=True, time_entry="rotary_3d", **sunk).to("cuda").eval()
+    model = small_model(axes=["joint"], causal=True, position_encoding="rope_3d", **sunk).to("cuda").eval()
     x, t = torch.randn(2, model.in_channels, 6, 8, 8, device="cuda"), torch.rand(2, 6, device="cuda") * 1000
     cache, parts = FrameCache(3, 1), []
     with torch.no_grad():

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from stdit.data.loader import Batch
-from stdit.diffusion.levels import SCHEMES
+from stdit.diffusion.levels import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
-from stdit.evaluation.operations import Set, held_out, told
+from stdit.evaluation.operations import HeldOut, held_out, told
 from stdit.prompt import Prompt
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.step import diffusion_losses, to_latents
 
 
 @torch.no_grad()
-def losses_by_scheme(pipe: Any, data: Set, levels: list[float], seed: int = 0) -> dict[str, list[float]]:
+def losses_by_scheme(pipe: Any, data: HeldOut, levels: list[float], seed: int = 0) -> dict[str, list[float]]:
     """The mean loss of what is to be predicted at each of `levels` (0..1), for each scheme that takes frames as known."""
     frames = ((data.pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
     keys = [(seed, 0, slot) for slot in range(len(frames))]
@@ -31,8 +31,12 @@ def losses_by_scheme(pipe: Any, data: Set, levels: list[float], seed: int = 0) -
     labels = pipe.labels(told(pipe, data).get("class_labels"), len(frames))
     prompt = Prompt(labels).each(lambda x: x.to(pipe.device))
     found: dict[str, list[float]] = {}
-    for name, scheme in SCHEMES.items():
-        if scheme.taught or scheme.independent or (scheme.by_patch and not pipe.transformer.by_patch):
+    for name, scheme in MASK_STRATEGIES.items():
+        if (
+            scheme.taught
+            or scheme.independent
+            or (scheme.supports_patch_levels and not pipe.transformer.supports_patch_levels)
+        ):
             continue
         objective = build_objective(ObjectiveConfig(pipe.config.objective, name))
         found[name] = []

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from stdit.data.shapes import CLASS_NAMES, COLORS, OBJECT_NAMES, draw, random_clip
 from stdit.data.video_write import write_video
-from stdit.keys import keyed_rng
+from stdit.rng import keyed_rng
 
 
 def main(argv: list[str] | None = None) -> int:

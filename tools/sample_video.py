@@ -31,7 +31,7 @@ from tqdm import tqdm
 from stdit.data.inputs import Input, read_input, read_mask
 from stdit.data.video_write import WRITERS, VideoStream, write_video
 from stdit.sampling.pipeline import STDiTPipeline
-from stdit.sampling.tasks import fits, surround
+from stdit.sampling.tasks import fits, outpaint_canvas
 
 
 def newest_model(folder: Path = Path("models")) -> Path:
@@ -98,7 +98,7 @@ def inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, 
             args.mask, given.source, tuple(given.pixels.shape[2:]), args.fps or pipe.config.fps, args.frames
         )
         return pipe.inpaint(given.pixels, mask, labels, **options)
-    pixels, mask = surround(given.pixels, args.height or pipe.config.height, args.width or pipe.config.width)
+    pixels, mask = outpaint_canvas(given.pixels, args.height or pipe.config.height, args.width or pipe.config.width)
     return pipe.inpaint(pixels, mask, labels, **options)
 
 
@@ -210,8 +210,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--blend", type=int, default=0, help="known pixels this near to made ones fade into them")
     add("--tile", type=int, help="decode in tiles of so many latents")
     add(
-        "--positions",
-        help="of sizes never trained: extrapolate, or interpolate into the trained grid; default: the model's",
+        "--pos-scaling",
+        help="of sizes never trained: none, or interpolate into the trained grid; default: the model's",
     )
     add("--seed", type=int, default=0)
     add("--gif", action="store_true", help="write gif instead of mp4")
@@ -232,8 +232,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     model = Path(args.model) if args.model else newest_model()
     pipe = STDiTPipeline.from_pretrained(str(model))
-    if args.positions:
-        pipe.transformer.set_positions(args.positions)
+    if args.pos_scaling:
+        pipe.transformer.set_pos_scaling(args.pos_scaling)
     if torch.cuda.is_available():
         pipe.to("cuda")
     inputs = read_inputs(args, pipe)
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = {
         "model": str(model), "task": args.task, "class_labels": labels, "num_frames": args.frames or (pipe.config.num_frames if plain else None),
         "height": args.height or pipe.config.height, "width": args.width or pipe.config.width, **options,
-        **{name: getattr(args, name) for name in ("input", "positions", *OWN)},
+        **{name: getattr(args, name) for name in ("input", "pos_scaling", *OWN)},
     }  # fmt: skip
     still = settings["num_frames"] == 1 if plain else args.task in STILL and inputs[0].pixels.shape[2] == 1
     suffix = ".png" if still else ".gif" if args.gif else ".mp4"

@@ -21,7 +21,7 @@ from stdit.checkpoint.inflate import inflate, inflated_arguments
 from stdit.config import Config, load_typed, to_plain
 from stdit.data.datasets import CachedLatents, Dataset, build_dataset
 from stdit.data.loader import batches
-from stdit.data.order import Buckets, Order, Packs, Size, Uniform, assign
+from stdit.data.samplers import BatchSampler, BucketSampler, PackedSampler, Size, UniformSampler, assign
 from stdit.data.video_io import VideoError
 from stdit.diffusion.objective import Objective, build_objective
 from stdit.model.config import model_arguments
@@ -102,17 +102,19 @@ def check_batch(config: Config, processes: int) -> None:
         )
 
 
-def build_order(config: Config, dataset: Dataset, vae: VideoVAE, patch: tuple[int, int, int], processes: int) -> Order:
+def build_order(
+    config: Config, dataset: Dataset, vae: VideoVAE, patch: tuple[int, int, int], processes: int
+) -> BatchSampler:
     """Which clips make up a step: so many of one size, or by a budget of tokens where the data has many sizes."""
     data, train = config.data, config.train
     if not data.sizes:
         if train.tokens is not None:
             raise ValueError(f"train.tokens={train.tokens} is for data.sizes; use train.batch_size, or give sizes.")
-        return Uniform(config.seed, len(dataset), train.batch_size)
+        return UniformSampler(config.seed, len(dataset), train.batch_size)
     if train.tokens is None or train.micro_batch is not None:
         raise ValueError("data.sizes need train.tokens, patches of a step, and train.micro_batch=null.")
-    if data.packing and "region" in config.objective.mixture:
-        raise ValueError("data.packing=true takes levels by frame; set objective.shares.region=0.")
+    if data.packing and "region" in config.objective.active_mask_probs:
+        raise ValueError("data.packing=true takes levels by frame; set objective.mask_probs.region=0.")
     sizes = [Size(*size) for size in data.sizes]
     grids = [vae.latent_shape(*size, patch) for size in sizes]
     costs = [math.prod(n // p for n, p in zip(grid, patch, strict=True)) for grid in grids]
@@ -123,7 +125,7 @@ def build_order(config: Config, dataset: Dataset, vae: VideoVAE, patch: tuple[in
         except VideoError as error:
             shapes.append((0, 1, 1))  # fits nowhere
             print(f"left out: {error}")
-    order = (Packs if data.packing else Buckets)(
+    order = (PackedSampler if data.packing else BucketSampler)(
         config.seed, assign(shapes, sizes, config.seed), sizes, costs, train.tokens, processes
     )
     for size, cost in zip(sizes, costs, strict=True):

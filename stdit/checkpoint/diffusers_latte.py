@@ -27,7 +27,7 @@ _TOGETHER = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "cross_attn
 _PARTS = ("transformer_blocks", "temporal_transformer_blocks")
 _TABLE = "scale_shift_table"
 WIRED = {
-    "conditioning": "adaln_single", "caption_axes": ["spatial"], "axes": ["spatial", "temporal"], "time_entry": "stream",
+    "conditioning": "adaln_single", "caption_axes": ["spatial"], "axes": ["spatial", "temporal"], "position_encoding": "latte",
 }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def inflated_arguments(image: STDiT, chosen: dict, depth: int | None, how: InitF
         raise ValueError(
             f"model.depth={depth} but init_from makes {len(sources)} blocks of {config.depth}; leave model.depth out."
         )
-    clock = ("clock_scale", "clock_reversed", "frequency_shift", "norm2_eps", "time_entry")
+    clock = ("timestep_scale", "timestep_reversed", "frequency_shift", "norm2_eps", "position_encoding")
     return {**{key: config[key] for key in clock}, "depth": len(sources), "block_sources": sources}
 
 

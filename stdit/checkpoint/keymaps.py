@@ -14,7 +14,7 @@ from torch import Tensor
 from stdit.checkpoint import diffusers_dit, diffusers_latte, mdt, uvit
 from stdit.model.config import SIZES
 from stdit.model.stdit import STDiT
-from stdit.nn.positions import frame_positions, space_positions
+from stdit.nn.positions import latte_pos_embed, spatial_pos_embed
 
 Tensors = dict[str, Tensor]
 HEADS = {width: heads for _, width, heads in SIZES.values()}
@@ -78,14 +78,14 @@ def table_matches(tensors: Tensors, key: str, ours: Callable[[int, int], Tensor]
 
 def square_positions(count: int, dim: int) -> Tensor:
     side = round(count**0.5)
-    return space_positions(side, side, dim)
+    return spatial_pos_embed(side, side, dim)
 
 
 def strip(tensors: Tensors) -> Tensors:
     """DiT's tensors as ours: tables out, the convolution as a product."""
     tensors = dict(tensors)
     table_matches(tensors, "pos_embed", square_positions)
-    table_matches(tensors, "temp_embed", frame_positions)
+    table_matches(tensors, "temp_embed", latte_pos_embed)
     tensors["x_embedder.proj.weight"] = tensors["x_embedder.proj.weight"].flatten(1)
     return tensors
 
@@ -96,7 +96,7 @@ def dress(tensors: Tensors, model: STDiT) -> Tensors:
     weight = tensors["x_embedder.proj.weight"]
     tensors["x_embedder.proj.weight"] = weight.unflatten(1, (model.in_channels, ph, pw))
     _, height, width = model.config.sample_size
-    tensors["pos_embed"] = space_positions(height // ph, width // pw, weight.shape[0])[None].clone()
+    tensors["pos_embed"] = spatial_pos_embed(height // ph, width // pw, weight.shape[0])[None].clone()
     return tensors
 
 
@@ -109,7 +109,7 @@ def head_rows(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> Tensors:
 
 
 def _sit_arguments(tensors: Tensors, config: dict) -> dict:
-    return {"clock_scale": 1e-3, "clock_reversed": True, "learn_sigma": False}
+    return {"timestep_scale": 1e-3, "timestep_reversed": True, "learn_sigma": False}
 
 
 def _sit_adapt(tensors: Tensors, arguments: dict) -> Tensors:
@@ -131,12 +131,12 @@ def _sit_restore(tensors: Tensors, model: STDiT) -> Tensors:
 def _latte_arguments(tensors: Tensors, config: dict) -> dict:
     frames = tensors["temp_embed"].shape[1] if "temp_embed" in tensors else 16
     _, height, width = infer(tensors, {"num_heads": 1})["sample_size"]
-    return {"axes": ["spatial", "temporal"], "time_entry": "stream", "sample_size": (frames, height, width)}
+    return {"axes": ["spatial", "temporal"], "position_encoding": "latte", "sample_size": (frames, height, width)}
 
 
 def _latte_restore(tensors: Tensors, model: STDiT) -> Tensors:
     frames, width = model.config.sample_size[0], model.config.hidden_size
-    return {**tensors, "temp_embed": frame_positions(frames, width)[None].clone()}
+    return {**tensors, "temp_embed": latte_pos_embed(frames, width)[None].clone()}
 
 
 def _is(model: STDiT, classes: bool = True, **wanted) -> str:
@@ -154,13 +154,13 @@ def _is(model: STDiT, classes: bool = True, **wanted) -> str:
     return ", ".join(other)
 
 
-# What none of DiT's kin has: another conditioning, another wiring.
+# What none of DiT's kin has: another conditioning, another trunk.
 _WIRED = {
-    "conditioning": "adaln_zero", "caption_channels": None, "trunk": "stack", "learned_places": False, "time_mlp": True,
-    "output_conv": False, "gelu": "tanh", "place_bias": False,
+    "conditioning": "adaln_zero", "caption_channels": None, "trunk": "stack", "learned_pos_embed": False, "timestep_mlp": True,
+    "output_conv": False, "gelu": "tanh", "relative_position_bias": False,
 }  # fmt: skip
 _PLAIN = {**_WIRED, "qk_norm": False, "frequency_shift": 0.0, "norm2_eps": 1e-6}
-_DIT_CLOCK = {"clock_scale": 1.0, "clock_reversed": False, "clock_offset": 0.0}
+_DIT_CLOCK = {"timestep_scale": 1.0, "timestep_reversed": False, "timestep_offset": 0.0}
 
 FORMATS = {
     "dit": Format(
@@ -169,11 +169,11 @@ FORMATS = {
     "sit": Format(
         "sit", "flow", arguments=_sit_arguments, adapt=_sit_adapt,
         restore=_sit_restore,
-        needs=lambda m: _is(m, axes=["spatial"], learn_sigma=False, clock_scale=1e-3, clock_reversed=True, **_PLAIN),
+        needs=lambda m: _is(m, axes=["spatial"], learn_sigma=False, timestep_scale=1e-3, timestep_reversed=True, **_PLAIN),
     ),
     "latte": Format(
         "latte", "ddpm", arguments=_latte_arguments, restore=_latte_restore,
-        needs=lambda m: _is(m, False, axes=["spatial", "temporal"], time_entry="stream", **_PLAIN, **_DIT_CLOCK),
+        needs=lambda m: _is(m, False, axes=["spatial", "temporal"], position_encoding="latte", **_PLAIN, **_DIT_CLOCK),
     ),
     "diffusers": Format(
         "diffusers", "ddpm", diffusers_dit.to_dit, diffusers_dit.from_dit, diffusers_dit.arguments,

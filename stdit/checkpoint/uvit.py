@@ -14,8 +14,8 @@ NAMES = {
     "final_layer": "final_conv",
 }
 WIRED = {
-    "conditioning": "in_context", "trunk": "long_skip", "learned_places": True, "time_mlp": False, "gelu": "none",
-    "clock_offset": 1.0,  # its chain counts from 1
+    "conditioning": "in_context", "trunk": "long_skip", "learned_pos_embed": True, "timestep_mlp": False, "gelu": "exact",
+    "timestep_offset": 1.0,  # its chain counts from 1
 }  # fmt: skip
 HEADS = {512: 8}  # U-ViT-S; the other widths are DiT's
 
@@ -39,7 +39,7 @@ def to_dit(tensors: Tensors) -> Tensors:
             out[key.replace("mid_block", f"blocks.{half}", 1)] = value
         elif key == "pos_embed":
             extras = 2 if "label_emb.weight" in tensors else 1
-            out["pos_embed.extras"] = value[0, :extras].flip(0)  # theirs: label, time; ours: time, label
+            out["pos_embed.prefix"] = value[0, :extras].flip(0)  # theirs: label, time; ours: time, label
             out["pos_embed.patches"] = value[0, extras:]
         else:
             out[f"{NAMES.get(head, head)}.{kind}"] = value
@@ -63,7 +63,7 @@ def from_dit(tensors: Tensors) -> Tensors:
                 out[f"{'mid_block' if number == half else place}.{match[2]}"] = value
         elif not key.startswith("pos_embed."):
             out[f"{back.get(head, head)}.{kind}"] = value
-    table = torch.cat([tensors["pos_embed.extras"].flip(0), tensors["pos_embed.patches"]])
+    table = torch.cat([tensors["pos_embed.prefix"].flip(0), tensors["pos_embed.patches"]])
     return {**out, "pos_embed": table[None]}
 
 

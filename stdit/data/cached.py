@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from stdit.data.config import DataConfig, clip_info
-from stdit.data.order import Size
+from stdit.data.config import DataConfig, micro_conditions_of
+from stdit.data.samplers import Size
 from stdit.data.video_io import VideoError
 
 
@@ -60,7 +60,7 @@ class CachedLatents:
         sample = {name: file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (no mapping)
         if not all(torch.isfinite(value).all() for value in sample.values()):
             raise VideoError(f"{self.name(index)} is not finite; cache the latents again.")
-        return {**sample, "info": clip_info(made, self.info["fps"] or 8.0)}
+        return {**sample, "info": micro_conditions_of(made, self.info["fps"] or 8.0)}
 
     def _shard(self, number: int):
         if number not in self._open_shards:

@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from stdit.data.order import Size
+from stdit.data.samplers import Size
 
 
 @dataclass
@@ -46,16 +46,16 @@ class DataConfig:
             raise ValueError(f"data.workers={self.workers} is negative; use 0 to load in the main process.")
 
 
-INFO = ("fps", "seconds", "height", "width")
+MICRO_CONDITIONS = ("fps", "seconds", "height", "width")
 
 
-def clip_info(size: Size, fps: float) -> tuple[float, ...]:
-    """`INFO` of a clip: frames a second, its length in seconds, height and width in pixels."""
+def micro_conditions_of(size: Size, fps: float) -> tuple[float, ...]:
+    """`MICRO_CONDITIONS` of a clip: frames a second, its length in seconds, height and width in pixels."""
     return (fps, size.frames / fps, float(size.height), float(size.width))
 
 
 class Dataset(Protocol):
-    """Samples by number, at the config's size or another. pixels: uint8 (F, H, W, 3), info: `INFO`; or latents: (C, T, h, w).
+    """Samples by number, at the config's size or another. pixels: uint8 (F, H, W, 3), info: `MICRO_CONDITIONS`; or latents: (C, T, h, w).
 
     shape(index): frames, height and width that there are.
     """

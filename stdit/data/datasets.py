@@ -12,14 +12,14 @@ from PIL import Image
 
 from stdit.data.backends import open_video
 from stdit.data.cached import CachedLatents
-from stdit.data.config import DataConfig, Dataset, clip_info
+from stdit.data.config import DataConfig, Dataset, micro_conditions_of
 from stdit.data.idx import read_idx
 from stdit.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Table, read_manifest, scan_folder
-from stdit.data.order import Size
+from stdit.data.samplers import Size
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, ShapeClip, draw, random_clip
 from stdit.data.transforms import cover_size, crop, resize
 from stdit.data.video_io import VideoError, VideoReader
-from stdit.keys import keyed_rng
+from stdit.rng import keyed_rng
 from stdit.variants import pick
 
 
@@ -49,7 +49,7 @@ class _TableDataset:
         frames = crop(frames, (size.height, size.width), rng if self.config.crop == "random" else None)
         if self.config.flip and rng.random() < 0.5:
             frames = frames[:, :, ::-1]
-        return {"pixels": torch.from_numpy(np.ascontiguousarray(frames)), "info": clip_info(size, fps)}
+        return {"pixels": torch.from_numpy(np.ascontiguousarray(frames)), "info": micro_conditions_of(size, fps)}
 
 
 class VideoClips(_TableDataset):
@@ -180,7 +180,10 @@ class IdxImages:
         frame = resize(self.images[index][None], (size.height, size.width))
         if self.config.flip and rng.random() < 0.5:
             frame = frame[:, :, ::-1]
-        return {"pixels": torch.from_numpy(np.repeat(frame[..., None], 3, axis=-1)), "info": clip_info(size, 1.0)}
+        return {
+            "pixels": torch.from_numpy(np.repeat(frame[..., None], 3, axis=-1)),
+            "info": micro_conditions_of(size, 1.0),
+        }
 
 
 class MovingShapes:
@@ -215,7 +218,7 @@ class MovingShapes:
     def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
         size = size or self._size
         drawn = draw(self._clip(index, size))
-        return {"pixels": torch.from_numpy(drawn), "info": clip_info(size, self.config.fps or 8.0)}
+        return {"pixels": torch.from_numpy(drawn), "info": micro_conditions_of(size, self.config.fps or 8.0)}
 
     @property
     def _size(self) -> Size:

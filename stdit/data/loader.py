@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stdit.data.datasets import Dataset
-from stdit.data.order import Order, Slot, Uniform
+from stdit.data.samplers import BatchSampler, SampleRef, UniformSampler
 from stdit.data.video_io import VideoError
-from stdit.keys import keyed_rng
+from stdit.rng import keyed_rng
 
 _ATTEMPTS = 64
 
@@ -19,9 +19,9 @@ _ATTEMPTS = 64
 class Batch(NamedTuple):
     """pixels (B, F, H, W, 3) uint8 or latents (B, C, T, h, w), the other None; labels (B,), -1 where there is none.
 
-    restarts: beside cached latents, every frame encoded without those before it (see `VideoVAE.encode_run`).
+    restarts: beside cached latents, every frame encoded without those before it (see `VideoVAE.encode_segment`).
     Lists where clips have different shapes. keys: (seed, step, slot) of each sample; bad: names of files that could not
-    be read, with the reason; total: clips of the step over all processes; info: (B, 4) `INFO` of each clip, or None;
+    be read, with the reason; total: clips of the step over all processes; info: (B, 4) `MICRO_CONDITIONS` of each clip, or None;
     captions: "" where there is none.
     """
 
@@ -39,12 +39,12 @@ class Batch(NamedTuple):
 class KeyedSamples(torch.utils.data.Dataset):
     """Samples by (step, slot). An unreadable file is replaced by another of its size, the same one in every run."""
 
-    def __init__(self, dataset: Dataset, seed: int, order: Order):
+    def __init__(self, dataset: Dataset, seed: int, order: BatchSampler):
         self.dataset, self.seed, self.order = dataset, seed, order
         self._bad: dict[int, str] = {}
-        self._last: tuple[int, list[Slot]] = (-1, [])
+        self._last: tuple[int, list[SampleRef]] = (-1, [])
 
-    def slots(self, step: int) -> list[Slot]:
+    def slots(self, step: int) -> list[SampleRef]:
         if self._last[0] != step:
             self._last = (step, self.order.batch(step))
         return self._last[1]
@@ -98,14 +98,14 @@ def batches(
     process: int = 0,
     processes: int = 1,
     workers: int = 0,
-    order: Order | None = None,
+    order: BatchSampler | None = None,
 ) -> Iterator[Batch]:
     """Endless micro-batches of this process, from `start_step` on.
 
     `batch_size` counts clips of a step over all processes, unless an `order` says otherwise; process p takes every slot
     equal to p modulo `processes`, `micro_batch` slots at a time.
     """
-    order = order or Uniform(seed, len(dataset), batch_size)
+    order = order or UniformSampler(seed, len(dataset), batch_size)
     samples = KeyedSamples(dataset, seed, order)
 
     def keys() -> Iterator[list[tuple[int, int]]]:

@@ -7,13 +7,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from stdit.keys import keyed_generator
+from stdit.rng import keyed_generator
 
 Distribution = Literal["logit_normal", "uniform"]
 Grid = tuple[int, int, int]  # latent frames, rows and columns of patches
 
 
-class Drawn(NamedTuple):
+class LevelSample(NamedTuple):
     """Levels of one clip and what of it is known, (T,) or per patch (T, rows, columns). Loss counts where not known.
 
     history: the level of the copy in which each frame sees those before it (teacher forcing), or None.
@@ -99,10 +99,10 @@ class Scheme(NamedTuple):
     known: Callable[[torch.Generator, Grid], Tensor] = _nothing
     independent: bool = False
     taught: bool = False
-    by_patch: bool = False
+    supports_patch_levels: bool = False
 
 
-SCHEMES: dict[str, Scheme] = {
+MASK_STRATEGIES: dict[str, Scheme] = {
     "shared": Scheme(),
     "per_frame": Scheme(independent=True),
     "prefix": Scheme(_prefix),
@@ -110,13 +110,13 @@ SCHEMES: dict[str, Scheme] = {
     "suffix": Scheme(_suffix),
     "ends": Scheme(_ends),
     "random": Scheme(_random),
-    "every": Scheme(_every),
-    "region": Scheme(_region, by_patch=True),
-    "teacher": Scheme(independent=True, taught=True),
+    "every_kth": Scheme(_every),
+    "region": Scheme(_region, supports_patch_levels=True),
+    "teacher_forcing": Scheme(independent=True, taught=True),
 }
 # Seven clips in eight plain: plain clips pay little, and of a batch of 16 two have something known (docs/operations.md).
-MIXTURE = {
-    "shared": 0.875, "prefix": 0.04, "motion": 0.015, "suffix": 0.025, "ends": 0.02, "region": 0.015, "every": 0.005,
+DEFAULT_MASK_PROBS = {
+    "shared": 0.875, "prefix": 0.04, "motion": 0.015, "suffix": 0.025, "ends": 0.02, "region": 0.015, "every_kth": 0.005,
     "per_frame": 0.0025, "random": 0.0025,
 }  # fmt: skip
 
@@ -128,14 +128,14 @@ def choose(generator: torch.Generator, shares: Mapping[str, float]) -> str:
     return names[int(torch.multinomial(weights, 1, generator=generator))]
 
 
-def scheme_of(key: tuple[int, int, int], shares: Mapping[str, float]) -> str:
+def choose_strategy(key: tuple[int, int, int], shares: Mapping[str, float]) -> str:
     """The scheme of one clip of training, by its key (seed, step, slot): in the long run each by its share.
 
     One clip with levels by patch makes its whole batch pay for a condition a patch, so that such clips come together: a
     quarter of the clips of few steps (of all steps, where their share is larger).
     """
     generator = keyed_generator("scheme", *key)
-    dear = {name: share for name, share in shares.items() if SCHEMES[name].by_patch}
+    dear = {name: share for name, share in shares.items() if MASK_STRATEGIES[name].supports_patch_levels}
     if dear:
         share = sum(dear.values()) / sum(shares.values())
         steps = min(1.0, 4 * share)

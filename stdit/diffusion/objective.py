@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from stdit.diffusion.levels import (
-    MIXTURE,
-    SCHEMES,
+    DEFAULT_MASK_PROBS,
+    MASK_STRATEGIES,
     Distribution,
-    Drawn,
     Grid,
+    LevelSample,
     draw_levels,
     shift_levels,
     size_shift,
@@ -27,20 +27,20 @@ from stdit.variants import pick
 class ObjectiveConfig:
     """`shift` moves flow's levels toward noise; with `shift_tokens` it holds there and grows with the root of size.
 
-    scheme: what is known and who shares a level: one of `SCHEMES`, or "mixed", where each clip takes one of them by its
-    share in `shares`. known_noise: known frames stand at a level drawn from 0 to this one, and the model is told.
+    mask_strategy: what is known and who shares a level: one of `MASK_STRATEGIES`, or "mixed", where each clip takes one of them by its
+    share in `shares`. cond_noise_max: known frames stand at a level drawn from 0 to this one, and the model is told.
     mask_ratio: a second pass in which the encoder of a masked trunk does not see this share of patches, or up to 0.2 more.
     betas: DDPM's schedule, linear (DiT) or scaled_linear (Stable Diffusion, U-ViT). learn_sigma: DDPM's variance is learned.
-    mixed_from: the step at which "mixed" begins; before it all frames share a level. known_shift: flow's levels beside known frames are shifted by this factor more, since what is known has been followed
+    mask_warmup_steps: the step at which "mixed" begins; before it all frames share a level. cond_timestep_shift: flow's levels beside known frames are shifted by this factor more, since what is known has been followed
     where noise is high, and at low noise shows itself.
     """
 
     name: Literal["flow", "ddpm"] = "flow"
-    scheme: str = "shared"
-    shares: dict[str, float] = field(default_factory=lambda: dict(MIXTURE))
-    mixed_from: int = 0
-    known_noise: float = 0.0
-    known_shift: float = 1.0
+    mask_strategy: str = "shared"
+    mask_probs: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_MASK_PROBS))
+    mask_warmup_steps: int = 0
+    cond_noise_max: float = 0.0
+    cond_timestep_shift: float = 1.0
     mask_ratio: float = 0.0
     betas: str = "linear"
     learn_sigma: bool = True
@@ -49,44 +49,50 @@ class ObjectiveConfig:
     shift_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("shift", "known_shift"):
+        for name in ("shift", "cond_timestep_shift"):
             if getattr(self, name) <= 0:
                 raise ValueError(
                     f"objective.{name}={getattr(self, name)} is not positive; 1 leaves the levels as they are."
                 )
-        if self.scheme != "mixed":
-            pick({**SCHEMES, "mixed": None}, self.scheme, "objective.scheme")
+        if self.mask_strategy != "mixed":
+            pick({**MASK_STRATEGIES, "mixed": None}, self.mask_strategy, "objective.mask_strategy")
         pick(BETAS, self.betas, "objective.betas")
-        for name, share in self.shares.items():
-            pick(SCHEMES, name, "scheme in objective.shares")
+        for name, share in self.mask_probs.items():
+            pick(MASK_STRATEGIES, name, "scheme in objective.mask_probs")
             if not 0 <= share < float("inf"):
-                raise ValueError(f"objective.shares.{name}={share} is no share; use 0 or more.")
-        if not any(self.shares.values()):
-            raise ValueError("objective.shares are all 0; give at least one scheme a share.")
-        taught = [name for name, share in self.mixture.items() if SCHEMES[name].taught]
-        if taught and len(self.mixture) > 1:
+                raise ValueError(f"objective.mask_probs.{name}={share} is no share; use 0 or more.")
+        if not any(self.mask_probs.values()):
+            raise ValueError("objective.mask_probs are all 0; give at least one scheme a share.")
+        taught = [name for name, share in self.active_mask_probs.items() if MASK_STRATEGIES[name].taught]
+        if taught and len(self.active_mask_probs) > 1:
             raise ValueError(
-                f"objective.shares.{taught[0]} shows clips a history of their own and mixes with no other scheme; set it to 0, "
-                f"or use objective.scheme={taught[0]}."
+                f"objective.mask_probs.{taught[0]} shows clips a history of their own and mixes with no other scheme; set it to 0, "
+                f"or use objective.mask_strategy={taught[0]}."
             )
-        if self.mixed_from < 0:
-            raise ValueError(f"objective.mixed_from={self.mixed_from} is no step; use 0 or more.")
+        if self.mask_warmup_steps < 0:
+            raise ValueError(f"objective.mask_warmup_steps={self.mask_warmup_steps} is no step; use 0 or more.")
         if not 0 <= self.mask_ratio <= 0.75:
             raise ValueError(f"objective.mask_ratio={self.mask_ratio} lies in 0 to 0.75; MDT v2 uses 0.3.")
-        if not 0 <= self.known_noise < 1:
-            raise ValueError(f"objective.known_noise={self.known_noise} lies in [0, 1); 0 keeps known frames clean.")
+        if not 0 <= self.cond_noise_max < 1:
+            raise ValueError(
+                f"objective.cond_noise_max={self.cond_noise_max} lies in [0, 1); 0 keeps known frames clean."
+            )
 
-    def mixture_at(self, step: int) -> dict[str, float]:
+    def mask_probs_at(self, step: int) -> dict[str, float]:
         """The schemes that clips of one training step draw from, with their shares."""
-        return {"shared": 1.0} if self.scheme == "mixed" and step < self.mixed_from else self.mixture
+        return (
+            {"shared": 1.0}
+            if self.mask_strategy == "mixed" and step < self.mask_warmup_steps
+            else self.active_mask_probs
+        )
 
     @property
-    def mixture(self) -> dict[str, float]:
+    def active_mask_probs(self) -> dict[str, float]:
         """The schemes that training takes, with their shares of the clips."""
-        if self.scheme != "mixed":
-            return {self.scheme: 1.0}
-        total = sum(self.shares.values())
-        return {name: share / total for name, share in self.shares.items() if share}
+        if self.mask_strategy != "mixed":
+            return {self.mask_strategy: 1.0}
+        total = sum(self.mask_probs.values())
+        return {name: share / total for name, share in self.mask_probs.items() if share}
 
 
 class Objective(ABC):
@@ -98,17 +104,17 @@ class Objective(ABC):
     def __init__(self, config: ObjectiveConfig):
         self.config = config
 
-    def draw(self, generator: torch.Generator, scheme: str, grid: Grid, tokens: int) -> Drawn:
+    def draw(self, generator: torch.Generator, scheme: str, grid: Grid, tokens: int) -> LevelSample:
         """Levels for one clip of `tokens` latent positions, (T,) or per patch of `grid`, and what of it is known."""
         frames = grid[0]
-        kind = SCHEMES[scheme]
+        kind = MASK_STRATEGIES[scheme]
         levels = self.draw_levels(generator, frames if kind.independent else 1, tokens).expand(frames)
         known = kind.known(generator, grid)
         if known.any() or kind.taught:
-            levels = self.path.on_clock(shift_levels(levels, self.config.known_shift))
-        clean = self.path.on_clock(self.config.known_noise * torch.rand((), generator=generator))
+            levels = self.path.quantize(shift_levels(levels, self.config.cond_timestep_shift))
+        clean = self.path.quantize(self.config.cond_noise_max * torch.rand((), generator=generator))
         levels = torch.where(known, clean, levels.view(-1, *[1] * (known.ndim - 1)))
-        return Drawn(levels, known, clean if kind.taught else None)
+        return LevelSample(levels, known, clean if kind.taught else None)
 
     @abstractmethod
     def draw_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:

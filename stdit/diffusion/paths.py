@@ -38,7 +38,7 @@ class FlowPath:
         """The model's clock to levels."""
         return timestep.float() / 1000
 
-    def on_clock(self, levels: Tensor) -> Tensor:
+    def quantize(self, levels: Tensor) -> Tensor:
         """The nearest levels that the chain has: all of them."""
         return levels
 
@@ -95,7 +95,7 @@ class DDPMPath:
     def levels(self, timestep: Tensor) -> Tensor:
         return (timestep.float() + 1) / self.num_steps
 
-    def on_clock(self, levels: Tensor) -> Tensor:
+    def quantize(self, levels: Tensor) -> Tensor:
         return self.index(levels).float() / self.num_steps
 
     def schedule(self, steps: int | str) -> Tensor:

@@ -7,10 +7,10 @@ import numpy as np
 
 from stdit.data.shapes import COLORS, DIRECTIONS, SHAPES, ShapeClip
 from stdit.data.video_write import to_uint8
-from stdit.evaluation.shapes import Verdict, judge, wilson
+from stdit.evaluation.shapes import ShapeMeasurement, measure_shape, wilson
 
 
-class Obeyed(NamedTuple):
+class CaptionAccuracy(NamedTuple):
     """Shares of clips that show what their caption says, by what it says, with 95 % intervals of `all`."""
 
     clips: int
@@ -39,25 +39,25 @@ def caption(color: str, shape: str, direction: str) -> str:
     return ShapeClip(shape, direction, 1.0, [0.0, 0.0], 1.0, list(COLORS[color]), [0.0] * 3).caption
 
 
-def obeyed(clips: Sequence[np.ndarray], wanted: Sequence[tuple[str, str, str]]) -> Obeyed:
+def caption_accuracy(clips: Sequence[np.ndarray], wanted: Sequence[tuple[str, str, str]]) -> CaptionAccuracy:
     """Judge clips (F, H, W, 3) uint8 against what was asked for."""
-    verdicts = [judge(clip) for clip in clips]
+    verdicts = [measure_shape(clip) for clip in clips]
     color = np.array([named(v) == w[0] for v, w in zip(verdicts, wanted, strict=True)])
     shape = np.array([v.shape == w[1] for v, w in zip(verdicts, wanted, strict=True)])
     direction = np.array([v.direction == w[2] for v, w in zip(verdicts, wanted, strict=True)])
     right = color & shape & direction
     shares = [float(x.mean()) for x in (color, shape, direction, right)]
-    return Obeyed(len(clips), shares[0], shares[1], shares[2], shares[3], wilson(right))
+    return CaptionAccuracy(len(clips), shares[0], shares[1], shares[2], shares[3], wilson(right))
 
 
-def named(verdict: Verdict) -> str | None:
+def named(verdict: ShapeMeasurement) -> str | None:
     """The colour's name, as captions name the nearest."""
     if verdict.shape is None:
         return None
     return min(COLORS, key=lambda name: float(np.linalg.norm(np.subtract(COLORS[name], verdict.color))))
 
 
-def measure(pipe: Any, wanted: Sequence[tuple[str, str, str]], **options) -> tuple[Obeyed, list[np.ndarray]]:
+def measure(pipe: Any, wanted: Sequence[tuple[str, str, str]], **options) -> tuple[CaptionAccuracy, list[np.ndarray]]:
     """Clips of a pipeline under these captions, judged."""
     clips = [to_uint8(clip) for clip in pipe(captions=[caption(*one) for one in wanted], **options)]
-    return obeyed(clips, wanted), clips
+    return caption_accuracy(clips, wanted), clips

@@ -10,14 +10,14 @@ from torch import Tensor
 from stdit.data.shapes import CLASS_NAMES, ShapeClip, draw, random_clip
 from stdit.data.video_write import to_uint8
 from stdit.evaluation.metrics import decibel, psnr
-from stdit.evaluation.shapes import Verdict, judge, report, wilson
-from stdit.keys import keyed_rng
+from stdit.evaluation.shapes import ShapeMeasurement, measure_shape, report, wilson
+from stdit.rng import keyed_rng
 from stdit.sampling.tasks import Canvas
 
 _SAME_COLOR = 0.15  # largest difference of a channel, 0..1; the named colours are further apart
 
 
-class Figure(NamedTuple):
+class Metric(NamedTuple):
     """One measured number; `least` or `most` is what was asked of it, interval the 95 % one of a share."""
 
     name: str
@@ -43,14 +43,14 @@ class Figure(NamedTuple):
         return f"{self.name:<58} {value + spread:<28} {asked:<10} {verdict}".rstrip()
 
 
-class Outcome(NamedTuple):
+class EvalResult(NamedTuple):
     """Figures, and rows of clips (F, H, W, 3) uint8: what was known and made, beside the truth."""
 
-    figures: list[Figure]
+    figures: list[Metric]
     clips: list[np.ndarray]
 
 
-class Set(NamedTuple):
+class HeldOut(NamedTuple):
     """Held-out clips and their truth."""
 
     truths: list[ShapeClip]
@@ -66,22 +66,22 @@ class Set(NamedTuple):
         return np.stack([truth.centers() for truth in self.truths])
 
 
-def held_out(count: int, frames: int, motion: str, size: int, seed: int) -> Set:
+def held_out(count: int, frames: int, motion: str, size: int, seed: int) -> HeldOut:
     """Clips that no training run drew (their keys are longer)."""
     truths = [
         random_clip(keyed_rng("sample", seed, 1, i), i % len(CLASS_NAMES), frames, size, motion) for i in range(count)
     ]
     drawn = torch.stack([torch.from_numpy(draw(truth)) for truth in truths])
-    return Set(truths, drawn.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+    return HeldOut(truths, drawn.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
 
 
-def told(pipe: Any, data: Set) -> dict[str, list[str]]:
+def told(pipe: Any, data: HeldOut) -> dict[str, list[str]]:
     """Labels, for a model that knows them all."""
     known = set(pipe.transformer.config.class_names or ())
     return {"class_labels": data.names} if set(data.names) <= known else {}
 
 
-def extension(pipe: Any, data: Set, known: int, backward: bool, asked: float, **options) -> Outcome:
+def extension(pipe: Any, data: HeldOut, known: int, backward: bool, asked: float, **options) -> EvalResult:
     """From `known` first (or last) frames to the whole clip: does the object go on as it must?"""
     frames = data.pixels.shape[2]
     new = frames - known
@@ -89,60 +89,60 @@ def extension(pipe: Any, data: Set, known: int, backward: bool, asked: float, **
     gap = {"before": new} if backward else {"after": new}
     made = pipe.extend(clip, **told(pipe, data), **gap, **options)
     part = slice(0, new) if backward else slice(known, frames)
-    verdicts = [judge(to_uint8(c)[part]) for c in made]
+    verdicts = [measure_shape(to_uint8(c)[part]) for c in made]
     far = 0 if backward else -1
     errors = _distance(np.stack([v.centers[far] for v in verdicts]), data.centers[:, part][:, far])
     way = "backward" if backward else "forward"
     name = f"{data.truths[0].motion}, {way} from {known} to {frames}"
     figures = [
-        Figure(f"{name}: mean position error at the end", float(errors.mean()), "px", most=asked),
-        Figure(f"{name}: median position error at the end", float(np.median(errors)), "px"),
+        Metric(f"{name}: mean position error at the end", float(errors.mean()), "px", most=asked),
+        Metric(f"{name}: median position error at the end", float(np.median(errors)), "px"),
         *_kept(name, verdicts, data, 0.95 if data.truths[0].motion == "straight" else None),
     ]
-    return Outcome(figures, _rows(made, data, _frames(frames, part)))
+    return EvalResult(figures, _rows(made, data, _frames(frames, part)))
 
 
-def connection(pipe: Any, data: Set, first: int, last: int, asked: float, **options) -> Outcome:
+def connection(pipe: Any, data: HeldOut, first: int, last: int, asked: float, **options) -> EvalResult:
     """The two ends of one trajectory joined: is the object where it was on the way?"""
     frames = data.pixels.shape[2]
     gap = slice(first, frames - last)
     made = pipe.connect(
         data.pixels[:, :, :first], data.pixels[:, :, gap.stop :], frames - first - last, **told(pipe, data), **options
     )
-    centers = np.stack([judge(to_uint8(c)).centers for c in made])
+    centers = np.stack([measure_shape(to_uint8(c)).centers for c in made])
     errors = _distance(centers[:, gap], data.centers[:, gap])
     name = f"connect {first} and {last} frames over {frames - first - last}"
     figures = [
-        Figure(f"{name}: position error at the seam", float(errors[:, -1].mean()), "px", most=asked),
-        Figure(f"{name}: position error over the gap", float(errors.mean()), "px"),
+        Metric(f"{name}: position error at the seam", float(errors[:, -1].mean()), "px", most=asked),
+        Metric(f"{name}: position error over the gap", float(errors.mean()), "px"),
     ]
-    return Outcome(figures, _rows(made, data, _frames(frames, gap)))
+    return EvalResult(figures, _rows(made, data, _frames(frames, gap)))
 
 
-def loops(pipe: Any, data: Set, known: int, new: int, **options) -> Outcome:
+def loops(pipe: Any, data: HeldOut, known: int, new: int, **options) -> EvalResult:
     """Is the jump from the last frame to the first no larger than a step?"""
     made = pipe.loop(data.pixels[:, :, :known], new, **told(pipe, data), **options)
-    centers = np.stack([judge(to_uint8(c)).centers for c in made])
+    centers = np.stack([measure_shape(to_uint8(c)).centers for c in made])
     steps = _distance(centers[:, 1:], centers[:, :-1]).mean(1)
     jumps = _distance(centers[:, 0], centers[:, -1])
     moving = steps > 0.15
     good = moving & (jumps <= steps)
     name = f"loop of {known} frames and {new} new"
     figures = [
-        Figure(
+        Metric(
             f"{name}: mean jump over mean step",
             float(jumps[moving].mean() / steps[moving].mean()) if moving.any() else float("inf"),
             "",
             most=1.0,
         ),
-        Figure(f"{name}: jump no larger than the clip's mean step", float(good.mean()), "%", interval=wilson(good)),
-        Figure(f"{name}: moving", float(moving.mean()), "%"),
+        Metric(f"{name}: jump no larger than the clip's mean step", float(good.mean()), "%", interval=wilson(good)),
+        Metric(f"{name}: moving", float(moving.mean()), "%"),
     ]
     whole = torch.arange(made.shape[2]) >= known
-    return Outcome(figures, [mark(to_uint8(clip), whole) for clip in made[:6]])
+    return EvalResult(figures, [mark(to_uint8(clip), whole) for clip in made[:6]])
 
 
-def interpolation(pipe: Any, data: Set, factor: int, **options) -> Outcome:
+def interpolation(pipe: Any, data: HeldOut, factor: int, **options) -> EvalResult:
     """Withheld frames against linear blending."""
     made = pipe.interpolate(data.pixels[:, :, ::factor], factor, class_labels=data.names, **options)
     frames = torch.arange(data.pixels.shape[2])
@@ -154,19 +154,19 @@ def interpolation(pipe: Any, data: Set, factor: int, **options) -> Outcome:
         psnr(x, data.pixels[:, :, withheld]) for x in (made[:, :, withheld], (1 - share) * left + share * right)
     )
     figures = [
-        Figure(f"interpolate x{factor}: PSNR above linear blending", ours - linear, "dB", least=3.0),
-        Figure(f"interpolate x{factor}: PSNR of withheld frames", ours, "dB"),
+        Metric(f"interpolate x{factor}: PSNR above linear blending", ours - linear, "dB", least=3.0),
+        Metric(f"interpolate x{factor}: PSNR of withheld frames", ours, "dB"),
     ]
     few = slice(0, 9)  # neighbours: frames spread over the clip, as a sheet takes them, could all be given ones
-    return Outcome(figures, _rows(made[:, :, few], Set(data.truths, data.pixels[:, :, few]), withheld[few]))
+    return EvalResult(figures, _rows(made[:, :, few], HeldOut(data.truths, data.pixels[:, :, few]), withheld[few]))
 
 
-def inpainting(pipe: Any, data: Set, **options) -> Outcome:
+def inpainting(pipe: Any, data: HeldOut, **options) -> EvalResult:
     """A quarter of the frame hidden over all frames, against the median of what is left of each frame."""
     frames, height, width = data.pixels.shape[2:]
     made, total, median = [], [], []
     for quarter in range(4):
-        part = Set(data.truths[quarter::4], data.pixels[quarter::4])
+        part = HeldOut(data.truths[quarter::4], data.pixels[quarter::4])
         mask = torch.zeros(frames, height, width, dtype=torch.bool)
         y, x = quarter // 2 * (height // 2), quarter % 2 * (width // 2)
         mask[:, y : y + height // 2, x : x + width // 2] = True
@@ -178,28 +178,28 @@ def inpainting(pipe: Any, data: Set, **options) -> Outcome:
         made += _rows(clips, part, torch.ones(frames, dtype=torch.bool))[:4]
     ours, theirs = (decibel(torch.cat(squares).mean()) for squares in (total, median))
     figures = [
-        Figure("inpaint a quarter: PSNR above the frame-wise median", ours - theirs, "dB", least=3.0),
-        Figure("inpaint a quarter: PSNR in the hole", ours, "dB"),
+        Metric("inpaint a quarter: PSNR above the frame-wise median", ours - theirs, "dB", least=3.0),
+        Metric("inpaint a quarter: PSNR in the hole", ours, "dB"),
     ]
-    return Outcome(figures, made)
+    return EvalResult(figures, made)
 
 
-def editing(pipe: Any, data: Set, strength: float, asked: float, obeys: bool, **options) -> Outcome:
+def editing(pipe: Any, data: HeldOut, strength: float, asked: float, obeys: bool, **options) -> EvalResult:
     """Another label at some strength: is it obeyed, or do shape and colour stay?"""
     wanted = [CLASS_NAMES[(truth.label + 5) % len(CLASS_NAMES)] for truth in data.truths]  # shape and direction change
     made = pipe.edit(data.pixels, strength, class_labels=wanted, **options)
-    verdicts = [judge(to_uint8(clip)) for clip in made]
+    verdicts = [measure_shape(to_uint8(clip)) for clip in made]
     if obeys:
         good = np.array([f"{v.shape} {v.direction}" == name for v, name in zip(verdicts, wanted, strict=True)])
         name = f"edit at {strength}: new label obeyed (shape and direction)"
     else:
         good = np.array([same_object(v, t) for v, t in zip(verdicts, data.truths, strict=True)])
         name = f"edit at {strength}: shape and colour stay"
-    figures = [Figure(name, float(good.mean()), "%", least=asked, interval=wilson(good))]
-    return Outcome(figures, _rows(made, data, torch.ones(made.shape[2], dtype=torch.bool)))
+    figures = [Metric(name, float(good.mean()), "%", least=asked, interval=wilson(good))]
+    return EvalResult(figures, _rows(made, data, torch.ones(made.shape[2], dtype=torch.bool)))
 
 
-def animation(pipe: Any, data: Set, **options) -> Outcome:
+def animation(pipe: Any, data: HeldOut, **options) -> EvalResult:
     """An image and a label: does the clip begin with it, and move as the label says?"""
     frames = data.pixels.shape[2]
     image = data.pixels[:, :, 0]
@@ -207,18 +207,18 @@ def animation(pipe: Any, data: Set, **options) -> Outcome:
     made = pipe.animate(image, frames, class_labels=data.names, **options)
     assert torch.equal(made[:, :, 0], image)
     round_trip = psnr(_round_trip(pipe, data.pixels[:, :, :1]), data.pixels[:, :, :1])
-    verdicts = [judge(to_uint8(clip)) for clip in made]
+    verdicts = [measure_shape(to_uint8(clip)) for clip in made]
     direction = np.array([v.direction == t.direction for v, t in zip(verdicts, data.truths, strict=True)])
     first = psnr(raw[:, :, :1], data.pixels[:, :, :1])
     figures = [
-        Figure("animate: first frame before pasting, against the round trip", first - round_trip, "dB", least=-0.5),
-        Figure("animate: direction follows the label", float(direction.mean()), "%", 0.9, interval=wilson(direction)),
+        Metric("animate: first frame before pasting, against the round trip", first - round_trip, "dB", least=-0.5),
+        Metric("animate: direction follows the label", float(direction.mean()), "%", 0.9, interval=wilson(direction)),
         *_kept("animate", verdicts, data, None)[1:],
     ]
-    return Outcome(figures, _rows(made, data, torch.arange(frames) > 0))
+    return EvalResult(figures, _rows(made, data, torch.arange(frames) > 0))
 
 
-def placing(pipe: Any, data: Set, **options) -> Outcome:
+def placing(pipe: Any, data: HeldOut, **options) -> EvalResult:
     """PSNR of known frames before pasting, wherever they stand, against a round trip of the whole true clip."""
     frames, stride = data.pixels.shape[2], pipe.video_vae.stride[0]
     whole = _round_trip(pipe, data.pixels)
@@ -233,14 +233,14 @@ def placing(pipe: Any, data: Set, **options) -> Outcome:
         made[known] = False
         raw = pipe.fill(Canvas(data.pixels, made), data.names, paste=False, **options)
         there, reference = (psnr(x[:, :, known], data.pixels[:, :, known]) for x in (raw, whole))
-        figures.append(Figure(f"known frames at the {where}: PSNR before pasting", there, "dB"))
+        figures.append(Metric(f"known frames at the {where}: PSNR before pasting", there, "dB"))
         figures.append(
-            Figure(f"known frames at the {where}: the same in a round trip of the whole clip", reference, "dB")
+            Metric(f"known frames at the {where}: the same in a round trip of the whole clip", reference, "dB")
         )
-    return Outcome(figures, [])
+    return EvalResult(figures, [])
 
 
-def sizes(pipe: Any, count: int, **options) -> Outcome:
+def sizes(pipe: Any, count: int, **options) -> EvalResult:
     """Plain generation at sizes and durations never seen."""
     labels = [i % len(CLASS_NAMES) for i in range(count)]
     figures, shown = [], []
@@ -248,12 +248,12 @@ def sizes(pipe: Any, count: int, **options) -> Outcome:
         clips = [to_uint8(c) for c in pipe([CLASS_NAMES[i] for i in labels], frames, height, width, **options)]
         result = report(clips, labels)
         name = f"{frames} frames of {height} x {width}"
-        figures.append(Figure(f"{name}: shape right", result.shape, "%", interval=result.intervals["shape"]))
+        figures.append(Metric(f"{name}: shape right", result.shape, "%", interval=result.intervals["shape"]))
         figures.append(
-            Figure(f"{name}: direction right", result.direction, "%", interval=result.intervals["direction"])
+            Metric(f"{name}: direction right", result.direction, "%", interval=result.intervals["direction"])
         )
         shown += clips[:2]
-    return Outcome(figures, shown)
+    return EvalResult(figures, shown)
 
 
 def mark(clip: np.ndarray, made: Tensor) -> np.ndarray:
@@ -278,13 +278,13 @@ def _frames(total: int, part: slice) -> Tensor:
     return made
 
 
-def same_object(verdict: Verdict, truth: ShapeClip) -> bool:
+def same_object(verdict: ShapeMeasurement, truth: ShapeClip) -> bool:
     """Whether shape and colour are the truth's."""
     return verdict.shape == truth.shape and bool(np.abs(verdict.color - truth.color).max() < _SAME_COLOR)
 
 
-def _kept(name: str, verdicts: Sequence[Verdict], data: Set, direction: float | None) -> list[Figure]:
-    checks: list[tuple[str, Callable[[Verdict, ShapeClip], bool], float | None]] = [
+def _kept(name: str, verdicts: Sequence[ShapeMeasurement], data: HeldOut, direction: float | None) -> list[Metric]:
+    checks: list[tuple[str, Callable[[ShapeMeasurement, ShapeClip], bool], float | None]] = [
         ("direction kept", lambda v, t: v.direction == t.direction, direction),
         ("shape and colour kept", same_object, 0.9),
     ]
@@ -293,11 +293,11 @@ def _kept(name: str, verdicts: Sequence[Verdict], data: Set, direction: float | 
         if what == "direction kept" and data.truths[0].motion != "straight":
             continue  # it bounces
         good = np.array([check(v, t) for v, t in zip(verdicts, data.truths, strict=True)])
-        figures.append(Figure(f"{name}: {what}", float(good.mean()), "%", least, interval=wilson(good)))
+        figures.append(Metric(f"{name}: {what}", float(good.mean()), "%", least, interval=wilson(good)))
     return figures
 
 
-def _rows(made: Tensor, data: Set, marked: Tensor, count: int = 6) -> list[np.ndarray]:
+def _rows(made: Tensor, data: HeldOut, marked: Tensor, count: int = 6) -> list[np.ndarray]:
     """Truth and answer in turn."""
     none = torch.zeros_like(marked)
     pairs = zip(data.pixels[:count], made[:count], strict=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from stdit.data.video_write import to_uint8
-from stdit.evaluation.operations import Figure, Outcome, Set, same_object, told
-from stdit.evaluation.shapes import judge, wilson
+from stdit.evaluation.operations import EvalResult, HeldOut, Metric, same_object, told
+from stdit.evaluation.shapes import measure_shape, wilson
 
 
-def rollout(pipe: Any, data: Set, known: int, new: int, **options) -> Outcome:
+def rollout(pipe: Any, data: HeldOut, known: int, new: int, **options) -> EvalResult:
     """`new` frames after the first `known`: shape and colour in the last 17, motion, time and memory for a frame."""
     seconds, memory, shown = [], [], [data.pixels[:8, :, :known]]
     last_parts: deque[Tensor] = deque(maxlen=5)  # all that is kept: memory is measured too
@@ -32,7 +32,7 @@ def rollout(pipe: Any, data: Set, known: int, new: int, **options) -> Outcome:
             shown.append(part[:8, :, -1:].clone())  # a view would keep the whole part
     made = torch.cat(list(last_parts), 2)
     tenth = max(1, len(seconds) // 10)
-    end = [judge(to_uint8(clip)[-17:]) for clip in made]
+    end = [measure_shape(to_uint8(clip)[-17:]) for clip in made]
     size = made.shape[3]
     right = np.array([same_object(v, t) for v, t in zip(end, data.truths, strict=True)])
     # A bounce may turn it round, so the path counts, not the distance from start to end.
@@ -42,13 +42,13 @@ def rollout(pipe: Any, data: Set, known: int, new: int, **options) -> Outcome:
     first, last = np.median(seconds[1 : 1 + tenth]), np.median(seconds[-tenth:])
     name = f"rollout of {new} frames"
     figures = [
-        Figure(f"{name}: shape and colour right at the end", float(right.mean()), "%", 0.8, interval=wilson(right)),
-        Figure(f"{name}: moving and inside the frame at the end", float(alive.mean()), "%", interval=wilson(alive)),
-        Figure(f"{name}: seconds a frame, last tenth over first", float(last / first), "", most=1.1),
-        Figure(f"{name}: seconds a frame for {len(made)} clips", float(np.median(seconds)), "s"),
-        Figure(f"{name}: memory of the process, last over first tenth", memory[-1] / memory[tenth], "", most=1.1),
+        Metric(f"{name}: shape and colour right at the end", float(right.mean()), "%", 0.8, interval=wilson(right)),
+        Metric(f"{name}: moving and inside the frame at the end", float(alive.mean()), "%", interval=wilson(alive)),
+        Metric(f"{name}: seconds a frame, last tenth over first", float(last / first), "", most=1.1),
+        Metric(f"{name}: seconds a frame for {len(made)} clips", float(np.median(seconds)), "s"),
+        Metric(f"{name}: memory of the process, last over first tenth", memory[-1] / memory[tenth], "", most=1.1),
     ]
-    return Outcome(figures, [to_uint8(clip) for clip in torch.cat(shown, 2)])
+    return EvalResult(figures, [to_uint8(clip) for clip in torch.cat(shown, 2)])
 
 
 def _resident() -> float:

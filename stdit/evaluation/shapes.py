@@ -16,7 +16,7 @@ _CLEAN = (
 _MIN_SPEED = 0.15  # pixels per frame; anything slower stands still
 
 
-class Verdict(NamedTuple):
+class ShapeMeasurement(NamedTuple):
     """What a clip shows. shape and direction are None where there is none; pixels, pixels per frame, colours 0..1."""
 
     shape: str | None
@@ -32,7 +32,7 @@ class Verdict(NamedTuple):
     strange: float  # area in colours that are neither object nor ground nor between, as a share of the object's
 
 
-def judge(frames: np.ndarray) -> Verdict:
+def measure_shape(frames: np.ndarray) -> ShapeMeasurement:
     """Measure one clip of (F, H, W, 3) uint8."""
     pixels = frames.astype(np.float64) / 255
     background = _background(pixels)
@@ -40,7 +40,7 @@ def judge(frames: np.ndarray) -> Verdict:
     color = _object_color(pixels, difference)
     axis = color - background
     strength = float(axis @ axis)
-    nothing = Verdict(None, None, 0.0, 0.0, color, background, np.zeros((len(frames), 2)), 0.0, 0.0, 1.0, 0.0)
+    nothing = ShapeMeasurement(None, None, 0.0, 0.0, color, background, np.zeros((len(frames), 2)), 0.0, 0.0, 1.0, 0.0)
     if strength < 0.01:
         return nothing
     along = difference @ axis / strength
@@ -61,7 +61,7 @@ def judge(frames: np.ndarray) -> Verdict:
         unit = (int(np.sign(velocity[0])), 0) if horizontal else (0, int(np.sign(velocity[1])))
         direction = next(name for name, value in DIRECTIONS.items() if value == unit)
     speed = float(np.hypot(*velocity))
-    return Verdict(
+    return ShapeMeasurement(
         shape, direction, speed, size, color, background, centers, bend, unevenness, misfits[shape],
         float(strange.sum() / areas.sum()),
     )  # fmt: skip
@@ -135,7 +135,7 @@ def report(clips: Sequence[np.ndarray], labels: Sequence[int]) -> Report:
     """Judge clips (F, H, W, 3) uint8 against their labels."""
     if len(clips) != len(labels) or not len(clips):
         raise ValueError(f"{len(clips)} clips and {len(labels)} labels; give one label a clip, and at least one clip.")
-    verdicts = [judge(clip) for clip in clips]
+    verdicts = [measure_shape(clip) for clip in clips]
     wanted = [CLASS_NAMES[label].split() for label in labels]
     shape = np.array([v.shape == w[0] for v, w in zip(verdicts, wanted, strict=True)])
     direction = np.array([v.direction == w[1] for v, w in zip(verdicts, wanted, strict=True)])

@@ -29,12 +29,12 @@ def check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, cl
         )
 
 
-def check_positions(positions: str) -> None:
-    pick({"extrapolate": None, "interpolate": None}, positions, "positions")
+def check_pos_scaling(pos_scaling: str) -> None:
+    pick({"none": None, "interpolate": None}, pos_scaling, "pos_scaling")
 
 
 def check_causal(
-    causal: bool, window: int | None, sink: int, time_entry: str, axes: Sequence[str], patch_size, frames: int
+    causal: bool, window: int | None, sink: int, position_encoding: str, axes: Sequence[str], patch_size, frames: int
 ) -> None:
     """frames: latent frames of what it is trained on."""
     if window is not None and (window < 2 or not causal):
@@ -44,14 +44,16 @@ def check_causal(
             f"sink={sink} with window={window} and sample_size of {frames} latent frames: the first frames that are seen "
             "beside a window, learnt where clips hold both; set a window, and train on sink + window latent frames or more."
         )
-    if causal and (time_entry not in ("rotary", "rotary_3d") or patch_size[0] != 1 or set(axes) == {"spatial"}):
+    if causal and (position_encoding not in ("rope", "rope_3d") or patch_size[0] != 1 or set(axes) == {"spatial"}):
         raise ValueError(
-            f"causal=true with time_entry={time_entry!r}, axes={list(axes)} and patch_size={list(patch_size)}: a causal "
-            "model needs time_entry='rotary' or 'rotary_3d', patches of one frame, and joint or temporal attention."
+            f"causal=true with position_encoding={position_encoding!r}, axes={list(axes)} and patch_size={list(patch_size)}: a causal "
+            "model needs position_encoding='rope' or 'rope_3d', patches of one frame, and joint or temporal attention."
         )
 
 
-def check_conditioning(conditioning: str, caption_channels: int | None, causal: bool, place_bias: bool) -> None:
+def check_conditioning(
+    conditioning: str, caption_channels: int | None, causal: bool, relative_position_bias: bool
+) -> None:
     """ValueError for a way of conditioning that is unknown or cannot do what is asked of it."""
     how = pick(CONDITIONINGS, conditioning, "conditioning")
     if caption_channels is not None and caption_channels < 1:
@@ -63,8 +65,8 @@ def check_conditioning(conditioning: str, caption_channels: int | None, causal: 
             "conditioning='in_context' repeats a caption in every frame, which a causal model's cache does not hold; use "
             "conditioning='cross_attention' or 'adaln_zero'."
         )
-    if place_bias and (causal or how.joins):
+    if relative_position_bias and (causal or how.joins):
         raise ValueError(
-            f"place_bias=true with causal={causal} and conditioning={conditioning!r}: it is for patches of whole clips alone; "
-            "use causal=false and adaln_zero, or place_bias=false."
+            f"relative_position_bias=true with causal={causal} and conditioning={conditioning!r}: it is for patches of whole clips alone; "
+            "use causal=false and adaln_zero, or relative_position_bias=false."
         )

@@ -32,25 +32,27 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     num_classes: int | None = None  # null: as many as the data has
-    time_entry: str = "attention"  # attention (a table), rotary, rotary_3d (space too), attention_rotary_3d, stream
-    causal: bool = False  # a frame sees itself and earlier frames; needs time_entry=rotary
+    position_encoding: str = "sincos"  # sincos (a table added), rope, rope_3d (space too), sincos+rope_3d, latte
+    causal: bool = False  # a frame sees itself and earlier frames; needs position_encoding=rope
     window: int | None = None  # of a causal model: how many latent frames a frame sees, itself included
     sink: int = 0  # and how many of the clip's first ones besides, however long ago
-    positions: str = "extrapolate"  # of sizes never trained: extrapolate, or interpolate into the trained grid
-    conditions: list[str] = field(default_factory=list)  # told of each clip: fps, seconds, height, width
+    pos_scaling: Literal["none", "interpolate"] = (
+        "none"  # of sizes never trained: count on, or squeeze into the trained grid
+    )
+    micro_conditions: list[str] = field(default_factory=list)  # told of each clip: fps, seconds, height, width
     conditioning: str = "adaln_zero"  # how labels and levels enter: a row of nn/conditioning.py
     caption_channels: int | None = None  # the width of a text encoder's tokens; null: told no captions
     caption_axes: list[str] = field(
         default_factory=list
     )  # whose blocks look at captions; empty: all (Latte: [spatial])
     trunk: str = "stack"  # how blocks are wired: stack (DiT), long_skip (U-ViT), masked (MDT v2), joint (SD3, FLUX), u_shape (DiffiT)
-    learned_places: bool = False  # positions in space are learned, from sin-cos on
-    time_mlp: bool = True  # false: levels as the bare sinusoid (U-ViT)
+    learned_pos_embed: bool = False  # positions in space are learned, from sin-cos on
+    timestep_mlp: bool = True  # false: levels as the bare sinusoid (U-ViT)
     output_conv: bool = False  # a 3 x 3 convolution over every frame at the end (U-ViT)
     gelu: str = "tanh"  # or none: the exact one
-    place_bias: bool = False  # a learned number for each distance in space, in every attention (MDT)
-    decode_depth: int = 4  # of a masked trunk: the blocks that always see all patches
-    single_depth: int = 0  # of a joint trunk: its last blocks, where text and video share layers (FLUX)
+    relative_position_bias: bool = False  # a learned number for each distance in space, in every attention (MDT)
+    num_decoder_blocks: int = 4  # of a masked trunk: the blocks that always see all patches
+    num_single_blocks: int = 0  # of a joint trunk: its last blocks, where text and video share layers (FLUX)
     gradient_checkpointing: bool = False
 
 
@@ -79,6 +81,6 @@ def model_arguments(config: ModelConfig) -> dict:
             arguments[key] = getattr(config, key)
     if config.patch_size is not None:
         arguments["patch_size"] = tuple(config.patch_size)
-    for key in ("mlp_ratio", "qk_norm", "time_entry", "causal", "window", "sink", "positions", "conditions", "conditioning", "caption_channels", "caption_axes", "trunk", "learned_places", "time_mlp", "output_conv", "gelu", "place_bias", "decode_depth", "single_depth"):  # fmt: skip
+    for key in ("mlp_ratio", "qk_norm", "position_encoding", "causal", "window", "sink", "pos_scaling", "micro_conditions", "conditioning", "caption_channels", "caption_axes", "trunk", "learned_pos_embed", "timestep_mlp", "output_conv", "gelu", "relative_position_bias", "num_decoder_blocks", "num_single_blocks"):  # fmt: skip
         arguments[key] = getattr(config, key)
     return {**arguments, "axes": list(config.axes)}

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.model.stdit import STDiT
-from stdit.nn.matrices import hidden_matrices
+from stdit.nn.muon import muon_parameters
 
 Shape = tuple[int, int, int]
 
@@ -120,7 +120,7 @@ def training_memory(
             whole, kept = kept, _saved_bytes(model, latent, micro_batch, bf16)
             again = (whole - kept) / len(model.blocks)
         size = 4.0 * sum(p.numel() for p in model.parameters())
-        matrices = 4.0 * sum(p.numel() for p in hidden_matrices(model).values())
+        matrices = 4.0 * sum(p.numel() for p in muon_parameters(model).values())
     moments = 2 * size - (matrices if optimizer == "muon" else 0)
     tokens = forward_cost(arguments, latent).tokens
     widest = (

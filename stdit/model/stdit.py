@@ -12,37 +12,45 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from stdit.model.checks import check_causal, check_conditioning, check_positions, check_shape
+from stdit.legacy import accept_old_keywords
+from stdit.model.checks import check_causal, check_conditioning, check_pos_scaling, check_shape
+from stdit.model.conditioning import ConditionEmbedder
 from stdit.model.config import size_arguments
-from stdit.model.sockets import Sockets, register_blocks
-from stdit.model.told import Told
-from stdit.model.trunks import TRUNKS, Build, Way, time_entries
+from stdit.model.hub_mixin import HubMixin, register_cacheable_blocks
+from stdit.model.trunks import TRUNKS, Build, Way, block_position_encodings
 from stdit.nn.blocks import FinalLayer, STDiTBlock
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
-from stdit.nn.embedders import CaptionEmbedder, InfoEmbedder, LabelEmbedder, PatchEmbed, PlaceTable, TimestepEmbedder
-from stdit.nn.layout import Dense, Packed, Taught
+from stdit.nn.embedders import (
+    CaptionEmbedder,
+    LabelEmbedder,
+    LearnedPosEmbed,
+    MicroConditionEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+)
+from stdit.nn.layout import DenseLayout, PackedLayout, TeacherForcingLayout
 from stdit.nn.modulation import Condition
-from stdit.nn.positions import space_positions
+from stdit.nn.positions import spatial_pos_embed
 from stdit.nn.tokens import token_grid, unpatchify
 from stdit.variants import pick
 
 
-class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
+class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     """Spacetime diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers", grown in time).
 
     `sample_size` (T, H, W) is the latent size it was made for: a hint, and how far off a sink stands at most. `class_names` are accepted
     wherever a label is. positions: sizes never seen go on counting
-    ("extrapolate") or are squeezed into the trained grid ("interpolate"); may be changed on a trained model
+    ("none") or are squeezed into the trained grid ("interpolate"); may be changed on a trained model
     (`register_to_config(positions=...)`). causal, window, sink: frames see themselves and earlier ones alone,
     the last of them and the first (`nn.attention`).
-    conditions: what else than a label the model may be told of a clip (`data.config.INFO`). conditioning: how it is told,
+    conditions: what else than a label the model may be told of a clip (`data.config.MICRO_CONDITIONS`). conditioning: how it is told,
     one of `nn.conditioning.CONDITIONINGS`; caption_channels: the width of a text encoder's tokens; caption_axes: whose
-    blocks look at captions (none named: all). trunk: how blocks are wired, one of `model.trunks.TRUNKS`, with decode_depth
-    (masked) and single_depth (joint). The rest is for weights made elsewhere and variants that need it: the clock they
-    expect (`clock_scale`, `clock_reversed`, `clock_offset`, `frequency_shift`), an epsilon, where time enters
-    (`nn.attention.PLACES`, or "stream" as in Latte), which block of an image model each block was (None: inserted), and
-    `learned_places`, `time_mlp`, `output_conv`, `gelu`, `place_bias` (U-ViT, MDT, DiffiT). Raises ValueError for widths
+    blocks look at captions (none named: all). trunk: how blocks are wired, one of `model.trunks.TRUNKS`, with num_decoder_blocks
+    (masked) and num_single_blocks (joint). The rest is for weights made elsewhere and variants that need it: the clock they
+    expect (`timestep_scale`, `timestep_reversed`, `timestep_offset`, `frequency_shift`), an epsilon, where time enters
+    (`nn.attention.POSITION_ENCODINGS`, or "stream" as in Latte), which block of an image model each block was (None: inserted), and
+    `learned_pos_embed`, `timestep_mlp`, `output_conv`, `gelu`, `relative_position_bias` (U-ViT, MDT, DiffiT). Raises ValueError for widths
     that do not divide, and for choices that are unknown or do not go together.
     """
 
@@ -51,6 +59,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
     _repeated_blocks = ["STDiTBlock"]
     _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder", "norm", "final_layer"]
 
+    @accept_old_keywords("model")
     @register_to_config
     def __init__(
         self,
@@ -66,36 +75,36 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         learn_sigma: bool = True,
         qk_norm: bool = False,
         class_names: Sequence[str] | None = None,
-        clock_scale: float = 1.0,
-        clock_reversed: bool = False,
+        timestep_scale: float = 1.0,
+        timestep_reversed: bool = False,
         frequency_shift: float = 0.0,
         norm2_eps: float = 1e-6,
-        time_entry: str = "attention",
+        position_encoding: str = "sincos",
         block_sources: Sequence[int | None] | None = None,
         causal: bool = False,
         window: int | None = None,
-        positions: str = "extrapolate",
-        conditions: Sequence[str] = (),
+        pos_scaling: str = "none",
+        micro_conditions: Sequence[str] = (),
         conditioning: str = "adaln_zero",
         caption_channels: int | None = None,
         caption_axes: Sequence[str] = (),
         trunk: str = "stack",
-        learned_places: bool = False,
-        time_mlp: bool = True,
+        learned_pos_embed: bool = False,
+        timestep_mlp: bool = True,
         output_conv: bool = False,
         gelu: str = "tanh",
-        place_bias: bool = False,
-        decode_depth: int = 4,
-        single_depth: int = 0,
-        clock_offset: float = 0.0,
+        relative_position_bias: bool = False,
+        num_decoder_blocks: int = 4,
+        num_single_blocks: int = 0,
+        timestep_offset: float = 0.0,
         sink: int = 0,
     ):
         super().__init__()
         check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
-        check_positions(positions)
-        check_causal(causal, window, sink, time_entry, axes, patch_size, sample_size[0])
-        check_conditioning(conditioning, caption_channels, causal, place_bias)
-        wiring = pick(TRUNKS, trunk, "trunk")
+        check_pos_scaling(pos_scaling)
+        check_causal(causal, window, sink, position_encoding, axes, patch_size, sample_size[0])
+        check_conditioning(conditioning, caption_channels, causal, relative_position_bias)
+        trunk_class = pick(TRUNKS, trunk, "trunk")
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -103,11 +112,11 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
 
         self.x_embedder = PatchEmbed(self.patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(
-            hidden_size, scale=clock_scale, reverse=clock_reversed, frequency_shift=frequency_shift, mlp=time_mlp,
-            offset=clock_offset,
+            hidden_size, scale=timestep_scale, reverse=timestep_reversed, frequency_shift=frequency_shift, mlp=timestep_mlp,
+            offset=timestep_offset,
         )  # fmt: skip
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
-        self.info_embedder = InfoEmbedder(len(conditions), hidden_size) if conditions else None
+        self.micro_embedder = MicroConditionEmbedder(len(micro_conditions), hidden_size) if micro_conditions else None
         self.caption_embedder = CaptionEmbedder(caption_channels, hidden_size) if caption_channels else None
         self.how = CONDITIONINGS[conditioning]
         self.adaLN_single = (
@@ -115,23 +124,23 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         )
         grid = (sample_size[1] // self.patch_size[1], sample_size[2] // self.patch_size[2])
         cycle = [axes[i % len(axes)] for i in range(depth)]
-        times = time_entries(time_entry, cycle)
+        times = block_position_encodings(position_encoding, cycle)
 
         def block(i: int, **changes) -> STDiTBlock:
             return STDiTBlock(
                 hidden_size, num_heads, cycle[i], mlp_ratio, qk_norm, times[i], norm2_eps, causal, window, conditioning,
                 captions=bool(caption_channels) and cycle[i] in (caption_axes or cycle), gelu=gelu,
-                bias_grid=grid if place_bias else None, sink=sink, horizon=sample_size[0] // self.patch_size[0], **changes,
+                bias_grid=grid if relative_position_bias else None, sink=sink, horizon=sample_size[0] // self.patch_size[0], **changes,
             )  # fmt: skip
 
         build = Build(
-            depth, hidden_size, num_heads, mlp_ratio, qk_norm, cycle, times, grid, conditioning, time_entry, causal,
-            place_bias, caption_channels, decode_depth, single_depth, block,
+            depth, hidden_size, num_heads, mlp_ratio, qk_norm, cycle, times, grid, conditioning, position_encoding, causal,
+            relative_position_bias, caption_channels, num_decoder_blocks, num_single_blocks, block,
         )  # fmt: skip
-        self.wiring = wiring(build)
-        self.blocks = nn.ModuleList(self.wiring.make_blocks(build))
+        self.trunk = trunk_class(build)
+        self.blocks = nn.ModuleList(self.trunk.make_blocks(build))
         extras = 1 + bool(num_classes) if self.how.joins else 0
-        self.pos_embed = PlaceTable(grid[0], grid[1], hidden_size, extras) if learned_places else None
+        self.pos_embed = LearnedPosEmbed(grid[0], grid[1], hidden_size, extras) if learned_pos_embed else None
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels, conditioning)
         self.final_conv = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1) if output_conv else None
         self.initialize_weights()
@@ -142,14 +151,14 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         return cls(**{**size_arguments(size), **kwargs})
 
     @property
-    def by_patch(self) -> bool:
+    def supports_patch_levels(self) -> bool:
         """Whether patches may stand at levels of their own."""
-        return self.wiring.by_patch and not self.how.by_tokens
+        return self.trunk.supports_patch_levels and not self.how.by_tokens
 
-    def set_positions(self, positions: str) -> None:
+    def set_pos_scaling(self, pos_scaling: str) -> None:
         """Where patches of sizes never trained stand: `extrapolate` counts on, `interpolate` squeezes into the trained grid."""
-        check_positions(positions)
-        self.register_to_config(positions=positions)
+        check_pos_scaling(pos_scaling)
+        self.register_to_config(pos_scaling=pos_scaling)
 
     def initialize_weights(self) -> None:
         """DiT's initialisation: xavier for linear layers, 0.02 for embeddings, zero for modulation and head."""
@@ -162,12 +171,12 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for layer in (self.t_embedder.mlp or [])[::2]:
             nn.init.normal_(layer.weight, std=0.02)
-        for module in (*self.blocks, self.final_layer, self.wiring):
+        for module in (*self.blocks, self.final_layer, self.trunk):
             module.reset()
         if self.adaLN_single is not None:
             nn.init.zeros_(self.adaLN_single[1].weight)
-        if self.info_embedder is not None:
-            nn.init.zeros_(self.info_embedder.out.weight)
+        if self.micro_embedder is not None:
+            nn.init.zeros_(self.micro_embedder.out.weight)
 
     def forward(
         self,
@@ -211,14 +220,14 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
                 f"a model with sink={self.config.sink} goes on frame by frame beyond the {self.config.sample_size[0]} latent "
                 "frames of its training; use pipe.stream, or a cache and one frame a call."
             )
-        if kept is not None and not self.wiring.hides:
+        if kept is not None and not self.trunk.hides:
             raise ValueError(f"trunk={self.config.trunk!r} sees every patch; leave `kept` out, or use trunk='masked'.")
         frames, rows, columns = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
         condition = self.condition(timestep, class_labels, hidden_states.shape[0], info, captions, caption_mask)
         tokens = self.x_embedder(hidden_states)
         scale = self._spacing((frames, rows, columns))
         tokens = tokens + self._places(rows, columns, scale[1:]).to(tokens)
-        kind = Dense if history is None else Taught
+        kind = DenseLayout if history is None else TeacherForcingLayout
         extras, shown = 0, None
         if self.how.joins:
             assert condition.tokens is not None
@@ -226,8 +235,8 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             if self.pos_embed is not None:  # captions have places of their own
                 told = torch.cat(
                     [
-                        told[:, :, : len(self.pos_embed.extras)] + self.pos_embed.extras,
-                        told[:, :, len(self.pos_embed.extras) :],
+                        told[:, :, : len(self.pos_embed.prefix)] + self.pos_embed.prefix,
+                        told[:, :, len(self.pos_embed.prefix) :],
                     ],
                     2,
                 )
@@ -235,7 +244,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             shown = None if condition.seen is None else condition.seen.expand(-1, frames, -1)
             tokens = torch.cat([told.to(tokens), tokens], dim=2)
         layout = kind((frames, rows, columns), cache.frames if cache is not None else 0, scale, extras, shown)
-        tokens = self.wiring(tokens, Way(self.blocks, self._call, condition, layout, cache, kept))
+        tokens = self.trunk(tokens, Way(self.blocks, self._call, condition, layout, cache, kept))
         if cache is not None and cache.writing:
             cache.frames += frames
         tokens = tokens[:, :, extras:]
@@ -257,15 +266,15 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         `forward` gives for each alone. Not for causal models, nor with positions squeezed into the trained grid.
         """
         told_by_tokens = self.how.by_tokens or self.caption_embedder is not None
-        bound = self.config.causal or self.config.positions != "extrapolate" or self.patch_size[0] > 1
-        if bound or told_by_tokens or not self.wiring.packs or self.config.place_bias:
+        bound = self.config.causal or self.config.pos_scaling != "none" or self.patch_size[0] > 1
+        if bound or told_by_tokens or not self.trunk.packs or self.config.relative_position_bias:
             raise ValueError(
-                "packed sequences take models with causal=false, positions='extrapolate', patches of one frame, a trunk of "
-                "blocks alone without place_bias (such as stack) and a condition that is a vector (such as adaln_zero, and no "
+                "packed sequences take models with causal=false, pos_scaling='none', patches of one frame, a trunk of "
+                "blocks alone without relative_position_bias (such as stack) and a condition that is a vector (such as adaln_zero, and no "
                 "captions); use batches of one shape instead."
             )
         grids = [token_grid(tuple(x.shape[1:]), self.patch_size) for x in latents]
-        layout = Packed(grids)
+        layout = PackedLayout(grids)
         parts = []
         for x, (_, rows, columns) in zip(latents, grids, strict=True):
             embedded = self.x_embedder(x[None])
@@ -281,7 +290,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
             *(None if part is None else part.reshape(1, 1, len(each), -1) for part in condition[:2])  # type: ignore[arg-type]
         )
         tokens = torch.cat(parts, dim=1)[:, None]
-        tokens = self.wiring(tokens, Way(self.blocks, self._call, condition, layout))
+        tokens = self.trunk(tokens, Way(self.blocks, self._call, condition, layout))
         tokens = self.final_layer(tokens, condition, layout)
         pieces = tokens[:, 0].split([t * s for t, s in layout.counts], dim=1)
         return [
@@ -292,7 +301,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
     def _places(self, rows: int, columns: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
         if self.pos_embed is not None:
             return self.pos_embed(rows, columns)
-        return space_positions(rows, columns, self.config.hidden_size, scale)
+        return spatial_pos_embed(rows, columns, self.config.hidden_size, scale)
 
     def _output(self, prediction: Tensor) -> Tensor:
         """Through the convolution of every frame, if there is one (U-ViT)."""
@@ -304,7 +313,7 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
 
     def _spacing(self, grid: tuple[int, int, int]) -> tuple[float, float, float]:
         """Distances of neighbours in time, y and x: 1, or squeezed and stretched into the grid it was trained on."""
-        if self.config.positions == "extrapolate":
+        if self.config.pos_scaling == "none":
             return (1.0, 1.0, 1.0)
         t, y, x = (size // patch for size, patch in zip(self.config.sample_size, self.patch_size, strict=True))
         return (1.0 if self.config.causal else t / grid[0], y / grid[1], x / grid[2])  # a cache counts on
@@ -315,4 +324,4 @@ class STDiT(Sockets, Told, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, 
         return block(*inputs)
 
 
-register_blocks()
+register_cacheable_blocks()

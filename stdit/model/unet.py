@@ -9,6 +9,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from stdit.legacy import accept_old_keywords
 from stdit.nn.embedders import CaptionEmbedder, LabelEmbedder
 
 
@@ -21,11 +22,12 @@ class UNet(ModelMixin, ConfigMixin):
     noise level. causal, window, sink, conditions are there because a pipeline asks for them.
     """
 
-    by_patch = False  # one level for all
+    supports_patch_levels = False  # one level for all
 
-    def set_positions(self, positions: str) -> None:
-        raise ValueError("a U-Net's convolutions know no positions; leave positions out.")
+    def set_pos_scaling(self, pos_scaling: str) -> None:
+        raise ValueError("a U-Net's convolutions know no positions; leave pos_scaling out.")
 
+    @accept_old_keywords("model")
     @register_to_config
     def __init__(
         self,
@@ -40,12 +42,12 @@ class UNet(ModelMixin, ConfigMixin):
         causal: bool = False,
         window: int | None = None,
         sink: int = 0,
-        conditions: Sequence[str] = (),
+        micro_conditions: Sequence[str] = (),
     ):
         super().__init__()
         if len(channels) < 2 or any(width % 8 for width in channels):
             raise ValueError(f"unet_channels={list(channels)}: give two widths or more, each a multiple of 8.")
-        if causal or conditions:
+        if causal or micro_conditions:
             raise ValueError(
                 "a U-Net is not causal and is told labels and captions alone; use model.network=transformer."
             )
@@ -98,7 +100,7 @@ class UNet(ModelMixin, ConfigMixin):
             if not bool((timestep == timestep[:, :1]).all()):
                 raise ValueError(
                     "a U-Net has one noise level for all frames; for known frames and levels by frame use "
-                    "model.network=transformer (in training objective.scheme=shared)."
+                    "model.network=transformer (in training objective.mask_strategy=shared)."
                 )
             timestep = timestep[:, 0]
         if self.num_classes and class_labels is None:

@@ -10,8 +10,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stdit.nn.cache import FrameCache
-from stdit.nn.layout import AXES, Dense, Layout
-from stdit.nn.positions import rotate, time_positions
+from stdit.nn.layout import AXES, DenseLayout, Layout
+from stdit.nn.positions import rotate, temporal_pos_embed
 
 
 def _short_in_16_bits(query: Tensor, key: Tensor) -> bool:
@@ -44,12 +44,12 @@ class AxialAttnProcessor:
         vector: Tensor | None = None,
     ) -> Tensor:
         axis = attn.axis
-        layout = layout or Dense((*hidden_states.shape[1:3], 1))
+        layout = layout or DenseLayout((*hidden_states.shape[1:3], 1))
         tokens = layout.fold(hidden_states, axis)
         places = layout.places(axis)
         frames = places[:, 0]
         if attn.adds_time and frames.max() > 0:  # nothing is added at frame 0
-            table = time_positions(int(frames.max()) + 1, tokens.shape[-1], layout.scale[0])
+            table = temporal_pos_embed(int(frames.max()) + 1, tokens.shape[-1], layout.scale[0])
             tokens = tokens + table[frames].to(tokens)
         projected = attn.qkv(tokens)
         if attn.qkv_time is not None:
@@ -68,8 +68,8 @@ class AxialAttnProcessor:
         padding = layout.seen(axis)  # (N, 1, 1, keys)
         if padding is not None:
             mask = padding if mask is None else mask & padding
-        if attn.place_bias is not None and axis != "temporal":
-            bias = attn.place_bias(layout.spots(axis)).to(query.dtype)
+        if attn.relative_position_bias is not None and axis != "temporal":
+            bias = attn.relative_position_bias(layout.spots(axis)).to(query.dtype)
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
         kernel = partial(self._kernel, attn_mask=mask)
         out = layout.attend(query, key, value, axis, kernel)
@@ -100,11 +100,11 @@ class CrossAttnProcessor(AxialAttnProcessor):
 
 # Whether a table of time, zero at frame 0, is added to the tokens, and by how many places (time, y, x) queries and keys
 # are turned, so that distances count.
-PLACES = {
-    "attention": (True, 0),
-    "rotary": (False, 1),
-    "rotary_3d": (False, 3),
-    "attention_rotary_3d": (True, 3),
+POSITION_ENCODINGS = {
+    "sincos": (True, 0),
+    "rope": (False, 1),
+    "rope_3d": (False, 3),
+    "sincos+rope_3d": (True, 3),
     "none": (False, 0),
 }
 
@@ -116,7 +116,7 @@ class QKNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-class PlaceBias(nn.Module):
+class RelativePositionBias(nn.Module):
     """A learned number for every head and distance in rows and columns (BEiT's relative position bias, as in MDT).
 
     The table is BEiT's: its last three rows were for a class token and are never read.
@@ -140,7 +140,7 @@ class PlaceBias(nn.Module):
 class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention along `axis` of (B, T, S, D).
 
-    time: how tokens know their place here, one of `PLACES`. bias_grid: add a learned number for each distance in space,
+    time: how tokens know their place here, one of `POSITION_ENCODINGS`. bias_grid: add a learned number for each distance in space,
     up to those of this grid. steered: the condition's vector, through a layer of its own, is added to queries, keys and
     values (DiffiT's TMSA). causal: a frame sees itself and earlier frames, of these
     the last `window` - 1 if a window is given, and in any case the first `sink` (Xiao et al., "StreamingLLM"), which beyond
@@ -158,7 +158,7 @@ class Attention(nn.Module, AttentionModuleMixin):
         num_heads: int,
         axis: str = "joint",
         qk_norm: bool = False,
-        time: str = "attention",
+        time: str = "sincos",
         causal: bool = False,
         window: int | None = None,
         bias_grid: tuple[int, int] | None = None,
@@ -168,8 +168,10 @@ class Attention(nn.Module, AttentionModuleMixin):
     ):
         super().__init__()
         self.heads, self.axis, self.sink, self.horizon = num_heads, axis, sink, horizon
-        self.place_bias = PlaceBias(*bias_grid, num_heads) if bias_grid is not None and axis != "temporal" else None
-        adds_time, turns = PLACES[time]
+        self.relative_position_bias = (
+            RelativePositionBias(*bias_grid, num_heads) if bias_grid is not None and axis != "temporal" else None
+        )
+        adds_time, turns = POSITION_ENCODINGS[time]
         self.adds_time = adds_time and axis != "spatial"
         self.turns = 0 if axis == "spatial" and turns == 1 else turns
         self.causal, self.window = causal and axis != "spatial", window

@@ -9,14 +9,14 @@ from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.layout import Layout
 from stdit.nn.mlp import Mlp
 from stdit.nn.modulation import Condition
-from stdit.nn.positions import frame_positions
+from stdit.nn.positions import latte_pos_embed
 
 
 class STDiTBlock(nn.Module):
     """Pre-norm block with adaLN-Zero: the identity when fresh (DiT, section 3.2); or told in another way.
 
     hidden_states: (B, T, S, D). `time`: where tokens learn their place: inside attention
-    (`attention.PLACES`), or "stream" (time added to what passes through, as Latte does once). conditioning: one of
+    (`attention.POSITION_ENCODINGS`), or "latte" (time added to what passes through, as Latte does once). conditioning: one of
     `CONDITIONINGS`; captions: attend to the condition's tokens in any case. skip: takes what an earlier block made,
     through a linear layer of both (U-ViT). layout, cache: see `nn.layout`, `nn.cache`.
     """
@@ -28,7 +28,7 @@ class STDiTBlock(nn.Module):
         axis: str = "joint",
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
-        time: str = "attention",
+        time: str = "sincos",
         norm2_eps: float = 1e-6,
         causal: bool = False,
         window: int | None = None,
@@ -44,7 +44,7 @@ class STDiTBlock(nn.Module):
         self.time = time
         how = CONDITIONINGS[conditioning]
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=how.own_norms, eps=how.eps)
-        inside = time if time != "stream" else "none"
+        inside = time if time != "latte" else "none"
         self.attn = Attention(
             dim, num_heads, axis, qk_norm, inside, causal, window, bias_grid, how.steers, sink, horizon
         )
@@ -73,8 +73,8 @@ class STDiTBlock(nn.Module):
         if self.skip_linear is not None:
             assert skip is not None
             hidden_states = self.skip_linear(torch.cat([hidden_states, skip], dim=-1))
-        if self.time == "stream":
-            frames = frame_positions(hidden_states.shape[1], hidden_states.shape[-1]).to(hidden_states)
+        if self.time == "latte":
+            frames = latte_pos_embed(hidden_states.shape[1], hidden_states.shape[-1]).to(hidden_states)
             hidden_states = hidden_states + frames[:, None]
         attn_mod, mlp_mod = self.adaLN_modulation(condition, layout)
         seen = self.attn(attn_mod(self.norm1(hidden_states)), layout, cache, condition.vector)

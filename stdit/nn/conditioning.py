@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from torch import nn
 
-from stdit.nn.modulation import AdaLN, AdaLNLora, AdaLNSingle, Unmodulated
+from stdit.nn.modulation import AdaLN, AdaLNLora, AdaLNSingle, NoModulation
 
 
 class Conditioning(NamedTuple):
     """modulation: of a block, final: of the head; both are built from a width and add nothing when fresh.
 
-    shares: all blocks start from one modulation. steers: the vector enters queries, keys and values. attends: every block
+    mask_probs: all blocks start from one modulation. steers: the vector enters queries, keys and values. attends: every block
     attends to the condition's tokens. joins: they join the patches of every frame. A caption is always tokens: where the
     rest is a vector, blocks attend to the caption alone.
     """
@@ -31,7 +31,7 @@ class Conditioning(NamedTuple):
     @property
     def own_norms(self) -> bool:
         """Layer norms have weights of their own where nothing modulates them."""
-        return self.modulation is Unmodulated
+        return self.modulation is NoModulation
 
     @property
     def eps(self) -> float:
@@ -40,14 +40,14 @@ class Conditioning(NamedTuple):
 
 
 _plain_head = partial(AdaLN, branches=1, gated=False)
-_unmodulated = partial(Unmodulated, branches=1)
+_unmodulated = partial(NoModulation, branches=1)
 
 CONDITIONINGS = {
     "adaln_zero": Conditioning(AdaLN, _plain_head),
     "adaln": Conditioning(partial(AdaLN, gated=False), _plain_head),
     "adaln_single": Conditioning(AdaLNSingle, partial(AdaLNSingle, branches=1, gated=False), shares=True),
     "adaln_lora": Conditioning(AdaLNLora, _plain_head, shares=True),
-    "cross_attention": Conditioning(Unmodulated, _unmodulated, attends=True),
-    "in_context": Conditioning(Unmodulated, _unmodulated, joins=True),
-    "time_attention": Conditioning(Unmodulated, _unmodulated, steers=True),
+    "cross_attention": Conditioning(NoModulation, _unmodulated, attends=True),
+    "in_context": Conditioning(NoModulation, _unmodulated, joins=True),
+    "time_attention": Conditioning(NoModulation, _unmodulated, steers=True),
 }

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from stdit.nn.positions import space_positions
+from stdit.nn.positions import spatial_pos_embed
 from stdit.nn.tokens import Patch, patchify
 
 
@@ -67,7 +67,7 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-class InfoEmbedder(nn.Module):
+class MicroConditionEmbedder(nn.Module):
     """Numbers about a clip (..., N), such as its frame rate -> (..., D); nan where nothing is said. Zero when fresh.
 
     Each number is seen on a logarithmic scale, as a timestep would be (SDXL's size conditioning).
@@ -98,7 +98,7 @@ class CaptionEmbedder(nn.Module):
         return self.fc2(self.act(self.fc1(captions)))
 
 
-class PlaceTable(nn.Module):
+class LearnedPosEmbed(nn.Module):
     """A learned vector for every place of a grid, and for `extras` tokens before it; other grids see it bent to theirs.
 
     Fresh, the grid holds DiT's sin-cos positions and the extras nothing.
@@ -108,12 +108,12 @@ class PlaceTable(nn.Module):
         super().__init__()
         self.grid = (rows, columns)
         self.patches = nn.Parameter(torch.empty(rows * columns, dim))
-        self.extras = nn.Parameter(torch.zeros(extras, dim)) if extras else None
+        self.prefix = nn.Parameter(torch.zeros(extras, dim)) if extras else None
         self.reset()
 
     def reset(self) -> None:
         with torch.no_grad():
-            self.patches.copy_(space_positions(*self.grid, self.patches.shape[1]))
+            self.patches.copy_(spatial_pos_embed(*self.grid, self.patches.shape[1]))
 
     def forward(self, rows: int, columns: int) -> Tensor:
         """(rows * columns, D)"""

@@ -35,7 +35,7 @@ class Layout(Protocol):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor: ...
 
 
-class Dense:
+class DenseLayout:
     """Clips of one shape, (B, T, extras + rows * columns, D). `begin`: the place in time of the first frame (a cache holds
     earlier ones). kept: (B, n), where not every patch of a frame is there (`places` then tells frames alone, `spots` where
     in space). extras: tokens of the condition before the patches of every frame; shown: (B, T, extras) bool, false for
@@ -57,9 +57,9 @@ class Dense:
         """Of a frame."""
         return self.grid[1] * self.grid[2] if self.kept is None else self.kept.shape[1]
 
-    def keeping(self, kept: Tensor) -> "Dense":
+    def keeping(self, kept: Tensor) -> "DenseLayout":
         """The same clips with these patches (B, n) of every frame alone."""
-        return Dense(self.grid, self.begin, self.scale, self.extras, self.shown, kept)
+        return DenseLayout(self.grid, self.begin, self.scale, self.extras, self.shown, kept)
 
     def spots(self, axis: str) -> Tensor:
         """(N|1, L, 2) row and column of each token of the folded sequences."""
@@ -102,7 +102,7 @@ class Dense:
         return kernel(query, key, value)
 
 
-class Taught(Dense):
+class TeacherForcingLayout(DenseLayout):
     """Clips and, behind them, their noisy copies, (B, 2 T, rows * columns, D): for teacher forcing.
 
     A frame of the copy stands at the place of its clean twin, and sees itself and the clean frames before it.
@@ -119,7 +119,7 @@ class Taught(Dense):
         return tokens * 2 >= len(tokens) if axis != "spatial" else np.zeros(len(tokens), dtype=bool)
 
 
-class Packed:
+class PackedLayout:
     """Clips of many shapes in one row (1, 1, L, D), frame after frame, clip after clip (NaViT's patch-n-pack).
 
     grids: (T, rows, columns) of each clip in patches. Sequences of equal length attend together.
@@ -145,7 +145,7 @@ class Packed:
         return [length for t, s in self.counts for length in per_clip(t, s)]
 
     @cached_property
-    def by_patch(self) -> Tensor:
+    def supports_patch_levels(self) -> Tensor:
         """(L,) the order in which the frames of one patch follow each other."""
         parts, begin = [], 0
         for t, s in self.counts:
@@ -161,16 +161,16 @@ class Packed:
 
     def fold(self, x: Tensor, axis: str) -> Tensor:
         x = x[:, 0]
-        return x.index_select(1, self.by_patch.to(x.device)) if axis == "temporal" else x
+        return x.index_select(1, self.supports_patch_levels.to(x.device)) if axis == "temporal" else x
 
     def unfold(self, x: Tensor, axis: str) -> Tensor:
         if axis == "temporal":
-            x = x.index_select(1, self.by_patch.argsort().to(x.device))
+            x = x.index_select(1, self.supports_patch_levels.argsort().to(x.device))
         return x[:, None]
 
     def places(self, axis: str) -> np.ndarray:
         places = np.concatenate([_places(*grid) for grid in self.grids])
-        return places[self.by_patch.numpy()] if axis == "temporal" else places
+        return places[self.supports_patch_levels.numpy()] if axis == "temporal" else places
 
     def seen(self, axis: str) -> Tensor | None:
         return None

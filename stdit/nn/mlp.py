@@ -4,12 +4,12 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))), GELU in its tanh form as in DiT, or exact ("none") as in U-ViT."""
+    """fc2(gelu(fc1(x))), GELU in its tanh form as in DiT, or exact as in U-ViT."""
 
     def __init__(self, dim: int, hidden: int, gelu: str = "tanh"):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU(approximate=gelu)
+        self.act = nn.GELU(approximate="none" if gelu == "exact" else gelu)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:

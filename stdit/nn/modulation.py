@@ -103,7 +103,7 @@ class AdaLNLora(nn.Module):
         nn.init.zeros_(self.own[2].weight)  # type: ignore[arg-type]
 
 
-class Unmodulated(nn.Module):
+class NoModulation(nn.Module):
     """For blocks that are told by tokens alone."""
 
     def __init__(self, dim: int, branches: int = 2):

@@ -15,7 +15,7 @@ def sincos(positions: Tensor, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def space_positions(height: int, width: int, dim: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+def spatial_pos_embed(height: int, width: int, dim: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """(height*width, dim) float32, row by row. The first half of the channels holds x, the second y, as in DiT.
 
     scale: (y, x) distance of neighbours; trained size over this size squeezes a grid into the range that was trained.
@@ -27,13 +27,13 @@ def space_positions(height: int, width: int, dim: int, scale: tuple[float, float
 
 
 @lru_cache(maxsize=64)
-def frame_positions(frames: int, dim: int) -> Tensor:
+def latte_pos_embed(frames: int, dim: int) -> Tensor:
     """(frames, dim) float32: Latte's table, one at half its channels in frame 0."""
     return sincos(torch.arange(frames, device="cpu"), dim).float()
 
 
 @lru_cache(maxsize=64)
-def time_positions(frames: int, dim: int, scale: float = 1.0) -> Tensor:
+def temporal_pos_embed(frames: int, dim: int, scale: float = 1.0) -> Tensor:
     """(frames, dim) float32, zero at frame 0: an image, or a still first frame, carries no trace of time."""
     table = sincos(torch.arange(frames, device="cpu") * scale, dim)
     return (table - table[:1]).float()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from stdit.sampling.plan import ARRANGEMENTS
+from stdit.sampling.schedule import ARRANGEMENTS
 from stdit.sampling.solvers import SOLVERS
 from stdit.sampling.tasks import Canvas, fits
 from stdit.vae import VideoVAE
@@ -24,7 +24,7 @@ def check(sampler: "Sampler", canvas: Canvas, length: int, seed: int) -> None:
     pipe.video_vae.latent_shape(length, height, width, pipe.transformer.patch_size)
     _check_choices(sampler)
     _check_scheduler(sampler, canvas)
-    if canvas.made.shape[1] > 1 and not pipe.transformer.by_patch:
+    if canvas.made.shape[1] > 1 and not pipe.transformer.supports_patch_levels:
         raise ValueError(
             "a mask gives each patch a level of its own, and this model takes levels by frame; mask whole frames, or use a "
             "model of conditioning adaln_zero and trunk stack."
@@ -39,7 +39,7 @@ def check(sampler: "Sampler", canvas: Canvas, length: int, seed: int) -> None:
         if sampler.goes_forward(canvas):
             _check_stream(sampler)
             _warn_of_length(sampler, max(length, canvas.pixels.shape[2]))
-    _warn_of_schemes(list(pipe.config.schemes), canvas, closed, bool(pipe.transformer.config.causal))
+    _warn_of_schemes(list(pipe.config.mask_strategies), canvas, closed, bool(pipe.transformer.config.causal))
     if sampler.guidance.history != 1 and not closed.any():
         warnings.warn(
             "history_guidance leads toward known frames, and none is known here: it does nothing.", stacklevel=5
@@ -48,7 +48,7 @@ def check(sampler: "Sampler", canvas: Canvas, length: int, seed: int) -> None:
 
 def check_window(window: int, canvas: Canvas, vae: VideoVAE) -> None:
     """ValueError for a window (in frames) that this VAE's groups do not fill, or that can go no further."""
-    step, closed = vae.frame_step or vae.stride[0], ~canvas.made.flatten(1).any(1)
+    step, closed = vae.temporal_granularity or vae.stride[0], ~canvas.made.flatten(1).any(1)
     first = int(closed.int().argmax()) if closed.any() else 0  # a head before known frames is made from behind
     least = 1 + (2 if first or bool((closed[1:] & ~closed[:-1]).any()) else 1) * step
     if not fits(vae, max(window, 1)) or window < min(len(closed), least):
@@ -139,18 +139,18 @@ def _warn_of_schemes(trained: list[str], canvas: Canvas, closed: Tensor, causal:
     if canvas.made.shape[1] > 1:
         fitting = ["region"]
     elif causal or (closed[0] and not closed[-1]):
-        fitting = ["prefix", "motion", "random", "teacher"]
+        fitting = ["prefix", "motion", "random", "teacher_forcing"]
     elif closed[-1] and not closed[0]:
         fitting = ["suffix", "random"]
     elif not closed[0]:
         fitting = ["random"]
     else:
-        fitting = ["ends" if gaps == 1 else "every", "random"]
+        fitting = ["ends" if gaps == 1 else "every_kth", "random"]
     if canvas.made.shape[1] == 1:
         fitting.append("per_frame")  # any frame has been cleaner than any other
     if not set(fitting) & set(trained):
         warnings.warn(
-            f"this model was trained with objective.scheme={', '.join(trained)} and has not seen known frames where this "
-            f"task has them (as {' or '.join(fitting)} show them): expect seams; train with objective.scheme=mixed.",
+            f"this model was trained with objective.mask_strategy={', '.join(trained)} and has not seen known frames where this "
+            f"task has them (as {' or '.join(fitting)} show them): expect seams; train with objective.mask_strategy=mixed.",
             stacklevel=6,
         )

@@ -7,18 +7,19 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from stdit.hub import check_reachable, resolve_source
+from stdit.legacy import renamed_section
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.precision import Precision, autocast
 from stdit.prompt import Prompt
 from stdit.sampling import tasks
+from stdit.sampling.autoregressive import stream
 from stdit.sampling.checks import check, check_window
 from stdit.sampling.guidance import Guidance
-from stdit.sampling.rollout import stream
 from stdit.sampling.sampler import Sampler
 from stdit.sampling.scheduler import STDiTScheduler, check_compatible
 from stdit.sampling.tasks import Canvas
-from stdit.sources import check_reachable, locate
 from stdit.text import TextEncoder, encode_with_null, load_text_encoder
 from stdit.vae import as_video_vae
 from stdit.vae.tiling import decode
@@ -31,8 +32,8 @@ class STDiTPipeline(DiffusionPipeline):
     """Sample clips from a trained STDiT. Saved and loaded like any diffusers pipeline.
 
     num_frames, height, width, fps: what the model was trained on, used where a call names no size.
-    objective: what the transformer's output means, whatever scheduler is plugged in. schemes: how levels were drawn in
-    training (`objective.scheme`), so that a task can say when it is new to the model. text_encoder: what turns captions
+    objective: what the transformer's output means, whatever scheduler is plugged in. mask_strategies: how levels were drawn in
+    training (`objective.mask_strategy`), so that a task can say when it is new to the model. text_encoder: what turns captions
     into tokens (`text.load_text_encoder`), loaded when it is needed.
     """
 
@@ -47,7 +48,7 @@ class STDiTPipeline(DiffusionPipeline):
         fps: float = 8.0,
         objective: str = "flow",
         vae_fingerprint: str | None = None,
-        schemes: list[str] | None = None,
+        mask_strategies: list[str] | None = None,
         text_encoder: str | None = None,
     ):
         super().__init__()
@@ -69,7 +70,7 @@ class STDiTPipeline(DiffusionPipeline):
             fps=fps,
             objective=objective,
             vae_fingerprint=vae_fingerprint,
-            schemes=schemes or ["shared"],
+            mask_strategies=mask_strategies or ["shared"],
             text_encoder=text_encoder,
         )
         self.video_vae = video_vae.requires_grad_(False).eval()
@@ -83,7 +84,7 @@ class STDiTPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "STDiTPipeline":
         """Load a folder written by training, or a hub id; ValueError in one line if it holds no model."""
-        source, options = locate(str(pretrained_model_name_or_path), "model")
+        source, options = resolve_source(str(pretrained_model_name_or_path), "model")
         folder = Path(source)
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             raise ValueError(
@@ -96,6 +97,14 @@ class STDiTPipeline(DiffusionPipeline):
             return super().from_pretrained(source, use_safetensors=True, **options, **kwargs)
         except OSError as error:
             raise ValueError(f"{source!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As diffusers', for a model_index.json of version 0.1.0 too."""
+        config = super().load_config(*args, **kwargs)
+        if isinstance(config, tuple):
+            return (renamed_section("pipeline", config[0]), *config[1:])
+        return renamed_section("pipeline", config)
 
     def labels(self, given: Labels, count: int | None = None) -> Tensor | None:
         """Numbers or names -> (B,) labels; None for an unconditional model. ValueError if a label is unknown."""
@@ -205,7 +214,7 @@ class STDiTPipeline(DiffusionPipeline):
         """
         if not self.transformer.config.causal:
             raise ValueError("this model is not causal; use extend, or train with model.causal=true.")
-        step = self.video_vae.frame_step or self.video_vae.stride[0]
+        step = self.video_vae.temporal_granularity or self.video_vae.stride[0]
         # The canvas of one group stands for all: a stream holds no whole clip.
         canvas = tasks.extend(clip, after if after % step else min(after, step), 0, self.video_vae)
         of = self.prompt(class_labels, captions, len(clip)).each(lambda x: x.to(self.device))
@@ -291,7 +300,7 @@ class STDiTPipeline(DiffusionPipeline):
         for large frames in bounded memory. fps: told to a model that is conditioned on it (null: as trained).
         """
         prompt = self.prompt(class_labels, captions, len(canvas.pixels))
-        canvas = tasks.in_groups(canvas, self.video_vae)
+        canvas = tasks.pad_to_groups(canvas, self.video_vae)
         sampler = Sampler(
             self, num_inference_steps, Guidance(guidance_scale, guidance_interval, guidance_channels, history_guidance),
             solver, arrangement, every, blend if paste else None, tile, fps,

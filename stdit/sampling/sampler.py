@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from stdit.data.config import INFO, clip_info
-from stdit.data.order import Size
+from stdit.data.config import MICRO_CONDITIONS, micro_conditions_of
+from stdit.data.samplers import Size
 from stdit.diffusion.predictions import Estimate
-from stdit.keys import keyed_normal
 from stdit.prompt import Prompt
+from stdit.rng import keyed_normal
+from stdit.sampling.autoregressive import stream
+from stdit.sampling.conditioning import clamp_to_bounds, encode_known, latent_masks, paste, pixel_guided, start
 from stdit.sampling.guidance import Guidance, guided
-from stdit.sampling.place import encode_known, made_patches, paste, pixel_guided, settled, start
-from stdit.sampling.plan import arrange
-from stdit.sampling.rollout import stream
+from stdit.sampling.schedule import make_schedule
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.sampling.solvers import solve
 from stdit.sampling.tasks import Canvas
@@ -54,10 +54,12 @@ class Sampler(NamedTuple):
     def network(self, frames: int, height: int, width: int) -> Callable[..., Tensor]:
         """The model, told what it was made to be told of a clip."""
         model, config = self.pipe.transformer, self.pipe.config
-        if not model.config.conditions:
+        if not model.config.micro_conditions:
             return model
-        info = dict(zip(INFO, clip_info(Size(frames, height, width), self.fps or config.fps), strict=True))
-        values = torch.tensor([[info[name] for name in model.config.conditions]], device=self.pipe.device)
+        info = dict(
+            zip(MICRO_CONDITIONS, micro_conditions_of(Size(frames, height, width), self.fps or config.fps), strict=True)
+        )
+        values = torch.tensor([[info[name] for name in model.config.micro_conditions]], device=self.pipe.device)
         return partial(model, info=values)
 
     def fill(self, canvas: Canvas, prompt: Prompt, keys: list[tuple[int, ...]], length: int, overlap: int) -> Tensor:
@@ -99,7 +101,7 @@ class Sampler(NamedTuple):
         def draw(step: int) -> Tensor:
             return keyed_normal("noise", [(*key, step) for key in keys], (vae.channels, *shape)).to(device)
 
-        todo, partly = made_patches(made, vae, pipe.transformer.patch_size)
+        todo, partly = latent_masks(made, vae, pipe.transformer.patch_size)
         noise = draw(0)
         forgotten = draw(_FORGOTTEN) if self.guidance.history != 1 else None
         output = guided(
@@ -114,11 +116,11 @@ class Sampler(NamedTuple):
         schedule = objective.schedule(self.steps, shape[0] * shape[1] * shape[2])
         base = None
         if canvas.strength < 1:
-            schedule = objective.path.on_clock(schedule / schedule[0] * canvas.strength)
+            schedule = objective.path.quantize(schedule / schedule[0] * canvas.strength)
             base = vae.encode(pixels.to(vae.dtype)).float()
         plan = start(
             encode_known(pixels, made, todo, vae).float(), base, noise, todo,
-            arrange(schedule.to(device), todo, self.arrangement, self.every), objective.path,
+            make_schedule(schedule.to(device), todo, self.arrangement, self.every), objective.path,
         )  # fmt: skip
 
         def predict(x: Tensor, levels: Tensor) -> Estimate:
@@ -133,7 +135,7 @@ class Sampler(NamedTuple):
         )
         solver = self.solver or self.own.solver
         latents = solve(plan, helped, objective.path, solver, lambda step: draw(step + 1), pipe.progress_bar)
-        decoded = settled(pipe.decode(latents, self.tile), canvas.between)
+        decoded = clamp_to_bounds(pipe.decode(latents, self.tile), canvas.between)
         return decoded if self.blend is None else paste(decoded, canvas.pixels.cpu(), canvas.made.cpu(), self.blend)
 
     def _diffusers(self, output: Callable, x: Tensor) -> Tensor:

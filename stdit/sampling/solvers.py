@@ -10,7 +10,7 @@ from torch import Tensor
 from stdit.diffusion.paths import Path, like
 from stdit.diffusion.predictions import Estimate
 from stdit.diffusion.variational import learned_log_variance, posterior
-from stdit.sampling.plan import Plan
+from stdit.sampling.schedule import Schedule
 from stdit.variants import pick
 
 Predict = Callable[[Tensor, Tensor], Estimate]  # (x, levels (B|1, T)) -> estimate
@@ -66,7 +66,7 @@ SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "ddim": ddim, "ddpm"
 
 
 def solve(
-    plan: Plan,
+    plan: Schedule,
     predict: Predict,
     path: Path,
     solver: str = "euler",

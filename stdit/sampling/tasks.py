@@ -177,7 +177,7 @@ def fits(vae: VideoVAE, frames: int) -> bool:
     return True
 
 
-def in_groups(canvas: Canvas, vae: VideoVAE) -> Canvas:
+def pad_to_groups(canvas: Canvas, vae: VideoVAE) -> Canvas:
     """A canvas whose known frames around a gap, if they fill no group, stand still at their outer end until they do.
 
     The model sees known latents only: it would not see how things move before the gap, nor where the way must lead. A
@@ -208,13 +208,13 @@ def _check_gap(vae: VideoVAE, total: int, new: int, name: str, first: int) -> No
     first: 1 if the new frames begin the clip, since its first frame stands alone.
     """
     step = vae.stride[0]
-    if fits(vae, total) or (not vae.frame_step and new % step == first % step):
+    if fits(vae, total) or (not vae.temporal_granularity and new % step == first % step):
         return
     known = total - new
     near = [
         n
         for n in range(max(1, new - 2 * step), new + 2 * step + 1)
-        if fits(vae, known + n) or (not vae.frame_step and n % step == first % step)
+        if fits(vae, known + n) or (not vae.temporal_granularity and n % step == first % step)
     ]
     below, above = [n for n in near if n < new][-1:], [n for n in near if n > new][:1]
     raise ValueError(
@@ -227,7 +227,7 @@ def _size(clip: Tensor) -> str:
     return f"{len(clip)} clip(s) of {clip.shape[3]} x {clip.shape[4]}"
 
 
-def surround(clip: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def outpaint_canvas(clip: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """A clip in the middle of a larger frame, and the mask (F, height, width) of the room around it (outpainting)."""
     check_clip(clip, "clip")
     have = clip.shape[3:]

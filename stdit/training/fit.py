@@ -13,15 +13,16 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stdit.data.config import INFO
+from stdit.data.config import MICRO_CONDITIONS
 from stdit.data.loader import Batch
 from stdit.diffusion.objective import Objective
+from stdit.legacy import renamed_parameter
 from stdit.model.stdit import STDiT
 from stdit.prompt import Prompt
 from stdit.text import CaptionCache
 from stdit.training.config import TrainConfig
+from stdit.training.metrics import BINS, MetricsLogger, level_sums
 from stdit.training.optim import learning_rate, set_learning_rate
-from stdit.training.record import BINS, Record, level_sums
 from stdit.training.run import RunFolders
 from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
 from stdit.training.step import diffusion_losses, dropped_captions, dropped_info, dropped_labels, to_latents
@@ -67,11 +68,12 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint: weights, average, optimizers, step."""
         tensors, info = checkpoint.tensors, checkpoint.info
-        self.model.load_state_dict(tensors["model"])
+        self.model.load_state_dict({renamed_parameter(name): value for name, value in tensors["model"].items()})
+        averages = {renamed_parameter(name): value for name, value in tensors["ema"].items()}
         self.step, self.skipped, self.seconds = checkpoint.step, info["skipped"], info["seconds"]
         names = [name for name, _ in self.model.named_parameters()]
         for shadow, name in zip(self.ema.shadow_params, names, strict=True):
-            shadow.data.copy_(tensors["ema"][name])
+            shadow.data.copy_(averages[name])
         self.ema.optimization_step = info["ema_step"]
         for i, optimizer in enumerate(self.optimizers):
             restore_optimizer(optimizer, tensors.get(f"optimizer_{i}", {}), info["optimizers"][i])
@@ -99,7 +101,7 @@ class Trainer:
         wrapped, *optimizers = self.accelerator.prepare(self.model, *self.optimizers)
         per_process = config.batch_size // self.accelerator.num_processes
         parts = 1 if config.tokens else per_process // (config.micro_batch or per_process)
-        record = Record(self.folders.output, self.step) if main else None
+        record = MetricsLogger(self.folders.output, self.step) if main else None
         rows: list[tuple] = []
         clips = 0
         before = [signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)]
@@ -185,11 +187,11 @@ class Trainer:
         return Prompt(labels, *self.captions(dropped_captions(batch.captions, batch.keys, dropout)))
 
     def _info(self, batch: Batch) -> Tensor | None:
-        """What the model is told of a clip beside its label: the columns of `INFO` that it was made for."""
-        wanted = self.model.config.conditions
+        """What the model is told of a clip beside its label: the columns of `MICRO_CONDITIONS` that it was made for."""
+        wanted = self.model.config.micro_conditions
         if not wanted or batch.info is None:
             return None
-        info = batch.info[:, [INFO.index(name) for name in wanted]]
+        info = batch.info[:, [MICRO_CONDITIONS.index(name) for name in wanted]]
         dropped = dropped_info(info, batch.keys, self.config.label_dropout)
         return dropped.to(self.accelerator.device) if dropped is not None else None
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from stdit.nn.matrices import hidden_matrices
+from stdit.nn.muon import muon_parameters
 
 
 def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
@@ -14,7 +14,7 @@ def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float
     learnt = [p for p in model.parameters() if p.requires_grad]
     if name == "adamw":
         return [torch.optim.AdamW(learnt, lr=lr, weight_decay=weight_decay)]
-    hidden = hidden_matrices(model).values()
+    hidden = muon_parameters(model).values()
     rest = [p for p in learnt if all(p is not h for h in hidden)]
     muon = torch.optim.Muon(
         [_matrix(p) for p in hidden], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"

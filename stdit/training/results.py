@@ -10,8 +10,8 @@ from torch import Tensor
 from stdit.data.datasets import Dataset
 from stdit.data.video_io import VideoError
 from stdit.data.video_write import write_contact_sheet, write_video
-from stdit.keys import keyed_rng
 from stdit.model.stdit import STDiT
+from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.training.run import RunFolders
@@ -38,7 +38,7 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
         data.fps or 8.0,
         objective.name,
         vae.fingerprint(),
-        sorted(objective.mixture),
+        sorted(objective.active_mask_probs),
         config.text.encoder,
     )
 

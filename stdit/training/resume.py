@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from stdit.legacy import renamed_config
 from stdit.training.config import TrainConfig
 from stdit.training.run import RunFolders, differences
 from stdit.training.state import Checkpoint, damage, list_checkpoints, load_checkpoint, read_checkpoint
@@ -34,11 +35,10 @@ def find_checkpoint(
         checkpoint = _named(Path(config.resume))
     if checkpoint is None:
         return None
+    saved = renamed_config(checkpoint.info["config"])
     changed = [
         line
-        for line in differences(
-            _in_effect(_over(defaults, checkpoint.info["config"]), checkpoint.info["config"]), _in_effect(resolved)
-        )
+        for line in differences(_in_effect(_over(defaults, saved), saved), _in_effect(resolved))
         if not line.startswith(tuple(f"{k}:" for k in _FREE))
     ]
     if changed and not config.allow_changes:
@@ -50,17 +50,17 @@ def find_checkpoint(
 
 
 def _in_effect(config: dict, given: dict | None = None) -> dict:
-    """A config whose `objective.shares` are those that steps are drawn by: none but of a mixture, in parts of 1.
+    """A config whose `objective.mask_probs` are those that steps are drawn by: none but of a mixture, in parts of 1.
 
     given: as it was written, whose shares count: a scheme that did not exist then had none.
     """
     objective = config["objective"]
-    shares = (given or {}).get("objective", {}).get("shares", objective["shares"])
-    if objective["scheme"] != "mixed":
+    shares = (given or {}).get("objective", {}).get("mask_probs", objective["mask_probs"])
+    if objective["mask_strategy"] != "mixed":
         shares = {}
     total = sum(shares.values())
     shares = {name: round(share / total, 6) for name, share in shares.items() if share}
-    return {**config, "objective": {**objective, "shares": shares}}
+    return {**config, "objective": {**objective, "mask_probs": shares}}
 
 
 def _over(defaults: dict, given: dict) -> dict:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from stdit.data.loader import Batch
-from stdit.diffusion.levels import scheme_of
+from stdit.diffusion.levels import choose_strategy
 from stdit.diffusion.objective import Objective
 from stdit.diffusion.paths import like
-from stdit.keys import keyed_generator, keyed_normal
 from stdit.prompt import Prompt
+from stdit.rng import keyed_generator, keyed_normal
 from stdit.vae import VideoVAE
 
 
@@ -25,7 +25,7 @@ class Losses(NamedTuple):
 def _never(starts: Tensor) -> Tensor:
     raise ValueError(
         "These latents were cached before runs of known frames were encoded; cache them again, or set "
-        "objective.scheme=shared."
+        "objective.mask_strategy=shared."
     )
 
 
@@ -61,7 +61,7 @@ def _encoded(frames: Tensor, vae: VideoVAE) -> Clips:
     @torch.no_grad()
     def encode(starts: Tensor) -> Tensor:
         groups = [vae.group(pixels[clip, None], frame) for clip, frame in starts.nonzero().tolist()]
-        return vae.encode_run(torch.cat(groups))[:, :, 0].float()
+        return vae.encode_segment(torch.cat(groups))[:, :, 0].float()
 
     with torch.no_grad():
         return Clips(vae.encode(pixels).float(), encode)
@@ -80,7 +80,7 @@ def dropped_captions(captions: list[str], keys: list[tuple[int, int, int]], drop
 
 
 def dropped_info(info: Tensor | None, keys: list[tuple[int, int, int]], dropout: float) -> Tensor | None:
-    """Rows of `INFO` with the whole row unsaid (nan) with probability `dropout`, a function of its key alone."""
+    """Rows of `MICRO_CONDITIONS` with the whole row unsaid (nan) with probability `dropout`, a function of its key alone."""
     if info is None:
         return None
     drop = [torch.rand((), generator=keyed_generator("dropout", *key, 1)).item() < dropout for key in keys]
@@ -149,19 +149,19 @@ def _noise(objective: Objective, clips: Clips, keys: list, patch: tuple[int, int
     grid = (t // pt, h // ph, w // pw)
     drawn = []
     for key in keys:
-        scheme = scheme_of(key, objective.config.mixture_at(key[1]))
+        scheme = choose_strategy(key, objective.config.mask_probs_at(key[1]))
         drawn.append(objective.draw(keyed_generator("levels", *key), scheme, grid, t * h * w))
-    by_patch = any(one.levels.ndim > 1 for one in drawn)
+    supports_patch_levels = any(one.levels.ndim > 1 for one in drawn)
     levels, known = (
-        torch.stack([_spread(part, grid) if by_patch else part for part in parts]).repeat_interleave(pt, 1)
+        torch.stack([_spread(part, grid) if supports_patch_levels else part for part in parts]).repeat_interleave(pt, 1)
         for parts in zip(*((one.levels, one.known) for one in drawn), strict=True)
     )
     levels, known = levels.to(clips.latents.device), known.to(clips.latents.device)
     latents = _as_encoded_alone(clips, known)
     noise = keyed_normal("noise", keys, tuple(latents.shape[1:])).to(latents.device)
     shared = bool((levels == levels[:, :1]).all())  # one condition a clip is cheaper than one a frame
-    timestep = objective.timestep(levels[:, 0] if shared and not by_patch else levels)
-    timestep = timestep.flatten(2) if by_patch else timestep
+    timestep = objective.timestep(levels[:, 0] if shared and not supports_patch_levels else levels)
+    timestep = timestep.flatten(2) if supports_patch_levels else timestep
     history = None
     if drawn[0].history is not None:
         clean = torch.stack([one.history for one in drawn]).to(levels)[:, None].expand_as(levels)

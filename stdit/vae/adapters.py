@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from stdit.sources import check_reachable, locate
+from stdit.hub import check_reachable, resolve_source
 from stdit.vae.base import VideoVAE, each_frame
 from stdit.vae.tiny import TinyVAE
 from stdit.variants import pick
@@ -24,7 +24,7 @@ class Kind(NamedTuple):
     statistics: Callable[[Any], tuple[Tensor, Tensor]]  # mean and std of raw latents, per channel or one
     per_frame: bool = False
     causal: bool = True
-    frame_step: int = 0
+    temporal_granularity: int = 0
     image_is_first_frame: bool = True
 
 
@@ -47,7 +47,7 @@ def _wan_stride(vae: nn.Module) -> tuple[int, int, int]:
     return 2 ** sum(vae.config.temperal_downsample), space, space
 
 
-KINDS = {
+VAE_SPECS = {
     "AutoencoderKL": Kind(
         lambda v: (1, *(2 ** (len(v.config.block_out_channels) - 1),) * 2),
         lambda v: v.config.latent_channels,
@@ -60,7 +60,7 @@ KINDS = {
         lambda v: v.config.latent_channels,
         _scaling,
         causal=False,
-        frame_step=8,  # an even number of latent frames decodes to other frames than were encoded
+        temporal_granularity=8,  # an even number of latent frames decodes to other frames than were encoded
         image_is_first_frame=False,
     ),
     "AutoencoderKLHunyuanVideo": Kind(
@@ -84,12 +84,12 @@ class DiffusersVAE(VideoVAE):
     def __init__(self, vae: nn.Module):
         super().__init__()
         self.name = type(vae).__name__
-        kind = pick(KINDS, self.name, "VAE class")
+        kind = pick(VAE_SPECS, self.name, "VAE class")
         self.vae, self.kind = vae, kind
         self.stride, self.channels = kind.stride(vae), kind.channels(vae)
-        self.causal, self.frame_step, self.image_is_first_frame = (
+        self.causal, self.temporal_granularity, self.image_is_first_frame = (
             kind.causal,
-            kind.frame_step,
+            kind.temporal_granularity,
             kind.image_is_first_frame,
         )
         mean, std = kind.statistics(vae)
@@ -129,7 +129,7 @@ class DiffusersVAE(VideoVAE):
         if decoded.shape[2] != self.pixel_frames(latents.shape[2]):
             raise ValueError(
                 f"{self.name} decodes {latents.shape[2]} latent frames to {decoded.shape[2]} pictures, not to "
-                f"{self.pixel_frames(latents.shape[2])}; encode 1 + a multiple of {self.frame_step or self.stride[0]} frames."
+                f"{self.pixel_frames(latents.shape[2])}; encode 1 + a multiple of {self.temporal_granularity or self.stride[0]} frames."
             )
         return decoded
 
@@ -151,7 +151,7 @@ def load_vae(name: str, dtype: torch.dtype = torch.float32) -> VideoVAE:
     """
     if name == "tiny":
         return TinyVAE.from_pretrained(WEIGHTS, torch_dtype=dtype, use_safetensors=True).eval().requires_grad_(False)
-    source, options = locate(name, "vae.name")
+    source, options = resolve_source(name, "vae.name")
     vae = _from_diffusers(source, options, name, dtype)
     return as_video_vae(vae).eval().requires_grad_(False)
 
@@ -169,7 +169,7 @@ def _from_diffusers(source: str, options: dict, name: str, dtype: torch.dtype) -
     kind = config.get("_class_name", "unknown")
     if kind == "TinyVAE":
         return TinyVAE.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
-    pick(KINDS, kind, "VAE class")
+    pick(VAE_SPECS, kind, "VAE class")
     try:
         return getattr(diffusers, kind).from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
     except OSError as error:

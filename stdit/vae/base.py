@@ -18,7 +18,7 @@ class VideoVAE(nn.Module):
     stride: tuple[int, int, int]
     channels: int
     causal: bool = True
-    frame_step: int = 0  # frames come 1 + k * frame_step; 0: the temporal stride
+    temporal_granularity: int = 0  # frames come 1 + k * temporal_granularity; 0: the temporal stride
     image_is_first_frame: bool = True  # encode(clip[:, :, :1]) is encode(clip)[:, :, :1]
     name: str = "vae"
 
@@ -42,13 +42,13 @@ class VideoVAE(nn.Module):
         self.latent_size(*pixels.shape[3:])
         return self._encode(pixels)
 
-    def encode_run(self, pixels: Tensor) -> Tensor:
+    def encode_segment(self, pixels: Tensor) -> Tensor:
         """(B, 3, n * stride[0], H, W), whole groups from inside a clip -> (B, C, n, h, w), whatever came before them.
 
         They are encoded behind their repeated first frame, which then is left out. Training sees known frames so too.
         """
         groups = pixels.shape[2] // self.stride[0]
-        missing = -pixels.shape[2] % (self.frame_step or self.stride[0])
+        missing = -pixels.shape[2] % (self.temporal_granularity or self.stride[0])
         pixels = torch.cat([pixels[:, :, :1], pixels, pixels[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
         return self.encode(pixels)[:, :, 1 : 1 + groups]
 
@@ -76,7 +76,7 @@ class VideoVAE(nn.Module):
 
     def latent_frames(self, num_frames: int) -> int:
         """How many latent frames hold `num_frames` pixel frames; ValueError with the nearest that fit."""
-        stride, step = self.stride[0], self.frame_step or self.stride[0]
+        stride, step = self.stride[0], self.temporal_granularity or self.stride[0]
         if num_frames < 1:
             raise ValueError(f"num_frames={num_frames} is not a clip: use 1 for an image or more for a video.")
         if (num_frames - 1) % step:

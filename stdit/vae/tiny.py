@@ -29,7 +29,7 @@ class TinyVAEConfig:
     decoder_blocks: list[int] = field(default_factory=lambda: [2, 3, 1])
 
 
-class Past(dict[nn.Module, Tensor]):
+class CausalConvCache(dict[nn.Module, Tensor]):
     """What each `CausalConv` saw last, by module: the whole state of a stream."""
 
 
@@ -42,7 +42,7 @@ class CausalConv(nn.Conv2d):
     def __init__(self, dim_in: int, dim_out: int, kernel: int = 3):
         super().__init__(2 * dim_in, dim_out, kernel, padding=kernel // 2)
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
+    def forward(self, x: Tensor, past: CausalConvCache) -> Tensor:
         before = torch.cat([past.get(self, x[:, :1]), x[:, :-1]], dim=1)
         past[self] = x[:, -1:]
         return each_group(super().forward, torch.cat([before, x], dim=2))
@@ -63,7 +63,7 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
+    def forward(self, x: Tensor, past: CausalConvCache) -> Tensor:
         h = F.silu(x)
         h = self.conv1(h, past) if isinstance(self.conv1, CausalConv) else each_group(self.conv1, h)
         return x + each_group(self.conv2, F.silu(h))
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
         self.stride8 = stage(width8, config.encoder_blocks[1])
         self.conv_out = nn.Conv2d(width8, config.channels, 1)
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
+    def forward(self, x: Tensor, past: CausalConvCache) -> Tensor:
         x = each_group(self.conv_in, F.pixel_unshuffle(x, 4))
         for block in self.stride4:
             x = block(x, past)
@@ -109,7 +109,7 @@ class Decoder(nn.Module):
         self.stride2 = nn.ModuleList(ResBlock(width2, causal=False) for _ in range(config.decoder_blocks[2]))
         self.conv_out = nn.Conv2d(width2, 12 * 4, 3, padding=1)
 
-    def forward(self, x: Tensor, past: Past) -> Tensor:
+    def forward(self, x: Tensor, past: CausalConvCache) -> Tensor:
         x = self.conv_in(x, past)
         for block in self.stride8:
             x = block(x, past)
@@ -157,14 +157,14 @@ class TinyVAE(VideoVAE, ModelMixin, ConfigMixin):
 
     def encode_raw(self, pixels: Tensor) -> Tensor:
         """Latents before normalisation, all groups at once (training's path)."""
-        return self.encoder(self._groups(pixels), Past()).transpose(1, 2)
+        return self.encoder(self._groups(pixels), CausalConvCache()).transpose(1, 2)
 
     def decode_raw(self, latents: Tensor) -> Tensor:
-        return self._frames(self.decoder(latents.transpose(1, 2), Past()), clip_start=True)
+        return self._frames(self.decoder(latents.transpose(1, 2), CausalConvCache()), clip_start=True)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         # The first group runs alone: same shapes as an image, so the same numbers to the last bit.
-        past, groups = Past(), self._groups(pixels)
+        past, groups = CausalConvCache(), self._groups(pixels)
         parts = [self.encoder(part, past) for part in (groups[:, :1], groups[:, 1:]) if part.shape[1]]
         raw = torch.cat(parts, dim=1).transpose(1, 2)
         return (raw - _per_channel(self.latent_mean, raw)) / _per_channel(self.latent_std, raw)
@@ -176,7 +176,7 @@ class TinyVAE(VideoVAE, ModelMixin, ConfigMixin):
         return self.decode_raw(self._denormalise(latents))
 
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        past = Past()
+        past = CausalConvCache()
         for t, frame in enumerate(each_frame(latents)):
             group = self._denormalise(frame).transpose(1, 2)
             yield self._frames(self.decoder(group, past), clip_start=t == 0)

@@ -286,7 +286,7 @@ def test_every_wrong_from_that_tensors_can_tell_is_refused(file, form, tmp_path)
 @pytest.mark.parametrize(
     "setting",
     ["sample_size=64", "sample_size=[1,64]", "num_heads=0", "num_heads=-4", "num_heads=four", "num_heads=4.0", "patch_size=2", "axes=5",
-     "class_names=3", "depth=x", "learn_sigma=maybe", "clock_scale=x", "norm2_eps=x", "in_channels=true"],
+     "class_names=3", "depth=x", "learn_sigma=maybe", "timestep_scale=x", "norm2_eps=x", "in_channels=true"],
 )  # fmt: skip
 def test_a_setting_of_another_kind_is_refused_before_anything_is_written(setting, dit, tmp_path):
     save_file(dit, tmp_path / "dit.safetensors")

@@ -16,7 +16,7 @@ from stdit.diffusion.predictions import Estimate
 from stdit.diffusion.variational import posterior, variational_bound
 from stdit.prompt import Prompt
 from stdit.sampling.guidance import Guidance, guided
-from stdit.sampling.plan import Plan
+from stdit.sampling.schedule import Schedule
 from stdit.sampling.solvers import ddim, ddpm, solve
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -86,7 +86,7 @@ def test_a_sit_points_our_flow_objective_at_its_own_estimate_of_clean_data():
 
 def test_latte_with_time_inside_attention_is_another_model():
     weights, case = reference("latte")
-    other = to_stdit(Weights(weights, {}, "latte"), "latte", {"num_heads": 4, "time_entry": "attention"}).model
+    other = to_stdit(Weights(weights, {}, "latte"), "latte", {"num_heads": 4, "position_encoding": "sincos"}).model
     with torch.no_grad():
         ours = other(case["x"].transpose(1, 2), case["t"].float(), case["y"]).transpose(1, 2)
     assert error(ours, case["out"]) > 0.01
@@ -235,7 +235,7 @@ def test_a_whole_chain_respaced_as_in_dit_ends_at_the_data_the_network_sees():
         alpha, sigma = PATH.alpha_sigma(now.double())
         return Estimate(data, (x - alpha[..., None, None] * data) / sigma[..., None, None])
 
-    end = solve(Plan(torch.randn_like(data), levels), predict, PATH, "ddim")
+    end = solve(Schedule(torch.randn_like(data), levels), predict, PATH, "ddim")
     torch.testing.assert_close(end, data, atol=1e-6, rtol=0)
 
 

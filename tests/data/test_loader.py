@@ -7,7 +7,7 @@ from media import write_barcodes
 
 from stdit.data.datasets import DataConfig, build_dataset
 from stdit.data.loader import batches
-from stdit.data.order import sample_index
+from stdit.data.samplers import sample_index
 
 
 @pytest.fixture

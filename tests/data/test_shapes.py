@@ -4,7 +4,7 @@ import pytest
 from stdit.data.config import DataConfig
 from stdit.data.datasets import MovingShapes
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, draw, random_clip
-from stdit.keys import keyed_rng
+from stdit.rng import keyed_rng
 
 
 @pytest.mark.parametrize("label", range(12))

@@ -13,7 +13,7 @@ from stdit.data import VideoError, VideoReader, write_video
 
 av.logging.set_level(None)
 
-KINDS = {
+VAE_SPECS = {
     "h264_b_frames.mp4": {"options": {"g": "12", "bf": "3"}},
     "h264_open_gop.mp4": {"options": {"g": "8", "bf": "3", "x264-params": "open-gop=1:scenecut=0:keyint=8"}},
     "hevc_open_gop.mp4": {
@@ -32,12 +32,12 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=VAE_SPECS)
 def numbered(request, tmp_path_factory):
     """A clip of 30 numbered frames in each kind of coding."""
     path = tmp_path_factory.mktemp("media") / request.param
     try:
-        return write_barcodes(path, **KINDS[request.param])
+        return write_barcodes(path, **VAE_SPECS[request.param])
     except av.error.FFmpegError as error:
         pytest.skip(f"this FFmpeg cannot encode {request.param}: {error}")
 

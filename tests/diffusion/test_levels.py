@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from stdit.diffusion.levels import MIXTURE, SCHEMES, scheme_of
+from stdit.diffusion.levels import DEFAULT_MASK_PROBS, MASK_STRATEGIES, choose_strategy
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
-from stdit.keys import keyed_generator
+from stdit.rng import keyed_generator
 
 GRID = (5, 4, 4)
 
 
 def drawn(scheme, count=200, grid=GRID, **config):
-    objective = build_objective(ObjectiveConfig(scheme=scheme, **config))
+    objective = build_objective(ObjectiveConfig(mask_strategy=scheme, **config))
     return [objective.draw(keyed_generator("levels", 0, i, 0), scheme, grid, 320) for i in range(count)]
 
 
@@ -23,14 +23,14 @@ def test_frames_share_a_level_or_have_one_each():
 
 
 def test_a_teacher_shows_each_frame_those_before_it_at_the_known_level():
-    for one in drawn("teacher", known_noise=0.2):
+    for one in drawn("teacher_forcing", cond_noise_max=0.2):
         assert not one.known.any()
         assert len(one.levels.unique()) == 5
         assert 0 <= one.history < 0.2
     assert all(one.history is None for one in drawn("prefix"))
 
 
-@pytest.mark.parametrize("scheme", sorted(set(SCHEMES) - {"shared", "per_frame", "teacher"}))
+@pytest.mark.parametrize("scheme", sorted(set(MASK_STRATEGIES) - {"shared", "per_frame", "teacher_forcing"}))
 @pytest.mark.parametrize("objective", ["flow", "ddpm"])
 def test_known_frames_stand_at_level_0_and_something_is_left_to_predict(scheme, objective):
     for one in drawn(scheme, name=objective):
@@ -45,7 +45,7 @@ def test_each_scheme_takes_as_known_what_its_name_says():
     assert masks("prefix") == everything
     assert masks("suffix") == {mask[::-1] for mask in everything}
     assert masks("motion") == {mask for mask in everything if mask[1]}
-    assert masks("every") == {tuple(t % k == 0 for t in range(5)) for k in (2, 3, 4, 5)}
+    assert masks("every_kth") == {tuple(t % k == 0 for t in range(5)) for k in (2, 3, 4, 5)}
     gaps = {(b, e) for b in range(1, 4) for e in range(b + 1, 5)}
     assert masks("ends", count=400) == {tuple(not b <= t < e for t in range(5)) for b, e in gaps}
     assert len(masks("random", count=600)) == 2**5 - 1
@@ -59,54 +59,59 @@ def test_regions_hide_a_box_or_all_but_a_box_over_all_frames_or_some():
     assert any(not m.any(2).any(1).all() for m in made)
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(MASK_STRATEGIES))
 def test_an_image_has_no_other_frames_to_know(scheme):
     if scheme != "region":
         assert not any(one.known.any() for one in drawn(scheme, grid=(1, 4, 4)))
 
 
-@pytest.mark.parametrize("shares", [MIXTURE, {"region": 0.6, "shared": 0.4}, {"region": 1.0}, {"prefix": 1.0}], ids=len)
+@pytest.mark.parametrize(
+    "shares", [DEFAULT_MASK_PROBS, {"region": 0.6, "shared": 0.4}, {"region": 1.0}, {"prefix": 1.0}], ids=len
+)
 def test_schemes_come_as_often_as_their_shares_say(shares):
-    picked = [scheme_of((0, step, slot), shares) for step in range(500) for slot in range(16)]
+    picked = [choose_strategy((0, step, slot), shares) for step in range(500) for slot in range(16)]
     assert set(picked) == set(shares)
     for name, share in shares.items():
         assert picked.count(name) / len(picked) == pytest.approx(share / sum(shares.values()), abs=0.02)
 
 
 def test_every_few_clips_one_has_something_known_and_those_by_patch_come_in_few_steps():
-    steps = [{scheme_of((0, step, slot), MIXTURE) for slot in range(16)} for step in range(500)]
+    steps = [{choose_strategy((0, step, slot), DEFAULT_MASK_PROBS) for slot in range(16)} for step in range(500)]
     assert sum(step != {"shared"} for step in steps) > 0.7 * 500
     assert 0.03 * 500 < sum("region" in step for step in steps) < 0.1 * 500  # alone, with a share of 0.015, in a fifth
 
 
 def test_known_frames_may_carry_noise_and_are_still_not_predicted():
-    levels = torch.cat([one.levels[one.known] for one in drawn("prefix", known_noise=0.2)])
+    levels = torch.cat([one.levels[one.known] for one in drawn("prefix", cond_noise_max=0.2)])
     assert 0 < levels.min() < levels.max() <= 0.2
 
 
 def test_known_frames_can_begin_after_plain_training():
-    config = ObjectiveConfig(scheme="mixed", shares={"prefix": 3.0, "shared": 1.0}, mixed_from=100)
-    assert config.mixture_at(99) == {"shared": 1.0}
-    assert config.mixture_at(100) == {"prefix": 0.75, "shared": 0.25}
+    config = ObjectiveConfig(mask_strategy="mixed", mask_probs={"prefix": 3.0, "shared": 1.0}, mask_warmup_steps=100)
+    assert config.mask_probs_at(99) == {"shared": 1.0}
+    assert config.mask_probs_at(100) == {"prefix": 0.75, "shared": 0.25}
 
 
 def test_levels_beside_known_frames_lie_at_higher_noise_by_known_shift():
     plain, shifted = (
-        torch.stack([one.levels[~one.known][0] for one in drawn("prefix", known_shift=shift)]) for shift in (1.0, 8.0)
+        torch.stack([one.levels[~one.known][0] for one in drawn("prefix", cond_timestep_shift=shift)])
+        for shift in (1.0, 8.0)
     )
     torch.testing.assert_close(shifted, 8 * plain / (1 + 7 * plain))
-    unknown = [torch.stack([one.levels[0] for one in drawn("shared", known_shift=shift)]) for shift in (1.0, 8.0)]
+    unknown = [
+        torch.stack([one.levels[0] for one in drawn("shared", cond_timestep_shift=shift)]) for shift in (1.0, 8.0)
+    ]
     assert torch.equal(*unknown)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"scheme": "prefx"}, "Did you mean 'prefix'"),
-        ({"shares": {"sufix": 1.0}}, "Did you mean 'suffix'"),
-        ({"shares": {"prefix": -1.0}}, r"objective.shares.prefix=-1.0 is no share"),
-        ({"shares": {"prefix": 0.0}}, "are all 0"),
-        ({"known_noise": 1.0}, r"objective.known_noise=1.0 lies in \[0, 1\)"),
+        ({"mask_strategy": "prefx"}, "Did you mean 'prefix'"),
+        ({"mask_probs": {"sufix": 1.0}}, "Did you mean 'suffix'"),
+        ({"mask_probs": {"prefix": -1.0}}, r"objective.mask_probs.prefix=-1.0 is no share"),
+        ({"mask_probs": {"prefix": 0.0}}, "are all 0"),
+        ({"cond_noise_max": 1.0}, r"objective.cond_noise_max=1.0 lies in \[0, 1\)"),
     ],
 )
 def test_schemes_that_make_no_sense_are_refused(config, message):
@@ -115,6 +120,11 @@ def test_schemes_that_make_no_sense_are_refused(config, message):
 
 
 def test_a_scheme_whose_clips_see_a_history_mixes_with_no_other():
-    with pytest.raises(ValueError, match="shares.teacher shows clips a history .* use objective.scheme=teacher"):
-        ObjectiveConfig(scheme="mixed", shares={"teacher": 0.5, "shared": 0.5})
-    assert ObjectiveConfig(scheme="mixed", shares={"teacher": 0.5, "shared": 0.0}).mixture == {"teacher": 1.0}
+    with pytest.raises(
+        ValueError,
+        match="mask_probs.teacher_forcing shows clips a history .* use objective.mask_strategy=teacher_forcing",
+    ):
+        ObjectiveConfig(mask_strategy="mixed", mask_probs={"teacher_forcing": 0.5, "shared": 0.5})
+    assert ObjectiveConfig(
+        mask_strategy="mixed", mask_probs={"teacher_forcing": 0.5, "shared": 0.0}
+    ).active_mask_probs == {"teacher_forcing": 1.0}

@@ -1,8 +1,8 @@
 import pytest
 
 from stdit.data.shapes import COLORS, SHAPES, draw, random_clip
-from stdit.evaluation.captions import asked, caption, obeyed
-from stdit.keys import keyed_rng
+from stdit.evaluation.captions import asked, caption, caption_accuracy
+from stdit.rng import keyed_rng
 
 
 def test_drawn_clips_obey_their_own_captions_and_no_others():
@@ -10,9 +10,9 @@ def test_drawn_clips_obey_their_own_captions_and_no_others():
     clips = [draw(clip) for clip in drawn]
     said = [(clip.color_name, clip.shape, clip.direction) for clip in drawn]
     assert [caption(*one) for one in said] == [clip.caption for clip in drawn]
-    result = obeyed(clips, said)
+    result = caption_accuracy(clips, said)
     assert result.all == 1 and result.clips == 36
-    swapped = obeyed(clips, [("pink" if c != "pink" else "red", s, d) for c, s, d in said])
+    swapped = caption_accuracy(clips, [("pink" if c != "pink" else "red", s, d) for c, s, d in said])
     assert swapped.color == 0 and swapped.shape == swapped.direction == 1
 
 

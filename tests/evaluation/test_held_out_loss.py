@@ -6,7 +6,7 @@ import torch
 from conftest import fill
 from held_out_loss import losses_by_scheme
 
-from stdit.diffusion.levels import SCHEMES
+from stdit.diffusion.levels import MASK_STRATEGIES
 from stdit.evaluation.operations import held_out
 from stdit.model.stdit import STDiT
 from stdit.sampling.pipeline import STDiTPipeline
@@ -24,7 +24,7 @@ def pipe():
 
 def test_each_scheme_has_a_loss_at_each_level_and_the_same_again(pipe):
     found = losses_by_scheme(pipe, DATA, [0.3, 0.9])
-    assert set(found) == set(SCHEMES) - {"per_frame", "teacher"}
+    assert set(found) == set(MASK_STRATEGIES) - {"per_frame", "teacher_forcing"}
     assert all(len(losses) == 2 and min(losses) > 0 for losses in found.values())
     assert losses_by_scheme(pipe, DATA, [0.3, 0.9]) == found
     assert losses_by_scheme(pipe, DATA, [0.3])["prefix"] == found["prefix"][:1]

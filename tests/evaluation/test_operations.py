@@ -66,7 +66,7 @@ def test_an_edit_that_changes_nothing_keeps_the_shape_and_disobeys_the_label():
 
 def test_held_out_clips_are_none_of_those_that_training_draws():
     from stdit.data.shapes import random_clip
-    from stdit.keys import keyed_rng
+    from stdit.rng import keyed_rng
 
     drawn = [random_clip(keyed_rng("sample", 5, i), i, 17, 64, "straight").start for i in range(12)]
     assert not any(truth.start in drawn for truth in DATA.truths)
@@ -75,6 +75,6 @@ def test_held_out_clips_are_none_of_those_that_training_draws():
 
 
 def test_figures_say_what_was_asked_and_whether_it_was_reached():
-    assert "MISSED" in str(op.Figure("a", 0.5, "%", least=0.9))
-    assert "reached" in str(op.Figure("a", 1.5, "px", most=2.0))
-    assert "reached" not in str(op.Figure("a", 1.5, "px"))
+    assert "MISSED" in str(op.Metric("a", 0.5, "%", least=0.9))
+    assert "reached" in str(op.Metric("a", 1.5, "px", most=2.0))
+    assert "reached" not in str(op.Metric("a", 1.5, "px"))

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from stdit.data.shapes import draw, random_clip
-from stdit.evaluation.shapes import judge, report, table, wilson
-from stdit.keys import keyed_rng
+from stdit.evaluation.shapes import measure_shape, report, table, wilson
+from stdit.rng import keyed_rng
 
 
 def test_the_judge_is_right_about_drawn_clips():
@@ -12,7 +12,7 @@ def test_the_judge_is_right_about_drawn_clips():
     result = report(frames, [clip.label for clip in clips])
     assert result.shape == result.direction == result.both == result.clean == 1.0
     for clip, drawn in zip(clips, frames, strict=True):
-        seen = judge(drawn)
+        seen = measure_shape(drawn)
         assert np.hypot(*(seen.centers[0] - clip.start)) < 0.5
         assert seen.speed == pytest.approx(clip.speed, abs=0.05)
         assert np.abs(seen.color - clip.color).max() < 0.03
@@ -22,13 +22,13 @@ def test_the_judge_is_right_about_drawn_clips():
 def test_the_judge_sees_what_is_wrong():
     clip = random_clip(keyed_rng("sample", 1), 0)
     frames = draw(clip)
-    assert judge(frames[::-1]).direction == "right"
-    assert judge(frames.swapaxes(1, 2)).direction == "up"
-    assert judge(np.repeat(frames[:1], 17, axis=0)).direction is None
-    assert judge(np.full_like(frames, 90)).shape is None
+    assert measure_shape(frames[::-1]).direction == "right"
+    assert measure_shape(frames.swapaxes(1, 2)).direction == "up"
+    assert measure_shape(np.repeat(frames[:1], 17, axis=0)).direction is None
+    assert measure_shape(np.full_like(frames, 90)).shape is None
     rng = np.random.default_rng(0)
-    assert judge(rng.integers(0, 255, frames.shape, dtype=np.uint8)).shape is None
-    shuffled = judge(frames[rng.permutation(17)])
+    assert measure_shape(rng.integers(0, 255, frames.shape, dtype=np.uint8)).shape is None
+    shuffled = measure_shape(frames[rng.permutation(17)])
     assert shuffled.unevenness > 1
 
 
@@ -40,7 +40,7 @@ def test_a_second_object_of_another_colour_is_seen():
     both[:, 2:14, 2:14] = [10, 250, 120]
     assert report([alone], [1]).clean == 1
     assert report([both], [1]).clean == 0
-    assert judge(alone).strange < 0.02 < judge(both).strange
+    assert measure_shape(alone).strange < 0.02 < measure_shape(both).strange
 
 
 def test_a_bent_path_is_measured():
@@ -48,7 +48,7 @@ def test_a_bent_path_is_measured():
     frames = draw(clip).copy()
     for i in range(17):
         frames[i] = np.roll(frames[i], round(3 * np.sin(i)), axis=0)
-    assert judge(frames).bend > 1.5
+    assert measure_shape(frames).bend > 1.5
 
 
 def test_intervals_hold_the_share_and_narrow_with_more_clips():

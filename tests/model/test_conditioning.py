@@ -114,7 +114,7 @@ def test_a_gated_block_is_the_identity_when_fresh(conditioning, worded):
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @torch.no_grad()
 def test_a_cache_serves_every_conditioning(conditioning):
-    told = model(conditioning=conditioning, causal=True, window=2, time_entry="rotary")
+    told = model(conditioning=conditioning, causal=True, window=2, position_encoding="rope")
     (x, t, labels), cache, parts = inputs(), FrameCache(2), []
     cache.writing = True
     for i in range(3):
@@ -139,12 +139,12 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="Did you mean 'adaln_zero'"):
         model(conditioning="adaln_zeros")
     with pytest.raises(ValueError, match="causal model's cache"):
-        model(conditioning="in_context", caption_channels=12, causal=True, time_entry="rotary")
+        model(conditioning="in_context", caption_channels=12, causal=True, position_encoding="rope")
     with pytest.raises(ValueError, match="without caption_channels"):
         model()(x, t, labels, **captions())
     with pytest.raises(ValueError, match="give captions"):
         model(caption_channels=12)(x, t, labels)
-    with pytest.raises(ValueError, match=r"objective\.shares\.region=0"):
+    with pytest.raises(ValueError, match=r"objective\.mask_probs\.region=0"):
         model(conditioning="in_context")(x, torch.rand(2, 3, 16), labels)
     with pytest.raises(ValueError, match="batches of one shape"):
         model(conditioning="cross_attention")([x[0]], [t[0]], labels[:1])

@@ -7,7 +7,7 @@ import torch
 from stdit.model.config import size_arguments
 from stdit.model.cost import forward_cost, training_memory
 from stdit.model.stdit import STDiT
-from stdit.nn.positions import space_positions
+from stdit.nn.positions import spatial_pos_embed
 
 IMAGE = {"num_classes": 1000, "in_channels": 4, "axes": ["spatial"]}
 
@@ -89,7 +89,7 @@ def test_saved_activations_are_those_of_a_real_forward_pass():
 
 def test_planning_leaves_no_trace_in_the_position_tables():
     memory()
-    assert type(space_positions(8, 8, 64)) is torch.Tensor
+    assert type(spatial_pos_embed(8, 8, 64)) is torch.Tensor
 
 
 CONFIG = """

@@ -8,18 +8,18 @@ from stdit.config import Config, load_typed
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.stdit import STDiT
 from stdit.model.trunks import Trunk
-from stdit.nn.embedders import PlaceTable
-from stdit.nn.layout import Dense
+from stdit.nn.embedders import LearnedPosEmbed
+from stdit.nn.layout import DenseLayout
 from stdit.prompt import Prompt
 from stdit.training.optim import build_optimizers
 from stdit.training.step import Clips, diffusion_losses
 
 TRUNKS = {
-    "u-vit": {"trunk": "long_skip", "depth": 5, "conditioning": "in_context", "learned_places": True, "time_mlp": False,
-              "gelu": "none", "output_conv": True},
-    "mdt": {"trunk": "masked", "depth": 4, "decode_depth": 2, "learned_places": True, "place_bias": True},
-    "diffit": {"trunk": "u_shape", "depth": 3, "conditioning": "time_attention", "place_bias": True},
-    "long skips and adaLN": {"trunk": "long_skip", "depth": 4, "learned_places": True},
+    "u-vit": {"trunk": "long_skip", "depth": 5, "conditioning": "in_context", "learned_pos_embed": True, "timestep_mlp": False,
+              "gelu": "exact", "output_conv": True},
+    "mdt": {"trunk": "masked", "depth": 4, "num_decoder_blocks": 2, "learned_pos_embed": True, "relative_position_bias": True},
+    "diffit": {"trunk": "u_shape", "depth": 3, "conditioning": "time_attention", "relative_position_bias": True},
+    "long skips and adaLN": {"trunk": "long_skip", "depth": 4, "learned_pos_embed": True},
 }  # fmt: skip
 
 
@@ -76,7 +76,7 @@ def test_the_us_middle_sees_a_quarter_of_the_patches_and_odd_grids_are_refused()
 
 @torch.no_grad()
 def test_a_table_of_places_bends_to_other_grids_and_keeps_its_own():
-    table = PlaceTable(4, 4, 32)
+    table = LearnedPosEmbed(4, 4, 32)
     assert torch.equal(table(4, 4), table.patches)
     twice = table(8, 8).view(8, 8, 32)
     coarse = twice.unflatten(0, (4, 2)).unflatten(2, (4, 2)).mean((1, 3))
@@ -108,7 +108,7 @@ def test_a_hidden_patch_reaches_the_decoder_by_the_long_skip_alone():
 
 
 def test_kept_patches_fold_and_unfold_with_their_spots():
-    layout = Dense((2, 2, 3)).keeping(torch.tensor([[0, 5], [3, 1]]))
+    layout = DenseLayout((2, 2, 3)).keeping(torch.tensor([[0, 5], [3, 1]]))
     tokens = torch.randn(2, 2, 2, 4)
     for axis in ("joint", "spatial", "temporal"):
         assert torch.equal(layout.unfold(layout.fold(tokens, axis), axis), tokens)
@@ -132,7 +132,7 @@ def test_masking_trains_on_all_patches_and_on_some_and_is_a_function_of_the_key(
     assert torch.equal(both, losses(0.5))
     assert not torch.equal(both, losses(0.6))
     both.mean().backward()
-    assert network.wiring.token.grad.abs().sum() > 0
+    assert network.trunk.mask_token.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -140,12 +140,12 @@ def test_masking_trains_on_all_patches_and_on_some_and_is_a_function_of_the_key(
     [
         ({"trunk": "unet"}, "trunk"),
         ({"depth": 5}, "such as depth=4"),
-        ({"trunk": "u_shape", "depth": 2, "place_bias": False}, "3 blocks or more"),
+        ({"trunk": "u_shape", "depth": 2, "relative_position_bias": False}, "3 blocks or more"),
         ({"conditioning": "in_context"}, "and adaln_zero"),
-        ({"conditioning": "in_context", "place_bias": False}, "use adaln_zero"),
-        ({"single_depth": 1}, "belongs to trunk='joint'"),
-        ({"trunk": "joint", "caption_channels": 8}, "use place_bias=false"),
-        ({"time_entry": "rotary_3d"}, "use adaln_zero"),
+        ({"conditioning": "in_context", "relative_position_bias": False}, "use adaln_zero"),
+        ({"num_single_blocks": 1}, "belongs to trunk='dual_stream'"),
+        ({"trunk": "dual_stream", "caption_channels": 8}, "use relative_position_bias=false"),
+        ({"position_encoding": "rope_3d"}, "use adaln_zero"),
     ],
 )
 def test_wirings_that_make_no_sense_are_refused(changes, message):
@@ -179,10 +179,10 @@ def test_a_wiring_from_anywhere_is_one_class_and_one_row(monkeypatch, tmp_path):
         [(0, 3, 0), (0, 3, 1)], network.patch_size,
     ).clips  # fmt: skip
     loss.mean().backward()
-    assert network.wiring.gate.grad.abs().sum() > 0
+    assert network.trunk.gate.grad.abs().sum() > 0
     network.save_pretrained(tmp_path)
-    assert torch.equal(STDiT.from_pretrained(tmp_path).wiring.gate, network.wiring.gate)
-    config = load_typed(Config, "configs/video.yaml", ["model.trunk=twice", "objective.scheme=shared"])
+    assert torch.equal(STDiT.from_pretrained(tmp_path).trunk.gate, network.trunk.gate)
+    config = load_typed(Config, "configs/video.yaml", ["model.trunk=twice", "objective.mask_strategy=shared"])
     assert config.model.trunk == "twice"
 
 
@@ -200,7 +200,7 @@ def test_accelerate_spreads_a_model_over_devices_and_disk(name, tmp_path):
 
 @pytest.mark.parametrize("name", TRUNKS)
 def test_muon_takes_matrices_and_no_tables(name):
-    network = model(name, conditions=["fps"])
+    network = model(name, micro_conditions=["fps"])
     muon, rest = build_optimizers(network, "muon", 1e-3)
     names = {id(p): key for key, p in network.named_parameters()}
     shapes = {p.data_ptr(): names[id(p)] for p in network.parameters()}
@@ -217,23 +217,29 @@ def test_muon_takes_matrices_and_no_tables(name):
     ("overrides", "message"),
     [
         (["objective.mask_ratio=0.3"], "of model.trunk=masked"),
-        (["objective.mask_ratio=0.3", "model.trunk=masked", "objective.scheme=prefix"], "known frames must be seen"),
         (
-            ["model.conditioning=in_context", "objective.scheme=mixed", "objective.shares.region=0.1"],
-            "objective.shares.region=0",
+            ["objective.mask_ratio=0.3", "model.trunk=masked", "objective.mask_strategy=prefix"],
+            "known frames must be seen",
+        ),
+        (
+            ["model.conditioning=in_context", "objective.mask_strategy=mixed", "objective.mask_probs.region=0.1"],
+            "objective.mask_probs.region=0",
         ),
         (["model.caption_channels=64"], "text.encoder"),
         (["model.conditioning=in_context", "data.packing=true", "data.sizes=[[17,64,64]]"], "data.packing=false"),
-        (["model.trunk=joint"], "text.encoder=words"),
+        (["model.trunk=dual_stream"], "text.encoder=words"),
         (["model.trunk=masked", "data.packing=true", "data.sizes=[[17,64,64]]"], "one of stack, long_skip"),
-        (["model.trunk=u_shape", "objective.scheme=mixed", "objective.shares.region=0.1"], "objective.shares.region=0"),
-        (["model.network=unet", "model.conditions=[fps]"], "none of model.conditions"),
+        (
+            ["model.trunk=u_shape", "objective.mask_strategy=mixed", "objective.mask_probs.region=0.1"],
+            "objective.mask_probs.region=0",
+        ),
+        (["model.network=unet", "model.micro_conditions=[fps]"], "none of model.micro_conditions"),
         (["model.network=unet", "model.trunk=long_skip"], "none of model.trunk=long_skip"),
         (["model.causal=true", "model.sink=1", "data.sizes=[[33,64,64]]"], "data.num_frames=33"),
         (["model.conditioning=adaln_zer"], "Did you mean 'adaln_zero'"),
-        (["objective.scheme=teacher"], "model.causal=true"),
+        (["objective.mask_strategy=teacher_forcing"], "model.causal=true"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused_when_they_are_read(overrides, message):
     with pytest.raises(ValueError, match=message):
-        load_typed(Config, "configs/video.yaml", ["objective.scheme=shared", *overrides])
+        load_typed(Config, "configs/video.yaml", ["objective.mask_strategy=shared", *overrides])

@@ -87,13 +87,13 @@ def test_without_a_learned_variance_ddpm_compares_the_noise_alone():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["objective.scheme=mixed"], "objective.scheme=shared"),
+        (["objective.mask_strategy=mixed"], "objective.mask_strategy=shared"),
         (["data.packing=true", "data.sizes=[[5,64,64]]"], "data.packing=false"),
     ],
 )
 def test_what_a_unet_cannot_do_is_refused_when_the_config_is_read(overrides, message):
     with pytest.raises(ValueError, match=message):
-        load_typed(Config, "configs/video.yaml", ["model.network=unet", "objective.scheme=shared", *overrides])
+        load_typed(Config, "configs/video.yaml", ["model.network=unet", "objective.mask_strategy=shared", *overrides])
 
 
 @pytest.mark.parametrize(("changes", "message"), [({"channels": (8,)}, "two widths"), ({"causal": True}, "not causal")])

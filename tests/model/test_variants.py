@@ -7,19 +7,19 @@ from conftest import fill
 from stdit.data.config import DataConfig
 from stdit.data.datasets import MovingShapes
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
-from stdit.keys import keyed_rng
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.prompt import Prompt
+from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
-from stdit.text import Words
+from stdit.text import HashedWordEncoder
 from stdit.training.optim import build_optimizers
 from stdit.training.step import Clips, diffusion_losses
 from stdit.vae import load_vae
 
-UVIT = {"trunk": "long_skip", "depth": 3, "conditioning": "in_context", "learned_places": True, "time_mlp": False,
-        "gelu": "none", "output_conv": True}  # fmt: skip
+UVIT = {"trunk": "long_skip", "depth": 3, "conditioning": "in_context", "learned_pos_embed": True, "timestep_mlp": False,
+        "gelu": "exact", "output_conv": True}  # fmt: skip
 VARIANTS = {
     "adaLN-Zero": {},
     "adaLN": {"conditioning": "adaln"},
@@ -30,11 +30,23 @@ VARIANTS = {
     "factorized": {"axes": ["spatial", "temporal"]},
     "captions": {"conditioning": "adaln_single", "caption_channels": 64, "num_classes": 0},
     "U-ViT": UVIT,
-    "MDT v2": {"trunk": "masked", "depth": 3, "decode_depth": 1, "learned_places": True, "place_bias": True},
-    "DiffiT": {"conditioning": "time_attention", "place_bias": True},
-    "DiffiT's U": {"conditioning": "time_attention", "trunk": "u_shape", "depth": 3, "place_bias": True},
-    "MMDiT": {"trunk": "joint", "caption_channels": 64, "qk_norm": True},
-    "FLUX": {"trunk": "joint", "single_depth": 1, "caption_channels": 64, "qk_norm": True, "time_entry": "rotary_3d"},
+    "MDT v2": {
+        "trunk": "masked",
+        "depth": 3,
+        "num_decoder_blocks": 1,
+        "learned_pos_embed": True,
+        "relative_position_bias": True,
+    },
+    "DiffiT": {"conditioning": "time_attention", "relative_position_bias": True},
+    "DiffiT's U": {"conditioning": "time_attention", "trunk": "u_shape", "depth": 3, "relative_position_bias": True},
+    "MMDiT": {"trunk": "dual_stream", "caption_channels": 64, "qk_norm": True},
+    "FLUX": {
+        "trunk": "dual_stream",
+        "num_single_blocks": 1,
+        "caption_channels": 64,
+        "qk_norm": True,
+        "position_encoding": "rope_3d",
+    },
     "U-Net": {"network": "unet", "channels": (16, 32)},
 }
 # Their papers: gates that begin at zero. The others begin as plain transformers (or convolutions) do.
@@ -60,7 +72,7 @@ def shapes():
     pixels = torch.stack([data.load(i, keyed_rng("sample", 0, i))["pixels"] for i in range(48)])
     with torch.no_grad():
         latents = vae.encode(pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
-    words = Words().encode([data.caption(i) for i in range(48)])
+    words = HashedWordEncoder().encode([data.caption(i) for i in range(48)])
     return vae, latents, torch.tensor([data.label(i) for i in range(48)]), words
 
 
@@ -103,8 +115,8 @@ def test_one_frame_is_an_image(name, shapes):
     prompt, t = told(model, labels, words, slice(2)), torch.tensor([100.0, 900.0])
     one = model(latents[:2, :, :1], t, **prompt.named())
     # Axes make no difference to one frame, nor does how time is told: an image carries no trace of it.
-    how = {"MMDiT": "rotary", "FLUX": "attention_rotary_3d", "factorized": "rotary"}
-    other = build(name, **({"time_entry": how[name]} if name in how else {"axes": ["spatial"]}))
+    how = {"MMDiT": "rope", "FLUX": "sincos+rope_3d", "factorized": "rope"}
+    other = build(name, **({"position_encoding": how[name]} if name in how else {"axes": ["spatial"]}))
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other.eval()(latents[:2, :, :1], t, **prompt.named()), one, atol=1e-5, rtol=1e-5)
 

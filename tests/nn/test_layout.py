@@ -5,14 +5,14 @@ from conftest import fill
 
 from stdit.model.stdit import STDiT
 from stdit.nn.cache import FrameCache
-from stdit.nn.layout import AXES, Packed
+from stdit.nn.layout import AXES, PackedLayout
 from stdit.nn.positions import rotate
 
 
-def causal(axes, window, entry="rotary", **changes):
+def causal(axes, window, entry="rope", **changes):
     arguments = {"depth": 3, "hidden_size": 32, "num_heads": 4, "in_channels": 4, "num_classes": 3, "qk_norm": True,
                  "sample_size": (6, 4, 4), **changes}  # fmt: skip
-    return fill(STDiT(**arguments, axes=axes, causal=True, window=window, time_entry=entry), 0.1).eval()
+    return fill(STDiT(**arguments, axes=axes, causal=True, window=window, position_encoding=entry), 0.1).eval()
 
 
 def inputs(frames=6):
@@ -21,7 +21,7 @@ def inputs(frames=6):
 
 @pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"]], ids="-".join)
 @pytest.mark.parametrize(("window", "sink"), [(None, 0), (2, 0), (3, 0), (2, 1), (3, 2)])
-@pytest.mark.parametrize("entry", ["rotary", "rotary_3d"])
+@pytest.mark.parametrize("entry", ["rope", "rope_3d"])
 @torch.no_grad()
 def test_frame_by_frame_with_a_cache_equals_all_frames_at_once(axes, window, sink, entry):
     model, (x, t, labels), cache = causal(axes, window, entry, sink=sink), inputs(), FrameCache(window, sink)
@@ -98,7 +98,7 @@ def test_a_sink_that_was_not_learnt_or_would_not_be_exact_is_refused():
 
 @torch.no_grad()
 def test_squeezed_positions_leave_the_time_of_a_causal_model_alone():
-    model, (x, t, labels), cache = causal(["joint"], 3, positions="interpolate"), inputs(), FrameCache(3)
+    model, (x, t, labels), cache = causal(["joint"], 3, pos_scaling="interpolate"), inputs(), FrameCache(3)
     cache.writing = True
     parts = [model(x[:, :, i : i + 1], t[:, i : i + 1], labels, cache=cache) for i in range(6)]
     torch.testing.assert_close(torch.cat(parts, 2), model(x, t, labels), atol=1e-5, rtol=1e-5)
@@ -118,7 +118,7 @@ def test_rotary_time_knows_distances_only():
 
 @pytest.mark.parametrize("axis", AXES)
 def test_packing_folds_and_unfolds_to_where_it_was(axis):
-    packed = Packed([(2, 2, 3), (1, 2, 2), (3, 1, 2)])
+    packed = PackedLayout([(2, 2, 3), (1, 2, 2), (3, 1, 2)])
     tokens = torch.arange(12 + 4 + 6).float().view(1, 1, -1, 1)
     folded = packed.fold(tokens, axis)
     assert torch.equal(packed.unfold(folded, axis), tokens)
@@ -129,11 +129,11 @@ def test_packing_folds_and_unfolds_to_where_it_was(axis):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"causal": True}, "needs time_entry='rotary' or"),
-        ({"causal": True, "time_entry": "rotary", "axes": ["spatial"]}, "joint or temporal attention"),
+        ({"causal": True}, "needs position_encoding='rope' or"),
+        ({"causal": True, "position_encoding": "rope", "axes": ["spatial"]}, "joint or temporal attention"),
         ({"window": 3}, "of a causal model"),
-        ({"causal": True, "time_entry": "rotary", "window": 1}, "a window is 2 frames or more"),
-        ({"positions": "interpolat"}, "Did you mean 'interpolate'"),
+        ({"causal": True, "position_encoding": "rope", "window": 1}, "a window is 2 frames or more"),
+        ({"pos_scaling": "interpolat"}, "Did you mean 'interpolate'"),
     ],
 )
 def test_causal_models_that_make_no_sense_are_refused(changes, message):
@@ -145,7 +145,7 @@ def test_causal_models_that_make_no_sense_are_refused(changes, message):
 def test_positions_interpolate_into_the_trained_grid_or_go_on_counting(tiny_model):
     x, t = torch.randn(1, 4, 2, 8, 8), torch.zeros(1)
     extrapolating = tiny_model(sample_size=(2, 8, 8))
-    interpolating = tiny_model(sample_size=(2, 8, 8), positions="interpolate")
+    interpolating = tiny_model(sample_size=(2, 8, 8), pos_scaling="interpolate")
     assert torch.equal(extrapolating(x, t), interpolating(x, t))  # at the trained size they agree
     larger = torch.randn(1, 4, 2, 16, 8)
     assert not torch.allclose(extrapolating(larger, t), interpolating(larger, t))

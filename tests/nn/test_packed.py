@@ -11,9 +11,9 @@ def clips(channels=4):
 
 
 @pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"], ["spatial", "joint"]], ids="-".join)
-@pytest.mark.parametrize("entry", ["attention", "attention_rotary_3d"])
+@pytest.mark.parametrize("entry", ["sincos", "sincos+rope_3d"])
 def test_packed_equals_unpacked_in_loss_and_gradients(tiny_model, axes, entry):
-    model = tiny_model(axes=axes, time_entry=entry, qk_norm=True)
+    model = tiny_model(axes=axes, position_encoding=entry, qk_norm=True)
     latents, timesteps, labels = clips()
     losses, gradients = [], []
     for packed in (True, False):
@@ -45,6 +45,6 @@ def test_a_clip_in_a_pack_does_not_see_its_neighbours(tiny_model):
 
 def test_packs_of_models_that_cannot_are_refused(tiny_model):
     latents, timesteps, labels = clips()
-    for changes in ({"causal": True, "time_entry": "rotary"}, {"positions": "interpolate"}):
+    for changes in ({"causal": True, "position_encoding": "rope"}, {"pos_scaling": "interpolate"}):
         with pytest.raises(ValueError, match="packed sequences take models with"):
             tiny_model(**changes).packed(latents, timesteps, labels)

@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from stdit.nn.positions import space_positions, time_positions
+from stdit.nn.positions import spatial_pos_embed, temporal_pos_embed
 
 
 def dit_table(dim: int, size: int) -> np.ndarray:
@@ -13,15 +13,15 @@ def dit_table(dim: int, size: int) -> np.ndarray:
 
 
 def test_space_is_dits_table_on_a_square():
-    np.testing.assert_allclose(space_positions(4, 4, 16).numpy(), dit_table(16, 4), atol=1e-7)
+    np.testing.assert_allclose(spatial_pos_embed(4, 4, 16).numpy(), dit_table(16, 4), atol=1e-7)
 
 
 def test_any_grid_has_positions_and_a_larger_one_contains_the_smaller():
-    large, small = space_positions(5, 7, 16).unflatten(0, (5, 7)), space_positions(3, 4, 16).unflatten(0, (3, 4))
+    large, small = spatial_pos_embed(5, 7, 16).unflatten(0, (5, 7)), spatial_pos_embed(3, 4, 16).unflatten(0, (3, 4))
     assert torch.equal(large[:3, :4], small)
 
 
 def test_time_is_zero_at_frame_zero_and_distinct_after_it():
-    table = time_positions(40, 32)
+    table = temporal_pos_embed(40, 32)
     assert torch.equal(table[0], torch.zeros(32))
     assert torch.cdist(table, table).fill_diagonal_(1).min() > 1e-2

@@ -7,15 +7,15 @@ import torch
 from conftest import fill
 
 from stdit.data.shapes import draw, random_clip
-from stdit.diffusion.levels import SCHEMES
+from stdit.diffusion.levels import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.diffusion.predictions import Estimate
-from stdit.keys import keyed_rng
 from stdit.prompt import Prompt
+from stdit.rng import keyed_rng
 from stdit.sampling import sampler
+from stdit.sampling.conditioning import clamp_to_bounds, latent_masks, pixel_guided
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.pipeline import STDiTPipeline
-from stdit.sampling.place import made_patches, pixel_guided, settled
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.sampling.windows import next_window
 from stdit.vae import TinyVAE, load_vae
@@ -25,10 +25,10 @@ FAST = {"num_inference_steps": 2, "progress": False, "precision": "fp32"}
 
 @pytest.fixture
 def make(tiny_model):
-    def build(schemes=tuple(SCHEMES), **changes) -> STDiTPipeline:
+    def build(schemes=tuple(MASK_STRATEGIES), **changes) -> STDiTPipeline:
         model = tiny_model(in_channels=16, num_classes=0, learn_sigma=False, sample_size=(3, 4, 4), **changes)
         vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
-        return STDiTPipeline(model, vae, STDiTScheduler("flow"), 9, 32, 32, 8.0, "flow", schemes=list(schemes))
+        return STDiTPipeline(model, vae, STDiTScheduler("flow"), 9, 32, 32, 8.0, "flow", mask_strategies=list(schemes))
 
     return build
 
@@ -60,7 +60,7 @@ def test_pixel_guidance_brings_known_pixels_of_partly_known_patches_into_the_est
     shape = random_clip(keyed_rng("sample", 0), 0, 9, 32)
     pixels = torch.from_numpy(draw(shape)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     made = torch.arange(9)[:, None, None] % 2 == 1
-    todo, partly = made_patches(made, vae, (1, 2, 2))
+    todo, partly = latent_masks(made, vae, (1, 2, 2))
     assert partly.any()
     other = vae.encode(torch.full_like(pixels, 0.2))
     path = build_objective(ObjectiveConfig()).path
@@ -82,14 +82,14 @@ def test_pixel_guidance_brings_known_pixels_of_partly_known_patches_into_the_est
 def test_what_lies_nearly_between_its_neighbours_is_taken_to_lie_between():
     between = torch.stack([torch.zeros(1, 3, 1, 1, 4), torch.full((1, 3, 1, 1, 4), 0.5)])
     decoded = torch.tensor([0.25, 0.7, -0.3, 1.0]).view(1, 1, 1, 1, 4).expand(1, 3, 1, 1, 4)
-    assert settled(decoded, between)[0, 0, 0, 0].tolist() == pytest.approx([0.25, 0.5, 0.0, 1.0])
-    assert settled(decoded, None) is decoded
+    assert clamp_to_bounds(decoded, between)[0, 0, 0, 0].tolist() == pytest.approx([0.25, 0.5, 0.0, 1.0])
+    assert clamp_to_bounds(decoded, None) is decoded
 
 
 def test_arrangements_windows_and_overlap_reach_the_plan(make, monkeypatch):
     pipe, arranged, windows = make(), [], []
-    arrange, window = sampler.arrange, sampler.next_window
-    monkeypatch.setattr(sampler, "arrange", lambda *a: arranged.append((len(a[0]), *a[2:])) or arrange(*a))
+    make_schedule, window = sampler.make_schedule, sampler.next_window
+    monkeypatch.setattr(sampler, "make_schedule", lambda *a: arranged.append((len(a[0]), *a[2:])) or make_schedule(*a))
     monkeypatch.setattr(sampler, "next_window", lambda *a: windows.append(a[1:]) or window(*a))
     pipe.extend(clip(5), after=4, **FAST)
     pipe.extend(clip(5), after=12, arrangement="pyramid", every=2, overlap=1, **FAST)
@@ -129,7 +129,7 @@ def told(pipe):
 
 
 def test_a_model_that_is_told_rate_length_and_size_is_told_those_of_the_clip(make):
-    pipe = make(conditions=["fps", "seconds", "height", "width"])
+    pipe = make(micro_conditions=["fps", "seconds", "height", "width"])
     seen = told(pipe)
     pipe.extend(clip(5, height=64), after=4, **FAST)
     assert seen.pop().tolist() == [[8.0, 9 / 8, 64.0, 32.0]]
@@ -142,7 +142,7 @@ def test_a_model_that_is_told_rate_length_and_size_is_told_those_of_the_clip(mak
 
 
 def test_a_stream_is_told_its_rate(make):
-    pipe = make(causal=True, window=3, time_entry="rotary", conditions=["fps"])
+    pipe = make(causal=True, window=3, position_encoding="rope", micro_conditions=["fps"])
     seen = told(pipe)
     list(pipe.stream(clip(5), 8, num_inference_steps=1, precision="fp32", fps=4.0))
     assert {float(info) for info in seen} == {4.0}
@@ -155,15 +155,15 @@ def test_interpolated_clips_hold_the_frames_that_were_there(make, factor):
 
 
 def test_where_patches_of_other_sizes_stand_can_be_chosen_after_training(make):
-    pipe = make(time_entry="rotary_3d")
+    pipe = make(position_encoding="rope_3d")
     at = {}
-    for positions in ("extrapolate", "interpolate"):
-        pipe.transformer.set_positions(positions)
+    for positions in ("none", "interpolate"):
+        pipe.transformer.set_pos_scaling(positions)
         at[positions] = [pipe(num_videos=1, num_frames=9, height=h, width=32, **FAST) for h in (32, 64)]
-    assert torch.equal(at["extrapolate"][0], at["interpolate"][0])
-    assert not torch.allclose(at["extrapolate"][1], at["interpolate"][1])
+    assert torch.equal(at["none"][0], at["interpolate"][0])
+    assert not torch.allclose(at["none"][1], at["interpolate"][1])
     with pytest.raises(ValueError, match="Did you mean 'interpolate'"):
-        pipe.transformer.set_positions("interpolated")
+        pipe.transformer.set_pos_scaling("interpolated")
 
 
 def test_a_window_of_one_group_goes_forward(make):
@@ -222,12 +222,12 @@ def test_choices_that_make_no_sense_are_refused_before_the_model_runs(make, call
 )
 def test_a_causal_model_refuses_what_a_stream_cannot_do(make, option, message):
     with pytest.raises(ValueError, match=message):
-        make(causal=True, window=3, time_entry="rotary").extend(clip(5), after=4, **option, **FAST)
+        make(causal=True, window=3, position_encoding="rope").extend(clip(5), after=4, **option, **FAST)
 
 
 def test_a_causal_model_without_a_window_warns_beyond_its_length(make):
     with pytest.warns(UserWarning, match="trained on 9 frames without a window: for 13"):
-        make(causal=True, time_entry="rotary").extend(clip(5), after=8, **FAST)
+        make(causal=True, position_encoding="rope").extend(clip(5), after=8, **FAST)
 
 
 def test_a_model_of_levels_by_frame_takes_masks_of_whole_frames_and_refuses_others(make):
@@ -252,9 +252,9 @@ def test_a_model_of_levels_by_frame_takes_masks_of_whole_frames_and_refuses_othe
 )
 def test_a_model_warns_of_known_frames_where_it_saw_none(make, schemes, call):
     with pytest.warns(
-        UserWarning, match=f"trained with objective.scheme={', '.join(schemes)} and has not seen"
+        UserWarning, match=f"trained with objective.mask_strategy={', '.join(schemes)} and has not seen"
     ) as said:
-        call(make(schemes=schemes))
+        call(make(schemes))
     assert said[0].filename == __file__  # it points at the caller
 
 
@@ -265,8 +265,10 @@ def test_a_model_does_not_warn_of_what_it_was_trained_for(make):
     make(schemes=["ends"]).loop(clip(5), 4, **FAST)
     make(schemes=["per_frame"]).interpolate(clip(5), 2, **FAST)
     make(schemes=["prefix"]).edit(clip(5), 0.0, **FAST)
-    make(causal=True, time_entry="rotary").edit(clip(17), 0.5, **FAST)
-    make(schemes=["teacher"], causal=True, window=3, time_entry="rotary").extend(clip(5), after=4, **FAST)
+    make(causal=True, position_encoding="rope").edit(clip(17), 0.5, **FAST)
+    make(schemes=["teacher_forcing"], causal=True, window=3, position_encoding="rope").extend(
+        clip(5), after=4, **FAST
+    )
 
 
 def test_guidance_toward_history_says_when_there_is_none(make):

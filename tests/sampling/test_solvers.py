@@ -6,7 +6,7 @@ from conftest import from_noise
 
 from stdit.diffusion.paths import DDPMPath, FlowPath, like
 from stdit.diffusion.predictions import Estimate
-from stdit.sampling.plan import Plan, arrange, check
+from stdit.sampling.schedule import Schedule, check, make_schedule
 from stdit.sampling.solvers import SOLVERS, solve
 
 SPREAD = 0.5  # data is normal with this standard deviation: the ideal network is known in closed form
@@ -69,9 +69,9 @@ def test_ancestral_sampling_ends_at_the_datas_spread(learned):
 @pytest.mark.parametrize("path", [FlowPath(), DDPMPath()])
 def test_known_frames_never_move_by_a_bit(path, solver):
     x = torch.randn(2, 3, 5, 4, 4)
-    levels = arrange(path.schedule(7), torch.ones(5, dtype=torch.bool)).clone()
+    levels = make_schedule(path.schedule(7), torch.ones(5, dtype=torch.bool)).clone()
     levels[:, [0, 3]] = 0
-    end = solve(Plan(x, levels), lambda x, t: Estimate(torch.randn_like(x), torch.randn_like(x)), path, solver)
+    end = solve(Schedule(x, levels), lambda x, t: Estimate(torch.randn_like(x), torch.randn_like(x)), path, solver)
     assert torch.equal(end[:, :, [0, 3]], x[:, :, [0, 3]])
     assert torch.isfinite(end).all()
     assert not torch.equal(end[:, :, 1], x[:, :, 1])
@@ -81,18 +81,18 @@ def test_frames_at_their_own_levels_go_the_way_they_would_go_alone():
     path, noise = FlowPath(), torch.randn(1, 1, 2, 4, 4, dtype=torch.float64)
     fast = torch.cat([torch.linspace(1, 0, 11), torch.zeros(5)])
     slow = torch.cat([torch.ones(5), torch.linspace(1, 0, 11)])
-    both = solve(Plan(noise, torch.stack([fast, slow], 1).double()), ideal(path), path, "euler")
+    both = solve(Schedule(noise, torch.stack([fast, slow], 1).double()), ideal(path), path, "euler")
     for frame, column in enumerate((fast, slow)):
-        alone = solve(Plan(noise[:, :, frame : frame + 1], column[:, None].double()), ideal(path), path, "euler")
+        alone = solve(Schedule(noise[:, :, frame : frame + 1], column[:, None].double()), ideal(path), path, "euler")
         torch.testing.assert_close(both[:, :, frame : frame + 1], alone)
 
 
 def test_a_plan_that_rises_or_does_not_end_clean_is_a_defect():
     x = torch.zeros(1, 1, 1, 2, 2)
-    check(Plan(x, torch.tensor([[1.0], [0.5], [0.0]])))
+    check(Schedule(x, torch.tensor([[1.0], [0.5], [0.0]])))
     for column in ([1.0, 0.5], [0.5, 1.0, 0.0]):
         with pytest.raises(AssertionError):
-            check(Plan(x, torch.tensor(column)[:, None]))
+            check(Schedule(x, torch.tensor(column)[:, None]))
 
 
 def test_an_unknown_solver_names_the_nearest():

@@ -5,14 +5,14 @@ import torch
 from conftest import fill
 
 from stdit.data.shapes import draw, random_clip
-from stdit.diffusion.levels import SCHEMES
-from stdit.keys import keyed_rng
+from stdit.diffusion.levels import MASK_STRATEGIES
+from stdit.rng import keyed_rng
 from stdit.sampling import tasks
+from stdit.sampling.conditioning import encode_known, latent_masks, paste
 from stdit.sampling.pipeline import STDiTPipeline
-from stdit.sampling.place import encode_known, made_patches, paste
 from stdit.sampling.sampler import Sampler
 from stdit.sampling.scheduler import STDiTScheduler
-from stdit.sampling.tasks import Canvas, surround
+from stdit.sampling.tasks import Canvas, outpaint_canvas
 from stdit.sampling.windows import next_window
 from stdit.vae import TinyVAE, load_vae
 
@@ -21,12 +21,14 @@ FAST = {"num_inference_steps": 2, "progress": False, "precision": "fp32"}
 
 @pytest.fixture
 def make(tiny_model):
-    def build(objective="flow", schemes=tuple(SCHEMES), **changes) -> STDiTPipeline:
+    def build(objective="flow", schemes=tuple(MASK_STRATEGIES), **changes) -> STDiTPipeline:
         model = tiny_model(
             in_channels=16, num_classes=3, class_names=["a", "b", "c"], learn_sigma=objective == "ddpm", **changes
         )
         vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
-        return STDiTPipeline(model, vae, STDiTScheduler(objective), 9, 32, 32, 8.0, objective, schemes=list(schemes))
+        return STDiTPipeline(
+            model, vae, STDiTScheduler(objective), 9, 32, 32, 8.0, objective, mask_strategies=list(schemes)
+        )
 
     return build
 
@@ -95,7 +97,7 @@ def test_a_goal_that_fills_no_group_stands_still_until_the_window_that_closes_th
     assert filled.shape == given.shape
     assert torch.equal(filled[:, :, head + gap :], given[:, :, head + gap :])
     closing = next(w for w in windows if not w.made[-1])
-    todo, _ = made_patches(closing.made, pipe.video_vae, (1, 1, 1))
+    todo, _ = latent_masks(closing.made, pipe.video_vae, (1, 1, 1))
     assert not todo.flatten(1).any(1)[-1]
     if tail < 4:
         assert torch.equal(closing.pixels[:, :, -1], given[:, :, -1])
@@ -113,7 +115,7 @@ def test_what_is_led_up_to_from_nothing_does_not_stand_still(make):
         tasks.extend(clip(1), 8, 0, vae),
         tasks.extend(clip(7), 8, 0, vae),
     ):
-        assert tasks.in_groups(canvas, vae) is canvas
+        assert tasks.pad_to_groups(canvas, vae) is canvas
 
 
 @pytest.mark.parametrize(("head", "gap", "tail"), [(2, 4, 0), (3, 14, 0), (4, 16, 0), (2, 12, 3), (4, 8, 1)])
@@ -121,8 +123,8 @@ def test_of_a_clip_shorter_than_a_group_the_model_sees_every_frame(make, head, g
     pipe, given = make(), clip(head + gap + tail)
     made = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
     made[head : head + gap] = True
-    canvas = tasks.in_groups(Canvas(given, made), pipe.video_vae)
-    todo, partly = made_patches(canvas.made, pipe.video_vae, (1, 1, 1))
+    canvas = tasks.pad_to_groups(Canvas(given, made), pipe.video_vae)
+    todo, partly = latent_masks(canvas.made, pipe.video_vae, (1, 1, 1))
     assert not partly.any()
     assert (~todo).sum() == 2 + bool(tail)
     assert torch.equal(canvas.pixels[:, :, canvas.answer], given)
@@ -141,7 +143,7 @@ def test_an_overlap_that_a_short_clip_does_not_need_is_no_error(make):
 def test_a_loop_leads_to_a_whole_group_of_the_clip_itself(make, length):
     vae = make().video_vae
     canvas = tasks.loop(clip(length), 4, vae)
-    todo, _ = made_patches(canvas.made, vae, (1, 1, 1))
+    todo, _ = latent_masks(canvas.made, vae, (1, 1, 1))
     assert not todo[-1].any()
     assert torch.equal(canvas.pixels[:, :, length + 4 :], clip(length)[:, :, : canvas.pixels.shape[2] - length - 4])
 
@@ -161,7 +163,7 @@ def test_known_latents_are_bit_equal_from_encoding_to_the_end(make, known, monke
     made[known] = False
 
     pipe.fill(Canvas(clip(9), made), "a", **FAST)
-    todo, partly = made_patches(made, pipe.video_vae, pipe.transformer.patch_size)
+    todo, partly = latent_masks(made, pipe.video_vae, pipe.transformer.patch_size)
     with torch.no_grad():
         expected = encode_known(clip(9), made, todo, pipe.video_vae)
     assert not partly.any()
@@ -173,9 +175,9 @@ def test_a_run_inside_a_clip_does_not_depend_on_what_came_before_it():
     vae, pixels = load_vae("tiny"), clip(17)
     changed = pixels.clone()
     changed[:, :, :9] = 0
-    assert torch.equal(vae.encode_run(pixels[:, :, 9:]), vae.encode_run(changed[:, :, 9:]))
+    assert torch.equal(vae.encode_segment(pixels[:, :, 9:]), vae.encode_segment(changed[:, :, 9:]))
     alone = vae.encode(torch.cat([pixels[:, :, 9:10], pixels[:, :, 9:]], 2))[:, :, 1:]
-    assert torch.equal(vae.encode_run(pixels[:, :, 9:]), alone)
+    assert torch.equal(vae.encode_segment(pixels[:, :, 9:]), alone)
 
 
 @torch.no_grad()
@@ -187,7 +189,7 @@ def test_known_frames_survive_encode_place_decode_wherever_they_stand(known):
     pixels = drawn.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     made = torch.ones(17, 1, 1, dtype=torch.bool)
     made[known] = False
-    todo, _ = made_patches(made, vae, (1, 2, 2))
+    todo, _ = latent_masks(made, vae, (1, 2, 2))
     whole = vae.encode(pixels)
     placed = torch.where(todo.view(1, 1, -1, 1, 1), whole, encode_known(pixels, made, todo, vae))
     errors = [(vae.decode(x)[:, :, known] - pixels[:, :, known]).square().mean().log10() * 10 for x in (placed, whole)]
@@ -198,15 +200,15 @@ def test_a_patch_is_known_when_all_its_pixels_are():
     vae = TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))
     made = torch.zeros(9, 32, 48, dtype=torch.bool)
     made[3, 17, 20] = True  # one pixel of frame 3: group 1, patch row 1 of 2, column 1 of 3
-    todo, partly = made_patches(made, vae, (1, 2, 2))
+    todo, partly = latent_masks(made, vae, (1, 2, 2))
     assert todo.shape == (3, 2, 3)
     assert todo.nonzero().tolist() == partly.nonzero().tolist() == [[1, 1, 1]]
     made[1:5, 16:, 16:32] = True
-    todo, partly = made_patches(made, vae, (1, 2, 2))
+    todo, partly = latent_masks(made, vae, (1, 2, 2))
     assert todo.sum() == 1
     assert not partly.any()
     frames = torch.tensor([0, 1, 1, 1, 1, 0, 1, 0, 0]).bool().view(-1, 1, 1)
-    todo, partly = made_patches(frames, vae, (1, 2, 2))
+    todo, partly = latent_masks(frames, vae, (1, 2, 2))
     assert todo.flatten().tolist() == [False, True, True]
     assert partly.flatten().tolist() == [False, False, True]
 
@@ -269,7 +271,7 @@ def test_clips_of_any_length_are_filled_up_and_cut(make, frames):
 
 
 def causal(make):
-    return make(causal=True, window=3, time_entry="rotary", axes=["joint"])
+    return make(causal=True, window=3, position_encoding="rope", axes=["joint"])
 
 
 def test_a_causal_model_streams_what_extend_gives_in_constant_memory(make):
@@ -290,12 +292,14 @@ def test_a_causal_model_cannot_see_what_follows_and_says_so(make):
 
 
 def test_models_never_trained_for_known_frames_warn_with_what_they_were_trained_for(make):
-    with pytest.warns(UserWarning, match=r"trained with objective.scheme=shared .* train with objective.scheme=mixed"):
+    with pytest.warns(
+        UserWarning, match=r"trained with objective.mask_strategy=shared .* train with objective.mask_strategy=mixed"
+    ):
         make(schemes=["shared"]).extend(clip(5), after=4, **FAST)
 
 
 def test_outpainting_keeps_the_picture_in_the_middle(make):
-    pixels, mask = surround(clip(5), 32, 64)
+    pixels, mask = outpaint_canvas(clip(5), 32, 64)
     made = make().inpaint(pixels, mask, **FAST)
     assert made.shape == (2, 3, 5, 32, 64)
     assert torch.equal(made[..., 16:48], clip(5))
@@ -330,7 +334,7 @@ def test_outpainting_keeps_the_picture_in_the_middle(make):
         (lambda p: p.edit(clip(5)[0], 0.5), r"pixels are \(B, 3, F, H, W\)"),
         (lambda p: p.extend(clip(5), after=4, class_labels=["a", "b", "c"]), "3 class_labels for 2 clips"),
         (lambda p: p.extend(clip(5), after=4, blend=-1), "blend=-1 is negative"),
-        (lambda p: surround(clip(5), 32, 32), "leaves no room around"),
+        (lambda p: outpaint_canvas(clip(5), 32, 32), "leaves no room around"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(make, call, message):

@@ -197,18 +197,18 @@ def test_shares_are_compared_as_they_count(tmp_path, monkeypatch):
 
     def saved(scheme, shares):
         old = copy.deepcopy(defaults)
-        old["objective"] |= {"scheme": scheme, "shares": shares}
+        old["objective"] |= {"mask_strategy": scheme, "mask_probs": shares}
         save_checkpoint(folders.checkpoints, 1, {"model": {"w": torch.zeros(1)}}, {"config": old}, keep=2)
 
     def found(scheme, shares):
         now = copy.deepcopy(defaults)
-        now["objective"] |= {"scheme": scheme, "shares": {**defaults["objective"]["shares"], **shares}}
+        now["objective"] |= {"mask_strategy": scheme, "mask_probs": {**defaults["objective"]["mask_probs"], **shares}}
         return find_checkpoint(TrainConfig(), folders, now, defaults)
 
     saved("shared", {"shared": 0.5, "prefix": 0.5})  # the defaults of another day, which no step took
     assert found("shared", {}) is not None
-    none = dict.fromkeys(defaults["objective"]["shares"], 0.0)
+    none = dict.fromkeys(defaults["objective"]["mask_probs"], 0.0)
     saved("mixed", {"shared": 1.0, "prefix": 3.0})  # before there was `motion`
     assert found("mixed", {**none, "shared": 0.25, "prefix": 0.75}) is not None
-    with pytest.raises(ValueError, match=r"objective\.shares\.motion"):
+    with pytest.raises(ValueError, match=r"objective\.mask_probs\.motion"):
         found("mixed", {**none, "shared": 0.25, "prefix": 0.75, "motion": 0.1})

@@ -5,20 +5,20 @@ import torch
 from conftest import fill
 
 from stdit.data.loader import Batch
-from stdit.diffusion.levels import SCHEMES
+from stdit.diffusion.levels import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
-from stdit.keys import keyed_normal
 from stdit.prompt import Prompt
+from stdit.rng import keyed_normal
 from stdit.training.step import Clips, diffusion_losses, to_latents
 from stdit.vae import TinyVAE
 
 KEYS = [(0, 3, slot) for slot in range(4)]
-KNOWING = sorted(set(SCHEMES) - {"shared", "per_frame", "teacher"})
+KNOWING = sorted(set(MASK_STRATEGIES) - {"shared", "per_frame", "teacher_forcing"})
 
 
 def losses(scheme, model, latents=None, restarted=lambda starts: torch.zeros(int(starts.sum()), 4, 4, 4), **config):
     latents = torch.randn(4, 4, 5, 4, 4, generator=torch.Generator().manual_seed(0)) if latents is None else latents
-    objective = build_objective(ObjectiveConfig(scheme=scheme, **config))
+    objective = build_objective(ObjectiveConfig(mask_strategy=scheme, **config))
     return diffusion_losses(model, objective, [Clips(latents, restarted)], Prompt(), KEYS, (1, 2, 2)).clips
 
 
@@ -68,7 +68,7 @@ def test_the_loss_is_the_mean_of_what_is_to_be_predicted_of_each_frame(scheme):
 
 def test_every_clip_of_a_batch_takes_its_own_scheme_and_loses_what_it_loses_alone(tiny_model):
     objective = build_objective(
-        ObjectiveConfig(scheme="mixed", shares={**dict.fromkeys(KNOWING, 1.0), "shared": 4.0, "region": 5.0})
+        ObjectiveConfig(mask_strategy="mixed", mask_probs={**dict.fromkeys(KNOWING, 1.0), "shared": 4.0, "region": 5.0})
     )
     model, keys, asked = tiny_model(learn_sigma=False), [(0, 3, slot) for slot in range(16)], []
     latents, labels = torch.randn(16, 4, 3, 4, 4), torch.arange(16) % 5
@@ -117,7 +117,7 @@ def test_cached_latents_and_pixels_restart_alike():
     vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))).eval()
     frames = torch.randint(0, 256, (2, 9, 32, 32, 3), dtype=torch.uint8)
     pixels = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    alone = torch.cat([vae.encode(pixels[:, :, :1])] + [vae.encode_run(vae.group(pixels, t)) for t in (1, 2)], 2)
+    alone = torch.cat([vae.encode(pixels[:, :, :1])] + [vae.encode_segment(vae.group(pixels, t)) for t in (1, 2)], 2)
 
     def batch(**parts):
         empty = {"pixels": None, "latents": None, "restarts": None}

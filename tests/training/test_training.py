@@ -84,7 +84,9 @@ def test_a_run_leaves_the_record_that_was_promised(home):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("extra", [[], ["objective.name=ddpm"], ["objective.scheme=per_frame", "train.micro_batch=2"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["objective.name=ddpm"], ["objective.mask_strategy=per_frame", "train.micro_batch=2"]]
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, optimizer, extra):
     extra = [*extra, f"train.optimizer={optimizer}", "train.samples=0"]
     assert go("name=whole", *extra) == 0
@@ -263,8 +265,8 @@ def test_latents_of_another_vae_are_refused(home, capsys):
     "extra",
     [
         [],
-        ["model.trunk=joint", "text.encoder=words"],
-        ["model.trunk=masked", "model.depth=3", "model.decode_depth=1", "objective.mask_ratio=0.3"],
+        ["model.trunk=dual_stream", "text.encoder=words"],
+        ["model.trunk=masked", "model.depth=3", "model.num_decoder_blocks=1", "objective.mask_ratio=0.3"],
     ],
     ids=["stack", "joint", "masked"],
 )

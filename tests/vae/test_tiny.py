@@ -10,7 +10,7 @@ from stdit.data.shapes import draw, random_clip
 from stdit.data.transforms import crop, resize_short_side
 from stdit.data.video_write import to_uint8
 from stdit.evaluation.shapes import report
-from stdit.keys import keyed_rng
+from stdit.rng import keyed_rng
 from stdit.training.vae import psnr
 from stdit.vae import load_vae
 from stdit.vae.adapters import WEIGHTS

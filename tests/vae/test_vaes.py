@@ -35,7 +35,7 @@ def vae(request):
 
 @pytest.fixture(scope="module")
 def clip(vae):
-    frames = vae.pixel_frames(1) + 2 * (vae.frame_step or vae.stride[0])
+    frames = vae.pixel_frames(1) + 2 * (vae.temporal_granularity or vae.stride[0])
     return (
         torch.rand(2, 3, frames, 2 * vae.stride[1], 2 * vae.stride[2], generator=torch.Generator().manual_seed(0)) * 2
         - 1
@@ -93,7 +93,7 @@ def test_a_stream_decodes_to_the_same_clip(vae, clip):
 
 
 def test_frame_counts_that_would_be_cropped_are_refused_with_the_nearest(vae):
-    step = vae.frame_step or vae.stride[0]
+    step = vae.temporal_granularity or vae.stride[0]
     if step > 1:
         with pytest.raises(ValueError, match=f"1 \\+ a multiple of {step}. Use {1 + step} or {1 + 2 * step}"):
             vae.encode(torch.zeros(1, 3, 2 + step, 2 * vae.stride[1], 2 * vae.stride[2]))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from stdit.nn.attention import PLACES
+from stdit.nn.attention import POSITION_ENCODINGS
 from stdit.nn.cache import FrameCache
 from stdit.nn.layout import Layout
 from stdit.nn.modulation import Condition
@@ -28,12 +28,12 @@ class Build:
     times: Sequence[str]
     grid: tuple[int, int]
     conditioning: str
-    time_entry: str
+    position_encoding: str
     causal: bool
-    place_bias: bool
+    relative_position_bias: bool
     caption_channels: int | None
-    decode_depth: int
-    single_depth: int
+    num_decoder_blocks: int
+    num_single_blocks: int
     block: Callable[..., nn.Module]
 
 
@@ -63,13 +63,13 @@ class Trunk(nn.Module, ABC):
     """How blocks are wired; what it owns beside them. The blocks themselves are the model's, `blocks.0` to the last.
 
     packs: takes clips of many shapes in one row. by_patch: takes a level for every patch. hides: may learn with patches
-    hidden. wants_text: has a stream of text. idle: in some steps some parameters take no part.
+    hidden. requires_text: has a stream of text. idle: in some steps some parameters take no part.
     """
 
     packs: ClassVar[bool] = False
-    by_patch: ClassVar[bool] = True
+    supports_patch_levels: ClassVar[bool] = True
     hides: ClassVar[bool] = False
-    wants_text: ClassVar[bool] = False
+    requires_text: ClassVar[bool] = False
     idle: ClassVar[bool] = False
 
     def __init__(self, build: Build):
@@ -79,8 +79,10 @@ class Trunk(nn.Module, ABC):
     @classmethod
     def check(cls, build: Build) -> None:
         """ValueError for a depth that does not fit, and for company it does not take."""
-        if build.single_depth:
-            raise ValueError(f"single_depth={build.single_depth} belongs to trunk='joint'; leave it out.")
+        if build.num_single_blocks:
+            raise ValueError(
+                f"num_single_blocks={build.num_single_blocks} belongs to trunk='dual_stream'; leave it out."
+            )
 
     def make_blocks(self, build: Build) -> list[nn.Module]:
         return [build.block(i) for i in range(build.depth)]
@@ -97,12 +99,12 @@ class Trunk(nn.Module, ABC):
         """Tokens (B, T, S, D) through all blocks."""
 
 
-def time_entries(entry: str, axes: Sequence[str]) -> list[str]:
+def block_position_encodings(entry: str, axes: Sequence[str]) -> list[str]:
     """Where time enters each block of these axes: in every attention, or once, in the stream before the first of time."""
-    inside = [name for name in PLACES if name != "none"]
+    inside = [name for name in POSITION_ENCODINGS if name != "none"]
     if entry in inside:
         return [entry] * len(axes)
-    if entry != "stream":
-        raise ValueError(f"time_entry={entry!r} is unknown. Choose one of: {', '.join([*inside, 'stream'])}.")
+    if entry != "latte":
+        raise ValueError(f"position_encoding={entry!r} is unknown. Choose one of: {', '.join([*inside, 'latte'])}.")
     first = next((i for i, axis in enumerate(axes) if axis != "spatial"), None)
-    return ["stream" if i == first else "none" for i in range(len(axes))]
+    return ["latte" if i == first else "none" for i in range(len(axes))]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from stdit.model.trunks.base import Build, Trunk, Way
 from stdit.model.trunks.long_skip import skipping
 from stdit.nn.conditioning import CONDITIONINGS
-from stdit.nn.embedders import PlaceTable
-from stdit.nn.layout import Dense
+from stdit.nn.embedders import LearnedPosEmbed
+from stdit.nn.layout import DenseLayout
 
 
 class Masked(Trunk):
@@ -23,38 +23,41 @@ class Masked(Trunk):
 
     def __init__(self, build: Build):
         super().__init__(build)
-        self.side, self.decode_depth = build.block(0), build.decode_depth
-        self.places = PlaceTable(*build.grid, build.dim)
-        self.token = nn.Parameter(torch.zeros(build.dim))
+        self.side_interpolater, self.num_decoder_blocks = build.block(0), build.num_decoder_blocks
+        self.decoder_pos_embed = LearnedPosEmbed(*build.grid, build.dim)
+        self.mask_token = nn.Parameter(torch.zeros(build.dim))
 
     @classmethod
     def check(cls, build: Build) -> None:
         super().check(build)
-        depth, decode_depth = build.depth, build.decode_depth
-        if decode_depth < 1 or depth <= decode_depth or (depth - decode_depth) % 2:
+        depth, num_decoder_blocks = build.depth, build.num_decoder_blocks
+        if num_decoder_blocks < 1 or depth <= num_decoder_blocks or (depth - num_decoder_blocks) % 2:
             raise ValueError(
-                f"trunk='masked' with depth={depth} and decode_depth={decode_depth}: the encoder is two halves, so use a "
-                f"depth of decode_depth and an even number more, such as depth={decode_depth + 2}."
+                f"trunk='masked' with depth={depth} and num_decoder_blocks={num_decoder_blocks}: the encoder is two halves, so use a "
+                f"depth of num_decoder_blocks and an even number more, such as depth={num_decoder_blocks + 2}."
             )
-        if build.causal or CONDITIONINGS[build.conditioning].joins or build.time_entry.endswith("3d"):
+        if build.causal or CONDITIONINGS[build.conditioning].joins or build.position_encoding.endswith("3d"):
             raise ValueError(
                 f"trunk='masked' hides patches, which conditioning={build.conditioning!r}, causal={build.causal} and "
-                f"time_entry={build.time_entry!r} do not take; use adaln_zero, causal=false and time_entry='attention'."
+                f"position_encoding={build.position_encoding!r} do not take; use adaln_zero, causal=false and position_encoding='sincos'."
             )
 
     def make_blocks(self, build: Build) -> list[nn.Module]:
-        half = (build.depth - build.decode_depth) // 2
+        half = (build.depth - build.num_decoder_blocks) // 2
         return [build.block(i, skip=i >= half) for i in range(build.depth)]
 
     def reset(self) -> None:
-        nn.init.normal_(self.token, std=0.02)
-        self.side.reset()  # type: ignore[operator]
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.side_interpolater.reset()  # type: ignore[operator]
 
     def forward(self, tokens: Tensor, way: Way) -> Tensor:
-        assert isinstance(way.layout, Dense)
+        assert isinstance(way.layout, DenseLayout)
         blocks, begin, (_, rows, columns) = way.blocks, tokens, way.layout.grid
-        encoder, decoder = blocks[: len(blocks) - self.decode_depth], blocks[len(blocks) - self.decode_depth :]
-        places = self.places(rows, columns).to(tokens)
+        encoder, decoder = (
+            blocks[: len(blocks) - self.num_decoder_blocks],
+            blocks[len(blocks) - self.num_decoder_blocks :],
+        )
+        places = self.decoder_pos_embed(rows, columns).to(tokens)
         if way.kept is None:
             tokens = skipping(encoder, tokens, way) + places
         else:
@@ -69,9 +72,9 @@ class Masked(Trunk):
         """All patches again: the hidden ones as the side block guesses them, the others as they were."""
         batch, frames, _, dim = seen.shape
         where = kept[:, None, :, None].expand(-1, frames, -1, dim)
-        full = self.token.to(seen).expand(batch, frames, len(places), dim).scatter(2, where, seen) + places
+        full = self.mask_token.to(seen).expand(batch, frames, len(places), dim).scatter(2, where, seen) + places
         shown = torch.zeros(batch, len(places), dtype=torch.bool, device=seen.device).scatter(1, kept, True)
-        return torch.where(shown[:, None, :, None], full, way(self.side, full))
+        return torch.where(shown[:, None, :, None], full, way(self.side_interpolater, full))
 
 
 def _gather(tokens: Tensor, kept: Tensor) -> Tensor:

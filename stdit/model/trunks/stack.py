@@ -1,4 +1,4 @@
-"""DiT's wiring."""
+"""DiT's trunk."""
 
 from torch import Tensor
 

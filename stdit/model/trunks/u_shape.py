@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from stdit.model.trunks.base import Build, Trunk, Way
 from stdit.nn.conditioning import CONDITIONINGS
-from stdit.nn.layout import Dense
+from stdit.nn.layout import DenseLayout
 
 
 class UShape(Trunk):
@@ -15,7 +15,7 @@ class UShape(Trunk):
     Convolutions see one frame; what frames tell each other they tell by the blocks' attention.
     """
 
-    by_patch = False
+    supports_patch_levels = False
 
     def __init__(self, build: Build):
         super().__init__(build)
@@ -41,7 +41,7 @@ class UShape(Trunk):
     def forward(self, tokens: Tensor, way: Way) -> Tensor:
         """Tokens (B, T, rows * columns, D) down and up again; ValueError for a grid that cannot be halved."""
         blocks, layout = way.blocks, way.layout
-        assert isinstance(layout, Dense)
+        assert isinstance(layout, DenseLayout)
         frames, rows, columns = layout.grid
         if rows % 2 or columns % 2:
             raise ValueError(
@@ -50,9 +50,9 @@ class UShape(Trunk):
             )
         if way.condition.vector.shape[2] > 1:
             raise ValueError(
-                "trunk='u_shape' takes levels by frame, not by patch (in training objective.shares.region=0)."
+                "trunk='u_shape' takes levels by frame, not by patch (in training objective.mask_probs.region=0)."
             )
-        half = Dense((frames, rows // 2, columns // 2), layout.begin, tuple(2 * s if i else s for i, s in enumerate(layout.scale)))  # type: ignore[arg-type]  # fmt: skip
+        half = DenseLayout((frames, rows // 2, columns // 2), layout.begin, tuple(2 * s if i else s for i, s in enumerate(layout.scale)))  # type: ignore[arg-type]  # fmt: skip
         last = len(blocks) - self.outer
         kept: list[Tensor] = []
         for i, block in enumerate(blocks):

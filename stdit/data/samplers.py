@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from stdit.keys import keyed_rng
+from stdit.rng import keyed_rng
 
 
 class Size(NamedTuple):
@@ -22,17 +22,17 @@ class Size(NamedTuple):
     width: int
 
 
-class Slot(NamedTuple):
+class SampleRef(NamedTuple):
     """A sample's number and its size (None: the one of the config)."""
 
     sample: int
     size: Size | None
 
 
-class Order(Protocol):
+class BatchSampler(Protocol):
     """`batch(step)`: every slot of a step, over all processes. `others(size)`: samples that could stand in for one."""
 
-    def batch(self, step: int) -> list[Slot]: ...
+    def batch(self, step: int) -> list[SampleRef]: ...
     def others(self, size: Size | None) -> Sequence[int]: ...
 
 
@@ -47,15 +47,15 @@ def _shuffled(seed: int, epoch: int, size: int) -> np.ndarray:
     return keyed_rng("order", seed, epoch).permutation(size)
 
 
-class Uniform:
+class UniformSampler:
     """`batch_size` clips of the config's size a step."""
 
     def __init__(self, seed: int, samples: int, batch_size: int):
         self.seed, self.samples, self.batch_size = seed, samples, batch_size
 
-    def batch(self, step: int) -> list[Slot]:
+    def batch(self, step: int) -> list[SampleRef]:
         first = step * self.batch_size
-        return [Slot(sample_index(self.seed, first + i, self.samples), None) for i in range(self.batch_size)]
+        return [SampleRef(sample_index(self.seed, first + i, self.samples), None) for i in range(self.batch_size)]
 
     def others(self, size: Size | None) -> Sequence[int]:
         return range(self.samples)
@@ -78,7 +78,7 @@ def assign(shapes: Sequence[tuple[int, int, int]], sizes: Sequence[Size], seed: 
     return chosen
 
 
-class Buckets:
+class BucketSampler:
     """One size a step; each batch as many clips as `tokens` allows, a multiple of `processes`.
 
     An epoch takes every clip; the last batch of a bucket is filled up with clips of its beginning.
@@ -100,7 +100,7 @@ class Buckets:
         if not self.plan:
             raise ValueError("none of the clips is long enough for any of data.sizes; add a shorter one.")
 
-    def batch(self, step: int) -> list[Slot]:
+    def batch(self, step: int) -> list[SampleRef]:
         epoch, place = divmod(step, len(self.plan))
         which = int(_shuffled(self.seed, epoch, len(self.plan))[place])
         group = self.plan[which]
@@ -108,13 +108,13 @@ class Buckets:
         members, count = self.members[group], self.counts[group]
         order = keyed_rng("order", self.seed, epoch, group, 2).permutation(len(members))
         picked = [members[order[i % len(members)]] for i in range(number * count, (number + 1) * count)]
-        return [Slot(index, self.sizes[group]) for index in picked]
+        return [SampleRef(index, self.sizes[group]) for index in picked]
 
     def others(self, size: Size | None) -> Sequence[int]:
         return self.members[self.sizes.index(size)] if size is not None else []
 
 
-class Packs:
+class PackedSampler:
     """Clips of all sizes, as many a step as fit into `tokens`, one sequence a process without padding."""
 
     def __init__(
@@ -141,7 +141,7 @@ class Packs:
     def _epoch(self, epoch: int) -> list[list[int]]:
         return _filled(self.seed, epoch, tuple(self.usable), tuple(self.chosen), tuple(self.costs), self.tokens)
 
-    def batch(self, step: int) -> list[Slot]:
+    def batch(self, step: int) -> list[SampleRef]:
         """Slot p + i * processes is the i-th clip of process p; the shortest pack of a step says how many there are."""
         while self._starts[-1] <= step:
             self._starts.append(self._starts[-1] + -(-len(self._epoch(len(self._starts) - 1)) // self.processes))
@@ -150,7 +150,7 @@ class Packs:
         first = (step - self._starts[epoch]) * self.processes
         mine = [packs[(first + p) % len(packs)] for p in range(self.processes)]
         picked = [mine[p][i] for i in range(min(map(len, mine))) for p in range(self.processes)]
-        return [Slot(index, self.sizes[self.chosen[index] or 0]) for index in picked]
+        return [SampleRef(index, self.sizes[self.chosen[index] or 0]) for index in picked]
 
     def others(self, size: Size | None) -> Sequence[int]:
         return [i for i in self.usable if self.sizes[self.chosen[i] or 0] == size]

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from stdit.diffusion.paths import Path, like
 from stdit.diffusion.predictions import Estimate
-from stdit.sampling.plan import Plan
+from stdit.sampling.schedule import Schedule
 from stdit.sampling.solvers import Predict
 from stdit.vae import VideoVAE
 
 
-def made_patches(made: Tensor, vae: VideoVAE, patch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def latent_masks(made: Tensor, vae: VideoVAE, patch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """A mask of pixels (F, 1, 1) or (F, H, W) -> what has to be made, and of that what is known in part.
 
     Both (T, 1, 1) or (T, rows, columns) bool. A latent frame, or a patch of it, is known when all its pixels are.
@@ -48,21 +48,21 @@ def encode_known(pixels: Tensor, made: Tensor, todo: Tensor, vae: VideoVAE) -> T
             end += 1
         if end > begin:
             run = torch.cat([vae.group(pixels, t) for t in range(begin, end)], dim=2).to(vae.dtype)
-            latents[:, :, begin:end] = (vae.encode(run) if begin == 0 else vae.encode_run(run)).to(latents.dtype)
+            latents[:, :, begin:end] = (vae.encode(run) if begin == 0 else vae.encode_segment(run)).to(latents.dtype)
         begin = max(end, begin + 1)
     return latents
 
 
-def start(known: Tensor, base: Tensor | None, noise: Tensor, todo: Tensor, levels: Tensor, path: Path) -> Plan:
+def start(known: Tensor, base: Tensor | None, noise: Tensor, todo: Tensor, levels: Tensor, path: Path) -> Schedule:
     """A plan from known latents, noise, and `base`, latents to start from where the first level is below 1."""
     begun = noise
     if base is not None:
         alpha, sigma = path.alpha_sigma(like(levels[:1], noise))
         begun = alpha * base + sigma * noise
-    return Plan(torch.where(like(todo[None], noise), begun, known), levels)
+    return Schedule(torch.where(like(todo[None], noise), begun, known), levels)
 
 
-def settled(decoded: Tensor, between: Tensor | None, tolerance: float = 0.4) -> Tensor:
+def clamp_to_bounds(decoded: Tensor, between: Tensor | None, tolerance: float = 0.4) -> Tensor:
     """Made pixels nearer than `tolerance` to what their known neighbours in time span are taken to lie within it.
 
     What a VAE blurs is far smaller than that; what is really new in between is farther off and stays.
@@ -90,7 +90,7 @@ def pixel_guided(
 
     def guided(x: Tensor, levels: Tensor) -> Estimate:
         estimate = predict(x, levels)
-        decoded = settled(decode(estimate.clean).to(canvas), between)
+        decoded = clamp_to_bounds(decode(estimate.clean).to(canvas), between)
         seen = vae.encode(torch.where(made, decoded, canvas).to(vae.dtype)).to(x.dtype)
         alpha, sigma = path.alpha_sigma(like(levels, x))
         moves = like(partly[None], x) & (sigma > 0)

@@ -5,11 +5,11 @@ from diffusers.models.attention import AttentionModuleMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from stdit.nn.attention import PLACES, AxialAttnProcessor, QKNorm
-from stdit.nn.layout import Dense, Layout
+from stdit.nn.attention import POSITION_ENCODINGS, AxialAttnProcessor, QKNorm
+from stdit.nn.layout import DenseLayout, Layout
 from stdit.nn.mlp import Mlp
 from stdit.nn.modulation import AdaLN, Condition, Modulation
-from stdit.nn.positions import rotate, time_positions
+from stdit.nn.positions import rotate, temporal_pos_embed
 
 
 class JointAttnProcessor(AxialAttnProcessor):
@@ -21,7 +21,7 @@ class JointAttnProcessor(AxialAttnProcessor):
         tokens, places, length = layout.fold(video, "joint"), layout.places("joint"), text.shape[1]
         frames = places[:, 0]
         if attn.adds_time and frames.max() > 0:
-            table = time_positions(int(frames.max()) + 1, tokens.shape[-1], layout.scale[0])
+            table = temporal_pos_embed(int(frames.max()) + 1, tokens.shape[-1], layout.scale[0])
             tokens = tokens + table[frames].to(tokens)
         query, key, value = attn.heads_of(attn.qkv, tokens, attn.q_norm, attn.k_norm)
         if attn.turns:
@@ -48,9 +48,9 @@ class JointAttention(nn.Module, AttentionModuleMixin):
     is_cross_attention = False
     axis = "joint"
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, time: str = "attention", shared: bool = False):
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False, time: str = "sincos", shared: bool = False):
         super().__init__()
-        self.heads, (self.adds_time, self.turns) = num_heads, PLACES[time]
+        self.heads, (self.adds_time, self.turns) = num_heads, POSITION_ENCODINGS[time]
 
         def norm() -> nn.Module:
             return QKNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
@@ -80,15 +80,13 @@ def _for_text(modulate: nn.Module, condition: Condition) -> list[Modulation]:
     return [Modulation(*(None if part is None else part[:, 0] for part in one)) for one in said]
 
 
-class DualBlock(nn.Module):
+class DualStreamBlock(nn.Module):
     """SD3's: two streams, each with layers and adaLN-Zero of its own, that meet in attention (Esser et al., figure 2).
 
     video (B, T, S, D), text (B, N, D) -> both; the identity when fresh.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, time: str = "attention"
-    ):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, time: str = "sincos"):
         super().__init__()
 
         def norm() -> nn.Module:
@@ -106,7 +104,7 @@ class DualBlock(nn.Module):
     def forward(
         self, video: Tensor, text: Tensor, condition: Condition, layout: Layout | None = None
     ) -> tuple[Tensor, Tensor]:
-        layout = layout or Dense((video.shape[1], 1, video.shape[2]))
+        layout = layout or DenseLayout((video.shape[1], 1, video.shape[2]))
         attn_mod, mlp_mod = self.adaLN_modulation(condition)
         text_attn, text_mlp = _for_text(self.text_adaLN, condition)
         seen = None if condition.seen is None else condition.seen[:, 0]
@@ -117,12 +115,10 @@ class DualBlock(nn.Module):
         return video, text
 
 
-class SingleBlock(nn.Module):
+class SingleStreamBlock(nn.Module):
     """FLUX's: both streams through the same layers, attention and MLP beside each other. The identity when fresh."""
 
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, time: str = "attention"
-    ):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, time: str = "sincos"):
         super().__init__()
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = JointAttention(dim, num_heads, qk_norm, time, shared=True)
@@ -137,7 +133,7 @@ class SingleBlock(nn.Module):
     def forward(
         self, video: Tensor, text: Tensor, condition: Condition, layout: Layout | None = None
     ) -> tuple[Tensor, Tensor]:
-        layout = layout or Dense((video.shape[1], 1, video.shape[2]))
+        layout = layout or DenseLayout((video.shape[1], 1, video.shape[2]))
         (mod,), (text_mod,) = self.adaLN_modulation(condition), _for_text(self.adaLN_modulation, condition)
         seen = None if condition.seen is None else condition.seen[:, 0]
         shown, read = mod(self.norm(video)), text_mod(self.norm(text))

@@ -21,7 +21,7 @@ def level_sums(losses: Tensor, levels: Tensor) -> Tensor:
     return sums
 
 
-class Record:
+class MetricsLogger:
     """training_metrics.csv and training_curves.png in a run's output folder."""
 
     def __init__(self, output: Path, start_step: int):

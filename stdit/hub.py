@@ -10,7 +10,7 @@ _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+?))?(?:@([\w.-]+))?")
 _OURS = {".", "..", "checkpoints", "models", "data", "output"}  # first parts that no hub id of interest has
 
 
-def locate(name: str, what: str) -> tuple[str, dict[str, str]]:
+def resolve_source(name: str, what: str) -> tuple[str, dict[str, str]]:
     """(folder or hub id, {"subfolder", "revision"}) of a name; ValueError if it is neither.
 
     A hub id is "owner/name" or "owner/name/subfolder", with "@revision" if wanted; a folder of that name comes first.

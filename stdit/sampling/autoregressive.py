@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from stdit.diffusion.predictions import Estimate
-from stdit.keys import keyed_normal
 from stdit.nn.cache import FrameCache
 from stdit.prompt import Prompt
+from stdit.rng import keyed_normal
 from stdit.sampling.guidance import guided
-from stdit.sampling.plan import Plan
+from stdit.sampling.schedule import Schedule
 from stdit.sampling.solvers import solve
 
 if TYPE_CHECKING:
@@ -80,5 +80,5 @@ def latent_frames(
             return noise.to(known.device)
 
         solver = sampler.solver or sampler.own.solver
-        made = solve(Plan(draw(0), levels), predict, objective.path, solver, lambda step, draw=draw: draw(step + 1))
+        made = solve(Schedule(draw(0), levels), predict, objective.path, solver, lambda step, draw=draw: draw(step + 1))
         yield finish(made)

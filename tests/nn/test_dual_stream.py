@@ -7,7 +7,7 @@ from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 
 from stdit.model.stdit import STDiT
-from stdit.nn.joint import DualBlock, SingleBlock
+from stdit.nn.dual_stream import DualStreamBlock, SingleStreamBlock
 from stdit.nn.modulation import Condition
 
 
@@ -19,7 +19,7 @@ def together(state: dict, *names: str) -> dict:
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_dual_block_on_one_frame_is_sd3s(qk_norm):
     theirs = fill(JointTransformerBlock(32, 4, 8, qk_norm="rms_norm" if qk_norm else None), 0.2).eval()
-    state, ours = theirs.state_dict(), DualBlock(32, 4, qk_norm=qk_norm)
+    state, ours = theirs.state_dict(), DualStreamBlock(32, 4, qk_norm=qk_norm)
     moved = {
         "adaLN_modulation.1": "norm1.linear", "text_adaLN.1": "norm1_context.linear", "attn.proj": "attn.to_out.0",
         "attn.text_proj": "attn.to_add_out", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2",
@@ -45,7 +45,7 @@ def test_a_dual_block_on_one_frame_is_sd3s(qk_norm):
 @torch.no_grad()
 def test_a_single_block_on_one_frame_is_fluxs():
     theirs = fill(FluxSingleTransformerBlock(32, 4, 8), 0.2).eval()
-    state, ours = theirs.state_dict(), SingleBlock(32, 4, qk_norm=True)
+    state, ours = theirs.state_dict(), SingleStreamBlock(32, 4, qk_norm=True)
     moved = {"adaLN_modulation.1": "norm.linear", "proj_mlp": "proj_mlp", "proj_out": "proj_out"}
     weights = {f"{a}.{k}": state[f"{b}.{k}"] for a, b in moved.items() for k in ("weight", "bias")}
     weights |= {f"attn.qkv.{k}": v for k, v in together(state, "attn.to_q", "attn.to_k", "attn.to_v").items()}
@@ -60,8 +60,15 @@ def test_a_single_block_on_one_frame_is_fluxs():
 
 def model(**changes) -> STDiT:
     torch.manual_seed(0)
-    size = {"depth": 4, "hidden_size": 32, "num_heads": 4, "in_channels": 4, "caption_channels": 12, "single_depth": 2}
-    return STDiT(**{**size, "trunk": "joint", "learn_sigma": False, **changes})
+    size = {
+        "depth": 4,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "in_channels": 4,
+        "caption_channels": 12,
+        "num_single_blocks": 2,
+    }
+    return STDiT(**{**size, "trunk": "dual_stream", "learn_sigma": False, **changes})
 
 
 def case(frames=3):
@@ -70,9 +77,9 @@ def case(frames=3):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("entry", ["attention", "rotary_3d"])
+@pytest.mark.parametrize("entry", ["sincos", "rope_3d"])
 def test_frames_words_and_levels_are_heard_and_padding_is_not(entry):
-    video, ((x, t), words) = fill(model(time_entry=entry, qk_norm=True), 0.1).eval(), case()
+    video, ((x, t), words) = fill(model(position_encoding=entry, qk_norm=True), 0.1).eval(), case()
     out = video(x, t, **words)
     still = x[:, :, :1].expand_as(x)
     assert not torch.allclose(*video(still, t, **words)[:, :, :2].unbind(2))  # time is known
@@ -111,10 +118,10 @@ def test_gradient_checkpointing_changes_no_gradient():
     ("changes", "message"),
     [
         ({"caption_channels": None}, "name a text encoder"),
-        ({"single_depth": 5}, "use 0 to 4"),
+        ({"num_single_blocks": 5}, "use 0 to 4"),
         ({"axes": ["spatial", "temporal"]}, r"axes=\[joint\]"),
         ({"conditioning": "adaln_single"}, "conditioning=adaln_zero"),
-        ({"trunk": "stack"}, "belongs to trunk='joint'"),
+        ({"trunk": "stack"}, "belongs to trunk='dual_stream'"),
     ],
 )
 def test_streams_that_make_no_sense_are_refused(changes, message):

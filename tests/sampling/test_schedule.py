@@ -3,7 +3,7 @@ import torch
 
 from stdit.diffusion.paths import DDPMPath, FlowPath
 from stdit.diffusion.predictions import Estimate
-from stdit.sampling.plan import ARRANGEMENTS, Plan, arrange, check
+from stdit.sampling.schedule import ARRANGEMENTS, Schedule, check, make_schedule
 from stdit.sampling.solvers import SOLVERS, solve
 
 MADE = {
@@ -19,8 +19,8 @@ MADE = {
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("path", [FlowPath(), DDPMPath()], ids=lambda p: p.name)
 def test_levels_fall_to_0_and_known_columns_are_0_throughout(made, arrangement, every, path):
-    levels = arrange(path.schedule(7), made, arrangement, every)
-    check(Plan(torch.zeros(1, 1, 6, 2, 2), levels))
+    levels = make_schedule(path.schedule(7), made, arrangement, every)
+    check(Schedule(torch.zeros(1, 1, 6, 2, 2), levels))
     assert (levels[:, ~made] == 0).all()
     assert (levels[0, made] == 1).all()  # every frame to be made is made from noise
 
@@ -31,7 +31,7 @@ def test_levels_fall_to_0_and_known_columns_are_0_throughout(made, arrangement, 
 def test_known_latents_never_move_by_a_bit(made, arrangement, solver):
     path = DDPMPath() if solver == "ddpm" else FlowPath()
     x = torch.randn(2, 3, 6, 4, 4)
-    plan = Plan(x, arrange(path.schedule(5), made, arrangement))
+    plan = Schedule(x, make_schedule(path.schedule(5), made, arrangement))
     end = solve(plan, lambda x, _: Estimate(torch.randn_like(x), torch.randn_like(x)), path, solver)
     known = ~made.view(6, *made.shape[1:], *[1] * (3 - made.ndim)).expand(6, 2, 2)
     known = known.repeat_interleave(2, 1).repeat_interleave(2, 2)
@@ -40,20 +40,20 @@ def test_known_latents_never_move_by_a_bit(made, arrangement, solver):
 
 
 def test_chunks_begin_when_the_chunk_before_is_clean():
-    levels = arrange(FlowPath().schedule(3), MADE["all"], "autoregressive", 2)
+    levels = make_schedule(FlowPath().schedule(3), MADE["all"], "autoregressive", 2)
     assert len(levels) == 3 * 3 + 1
     for t in range(2, 6):
         assert (levels[levels[:, t] < 1, t - 2] == 0).all()
 
 
 def test_a_pyramid_starts_each_frame_some_steps_after_its_neighbour():
-    levels = arrange(FlowPath().schedule(8), MADE["after"], "pyramid", 3)
+    levels = make_schedule(FlowPath().schedule(8), MADE["after"], "pyramid", 3)
     started = (levels[:, 2:] < 1).int().argmax(0)
     assert started.diff().tolist() == [3, 3, 3]
 
 
 def test_impossible_arrangements_are_refused():
     with pytest.raises(ValueError, match="Did you mean 'pyramid'"):
-        arrange(FlowPath().schedule(3), MADE["all"], "pyramyd")
+        make_schedule(FlowPath().schedule(3), MADE["all"], "pyramyd")
     with pytest.raises(ValueError, match="every=0"):
-        arrange(FlowPath().schedule(3), MADE["all"], "pyramid", 0)
+        make_schedule(FlowPath().schedule(3), MADE["all"], "pyramid", 0)

@@ -10,7 +10,7 @@ from stdit.nn.conditioning import Conditioning
 from stdit.nn.modulation import Condition
 
 
-class Told:
+class ConditionEmbedder:
     """The part of a model that is told. It has the embedders of DiT's names; which exist, its config says."""
 
     config: Any
@@ -20,7 +20,7 @@ class Told:
     num_classes: int
     t_embedder: nn.Module
     y_embedder: nn.Module | None
-    info_embedder: nn.Module | None
+    micro_embedder: nn.Module | None
     caption_embedder: nn.Module | None
     adaLN_single: nn.Module | None
 
@@ -45,10 +45,10 @@ class Told:
                 class_labels = torch.full((batch,), self.num_classes, device=time.device)
             label = self.y_embedder(class_labels)[..., None, :]
             parts.append(label if class_labels.ndim > 1 else label[:, None])
-        if self.info_embedder is not None and info is not None:
-            parts.append(self.info_embedder(info)[:, None, None].to(time))
+        if self.micro_embedder is not None and info is not None:
+            parts.append(self.micro_embedder(info)[:, None, None].to(time))
         words, seen = self._words(captions, caption_mask, time.dtype)
-        more = self.wiring.told(captions, caption_mask, time.dtype)
+        more = self.trunk.told(captions, caption_mask, time.dtype)
         parts += [] if more is None else [more]
         vector = sum(parts[1:], parts[0])
         if not self.how.by_tokens:
@@ -56,7 +56,7 @@ class Told:
         if time.shape[2] > 1:
             raise ValueError(
                 f"levels by patch need a vector by patch; conditioning={self.config.conditioning!r} has one token a frame. "
-                "Use conditioning='adaln_zero', or levels by frame (masks of whole frames; in training objective.shares.region=0)."
+                "Use conditioning='adaln_zero', or levels by frame (masks of whole frames; in training objective.mask_probs.region=0)."
             )
         parts += [] if words is None else [words]
         frames = max(part.shape[1] for part in parts)

@@ -1,6 +1,6 @@
 import pytest
 
-from stdit.data.order import Buckets, Packs, Size, Slot, Uniform, assign
+from stdit.data.samplers import BucketSampler, PackedSampler, SampleRef, Size, UniformSampler, assign
 
 SIZES = [Size(1, 32, 32), Size(5, 32, 32), Size(9, 32, 32), Size(5, 32, 48)]
 COSTS = [4, 8, 12, 12]
@@ -10,8 +10,12 @@ SHAPES = [(1, 50, 50), (30, 60, 60), (30, 40, 60), (7, 33, 33), (30, 64, 64), (3
 def kinds():
     chosen = assign(SHAPES, SIZES, 3)
     return [
-        Uniform(3, len(SHAPES), 4),
-        *(kind(3, chosen, SIZES, COSTS, 40, processes) for kind in (Buckets, Packs) for processes in (1, 2)),
+        UniformSampler(3, len(SHAPES), 4),
+        *(
+            kind(3, chosen, SIZES, COSTS, 40, processes)
+            for kind in (BucketSampler, PackedSampler)
+            for processes in (1, 2)
+        ),
     ]
 
 
@@ -36,14 +40,14 @@ def test_a_step_is_a_function_of_seed_and_number_alone(order):
     again = next(other for other in kinds() if type(other) is type(order) and vars(other) == vars(order))
     steps = [order.batch(step) for step in range(30)]
     assert [again.batch(step) for step in reversed(range(30))] == steps[::-1]
-    assert all(isinstance(slot, Slot) for batch in steps for slot in batch)
+    assert all(isinstance(slot, SampleRef) for batch in steps for slot in batch)
     assert len({tuple(slot.sample for slot in batch) for batch in steps}) > 5
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bucket_batch_is_of_one_size_within_the_budget_and_an_epoch_takes_every_clip(processes):
     chosen = assign(SHAPES, SIZES, 3)
-    order = Buckets(3, chosen, SIZES, COSTS, 40, processes)
+    order = BucketSampler(3, chosen, SIZES, COSTS, 40, processes)
     seen = set()
     for step in range(len(order.plan)):
         batch = order.batch(step)
@@ -58,7 +62,7 @@ def test_a_bucket_batch_is_of_one_size_within_the_budget_and_an_epoch_takes_ever
 
 def test_a_pack_fills_its_budget_without_going_over_and_an_epoch_takes_every_clip_once():
     chosen = assign(SHAPES, SIZES, 3)
-    order = Packs(3, chosen, SIZES, COSTS, 40)
+    order = PackedSampler(3, chosen, SIZES, COSTS, 40)
     seen, step = [], 0
     while len(seen) < len(SHAPES):
         batch = order.batch(step)
@@ -72,6 +76,6 @@ def test_a_pack_fills_its_budget_without_going_over_and_an_epoch_takes_every_cli
 
 def test_budgets_and_sizes_that_cannot_hold_a_clip_are_refused():
     with pytest.raises(ValueError, match=r"a clip of 12 tokens does not fit into a pack of 10 .* use train.tokens=12"):
-        Packs(0, [0, 2], SIZES, COSTS, 10)
+        PackedSampler(0, [0, 2], SIZES, COSTS, 10)
     with pytest.raises(ValueError, match="add a shorter one"):
-        Buckets(0, [None], SIZES, COSTS, 10)
+        BucketSampler(0, [None], SIZES, COSTS, 10)

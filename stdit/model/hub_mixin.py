@@ -1,14 +1,16 @@
 """Loading, adapters and the hub as diffusers has them, but strict and without pickle; and what its caches must be told."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from stdit.legacy import renamed_parameter, renamed_section
 from stdit.nn.blocks import STDiTBlock
 
 
-def register_blocks() -> None:
+def register_cacheable_blocks() -> None:
     """Let FirstBlockCache and MagCache see our blocks. The registry is private: without it they refuse, nothing else breaks."""
     try:
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -38,7 +40,7 @@ def is_folder(repo_id: str) -> bool:
     return repo_id.startswith(("/", "./", "../", "~")) or Path(repo_id).is_dir()
 
 
-class Sockets:
+class HubMixin:
     """What a model does otherwise than diffusers' mixins, which come after it."""
 
     config: Any
@@ -65,6 +67,24 @@ class Sockets:
                 f"unexpected {unexpected or 'nothing'}. Use the config.json that was saved with these weights."
             )
         return loaded if wants_info else model
+
+    def __getattr__(self, name: str) -> Any:
+        """Submodules first: diffusers answers with the config's entry where a module has the same name (`trunk`)."""
+        modules = self.__dict__.get("_modules", {})
+        return modules[name] if name in modules else super().__getattr__(name)  # type: ignore[misc]
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs) -> Any:
+        """As diffusers', for configurations of version 0.1.0 too."""
+        if isinstance(config, Mapping):
+            config = renamed_section("model", config)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def _fix_state_dict_keys_on_load(self, state_dict) -> Any:
+        """diffusers' hook for keys that were renamed: the dictionary is changed in place."""
+        for name in list(state_dict):
+            state_dict[renamed_parameter(name)] = state_dict.pop(name)
+        return super()._fix_state_dict_keys_on_load(state_dict)
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, **kwargs):
         """As diffusers', for adapters of this model alone, and from safetensors only."""

@@ -1,0 +1,172 @@
+"""Names of version 0.1.0 and what they are called now. They are read for one more version, with one warning each."""
+
+import functools
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# Modules that moved. `import stdit.keys` gives `stdit.rng`.
+MODULES = {
+    "stdit.keys": "stdit.rng",
+    "stdit.sources": "stdit.hub",
+    "stdit.prompt": "stdit.conditions",
+    "stdit.nn.matrices": "stdit.nn.muon",
+    "stdit.nn.joint": "stdit.nn.dual_stream",
+    "stdit.model.told": "stdit.model.conditioning",
+    "stdit.model.sockets": "stdit.model.hub_mixin",
+    "stdit.model.trunks.joint": "stdit.model.trunks.dual_stream",
+    "stdit.sampling.place": "stdit.sampling.conditioning",
+    "stdit.sampling.plan": "stdit.sampling.schedule",
+    "stdit.sampling.rollout": "stdit.sampling.autoregressive",
+    "stdit.sampling.sampler": "stdit.sampling.windowed",
+    "stdit.training.record": "stdit.training.metrics",
+    "stdit.data.order": "stdit.data.samplers",
+}
+
+# Names that changed inside a module (its present path), found by the `__getattr__` that `aliases` makes.
+NAMES = {
+    "stdit.text": {"Words": "HashedWordEncoder", "Pretrained": "TransformersTextEncoder"},
+    "stdit.data.samplers": {"Uniform": "UniformSampler", "Buckets": "BucketSampler", "Packs": "PackedSampler", "Size": "ClipSize"},
+}  # fmt: skip
+
+# Keys of configs (a run's YAML, its overrides, a checkpoint's record) and of a model's config.json, without the section.
+CONFIG_KEYS = {
+    "model": {
+        "time_entry": "position_encoding", "positions": "pos_scaling", "learned_places": "learned_pos_embed",
+        "place_bias": "relative_position_bias", "time_mlp": "timestep_mlp", "conditions": "micro_conditions",
+        "decode_depth": "num_decoder_blocks", "single_depth": "num_single_blocks", "clock_scale": "timestep_scale",
+        "clock_reversed": "timestep_reversed", "clock_offset": "timestep_offset",
+    },
+    "objective": {
+        "scheme": "mask_strategy", "shares": "mask_probs", "mixed_from": "mask_warmup_steps", "known_noise": "cond_noise_max",
+        "known_shift": "cond_timestep_shift",
+    },
+    "pipeline": {"schemes": "mask_strategies"},
+}  # fmt: skip
+
+# Values that changed, by section and (new) key.
+_STRATEGIES = {"teacher": "teacher_forcing", "every": "every_kth"}
+CONFIG_VALUES: dict[str, dict[str, dict[str, str]]] = {
+    "model": {
+        "position_encoding": {
+            "attention": "sincos", "rotary": "rope", "rotary_3d": "rope_3d", "attention_rotary_3d": "sincos+rope_3d",
+            "stream": "latte",
+        },
+        "pos_scaling": {"extrapolate": "none"},
+        "trunk": {"joint": "dual_stream"},
+        "gelu": {"none": "exact"},
+    },
+    "objective": {"mask_strategy": _STRATEGIES, "mask_probs": _STRATEGIES},
+    "pipeline": {"mask_strategies": _STRATEGIES},
+}  # fmt: skip
+
+# Beginnings and parts of parameter names, in the order in which they are replaced.
+PARAMETERS = (
+    ("wiring.side.", "trunk.side_interpolater."),
+    ("wiring.places.", "trunk.decoder_pos_embed."),
+    ("wiring.token", "trunk.mask_token"),
+    ("wiring.pooled_embedder.", "trunk.pooled_embedder."),
+    ("wiring.", "trunk."),
+    ("pos_embed.extras", "pos_embed.prefix"),
+    ("info_embedder.", "micro_embedder."),
+    (".place_bias.", ".relative_position_bias."),
+)
+
+_warned: set[str] = set()
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Say once that a name is read for one more version."""
+    if old not in _warned:
+        _warned.add(old)
+        warnings.warn(f"{old!r} is now called {new!r}; the old name is read for one more version.", stacklevel=3)
+
+
+def renamed_section(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of a config under today's keys and values."""
+    keys, values, found = CONFIG_KEYS.get(section, {}), CONFIG_VALUES.get(section, {}), {}
+    prefix = "" if section == "pipeline" else f"{section}."
+    for key, value in given.items():
+        name = keys.get(key, key)
+        if name != key:
+            warn_renamed(f"{prefix}{key}", f"{prefix}{name}")
+        found[name] = _renamed_value(values.get(name, {}), value, f"{prefix}{name}")
+    return found
+
+
+def _renamed_value(table: Mapping[str, str], value: Any, key: str) -> Any:
+    if isinstance(value, Mapping):
+        return {_renamed_value(table, name, key): each for name, each in value.items()}
+    if isinstance(value, list):
+        return [_renamed_value(table, each, key) for each in value]
+    if isinstance(value, str) and value in table:
+        warn_renamed(f"{key}={value}", f"{key}={table[value]}")
+        return table[value]
+    return value
+
+
+def renamed_config(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole config of a run (nested mappings) under today's keys and values."""
+    sections = {**CONFIG_KEYS, **CONFIG_VALUES}
+    return {
+        key: renamed_section(key, value) if key in sections and isinstance(value, Mapping) else value
+        for key, value in given.items()
+    }
+
+
+def renamed_parameter(name: str) -> str:
+    """A parameter's name of today."""
+    for old, new in PARAMETERS:
+        if old in name and (old.startswith(".") or name.startswith(old)):
+            name = name.replace(old, new, 1)
+    return name
+
+
+def accept_old_keywords(section: str) -> Callable:
+    """Decorate a constructor so that it takes the keywords and values of version 0.1.0, too."""
+
+    def decorate(init: Callable) -> Callable:
+        @functools.wraps(init)
+        def wrapped(self, *args, **kwargs):
+            return init(self, *args, **renamed_section(section, kwargs))
+
+        return wrapped
+
+    return decorate
+
+
+def aliases(module: str) -> Callable[[str], Any]:
+    """A module's `__getattr__` that finds what `NAMES` says was renamed in it."""
+
+    def find(name: str) -> Any:
+        new = NAMES.get(module, {}).get(name)
+        if new is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_renamed(f"{module}.{name}", f"{module}.{new}")
+        return getattr(sys.modules[module], new)
+
+    return find
+
+
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports of modules that moved: the old path is another name of the module itself."""
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.util.spec_from_loader(name, self) if name in MODULES else None
+
+    def create_module(self, spec):
+        warn_renamed(spec.name, MODULES[spec.name])
+        return None
+
+    def exec_module(self, module):
+        sys.modules[module.__name__] = importlib.import_module(MODULES[module.__name__])
+
+
+def install() -> None:
+    """Let old module paths be imported."""
+    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedModules())
