@@ -72,7 +72,9 @@ PARAMETERS = (
     ("wiring.pooled_embedder.", "trunk.pooled_embedder."),
     ("wiring.", "trunk."),
     ("pos_embed.extras", "pos_embed.prefix"),
+    ("info_embedder.each.", "micro_embedder.embedders."),
     ("info_embedder.", "micro_embedder."),
+    (".adaLN_modulation.own.", ".adaLN_modulation.lora."),
     (".place_bias.", ".relative_position_bias."),
 )
 

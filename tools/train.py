@@ -157,7 +157,9 @@ def main(argv: list[str] | None = None) -> int:
         cpu=not torch.accelerator.is_available(),  # said outright, or two processes on CPUs would be two runs of one
         mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve(config.train.precision, device)],
         # What the last joint block makes of the text, and a mask's parts without a mask, get no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=TRUNKS[config.model.trunk].idle)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=TRUNKS[config.model.trunk].has_unused_parameters)
+        ],
     )
     check_batch(config, accelerator.num_processes)
     dataset = build_dataset(config.data)
