@@ -42,7 +42,7 @@ def build_captions(config: Config, dataset: Dataset, device: torch.device, main:
     """The captions of the data as tokens on disk; ValueError if it has none."""
     if config.text.encoder is None:
         return None
-    texts = [dataset.caption(i) for i in range(len(dataset))]
+    texts = [dataset.record(i)["caption"] for i in range(len(dataset))]
     if not any(texts):
         raise ValueError(
             f"text.encoder={config.text.encoder} but no clip of {config.data.root!r} has a caption; give a manifest with "
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     trainer = Trainer(
         accelerator, folders, model,
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
-        objective, vae, model.num_classes, config.train, resolved,
+        objective, vae, config.train, resolved,
         len(dataset), config.data.max_bad_fraction,
         preview=lambda m, step: preview(m, vae, config, folders, step, dataset), captions=captions,
     )  # fmt: skip
@@ -196,8 +196,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}; step {trainer.step} of {config.train.steps}"
     )
     loader = batches(
-        dataset, config.seed, config.train.batch_size, trainer.step, config.train.micro_batch,
-        accelerator.process_index, accelerator.num_processes, config.data.workers, order,
+        dataset, config.seed, config.train.batch_size, trainer.step, micro_batch=config.train.micro_batch,
+        process=accelerator.process_index, processes=accelerator.num_processes, workers=config.data.workers, order=order,
     )  # fmt: skip
     code = 0
     try:

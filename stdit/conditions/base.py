@@ -28,7 +28,7 @@ class Conditioner(ABC):
     name: key in batches and in `conditions=` of a model. keywords: its arguments of a model's forward and of a pipeline
     call. module: name of its embedder in the model. joins: added to the conditioning vector, or tokens of their own.
     clip_ndim: dimensions of a value that holds for whole clips, without the frame axis. guided: whether guidance replaces
-    it by its null in the unconditional branch.
+    it by its null in the unconditional branch. stored: whether a cache of latents keeps its raw values by its name.
     """
 
     name: ClassVar[str]
@@ -37,6 +37,7 @@ class Conditioner(ABC):
     joins: ClassVar[Literal["vector", "tokens"]] = "vector"
     clip_ndim: ClassVar[int]
     guided: ClassVar[bool] = True
+    stored: ClassVar[bool] = True
 
     # The model's side
 

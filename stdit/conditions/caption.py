@@ -24,6 +24,7 @@ class Caption(Conditioner):
     module = "caption_embedder"
     joins = "tokens"
     clip_ndim = 3
+    stored = False  # a cache has a column of captions
     dropout_salt = ()  # shared with labels
 
     def __init__(self, channels: int):

@@ -17,6 +17,7 @@ class Label(Conditioner):
     keywords = ("class_labels",)
     module = "y_embedder"
     clip_ndim = 1
+    stored = False  # a cache has a column of labels
     dropout_salt = ()  # shared with captions: a clip loses its label and its caption together
 
     def __init__(self, num_classes: int, class_names: Sequence[str] | None = None):

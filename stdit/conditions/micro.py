@@ -22,6 +22,7 @@ class Micro(Conditioner):
     module = "micro_embedder"
     clip_ndim = 2
     guided = False  # both branches of guidance are told the size and rate that are made
+    stored = False  # it follows from the clip
     dropout_salt = (1,)
 
     def __init__(self, names: Sequence[str]):

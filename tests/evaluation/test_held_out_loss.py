@@ -6,7 +6,7 @@ import torch
 from conftest import fill
 from held_out_loss import losses_by_scheme
 
-from stdit.diffusion.levels import MASK_STRATEGIES
+from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.evaluation.operations import held_out
 from stdit.model.stdit import STDiT
 from stdit.sampling.pipeline import STDiTPipeline
