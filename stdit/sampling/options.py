@@ -86,10 +86,10 @@ class SamplingOptions:
         remedy="; 1 is no guidance",
     )
     seed: int = _option(0, "seed of the noise; clip i depends on (seed, i) alone", flag="--seed", type=int, least=0)
-    solver: SolverName | None = _option(
+    solver: SolverName | None = _option(  # noqa: RUF009
         None, "solver; default: the model's", flag="--solver", type=str, choices=get_args(SolverName)
     )
-    arrangement: Arrangement = _option(
+    arrangement: Arrangement = _option(  # noqa: RUF009
         "together",
         "order in which latent frames are denoised",
         flag="--arrangement",
@@ -129,7 +129,7 @@ class SamplingOptions:
         None, "frame rate passed to a model conditioned on it; default: as trained", flag="--fps", type=float, above=0
     )
     batch_size: int = _option(32, "clips per batch", least=1)
-    precision: Precision = _option("auto", "arithmetic of the model", choices=get_args(Precision))
+    precision: Precision = _option("auto", "arithmetic of the model", choices=get_args(Precision))  # noqa: RUF009
     progress: bool = _option(True, "show a progress bar")
 
     def __post_init__(self) -> None:

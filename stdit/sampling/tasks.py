@@ -82,7 +82,9 @@ def interpolate(clip: Tensor, factor: int, vae: VideoVAE, strength: float = 0.4)
     _check_strength(strength)
     frames = clip.shape[2]
     if factor < 2 or frames < 2:
-        raise ValueError(f"interpolate takes factor >= 2 and a clip of 2 or more frames, got factor={factor}, {frames}.")
+        raise ValueError(
+            f"interpolate takes factor >= 2 and a clip of 2 or more frames, got factor={factor}, {frames}."
+        )
     total = (frames - 1) * factor + 1
     position = torch.arange(total) / factor
     left = position.floor().long().clamp(max=frames - 2)
@@ -105,7 +107,9 @@ def inpaint(clip: Tensor, mask: Tensor) -> Canvas:
             f"({frames}, {height}, {width}), or ({height}, {width}) for all frames, true where pixels are to be generated."
         )
     if not mask.any():
-        raise ValueError("mask is false everywhere, so nothing is to be generated; set it true where pixels shall be new.")
+        raise ValueError(
+            "mask is false everywhere, so nothing is to be generated; set it true where pixels shall be new."
+        )
     mask = mask.expand(frames, height, width)
     per_frame = mask[:, :1, :1]  # a mask of whole frames needs no noise level per patch
     return Canvas(clip, per_frame if bool((mask == per_frame).all()) else mask)
