@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import fill
 
+from stdit.conditions import Guided
 from stdit.data.shapes import draw, random_clip
 from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.diffusion.predictions import Estimate
-from stdit.conditions import Guided
 from stdit.rng import keyed_rng
 from stdit.sampling import windowed
 from stdit.sampling.canvas import Canvas

@@ -3,8 +3,8 @@ import pytest
 import torch
 from conftest import fill
 
-from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.conditions import Guided
+from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler

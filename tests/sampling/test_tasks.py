@@ -9,8 +9,8 @@ from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.rng import keyed_rng
 from stdit.sampling import tasks
 from stdit.sampling.conditioning import encode_known, latent_masks, paste
-from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.engine import Engine
+from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.sampling.tasks import Canvas, outpaint_canvas
 from stdit.sampling.windowed import WindowedSampler
