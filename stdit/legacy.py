@@ -5,9 +5,10 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from stdit.warn import warn_user
 
 # Modules that moved. `import stdit.keys` gives `stdit.rng`.
 MODULES = {
@@ -84,7 +85,7 @@ def warn_renamed(old: str, new: str) -> None:
     """Say once that a name is read for one more version."""
     if old not in _warned:
         _warned.add(old)
-        warnings.warn(f"{old!r} is now called {new!r}; the old name is read for one more version.", stacklevel=3)
+        warn_user(f"{old!r} is now called {new!r}; the old name is read for one more version.")
 
 
 def renamed_section(section: str, given: Mapping[str, Any]) -> dict[str, Any]:

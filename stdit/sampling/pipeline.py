@@ -1,8 +1,7 @@
 """STDiTPipeline: labels, captions, images and clips in, clips out."""
 
-import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from stdit.conditions import CONDITIONERS, Caption, Conditioner, Guided, Label
+from stdit.conditions import Guided, Label
 from stdit.conditions.values import map_tensors, rows
 from stdit.hub import check_reachable, resolve_source
 from stdit.legacy import renamed_section
@@ -25,16 +24,14 @@ from stdit.sampling.canvas import Canvas
 from stdit.sampling.checks import check, check_conditions, streams
 from stdit.sampling.engine import Engine, TrainedOn
 from stdit.sampling.groups import fits, pad_to_groups
-from stdit.sampling.options import SamplingOptions, make_options
+from stdit.sampling.inputs import Captions, Labels, count_clips, pair_conditions, refusal, split
+from stdit.sampling.options import SamplingOptions
 from stdit.sampling.scheduler import STDiTScheduler, check_compatible
 from stdit.sampling.windowed import WindowedSampler
 from stdit.sampling.windows import window_size
 from stdit.text import TextEncoder, load_text_encoder
 from stdit.vae import as_video_vae
 from stdit.vae.tiling import decode
-
-Labels = Sequence[int | str] | int | str | Tensor | None
-Captions = Sequence[str] | str | None
 
 # Options that `stream` has no use for, because it holds neither windows nor the whole clip.
 _NOT_STREAMED = ("window", "overlap", "blend", "paste")
@@ -127,7 +124,7 @@ class STDiTPipeline(DiffusionPipeline):
         if given is None:
             return None if label is None else label.null(count or 1)[:, 0]
         if not isinstance(label, Label):
-            raise ValueError(_REFUSALS["class_labels"].format(given))
+            raise ValueError(refusal("class_labels", given))
         values = given.tolist() if isinstance(given, Tensor) else given
         return torch.tensor([label.number(one) for one in ([values] if isinstance(values, int | str) else values)])
 
@@ -155,20 +152,7 @@ class STDiTPipeline(DiffusionPipeline):
         given: class_labels, captions, or the keyword of another condition; one value per clip, or one for all. ValueError
         for a condition that the model does not have.
         """
-        given = {keyword: value for keyword, value in given.items() if value is not None}
-        found = Guided({}, {})
-        for name, conditioner in self.transformer.conditioners.items():
-            value, null = self._for_sampling(conditioner).pair(given.pop(conditioner.keywords[0], None), count)
-            found.conditions[name] = value
-            assert found.null is not None
-            found.null[name] = null
-        for keyword, value in given.items():
-            raise ValueError(
-                _REFUSALS.get(
-                    keyword, f"{keyword} is given but the model was trained without it; leave it out."
-                ).format(value)
-            )
-        return found
+        return pair_conditions(self.transformer.conditioners, given, count, encode=lambda: self.encoder.encode)
 
     @property
     def engine(self) -> Engine:
@@ -208,14 +192,12 @@ class STDiTPipeline(DiffusionPipeline):
         """
         by_place = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         choices |= {name: value for name, value in by_place.items() if value is not None}
-        options, given = _split(options, choices)
-        texts = 1 if captions is None or isinstance(captions, str) else len(captions)
-        labels = num_videos or texts if class_labels is None else len(_one_per_clip(class_labels))
+        options, given = split(options, choices)
         size = (num_frames or self.config.num_frames, height or self.config.height, width or self.config.width)
         self.video_vae.latent_shape(*size, self.transformer.patch_size)
         if options.window is None:
             options = dataclasses.replace(options, window=size[0])
-        canvas = tasks.blank(max(labels, texts), *size)
+        canvas = tasks.blank(count_clips(class_labels, captions, num_videos, given), *size)
         return self.fill(canvas, class_labels, captions, options=options, **given)
 
     def animate(
@@ -248,7 +230,7 @@ class STDiTPipeline(DiffusionPipeline):
         Time and memory per new frame stay constant however long it runs: the cache holds the model's window (and its
         sink), and pixels are decoded as a stream. Options: those of `fill`, without windows, blend and paste.
         """
-        options, given = _split(options, choices)
+        options, given = split(options, choices)
         if not self.transformer.config.causal:
             raise ValueError("this model is not causal; use extend, or train with model.causal=true.")
         changed = [name for name in _NOT_STREAMED if getattr(options, name) != getattr(SamplingOptions(), name)]
@@ -297,7 +279,7 @@ class STDiTPipeline(DiffusionPipeline):
         New frames begin as the blend of their neighbours at noise level `strength`; more for motion that a blend misses.
         fps: the clip's rate (None: as trained); a model conditioned on rates gets `factor` times that.
         """
-        options, given = _split(options, choices)
+        options, given = split(options, choices)
         options = dataclasses.replace(options, fps=(options.fps or self.config.fps) * factor)
         canvas = tasks.interpolate(clip, factor, self.video_vae, strength)
         return self.fill(canvas, class_labels, options=options, **given)
@@ -324,7 +306,7 @@ class STDiTPipeline(DiffusionPipeline):
         class_labels: numbers or names; captions: texts; one per clip, or one for all, None is no label and the empty
         text. Other conditions of the model go by their keyword. options: a `SamplingOptions`, and fields of it by name.
         """
-        options, given = _split(options, choices)
+        options, given = split(options, choices)
         with torch.no_grad():
             found = self.conditions(len(canvas.pixels), class_labels=class_labels, captions=captions, **given)
         canvas = pad_to_groups(canvas, self.video_vae)
@@ -358,13 +340,6 @@ class STDiTPipeline(DiffusionPipeline):
         """Latents to pixels on the CPU, a few clips at a time; `tile`: in tiles of so many latents (`vae.tiling`)."""
         return decode(self.video_vae, latents, tile)
 
-    def _for_sampling(self, conditioner: Conditioner) -> Conditioner:
-        """A conditioner of the model; captions with this pipeline's encoder, a model in training keeps its own."""
-        if isinstance(conditioner, Caption):
-            conditioner = copy.copy(conditioner)
-            conditioner.tokenize = self.encoder.encode
-        return conditioner
-
     def _one_by_one(self, parts: Iterator[Tensor], options: SamplingOptions) -> Iterator[Tensor]:
         while True:  # a generator must not hold contexts open between its parts
             with torch.no_grad(), autocast(options.precision, self.device):
@@ -372,21 +347,3 @@ class STDiTPipeline(DiffusionPipeline):
             if part is None:
                 return
             yield part
-
-
-_REFUSALS = {
-    "class_labels": "class_labels={!r} but the model is unconditional; leave class_labels out.",
-    "captions": "captions={!r} but the model was trained without captions; leave them out.",
-    "micro_conditions": "micro_conditions={!r} follow from the clip to be generated and fps=; leave them out.",
-}
-
-
-def _split(options: SamplingOptions | None, choices: dict[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
-    """Options with `choices` applied, and what of `choices` is the keyword of a condition."""
-    keywords = {kind.keywords[0] for kind in CONDITIONERS.values()}
-    given = {name: value for name, value in choices.items() if name in keywords}
-    return make_options(options, {name: value for name, value in choices.items() if name not in given}), given
-
-
-def _one_per_clip(labels: Any) -> Any:
-    return [labels] if isinstance(labels, int | str) or (isinstance(labels, Tensor) and not labels.ndim) else labels

@@ -72,7 +72,7 @@ def test_frames_outside_the_output_take_its_first_and_last_condition():
     [
         (lambda p: p.extend(clip(5), after=4, class_labels=torch.tensor([[1, 2]]), **FAST), "has 2 values .* 3 latent"),
         (lambda p: p.extend(clip(5), after=4, captions="red", **FAST), "captions='red' but the model was trained wit"),
-        (lambda p: p.extend(clip(5), after=4, micro_conditions=[8.0], **FAST), "follow from the clip"),
+        (lambda p: p.extend(clip(5), after=4, micro_conditions=[8.0], **FAST), "micro_conditions is given but"),
         (lambda p: p.stream(clip(5), 4, window=9), "this model is not causal"),
     ],
 )
@@ -80,6 +80,11 @@ def test_conditions_that_a_model_does_not_have_are_refused(make, call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(make())
     assert "\n" not in str(error.value)
+
+
+def test_what_follows_from_the_clip_cannot_be_given(make):
+    with pytest.raises(ValueError, match="micro_conditions follow from the clip to be generated and from fps"):
+        make(micro_conditions=["fps"]).extend(clip(5), after=4, micro_conditions=[[8.0]], **FAST)
 
 
 def test_a_stream_refuses_at_the_call_what_it_has_no_use_for(make):
