@@ -43,8 +43,8 @@ class AutoregressiveSampler:
         """
         engine, vae = self.engine, self.engine.vae
         output = output or range(size[0])
-        shown = condition_frames(0, engine.latent_shape(size)[0], output=output, stride=vae.stride[0])
-        latents = self._latent_frames(known, size, given, keys, shown=shown)
+        condition_index = condition_frames(0, engine.latent_shape(size)[0], output=output, stride=vae.stride[0])
+        latents = self._latent_frames(known, size, given, keys, condition_index=condition_index)
         past = 0
         for pixels in vae.decode_stream(part.to(vae.dtype) for part in latents):
             new = pixels[:, :, max(0, known.shape[2] - past) :]
@@ -53,11 +53,11 @@ class AutoregressiveSampler:
                 yield new.clamp(-1, 1).float().cpu()
 
     def _latent_frames(
-        self, known: Tensor, size: Size, given: Guided, keys: Keys, *, shown: list[int]
+        self, known: Tensor, size: Size, given: Guided, keys: Keys, *, condition_index: list[int]
     ) -> Iterator[Tensor]:
         """Latents (B, C, 1, h, w): those of the known frames, then each of the others when it is finished.
 
-        shown: for every latent frame the index of its conditions.
+        condition_index: per latent frame, the index of its conditions.
         """
         engine, options, vae = self.engine, self.options, self.engine.vae
         config, path = engine.model.config, engine.objective.path
@@ -70,7 +70,7 @@ class AutoregressiveSampler:
         guidance = Guidance.of(options)._replace(interval=(0.0, 1.0), history=1.0)
 
         def denoiser(frame: int) -> Denoiser:
-            conditions = given.change(partial(select_frames, which=[shown[frame]]))
+            conditions = given.change(partial(select_frames, which=[condition_index[frame]]))
             return engine.denoiser(conditions, guidance, cache=cache)
 
         def finish(frame: int, latents: Tensor) -> Tensor:

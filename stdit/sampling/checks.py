@@ -71,12 +71,12 @@ def _check_scheduler(engine: Engine, canvas: Canvas, options: SamplingOptions) -
     name = type(engine.scheduler).__name__
     if not canvas.mask.all() or canvas.strength != 1 or options.arrangement != "together":
         raise ValueError(
-            f"this task needs a noise level per frame, which is for stdit's own solvers; this model has scheduler {name}: add "
+            f"this task needs a noise level per frame, which only stdit's solvers have; this model has scheduler {name}: add "
             "solver='ddim' (--solver ddim)."
         )
     if isinstance(options.num_inference_steps, str):
         raise ValueError(
-            f"num_inference_steps={options.num_inference_steps!r} is for stdit's own solvers, this model has scheduler {name}; "
+            f"num_inference_steps={options.num_inference_steps!r} is for stdit's solvers, this model has scheduler {name}; "
             "use a number, or add solver='ddim' (--solver ddim)."
         )
 
@@ -121,6 +121,6 @@ def _warn_of_strategies(trained: tuple[str, ...], canvas: Canvas, known: Tensor,
         fitting.append("per_frame")  # there any frame may be cleaner than any other
     if not set(fitting) & set(trained):
         warn_user(
-            f"this model was trained with objective.mask_strategy={', '.join(trained)} and has not seen known frames where this "
+            f"this model was trained with objective.mask_strategy={', '.join(trained)} but never with known frames where this "
             f"task has them (as in {' or '.join(fitting)}): expect seams; train with objective.mask_strategy=mixed."
         )

@@ -40,7 +40,7 @@ class TrainedOn(NamedTuple):
 class Engine:
     """A trained model ready to sample; strategies (`windowed`, `autoregressive`) say in which order frames are generated.
 
-    scheduler: stdit's own, or one of diffusers. objective: the one of training, whatever the scheduler.
+    scheduler: stdit's, or one of diffusers. objective: the one of training, whatever the scheduler.
     """
 
     model: STDiT | UNet
@@ -58,8 +58,8 @@ class Engine:
     def default_solver(self) -> str:
         """The solver of stdit's scheduler, or the objective's default in place of a diffusers scheduler."""
         scheduler = self.scheduler
-        own = scheduler if isinstance(scheduler, STDiTScheduler) else STDiTScheduler(self.objective.config.name)
-        return own.solver
+        ours = scheduler if isinstance(scheduler, STDiTScheduler) else STDiTScheduler(self.objective.config.name)
+        return ours.solver
 
     def latent_shape(self, size: Size) -> Size:
         """(T, h, w) of a clip's latents; ValueError if VAE or patches cannot hold the clip."""
@@ -109,5 +109,5 @@ class Engine:
         return decode(self.vae, latents, tile)
 
     def progress(self, iterable: Iterable, show: bool = True) -> Iterable:
-        """The iterable behind a progress bar."""
+        """The iterable, with a progress bar."""
         return tqdm(iterable, disable=not show, leave=False)

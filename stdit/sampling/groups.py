@@ -19,7 +19,7 @@ def pad_to_groups(canvas: Canvas, vae: VideoVAE) -> Canvas:
     """Repeat the outermost known frame next to a gap until the known frames there fill a group of the VAE.
 
     The model sees known frames only as whole latents: without padding it would see neither the motion before the gap nor
-    the goal behind it. A clip in front that fills a group shows its motion as it is. Where nothing is known in front of
+    the goal after it. Known frames before the gap that fill a group need no padding. Where nothing is known before
     the gap, or a mask is spatial, the canvas stays as it is.
     """
     mask, stride, frames = canvas.mask[:, 0, 0], vae.stride[0], len(canvas.mask)
@@ -28,7 +28,7 @@ def pad_to_groups(canvas: Canvas, vae: VideoVAE) -> Canvas:
     first, last = int(mask.nonzero()[0]), int(mask.nonzero()[-1]) + 1
     ahead = (1 - first) % stride if first < stride + 1 and bool(mask[first:last].all()) else 0
     end = 0
-    if last < frames:  # where the first group ends that begins among the known frames behind the gap
+    if last < frames:  # where the first group ends that begins among the known frames after the gap
         end = last + ahead + (1 - last - ahead) % stride + stride
     if not ahead and end <= frames:
         return canvas

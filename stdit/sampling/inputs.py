@@ -46,7 +46,7 @@ def pair_conditions(
         value = rest.pop(keyword := conditioner.keywords[0], None)
         if value is not None and type(conditioner).of_clip is not Conditioner.of_clip:
             raise ValueError(f"{keyword} follow from the clip to be generated and from fps; leave them out.")
-        if isinstance(conditioner, Caption):  # a copy: a model in training keeps its own way to tokens
+        if isinstance(conditioner, Caption):  # a copy, because a model in training keeps its cache of tokens
             conditioner = copy.copy(conditioner)
             conditioner.tokenize = encode()
         conditions[name], nulls[name] = conditioner.pair(value, count)

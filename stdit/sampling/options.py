@@ -87,7 +87,7 @@ class SamplingOptions:
     )
     seed: int = _option(0, "seed of the noise; clip i depends on (seed, i) alone", flag="--seed", type=int, least=0)
     solver: SolverName | None = _option(  # noqa: RUF009
-        None, "solver; default: the model's", flag="--solver", type=str, choices=get_args(SolverName)
+        None, "solver, by default the model's", flag="--solver", type=str, choices=get_args(SolverName)
     )
     arrangement: Arrangement = _option(  # noqa: RUF009
         "together",
@@ -195,18 +195,18 @@ def make_options(options: SamplingOptions | None = None, choices: Mapping[str, A
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every option that has one; `--every` of version 0.1.0 is taken, but not shown."""
+    """Add a flag for every option that has one; `--every` of version 0.1.0 is accepted, but hidden."""
     for one in _FIELDS.values():
         metadata = one.metadata
         if metadata["flag"] is None:
             continue
         choices = f": {', '.join(metadata['choices'])}" if metadata["choices"] else ""
-        shown = "" if one.default is None or "default" in metadata["help"] else f" (default: {_shown(one.default)})"
+        default = "" if one.default is None or "default" in metadata["help"] else f" (default: {_shown(one.default)})"
         parser.add_argument(
             metadata["flag"],
             type=metadata["type"],
             default=one.default,
-            help=f"{metadata['help']}{choices}{shown}",
+            help=f"{metadata['help']}{choices}{default}",
             **metadata["argument"],
         )
     parser.add_argument("--every", type=int, help=argparse.SUPPRESS)

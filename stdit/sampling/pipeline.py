@@ -158,14 +158,14 @@ class STDiTPipeline(DiffusionPipeline):
     def engine(self) -> Engine:
         """What the strategies of sampling need of this pipeline."""
         scheduler, config = self.scheduler, self.config
-        own = scheduler if isinstance(scheduler, STDiTScheduler) else STDiTScheduler(config.objective)
+        ours = scheduler if isinstance(scheduler, STDiTScheduler) else STDiTScheduler(config.objective)
         trained_on = TrainedOn(
             config.num_frames, config.height, config.width, config.fps, tuple(config.mask_strategies)
         )  # fmt: skip
         return Engine(
             model=self.transformer,
             vae=self.video_vae,
-            objective=own.objective,
+            objective=ours.objective,
             scheduler=scheduler,
             trained_on=trained_on,
             device=self.device,
@@ -209,7 +209,7 @@ class STDiTPipeline(DiffusionPipeline):
     def extend(
         self, clip: Tensor, after: int = 0, before: int = 0, class_labels: Labels = None, **choices: Any
     ) -> Tensor:
-        """A clip with `after` new frames behind it and `before` new frames in front. Options: those of `fill`.
+        """`before` new frames, the clip, `after` new frames. Options: those of `fill`.
 
         Beyond the length of training, window by window, each with up to `overlap` frames before it.
         """
@@ -225,7 +225,7 @@ class STDiTPipeline(DiffusionPipeline):
         options: SamplingOptions | None = None,
         **choices: Any,
     ) -> Iterator[Tensor]:
-        """`after` new frames behind a clip by a causal model, group by group as they are generated: (B, 3, f, H, W).
+        """`after` new frames that continue a clip, by a causal model, group by group as they are generated: (B, 3, f, H, W).
 
         Time and memory per new frame stay constant however long it runs: the cache holds the model's window (and its
         sink), and pixels are decoded as a stream. Options: those of `fill`, without windows, blend and paste.
@@ -251,7 +251,7 @@ class STDiTPipeline(DiffusionPipeline):
         return self._one_by_one(parts, options)
 
     def can_stream(self, clip: Tensor, options: SamplingOptions | None = None) -> bool:
-        """Whether `stream` gives what `extend` gives for new frames behind this clip."""
+        """Whether `stream` gives what `extend` gives for new frames after this clip."""
         options = options or SamplingOptions()
         plain = all(getattr(options, name) == getattr(SamplingOptions(), name) for name in _NOT_STREAMED)
         return bool(self.transformer.config.causal) and plain and fits(self.video_vae, clip.shape[2])

@@ -1,4 +1,4 @@
-"""Solvers: one step from the levels t to the levels t_next, each latent frame at its own.
+"""Solvers: one step from the levels t to the levels t_next, with a level per latent frame.
 
 A solver is a class; an instance lives for one run and may keep what it needs of earlier steps, so a multistep solver is a
 class and a row of the table (and a name in `options.SolverName`).
@@ -41,7 +41,7 @@ class Solver(ABC):
 
 
 class Euler(Solver):
-    """First order in the path's own coordinates; for flow, x + (t_next - t) * velocity."""
+    """First order in the path's coordinates; for flow, x + (t_next - t) * velocity."""
 
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
         estimate = predict(x, t)

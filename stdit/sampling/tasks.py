@@ -61,7 +61,7 @@ def connect(first: Tensor, last: Tensor, frames: int, vae: VideoVAE) -> Canvas:
 def loop(clip: Tensor, frames: int, vae: VideoVAE) -> Canvas:
     """A clip and `frames` new frames that lead from its last frame to its first.
 
-    Its first frames are repeated behind the gap as the goal; they are not part of the output.
+    Its first frames are repeated after the gap as the goal; they are not part of the output.
     """
     check_clip(clip, "clip")
     length = clip.shape[2]

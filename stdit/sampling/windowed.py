@@ -57,16 +57,16 @@ class WindowedSampler:
             bounds = None if canvas.bounds is None else canvas.bounds[:, :, :, view]
             part = canvas._replace(pixels=pixels[:, :, view], mask=mask[view], bounds=bounds)
             latent_frames = (window.end - window.begin - 1) // stride + 1
-            shown = condition_frames(window.begin, latent_frames, output=output, stride=stride)
+            condition_index = condition_frames(window.begin, latent_frames, output=output, stride=stride)
             # The first window's keys are those of a canvas that needs only one window.
             done = self.fill_window(
                 part,
-                given.change(partial(select_frames, which=shown)),
+                given.change(partial(select_frames, which=condition_index)),
                 [(*key, number) for key in keys] if number else keys,
             )
-            kept = slice(window.keep_from, window.keep_to)
-            pixels[:, :, kept] = done[:, :, kept.start - window.begin : kept.stop - window.begin]
-            mask[kept] = False
+            keep = slice(window.keep_from, window.keep_to)
+            pixels[:, :, keep] = done[:, :, keep.start - window.begin : keep.stop - window.begin]
+            mask[keep] = False
             number += 1
         return pixels[:, :, :frames]
 

@@ -62,7 +62,7 @@ def next_window(to_generate: Tensor, length: int, *, overlap: int, stride: int) 
     """The next window over a canvas whose frames `to_generate` (F,) bool are not there yet; None when all are.
 
     length: 1 + k * stride frames; overlap: 1 + j * stride known frames before the generated ones, at most. Known frames
-    behind a gap are in the window that closes it. Windows begin so that runs of known frames fill whole groups of the
+    after a gap are in the window that closes it. Windows begin so that runs of known frames fill whole groups of the
     VAE wherever the canvas allows it.
     """
     frames = len(to_generate)
@@ -75,7 +75,7 @@ def next_window(to_generate: Tensor, length: int, *, overlap: int, stride: int) 
     end_of_gap = first + int(known[0]) if len(known) else frames
     if first == 0 and end_of_gap < frames and end_of_gap + stride > length:
         return _backward(end_of_gap, frames, length=length, overlap=overlap, stride=stride)
-    contexts = range(1, min(overlap, first) + 1, stride) if first else range(1)  # whole groups behind a first frame
+    contexts = range(1, min(overlap, first) + 1, stride) if first else range(1)  # whole groups after a first frame
     goal = stride if end_of_gap < frames else 0
     fitting = [c for c in contexts if c + (end_of_gap - first) + goal <= length]
     context = fitting[-1] if goal and fitting else contexts[-1]
@@ -90,7 +90,7 @@ def next_window(to_generate: Tensor, length: int, *, overlap: int, stride: int) 
 
 
 def _backward(end_of_gap: int, frames: int, *, length: int, overlap: int, stride: int) -> Window:
-    """The head of a canvas is to be generated: from the known frames behind it toward the first frame."""
+    """The head of a canvas is to be generated: from the known frames after it toward the first frame."""
     known = max(stride, (overlap - 1) // stride * stride)
     end = min(frames, end_of_gap + known)
     begin = max(0, end - length)

@@ -265,7 +265,7 @@ def test_a_model_of_levels_by_frame_takes_masks_of_whole_frames_and_refuses_othe
 )
 def test_a_model_warns_of_known_frames_where_it_saw_none(make, schemes, call):
     with pytest.warns(
-        UserWarning, match=f"trained with objective.mask_strategy={', '.join(schemes)} and has not seen"
+        UserWarning, match=f"trained with objective.mask_strategy={', '.join(schemes)} but never with known"
     ) as said:
         call(make(schemes))
     assert said[0].filename == __file__  # it points at the caller

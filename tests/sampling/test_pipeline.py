@@ -129,7 +129,7 @@ def test_diffusers_euler_on_the_same_levels_gives_our_clip(make):
 
 def test_a_solver_asked_for_by_name_takes_the_place_of_the_folders_scheduler(make):
     theirs = make("ddpm", diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False))
-    with pytest.raises(ValueError, match="'ddim50' is for stdit's own solvers, this model has scheduler DDIMScheduler"):
+    with pytest.raises(ValueError, match="'ddim50' is for stdit's solvers, this model has scheduler DDIMScheduler"):
         sample(theirs, num_inference_steps="ddim50")
     ours = make("ddpm")
     same = {"num_inference_steps": "ddim10", "solver": "ddim"}

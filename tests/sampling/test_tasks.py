@@ -92,9 +92,9 @@ def test_a_goal_that_fills_no_group_stands_still_until_the_window_that_closes_th
 
     monkeypatch.setattr(WindowedSampler, "fill_window", spy)
     pipe, given = make(), clip(head + gap + tail)
-    made = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
-    made[head : head + gap] = True
-    filled = pipe.fill(Canvas(given, made), **FAST)
+    mask = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
+    mask[head : head + gap] = True
+    filled = pipe.fill(Canvas(given, mask), **FAST)
     assert filled.shape == given.shape
     assert torch.equal(filled[:, :, head + gap :], given[:, :, head + gap :])
     closing = next(w for w in windows if not w.mask[-1])
@@ -103,7 +103,7 @@ def test_a_goal_that_fills_no_group_stands_still_until_the_window_that_closes_th
     if tail < 4:
         assert torch.equal(closing.pixels[:, :, -1], given[:, :, -1])
     windows.clear()
-    pipe.fill(Canvas(given, made), window=25, **FAST)
+    pipe.fill(Canvas(given, mask), window=25, **FAST)
     assert len(windows) == 1  # what stands still is in one window with the rest, where that is long enough
 
 
@@ -122,18 +122,18 @@ def test_what_is_led_up_to_from_nothing_does_not_stand_still(make):
 @pytest.mark.parametrize(("head", "gap", "tail"), [(2, 4, 0), (3, 14, 0), (4, 16, 0), (2, 12, 3), (4, 8, 1)])
 def test_of_a_clip_shorter_than_a_group_the_model_sees_every_frame(make, head, gap, tail):
     pipe, given = make(), clip(head + gap + tail)
-    made = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
-    made[head : head + gap] = True
-    canvas = tasks.pad_to_groups(Canvas(given, made), pipe.video_vae)
+    mask = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
+    mask[head : head + gap] = True
+    canvas = tasks.pad_to_groups(Canvas(given, mask), pipe.video_vae)
     latent_mask, boundary_mask = latent_masks(canvas.mask, pipe.video_vae, (1, 1, 1))
     assert not boundary_mask.any()
     assert (~latent_mask).sum() == 2 + bool(tail)
     assert torch.equal(canvas.pixels[:, :, canvas.output], given)
-    assert torch.equal(canvas.mask[canvas.output], made)
+    assert torch.equal(canvas.mask[canvas.output], mask)
     assert torch.equal(canvas.pixels[:, :, 0], given[:, :, 0])
-    filled = pipe.fill(Canvas(given, made), **FAST)
-    assert torch.equal(filled[:, :, ~made.flatten()], given[:, :, ~made.flatten()])
-    assert not torch.equal(filled[:, :, made.flatten()], given[:, :, made.flatten()])
+    filled = pipe.fill(Canvas(given, mask), **FAST)
+    assert torch.equal(filled[:, :, ~mask.flatten()], given[:, :, ~mask.flatten()])
+    assert not torch.equal(filled[:, :, mask.flatten()], given[:, :, mask.flatten()])
 
 
 def test_an_overlap_that_a_short_clip_does_not_need_is_no_error(make):
@@ -160,13 +160,13 @@ def test_known_latents_are_bit_equal_from_encoding_to_the_end(make, known, monke
     pipe, seen = make(), {}
     decode = Engine.decode
     monkeypatch.setattr(Engine, "decode", lambda self, z, tile=None: seen.update(end=z) or decode(self, z, tile))
-    made = torch.ones(9, 1, 1, dtype=torch.bool)
-    made[known] = False
+    mask = torch.ones(9, 1, 1, dtype=torch.bool)
+    mask[known] = False
 
-    pipe.fill(Canvas(clip(9), made), "a", **FAST)
-    latent_mask, boundary_mask = latent_masks(made, pipe.video_vae, pipe.transformer.patch_size)
+    pipe.fill(Canvas(clip(9), mask), "a", **FAST)
+    latent_mask, boundary_mask = latent_masks(mask, pipe.video_vae, pipe.transformer.patch_size)
     with torch.no_grad():
-        expected = encode_known(clip(9), made, latent_mask, pipe.video_vae)
+        expected = encode_known(clip(9), mask, latent_mask, pipe.video_vae)
     assert not boundary_mask.any()
     assert torch.equal(seen["end"][:, :, ~latent_mask[:, 0, 0]], expected[:, :, ~latent_mask[:, 0, 0]])
 
@@ -188,24 +188,24 @@ def test_known_frames_survive_encode_place_decode_wherever_they_stand(known):
     vae = load_vae("tiny")
     drawn = torch.stack([torch.from_numpy(draw(random_clip(keyed_rng("sample", 9, i), i))) for i in range(12)])
     pixels = drawn.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    made = torch.ones(17, 1, 1, dtype=torch.bool)
-    made[known] = False
-    latent_mask, _ = latent_masks(made, vae, (1, 2, 2))
+    mask = torch.ones(17, 1, 1, dtype=torch.bool)
+    mask[known] = False
+    latent_mask, _ = latent_masks(mask, vae, (1, 2, 2))
     whole = vae.encode(pixels)
-    placed = torch.where(latent_mask.view(1, 1, -1, 1, 1), whole, encode_known(pixels, made, latent_mask, vae))
+    placed = torch.where(latent_mask.view(1, 1, -1, 1, 1), whole, encode_known(pixels, mask, latent_mask, vae))
     errors = [(vae.decode(x)[:, :, known] - pixels[:, :, known]).square().mean().log10() * 10 for x in (placed, whole)]
     assert errors[0] - errors[1] < 1.5
 
 
 def test_a_patch_is_known_when_all_its_pixels_are():
     vae = TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))
-    made = torch.zeros(9, 32, 48, dtype=torch.bool)
-    made[3, 17, 20] = True  # one pixel of frame 3: group 1, patch row 1 of 2, column 1 of 3
-    latent_mask, boundary_mask = latent_masks(made, vae, (1, 2, 2))
+    mask = torch.zeros(9, 32, 48, dtype=torch.bool)
+    mask[3, 17, 20] = True  # one pixel of frame 3: group 1, patch row 1 of 2, column 1 of 3
+    latent_mask, boundary_mask = latent_masks(mask, vae, (1, 2, 2))
     assert latent_mask.shape == (3, 2, 3)
     assert latent_mask.nonzero().tolist() == boundary_mask.nonzero().tolist() == [[1, 1, 1]]
-    made[1:5, 16:, 16:32] = True
-    latent_mask, boundary_mask = latent_masks(made, vae, (1, 2, 2))
+    mask[1:5, 16:, 16:32] = True
+    latent_mask, boundary_mask = latent_masks(mask, vae, (1, 2, 2))
     assert latent_mask.sum() == 1
     assert not boundary_mask.any()
     frames = torch.tensor([0, 1, 1, 1, 1, 0, 1, 0, 0]).bool().view(-1, 1, 1)
@@ -215,9 +215,9 @@ def test_a_patch_is_known_when_all_its_pixels_are():
 
 
 def test_blending_leaves_what_is_made_and_fades_over_what_is_known():
-    made = torch.zeros(6, 1, 1, dtype=torch.bool)
-    made[4:] = True
-    out = paste(torch.ones(1, 3, 6, 2, 2), torch.zeros(1, 3, 6, 2, 2), made, blend=2)
+    mask = torch.zeros(6, 1, 1, dtype=torch.bool)
+    mask[4:] = True
+    out = paste(torch.ones(1, 3, 6, 2, 2), torch.zeros(1, 3, 6, 2, 2), mask, blend=2)
     torch.testing.assert_close(out[0, 0, :, 0, 0], torch.tensor([0, 0, 1 / 3, 2 / 3, 1, 1]))
 
 
