@@ -5,9 +5,10 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from stdit.warn import warn_user
 
 # Modules that moved. `import stdit.keys` gives `stdit.rng`.
 MODULES = {
@@ -30,6 +31,7 @@ MODULES = {
 # Names that changed inside a module (its present path), found by the `__getattr__` that `aliases` makes.
 NAMES = {
     "stdit.text": {"Words": "HashedWordEncoder", "Pretrained": "TransformersTextEncoder"},
+    "stdit.sampling.windowed": {"Sampler": "WindowedSampler"},
     "stdit.data.samplers": {"Uniform": "UniformSampler", "Buckets": "BucketSampler", "Packs": "PackedSampler", "Size": "ClipSize"},
 }  # fmt: skip
 
@@ -85,7 +87,7 @@ def warn_renamed(old: str, new: str) -> None:
     """Say once that a name is read for one more version."""
     if old not in _warned:
         _warned.add(old)
-        warnings.warn(f"{old!r} is now called {new!r}; the old name is read for one more version.", stacklevel=3)
+        warn_user(f"{old!r} is now called {new!r}; the old name is read for one more version.")
 
 
 def renamed_section(section: str, given: Mapping[str, Any]) -> dict[str, Any]:

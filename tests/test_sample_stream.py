@@ -83,9 +83,14 @@ def test_the_rate_asked_for_is_told_and_written(tiny_model, tmp_path, monkeypatc
         model, vae, STDiTScheduler("flow"), 9, 32, 32, 8.0, "flow", mask_strategies=["every_kth"]
     ).save_pretrained("m")
     write_video("clip.mp4", np.zeros((3, 32, 32, 3), np.uint8), fps=4)
-    told = []
+    rates = []
     forward = STDiT.forward
-    monkeypatch.setattr(STDiT, "forward", lambda *a, info, **k: told.append(float(info)) or forward(*a, info=info, **k))
+
+    def spy(*args, micro_conditions, **rest):
+        rates.append(float(micro_conditions))
+        return forward(*args, micro_conditions=micro_conditions, **rest)
+
+    monkeypatch.setattr(STDiT, "forward", spy)
     arguments = [
         "--model",
         "m",
@@ -101,7 +106,7 @@ def test_the_rate_asked_for_is_told_and_written(tiny_model, tmp_path, monkeypatc
         "1",
     ]
     assert sample_video.main([*arguments, "--output", "made.mp4"]) == 0
-    assert set(told) == {16.0}
+    assert set(rates) == {16.0}
     with VideoReader("made.mp4") as reader:
         assert (len(reader), round(reader.fps)) == (9, 16)
 

@@ -22,6 +22,16 @@ class VideoVAE(nn.Module):
     image_is_first_frame: bool = True  # encode(clip[:, :, :1]) is encode(clip)[:, :, :1]
     name: str = "vae"
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type of the weights."""
+        return next(self.parameters()).dtype
+
     @abstractmethod
     def _encode(self, pixels: Tensor) -> Tensor: ...
 

@@ -18,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.stdit import STDiT
 from stdit.nn import attention
-from stdit.prompt import Prompt
+from stdit.conditions import Guided
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.solvers import solve
 
@@ -43,7 +43,8 @@ def sample(model, scale: float = 1.0):
 
     handles = [block.attn.qkv.register_forward_pre_hook(count) for block in model.blocks]
     objective = build_objective(ObjectiveConfig())
-    output = guided(model, objective, Prompt(torch.tensor([1, 2]), null=Prompt(torch.tensor([5, 5]))), Guidance(scale))
+    labels = Guided({"label": torch.tensor([[1], [2]])}, {"label": torch.tensor([[5], [5]])})
+    output = guided(model, objective, labels, Guidance(scale))
     noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     now = {"t": 1000.0}
 
