@@ -30,7 +30,14 @@ MODULES = {
 # Names that changed inside a module (its present path), found by the `__getattr__` that `aliases` makes.
 NAMES = {
     "stdit.text": {"Words": "HashedWordEncoder", "Pretrained": "TransformersTextEncoder"},
-    "stdit.data.samplers": {"Uniform": "UniformSampler", "Buckets": "BucketSampler", "Packs": "PackedSampler", "Size": "ClipSize"},
+    "stdit.data.samplers": {
+        "Uniform": "UniformSampler", "Buckets": "BucketSampler", "Packs": "PackedSampler", "Size": "ClipSize",
+        "Slot": "SampleRef", "Order": "BatchSampler", "assign": "assign_buckets",
+    },
+    "stdit.data.inputs": {"Size": "ImageSize"},
+    "stdit.vae.adapters": {"Kind": "VAESpec", "KINDS": "VAE_SPECS"},
+    "stdit.vae.base": {"each_frame": "split_frames"},
+    "stdit.vae.tiny": {"Past": "CausalConvCache", "each_group": "per_group"},
 }  # fmt: skip
 
 # Keys of configs (a run's YAML, its overrides, a checkpoint's record) and of a model's config.json, without the section.

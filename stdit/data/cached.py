@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from stdit.data.config import DataConfig, micro_conditions_of
-from stdit.data.samplers import Size
+from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
 
 
@@ -48,8 +48,8 @@ class CachedLatents:
     def shape(self, index: int) -> tuple[int, int, int]:
         return (self.info["num_frames"], self.info["height"], self.info["width"])
 
-    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
-        made = Size(*self.shape(index))
+    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
+        made = ClipSize(*self.shape(index))
         if size is not None and size != made:
             raise ValueError(
                 f"{self.root} holds latents of {tuple(made)} alone; train buckets from the clips themselves."

@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from stdit.data.samplers import Size
+from stdit.data.samplers import ClipSize
 
 
 @dataclass
@@ -49,7 +49,7 @@ class DataConfig:
 MICRO_CONDITIONS = ("fps", "seconds", "height", "width")
 
 
-def micro_conditions_of(size: Size, fps: float) -> tuple[float, ...]:
+def micro_conditions_of(size: ClipSize, fps: float) -> tuple[float, ...]:
     """`MICRO_CONDITIONS` of a clip: frames a second, its length in seconds, height and width in pixels."""
     return (fps, size.frames / fps, float(size.height), float(size.width))
 
@@ -68,4 +68,4 @@ class Dataset(Protocol):
     def caption(self, index: int) -> str: ...
     def name(self, index: int) -> str: ...
     def shape(self, index: int) -> tuple[int, int, int]: ...
-    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]: ...
+    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]: ...

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stdit.data.config import MICRO_CONDITIONS, micro_conditions_of
-from stdit.data.samplers import Size
+from stdit.data.samplers import ClipSize
 from stdit.diffusion.predictions import Estimate
 from stdit.prompt import Prompt
 from stdit.rng import keyed_normal
@@ -57,7 +57,11 @@ class Sampler(NamedTuple):
         if not model.config.micro_conditions:
             return model
         info = dict(
-            zip(MICRO_CONDITIONS, micro_conditions_of(Size(frames, height, width), self.fps or config.fps), strict=True)
+            zip(
+                MICRO_CONDITIONS,
+                micro_conditions_of(ClipSize(frames, height, width), self.fps or config.fps),
+                strict=True,
+            )
         )
         values = torch.tensor([[info[name] for name in model.config.micro_conditions]], device=self.pipe.device)
         return partial(model, info=values)
