@@ -60,7 +60,7 @@ def _encoded(frames: Tensor, vae: VideoVAE) -> Clips:
 
     @torch.no_grad()
     def encode(starts: Tensor) -> Tensor:
-        groups = [vae.group(pixels[clip, None], frame) for clip, frame in starts.nonzero().tolist()]
+        groups = [vae.frames_of_latent(pixels[clip, None], frame) for clip, frame in starts.nonzero().tolist()]
         return vae.encode_segment(torch.cat(groups))[:, :, 0].float()
 
     with torch.no_grad():

@@ -190,7 +190,7 @@ def test_windows_come_to_an_end_whatever_is_known(length, stride):
         (lambda p: p.extend(clip(5), after=12, window=10), "window=10 does not hold .* use window=13"),
         (lambda p: p.extend(clip(5), after=4, window=0), "window=0 does not hold"),
         (lambda p: p.extend(clip(5), after=4, seed=-1), "seed=-1 is negative"),
-        (lambda p: p.extend(clip(5), after=4, tile=2), "tile=2 latents leave no room"),
+        (lambda p: p.extend(clip(5), after=4, tile=2), "tile must be >= 3 latents, got 2"),
         (lambda p: p.extend(clip(5), after=4, fps=-3.0), "fps=-3.0 is not a frame rate"),
         (lambda p: p.extend(clip(5), after=4, fps=float("inf")), "fps=inf is not a frame rate"),
         (lambda p: p.extend(clip(5), after=4, guidance_scale=float("nan")), "guidance_scale=nan is no scale"),
