@@ -31,14 +31,13 @@ class SampleRef(NamedTuple):
 
 
 class BatchSampler(Protocol):
-    """What the loader needs of a sampler.
+    """The interface of a batch sampler, as the loader uses it."""
 
-    `batch(step)`: the samples of a step over all processes. `candidates(size)`: indices of the samples that may be
-    loaded at `size`; one of them replaces a sample whose file cannot be read.
-    """
+    def batch(self, step: int) -> list[SampleRef]:
+        """The samples of a step over all processes."""
 
-    def batch(self, step: int) -> list[SampleRef]: ...
-    def candidates(self, size: ClipSize | None) -> Sequence[int]: ...
+    def candidates(self, size: ClipSize | None) -> Sequence[int]:
+        """Indices of the samples that may be loaded at `size`; one of them replaces an unreadable sample."""
 
 
 def sample_index(seed: int, position: int, size: int) -> int:
@@ -163,7 +162,7 @@ class PackedSampler:
             )
 
     def _packs(self, epoch: int) -> list[list[int]]:
-        return _packed(self.seed, epoch, self._samples, self._costs, self.tokens)
+        return _packed(self.seed, epoch, self._samples, costs=self._costs, tokens=self.tokens)
 
     def batch(self, step: int) -> list[SampleRef]:
         """The samples of a step: number p + i * processes is the i-th clip of process p.

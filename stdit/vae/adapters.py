@@ -108,6 +108,7 @@ class DiffusersVAE(VideoVAE):
         return (raw.float() - _per_channel(self.latent_mean)) / _per_channel(self.latent_std)
 
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        """As `VideoVAE.decode_stream`; an image VAE yields frame by frame, the others yield the whole clip."""
         if not self.spec.per_frame:
             yield from super().decode_stream(latents)
             return

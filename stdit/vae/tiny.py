@@ -44,6 +44,7 @@ class CausalConv(nn.Conv2d):
         super().__init__(2 * dim_in, dim_out, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:  # type: ignore[override]
+        """x (B, T, C, h, w); the cache's group of this module is read and replaced."""
         previous = torch.cat([cache.get(self, x[:, :1]), x[:, :-1]], dim=1)
         cache[self] = x[:, -1:]
         return per_group(super().forward, torch.cat([previous, x], dim=2))
@@ -66,6 +67,7 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:
+        """x (B, T, C, h, w) -> the same shape."""
         h = F.silu(x)
         h = self.conv1(h, cache) if isinstance(self.conv1, CausalConv) else per_group(self.conv1, h)
         return x + per_group(self.conv2, F.silu(h))
@@ -89,6 +91,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width8, config.channels, 1)
 
     def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:
+        """Encode groups; the cache carries those before them."""
         x = per_group(self.conv_in, F.pixel_unshuffle(x, 4))
         for block in self.stride4:
             x = block(x, cache)
@@ -113,6 +116,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width2, 12 * 4, 3, padding=1)
 
     def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:
+        """Decode groups; the cache carries those before them."""
         x = self.conv_in(x, cache)
         for block in self.stride8:
             x = block(x, cache)
@@ -192,6 +196,7 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
         return self.decode_raw(self._denormalise(latents))
 
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
+        """As `VideoVAE.decode_stream`, in constant memory: each group is decoded with the cache of the one before it."""
         cache = CausalConvCache()
         for t, frame in enumerate(split_frames(latents)):
             group = self._denormalise(frame).transpose(1, 2)

@@ -25,7 +25,7 @@ def ids(value):
     return type(value).__name__
 
 
-def test_a_clip_goes_to_the_nearest_aspect_and_a_length_that_it_has():
+def test_a_clip_is_assigned_to_the_nearest_aspect_and_a_length_that_fits():
     buckets = assign_buckets(SHAPES, SIZES, 3)
     for (frames, height, width), number in zip(SHAPES, buckets, strict=True):
         size = SIZES[number]
@@ -52,7 +52,7 @@ def test_every_sample_of_a_batch_is_a_candidate_for_its_size(sampler):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_bucket_batch_is_of_one_size_within_the_budget_and_an_epoch_takes_every_clip(processes):
+def test_a_bucket_batch_has_one_size_within_the_budget_and_an_epoch_covers_every_clip(processes):
     buckets = assign_buckets(SHAPES, SIZES, 3)
     sampler = BucketSampler(3, buckets, SIZES, COSTS, tokens=40, processes=processes)
     covered = set()
@@ -67,7 +67,7 @@ def test_a_bucket_batch_is_of_one_size_within_the_budget_and_an_epoch_takes_ever
     assert covered == set(range(len(SHAPES)))
 
 
-def test_a_pack_fills_its_budget_without_going_over_and_an_epoch_takes_every_clip_once():
+def test_a_pack_fills_its_budget_and_an_epoch_covers_every_clip_once():
     buckets = assign_buckets(SHAPES, SIZES, 3)
     sampler = PackedSampler(3, buckets, SIZES, COSTS, tokens=40)
     taken, step = [], 0
