@@ -32,7 +32,14 @@ MODULES = {
 NAMES = {
     "stdit.text": {"Words": "HashedWordEncoder", "Pretrained": "TransformersTextEncoder"},
     "stdit.sampling.windowed": {"Sampler": "WindowedSampler"},
-    "stdit.data.samplers": {"Uniform": "UniformSampler", "Buckets": "BucketSampler", "Packs": "PackedSampler", "Size": "ClipSize"},
+    "stdit.data.samplers": {
+        "Uniform": "UniformSampler", "Buckets": "BucketSampler", "Packs": "PackedSampler", "Size": "ClipSize",
+        "Slot": "SampleRef", "Order": "BatchSampler", "assign": "assign_buckets",
+    },
+    "stdit.data.inputs": {"Size": "ImageSize"},
+    "stdit.vae.adapters": {"Kind": "VAESpec", "KINDS": "VAE_SPECS"},
+    "stdit.vae.base": {"each_frame": "split_frames"},
+    "stdit.vae.tiny": {"Past": "CausalConvCache", "each_group": "per_group"},
 }  # fmt: skip
 
 # Keys of configs (a run's YAML, its overrides, a checkpoint's record) and of a model's config.json, without the section.

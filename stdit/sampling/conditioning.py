@@ -49,7 +49,7 @@ def encode_known(pixels: Tensor, mask: Tensor, latent_mask: Tensor, vae: VideoVA
         while end < len(known) and known[end]:
             end += 1
         if end > begin:
-            run = torch.cat([vae.group(pixels, t) for t in range(begin, end)], dim=2).to(vae.dtype)
+            run = torch.cat([vae.frames_of_latent(pixels, t) for t in range(begin, end)], dim=2).to(vae.dtype)
             latents[:, :, begin:end] = (vae.encode(run) if begin == 0 else vae.encode_segment(run)).to(latents.dtype)
         begin = max(end, begin + 1)
     return latents

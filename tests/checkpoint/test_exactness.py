@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from stdit.checkpoint.convert import from_stdit, to_stdit, write_original
 from stdit.checkpoint.files import Weights, read_weights
+from stdit.conditions import Guided
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.diffusion.paths import DDPMPath
 from stdit.diffusion.predictions import Estimate
 from stdit.diffusion.variational import posterior, variational_bound
-from stdit.conditions import Guided
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.schedule import Schedule
 from stdit.sampling.solvers import DDIM, DDPM, solve
@@ -218,7 +218,9 @@ def test_guidance_on_three_channels_leaves_the_fourth_and_the_variance_alone(tin
     model, objective = tiny_model(axes=["spatial"]), build_objective(ObjectiveConfig(name="ddpm"))
     x, levels, labels = torch.randn(2, 4, 1, 8, 8), torch.full((1, 1), 0.5), torch.tensor([1, 2])
     plain, all_of_it, three = (
-        guided(model, objective, Guided({"label": labels[:, None]}, {"label": torch.full((2, 1), 5)}), Guidance(*how))(x, levels)
+        guided(model, objective, Guided({"label": labels[:, None]}, {"label": torch.full((2, 1), 5)}), Guidance(*how))(
+            x, levels
+        )
         for how in ((1.0,), (3.0,), (3.0, (0.0, 1.0), 3))
     )
     torch.testing.assert_close(three[:, :3], all_of_it[:, :3])

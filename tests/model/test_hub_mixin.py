@@ -15,10 +15,10 @@ from diffusers import (
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.training_utils import EMAModel
 
+from stdit.conditions import Guided
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.stdit import STDiT
 from stdit.nn import attention
-from stdit.conditions import Guided
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.solvers import solve
 
