@@ -111,7 +111,7 @@ def _read_image(path: Path, mode: str) -> np.ndarray:
     """An image file as an array, converted to a mode of PIL ("RGB", or "L" for grey)."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert(mode))
+            return np.array(image.convert(mode))  # a copy, since the view of PIL is read-only
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{str(path)!r} is not an image that can be read ({error}); give another file.") from error
 
