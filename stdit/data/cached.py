@@ -67,7 +67,7 @@ class CachedLatents:
         read = read_conditions(record, ClipFacts(cached, self.info["fps"] or 8.0))
         return {**sample, "conditions": {**read, **record.get("conditions", {})}}
 
-    def _shard(self, number: int):
+    def _shard(self, number: int) -> Any:
         if number not in self._open_shards:
             file = self.root / self.info["shards"][number]["file"]
             if not file.is_file():

@@ -1,4 +1,4 @@
-"""One class for each kind of data. `load(index, rng)` gives a sample; what is random comes from `rng` alone."""
+"""One class for each kind of data. `load(index, rng)` gives a sample; all its randomness comes from `rng`."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from stdit.conditions import ClipFacts
-from stdit.data.backends import open_video
+from stdit.data.backends import Reader, open_video
 from stdit.data.base import Dataset
 from stdit.data.cached import CachedLatents
 from stdit.data.config import DataConfig
@@ -24,9 +24,12 @@ from stdit.data.video_io import VideoError, VideoReader
 from stdit.rng import keyed_rng
 from stdit.variants import pick
 
+# Readers that a worker keeps open: an index of a minute's clip takes about 0.1 MB.
+MAX_READERS = 4096
+
 
 class _TableDataset:
-    """What datasets of files have in common."""
+    """What datasets of files have in common: a table of rows, resizing and cropping."""
 
     def __init__(self, table: Table, config: DataConfig):
         self.rows, self.num_classes, self.class_names = table
@@ -60,9 +63,9 @@ class _TableDataset:
 
 
 class VideoClips(_TableDataset):
-    """Windows of `num_frames` out of video files, at `fps` by time stamps, scaled to cover and cropped.
+    """Windows of `num_frames` from video files, at `fps` by time stamps, scaled to cover the size and cropped.
 
-    Among them may be pictures, as clips of one frame.
+    Pictures among them are clips of one frame.
     """
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
@@ -71,7 +74,7 @@ class VideoClips(_TableDataset):
         if path.suffix.lower() in IMAGE_SUFFIXES:
             if size.frames > 1:
                 raise VideoError(
-                    f"{str(path)!r} is a picture, no clip of {size.frames} frames; give it a size of 1 frame."
+                    f"{str(path)!r} is a picture, not a clip of {size.frames} frames; give it a size of 1 frame."
                 )
             frames, rate = read_picture(path)[None], self.config.fps or 1.0
             return self._finish(resize(frames, cover_size(frames.shape[1:3], target)), size, rate, rng)
@@ -91,26 +94,26 @@ class VideoClips(_TableDataset):
                 frames = int(float(reader.timestamps[-1]) * self.config.fps + 0.5) + 1
             return (frames, *reader.size)
 
-    def _open(self, path: Path):
-        """A reader; PyAV's index of packets is kept, so that a file is scanned once a worker."""
+    def _open(self, path: Path) -> Reader:
+        """A reader of a file; PyAV's are cached with their index of packets, so that a worker scans a file once."""
         if self.config.backend != "pyav":
             return open_video(path, self.config.backend)
-        kept = self._indexed
-        if path not in kept:
-            kept[path] = VideoReader(path)
-            while len(kept) > 4096:
-                kept.popitem(last=False)
-        return kept[path]
+        readers = self._readers
+        if path not in readers:
+            readers[path] = VideoReader(path)
+            while len(readers) > MAX_READERS:
+                readers.popitem(last=False)
+        return readers[path]
 
     @cached_property
-    def _indexed(self) -> OrderedDict:
+    def _readers(self) -> OrderedDict[Path, VideoReader]:
         return OrderedDict()
 
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key != "_indexed"}
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_readers"}
 
 
-def window(reader, num_frames: int, fps: float | None, rng: np.random.Generator) -> list[int]:
+def window(reader: Reader, num_frames: int, fps: float | None, rng: np.random.Generator) -> list[int]:
     """Frame numbers of one window, anywhere in the clip; VideoError if the clip is too short for it."""
     if fps is None:
         if len(reader) < num_frames:
@@ -191,7 +194,7 @@ class IdxImages:
 
 
 class MovingShapes:
-    """Shapes drawn as they are asked for, clip `index` always the same."""
+    """Moving shapes, drawn on demand; clip `index` is always the same."""
 
     def __init__(self, config: DataConfig):
         self.class_names: list[str] | None = list(OBJECT_NAMES if config.motion == "bounce" else CLASS_NAMES)
@@ -215,7 +218,7 @@ class MovingShapes:
         return f"shape {index}"
 
     def shape(self, index: int) -> tuple[int, int, int]:
-        """They are drawn as large and as long as asked."""
+        """The largest size asked for: shapes are drawn at any size."""
         longest = max((size[0] for size in self.config.sizes), default=self.config.num_frames)
         return (longest, self.config.height, self.config.width)
 
@@ -229,8 +232,13 @@ class MovingShapes:
         return ClipSize(self.config.num_frames, self.config.height, self.config.width)
 
     def _clip(self, index: int, size: ClipSize) -> ShapeClip:
-        own = keyed_rng("sample", index)
-        return random_clip(own, index % len(CLASS_NAMES), size.frames, size.height, self.config.motion)
+        return random_clip(
+            keyed_rng("sample", index),
+            index % len(CLASS_NAMES),
+            frames=size.frames,
+            frame_size=size.height,
+            motion=self.config.motion,
+        )
 
 
 def _videos(root: Path, config: DataConfig) -> VideoClips:

@@ -100,11 +100,11 @@ class DDPMObjective(Objective):
 
     def __init__(self, config: ObjectiveConfig):
         super().__init__(config)
-        self.path = DDPMPath(config.betas)
+        self.path = self.chain = DDPMPath(config.betas)
         self.learns_sigma = config.learn_sigma
 
     def sample_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:
-        return ((sample_levels(generator, count, "uniform") * self.path.num_steps).floor() + 1) / self.path.num_steps
+        return ((sample_levels(generator, count, "uniform") * self.chain.num_steps).floor() + 1) / self.chain.num_steps
 
     def estimate(self, output: Tensor, x: Tensor, levels: Tensor) -> Estimate:
         if not self.learns_sigma:
@@ -119,7 +119,7 @@ class DDPMObjective(Objective):
         simple = (epsilon - noise).square().mean(dim=1)
         # The bound teaches the variance only: the mean is taken as it is.
         frozen = from_epsilon(epsilon.detach(), x, levels, self.path)._replace(variance=variance)
-        bound = variational_bound(self.path, x, clean, frozen, levels, 1 / self.path.num_steps)
+        bound = variational_bound(self.path, x, clean, frozen, levels, 1 / self.chain.num_steps)
         return simple + bound.mean(dim=1).to(simple.dtype)
 
     def schedule(self, steps: int | str, tokens: int) -> Tensor:

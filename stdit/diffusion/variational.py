@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stdit.diffusion.paths import Path, like
+from stdit.diffusion.predictions import Estimate
 
 
 def posterior(path: Path, x: Tensor, clean: Tensor, now: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +50,9 @@ def _cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def variational_bound(path: Path, x: Tensor, clean: Tensor, estimate, levels: Tensor, one_step: float) -> Tensor:
+def variational_bound(
+    path: Path, x: Tensor, clean: Tensor, estimate: Estimate, levels: Tensor, one_step: float
+) -> Tensor:
     """One term of the bound in bits per number, (B, C, T, h, w): KL to the posterior; at the last step the likelihood.
 
     estimate: an `Estimate` with variance; levels (B, T); one_step: the distance of neighbouring levels.
@@ -60,6 +63,7 @@ def variational_bound(path: Path, x: Tensor, clean: Tensor, estimate, levels: Te
     # The last step's posterior has no variance; its neighbour's stands in, as in DiT.
     _, floor, _ = posterior(path, x[:1, :1, :1, :1, :1], x[:1, :1, :1, :1, :1], *_second_step(one_step))
     smallest = torch.where(like(after, x) > 0, true_variance, floor)
+    assert estimate.variance is not None
     log_variance = learned_log_variance(estimate.variance, smallest, largest)
     kl = normal_kl(true_mean, smallest.log(), mean, log_variance)
     likelihood = -discretized_normal_log_likelihood(clean.double(), mean, 0.5 * log_variance)

@@ -50,7 +50,7 @@ class ConditionEmbedder(TakesConditions):
     trunk: Trunk
     patch_size: tuple[int, int, int]
     t_embedder: nn.Module
-    adaLN_single: nn.Module | None
+    adaLN_single: nn.Sequential | None
 
     def condition(self, timestep: Tensor, conditions: Conditions, batch: int) -> Condition:
         """What blocks are given: embeddings of timestep and conditions, summed to a vector, or as tokens.

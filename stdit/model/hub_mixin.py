@@ -20,7 +20,7 @@ def register_cacheable_blocks(classes: Iterable[type]) -> None:
     except ImportError:
         return
     for kind in classes:
-        has_text = "encoder_hidden_states" in inspect.signature(kind.forward).parameters
+        has_text = "encoder_hidden_states" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
         metadata = TransformerBlockMetadata(
             return_hidden_states_index=0, return_encoder_hidden_states_index=1 if has_text else None
         )
@@ -51,12 +51,12 @@ class HubMixin:
     """What a model does otherwise than diffusers' mixins, which come after it."""
 
     config: Any
+    supports: Any
     num_parameters: Any
-    supports: frozenset[str]
     save_pretrained: Any
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """Load safetensors and config.json, of a pipeline's folder its transformer.
 
         ValueError if a key is missing or unexpected (nothing is half loaded).
@@ -65,7 +65,9 @@ class HubMixin:
             kwargs.setdefault("subfolder", "transformer")
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, output_loading_info=True, **kwargs
+        )
         model, info = loaded
         missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
         meta = [name for name, value in model.named_parameters() if value.is_meta]
@@ -82,17 +84,17 @@ class HubMixin:
         return modules[name] if name in modules else super().__getattr__(name)  # type: ignore[misc]
 
     @classmethod
-    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs) -> Any:
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As diffusers', for configurations of version 0.1.0 too."""
         if isinstance(config, Mapping):
             config = renamed_section("model", config)
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
 
-    def _fix_state_dict_keys_on_load(self, state_dict) -> Any:
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Any]) -> Any:
         """diffusers' hook for keys that were renamed: the dictionary is changed in place."""
         for name in list(state_dict):
             state_dict[renamed_parameter(name)] = state_dict.pop(name)
-        return super()._fix_state_dict_keys_on_load(state_dict)
+        return super()._fix_state_dict_keys_on_load(state_dict)  # type: ignore[misc]
 
     def enable_cache(self, config: Any) -> None:
         """As diffusers'; ValueError for a cache that skips blocks on a trunk where that gives another result."""
@@ -104,17 +106,21 @@ class HubMixin:
             )
         super().enable_cache(config)  # type: ignore[misc]
 
-    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, **kwargs):
+    def load_lora_adapter(
+        self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = None, **kwargs: Any
+    ) -> Any:
         """As diffusers', for adapters of this model alone, and from safetensors only."""
         kwargs.setdefault("use_safetensors", True)
         kwargs.setdefault("weight_name", "pytorch_lora_weights.safetensors")
-        return super().load_lora_adapter(pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs)
+        return super().load_lora_adapter(  # type: ignore[misc]
+            pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs
+        )
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """As diffusers', with a model card; a path to a folder (./mine) writes there and touches no network."""
         card = model_card(dict(self.config), self.num_parameters())
         if not is_folder(str(repo_id)):
-            url = super().push_to_hub(repo_id, **kwargs)
+            url = super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
             card.push_to_hub(repo_id, token=kwargs.get("token"), create_pr=kwargs.get("create_pr"))
             return url
         folder = Path(repo_id).expanduser()

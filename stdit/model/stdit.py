@@ -133,7 +133,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         for name, kind in CONDITIONERS.items():
             embedder = self.conditioners[name].embedder(hidden_size) if name in self.conditioners else None
             setattr(self, kind.module, embedder)
-        self.adaLN_single = None
+        self.adaLN_single: nn.Sequential | None = None
         if self.conditioning.shared_adaln:
             self.adaLN_single = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
         self.trunk = TRUNKS[trunk](self.trunk_config)
@@ -225,12 +225,13 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         for conditioner in self.conditioners.values():
             if hasattr(embedder := getattr(self, conditioner.module), "reset"):
                 embedder.reset()
-        for layer in (self.t_embedder.mlp or [])[::2]:
-            nn.init.normal_(layer.weight, std=0.02)
+        for name, parameter in self.t_embedder.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(parameter, std=0.02)
         for module in (*self.blocks, self.final_layer, self.trunk):
             module.reset()
         if self.adaLN_single is not None:
-            nn.init.zeros_(self.adaLN_single[1].weight)
+            nn.init.zeros_(next(self.adaLN_single[1].parameters()))
 
     def forward(
         self,
@@ -264,7 +265,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
             timestep = torch.cat([history[1], timestep.view(len(history[1]), -1).expand_as(history[1])], dim=1)
             given = repeat_frames(given, 2)
         self._check_call(hidden_states.shape[2], cache, history is not None, visible)
-        grid = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
+        grid = token_grid(hidden_states.shape[2:], self.patch_size)
         frames, rows, columns = grid
         scale = self._position_scale(grid)
         condition = self.condition(timestep, given, hidden_states.shape[0])
@@ -278,7 +279,9 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
             num_prefix_tokens=num_prefix,
             prefix_mask=prefix_mask,
         )
-        ctx = TrunkContext(self.blocks, self._call_block, self.trunk_config.block, condition, layout, cache, visible)
+        ctx = TrunkContext(
+            list(self.blocks), self._call_block, self.trunk_config.block, condition, layout, cache, visible
+        )
         tokens = self.trunk(tokens, ctx)[:, :, num_prefix:]
         if cache is not None and cache.writing:
             cache.finish(frames, cached_positions(ctx.of()))
@@ -336,7 +339,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
                 "alone without relative_position_bias (such as stack) and a condition that is a vector (such as adaln_zero, "
                 "and no captions); use batches of one shape instead."
             )
-        grids = [token_grid(tuple(x.shape[1:]), self.patch_size) for x in latents]
+        grids = [token_grid(x.shape[1:], self.patch_size) for x in latents]
         layout, parts = PackedLayout(grids), []
         for x, (_, rows, columns) in zip(latents, grids, strict=True):
             embedded = self.x_embedder(x[None])
@@ -356,7 +359,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         embedding, adaln = (None if x is None else x.reshape(1, 1, len(steps), -1) for x in condition[:2])
         assert embedding is not None
         condition = Condition(embedding, adaln)
-        ctx = TrunkContext(self.blocks, self._call_block, self.trunk_config.block, condition, layout)
+        ctx = TrunkContext(list(self.blocks), self._call_block, self.trunk_config.block, condition, layout)
         tokens = self.final_layer(self.trunk(torch.cat(parts, dim=1)[:, None], ctx), condition, layout)
         pieces = tokens[:, 0].split([t * s for t, s in layout.counts], dim=1)
         return [

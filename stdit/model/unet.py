@@ -117,7 +117,7 @@ class UNet(TakesConditions, ModelMixin, ConfigMixin):
         tokens = self._tokens(batch, given)
         # On CPUs in bfloat16 the weights' gradients of its convolutions in time are not finite (torch 2.13, oneDNN).
         with torch.autocast("cpu", enabled=False) if hidden_states.device.type == "cpu" else nullcontext():
-            dtype = self.unet.dtype
+            dtype = next(self.unet.parameters()).dtype
             return self.unet(hidden_states.to(dtype), timestep, tokens.to(dtype)).sample
 
     def _tokens(self, batch: int, conditions: Conditions) -> Tensor:

@@ -128,6 +128,8 @@ class Attention(nn.Module, AttentionModuleMixin):
     _available_processors = [AxialAttnProcessor]
     _supports_qkv_fusion = False  # DiT's projection is one already
     is_cross_attention = False
+    processor: Any
+    set_processor: Any  # diffusers'
 
     def __init__(
         self,
@@ -139,8 +141,9 @@ class Attention(nn.Module, AttentionModuleMixin):
         super().__init__()
         dim = config.dim
         self.heads, self.axis, self.position_encoding = config.num_heads, axis, position_encoding
-        has_bias = config.bias_grid is not None and axis != "temporal"
-        self.relative_position_bias = RelativePositionBias(*config.bias_grid, config.num_heads) if has_bias else None
+        self.relative_position_bias = None
+        if config.bias_grid is not None and axis != "temporal":
+            self.relative_position_bias = RelativePositionBias(*config.bias_grid, config.num_heads)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.qkv_time = nn.Linear(dim, 3 * dim, bias=False) if qkv_bias_from_cond else None
         self.q_norm, self.k_norm = qk_norm(config), qk_norm(config)
@@ -158,6 +161,8 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [CrossAttnProcessor]
     _supports_qkv_fusion = False
     is_cross_attention = True
+    processor: Any
+    set_processor: Any  # diffusers'
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()

@@ -1,5 +1,7 @@
 """Text and video side by side: SD3's dual-stream and FLUX's single-stream blocks, for any number of frames."""
 
+from typing import Any
+
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from einops import rearrange
@@ -45,6 +47,8 @@ class JointAttention(nn.Module, AttentionModuleMixin):
     _supports_qkv_fusion = False
     is_cross_attention = False
     axis = "joint"
+    processor: Any
+    set_processor: Any  # diffusers'
 
     def __init__(self, config: BlockConfig, position_encoding: str = "sincos", shared: bool = False):
         super().__init__()

@@ -54,7 +54,7 @@ class TimestepEmbedder(nn.Module):
         steps = self.scale * (1000 - timestep.float() if self.reverse else timestep.float() + self.offset)
         angles = steps[..., None] * frequencies
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return sinusoid if self.mlp is None else self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
+        return sinusoid if self.mlp is None else self.mlp(sinusoid.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -30,7 +30,7 @@ class Modulation(NamedTuple):
     gate: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x if self.scale is None else x * (1 + self.scale) + self.shift
+        return x if self.scale is None or self.shift is None else x * (1 + self.scale) + self.shift
 
     def gated(self, x: Tensor) -> Tensor:
         return x if self.gate is None else self.gate * x
@@ -56,8 +56,8 @@ class AdaLN(nn.Sequential):
 
     def reset(self) -> None:
         """Zero-initialise, as in DiT."""
-        nn.init.zeros_(self[1].weight)
-        nn.init.zeros_(self[1].bias)
+        for parameter in self[1].parameters():
+            nn.init.zeros_(parameter)
 
 
 class AdaLNSingle(nn.Module):
@@ -106,7 +106,8 @@ class AdaLNLora(nn.Module):
 
     def reset(self) -> None:
         """Zero-initialise, as in DiT."""
-        nn.init.zeros_(self.lora[2].weight)  # type: ignore[arg-type]
+        for parameter in self.lora[2].parameters():
+            nn.init.zeros_(parameter)
 
 
 class NoModulation(nn.Module):

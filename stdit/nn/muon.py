@@ -9,5 +9,6 @@ EXCLUDED = ("embed", "adaLN", "final")
 def muon_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every trainable weight of a Linear or Conv layer but embeddings, modulation and the head (Jordan et al., "Muon")."""
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    found = {f"{name}.weight": layer.weight for name, layer in model.named_modules() if isinstance(layer, layers)}
-    return {name: p for name, p in found.items() if p.requires_grad and not any(word in name for word in EXCLUDED)}
+    names = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, layers)}
+    found = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name in names and p.requires_grad}
+    return {name: p for name, p in found.items() if not any(word in name for word in EXCLUDED)}

@@ -98,5 +98,6 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor
 
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(query.device, torch.int32)
     longest = int(lengths.max())
-    sequences = {"cu_seq_q": ends, "cu_seq_k": ends, "max_q": longest, "max_k": longest}
-    return varlen_attn(query[0], key[0], value[0], **sequences)[None]
+    out = varlen_attn(query[0], key[0], value[0], cu_seq_q=ends, cu_seq_k=ends, max_q=longest, max_k=longest)
+    assert isinstance(out, Tensor)
+    return out[None]

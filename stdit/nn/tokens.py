@@ -1,5 +1,7 @@
 """Latents to tokens and back."""
 
+from collections.abc import Sequence
+
 from einops import rearrange
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def unpatchify(x: Tensor, patch: Patch, height: int) -> Tensor:
     return rearrange(x, "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", h=height, pt=pt, ph=ph, pw=pw)
 
 
-def token_grid(shape: tuple[int, int, int], patch: Patch) -> tuple[int, int, int]:
+def token_grid(shape: Sequence[int], patch: Patch) -> tuple[int, int, int]:
     """(T, H, W) of a latent in patches; ValueError naming the nearest size where one does not divide."""
     for name, value, size in zip(("frames", "height", "width"), shape, patch, strict=True):
         if value < 1 or value % size:

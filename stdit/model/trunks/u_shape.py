@@ -54,7 +54,7 @@ class UShape(Trunk):
         half = DenseLayout(
             (frames, rows // 2, columns // 2), frame_offset=layout.frame_offset, scale=(time, 2 * y, 2 * x)
         )
-        last, skips = len(blocks) - self.outer, []
+        last, skips = len(blocks) - self.outer, list[Tensor]()
         for i, block in enumerate(blocks):
             if i == self.outer:
                 tokens = _per_frame(self.down, tokens, rows)
