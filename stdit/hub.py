@@ -1,4 +1,4 @@
-"""What a name of weights means: a folder here, or a hub id. Only a hub id ever reaches for the network."""
+"""Resolve a name of weights to a local folder or a hub id. Only a hub id ever touches the network."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+?))?(?:@([\w.-]+))?")
-_OURS = {".", "..", "checkpoints", "models", "data", "output"}  # first parts that no hub id of interest has
+_LOCAL = {".", "..", "checkpoints", "models", "data", "output"}  # folders of a run, mistyped more often than owners of repositories
 
 
 def resolve_source(name: str, what: str) -> tuple[str, dict[str, str]]:
@@ -19,13 +19,13 @@ def resolve_source(name: str, what: str) -> tuple[str, dict[str, str]]:
     if path.is_dir():
         return str(path), {}
     hub = _HUB.fullmatch(name)
-    if hub is None or path.is_absolute() or path.parts[0] in _OURS:
+    if hub is None or path.is_absolute() or path.parts[0] in _LOCAL:
         raise ValueError(f"{what} {name!r} is no folder; give one, or a hub id owner/name.")
     return hub[1], {key: value for key, value in (("subfolder", hub[2]), ("revision", hub[3])) if value}
 
 
 def check_reachable(source: str, filename: str, options: dict[str, str]) -> None:
-    """OSError at once if a hub id is neither in the cache nor to be had: the hub's client would retry for half a minute."""
+    """Raise OSError at once if a hub id is neither cached nor reachable; the hub's client would retry for half a minute."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     if Path(source).is_dir():

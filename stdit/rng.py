@@ -1,10 +1,11 @@
-"""Randomness as a pure function of a key, never of what was drawn before."""
+"""Random streams by key: every draw is a function of (purpose, seed, step, sample), never of what was drawn before."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# What a draw is for. Two purposes under the same (seed, step, sample) are independent.
+# What a draw is for; two purposes under the same (seed, step, sample) are independent. The place in this tuple is part of
+# the key: append, never reorder, or resumed runs differ.
 PURPOSES = ("order", "sample", "noise", "levels", "dropout", "preview", "strategy", "history", "mask", "grouped")
 
 

@@ -1,4 +1,4 @@
-"""The one way a name becomes a variant."""
+"""Look up a variant by name."""
 
 import difflib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:
-    """Look `name` up in a table of variants; ValueError saying what could have been meant."""
+    """The entry of a table; ValueError that names the nearest entry for an unknown name."""
     if name in table:
         return table[name]
     close = difflib.get_close_matches(name, list(table), n=1)

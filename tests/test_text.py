@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import fill
 
+from stdit.conditions import Caption
 from stdit.model.stdit import STDiT
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
-from stdit.text import CaptionCache, HashedWordEncoder, encode_with_null, load_text_encoder
+from stdit.text import CaptionCache, HashedWordEncoder, load_text_encoder
 from stdit.vae import TinyVAE
 
 TEXTS = ["a red circle moves left", "a blue square", "", "a red square moves up and up"]
@@ -94,9 +95,11 @@ def test_a_shard_without_an_index_is_not_there(tmp_path):
     assert len(CaptionCache(tmp_path, encoder)) == 0
 
 
-def test_the_null_caption_is_as_long_as_those_beside_it():
-    said, unsaid = encode_with_null(HashedWordEncoder(), TEXTS[:2])
-    assert said.tokens.shape == unsaid.tokens.shape and unsaid.mask.sum(1).tolist() == [1, 1]
+def test_the_null_caption_is_padded_to_the_length_of_the_captions():
+    conditioner = Caption(64)
+    conditioner.tokenize = HashedWordEncoder().encode
+    value, null = conditioner.pair(TEXTS[:2], 2)
+    assert value.tokens.shape == null.tokens.shape and null.mask.sum(2).tolist() == [[1], [1]]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from stdit.data.video_io import VideoError, VideoReader
 from stdit.rng import keyed_rng
 from stdit.variants import pick
 
-# Readers that a worker keeps open: an index of a minute's clip takes about 0.1 MB.
+# Readers that a worker keeps open, so that its memory stays bounded however many files there are.
 MAX_READERS = 4096
 
 
