@@ -160,8 +160,12 @@ class STDiTPipeline(DiffusionPipeline):
         scheduler, config = self.scheduler, self.config
         ours = scheduler if isinstance(scheduler, STDiTScheduler) else STDiTScheduler(config.objective)
         trained_on = TrainedOn(
-            config.num_frames, config.height, config.width, config.fps, tuple(config.mask_strategies)
-        )  # fmt: skip
+            num_frames=config.num_frames,
+            height=config.height,
+            width=config.width,
+            fps=config.fps,
+            mask_strategies=tuple(config.mask_strategies),
+        )
         return Engine(
             model=self.transformer,
             vae=self.video_vae,
