@@ -12,9 +12,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from stdit.conditions import Guided, Label
+from stdit.conditions.label import label_number  # noqa: F401 (under its former name)
 from stdit.conditions.values import map_tensors, rows
 from stdit.hub import check_reachable, resolve_source
-from stdit.legacy import renamed_section
+from stdit.legacy import aliases, renamed_section
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.precision import autocast
@@ -351,3 +352,6 @@ class STDiTPipeline(DiffusionPipeline):
             if part is None:
                 return
             yield part
+
+
+__getattr__ = aliases(__name__)
