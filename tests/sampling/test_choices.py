@@ -266,9 +266,7 @@ def test_a_model_does_not_warn_of_what_it_was_trained_for(make):
     make(schemes=["per_frame"]).interpolate(clip(5), 2, **FAST)
     make(schemes=["prefix"]).edit(clip(5), 0.0, **FAST)
     make(causal=True, position_encoding="rope").edit(clip(17), 0.5, **FAST)
-    make(schemes=["teacher_forcing"], causal=True, window=3, position_encoding="rope").extend(
-        clip(5), after=4, **FAST
-    )
+    make(schemes=["teacher_forcing"], causal=True, window=3, position_encoding="rope").extend(clip(5), after=4, **FAST)
 
 
 def test_guidance_toward_history_says_when_there_is_none(make):

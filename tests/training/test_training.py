@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train
 from safetensors.torch import load_file
 
+from stdit.recipes import train
 from stdit.training.state import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,7 +248,7 @@ def test_a_read_only_output_folder_is_refused_before_training(home, capsys):
 
 
 def test_latents_of_another_vae_are_refused(home, capsys):
-    import cache_latents
+    from stdit.recipes import cache_latents
 
     assert cache_latents.main(["t.yaml", "--output", "latents"]) == 0
     assert go("data.source=latents", "data.root=latents", "train.steps=2", "train.samples=0") == 0
