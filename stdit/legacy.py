@@ -30,6 +30,8 @@ MODULES = {
 # Names that changed inside a module (its present path), found by the `__getattr__` that `aliases` makes.
 NAMES = {
     "stdit.text": {"Words": "HashedWordEncoder", "Pretrained": "TransformersTextEncoder"},
+    "stdit.training.metrics": {"Record": "MetricsLogger"},
+    "stdit.training.fit": {"averaged": "swap_ema"},
     "stdit.data.samplers": {"Uniform": "UniformSampler", "Buckets": "BucketSampler", "Packs": "PackedSampler", "Size": "ClipSize"},
 }  # fmt: skip
 

@@ -218,7 +218,7 @@ def bench_packing(args: argparse.Namespace) -> None:
         out = model([torch.randn(16, *grid) for grid in pack], [torch.tensor(500.0)] * len(pack))
         sum(x.square().mean() for x in out).backward()
 
-    steps = {
+    steps: dict[str, list[tuple]] = {
         "padded": [(dense, largest, 8)] * (len(shapes) // 8),
         "buckets": [
             (dense, grid, min(budget // _tokens(grid), shapes.count(grid) - first))
@@ -250,7 +250,7 @@ def bench_quickstart(args: argparse.Namespace) -> None:
     dataset = build_dataset(DataConfig(root=args.root, manifest=str(manifest), source="videos"))
     count, reading, encoding = min(args.samples, len(dataset)), 0.0, 0.0
     for first in range(0, count, 32):
-        pixels = []
+        pixels: list[torch.Tensor] = []
         reading += timed(
             lambda first=first, pixels=pixels: pixels.extend(
                 dataset.load(i, keyed_rng("sample", i))["pixels"] for i in range(first, min(first + 32, count))

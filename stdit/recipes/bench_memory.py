@@ -10,8 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from stdit.data.loader import Batch
 from stdit.recipes import cache_latents, make_shapes, plan, train
 from stdit.recipes.entry import command_parser
 from stdit.training.fit import Trainer
@@ -53,15 +56,15 @@ def one(overrides: list[str]) -> int:
     """A training run, with the loop's peak of resident memory printed at its end."""
     fit = Trainer.fit
 
-    def watched(self: Trainer, batches) -> None:
+    def watched(self: Trainer, batches: Iterator[Batch], *rest: Any) -> None:
         there = 8.0 * sum(p.numel() for p in self.model.parameters())  # the model and its average are there already
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
         before = status("VmRSS")
-        fit(self, batches)
+        fit(self, batches, *rest)
         print("HELD", status("VmHWM") - before + there, flush=True)
 
-    Trainer.fit = watched  # type: ignore[method-assign]
+    Trainer.fit = watched  # type: ignore[method-assign, assignment]
     return train.main(["memory.yaml", *overrides])
 
 

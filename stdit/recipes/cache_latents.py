@@ -35,7 +35,10 @@ def encode_shard(
 
     Threads read the next clips while these are encoded (decoding leaves Python's lock).
     """
-    latents, kept, bad, waited = [], [], {}, 0.0
+    latents: list[dict[str, torch.Tensor]] = []
+    indices_read: list[int] = []
+    bad: dict[str, str] = {}
+    waited = 0.0
 
     def read(index: int) -> torch.Tensor | VideoError:
         try:
@@ -56,9 +59,9 @@ def encode_shard(
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
                 latents.append(_encode(vae, torch.stack(list(good.values())), device))
-                kept += list(good)
+                indices_read += list(good)
     tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}
-    return tensors or {"latents": torch.zeros(0)}, kept, bad, waited
+    return tensors or {"latents": torch.zeros(0)}, indices_read, bad, waited
 
 
 @torch.no_grad()

@@ -24,7 +24,12 @@ def check(path: Path, chunk: int = 8) -> dict:
             count = sum(
                 len(reader.get_frames(range(i, min(i + chunk, len(reader))))) for i in range(0, len(reader), chunk)
             )
-            found = {"frames": count, "fps": round(reader.fps, 3), "height": reader.size[0], "width": reader.size[1]}
+            found: dict = {
+                "frames": count,
+                "fps": round(reader.fps, 3),
+                "height": reader.size[0],
+                "width": reader.size[1],
+            }
     except VideoError as error:
         found = {"refused": str(error)}
     return {"path": str(path), **found, "seconds": round(time.perf_counter() - began, 2)}

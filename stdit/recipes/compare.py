@@ -37,7 +37,7 @@ from stdit.evaluation.shapes import report
 from stdit.model.cost import clip_flops
 from stdit.precision import autocast
 from stdit.prompt import Prompt
-from stdit.recipes import train
+from stdit.recipes.build import build_captions, build_model
 from stdit.recipes.entry import command_parser
 from stdit.rng import keyed_normal
 from stdit.sampling.pipeline import STDiTPipeline
@@ -69,9 +69,11 @@ class Probe:
         self.config = read(spec, variant)
         dataset, vae = build_dataset(self.config.data), load_vae(self.config.vae.name)
         self.objective, self.vae = build_objective(self.config.objective), vae
-        captions = train.build_captions(self.config, dataset, torch.device("cpu"), True)
+        captions = build_captions(self.config, dataset, torch.device("cpu"), main=True)
         self.captions = captions
-        self.model = train.build_model(self.config, vae, dataset, self.objective, captions and captions.channels)
+        self.model = build_model(
+            self.config, vae, dataset, self.objective, caption_channels=captions and captions.channels
+        )
         settings = self.config.train
         self.optimizers = build_optimizers(self.model, settings.optimizer, settings.lr, settings.weight_decay)
         self.batches = batches(dataset, 0, settings.batch_size)

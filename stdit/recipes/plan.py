@@ -6,6 +6,8 @@ stdit plan configs/video.yaml model.size=B/2 --gpu 4090 --utilisation 0.35 --ref
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from stdit.checkpoint.inflate import inflated_arguments
 from stdit.config import Config, load_typed
 from stdit.diffusion.objective import build_objective
@@ -13,8 +15,8 @@ from stdit.model.config import model_arguments
 from stdit.model.cost import Memory, Shape, forward_cost, training_memory
 from stdit.model.stdit import STDiT
 from stdit.precision import native_bf16, resolve
+from stdit.recipes.build import check_batch
 from stdit.recipes.entry import command_parser
-from stdit.recipes.train import check_batch
 from stdit.text import load_text_encoder
 from stdit.vae import VideoVAE, load_vae
 from stdit.variants import pick
@@ -33,13 +35,22 @@ HUB_VAES = {
 RESERVED = 1.5 * GIB  # the driver's context, kernels' workspaces, fragmentation
 
 
+class VAEShape(VideoVAE):
+    """The strides and channels of a VAE, without its weights: enough to plan, not to encode."""
+
+    def __init__(self, name: str, stride: tuple[int, int, int], channels: int):
+        super().__init__()
+        self.name, self.stride, self.channels = name, stride, channels
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError(f"{self.name} is only planned with; load_vae({self.name!r}) loads it.")
+
+    _decode = _encode
+
+
 def find_vae(name: str) -> VideoVAE:
-    """The VAE, or only its arithmetic where it is one of the configs' own."""
-    if name not in HUB_VAES:
-        return load_vae(name)
-    vae = VideoVAE()
-    vae.name, (vae.stride, vae.channels) = name, HUB_VAES[name]
-    return vae
+    """The VAE of a config, or only its shape where the table of `HUB_VAES` has it."""
+    return VAEShape(name, *HUB_VAES[name]) if name in HUB_VAES else load_vae(name)
 
 
 def arguments_of(config: Config, vae: VideoVAE) -> dict:

@@ -155,10 +155,10 @@ def test_two_runs_do_not_share_a_folder(home, capsys):
     from stdit.training.run import RunFolders
 
     holder = RunFolders("t")
-    holder.claim()
+    holder.lock()
     assert go() == 1
     assert f"output/t is in use by process {os.getpid()}" in capsys.readouterr().err
-    holder.release()
+    holder.unlock()
     assert go("train.steps=1", "train.samples=0") == 0
 
 
@@ -209,7 +209,7 @@ def test_unreadable_files_are_named_in_the_summary_and_too_many_stop_the_run(hom
         (["data.height=33", "data.width=33"], "Use 32 or 40"),
         (["data.num_frames=6"], "Use 5 or 9"),
         (["data.num_frames=-1"], "data.num_frames=-1"),
-        (["train.batch_size=0"], "train.batch_size=0 is not positive"),
+        (["train.batch_size=0"], "train.batch_size must be >= 1, got 0"),
         (["train.batch_size=5", "train.micro_batch=2"], "train.batch_size=5 is not a multiple"),
         (["model.num_classes=3"], "the data has labels up to 11"),
         (["data.source=videos", "data.root=none"], "data.root='none' does not exist"),
