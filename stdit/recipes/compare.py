@@ -24,7 +24,7 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from stdit.config import Config, load_typed
+from stdit.config import Config, find_config, load_typed
 from stdit.data.datasets import build_dataset
 from stdit.data.loader import batches
 from stdit.data.shapes import CLASS_NAMES
@@ -245,10 +245,10 @@ def draw(spec: Comparison, runs: list[Run], folder: Path, distance: str) -> list
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_parser("compare", __doc__)
-    parser.add_argument("comparison", help="a file such as configs/compare/conditioning.yaml")
+    parser.add_argument("comparison", help="a path, or the name of a comparison in the package, such as conditioning")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the comparison, such as budget.minutes=1")
     args = parser.parse_args(argv)
-    spec = load_typed(Comparison, args.comparison, args.overrides)
+    spec = load_typed(Comparison, find_config(args.comparison, "compare"), args.overrides)
     for variant in spec.variants:  # every mistake is said before any work
         read(spec, variant)
     distance = f"{load_extractor(spec.features).frechet} ({load_extractor(spec.features).name})"

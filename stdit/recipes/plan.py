@@ -45,7 +45,8 @@ class VAEShape(VideoVAE):
     def _encode(self, pixels: Tensor) -> Tensor:
         raise NotImplementedError(f"{self.name} is only planned with; load_vae({self.name!r}) loads it.")
 
-    _decode = _encode
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self._encode(latents)
 
 
 def find_vae(name: str) -> VideoVAE:

@@ -17,7 +17,7 @@ from stdit.recipes import cache_latents, make_shapes, train
 from stdit.recipes.entry import command_parser
 from stdit.sampling.pipeline import STDiTPipeline
 
-CONFIG = "configs/quickstart.yaml"
+CONFIG = "quickstart"
 
 
 def show_tasks(pipe: STDiTPipeline, output: Path) -> None:
