@@ -6,8 +6,6 @@ stdit plan configs/video.yaml model.size=B/2 --gpu 4090 --utilisation 0.35 --ref
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from stdit.checkpoint.inflate import inflated_arguments
 from stdit.config import Config, load_typed
 from stdit.diffusion.objective import build_objective
@@ -35,23 +33,13 @@ HUB_VAES = {
 RESERVED = 1.5 * GIB  # the driver's context, kernels' workspaces, fragmentation
 
 
-class VAEShape(VideoVAE):
-    """The strides and channels of a VAE, without its weights: enough to plan, not to encode."""
-
-    def __init__(self, name: str, stride: tuple[int, int, int], channels: int):
-        super().__init__()
-        self.name, self.stride, self.channels = name, stride, channels
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError(f"{self.name} is only planned with; load_vae({self.name!r}) loads it.")
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self._encode(latents)
-
-
 def find_vae(name: str) -> VideoVAE:
-    """The VAE of a config, or only its shape where the table of `HUB_VAES` has it."""
-    return VAEShape(name, *HUB_VAES[name]) if name in HUB_VAES else load_vae(name)
+    """The VAE, or only its arithmetic where it is one of the configs' own."""
+    if name not in HUB_VAES:
+        return load_vae(name)
+    vae = VideoVAE()
+    vae.name, (vae.stride, vae.channels) = name, HUB_VAES[name]
+    return vae
 
 
 def arguments_of(config: Config, vae: VideoVAE) -> dict:
