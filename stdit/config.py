@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from stdit.checkpoint.inflate import InitFrom
 from stdit.data.datasets import DataConfig
-from stdit.diffusion.levels import MASK_STRATEGIES
+from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig
 from stdit.legacy import renamed_config
 from stdit.model.config import ModelConfig
@@ -118,7 +118,7 @@ class Config:
                 f"model.sink={self.model.sink} counts from data.num_frames={self.data.num_frames}, and data.sizes has "
                 f"{longest}; set data.num_frames={longest}."
             )
-        taught = [name for name in self.objective.active_mask_probs if MASK_STRATEGIES[name].taught]
+        taught = [name for name in self.objective.active_mask_probs if MASK_STRATEGIES[name].teacher_forcing]
         if taught and not self.model.causal:
             raise ValueError(
                 f"objective.mask_strategy={taught[0]} shows each frame the clean ones before it, which is for model.causal=true; "

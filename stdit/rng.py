@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 # What a draw is for. Two purposes under the same (seed, step, sample) are independent.
-PURPOSES = ("order", "sample", "noise", "levels", "dropout", "preview", "scheme", "history", "mask", "crowd")
+PURPOSES = ("order", "sample", "noise", "levels", "dropout", "preview", "strategy", "history", "mask", "grouped")
 
 
 def keyed_rng(purpose: str, *key: int) -> np.random.Generator:

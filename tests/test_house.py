@@ -12,8 +12,9 @@ from stdit.training.vae import VAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
-    "rng": 0, "variants": 0, "precision": 0, "hub": 0, "pixels": 0, "files": 0, "prompt": 0, "legacy": 0, "nn": 1, "diffusion": 1, "data": 1, "model": 2, "vae": 2, "text": 2,
-    "checkpoint": 3, "sampling": 3, "training": 4, "evaluation": 4, "config": 5, "recipes": 6, "__main__": 7,
+    "rng": 0, "variants": 0, "precision": 0, "hub": 0, "pixels": 0, "files": 0, "legacy": 0, "warn": 0, "prompt": 0, "nn": 1, "diffusion": 1,
+    "text": 2, "conditions": 3, "data": 4, "model": 4, "vae": 4, "checkpoint": 5, "sampling": 5, "training": 6, "evaluation": 6,
+    "config": 7, "recipes": 8, "__main__": 9,
 }  # fmt: skip
 FILES = sorted((ROOT / "stdit").rglob("*.py"))
 

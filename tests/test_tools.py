@@ -89,7 +89,7 @@ def test_cached_latents_train_like_the_clips_they_came_from(home):
     expected = load_vae("tiny").encode(pixels)[0]
     found = cached.load(13, None)["latents"].float()
     assert (found - expected).norm() / expected.norm() < 0.02
-    assert cached.label(13) == clips.label(13)
+    assert cached.record(13)["label"] == clips.record(13)["label"]
 
 
 def test_a_model_is_trained_found_and_sampled(home, capsys):

@@ -1,11 +1,7 @@
-"""What of the data a person chooses, and what every dataset offers."""
+"""What of the data a person chooses."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
-
-import numpy as np
-
-from stdit.data.samplers import Size
+from typing import Literal
 
 
 @dataclass
@@ -44,28 +40,3 @@ class DataConfig:
             )
         if self.workers < 0:
             raise ValueError(f"data.workers={self.workers} is negative; use 0 to load in the main process.")
-
-
-MICRO_CONDITIONS = ("fps", "seconds", "height", "width")
-
-
-def micro_conditions_of(size: Size, fps: float) -> tuple[float, ...]:
-    """`MICRO_CONDITIONS` of a clip: frames a second, its length in seconds, height and width in pixels."""
-    return (fps, size.frames / fps, float(size.height), float(size.width))
-
-
-class Dataset(Protocol):
-    """Samples by number, at the config's size or another. pixels: uint8 (F, H, W, 3), info: `MICRO_CONDITIONS`; or latents: (C, T, h, w).
-
-    shape(index): frames, height and width that there are.
-    """
-
-    num_classes: int
-    class_names: list[str] | None
-
-    def __len__(self) -> int: ...
-    def label(self, index: int) -> int | None: ...
-    def caption(self, index: int) -> str: ...
-    def name(self, index: int) -> str: ...
-    def shape(self, index: int) -> tuple[int, int, int]: ...
-    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]: ...

@@ -1,7 +1,7 @@
 """One class for each kind of data. `load(index, rng)` gives a sample; what is random comes from `rng` alone."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from stdit.conditions import ClipFacts
 from stdit.data.backends import open_video
+from stdit.data.base import Dataset
 from stdit.data.cached import CachedLatents
-from stdit.data.config import DataConfig, Dataset, micro_conditions_of
+from stdit.data.config import DataConfig
 from stdit.data.idx import read_idx
 from stdit.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Table, read_manifest, scan_folder
 from stdit.data.samplers import Size
@@ -33,11 +35,9 @@ class _TableDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def label(self, index: int) -> int | None:
-        return self.rows[index].label
-
-    def caption(self, index: int) -> str:
-        return self.rows[index].caption
+    def record(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return {**row.columns, "label": row.label, "caption": row.caption}
 
     def name(self, index: int) -> str:
         return str(self.rows[index].path)
@@ -45,11 +45,13 @@ class _TableDataset:
     def _size(self, size: Size | None) -> Size:
         return size or Size(self.config.num_frames, self.config.height, self.config.width)
 
-    def _finish(self, frames: np.ndarray, size: Size, fps: float, rng: np.random.Generator) -> dict[str, Any]:
+    def _finish(
+        self, frames: np.ndarray, size: Size, fps: float, rng: np.random.Generator, picked: Sequence[int] | None = None
+    ) -> dict[str, Any]:
         frames = crop(frames, (size.height, size.width), rng if self.config.crop == "random" else None)
         if self.config.flip and rng.random() < 0.5:
             frames = frames[:, :, ::-1]
-        return {"pixels": torch.from_numpy(np.ascontiguousarray(frames)), "info": micro_conditions_of(size, fps)}
+        return {"pixels": torch.from_numpy(np.ascontiguousarray(frames)), "clip": ClipFacts(size, fps, picked)}
 
 
 class VideoClips(_TableDataset):
@@ -72,7 +74,7 @@ class VideoClips(_TableDataset):
             picked = window(reader, size.frames, self.config.fps, rng)
             frames = reader.get_frames(picked, size=cover_size(reader.size, target))
             rate = self.config.fps or reader.fps
-        return self._finish(frames, size, rate, rng)
+        return self._finish(frames, size, rate, rng, picked)
 
     def shape(self, index: int) -> tuple[int, int, int]:
         path = self.rows[index].path
@@ -163,11 +165,8 @@ class IdxImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def label(self, index: int) -> int | None:
-        return None if self.labels is None else int(self.labels[index])
-
-    def caption(self, index: int) -> str:
-        return ""
+    def record(self, index: int) -> dict[str, Any]:
+        return {"label": None if self.labels is None else int(self.labels[index]), "caption": ""}
 
     def name(self, index: int) -> str:
         return f"{self.root}[{index}]"
@@ -182,7 +181,7 @@ class IdxImages:
             frame = frame[:, :, ::-1]
         return {
             "pixels": torch.from_numpy(np.repeat(frame[..., None], 3, axis=-1)),
-            "info": micro_conditions_of(size, 1.0),
+            "clip": ClipFacts(size, 1.0),
         }
 
 
@@ -204,8 +203,8 @@ class MovingShapes:
         assert self.class_names is not None
         return self.class_names.index(self._clip(index, self._size).class_name)
 
-    def caption(self, index: int) -> str:
-        return self._clip(index, self._size).caption
+    def record(self, index: int) -> dict[str, Any]:
+        return {"label": self.label(index), "caption": self._clip(index, self._size).caption}
 
     def name(self, index: int) -> str:
         return f"shape {index}"
@@ -218,7 +217,7 @@ class MovingShapes:
     def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
         size = size or self._size
         drawn = draw(self._clip(index, size))
-        return {"pixels": torch.from_numpy(drawn), "info": micro_conditions_of(size, self.config.fps or 8.0)}
+        return {"pixels": torch.from_numpy(drawn), "clip": ClipFacts(size, self.config.fps or 8.0)}
 
     @property
     def _size(self) -> Size:

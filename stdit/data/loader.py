@@ -1,39 +1,37 @@
 """Batches whose content is a pure function of (seed, step, slot), whatever the number of workers and processes."""
 
 import signal
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from stdit.conditions import ClipFacts, collate_conditions, read_conditions
 from stdit.data.datasets import Dataset
 from stdit.data.samplers import BatchSampler, SampleRef, UniformSampler
 from stdit.data.video_io import VideoError
 from stdit.rng import keyed_rng
 
-_ATTEMPTS = 64
+_ATTEMPTS = 64  # unreadable files in a row before the data as a whole is taken for broken
 
 
 class Batch(NamedTuple):
-    """pixels (B, F, H, W, 3) uint8 or latents (B, C, T, h, w), the other None; labels (B,), -1 where there is none.
+    """pixels (B, F, H, W, 3) uint8 or latents (B, C, T, h, w), the other None; lists where clips have different shapes.
 
-    restarts: beside cached latents, every frame encoded without those before it (see `VideoVAE.encode_segment`).
-    Lists where clips have different shapes. keys: (seed, step, slot) of each sample; bad: names of files that could not
-    be read, with the reason; total: clips of the step over all processes; info: (B, 4) `MICRO_CONDITIONS` of each clip, or None;
-    captions: "" where there is none.
+    reencoded: beside cached latents, every frame encoded without those before it (see `VideoVAE.encode_segment`), or None.
+    conditions: collated values by the name of their conditioner. keys: (seed, step, slot) of each sample. bad: names of
+    files that could not be read, with the reason. total: clips per step over all processes.
     """
 
     pixels: Tensor | list[Tensor] | None
     latents: Tensor | list[Tensor] | None
-    restarts: Tensor | list[Tensor] | None
-    labels: Tensor
+    reencoded: Tensor | list[Tensor] | None
+    conditions: dict[str, Any]
     keys: list[tuple[int, int, int]]
     bad: dict[str, str]
     total: int
-    info: Tensor | None
-    captions: list[str]
 
 
 class KeyedSamples(torch.utils.data.Dataset):
@@ -45,18 +43,19 @@ class KeyedSamples(torch.utils.data.Dataset):
         self._last: tuple[int, list[SampleRef]] = (-1, [])
 
     def slots(self, step: int) -> list[SampleRef]:
+        """Every sample of a step, over all processes."""
         if self._last[0] != step:
             self._last = (step, self.order.batch(step))
         return self._last[1]
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         step, slot = key
         slots, bad = self.slots(step), {}
         index, size = slots[slot]
         for attempt in range(_ATTEMPTS):
             if attempt:
-                others = self.order.others(size)
-                index = others[int(keyed_rng("sample", self.seed, step, slot, attempt).integers(len(others)))]
+                candidates = self.order.others(size)
+                index = candidates[int(keyed_rng("sample", self.seed, step, slot, attempt).integers(len(candidates)))]
             try:
                 if index in self._bad:  # found before by this worker: same outcome, no second try
                     raise VideoError(self._bad[index])
@@ -64,29 +63,36 @@ class KeyedSamples(torch.utils.data.Dataset):
             except VideoError as error:
                 self._bad[index] = bad[self.dataset.name(index)] = str(error)
                 continue
-            label = self.dataset.label(index)
-            key_of = (self.seed, step, slot)
-            return {
-                **sample, "label": -1 if label is None else label, "caption": self.dataset.caption(index), "key": key_of,
-                "bad": bad, "total": len(slots),
-            }  # fmt: skip
+            conditions = conditions_of_sample(self.dataset, index, sample)
+            return {**sample, "conditions": conditions, "key": (self.seed, step, slot), "bad": bad, "total": len(slots)}
         raise ValueError(f"{len(bad)} files in a row could not be read; the last: {list(bad.values())[-1]}")
 
 
-def collate(samples: list[dict]) -> Batch:
+def conditions_of_sample(dataset: Dataset, index: int, sample: dict[str, Any]) -> dict[str, Any]:
+    """Raw conditions of a loaded sample: those that a cache holds, or what the conditioners read from its record."""
+    if "conditions" in sample:
+        return sample["conditions"]
+    return read_conditions(dataset.record(index), sample.get("clip") or ClipFacts(dataset.shape(index), 1.0))
+
+
+def collate(samples: list[dict[str, Any]]) -> Batch:
+    """Samples of one step as a batch."""
+
     def stack(name: str) -> Tensor | list[Tensor] | None:
         if name not in samples[0]:
             return None
         values = [sample[name] for sample in samples]
         return torch.stack(values) if len({value.shape for value in values}) == 1 else values
 
-    bad = {name: reason for sample in samples for name, reason in sample["bad"].items()}
-    labels = torch.tensor([sample["label"] for sample in samples])
-    info = torch.tensor([sample["info"] for sample in samples]) if "info" in samples[0] else None
     return Batch(
-        stack("pixels"), stack("latents"), stack("restarts"), labels, [sample["key"] for sample in samples], bad,
-        samples[0]["total"], info, [sample["caption"] for sample in samples],
-    )  # fmt: skip
+        pixels=stack("pixels"),
+        latents=stack("latents"),
+        reencoded=stack("reencoded"),
+        conditions=collate_conditions([sample["conditions"] for sample in samples]),
+        keys=[sample["key"] for sample in samples],
+        bad={name: reason for sample in samples for name, reason in sample["bad"].items()},
+        total=samples[0]["total"],
+    )
 
 
 def batches(
@@ -94,6 +100,7 @@ def batches(
     seed: int,
     batch_size: int,
     start_step: int = 0,
+    *,
     micro_batch: int | None = None,
     process: int = 0,
     processes: int = 1,
@@ -102,7 +109,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Endless micro-batches of this process, from `start_step` on.
 
-    `batch_size` counts clips of a step over all processes, unless an `order` says otherwise; process p takes every slot
+    `batch_size` counts clips per step over all processes, unless an `order` says otherwise; process p takes every slot
     equal to p modulo `processes`, `micro_batch` slots at a time.
     """
     order = order or UniformSampler(seed, len(dataset), batch_size)
@@ -117,9 +124,9 @@ def batches(
                 yield [(step, slot) for slot in slots[first : first + size]]
             step += 1
 
-    loader = DataLoader(
+    loader: Iterable[Batch] = DataLoader(
         samples,
-        batch_sampler=_Endless(keys),
+        batch_sampler=_Endless(keys),  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=workers,
         # A live decoder does not survive fork.
@@ -131,14 +138,16 @@ def batches(
 
 
 class _Endless:
-    def __init__(self, keys):
+    """A batch sampler without an end or a length."""
+
+    def __init__(self, keys: Callable[[], Iterator[list[tuple[int, int]]]]):
         self.keys = keys
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return self.keys()
 
 
 def _quiet_worker(_: int) -> None:
-    """The main process decides what an interrupt means; one thread a worker, so that many do not fight."""
+    """The main process decides what an interrupt means; one thread per worker, so that many do not compete."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

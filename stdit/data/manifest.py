@@ -3,8 +3,9 @@
 import csv
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 VIDEO_SUFFIXES = {
     ".mp4",
@@ -26,9 +27,12 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class Row(NamedTuple):
+    """A clip of a table; columns: what the manifest says of it besides path, label and caption."""
+
     path: Path
     label: int | None
     caption: str = ""
+    columns: Mapping[str, Any] = {}
 
 
 class Table(NamedTuple):
@@ -62,10 +66,15 @@ def read_manifest(path: Path, root: Path | None = None) -> Table:
             raise ValueError(
                 f"{path}, line {number}: {entry['path']!r} leads outside data.root={str(inside)!r}; move the file or the root."
             )
-        rows.append((number, file, entry.get("label"), entry.get("caption") or ""))
+        rows.append((number, file, entry.get("label"), entry.get("caption") or "", further(entry)))
     if not rows:
         raise ValueError(f"{path} has no rows; write one line a clip.")
     return _labelled(path, rows)
+
+
+def further(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that are neither path, label nor caption."""
+    return {name: value for name, value in entry.items() if name not in ("path", "label", "caption")}
 
 
 def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
@@ -131,25 +140,25 @@ def _json_rows(path: Path):
 
 def _labelled(path: Path, rows: list) -> Table:
     """Numbers stay numbers; if any label is a name, all are names, numbered in alphabetical order."""
-    given = [label is not None and label != "" for _, _, label, _ in rows]
+    given = [label is not None and label != "" for _, _, label, *_ in rows]
     if not any(given):
-        return Table([Row(file, None, caption) for _, file, _, caption in rows], 0, None)
+        return Table([Row(file, None, *rest) for _, file, _, *rest in rows], 0, None)
     if not all(given):
         number = rows[given.index(False)][0]
         raise ValueError(f"{path}, line {number} has no label though others have; label every row, or none.")
-    for number, _, label, _ in rows:
+    for number, _, label, *_ in rows:
         if isinstance(label, bool | float | list | dict):
             raise ValueError(
                 f"{path}, line {number}: label {label!r} is neither a whole number nor a name; correct it."
             )
-    values = [str(label).strip() for _, _, label, _ in rows]
+    values = [str(label).strip() for _, _, label, *_ in rows]
     if all(value.removeprefix("-").isdecimal() for value in values):
         numbers = [int(value) for value in values]
         if min(numbers) < 0:
             row = rows[numbers.index(min(numbers))]
             raise ValueError(f"{path}, line {row[0]}: label {min(numbers)} is negative; labels begin at 0.")
-        labelled = [Row(file, n, caption) for n, (_, file, _, caption) in zip(numbers, rows, strict=True)]
+        labelled = [Row(file, n, *rest) for n, (_, file, _, *rest) in zip(numbers, rows, strict=True)]
         return Table(labelled, max(numbers) + 1, None)
     names = sorted(set(values))
-    labelled = [Row(file, names.index(v), caption) for v, (_, file, _, caption) in zip(values, rows, strict=True)]
+    labelled = [Row(file, names.index(v), *rest) for v, (_, file, _, *rest) in zip(values, rows, strict=True)]
     return Table(labelled, len(names), names)

@@ -1,82 +1,100 @@
-"""How a model turns levels, labels, captions and what else is said of a clip into what its blocks are told."""
+"""From a timestep and conditions to what the blocks are given: one vector per frame, or tokens."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stdit.conditions import Conditioner, Conditions, Tokens
+from stdit.conditions.values import Value
 from stdit.model.trunks import Trunk
 from stdit.nn.conditioning import Conditioning
 from stdit.nn.modulation import Condition
 
 
-class ConditionEmbedder:
-    """The part of a model that is told. It has the embedders of DiT's names; which exist, its config says."""
+class TakesConditions:
+    """The conditions of a model's call, whichever way they are given."""
+
+    conditioners: dict[str, Conditioner]
+
+    def gather_conditions(
+        self, batch: int, conditions: Mapping[str, Value] | None = None, **keywords: Any
+    ) -> Conditions:
+        """`conditions` by name, or by the keywords of their conditioners (class_labels=, captions=, ...), completed by defaults.
+
+        Raises ValueError for a condition that the model was not made for, and for one that has no default and is missing.
+        """
+        found, given = dict(conditions or {}), {key: value for key, value in keywords.items() if value is not None}
+        for name, conditioner in self.conditioners.items():
+            arguments = [given.pop(key, None) for key in conditioner.keywords]
+            if arguments[0] is not None:
+                found[name] = conditioner.value(*arguments)
+            if name not in found and (default := conditioner.default(batch)) is not None:
+                found[name] = default
+        given.pop("class_labels", None)  # labels of an unconditional model were always passed over
+        unknown = [*(name for name in found if name not in self.conditioners), *given]
+        if unknown:
+            has = ", ".join(self.conditioners) or "none"
+            raise ValueError(
+                f"this model takes no {unknown[0]!r}; its conditions are {has}. Leave it out, or train a model with it."
+            )
+        return found
+
+
+class ConditionEmbedder(TakesConditions):
+    """Embeds timestep and conditions; a mixin of the model, which owns the embedders under DiT's names."""
 
     config: Any
-    how: Conditioning
-    wiring: Trunk
+    conditioning: Conditioning
+    trunk: Trunk
     patch_size: tuple[int, int, int]
-    num_classes: int
     t_embedder: nn.Module
-    y_embedder: nn.Module | None
-    micro_embedder: nn.Module | None
-    caption_embedder: nn.Module | None
     adaLN_single: nn.Module | None
 
-    def condition(
-        self,
-        timestep: Tensor,
-        class_labels: Tensor | None,
-        batch: int,
-        info: Tensor | None = None,
-        captions: Tensor | None = None,
-        caption_mask: Tensor | None = None,
-    ) -> Condition:
-        """What blocks are told: embeddings of timestep, label and what else is said of the clip, added, or as tokens."""
+    def condition(self, timestep: Tensor, conditions: Conditions, batch: int) -> Condition:
+        """What blocks are given: embeddings of timestep and conditions, summed to a vector, or as tokens.
+
+        timestep: (), (B,), (B, T) or (B, T, S); conditions: completed by `gather_conditions`.
+        """
         time = self.t_embedder(timestep.expand(batch) if timestep.ndim == 0 else timestep)
         if timestep.ndim > 1 and self.patch_size[0] > 1:  # frames that share a token share a condition
             time = time.unflatten(1, (-1, self.patch_size[0])).mean(2)
         while time.ndim < 4:
             time = time.unsqueeze(-2)
-        parts = [time]
-        if self.y_embedder is not None:
-            if class_labels is None:
-                class_labels = torch.full((batch,), self.num_classes, device=time.device)
-            label = self.y_embedder(class_labels)[..., None, :]
-            parts.append(label if class_labels.ndim > 1 else label[:, None])
-        if self.micro_embedder is not None and info is not None:
-            parts.append(self.micro_embedder(info)[:, None, None].to(time))
-        words, seen = self._words(captions, caption_mask, time.dtype)
-        more = self.trunk.told(captions, caption_mask, time.dtype)
-        parts += [] if more is None else [more]
-        vector = sum(parts[1:], parts[0])
-        if not self.how.by_tokens:
-            return Condition(vector, None if self.adaLN_single is None else self.adaLN_single(vector), words, seen)
+        vectors, tokens, mask = [time], None, None
+        for name, conditioner in self.conditioners.items():
+            value = conditions.get(name)
+            if value is None:
+                continue
+            embedder = getattr(self, conditioner.module)
+            if conditioner.joins == "vector":
+                vectors.append(embedder(_on(value, time.device))[:, :, None])
+            else:
+                assert isinstance(value, Tokens) and tokens is None, (
+                    "one sequence of tokens is all that blocks attend to"
+                )
+                tokens, mask = embedder(_on(value.tokens, time.device).to(time.dtype)), _on(value.mask, time.device)
+        pooled = self.trunk.pooled_text_embedding(conditions, time.dtype)
+        vectors += [] if pooled is None else [pooled]
+        embedding = sum(vectors[1:], vectors[0])
+        if not self.conditioning.by_tokens:
+            return Condition(
+                embedding, None if self.adaLN_single is None else self.adaLN_single(embedding), tokens, mask
+            )
         if time.shape[2] > 1:
             raise ValueError(
-                f"levels by patch need a vector by patch; conditioning={self.config.conditioning!r} has one token a frame. "
-                "Use conditioning='adaln_zero', or levels by frame (masks of whole frames; in training objective.mask_probs.region=0)."
+                f"levels per patch need a vector per patch; conditioning={self.config.conditioning!r} has one token per frame. "
+                "Use conditioning='adaln_zero', or levels per frame (masks of whole frames; in training objective.mask_probs.region=0)."
             )
-        parts += [] if words is None else [words]
+        parts = vectors if tokens is None else [*vectors, tokens]
         frames = max(part.shape[1] for part in parts)
         parts = [part.expand(batch, frames, -1, -1) for part in parts]
-        if seen is not None:
-            told = torch.cat(parts[:-1], dim=2)
-            seen = torch.cat([seen.new_ones(told.shape[:3]), seen.expand(-1, frames, -1)], dim=2)
-        return Condition(vector, None, torch.cat(parts, dim=2), seen)
-
-    def _words(
-        self, captions: Tensor | None, mask: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Captions (B, T|1, L, D) and their mask (B, T|1, L)."""
-        if self.caption_embedder is None:
-            if captions is not None:
-                raise ValueError("captions are given to a model without caption_channels; train one with them.")
-            return None, None
-        if captions is None:
-            raise ValueError("this model is told captions: give captions, for none those of the empty text.")
-        words = self.caption_embedder(captions.to(dtype))
         if mask is not None:
-            mask = mask.bool() if mask.ndim > 2 else mask.bool()[:, None]
-        return (words if words.ndim > 3 else words[:, None]), mask
+            ahead = torch.cat(parts[:-1], dim=2)
+            mask = torch.cat([mask.new_ones(ahead.shape[:3]), mask.expand(-1, frames, -1)], dim=2)
+        return Condition(embedding, None, torch.cat(parts, dim=2), mask)
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -8,6 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from stdit.conditions import Conditions
+from stdit.conditions.values import map_tensors
 from stdit.model.stdit import STDiT
 from stdit.nn.muon import muon_parameters
 
@@ -69,9 +71,14 @@ def clip_flops(model: STDiT, latent: Shape) -> float:
     return counter.get_total_flops() / 2
 
 
-def _words(model: STDiT, batch: int = 1) -> dict[str, Tensor]:
-    channels = model.config.caption_channels
-    return {} if channels is None else {"captions": torch.zeros(batch, 16, channels, device=model.device)}
+def _words(model: STDiT, batch: int = 1) -> dict[str, Conditions]:
+    """An example of every condition that has no default."""
+    given = {
+        name: conditioner.example(batch)
+        for name, conditioner in model.conditioners.items()
+        if conditioner.joins == "tokens"
+    }
+    return {"conditions": map_tensors(given, lambda x: x.to(model.device))}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from stdit.conditions import CONDITIONERS, Conditions, conditioners_of
+from stdit.conditions.values import map_tensors, repeat_frames
 from stdit.legacy import accept_old_keywords
 from stdit.model.checks import check_causal, check_conditioning, check_pos_scaling, check_shape
 from stdit.model.conditioning import ConditionEmbedder
@@ -22,10 +24,7 @@ from stdit.nn.blocks import FinalLayer, STDiTBlock
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.embedders import (
-    CaptionEmbedder,
-    LabelEmbedder,
     LearnedPosEmbed,
-    MicroConditionEmbedder,
     PatchEmbed,
     TimestepEmbedder,
 )
@@ -98,6 +97,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         num_single_blocks: int = 0,
         timestep_offset: float = 0.0,
         sink: int = 0,
+        extra_conditions: dict[str, dict[str, Any]] | None = None,
     ):
         super().__init__()
         check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
@@ -115,12 +115,14 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
             hidden_size, scale=timestep_scale, reverse=timestep_reversed, frequency_shift=frequency_shift, mlp=timestep_mlp,
             offset=timestep_offset,
         )  # fmt: skip
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes else None
-        self.micro_embedder = MicroConditionEmbedder(len(micro_conditions), hidden_size) if micro_conditions else None
-        self.caption_embedder = CaptionEmbedder(caption_channels, hidden_size) if caption_channels else None
-        self.how = CONDITIONINGS[conditioning]
+        self.conditioners = conditioners_of(self.config)
+        for name, kind in CONDITIONERS.items():
+            setattr(
+                self, kind.module, self.conditioners[name].embedder(hidden_size) if name in self.conditioners else None
+            )
+        self.conditioning = CONDITIONINGS[conditioning]
         self.adaLN_single = (
-            nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if self.how.shares else None
+            nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if self.conditioning.shares else None
         )
         grid = (sample_size[1] // self.patch_size[1], sample_size[2] // self.patch_size[2])
         cycle = [axes[i % len(axes)] for i in range(depth)]
@@ -139,7 +141,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         )  # fmt: skip
         self.trunk = trunk_class(build)
         self.blocks = nn.ModuleList(self.trunk.make_blocks(build))
-        extras = 1 + bool(num_classes) if self.how.joins else 0
+        extras = 1 + bool(num_classes) if self.conditioning.joins else 0
         self.pos_embed = LearnedPosEmbed(grid[0], grid[1], hidden_size, extras) if learned_pos_embed else None
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels, conditioning)
         self.final_conv = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1) if output_conv else None
@@ -153,7 +155,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
     @property
     def supports_patch_levels(self) -> bool:
         """Whether patches may stand at levels of their own."""
-        return self.trunk.supports_patch_levels and not self.how.by_tokens
+        return self.trunk.supports_patch_levels and not self.conditioning.by_tokens
 
     def set_pos_scaling(self, pos_scaling: str) -> None:
         """Where patches of sizes never trained stand: `extrapolate` counts on, `interpolate` squeezes into the trained grid."""
@@ -167,16 +169,15 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for conditioner in self.conditioners.values():
+            if hasattr(embedder := getattr(self, conditioner.module), "reset"):
+                embedder.reset()
         for layer in (self.t_embedder.mlp or [])[::2]:
             nn.init.normal_(layer.weight, std=0.02)
         for module in (*self.blocks, self.final_layer, self.trunk):
             module.reset()
         if self.adaLN_single is not None:
             nn.init.zeros_(self.adaLN_single[1].weight)
-        if self.micro_embedder is not None:
-            nn.init.zeros_(self.micro_embedder.out.weight)
 
     def forward(
         self,
@@ -184,11 +185,10 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         timestep: Tensor,
         class_labels: Tensor | None = None,
         cache: FrameCache | None = None,
-        info: Tensor | None = None,
         history: tuple[Tensor, Tensor] | None = None,
-        captions: Tensor | None = None,
-        caption_mask: Tensor | None = None,
-        kept: Tensor | None = None,
+        visible: Tensor | None = None,
+        conditions: Conditions | None = None,
+        **keywords: Tensor | None,
     ) -> Tensor:
         """Predict from noisy latents. Lists of latents and timesteps go through as one packed sequence (see `packed`).
 
@@ -201,14 +201,12 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         that a masked trunk's encoder sees. Returns (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
         """
         if not isinstance(hidden_states, Tensor):
-            return self.packed(hidden_states, timestep, class_labels, info)  # type: ignore[return-value, arg-type]
+            return self.packed(hidden_states, timestep, class_labels, conditions, **keywords)  # type: ignore[return-value, arg-type]
+        conditions = self.gather_conditions(len(hidden_states), conditions, class_labels=class_labels, **keywords)
         if history is not None:
             hidden_states = torch.cat([history[0], hidden_states], dim=2)
             timestep = torch.cat([history[1], timestep.view(len(history[1]), -1).expand_as(history[1])], dim=1)
-            class_labels, captions, caption_mask = (
-                x.repeat(1, 2, *[1] * (x.ndim - 2)) if x is not None and x.ndim > plain else x
-                for x, plain in ((class_labels, 1), (captions, 3), (caption_mask, 2))
-            )
+            conditions = repeat_frames(conditions, 2)
         if cache is not None and (cache.window, cache.sink) != (self.config.window, self.config.sink):
             raise ValueError(
                 f"the cache holds window={cache.window} and sink={cache.sink}, this model was trained with "
@@ -220,16 +218,18 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
                 f"a model with sink={self.config.sink} goes on frame by frame beyond the {self.config.sample_size[0]} latent "
                 "frames of its training; use pipe.stream, or a cache and one frame a call."
             )
-        if kept is not None and not self.trunk.hides:
-            raise ValueError(f"trunk={self.config.trunk!r} sees every patch; leave `kept` out, or use trunk='masked'.")
+        if visible is not None and not self.trunk.hides:
+            raise ValueError(
+                f"trunk={self.config.trunk!r} sees every patch; leave `visible` out, or use trunk='masked'."
+            )
         frames, rows, columns = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
-        condition = self.condition(timestep, class_labels, hidden_states.shape[0], info, captions, caption_mask)
+        condition = self.condition(timestep, conditions, hidden_states.shape[0])
         tokens = self.x_embedder(hidden_states)
         scale = self._spacing((frames, rows, columns))
         tokens = tokens + self._places(rows, columns, scale[1:]).to(tokens)
         kind = DenseLayout if history is None else TeacherForcingLayout
         extras, shown = 0, None
-        if self.how.joins:
+        if self.conditioning.joins:
             assert condition.tokens is not None
             told = condition.tokens.expand(-1, frames, -1, -1)
             if self.pos_embed is not None:  # captions have places of their own
@@ -241,16 +241,16 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
                     2,
                 )
             extras = told.shape[2]
-            shown = None if condition.seen is None else condition.seen.expand(-1, frames, -1)
+            shown = None if condition.token_mask is None else condition.token_mask.expand(-1, frames, -1)
             tokens = torch.cat([told.to(tokens), tokens], dim=2)
         layout = kind((frames, rows, columns), cache.frames if cache is not None else 0, scale, extras, shown)
-        tokens = self.trunk(tokens, Way(self.blocks, self._call, condition, layout, cache, kept))
+        tokens = self.trunk(tokens, Way(self.blocks, self._call, condition, layout, cache, visible))
         if cache is not None and cache.writing:
             cache.frames += frames
         tokens = tokens[:, :, extras:]
         if history is not None:
             tokens = tokens[:, frames // 2 :]
-            condition = condition._replace(vector=condition.vector[:, frames // 2 :])
+            condition = condition._replace(embedding=condition.embedding[:, frames // 2 :])
         return self._output(unpatchify(self.final_layer(tokens, condition), self.patch_size, rows))
 
     def packed(
@@ -258,14 +258,15 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         latents: Sequence[Tensor],
         timesteps: Sequence[Tensor],
         class_labels: Tensor | None = None,
-        info: Tensor | None = None,
+        conditions: Conditions | None = None,
+        **keywords: Tensor | None,
     ) -> list[Tensor]:
         """Clips of different shapes in one sequence, without padding (Dehghani et al., "Patch n' Pack").
 
         latents: (C, T, H, W) each; timesteps: () or (T,) each; class_labels: (N,). Returns (C_out, T, H, W) each, what
         `forward` gives for each alone. Not for causal models, nor with positions squeezed into the trained grid.
         """
-        told_by_tokens = self.how.by_tokens or self.caption_embedder is not None
+        told_by_tokens = self.conditioning.by_tokens or any(c.joins == "tokens" for c in self.conditioners.values())
         bound = self.config.causal or self.config.pos_scaling != "none" or self.patch_size[0] > 1
         if bound or told_by_tokens or not self.trunk.packs or self.config.relative_position_bias:
             raise ValueError(
@@ -281,11 +282,17 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
             parts.append((embedded + self._places(rows, columns).to(embedded)).flatten(1, 2))
         frames = torch.tensor([t for t, _, _ in grids], device=latents[0].device)
         each = torch.cat([step.expand(t) for step, (t, _, _) in zip(timesteps, grids, strict=True)])
-        if class_labels is None:
-            class_labels = torch.full((len(grids),), self.num_classes, device=each.device)
-        labels = class_labels.repeat_interleave(frames)
-        info = None if info is None else info.expand(len(grids), -1).repeat_interleave(frames, 0)
-        condition = self.condition(each, labels, len(each), info)
+        given = self.gather_conditions(len(grids), conditions, class_labels=class_labels, **keywords)
+
+        def per_frame(x: Tensor) -> Tensor:
+            x = x.expand(len(grids), *x.shape[1:]).to(each.device)
+            if x.shape[1] > 1:
+                raise ValueError(
+                    "packed clips take conditions of whole clips; use batches of one shape for conditions per frame."
+                )
+            return x.repeat_interleave(frames, 0)
+
+        condition = self.condition(each, map_tensors(given, per_frame), len(each))
         condition = Condition(
             *(None if part is None else part.reshape(1, 1, len(each), -1) for part in condition[:2])  # type: ignore[arg-type]
         )

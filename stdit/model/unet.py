@@ -9,11 +9,14 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from stdit.conditions import Conditions, Tokens, conditioners_of
+from stdit.conditions.values import map_tensors
 from stdit.legacy import accept_old_keywords
+from stdit.model.conditioning import TakesConditions
 from stdit.nn.embedders import CaptionEmbedder, LabelEmbedder
 
 
-class UNet(ModelMixin, ConfigMixin):
+class UNet(TakesConditions, ModelMixin, ConfigMixin):
     """`UNet2DModel` for images (sample_size[0] = 1), `UNet3DConditionModel` (convolutions and attention in space and in
     time) for video; it takes and gives what an STDiT does.
 
@@ -51,6 +54,7 @@ class UNet(ModelMixin, ConfigMixin):
             raise ValueError(
                 "a U-Net is not causal and is told labels and captions alone; use model.network=transformer."
             )
+        self.conditioners = conditioners_of(self.config)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.video = sample_size[0] > 1
@@ -86,8 +90,8 @@ class UNet(ModelMixin, ConfigMixin):
         hidden_states: Tensor,
         timestep: Tensor,
         class_labels: Tensor | None = None,
-        captions: Tensor | None = None,
-        caption_mask: Tensor | None = None,
+        conditions: Conditions | None = None,
+        **keywords: Tensor | None,
     ) -> Tensor:
         """(B, C, T, H, W), timestep (B,), or (B, T) where all frames share one -> (B, C_out, T, H, W).
 
@@ -103,29 +107,28 @@ class UNet(ModelMixin, ConfigMixin):
                     "model.network=transformer (in training objective.mask_strategy=shared)."
                 )
             timestep = timestep[:, 0]
-        if self.num_classes and class_labels is None:
-            class_labels = torch.full((batch,), self.num_classes, device=hidden_states.device)
+        given = self.gather_conditions(batch, conditions, class_labels=class_labels, **keywords)
+        given = map_tensors(given, lambda x: x[:, 0].to(hidden_states.device))  # one value per clip
         if not self.video:
             if hidden_states.shape[2] != 1:
                 raise ValueError(f"this U-Net was made for images and got {hidden_states.shape[2]} latent frames.")
-            labels = class_labels if self.num_classes else None
-            return self.unet(hidden_states[:, :, 0], timestep, class_labels=labels).sample[:, :, None]
-        tokens = self._tokens(batch, class_labels, captions, caption_mask)
+            return self.unet(hidden_states[:, :, 0], timestep, class_labels=given.get("label")).sample[:, :, None]
+        tokens = self._tokens(batch, given)
         # On CPUs in bfloat16 the weights' gradients of its convolutions in time are not finite (torch 2.13, oneDNN).
         with torch.autocast("cpu", enabled=False) if hidden_states.device.type == "cpu" else nullcontext():
             dtype = self.unet.dtype
             return self.unet(hidden_states.to(dtype), timestep, tokens.to(dtype)).sample
 
-    def _tokens(self, batch: int, labels: Tensor | None, captions: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _tokens(self, batch: int, conditions: Conditions) -> Tensor:
         """(B, N, D): the label, and the mean of the caption's words (diffusers' blocks take no mask for tokens)."""
         parts = []
         if self.y_embedder is not None:
-            parts.append(self.y_embedder(labels)[:, None])
+            parts.append(self.y_embedder(conditions["label"])[:, None])
         if self.caption_embedder is not None:
-            if captions is None:
-                raise ValueError("this model is told captions: give captions, for none those of the empty text.")
-            words = self.caption_embedder(captions)
-            seen = words.new_ones(words.shape[:2]) if mask is None else mask.to(words)
+            caption = conditions["caption"]
+            assert isinstance(caption, Tokens)
+            words = self.caption_embedder(caption.tokens)
+            seen = words.new_ones(words.shape[:2]) if caption.mask is None else caption.mask.to(words)
             parts.append((words * seen[..., None]).sum(1, keepdim=True) / seen.sum(1)[:, None, None].clamp(min=1))
         if self.nothing is not None:
             parts.append(self.nothing.expand(batch, -1, -1))

@@ -77,11 +77,11 @@ class STDiTBlock(nn.Module):
             frames = latte_pos_embed(hidden_states.shape[1], hidden_states.shape[-1]).to(hidden_states)
             hidden_states = hidden_states + frames[:, None]
         attn_mod, mlp_mod = self.adaLN_modulation(condition, layout)
-        seen = self.attn(attn_mod(self.norm1(hidden_states)), layout, cache, condition.vector)
+        seen = self.attn(attn_mod(self.norm1(hidden_states)), layout, cache, condition.embedding)
         hidden_states = hidden_states + attn_mod.gated(seen)
         if self.cross_attn is not None:
             looking = hidden_states if self.norm_cross is None else self.norm_cross(hidden_states)
-            hidden_states = hidden_states + self.cross_attn(looking, condition.tokens, condition.seen)
+            hidden_states = hidden_states + self.cross_attn(looking, condition.tokens, condition.token_mask)
         hidden_states = hidden_states + mlp_mod.gated(self.mlp(mlp_mod(self.norm2(hidden_states))))
         return hidden_states
 

@@ -76,7 +76,7 @@ class JointAttention(nn.Module, AttentionModuleMixin):
 
 def _for_text(modulate: nn.Module, condition: Condition) -> list[Modulation]:
     """Modulations (B, 1, D) of text: it is told the mean over frames, since words belong to none of them."""
-    said = modulate(condition._replace(vector=condition.vector.mean((1, 2), keepdim=True)))
+    said = modulate(condition._replace(embedding=condition.embedding.mean((1, 2), keepdim=True)))
     return [Modulation(*(None if part is None else part[:, 0] for part in one)) for one in said]
 
 
@@ -107,7 +107,7 @@ class DualStreamBlock(nn.Module):
         layout = layout or DenseLayout((video.shape[1], 1, video.shape[2]))
         attn_mod, mlp_mod = self.adaLN_modulation(condition)
         text_attn, text_mlp = _for_text(self.text_adaLN, condition)
-        seen = None if condition.seen is None else condition.seen[:, 0]
+        seen = None if condition.token_mask is None else condition.token_mask[:, 0]
         made, said = self.attn(attn_mod(self.norm1(video)), text_attn(self.text_norm1(text)), layout, seen)
         video, text = video + attn_mod.gated(made), text + text_attn.gated(said)
         video = video + mlp_mod.gated(self.mlp(mlp_mod(self.norm2(video))))
@@ -135,7 +135,7 @@ class SingleStreamBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         layout = layout or DenseLayout((video.shape[1], 1, video.shape[2]))
         (mod,), (text_mod,) = self.adaLN_modulation(condition), _for_text(self.adaLN_modulation, condition)
-        seen = None if condition.seen is None else condition.seen[:, 0]
+        seen = None if condition.token_mask is None else condition.token_mask[:, 0]
         shown, read = mod(self.norm(video)), text_mod(self.norm(text))
         made, said = self.attn(shown, read, layout, seen)
         video = video + mod.gated(self._out(made, shown))

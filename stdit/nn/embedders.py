@@ -63,6 +63,9 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
+    def reset(self) -> None:
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding_table(labels)
 
@@ -77,6 +80,9 @@ class MicroConditionEmbedder(nn.Module):
         super().__init__()
         self.each = nn.ModuleList(TimestepEmbedder(dim) for _ in range(count))
         self.out = nn.Linear(dim, dim)
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.out.weight)
 
     def forward(self, info: Tensor) -> Tensor:
         said = ~info.isnan()

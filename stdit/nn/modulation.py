@@ -9,16 +9,17 @@ from stdit.nn.layout import Layout
 
 
 class Condition(NamedTuple):
-    """What blocks are told, once per clip or per frame.
+    """What blocks are conditioned on, once per clip, frame or patch.
 
-    vector: (B, T|1, S|1, D), the sum of all that is one vector. shared: (B, T|1, S|1, 6 D), the modulation all blocks
-    start from, where they share one. tokens: (B, T|1, N, D) to look at; seen: (B, T|1, N) bool, false for padding.
+    embedding: (B, T|1, S|1, D), the sum of all conditions that are vectors (diffusers' `temb`). adaln: (B, T|1, S|1, 6 D),
+    the modulation that all blocks share, where there is one. tokens: (B, T|1, N, D) to attend to; token_mask: (B, T|1, N)
+    bool, false for padding.
     """
 
-    vector: Tensor
-    shared: Tensor | None = None
+    embedding: Tensor
+    adaln: Tensor | None = None
     tokens: Tensor | None = None
-    seen: Tensor | None = None
+    token_mask: Tensor | None = None
 
 
 class Modulation(NamedTuple):
@@ -47,7 +48,7 @@ class AdaLN(nn.Sequential):
         self.branches = branches
 
     def forward(self, condition: Condition, layout: Layout | None = None) -> list[Modulation]:
-        modulation = super().forward(condition.vector)
+        modulation = super().forward(condition.embedding)
         if layout is not None:
             modulation = layout.spread(modulation)
         chunks = modulation.chunk(self.parts * self.branches, dim=-1)
@@ -67,7 +68,7 @@ class AdaLNSingle(nn.Module):
         self.table = nn.Parameter(torch.zeros(self.parts * branches, dim))
 
     def forward(self, condition: Condition, layout: Layout | None = None) -> list[Modulation]:
-        base = condition.shared if self.gated else condition.vector.repeat(1, 1, 1, self.parts)
+        base = condition.adaln if self.gated else condition.embedding.repeat(1, 1, 1, self.parts)
         assert base is not None
         modulation = base + self.table.flatten().to(base)
         if layout is not None:
@@ -92,8 +93,8 @@ class AdaLNLora(nn.Module):
         )
 
     def forward(self, condition: Condition, layout: Layout | None = None) -> list[Modulation]:
-        assert condition.shared is not None
-        modulation = condition.shared + self.own(condition.vector)
+        assert condition.adaln is not None
+        modulation = condition.adaln + self.own(condition.embedding)
         if layout is not None:
             modulation = layout.spread(modulation)
         chunks = modulation.chunk(3 * self.branches, dim=-1)

@@ -26,11 +26,10 @@ from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.stdit import STDiT
 from stdit.nn.attention import explicit_attention
 from stdit.precision import autocast, native_bf16
-from stdit.prompt import Prompt
 from stdit.recipes.entry import command_parser
 from stdit.rng import keyed_rng
 from stdit.training.optim import build_optimizers
-from stdit.training.step import Clips, diffusion_losses
+from stdit.training.step import LatentBatch, diffusion_losses
 from stdit.vae import load_vae
 
 
@@ -146,7 +145,11 @@ def bench_step(args: argparse.Namespace) -> None:
                     began = time.perf_counter()
                     with autocast(precision, "cpu"):
                         losses = diffusion_losses(
-                            model, objective, [Clips(latents)], Prompt(labels), [(0, i, s) for s in range(32)]
+                            model,
+                            objective,
+                            [LatentBatch(latents)],
+                            {"label": labels[:, None]},
+                            [(0, i, s) for s in range(32)],
                         )
                     losses.clips.mean().backward()
                     for each in optimizers:

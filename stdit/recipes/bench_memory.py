@@ -6,7 +6,6 @@ stdit bench-memory            (about three minutes; run it on a machine with not
 import contextlib
 import gc
 import io
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 
 from stdit.data.loader import Batch
 from stdit.recipes import cache_latents, make_shapes, plan, train
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import child_environment, command_parser
 from stdit.training.fit import Trainer
 
 GIB = 2**30
@@ -39,7 +38,7 @@ def measured(overrides: list[str]) -> float:
     """The most memory a training run held inside its loop, its model and average counted, in bytes."""
     command = [sys.executable, "-m", "stdit", "bench-memory", "--one", *overrides, "train.resume=never"]
     # glibc keeps freed blocks on its heap (2.4 to 3.0 GiB seen where 1.2 were in use): large ones are to be given back.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    environment = {**child_environment(), "MALLOC_MMAP_THRESHOLD_": "1000000"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise ValueError(f"the run {overrides} failed: {done.stderr.strip().splitlines()[-1]}")

@@ -41,7 +41,7 @@ def build_captions(config: Config, dataset: Dataset, device: torch.device, *, ma
     """
     if config.text.encoder is None:
         return None
-    texts = [dataset.caption(i) for i in range(len(dataset))]
+    texts = [dataset.record(i)["caption"] for i in range(len(dataset))]
     if not any(texts):
         raise ValueError(
             f"text.encoder={config.text.encoder} but no clip of {config.data.root!r} has a caption; give a manifest with "

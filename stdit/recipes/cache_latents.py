@@ -13,13 +13,16 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from stdit.conditions import CONDITIONERS
 from stdit.config import Config, load_typed
 from stdit.data.datasets import build_dataset
+from stdit.data.loader import conditions_of_sample
 from stdit.data.video_io import VideoError
 from stdit.precision import autocast
 from stdit.recipes.entry import command_parser
@@ -30,19 +33,20 @@ from stdit.vae import load_vae
 
 def encode_shard(
     dataset, vae, indices: list[int], seed: int, device: str
-) -> tuple[dict[str, torch.Tensor], list[int], dict[str, str], float]:
+) -> tuple[dict[str, torch.Tensor], list[int], list[dict], dict[str, str], float]:
     """Latents and restarts (N, C, T, h, w) float16, the clips they are of, the unreadable files, and the seconds waited for data.
 
     Threads read the next clips while these are encoded (decoding leaves Python's lock).
     """
     latents: list[dict[str, torch.Tensor]] = []
-    indices_read: list[int] = []
+    kept: list[int] = []
+    further: list[dict] = []
     bad: dict[str, str] = {}
     waited = 0.0
 
-    def read(index: int) -> torch.Tensor | VideoError:
+    def read(index: int) -> dict[str, Any] | VideoError:
         try:
-            return dataset.load(index, keyed_rng("sample", seed, index))["pixels"]
+            return dataset.load(index, keyed_rng("sample", seed, index))
         except VideoError as error:
             return error
 
@@ -58,10 +62,17 @@ def encode_shard(
             bad |= {dataset.name(i): str(sample) for i, sample in samples.items() if isinstance(sample, VideoError)}
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
-                latents.append(_encode(vae, torch.stack(list(good.values())), device))
-                indices_read += list(good)
+                latents.append(_encode(vae, torch.stack([sample["pixels"] for sample in good.values()]), device))
+                kept += list(good)
+                further += [stored_conditions(dataset, i, sample) for i, sample in good.items()]
     tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}
-    return tensors or {"latents": torch.zeros(0)}, indices_read, bad, waited
+    return tensors or {"latents": torch.zeros(0)}, kept, further, bad, waited
+
+
+def stored_conditions(dataset, index: int, sample: dict) -> dict:
+    """Raw conditions that a shard keeps beside labels and captions; what follows from the clip itself is not kept."""
+    read = conditions_of_sample(dataset, index, sample)
+    return {name: value for name, value in read.items() if CONDITIONERS[name].stored and value is not None}
 
 
 @torch.no_grad()
@@ -75,7 +86,7 @@ def _encode(vae, pixels: torch.Tensor, device: str) -> dict[str, torch.Tensor]:
     heads = torch.cat([latents[:, :, :1], *heads.split(len(batch))], dim=2)
     if not torch.isfinite(latents).all() or not torch.isfinite(heads).all():
         raise ValueError(f"VAE {vae.name!r} gave latents that are not finite; use it in float32.")
-    return {"latents": latents.half().cpu(), "restarts": heads.half().cpu()}
+    return {"latents": latents.half().cpu(), "reencoded": heads.half().cpu()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     head = {
         "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "clips": len(dataset),
-        "num_classes": dataset.num_classes, "class_names": dataset.class_names, "shard_size": args.shard_size, "tensors": ["latents", "restarts"], **source,
+        "num_classes": dataset.num_classes, "class_names": dataset.class_names, "shard_size": args.shard_size, "tensors": ["latents", "reencoded"], **source,
     }  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     _check_same(output, head)
@@ -113,15 +124,17 @@ def main(argv: list[str] | None = None) -> int:
         if _whole(output, name):
             continue
         indices = list(range(start, min(start + args.shard_size, len(dataset))))
-        latents, kept, bad, seconds = encode_shard(dataset, vae, indices, config.seed, device)
+        latents, kept, further, bad, seconds = encode_shard(dataset, vae, indices, config.seed, device)
         waited += seconds
         beside = output / f".{os.getpid()}-{name}.safetensors"
         save_file(latents, beside)
         digest = hashlib.sha256(beside.read_bytes()).hexdigest()
         beside.replace(output / f"{name}.safetensors")
+        records = [dataset.record(i) for i in kept]
         record = {
             "file": f"{name}.safetensors", "count": len(kept), "sha256": digest, "bad": bad,
-            "labels": [dataset.label(i) for i in kept], "captions": [dataset.caption(i) for i in kept],
+            "labels": [record["label"] for record in records], "captions": [record["caption"] for record in records],
+            "conditions": further,
         }  # fmt: skip
         write_text(output / f"{name}.json", json.dumps(record))
     shards = [output / f"latents-{i:05d}.json" for i in range(len(starts))]

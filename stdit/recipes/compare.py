@@ -24,6 +24,8 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from stdit.conditions import conditioners_of
+from stdit.conditions.values import map_tensors
 from stdit.config import Config, find_config, load_typed
 from stdit.data.datasets import build_dataset
 from stdit.data.loader import batches
@@ -36,10 +38,8 @@ from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.shapes import report
 from stdit.model.cost import clip_flops
 from stdit.precision import autocast
-from stdit.prompt import Prompt
 from stdit.recipes.build import build_captions, build_model
-from stdit.recipes.entry import command_parser
-from stdit.rng import keyed_normal
+from stdit.recipes.entry import child_environment, command_parser
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.optim import build_optimizers
 from stdit.training.results import target_clips
@@ -87,11 +87,20 @@ class Probe:
     def step(self) -> None:
         """One training step, timed."""
         batch, began = next(self.batches), time.perf_counter()
-        words = self.captions(batch.captions) if self.captions else (None, None)
-        prompt = Prompt(batch.labels if self.model.num_classes else None, *words)
+        conditioners = conditioners_of(self.model.config)
+        if self.captions is not None:
+            conditioners["caption"].tokenize = self.captions  # type: ignore[attr-defined]
+        conditions = {
+            name: c.encode(c.drop(batch.conditions[name], batch.keys, 0.0), 1) for name, c in conditioners.items()
+        }
         with autocast(self.config.train.precision, "cpu"):
             losses = diffusion_losses(
-                self.model, self.objective, to_latents(batch, self.vae), prompt, batch.keys, self.model.patch_size
+                self.model,
+                self.objective,
+                to_latents(batch, self.vae),
+                conditions,
+                batch.keys,
+                patch=self.model.patch_size,
             )
         losses.clips.mean().backward()
         for optimizer in self.optimizers:
@@ -133,7 +142,7 @@ def trained(spec: Comparison, variant: str, seed: int, steps: int) -> Path:
     done = summary.is_file() and json.loads(summary.read_text()).get("finished") and (Path("models") / name).is_dir()
     if not done:
         command = [sys.executable, "-m", "stdit", "train", spec.base, *arguments(spec, variant, seed, steps)]
-        code = subprocess.run(command).returncode
+        code = subprocess.run(command, env=child_environment()).returncode
         if code:
             raise ValueError(f"the run {name} ended with {code}; what it said stands above. Mend it and run again.")
     return Path("models") / name
@@ -194,19 +203,18 @@ def held_losses(pipe: STDiTPipeline, config: Config) -> list[float]:
     """The loss at fixed levels, of averaged weights, on 128 clips of the data under fixed noise."""
     objective, dataset = build_objective(config.objective), build_dataset(config.data)
     batch = next(batches(dataset, 10**6, min(128, len(dataset))))
-    (clips,) = to_latents(batch, pipe.video_vae)
-    x = clips.latents.to(pipe.device)
-    noise = keyed_normal("noise", batch.keys, tuple(x.shape[1:])).to(x)
-    numbers = batch.labels.to(x.device) if pipe.transformer.num_classes else None
-    prompt = pipe.prompt(numbers, batch.captions if config.text.encoder else None, len(x)).each(
-        lambda v: v.to(x.device)
-    )
+    clips = to_latents(batch, pipe.video_vae)
+    model, conditions = pipe.transformer, {}
+    for name, conditioner in model.conditioners.items():
+        given = batch.conditions[name]
+        conditions[name] = conditioner.encode(conditioner.drop(given, batch.keys, 0.0), pipe.video_vae.stride[0])
+    conditions = map_tensors(conditions, lambda x: x.to(pipe.device))
     found = []
     for level in LEVELS:
-        levels = objective.path.quantize(torch.full((len(x), 1), level, device=x.device))
-        noisy = objective.noisy(x, noise, levels)
-        output = pipe.transformer(noisy, objective.timestep(levels[:, 0]), **prompt.named())
-        found.append(float(objective.loss(output, noisy, x, noise, levels).mean()))
+        losses = diffusion_losses(
+            model, objective, clips, conditions, batch.keys, patch=model.patch_size, level=level, strategy="shared"
+        )
+        found.append(float(losses.clips.mean()))
     return found
 
 

@@ -1,8 +1,12 @@
 """How a recipe ends: an error that a user can cause becomes one line on stderr and exit code 1."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import stdit
 
 # The message that `torch.OutOfMemoryError` is turned into; checkpoints are written whole, so none was lost.
 _OUT_OF_MEMORY = (
@@ -29,3 +33,9 @@ def command_parser(command: str, description: str | None) -> argparse.ArgumentPa
     return argparse.ArgumentParser(
         prog=f"stdit {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def child_environment() -> dict[str, str]:
+    """Environment variables for `python -m stdit ...` as a child process: it finds the package that this process runs."""
+    paths = [str(Path(stdit.__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}

@@ -13,20 +13,19 @@ from safetensors.torch import load_file
 
 from stdit.checkpoint.convert import to_stdit
 from stdit.checkpoint.files import Weights
-from stdit.diffusion.levels import DEFAULT_MASK_PROBS
+from stdit.diffusion.config import DEFAULT_MASK_PROBS
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.config import size_arguments
 from stdit.model.cost import training_memory
 from stdit.model.stdit import STDiT
 from stdit.nn.cache import FrameCache
 from stdit.precision import autocast
-from stdit.prompt import Prompt
 from stdit.recipes.entry import command_parser
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.training.optim import build_optimizers
 from stdit.training.state import flatten_optimizer, load_checkpoint, restore_optimizer, save_checkpoint
-from stdit.training.step import Clips, diffusion_losses
+from stdit.training.step import LatentBatch, diffusion_losses
 from stdit.vae import load_vae
 
 
@@ -134,7 +133,7 @@ def planned_memory_is_right() -> str:
         for step in range(3):
             with autocast("bf16", "cuda"):
                 losses = diffusion_losses(
-                    model, objective, [Clips(x)], Prompt(y), [(0, step, slot) for slot in range(16)]
+                    model, objective, [LatentBatch(x)], {"label": y[:, None]}, [(0, step, slot) for slot in range(16)]
                 )
             losses.clips.mean().backward()
             optimizer.step()
@@ -153,11 +152,11 @@ def train_steps(model, optimizers, first: int, last: int) -> list[float]:
         [],
     )
     x, _, y = (part.cuda() for part in inputs(8))
-    clips = Clips(x, lambda starts: x.transpose(1, 2)[starts])
+    clips = LatentBatch(x, lambda starts: x.transpose(1, 2)[starts])
     for step in range(first, last):
         with autocast("bf16", "cuda"):
             keys = [(0, step, slot) for slot in range(len(x))]
-            result = diffusion_losses(model, objective, [clips], Prompt(y), keys, model.patch_size)
+            result = diffusion_losses(model, objective, [clips], {"label": y[:, None]}, keys, patch=model.patch_size)
         result.clips.mean().backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -219,7 +218,9 @@ def xl_speed() -> str:
             torch.cuda.synchronize()
             began = time.perf_counter()
         with autocast("bf16", "cuda"):
-            losses = diffusion_losses(model, objective, [Clips(x)], Prompt(y), [(0, step, slot) for slot in range(32)])
+            losses = diffusion_losses(
+                model, objective, [LatentBatch(x)], {"label": y[:, None]}, [(0, step, slot) for slot in range(32)]
+            )
         losses.clips.mean().backward()
         optimizers[0].step()
         model.zero_grad()

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from stdit.conditions.values import map_tensors
 from stdit.data.loader import Batch
-from stdit.diffusion.levels import MASK_STRATEGIES
+from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.evaluation.operations import HeldOut, held_out, told
-from stdit.prompt import Prompt
+from stdit.pixels import to_bytes
 from stdit.recipes.entry import command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.training.step import diffusion_losses, to_latents
@@ -24,30 +24,28 @@ from stdit.training.step import diffusion_losses, to_latents
 @torch.no_grad()
 def losses_by_scheme(pipe: Any, data: HeldOut, levels: list[float], seed: int = 0) -> dict[str, list[float]]:
     """The mean loss of what is to be predicted at each of `levels` (0..1), for each scheme that takes frames as known."""
-    frames = ((data.pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
-    keys = [(seed, 0, slot) for slot in range(len(frames))]
-    batch = Batch(frames, None, None, torch.zeros(len(frames)), keys, {}, len(frames), None, [""] * len(frames))
-    clips = to_latents(batch, pipe.video_vae)
-    labels = pipe.labels(told(pipe, data).get("class_labels"), len(frames))
-    prompt = Prompt(labels).each(lambda x: x.to(pipe.device))
+    keys = [(seed, 0, slot) for slot in range(len(data.pixels))]
+    clips = to_latents(
+        Batch(to_bytes(data.pixels), None, None, conditions={}, keys=keys, bad={}, total=len(keys)), pipe.video_vae
+    )
+    labels = told(pipe, data).get("class_labels")
+    model = pipe.transformer
+    conditions = {
+        name: c.parse(labels if name == "label" else None, len(keys)) for name, c in model.conditioners.items()
+    }
+    conditions = map_tensors(conditions, lambda x: x.to(pipe.device))
+    objective = build_objective(ObjectiveConfig(pipe.config.objective))
     found: dict[str, list[float]] = {}
-    for name, scheme in MASK_STRATEGIES.items():
-        if (
-            scheme.taught
-            or scheme.independent
-            or (scheme.supports_patch_levels and not pipe.transformer.supports_patch_levels)
-        ):
+    for name, strategy in MASK_STRATEGIES.items():
+        if strategy.level_per_frame or (strategy.per_patch and not model.supports_patch_levels):
             continue
-        objective = build_objective(ObjectiveConfig(pipe.config.objective, name))
-        found[name] = []
-        for level in levels:
-
-            def at(generator: torch.Generator, count: int, tokens: int, level: float = level) -> Tensor:
-                return torch.full((count,), level)
-
-            objective.draw_levels = at  # type: ignore[method-assign]
-            loss = diffusion_losses(pipe.transformer, objective, clips, prompt, keys, pipe.transformer.patch_size)
-            found[name].append(loss.clips.mean().item())
+        losses = [
+            diffusion_losses(
+                model, objective, clips, conditions, keys, patch=model.patch_size, level=level, strategy=name
+            )
+            for level in levels
+        ]
+        found[name] = [loss.clips.mean().item() for loss in losses]
     return found
 
 

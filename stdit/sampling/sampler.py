@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from stdit.data.config import MICRO_CONDITIONS, micro_conditions_of
-from stdit.data.samplers import Size
+from stdit.conditions import ClipFacts
 from stdit.diffusion.predictions import Estimate
 from stdit.prompt import Prompt
 from stdit.rng import keyed_normal
@@ -56,11 +55,9 @@ class Sampler(NamedTuple):
         model, config = self.pipe.transformer, self.pipe.config
         if not model.config.micro_conditions:
             return model
-        info = dict(
-            zip(MICRO_CONDITIONS, micro_conditions_of(Size(frames, height, width), self.fps or config.fps), strict=True)
-        )
-        values = torch.tensor([[info[name] for name in model.config.micro_conditions]], device=self.pipe.device)
-        return partial(model, info=values)
+        facts = ClipFacts((frames, height, width), self.fps or config.fps)
+        value = model.conditioners["micro"].of_clip(facts).to(self.pipe.device)
+        return partial(model, conditions={"micro": value})
 
     def fill(self, canvas: Canvas, prompt: Prompt, keys: list[tuple[int, ...]], length: int, overlap: int) -> Tensor:
         """Every window in turn; what one made is known to the next. A causal model goes on frame by frame."""

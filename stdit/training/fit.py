@@ -17,18 +17,18 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stdit.data.config import MICRO_CONDITIONS
+from stdit.conditions import Conditions, conditioners_of
+from stdit.conditions.values import map_tensors
 from stdit.data.loader import Batch
 from stdit.diffusion.objective import Objective
 from stdit.legacy import aliases, renamed_parameter
-from stdit.prompt import Prompt
 from stdit.text import CaptionCache
 from stdit.training.config import LoopConfig, TrainConfig
 from stdit.training.metrics import LEVELS, Breakdown, MetricsLogger, level_sums
 from stdit.training.optim import learning_rate, set_learning_rate
 from stdit.training.run import RunFolders
 from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
-from stdit.training.step import diffusion_losses, dropped_captions, dropped_info, dropped_labels, to_latents
+from stdit.training.step import diffusion_losses, to_latents
 from stdit.vae import VideoVAE
 
 __getattr__ = aliases(__name__)
@@ -285,10 +285,11 @@ class Trainer(TrainingLoop):
     bad_files: BadFiles
     captions: CaptionCache | None = None
 
-    @property
-    def num_classes(self) -> int:
-        """Classes of the model; 0 without labels."""
-        return self.model.num_classes
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.conditioners = conditioners_of(self.model.config)
+        if self.captions is not None:
+            self.conditioners["caption"].tokenize = self.captions  # type: ignore[attr-defined]
 
     @property
     def breakdown(self) -> Breakdown:
@@ -306,30 +307,24 @@ class Trainer(TrainingLoop):
         for reason in self.bad_files.add(batch.bad):
             self.accelerator.print(f"skipped a file: {reason}")
         self.bad_files.check()
-        prompt = self._prompt(batch).each(lambda x: x.to(self.accelerator.device))
-        info = self._info(batch)
-        clips = to_latents(batch, self.vae)
+        conditions, clips = self._conditions(batch), to_latents(batch, self.vae)
         with self.accelerator.autocast():
-            losses = diffusion_losses(model, self.objective, clips, prompt, batch.keys, self.model.patch_size, info)
+            step = (model, self.objective, clips, conditions, batch.keys)
+            losses = diffusion_losses(*step, patch=self.model.patch_size)
         return StepLosses(losses.clips, level_sums(losses.clips, losses.levels))
 
-    def _prompt(self, batch: Batch) -> Prompt:
-        """What the model is told of these clips, some of it left unsaid."""
-        dropout, labels = self.config.label_dropout, None
-        if self.num_classes:
-            labels = dropped_labels(batch.labels, batch.keys, dropout, self.num_classes)
-        if self.captions is None:
-            return Prompt(labels)
-        return Prompt(labels, *self.captions(dropped_captions(batch.captions, batch.keys, dropout)))
-
-    def _info(self, batch: Batch) -> Tensor | None:
-        """What the model is told of a clip beside its label: the columns of `MICRO_CONDITIONS` that it was made for."""
-        wanted = self.model.config.micro_conditions
-        if not wanted or batch.info is None:
-            return None
-        info = batch.info[:, [MICRO_CONDITIONS.index(name) for name in wanted]]
-        dropped = dropped_info(info, batch.keys, self.config.label_dropout)
-        return dropped.to(self.accelerator.device) if dropped is not None else None
+    def _conditions(self, batch: Batch) -> Conditions:
+        """What the model is conditioned on: the batch's conditions, each dropped with probability `label_dropout`."""
+        found: Conditions = {}
+        for name, conditioner in self.conditioners.items():
+            if name not in batch.conditions:
+                raise ValueError(
+                    f"the model takes {name!r}, which the data does not have; give a manifest with it (and cache latents "
+                    "again), or train a model without."
+                )
+            values = conditioner.drop(batch.conditions[name], batch.keys, self.config.label_dropout)
+            found[name] = conditioner.encode(values, self.vae.stride[0])
+        return map_tensors(found, lambda x: x.to(self.accelerator.device))
 
 
 class swap_ema:

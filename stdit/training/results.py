@@ -43,21 +43,18 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
     )
 
 
-def preview_prompt(model: STDiT, dataset: Dataset, count: int) -> dict[str, Any]:
-    """`count` labels spread over the classes, or captions of the data; without either, a number of clips."""
-    said: dict[str, Any] = {"num_videos": count}
-    if model.num_classes:
-        said["class_labels"] = [i % model.num_classes for i in range(count)]
-    if model.config.caption_channels is not None:
-        spread = keyed_rng("preview", 0).integers(len(dataset), size=count)
-        said |= {"captions": [dataset.caption(int(i)) for i in spread], "class_labels": None}
-    return said
+def preview_conditions(model: STDiT, dataset: Dataset, count: int) -> dict[str, Any]:
+    """Arguments of a pipeline for `count` clips: labels spread over the classes, captions of the data, or only a number."""
+    found: dict[str, Any] = {"num_videos": count}
+    for conditioner in model.conditioners.values():
+        found |= conditioner.preview(dataset.record, len(dataset), count)
+    return found
 
 
 def preview(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, step: int, dataset: Dataset) -> None:
     """A contact sheet of a few clips, always of the same noise, in samples/."""
     count = min(12, config.train.samples) or 1
-    said = preview_prompt(model, dataset, count)
+    said = preview_conditions(model, dataset, count)
     clips = _sample(model, vae, config, said, max(8, config.train.sample_steps // 2))
     write_contact_sheet(folders.samples / f"step-{step:07d}.png", list(clips), columns=2)
 
@@ -85,7 +82,7 @@ def write_results(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders,
     """generated_samples.pt, target_samples.pt (plain tensors (B, 3, F, H, W) in [-1, 1]), clips and a contact sheet."""
     if not config.train.samples:
         return
-    said = preview_prompt(model, dataset, config.train.samples)
+    said = preview_conditions(model, dataset, config.train.samples)
     clips = _sample(model, vae, config, said, config.train.sample_steps)
     torch.save(clips, folders.output / "generated_samples.pt")
     labels = said.get("class_labels")
@@ -106,7 +103,7 @@ def target_clips(dataset: Dataset, vae: VideoVAE, labels: list[int] | None, coun
     clips: list[Tensor] = []
     for i in range(count):
         for place, index in enumerate(order):
-            if labels is not None and dataset.label(index) != labels[i]:
+            if labels is not None and dataset.record(index)["label"] != labels[i]:
                 continue
             try:
                 sample = dataset.load(index, keyed_rng("preview", seed, i))

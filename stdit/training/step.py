@@ -1,16 +1,18 @@
-"""One step as a pure function: a batch, keyed noise and levels, a loss per clip."""
+"""One training step as a pure function: a batch, keyed noise and levels, a loss per clip."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from stdit.conditions import Conditions
+from stdit.conditions.base import Key
 from stdit.data.loader import Batch
-from stdit.diffusion.levels import choose_strategy
+from stdit.diffusion.masks import Grid, choose_strategy
 from stdit.diffusion.objective import Objective
 from stdit.diffusion.paths import like
-from stdit.prompt import Prompt
+from stdit.pixels import to_float
 from stdit.rng import keyed_generator, keyed_normal
 from stdit.vae import VideoVAE
 
@@ -22,177 +24,186 @@ class Losses(NamedTuple):
     levels: Tensor
 
 
-def _never(starts: Tensor) -> Tensor:
+def _not_cached(mask: Tensor) -> Tensor:
     raise ValueError(
-        "These latents were cached before runs of known frames were encoded; cache them again, or set "
+        "these latents were cached before segments of known frames were encoded; cache them again, or set "
         "objective.mask_strategy=shared."
     )
 
 
-class Clips(NamedTuple):
-    """latents (B, C, T, h, w); restarted: from a mask (B, T), those frames (n, C, h, w) as a run of known frames that
-    begins there would have them: encoded behind their own first pixel frame, without the frames before."""
+class LatentBatch(NamedTuple):
+    """latents (B, C, T, h, w); reencode: from a mask (B, T), latents (n, C, h, w) of those frames encoded as the start of a
+    segment (behind their own first pixel frame, without the frames before), as sampling encodes known frames inside a clip."""
 
     latents: Tensor
-    restarted: Callable[[Tensor], Tensor] = _never
+    reencode: Callable[[Tensor], Tensor] = _not_cached
 
 
-def to_latents(batch: Batch, vae: VideoVAE) -> list[Clips]:
+class NoisyBatch(NamedTuple):
+    """A batch on its way through the model: mask (B, T) or (B, T, rows, columns), true where the loss counts.
+
+    history: the same clips and timesteps (B, T) as each frame sees the frames before it (teacher forcing), or None.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    noisy: Tensor
+    levels: Tensor
+    mask: Tensor
+    timestep: Tensor
+    history: tuple[Tensor, Tensor] | None
+
+
+def to_latents(batch: Batch, vae: VideoVAE) -> list[LatentBatch]:
     """Cached latents as they are, or pixels (B, F, H, W, 3) uint8 through the VAE; float32, on the VAE's device.
 
     One entry, or one for each clip of a batch of many shapes.
     """
     if batch.latents is not None:
-        cached = batch.restarts
+        cached = batch.reencoded
         assert isinstance(batch.latents, Tensor) and not isinstance(cached, list), "cached latents are of one shape"
-
         latents = batch.latents.to(vae.device).float()
         if cached is None:
-            return [Clips(latents)]
-        return [Clips(latents, lambda starts: cached.transpose(1, 2)[starts.cpu()].to(vae.device).float())]
+            return [LatentBatch(latents)]
+        return [LatentBatch(latents, lambda mask: cached.transpose(1, 2)[mask.cpu()].to(vae.device).float())]
     assert batch.pixels is not None
     parts = [batch.pixels] if isinstance(batch.pixels, Tensor) else [clip[None] for clip in batch.pixels]
-    return [_encoded(part, vae) for part in parts]
+    return [_encode(part, vae) for part in parts]
 
 
-def _encoded(frames: Tensor, vae: VideoVAE) -> Clips:
-    pixels = frames.to(vae.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+def _encode(frames: Tensor, vae: VideoVAE) -> LatentBatch:
+    pixels = to_float(frames.to(vae.device))
 
     @torch.no_grad()
-    def encode(starts: Tensor) -> Tensor:
-        groups = [vae.group(pixels[clip, None], frame) for clip, frame in starts.nonzero().tolist()]
+    def reencode(mask: Tensor) -> Tensor:
+        groups = [vae.group(pixels[clip, None], frame) for clip, frame in mask.nonzero().tolist()]
         return vae.encode_segment(torch.cat(groups))[:, :, 0].float()
 
     with torch.no_grad():
-        return Clips(vae.encode(pixels).float(), encode)
-
-
-def dropped_labels(labels: Tensor, keys: list[tuple[int, int, int]], dropout: float, null_label: int) -> Tensor:
-    """Replace each label by the null label with probability `dropout`, a function of its key alone."""
-    drop = [torch.rand((), generator=keyed_generator("dropout", *key)).item() < dropout for key in keys]
-    return torch.where(torch.tensor(drop), null_label, labels)
-
-
-def dropped_captions(captions: list[str], keys: list[tuple[int, int, int]], dropout: float) -> list[str]:
-    """Replace each caption by the empty one, together with its label (the same key decides)."""
-    drop = [torch.rand((), generator=keyed_generator("dropout", *key)).item() < dropout for key in keys]
-    return ["" if gone else text for text, gone in zip(captions, drop, strict=True)]
-
-
-def dropped_info(info: Tensor | None, keys: list[tuple[int, int, int]], dropout: float) -> Tensor | None:
-    """Rows of `MICRO_CONDITIONS` with the whole row unsaid (nan) with probability `dropout`, a function of its key alone."""
-    if info is None:
-        return None
-    drop = [torch.rand((), generator=keyed_generator("dropout", *key, 1)).item() < dropout for key in keys]
-    return torch.where(torch.tensor(drop)[:, None], float("nan"), info)
+        return LatentBatch(vae.encode(pixels).float(), reencode)
 
 
 def diffusion_losses(
-    model: Callable[..., Tensor],
+    model: Callable[..., Any],
     objective: Objective,
-    clips: list[Clips],
-    prompt: Prompt,
-    keys: list[tuple[int, int, int]],
+    clips: Sequence[LatentBatch],
+    conditions: Conditions,
+    keys: Sequence[Key],
+    *,
     patch: tuple[int, int, int] = (1, 1, 1),
-    info: Tensor | None = None,
+    level: float | None = None,
+    strategy: str | None = None,
 ) -> Losses:
-    """Noise latents (B, C, T, h, w) at levels drawn by key, predict under a prompt, compare what was not known.
+    """Noise latents (B, C, T, h, w) at levels drawn by key, predict under conditions, compare where the mask is true.
 
-    Each clip has a scheme of its own, so that every step shows some of each. Clips of many shapes go through the model in
-    one packed sequence.
+    Each clip has a mask strategy of its own, so that every step shows some of each. Clips of many shapes go through the
+    model in one packed sequence. level, strategy: in place of drawn ones, for the loss at a given noise level.
     """
     counts = [len(part.latents) for part in clips]
     begins = [sum(counts[:i]) for i in range(len(counts))]
-    noised = [
-        _noise(objective, part, keys[begin : begin + count], patch)
+    noisy = [
+        _add_noise(objective, part, keys[begin : begin + count], patch, level=level, strategy=strategy)
         for part, begin, count in zip(clips, begins, counts, strict=True)
     ]
-    named = prompt.named() if info is None else {**prompt.named(), "info": info}
-    if noised[0].history is not None:
-        named["history"] = noised[0].history
-    if len(noised) == 1:
-        one = noised[0]
-        outputs = [model(one.noisy, one.timestep, **named)]
+    arguments: dict[str, Any] = {"conditions": conditions}
+    if noisy[0].history is not None:
+        arguments["history"] = noisy[0].history
+    if len(noisy) == 1:
+        one = noisy[0]
+        outputs = [model(one.noisy, one.timestep, **arguments)]
         if objective.config.mask_ratio:  # once with all patches, once with some hidden (MDT)
-            kept = _kept(objective.config.mask_ratio, keys, one, patch)
-            outputs.append(model(one.noisy, one.timestep, **named, kept=kept))
+            visible = _visible_patches(objective.config.mask_ratio, keys, one, patch)
+            outputs.append(model(one.noisy, one.timestep, **arguments, visible=visible))
             losses = [_compare(objective, output, one) for output in outputs]
             return Losses(losses[0].clips + losses[1].clips, losses[0].levels)
     else:
-        packed: Any = model([one.noisy[0] for one in noised], [one.timestep[0] for one in noised], **named)
+        packed = model([one.noisy[0] for one in noisy], [one.timestep[0] for one in noisy], **arguments)
         outputs = [output[None] for output in packed]
-    losses = [_compare(objective, output, one) for output, one in zip(outputs, noised, strict=True)]
+    losses = [_compare(objective, output, one) for output, one in zip(outputs, noisy, strict=True)]
     return Losses(*(torch.cat(parts) for parts in zip(*losses, strict=True)))
 
 
-def _kept(ratio: float, keys: list[tuple[int, int, int]], one: "_Noised", patch: tuple[int, int, int]) -> Tensor:
-    """(B, n) patches of a frame that are seen: as many in every clip of a step, which ones by each clip's key."""
+def _visible_patches(ratio: float, keys: Sequence[Key], one: NoisyBatch, patch: tuple[int, int, int]) -> Tensor:
+    """(B, n) patches of a frame that the encoder sees: as many in every clip of a step, which ones by each clip's key."""
     patches = (one.noisy.shape[3] // patch[1]) * (one.noisy.shape[4] // patch[2])
-    ratio += 0.2 * float(torch.rand((), generator=keyed_generator("mask", *keys[0][:2])))
+    ratio += 0.2 * float(
+        torch.rand((), generator=keyed_generator("mask", *keys[0][:2]))
+    )  # MDT v2 draws from 0.3 to 0.5
     count = max(1, int(patches * (1 - ratio)))
     drawn = [torch.randperm(patches, generator=keyed_generator("mask", *key))[:count] for key in keys]
     return torch.stack(drawn).to(one.noisy.device)
 
 
-class _Noised(NamedTuple):
-    clean: Tensor
-    noise: Tensor
-    noisy: Tensor
-    levels: Tensor
-    known: Tensor
-    timestep: Tensor
-    history: tuple[Tensor, Tensor] | None
-
-
-def _noise(objective: Objective, clips: Clips, keys: list, patch: tuple[int, int, int]) -> _Noised:
+def _add_noise(
+    objective: Objective,
+    clips: LatentBatch,
+    keys: Sequence[Key],
+    patch: tuple[int, int, int],
+    *,
+    level: float | None,
+    strategy: str | None,
+) -> NoisyBatch:
     (t, h, w), (pt, ph, pw) = clips.latents.shape[2:], patch
     grid = (t // pt, h // ph, w // pw)
-    drawn = []
+    samples = []
     for key in keys:
-        scheme = choose_strategy(key, objective.config.mask_probs_at(key[1]))
-        drawn.append(objective.draw(keyed_generator("levels", *key), scheme, grid, t * h * w))
-    supports_patch_levels = any(one.levels.ndim > 1 for one in drawn)
-    levels, known = (
-        torch.stack([_spread(part, grid) if supports_patch_levels else part for part in parts]).repeat_interleave(pt, 1)
-        for parts in zip(*((one.levels, one.known) for one in drawn), strict=True)
+        name = strategy or choose_strategy(key, objective.config.mask_probs_at(key[1]))
+        generator = keyed_generator("levels", *key)
+        samples.append(objective.sample(generator, name, grid, tokens=t * h * w, level=level))
+    per_patch = any(one.levels.ndim > 1 for one in samples)
+    levels, mask = (
+        torch.stack([_per_patch(part, grid) if per_patch else part for part in parts]).repeat_interleave(pt, 1)
+        for parts in zip(*((one.levels, one.mask) for one in samples), strict=True)
     )
-    levels, known = levels.to(clips.latents.device), known.to(clips.latents.device)
-    latents = _as_encoded_alone(clips, known)
-    noise = keyed_normal("noise", keys, tuple(latents.shape[1:])).to(latents.device)
-    shared = bool((levels == levels[:, :1]).all())  # one condition a clip is cheaper than one a frame
-    timestep = objective.timestep(levels[:, 0] if shared and not supports_patch_levels else levels)
-    timestep = timestep.flatten(2) if supports_patch_levels else timestep
+    levels, mask = levels.to(clips.latents.device), mask.to(clips.latents.device)
+    latents = _with_segments_reencoded(clips, mask)
+    noise = keyed_normal("noise", list(keys), tuple(latents.shape[1:])).to(latents.device)
+    shared = bool((levels == levels[:, :1]).all())  # one condition per clip is cheaper than one per frame
+    timestep = objective.timestep(levels[:, 0] if shared and not per_patch else levels)
+    timestep = timestep.flatten(2) if per_patch else timestep
     history = None
-    if drawn[0].history is not None:
-        clean = torch.stack([one.history for one in drawn]).to(levels)[:, None].expand_as(levels)
-        other = keyed_normal("history", keys, tuple(latents.shape[1:])).to(latents.device)
+    if samples[0].history is not None:
+        clean = torch.stack([one.history for one in samples if one.history is not None])
+        clean = clean.to(levels)[:, None].expand_as(levels)
+        other = keyed_normal("history", list(keys), tuple(latents.shape[1:])).to(latents.device)
         history = objective.noisy(latents, other, clean), objective.timestep(clean)
-    return _Noised(latents, noise, objective.noisy(latents, noise, levels), levels, known, timestep, history)
+    return NoisyBatch(
+        clean=latents,
+        noise=noise,
+        noisy=objective.noisy(latents, noise, levels),
+        levels=levels,
+        mask=mask,
+        timestep=timestep,
+        history=history,
+    )
 
 
-def _spread(frames: Tensor, grid: tuple[int, int, int]) -> Tensor:
+def _per_patch(frames: Tensor, grid: Grid) -> Tensor:
     """(T,) or (T, rows, columns) -> (T, rows, columns)."""
     return frames if frames.ndim > 1 else frames[:, None, None].expand(grid)
 
 
-def _compare(objective: Objective, output: Tensor, one: _Noised) -> Losses:
-    """The mean over what was to be predicted of each frame, then over the frames that had something to predict."""
-    loss = objective.loss(output, one.noisy, one.clean, one.noise, one.levels)
-    counted = ~like(one.known, one.clean)[:, 0].expand_as(loss)
+def _compare(objective: Objective, output: Tensor, one: NoisyBatch) -> Losses:
+    """The mean over the masked positions of each frame, then over the frames that have any."""
+    loss = objective.loss(output, one.noisy, one.clean, noise=one.noise, levels=one.levels)
+    counted = like(one.mask, one.clean)[:, 0].expand_as(loss)
     frames = (loss * counted).sum((2, 3)) / counted.sum((2, 3)).clamp(min=1)
     predicted = counted.any(3).any(2)
     clips = (frames * predicted).sum(1) / predicted.sum(1).clamp(min=1)
     return Losses(clips, one.levels.flatten(1).mean(1))
 
 
-def _as_encoded_alone(clips: Clips, known: Tensor) -> Tensor:
-    """Latents in which every run of known frames, (B, T) or (B, T, rows, columns), is what a task can encode of it."""
-    touched = known.flatten(2).any(2) if known.ndim > 2 else known
-    starts = touched.clone()
+def _with_segments_reencoded(clips: LatentBatch, mask: Tensor) -> Tensor:
+    """Latents in which every segment of known frames inside a clip is what a task can encode of it.
+
+    mask: (B, T) or (B, T, rows, columns), true = to be generated.
+    """
+    known = ~mask.flatten(2).all(2) if mask.ndim > 2 else ~mask
+    starts = known.clone()
     starts[:, 0] = False  # a clip's own beginning
-    starts[:, 1:] &= ~touched[:, :-1]
+    starts[:, 1:] &= ~known[:, :-1]
     if not starts.any():
         return clips.latents
     latents = clips.latents.clone()
-    latents.transpose(1, 2)[starts] = clips.restarted(starts)
+    latents.transpose(1, 2)[starts] = clips.reencode(starts)
     return latents

@@ -129,7 +129,7 @@ def test_images_and_digits_are_one_frame_clips(tmp_path):
     with gzip.open(tmp_path / "train-labels-idx1-ubyte.gz", "wb") as stream:
         stream.write(struct.pack(">HBBI", 0, 8, 1, 2) + bytes([3, 9]))
     digits = build_dataset(config(tmp_path, num_frames=1, flip=False))
-    assert (len(digits), digits.num_classes, digits.label(1)) == (2, 10, 9)
+    assert (len(digits), digits.num_classes, digits.record(1)["label"]) == (2, 10, 9)
     assert digits.load(0, np.random.default_rng(0))["pixels"].shape == (1, 32, 32, 3)
     with pytest.raises(ValueError, match=r"use data.num_frames=1"):
         build_dataset(config(tmp_path, num_frames=5))

@@ -50,4 +50,4 @@ def test_what_bounces_is_labelled_by_what_stays_the_same():
     for i in range(24):
         clip = data._clip(i, data._size)
         assert data.class_names[data.label(i)] == f"{clip.color_name} {clip.shape}"
-        assert data.caption(i).endswith(f"{clip.color_name} {clip.shape} bounces")
+        assert data.record(i)["caption"].endswith(f"{clip.color_name} {clip.shape} bounces")

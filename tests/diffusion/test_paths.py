@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from stdit.diffusion.levels import draw_levels, shift_levels, size_shift
+from stdit.diffusion.levels import sample_levels, shift_levels, size_shift
 from stdit.diffusion.paths import DDPMPath, FlowPath, like
 
 
@@ -55,6 +55,6 @@ def test_shift_keeps_the_ends_and_raises_the_middle():
 
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
 def test_levels_lie_between_clean_and_noise_with_their_middle_at_a_half(distribution):
-    many = draw_levels(torch.Generator().manual_seed(0), 2000, distribution)
+    many = sample_levels(torch.Generator().manual_seed(0), 2000, distribution)
     assert 0 < many.min() < many.max() < 1
     assert many.mean().item() == pytest.approx(0.5, abs=0.02)

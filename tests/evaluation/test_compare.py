@@ -120,7 +120,7 @@ def test_captions_asked_for_are_such_as_the_data_has():
     spec = Comparison(variants={"a": {}}, budget=Budget(steps=1), clips=192)
     said = [caption(*one) for one in compare.wanted(spec, Config(text=TextChoice(encoder="words")))]
     data = MovingShapes(DataConfig(source="shapes", num_shapes=2000))
-    assert len(set(said)) == 96 and set(said) == {data.caption(i) for i in range(2000)}
+    assert len(set(said)) == 96 and set(said) == {data.record(i)["caption"] for i in range(2000)}
     labels = compare.wanted(spec, Config())
     assert [f"{shape} {direction}" for _, shape, direction in labels[:12]] == list(CLASS_NAMES)
 

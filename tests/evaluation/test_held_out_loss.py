@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import fill
 
-from stdit.diffusion.levels import MASK_STRATEGIES
+from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.evaluation.operations import held_out
 from stdit.model.stdit import STDiT
 from stdit.recipes import held_out_loss

@@ -106,7 +106,7 @@ def test_a_gated_block_is_the_identity_when_fresh(conditioning, worded):
         2, 32, 4, in_channels=4, num_classes=5, conditioning=conditioning, caption_channels=12 if worded else None
     )
     _x, t, labels = inputs()
-    condition = fresh.condition(t, labels, 2, **(captions() if worded else {}))
+    condition = fresh.condition(t, fresh.gather_conditions(2, class_labels=labels, **(captions() if worded else {})), 2)
     tokens = torch.randn(2, 3, 16, 32)
     assert all(torch.equal(block(tokens, condition), tokens) for block in fresh.blocks)
 
@@ -140,9 +140,9 @@ def test_what_makes_no_sense_is_refused():
         model(conditioning="adaln_zeros")
     with pytest.raises(ValueError, match="causal model's cache"):
         model(conditioning="in_context", caption_channels=12, causal=True, position_encoding="rope")
-    with pytest.raises(ValueError, match="without caption_channels"):
+    with pytest.raises(ValueError, match="takes no 'captions'"):
         model()(x, t, labels, **captions())
-    with pytest.raises(ValueError, match="give captions"):
+    with pytest.raises(ValueError, match="needs `captions`"):
         model(caption_channels=12)(x, t, labels)
     with pytest.raises(ValueError, match=r"objective\.mask_probs\.region=0"):
         model(conditioning="in_context")(x, torch.rand(2, 3, 16), labels)

@@ -10,9 +10,8 @@ from stdit.model.stdit import STDiT
 from stdit.model.trunks import Trunk
 from stdit.nn.embedders import LearnedPosEmbed
 from stdit.nn.layout import DenseLayout
-from stdit.prompt import Prompt
 from stdit.training.optim import build_optimizers
-from stdit.training.step import Clips, diffusion_losses
+from stdit.training.step import LatentBatch, diffusion_losses
 
 TRUNKS = {
     "u-vit": {"trunk": "long_skip", "depth": 5, "conditioning": "in_context", "learned_pos_embed": True, "timestep_mlp": False,
@@ -88,9 +87,9 @@ def test_with_every_patch_kept_in_any_order_only_the_decoders_tokens_decide():
     masked, (x, t, labels) = model("mdt"), inputs()
     everything = torch.stack([torch.randperm(16) for _ in range(2)])
     torch.testing.assert_close(
-        masked(x, t, labels, kept=everything), masked(x, t, labels, kept=torch.arange(16).expand(2, 16)), atol=1e-5, rtol=1e-4
+        masked(x, t, labels, visible=everything), masked(x, t, labels, visible=torch.arange(16).expand(2, 16)), atol=1e-5, rtol=1e-4
     )  # fmt: skip
-    torch.testing.assert_close(masked(x, t, labels, kept=everything), masked(x, t, labels), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(masked(x, t, labels, visible=everything), masked(x, t, labels), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -99,10 +98,10 @@ def test_a_hidden_patch_reaches_the_decoder_by_the_long_skip_alone():
     kept = torch.arange(16)[torch.arange(16) != 5].expand(2, 15)
     seen = []
     masked.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0]))
-    masked(x, t, labels, kept=kept)
+    masked(x, t, labels, visible=kept)
     changed = x.clone()
     changed[..., 2:4, 2:4] += 3  # patch 5 of 4 x 4
-    masked(changed, t, labels, kept=kept)
+    masked(changed, t, labels, visible=kept)
     assert torch.equal(seen[0], seen[1])
     assert seen[0].shape[2] == 15
 
@@ -119,12 +118,12 @@ def test_kept_patches_fold_and_unfold_with_their_spots():
 
 def test_masking_trains_on_all_patches_and_on_some_and_is_a_function_of_the_key():
     network = model("mdt", learn_sigma=False)
-    clips, labels = Clips(torch.randn(2, 4, 3, 8, 8)), Prompt(torch.tensor([1, 2]))
+    clips, labels = LatentBatch(torch.randn(2, 4, 3, 8, 8)), {"label": torch.tensor([[1], [2]])}
 
     def losses(ratio, step=3):
         objective = build_objective(ObjectiveConfig(mask_ratio=ratio))
         return diffusion_losses(
-            network, objective, [clips], labels, [(0, step, 0), (0, step, 1)], network.patch_size
+            network, objective, [clips], labels, [(0, step, 0), (0, step, 1)], patch=network.patch_size
         ).clips
 
     plain, both = losses(0.0), losses(0.5)
@@ -156,7 +155,7 @@ def test_wirings_that_make_no_sense_are_refused(changes, message):
 def test_a_trunk_that_hides_nothing_takes_no_kept_patches():
     x, t, labels = inputs()
     with pytest.raises(ValueError, match="sees every patch"):
-        model("u-vit")(x, t, labels, kept=torch.arange(4).expand(2, 4))
+        model("u-vit")(x, t, labels, visible=torch.arange(4).expand(2, 4))
 
 
 def test_a_wiring_from_anywhere_is_one_class_and_one_row(monkeypatch, tmp_path):
@@ -175,8 +174,8 @@ def test_a_wiring_from_anywhere_is_one_class_and_one_row(monkeypatch, tmp_path):
     monkeypatch.setitem(stdit.model.trunks.TRUNKS, "twice", Twice)
     network = model("mdt", trunk="twice", learn_sigma=False)
     loss = diffusion_losses(
-        network, build_objective(ObjectiveConfig()), [Clips(torch.randn(2, 4, 3, 8, 8))], Prompt(torch.tensor([1, 2])),
-        [(0, 3, 0), (0, 3, 1)], network.patch_size,
+        network, build_objective(ObjectiveConfig()), [LatentBatch(torch.randn(2, 4, 3, 8, 8))], {"label": torch.tensor([[1], [2]])},
+        [(0, 3, 0), (0, 3, 1)], patch=network.patch_size,
     ).clips  # fmt: skip
     loss.mean().backward()
     assert network.trunk.gate.grad.abs().sum() > 0

@@ -9,13 +9,12 @@ from stdit.data.datasets import MovingShapes
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
-from stdit.prompt import Prompt
 from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.text import HashedWordEncoder
 from stdit.training.optim import build_optimizers
-from stdit.training.step import Clips, diffusion_losses
+from stdit.training.step import LatentBatch, diffusion_losses
 from stdit.vae import load_vae
 
 UVIT = {"trunk": "long_skip", "depth": 3, "conditioning": "in_context", "learned_pos_embed": True, "timestep_mlp": False,
@@ -72,13 +71,13 @@ def shapes():
     pixels = torch.stack([data.load(i, keyed_rng("sample", 0, i))["pixels"] for i in range(48)])
     with torch.no_grad():
         latents = vae.encode(pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
-    words = HashedWordEncoder().encode([data.caption(i) for i in range(48)])
+    words = HashedWordEncoder().encode([data.record(i)["caption"] for i in range(48)])
     return vae, latents, torch.tensor([data.label(i) for i in range(48)]), words
 
 
-def told(model, labels, words, rows=slice(None)) -> Prompt:
-    spoken = model.config.caption_channels is not None
-    return Prompt(labels[rows] if model.num_classes else None, *((words[0][rows], words[1][rows]) if spoken else ()))
+def conditions_of(model, labels, words, rows=slice(None)):
+    values = {"label": (labels[rows],), "caption": (words[0][rows], words[1][rows])}
+    return {name: conditioner.value(*values[name]) for name, conditioner in model.conditioners.items()}
 
 
 @torch.no_grad()
@@ -87,13 +86,13 @@ def test_its_start_is_what_its_paper_says(name, shapes):
     if name == "U-Net":
         pytest.skip("it has no blocks of a residual stream to pass through")
     _, latents, labels, words = shapes
-    model, prompt = build(name), told(build(name), labels, words, slice(2))
+    model, prompt = build(name), conditions_of(build(name), labels, words, slice(2))
     passed = []
     for block in model.blocks:
         block.register_forward_hook(
             lambda _, given, made: passed.append((given[0], made[0] if isinstance(made, tuple) else made))
         )
-    out = model(latents[:2], torch.tensor([100.0, 900.0]), **prompt.named())
+    out = model(latents[:2], torch.tensor([100.0, 900.0]), conditions=prompt)
     assert out.isfinite().all()
     unmoved = all(torch.equal(a, b) for a, b in passed)
     assert unmoved == (name in IDENTITY)
@@ -105,20 +104,21 @@ def test_one_frame_is_an_image(name, shapes):
     _, latents, labels, words = shapes
     if name == "U-Net":
         video, image = build(name), build(name, sample_size=(1, 4, 4))
-        prompt = told(image, labels, words, slice(2))
+        prompt = conditions_of(image, labels, words, slice(2))
         t = torch.tensor([100.0, 900.0])
         assert (
-            video(latents[:2, :, :1], t, **prompt.named()).shape == image(latents[:2, :, :1], t, **prompt.named()).shape
+            video(latents[:2, :, :1], t, conditions=prompt).shape
+            == image(latents[:2, :, :1], t, conditions=prompt).shape
         )
         return
     model = fill(build(name), 0.1).eval()
-    prompt, t = told(model, labels, words, slice(2)), torch.tensor([100.0, 900.0])
-    one = model(latents[:2, :, :1], t, **prompt.named())
+    prompt, t = conditions_of(model, labels, words, slice(2)), torch.tensor([100.0, 900.0])
+    one = model(latents[:2, :, :1], t, conditions=prompt)
     # Axes make no difference to one frame, nor does how time is told: an image carries no trace of it.
     how = {"MMDiT": "rope", "FLUX": "sincos+rope_3d", "factorized": "rope"}
     other = build(name, **({"position_encoding": how[name]} if name in how else {"axes": ["spatial"]}))
     other.load_state_dict(model.state_dict())
-    torch.testing.assert_close(other.eval()(latents[:2, :, :1], t, **prompt.named()), one, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other.eval()(latents[:2, :, :1], t, conditions=prompt), one, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -130,8 +130,8 @@ def test_it_learns_moving_shapes_in_200_steps_and_samples(name, shapes):
     for step in range(200):
         rows = torch.from_numpy(keyed_rng("order", 0, step).permutation(48)[:8])
         keys = [(0, step, slot) for slot in range(8)]
-        batch = (Clips(latents[rows]), told(model, labels, words, rows))
-        loss = diffusion_losses(model, objective, [batch[0]], batch[1], keys, model.patch_size).clips.mean()
+        batch = (LatentBatch(latents[rows]), conditions_of(model, labels, words, rows))
+        loss = diffusion_losses(model, objective, [batch[0]], batch[1], keys, patch=model.patch_size).clips.mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

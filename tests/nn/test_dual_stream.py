@@ -94,7 +94,7 @@ def test_frames_words_and_levels_are_heard_and_padding_is_not(entry):
 @torch.no_grad()
 def test_fresh_blocks_are_the_identity_and_captions_reach_them_in_training():
     fresh, ((x, t), words) = model(), case()
-    condition = fresh.condition(t, None, 2, None, words["captions"], words["caption_mask"])
+    condition = fresh.condition(t, fresh.gather_conditions(2, **words), 2)
     video, text = torch.randn(2, 3, 16, 32), torch.randn(2, 6, 32)
     for block in fresh.blocks:
         made, said = block(video, text, condition)

@@ -7,7 +7,7 @@ import torch
 from conftest import fill
 
 from stdit.data.shapes import draw, random_clip
-from stdit.diffusion.levels import MASK_STRATEGIES
+from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.diffusion.predictions import Estimate
 from stdit.prompt import Prompt

@@ -5,7 +5,7 @@ import torch
 from conftest import fill
 
 from stdit.data.shapes import draw, random_clip
-from stdit.diffusion.levels import MASK_STRATEGIES
+from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.rng import keyed_rng
 from stdit.sampling import tasks
 from stdit.sampling.conditioning import encode_known, latent_masks, paste

@@ -5,11 +5,10 @@ import torch
 from conftest import fill
 
 from stdit.data.loader import Batch
-from stdit.diffusion.levels import MASK_STRATEGIES
+from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
-from stdit.prompt import Prompt
 from stdit.rng import keyed_normal
-from stdit.training.step import Clips, diffusion_losses, to_latents
+from stdit.training.step import LatentBatch, diffusion_losses, to_latents
 from stdit.vae import TinyVAE
 
 KEYS = [(0, 3, slot) for slot in range(4)]
@@ -19,7 +18,7 @@ KNOWING = sorted(set(MASK_STRATEGIES) - {"shared", "per_frame", "teacher_forcing
 def losses(scheme, model, latents=None, restarted=lambda starts: torch.zeros(int(starts.sum()), 4, 4, 4), **config):
     latents = torch.randn(4, 4, 5, 4, 4, generator=torch.Generator().manual_seed(0)) if latents is None else latents
     objective = build_objective(ObjectiveConfig(mask_strategy=scheme, **config))
-    return diffusion_losses(model, objective, [Clips(latents, restarted)], Prompt(), KEYS, (1, 2, 2)).clips
+    return diffusion_losses(model, objective, [LatentBatch(latents, restarted)], {}, KEYS, patch=(1, 2, 2)).clips
 
 
 def known_pixels(timestep, like):
@@ -33,7 +32,7 @@ def known_pixels(timestep, like):
 @pytest.mark.parametrize("scheme", KNOWING)
 def test_what_a_model_says_of_known_frames_changes_no_loss(scheme):
     def says(value):
-        return lambda x, timestep: torch.where(known_pixels(timestep, x), value, 0.1 * x)
+        return lambda x, timestep, conditions: torch.where(known_pixels(timestep, x), value, 0.1 * x)
 
     found = losses(scheme, says(0.0))
     assert torch.isfinite(found).all()
@@ -44,11 +43,11 @@ def test_what_a_model_says_of_known_frames_changes_no_loss(scheme):
 def test_the_loss_is_the_mean_of_what_is_to_be_predicted_of_each_frame(scheme):
     seen = {}
 
-    def silent(x, timestep):
+    def silent(x, timestep, conditions):
         seen.update(x=x, known=known_pixels(timestep, x))
         return torch.zeros_like(x)
 
-    def exact(x, timestep):  # of a clip that is 0 everywhere, the noise is what is left
+    def exact(x, timestep, conditions):  # of a clip that is 0 everywhere, the noise is what is left
         level = (timestep if timestep.ndim == 2 else timestep.unflatten(2, (2, 2))) / 1000
         if level.ndim == 4:
             level = level.repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -79,9 +78,10 @@ def test_every_clip_of_a_batch_takes_its_own_scheme_and_loses_what_it_loses_alon
 
     def of(rows):
         pick = torch.tensor(rows)
-        clips = Clips(latents[pick], lambda starts: torch.full((int(starts.sum()), 4, 4, 4), 0.5))
-        prompt = Prompt(labels[pick])
-        return diffusion_losses(watched, objective, [clips], prompt, [keys[row] for row in rows], (1, 2, 2))
+        clips = LatentBatch(latents[pick], lambda starts: torch.full((int(starts.sum()), 4, 4, 4), 0.5))
+        return diffusion_losses(
+            watched, objective, [clips], {"label": labels[pick, None]}, [keys[row] for row in rows], patch=(1, 2, 2)
+        )
 
     with torch.no_grad():
         together, groups = of(list(range(16))), list(asked)
@@ -96,7 +96,7 @@ def test_every_clip_of_a_batch_takes_its_own_scheme_and_loses_what_it_loses_alon
 def test_a_run_of_known_frames_inside_a_clip_is_shown_as_it_is_encoded_alone():
     seen = {}
 
-    def model(x, timestep):
+    def model(x, timestep, conditions):
         seen.update(x=x, known=(timestep == 0))
         return torch.zeros_like(x)
 
@@ -120,28 +120,26 @@ def test_cached_latents_and_pixels_restart_alike():
     alone = torch.cat([vae.encode(pixels[:, :, :1])] + [vae.encode_segment(vae.group(pixels, t)) for t in (1, 2)], 2)
 
     def batch(**parts):
-        empty = {"pixels": None, "latents": None, "restarts": None}
-        return Batch(
-            **{**empty, **parts}, labels=torch.zeros(2), keys=KEYS[:2], bad={}, total=2, info=None, captions=[]
-        )
+        empty = {"pixels": None, "latents": None, "reencoded": None}
+        return Batch(**{**empty, **parts}, conditions={}, keys=KEYS[:2], bad={}, total=2)
 
     starts = torch.tensor([[False, True, False], [False, False, True]])
     (from_pixels,) = to_latents(batch(pixels=frames), vae)
-    (from_cache,) = to_latents(batch(latents=vae.encode(pixels), restarts=alone), vae)
+    (from_cache,) = to_latents(batch(latents=vae.encode(pixels), reencoded=alone), vae)
     torch.testing.assert_close(from_pixels.latents, from_cache.latents)
-    torch.testing.assert_close(from_pixels.restarted(starts), from_cache.restarted(starts), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(from_cache.restarted(starts)[0], alone[0, :, 1])
-    assert not torch.allclose(from_cache.restarted(starts)[0], from_cache.latents[0, :, 1], atol=1e-3)
+    torch.testing.assert_close(from_pixels.reencode(starts), from_cache.reencode(starts), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(from_cache.reencode(starts)[0], alone[0, :, 1])
+    assert not torch.allclose(from_cache.reencode(starts)[0], from_cache.latents[0, :, 1], atol=1e-3)
     (old,) = to_latents(batch(latents=vae.encode(pixels)), vae)
     with pytest.raises(ValueError, match="cache them again"):
-        old.restarted(starts)
+        old.reencode(starts)
 
 
 def test_larger_clips_are_trained_and_sampled_at_higher_noise():
     small, large = 64, 1024
     plain = build_objective(ObjectiveConfig(shift=2.0))
     grown = build_objective(ObjectiveConfig(shift=2.0, shift_tokens=small))
-    draw = [o.draw_levels(torch.Generator().manual_seed(0), 500, n) for o in (plain, grown) for n in (small, large)]
+    draw = [o.sample_levels(torch.Generator().manual_seed(0), 500, n) for o in (plain, grown) for n in (small, large)]
     assert torch.equal(draw[0], draw[1])
     assert torch.equal(draw[0], draw[2])
     assert (draw[3] > draw[2]).all()

@@ -121,8 +121,8 @@ def test_a_step_that_is_not_finite_is_never_applied(home, monkeypatch):
 
     real = fit.diffusion_losses
 
-    def poisoned(model, objective, clips, labels, keys, *rest):
-        result = real(model, objective, clips, labels, keys, *rest)
+    def poisoned(model, objective, clips, conditions, keys, **options):
+        result = real(model, objective, clips, conditions, keys, **options)
         return result._replace(clips=result.clips * float("nan")) if keys[0][1] == 3 else result
 
     assert go("name=clean", "train.steps=3", "train.samples=0") == 0
@@ -137,7 +137,9 @@ def test_too_many_bad_steps_stop_the_run_in_one_line(home, monkeypatch, capsys):
     import stdit.training.fit as fit
 
     real = fit.diffusion_losses
-    monkeypatch.setattr(fit, "diffusion_losses", lambda *a: (r := real(*a))._replace(clips=r.clips * float("inf")))
+    monkeypatch.setattr(
+        fit, "diffusion_losses", lambda *a, **k: (r := real(*a, **k))._replace(clips=r.clips * float("inf"))
+    )
     assert go("train.max_skipped=2") == 1
     assert "2 steps in a row" in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from stdit.conditions import Conditions
 from stdit.nn.attention import POSITION_ENCODINGS
 from stdit.nn.cache import FrameCache
 from stdit.nn.layout import Layout
@@ -90,8 +91,8 @@ class Trunk(nn.Module, ABC):
     def reset(self) -> None:
         """Its own start, where a linear layer's does not fit."""
 
-    def told(self, captions: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """(B, 1, 1, D) that it adds to the condition's vector, of captions (B, L, C) and their mask (B, L)."""
+    def pooled_text_embedding(self, conditions: Conditions, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, 1, D) that the trunk adds to the conditioning vector, or None."""
         return None
 
     @abstractmethod

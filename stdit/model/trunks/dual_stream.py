@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from stdit.conditions import Conditions, Tokens
 from stdit.model.trunks.base import Build, Trunk, Way
 from stdit.nn.dual_stream import DualStreamBlock, SingleStreamBlock
 from stdit.nn.embedders import CaptionEmbedder
@@ -49,14 +50,16 @@ class DualStream(Trunk):
             for i, time in enumerate(build.times)
         ]
 
-    def told(self, captions: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        assert captions is not None  # a model with captions has said so
-        if captions.ndim > 3:
+    def pooled_text_embedding(self, conditions: Conditions, dtype: torch.dtype) -> Tensor | None:
+        caption = conditions["caption"]
+        assert isinstance(caption, Tokens)
+        if caption.tokens.shape[1] > 1:
             raise ValueError(
-                "trunk='dual_stream' takes one caption a clip; give captions (B, L, C), or use another trunk."
+                "trunk='dual_stream' takes one caption per clip; give captions (B, L, C), or use another trunk."
             )
-        said = captions.new_ones(captions.shape[:2]) if mask is None else mask.to(captions)
-        mean = (captions * said[..., None]).sum(1) / said.sum(1, keepdim=True).clamp(min=1)
+        tokens = caption.tokens[:, 0]
+        weight = tokens.new_ones(tokens.shape[:2]) if caption.mask is None else caption.mask[:, 0].to(tokens)
+        mean = (tokens * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
         return self.pooled_embedder(mean.to(dtype))[:, None, None]
 
     def forward(self, tokens: Tensor, way: Way) -> Tensor:

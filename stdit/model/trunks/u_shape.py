@@ -48,7 +48,7 @@ class UShape(Trunk):
                 f"trunk='u_shape' halves the grid of {rows} x {columns} patches; use sizes with an even number of patches, "
                 f"such as {rows + rows % 2} x {columns + columns % 2}."
             )
-        if way.condition.vector.shape[2] > 1:
+        if way.condition.embedding.shape[2] > 1:
             raise ValueError(
                 "trunk='u_shape' takes levels by frame, not by patch (in training objective.mask_probs.region=0)."
             )

@@ -1,0 +1,51 @@
+"""What a model may be conditioned on, one conditioner per file. A new condition is its file and a row here.
+
+The order of the table is the order in which embedders are made and summed: append new rows.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from stdit.conditions.base import ClipFacts, Conditioner
+from stdit.conditions.caption import Caption
+from stdit.conditions.label import Label
+from stdit.conditions.micro import Micro
+from stdit.conditions.values import Conditions, Guided, Tokens
+
+CONDITIONERS: dict[str, type[Conditioner]] = {"label": Label, "micro": Micro, "caption": Caption}
+
+__all__ = [
+    "CONDITIONERS",
+    "Caption",
+    "ClipFacts",
+    "Conditioner",
+    "Conditions",
+    "Guided",
+    "Label",
+    "Micro",
+    "Tokens",
+    "collate_conditions",
+    "conditioners_of",
+    "read_conditions",
+]  # fmt: skip
+
+
+def conditioners_of(config: Mapping[str, Any]) -> dict[str, Conditioner]:
+    """The conditioners that a model's config asks for, by name, in the order of the table."""
+    found = {name: kind.from_config(config) for name, kind in CONDITIONERS.items()}
+    return {name: conditioner for name, conditioner in found.items() if conditioner is not None}
+
+
+def read_conditions(record: Mapping[str, Any], clip: ClipFacts) -> dict[str, Any]:
+    """What every conditioner of the table reads from a clip's record; None where the data has nothing to say."""
+    return {name: kind.read(record, clip) for name, kind in CONDITIONERS.items()}
+
+
+def collate_conditions(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Conditions of samples as those of a batch; what no sample has is left out."""
+    batch = {}
+    for name, kind in CONDITIONERS.items():
+        raws = [sample.get(name) for sample in samples]
+        if any(raw is not None for raw in raws):
+            batch[name] = kind.collate(raws)
+    return batch

@@ -1,0 +1,90 @@
+"""Captions: the tokens of a text encoder, attended to or joined with the patches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from stdit.conditions.base import ClipFacts, Conditioner, Key, with_frames
+from stdit.conditions.values import Tokens, map_value
+from stdit.nn.embedders import CaptionEmbedder
+from stdit.rng import keyed_rng
+from stdit.text import Encoded
+
+
+class Caption(Conditioner):
+    """A text encoder's tokens of `channels` numbers; the null is the encoder's own empty text.
+
+    tokenize: texts -> tokens; a `CaptionCache` in training, the encoder itself in sampling.
+    """
+
+    name = "caption"
+    keywords = ("captions", "caption_mask")
+    module = "caption_embedder"
+    joins = "tokens"
+    clip_ndim = 3
+    stored = False  # a cache has a column of captions
+    dropout_salt = ()  # shared with labels
+
+    def __init__(self, channels: int):
+        self.channels = channels
+        self.tokenize: Callable[[Sequence[str]], Encoded] | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self | None:
+        return cls(config["caption_channels"]) if config.get("caption_channels") else None
+
+    def embedder(self, dim: int) -> nn.Module:
+        return CaptionEmbedder(self.channels, dim)
+
+    def null(self, count: int) -> Tokens:
+        return self.encode([""] * count, 1)
+
+    def default(self, count: int) -> Tokens:
+        raise ValueError("this model needs `captions`; for unconditional use pass the text encoder's tokens of ''.")
+
+    def value(self, given: Tensor, mask: Tensor | None = None) -> Tokens:
+        mask = None if mask is None else with_frames(mask.bool(), self.clip_ndim - 1)
+        return Tokens(with_frames(given, self.clip_ndim), mask)
+
+    def example(self, count: int) -> Tokens:
+        return Tokens(torch.zeros(count, 1, 16, self.channels))
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], clip: ClipFacts) -> Any:
+        return record.get("caption") or ""
+
+    @classmethod
+    def collate(cls, raws: Sequence[Any]) -> Any:
+        return ["" if raw is None else raw for raw in raws]
+
+    def drop(self, values: Any, keys: Sequence[Key], rate: float) -> Any:
+        return ["" if gone else text for text, gone in zip(values, self.dropped(keys, rate), strict=True)]
+
+    def encode(self, values: Any, stride: int) -> Tokens:
+        if self.tokenize is None:
+            raise ValueError(
+                "captions need a text encoder; build the pipeline with text_encoder=FOLDER of the one in training."
+            )
+        return self.value(*self.tokenize(values))
+
+    def parse(self, given: Any, count: int) -> Tokens:
+        """Texts, one for each clip or one for all; None is the empty text."""
+        return self.encode(self._texts(given, count), 1)
+
+    def pair(self, given: Any, count: int) -> tuple[Tokens, Tokens]:
+        texts = self._texts(given, count)
+        both = self.encode([*texts, ""], 1)  # together, so that both are padded to one length
+        null = map_value(both, lambda x: x[count:].expand(count, *x.shape[1:]))
+        return map_value(both, lambda x: x[:count]), null  # type: ignore[return-value]
+
+    def preview(self, records: Callable[[int], Mapping[str, Any]], samples: int, count: int) -> dict[str, Any]:
+        spread = keyed_rng("preview", 0).integers(samples, size=count)
+        return {"captions": [records(int(i)).get("caption") or "" for i in spread], "class_labels": None}
+
+    def _texts(self, given: Any, count: int) -> list[str]:
+        texts = [given or ""] if given is None or isinstance(given, str) else list(given)
+        if len(texts) not in (1, count):
+            raise ValueError(f"{len(texts)} captions for {count} clips; give one per clip, or one for all.")
+        return texts if len(texts) == count else texts * count

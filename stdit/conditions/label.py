@@ -1,0 +1,80 @@
+"""Class labels: numbers or names, with a null class for guidance."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from stdit.conditions.base import ClipFacts, Conditioner, Key
+from stdit.nn.embedders import LabelEmbedder
+
+
+class Label(Conditioner):
+    """One of `num_classes` labels, added to the conditioning vector; label `num_classes` is null (DiT, section 3.2)."""
+
+    name = "label"
+    keywords = ("class_labels",)
+    module = "y_embedder"
+    clip_ndim = 1
+    stored = False  # a cache has a column of labels
+    dropout_salt = ()  # shared with captions: a clip loses its label and its caption together
+
+    def __init__(self, num_classes: int, class_names: Sequence[str] | None = None):
+        self.num_classes, self.class_names = num_classes, class_names
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self | None:
+        return cls(config["num_classes"], config.get("class_names")) if config.get("num_classes") else None
+
+    def embedder(self, dim: int) -> nn.Module:
+        return LabelEmbedder(self.num_classes, dim)
+
+    def null(self, count: int) -> Tensor:
+        return torch.full((count, 1), self.num_classes)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], clip: ClipFacts) -> Any:
+        return record.get("label")
+
+    @classmethod
+    def collate(cls, raws: Sequence[Any]) -> Any:
+        return torch.tensor([-1 if raw is None else raw for raw in raws])
+
+    def drop(self, values: Any, keys: Sequence[Key], rate: float) -> Any:
+        return torch.where(torch.tensor(self.dropped(keys, rate)), self.num_classes, values)
+
+    def parse(self, given: Any, count: int) -> Tensor:
+        """Numbers or names, one for each clip or one for all, as (count, 1); (count, T) per latent frame."""
+        if given is None:
+            return self.null(count)
+        if isinstance(given, Tensor) and given.ndim > 1:
+            labels = torch.tensor([[self.number(one) for one in row] for row in given.tolist()])
+        else:
+            values = given.tolist() if isinstance(given, Tensor) else given
+            values = [values] if isinstance(values, int | str) else list(values)
+            labels = torch.tensor([[self.number(value)] for value in values])
+        if len(labels) not in (1, count):
+            raise ValueError(f"{len(labels)} class_labels for {count} clips; give one per clip, or one for all.")
+        return labels.expand(count, -1)
+
+    def preview(self, records: Callable[[int], Mapping[str, Any]], samples: int, count: int) -> dict[str, Any]:
+        return {"class_labels": [i % self.num_classes for i in range(count)]}
+
+    def number(self, value: int | str) -> int:
+        """A label's number; ValueError if it is unknown or out of range."""
+        names = self.class_names
+        if isinstance(value, str) and names:
+            for i, name in enumerate(names):  # ImageNet's names are lists: "tench, Tinca tinca"
+                if value == name or value in name.split(", "):
+                    return i
+        if isinstance(value, str) and not value.lstrip("-").isdecimal():
+            choices = (
+                f"Choose one of: {', '.join(names)}." if names else f"Use a number from 0 to {self.num_classes - 1}."
+            )
+            raise ValueError(f"class label {value!r} is unknown. {choices}")
+        if not 0 <= int(value) <= self.num_classes:
+            raise ValueError(
+                f"class label {value} is out of range. Use 0 to {self.num_classes - 1}, or {self.num_classes} for no label."
+            )
+        return int(value)

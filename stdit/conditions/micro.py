@@ -1,0 +1,66 @@
+"""Numbers about a clip: its frame rate, duration and size (SDXL's micro-conditioning)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from stdit.conditions.base import ClipFacts, Conditioner, Key
+from stdit.nn.embedders import MicroConditionEmbedder
+from stdit.variants import pick
+
+# What can be said of a clip: frames per second, seconds, height and width in pixels.
+MICRO_CONDITIONS = ("fps", "seconds", "height", "width")
+
+
+class Micro(Conditioner):
+    """Numbers about a clip, added to the conditioning vector; nan where nothing is said."""
+
+    name = "micro"
+    keywords = ("micro_conditions",)
+    module = "micro_embedder"
+    clip_ndim = 2
+    guided = False  # both branches of guidance are told the size and rate that are made
+    stored = False  # it follows from the clip
+    dropout_salt = (1,)
+
+    def __init__(self, names: Sequence[str]):
+        for name in names:
+            pick(dict.fromkeys(MICRO_CONDITIONS), name, "model.micro_conditions")
+        self.names = tuple(names)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self | None:
+        return cls(config["micro_conditions"]) if config.get("micro_conditions") else None
+
+    def embedder(self, dim: int) -> nn.Module:
+        return MicroConditionEmbedder(len(self.names), dim)
+
+    def null(self, count: int) -> Tensor:
+        return torch.full((count, 1, len(self.names)), float("nan"))
+
+    def default(self, count: int) -> None:
+        return None  # a model that is told nothing adds nothing, not even the embedder's bias
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], clip: ClipFacts) -> Any:
+        return describe(clip)
+
+    def drop(self, values: Any, keys: Sequence[Key], rate: float) -> Any:
+        columns = values[:, [MICRO_CONDITIONS.index(name) for name in self.names]]
+        return torch.where(torch.tensor(self.dropped(keys, rate))[:, None], float("nan"), columns)
+
+    def parse(self, given: Any, count: int) -> Tensor:
+        return self.null(1) if given is None else super().parse(given, count)  # type: ignore[return-value]
+
+    def of_clip(self, clip: ClipFacts) -> Tensor:
+        """(1, 1, N): one row holds for all clips."""
+        numbers = dict(zip(MICRO_CONDITIONS, describe(clip), strict=True))
+        return torch.tensor([[[numbers[name] for name in self.names]]])
+
+
+def describe(clip: ClipFacts) -> tuple[float, ...]:
+    """`MICRO_CONDITIONS` of a clip."""
+    frames, height, width = clip.size
+    return (clip.fps, frames / clip.fps, float(height), float(width))

@@ -1,0 +1,85 @@
+"""What of the training objective a person chooses."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Distribution = Literal["logit_normal", "uniform"]
+Betas = Literal["linear", "scaled_linear"]
+
+# Seven clips in eight are generated whole: they lose little by it, and of a batch of 16 two have known frames (dev/LOG.md).
+DEFAULT_MASK_PROBS = {
+    "shared": 0.875, "prefix": 0.04, "motion": 0.015, "suffix": 0.025, "ends": 0.02, "region": 0.015, "every_kth": 0.005,
+    "per_frame": 0.0025, "random": 0.0025,
+}  # fmt: skip
+
+
+@dataclass
+class ObjectiveConfig:
+    """The objective of training: what is predicted, which frames are known, how noise levels are drawn."""
+
+    name: Literal["flow", "ddpm"] = "flow"  # rectified flow, or DDPM as in DiT
+    mask_strategy: str = "shared"  # which frames are known in training; "mixed": each clip draws one from mask_probs
+    mask_probs: dict[str, float] = field(
+        default_factory=lambda: dict(DEFAULT_MASK_PROBS)
+    )  # of "mixed": the probability of each strategy
+    mask_warmup_steps: int = 0  # the step at which "mixed" begins; before it all frames share a level and none is known
+    cond_noise_max: float = 0.0  # known frames stand at a level drawn from 0 to this one (conditioning augmentation)
+    cond_timestep_shift: float = (
+        1.0  # flow: further shift to noise of clips with known frames, where these decide the layout
+    )
+    mask_ratio: float = 0.0  # share of patches hidden from a masked trunk's encoder in a second pass (MDT v2: 0.3)
+    betas: Betas = "linear"  # of DDPM: linear (DiT), or scaled_linear (Stable Diffusion, U-ViT)
+    learn_sigma: bool = True  # of DDPM: the variance is learned
+    distribution: Distribution = "logit_normal"  # of flow's levels in training
+    shift: float = 1.0  # moves flow's levels toward noise, in training and in sampling
+    shift_tokens: int = (
+        0  # latent positions at which `shift` holds, growing with the square root of the size; 0: everywhere
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("shift", "cond_timestep_shift"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"objective.{name} must be > 0, got {getattr(self, name)}; 1 leaves the levels as they are."
+                )
+        for name in self.mask_probs:
+            _check_strategy(name, "strategy in objective.mask_probs")
+        for name, probability in self.mask_probs.items():
+            if not 0 <= probability < float("inf"):
+                raise ValueError(f"objective.mask_probs.{name} must be >= 0 and finite, got {probability}.")
+        _check_strategy(self.mask_strategy, "objective.mask_strategy", mixed=True)
+        if not any(self.mask_probs.values()):
+            raise ValueError("objective.mask_probs are all 0; give at least one strategy a probability.")
+        if "teacher_forcing" in self.active_mask_probs and len(self.active_mask_probs) > 1:
+            raise ValueError(
+                "objective.mask_probs.teacher_forcing gives every clip a noised history and mixes with no other strategy; "
+                "set it to 0, or use objective.mask_strategy=teacher_forcing."
+            )
+        if self.mask_warmup_steps < 0:
+            raise ValueError(f"objective.mask_warmup_steps must be >= 0, got {self.mask_warmup_steps}.")
+        if not 0 <= self.mask_ratio <= 0.75:
+            raise ValueError(f"objective.mask_ratio must lie in [0, 0.75], got {self.mask_ratio}; MDT v2 uses 0.3.")
+        if not 0 <= self.cond_noise_max < 1:
+            raise ValueError(
+                f"objective.cond_noise_max must lie in [0, 1), got {self.cond_noise_max}; 0 keeps known frames clean."
+            )
+
+    @property
+    def active_mask_probs(self) -> dict[str, float]:
+        """The strategies that training draws from, with their probabilities."""
+        if self.mask_strategy != "mixed":
+            return {self.mask_strategy: 1.0}
+        total = sum(self.mask_probs.values())
+        return {name: probability / total for name, probability in self.mask_probs.items() if probability}
+
+    def mask_probs_at(self, step: int) -> dict[str, float]:
+        """The strategies, with their probabilities, that the clips of one training step draw from."""
+        warming_up = self.mask_strategy == "mixed" and step < self.mask_warmup_steps
+        return {"shared": 1.0} if warming_up else self.active_mask_probs
+
+
+def _check_strategy(name: str, what: str, mixed: bool = False) -> None:
+    from stdit.diffusion.masks import MASK_STRATEGIES  # on use: reading a config needs no torch before it is checked
+    from stdit.variants import pick
+
+    pick({**MASK_STRATEGIES, **({"mixed": None} if mixed else {})}, name, what)
