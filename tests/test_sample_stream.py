@@ -73,7 +73,7 @@ def test_what_a_stream_cannot_do_is_refused_and_nothing_is_left(causal, tmp_path
     assert not list((tmp_path / "made").glob("*"))
 
 
-def test_the_rate_asked_for_is_told_and_written(tiny_model, tmp_path, monkeypatch):
+def test_the_frame_rate_conditions_the_model_and_is_written(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_model(
         in_channels=16, num_classes=0, learn_sigma=False, sample_size=(3, 4, 4), micro_conditions=["fps"]
@@ -83,9 +83,14 @@ def test_the_rate_asked_for_is_told_and_written(tiny_model, tmp_path, monkeypatc
         model, vae, STDiTScheduler("flow"), 9, 32, 32, 8.0, "flow", mask_strategies=["every_kth"]
     ).save_pretrained("m")
     write_video("clip.mp4", np.zeros((3, 32, 32, 3), np.uint8), fps=4)
-    told = []
+    rates = []
     forward = STDiT.forward
-    monkeypatch.setattr(STDiT, "forward", lambda *a, info, **k: told.append(float(info)) or forward(*a, info=info, **k))
+
+    def recorded(*args, conditions, **options):
+        rates.append(float(conditions["micro"]))
+        return forward(*args, conditions=conditions, **options)
+
+    monkeypatch.setattr(STDiT, "forward", recorded)
     arguments = [
         "--model",
         "m",
@@ -101,7 +106,7 @@ def test_the_rate_asked_for_is_told_and_written(tiny_model, tmp_path, monkeypatc
         "1",
     ]
     assert sample.main([*arguments, "--output", "made.mp4"]) == 0
-    assert set(told) == {16.0}
+    assert set(rates) == {16.0}
     with VideoReader("made.mp4") as reader:
         assert (len(reader), round(reader.fps)) == (9, 16)
 
