@@ -1,4 +1,4 @@
-"""Sample clips (or images) from a trained model, or make new frames for clips and images of your own.
+"""Sample clips (or images) from a trained model, or continue and edit clips and images of your own.
 
 stdit sample                                    newest model under models/
 stdit sample --model models/quickstart --class-label "circle left" 7 --frames 25 --seed 3
@@ -17,41 +17,35 @@ import argparse
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from stdit.data.inputs import Input, read_input, read_mask
 from stdit.data.video_write import WRITERS, VideoStream, write_video
+from stdit.files import write_json
 from stdit.recipes.entry import command_parser
+from stdit.recipes.models import load_pipeline, newest_model
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.tasks import fits, outpaint_canvas
 
 
-def newest_model(folder: Path = Path("models")) -> Path:
-    """The model trained last; ValueError with the command that makes one."""
-    found = [path.parent for path in folder.glob("[!.]*/model_index.json")]
-    if not found:
-        raise ValueError(
-            f"There is no model under {folder}/; make one with: make quickstart   (or stdit train CONFIG)."
-        )
-    return max(found, key=lambda path: (path / "model_index.json").stat().st_mtime)
+def output_paths(args: argparse.Namespace, model: Path, *, count: int, suffix: str, settings: dict) -> list[Path]:
+    """One file per clip. ValueError if one of them, or the JSON file next to it, exists and --overwrite was not given.
 
-
-def output_paths(args: argparse.Namespace, model: Path, count: int, suffix: str, settings: dict) -> list[Path]:
-    """One file a clip; none that exists is overwritten."""
+    Names end in a hash of the settings, so that different settings never meet in one file.
+    """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     if args.output and Path(args.output).suffix:
-        given = Path(args.output)
-        paths = (
-            [given] if count == 1 else [given.with_name(f"{given.stem}-{i:03d}{given.suffix}") for i in range(count)]
-        )
+        file = Path(args.output)
+        numbered = [file.with_name(f"{file.stem}-{i:03d}{file.suffix}") for i in range(count)]
+        paths = [file] if count == 1 else numbered
     else:
         folder = Path(args.output) if args.output else Path("output") / model.name / "samples"
         task = "" if args.task == "generate" else f"{args.task}-"
@@ -59,16 +53,16 @@ def output_paths(args: argparse.Namespace, model: Path, count: int, suffix: str,
     unknown = [path for path in paths if path.suffix.lower() not in WRITERS]
     if unknown:
         raise ValueError(f"--output {unknown[0]}: cannot write {unknown[0].suffix}; use one of {', '.join(WRITERS)}.")
-    taken = [file for path in paths for file in (path, path.with_suffix(".json")) if file.exists()]
-    if taken and not args.overwrite:
-        raise ValueError(f"{taken[0]} exists; choose another --output or --seed, or pass --overwrite.")
+    existing = [file for path in paths for file in (path, path.with_suffix(".json")) if file.exists()]
+    if existing and not args.overwrite:
+        raise ValueError(f"{existing[0]} exists; choose another --output or --seed, or pass --overwrite.")
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
     return paths
 
 
 def write_clips(paths: list[Path], clips: torch.Tensor | Iterable[torch.Tensor], fps: float) -> Iterator[tuple]:
-    """Write clips (B, 3, F, H, W), or their parts (B, 3, f, H, W) as they come -> frames, height and width of each file."""
+    """Write clips (B, 3, F, H, W), or a stream of their parts (B, 3, f, H, W) -> frames, height and width per file."""
     if not isinstance(clips, torch.Tensor) and paths[0].suffix.lower() != ".mp4":
         clips = torch.cat(list(clips), dim=2)
     if isinstance(clips, torch.Tensor):
@@ -87,131 +81,166 @@ def write_clips(paths: list[Path], clips: torch.Tensor | Iterable[torch.Tensor],
         yield (frames, *size)
 
 
-def generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, labels, options: dict):
-    return pipe(labels, args.frames, args.height, args.width, num_videos=args.num_videos, **options)
+def _generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe(num_frames=args.frames, height=args.height, width=args.width, num_videos=args.num_videos, **call)
 
 
-def inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, labels, options: dict):
-    (given,) = inputs
-    if args.mask:
-        mask = read_mask(
-            args.mask, given.source, tuple(given.pixels.shape[2:]), args.fps or pipe.config.fps, args.frames
-        )
-        return pipe.inpaint(given.pixels, mask, labels, **options)
-    pixels, mask = outpaint_canvas(given.pixels, args.height or pipe.config.height, args.width or pipe.config.width)
-    return pipe.inpaint(pixels, mask, labels, **options)
+def _animate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe.animate(inputs[0].pixels, args.frames, **call)
 
 
-PLAIN = {"guidance_interval": (0.0, 1.0), "history_guidance": 1.0, "arrangement": "together", "every": 1, "blend": 0}
-STREAMED = ("num_inference_steps", "guidance_scale", "seed", "solver", "fps", "captions")  # what pipe.stream takes
-
-
-def extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, labels, options: dict):
-    """At once; or, by a causal model, group after group as they are made, so that minutes need no more memory."""
-    pixels, rest = inputs[0].pixels, {name: value for name, value in options.items() if name not in STREAMED}
-    plain = all(value == PLAIN.get(name) for name, value in rest.items())
+def _extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    """All frames at once; or, by a causal model, as a stream of groups of frames, so that memory does not grow with length."""
+    pixels = inputs[0].pixels
+    streamed = {name: value for name, value in call.items() if name in STREAM_OPTIONS}
+    plain = all(value == PLAIN.get(name) for name, value in call.items() if name not in STREAM_OPTIONS)
     if not pipe.transformer.config.causal or args.before or not plain or not fits(pipe.video_vae, pixels.shape[2]):
-        return pipe.extend(pixels, args.after, args.before, labels, **options)
-    chosen = {name: value for name, value in options.items() if name in STREAMED}
-    made = pipe.stream(pixels, args.after, labels, **chosen)
-    return chain([pixels], tqdm(made, "groups of frames", args.after // pipe.video_vae.stride[0]))
+        return pipe.extend(pixels, args.after, args.before, **call)
+    stream = pipe.stream(pixels, args.after, **streamed)
+    return chain([pixels], tqdm(stream, "groups of frames", args.after // pipe.video_vae.stride[0]))
 
 
-# What each task takes, and the call that does it: inputs, and the flags that are its own.
-TASKS: dict[str, tuple[int, Callable, tuple[str, ...]]] = {
-    "generate": (0, generate, ("frames", "num_videos")),
-    "animate": (1, lambda p, x, a, y, o: p.animate(x[0].pixels, a.frames, y, **o), ("frames",)),
-    "extend": (1, extend, ("after", "before", "frames")),
-    "connect": (2, lambda p, x, a, y, o: p.connect(x[0].pixels, x[1].pixels, a.frames or 12, y, **o), ("frames",)),
-    "loop": (1, lambda p, x, a, y, o: p.loop(x[0].pixels, a.frames or 12, y, **o), ("frames",)),
-    "interpolate": (1, lambda p, x, a, y, o: p.interpolate(x[0].pixels, a.factor, y, **o), ("factor", "frames")),
-    "inpaint": (1, inpaint, ("mask", "frames")),
-    "edit": (1, lambda p, x, a, y, o: p.edit(x[0].pixels, a.strength, y, **o), ("strength", "frames")),
+def _connect(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe.connect(inputs[0].pixels, inputs[1].pixels, args.frames or NEW_FRAMES, **call)
+
+
+def _loop(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe.loop(inputs[0].pixels, args.frames or NEW_FRAMES, **call)
+
+
+def _interpolate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe.interpolate(inputs[0].pixels, args.factor, **call)
+
+
+def _inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    (source,) = inputs
+    if args.mask:
+        return pipe.inpaint(source.pixels, _read_mask(args, source, fps=args.fps or pipe.config.fps), **call)
+    pixels, mask = outpaint_canvas(source.pixels, args.height or pipe.config.height, args.width or pipe.config.width)
+    return pipe.inpaint(pixels, mask, **call)
+
+
+def _edit(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe.edit(inputs[0].pixels, args.strength, **call)
+
+
+NEW_FRAMES = 12  # frames that connect and loop generate without --frames: three latent frames of a VAE of stride 4
+# Values of options that `pipe.stream` does not take but that change nothing, and the options that it takes.
+PLAIN = {"guidance_interval": (0.0, 1.0), "history_guidance": 1.0, "arrangement": "together", "every": 1, "blend": 0}
+STREAM_OPTIONS = ("class_labels", "num_inference_steps", "guidance_scale", "seed", "solver", "fps", "captions")
+
+
+class Task(NamedTuple):
+    """What `--task` does. inputs: how many --input files it takes; options: those of `TASK_OPTIONS` that it uses.
+
+    trims: whether --frames shortens the input; keeps_image: whether an image as input gives an image.
+    """
+
+    inputs: int
+    call: Callable
+    options: tuple[str, ...]
+    trims: bool = False
+    keeps_image: bool = False
+
+
+TASKS = {
+    "generate": Task(0, _generate, ("frames", "num_videos")),
+    "animate": Task(1, _animate, ("frames",)),
+    "extend": Task(1, _extend, ("after", "before", "frames"), trims=True),
+    "connect": Task(2, _connect, ("frames",)),
+    "loop": Task(1, _loop, ("frames",)),
+    "interpolate": Task(1, _interpolate, ("factor", "frames"), trims=True),
+    "inpaint": Task(1, _inpaint, ("mask", "frames"), trims=True, keeps_image=True),
+    "edit": Task(1, _edit, ("strength", "frames"), trims=True, keeps_image=True),
 }
-OWN = {"after": 0, "before": 0, "mask": None, "strength": 0.6, "factor": 2, "num_videos": 4}
-COUNTS = ("frames", "height", "width", "num_videos", "factor", "every", "window", "overlap", "tile")  # 1 or more
-STILL = ("inpaint", "edit")  # tasks that make of a picture a picture
-FRAMES_TAKEN = ("extend", "interpolate", "inpaint", "edit")  # tasks where --frames shortens the input
+TASK_OPTIONS = {"after": 0, "before": 0, "mask": None, "strength": 0.6, "factor": 2, "num_videos": 4}  # and their defaults
+COUNTS = ("frames", "height", "width", "num_videos", "factor", "every", "window", "overlap", "tile")  # each must be >= 1
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """ValueError for a wrong number of inputs, or an option of a different task."""
+    task = TASKS[args.task]
+    for name, default in TASK_OPTIONS.items():
+        if getattr(args, name) != default and name not in task.options:
+            users = [other for other, spec in TASKS.items() if name in spec.options]
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} belongs to --task {' or '.join(users)}, not to {args.task}; leave it out.")
+    if len(args.input) != task.inputs:
+        raise ValueError(f"--task {args.task} takes {task.inputs} --input file(s), {len(args.input)} given.")
+    if args.task == "inpaint" and not (args.mask or args.height or args.width):
+        raise ValueError("--task inpaint needs a --mask, or room around the picture: a larger --height or --width.")
 
 
 def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline) -> list[Input]:
-    """The files named, at the model's size and rate; ValueError for a wrong number of them or a flag of another task."""
-    count, _, flags = TASKS[args.task]
-    for name, default in OWN.items():
-        if getattr(args, name) != default and name not in flags:
-            users = [task for task, (_, _, own) in TASKS.items() if name in own]
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} belongs to --task {' or '.join(users)}, not to {args.task}; leave it out.")
-    if len(args.input) != count:
-        raise ValueError(f"--task {args.task} takes {count} --input file(s), {len(args.input)} given.")
+    """The --input files, at the model's size and frame rate."""
+    check_options(args)
     trained = (pipe.config.height, pipe.config.width)
     size: Any = (args.height or trained[0], args.width or trained[1])
-    if args.task == "inpaint" and not args.mask:  # the whole picture inside the larger frame
-        size = partial(_inside, frame=size, trained=trained)
-    if args.task == "inpaint" and not (args.mask or args.height or args.width):
-        raise ValueError("--task inpaint needs a --mask, or room around the picture: a larger --height or --width.")
-    frames = args.frames if args.task in FRAMES_TAKEN else None
+    if args.task == "inpaint" and not args.mask:  # outpainting: the whole picture inside the larger frame
+        size = partial(_fit_inside, frame=size, trained=trained)
+    frames = args.frames if TASKS[args.task].trims else None
     inputs = [read_input(path, size, args.fps or pipe.config.fps, frames) for path in args.input]
-    for path, given in zip(args.input, inputs, strict=True):
-        if given.note:
-            print(f"{path}: {given.note}")
+    for path, clip in zip(args.input, inputs, strict=True):
+        if clip.note:
+            print(f"{path}: {clip.note}")
     return inputs
 
 
-def _inside(source: tuple[int, int], frame: tuple[int, int], trained: tuple[int, int]) -> tuple[int, int]:
-    """The size of a picture that is to stand whole in a frame, no larger than it takes to cover what the model knows."""
+def _fit_inside(source: tuple[int, int], frame: tuple[int, int], trained: tuple[int, int]) -> tuple[int, int]:
+    """The size at which a picture fits into `frame` as a whole, no larger than covers the size the model was trained at."""
     scale = min(
         *(f / s for f, s in zip(frame, source, strict=True)), max(t / s for t, s in zip(trained, source, strict=True))
     )
     return max(1, round(source[0] * scale)), max(1, round(source[1] * scale))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. ValueError for numbers out of range."""
     parser = command_parser("sample", __doc__)
     add = parser.add_argument
-    add("--model", help="folder written by tools/train.py; default: the newest under models/")
+    add("--model", help="folder of a trained model; default: the newest under models/")
     add("--task", choices=TASKS, default="generate")
-    add("--input", nargs="+", default=[], metavar="PATH", help="clips or pictures that a task starts from")
-    add("--after", type=int, default=0, help="extend: new frames behind")
-    add("--before", type=int, default=0, help="extend: new frames in front")
-    add("--mask", help="inpaint: a picture (or clip) of the clip's size, white where pixels are to be made")
+    add("--input", nargs="+", default=[], metavar="PATH", help="clips or pictures to start from")
+    add("--after", type=int, default=0, help="extend: number of new frames after the clip")
+    add("--before", type=int, default=0, help="extend: number of new frames before the clip")
+    add("--mask", help="inpaint: a picture (or clip) of the clip's size, white where pixels are generated")
     add("--strength", type=float, default=0.6, help="edit: 0 changes nothing, 1 everything")
     add("--factor", type=int, default=2, help="interpolate: times the frame rate")
-    add("--class-label", nargs="+", help="numbers or names, one clip each; default: one of each class, for tasks none")
+    add("--class-label", nargs="+", help="numbers or names, one clip for each; default: one clip per class, for tasks none")
     add(
         "--caption",
         nargs="+",
         metavar="TEXT",
-        help="what is to be seen, one clip each, of a model trained with captions",
+        help="text prompts, one clip for each; for a model trained with captions",
     )
-    add("--num-videos", type=int, default=4, help="clips of an unconditional model")
+    add("--num-videos", type=int, default=4, help="number of clips of an unconditional model")
     add(
         "--frames",
         type=int,
-        help="generate, animate: of the clip (1 writes a png); connect, loop: new ones; else of the input",
+        help="generate, animate: frames of the clip (1 writes a png); connect, loop: new frames; else frames of the input",
     )
     add("--height", type=int)
     add("--width", type=int)
-    add("--fps", type=float, help="of what is written, and of what is read; default: as trained")
+    add("--fps", type=float, help="frame rate of input and output; default: as trained")
     add("--steps", type=lambda s: int(s) if s.isdecimal() else s, default=30, help="a number; for DDPM also ddim50")
     add("--guidance", type=float, default=2.0)
     add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
     add(
         "--guidance-channels",
         type=int,
-        help="guide only the first so many latent channels (DiT's published samples: 3)",
+        help="guide only the first N latent channels (DiT's published samples: 3)",
     )
     add("--history-guidance", type=float, default=1.0, help="above 1: guide toward the known frames")
     add("--solver", help="euler, heun, ddim or ddpm; default: the model's")
     add("--arrangement", default="together", help="together, autoregressive or pyramid")
-    add("--every", type=int, default=1, help="latent frames of a chunk, or steps between neighbours of a pyramid")
-    add("--window", type=int, help="frames looked at at a time; default: as trained")
-    add("--overlap", type=int, help="known frames in a window at most")
-    add("--blend", type=int, default=0, help="known pixels this near to made ones fade into them")
-    add("--tile", type=int, help="decode in tiles of so many latents")
+    add("--every", type=int, default=1, help="latent frames per chunk, or steps between neighbours of a pyramid")
+    add("--window", type=int, help="frames per sampling window; default: as trained")
+    add("--overlap", type=int, help="known frames per window, at most")
+    add("--blend", type=int, default=0, help="width in pixels of the fade from known into generated pixels")
+    add("--tile", type=int, help="decode in tiles of this many latents")
     add(
         "--pos-scaling",
-        help="of sizes never trained: none, or interpolate into the trained grid; default: the model's",
+        help="positions at untrained sizes: none, or interpolate into the trained grid; default: the model's",
     )
     add("--seed", type=int, default=0)
     add("--gif", action="store_true", help="write gif instead of mp4")
@@ -222,57 +251,82 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} {value} is none; use {'a positive number' if name == 'fps' else '1 or more'}.")
+            raise ValueError(f"--{flag} must be {'> 0 and finite' if name == 'fps' else '>= 1'}, got {value}.")
     if args.gif and args.output and Path(args.output).suffix not in ("", ".gif"):
-        raise ValueError(f"--gif and --output {args.output} say different things; leave one of them out.")
+        raise ValueError(f"--gif and --output {args.output} contradict each other; leave one of them out.")
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    model = Path(args.model) if args.model else newest_model()
-    pipe = STDiTPipeline.from_pretrained(str(model))
-    if args.pos_scaling:
-        pipe.transformer.set_pos_scaling(args.pos_scaling)
-    if torch.cuda.is_available():
-        pipe.to("cuda")
-    inputs = read_inputs(args, pipe)
-    plain, classes = args.task == "generate", pipe.transformer.num_classes
-    words = args.caption
-    labels = args.class_label or (list(range(min(classes, 12))) if classes and plain and not words else None)
-    numbers = pipe.labels(labels, len(words or []) or (args.num_videos if plain else 1))
-    count = len(numbers) if numbers is not None else len(words or []) or (args.num_videos if plain else 1)
-    inputs = [given._replace(pixels=given.pixels.expand(count, -1, -1, -1, -1)) for given in inputs]
+class Call(NamedTuple):
+    """One call of the pipeline. options: its keywords; count: its clips; labels (B,): their classes, if any."""
+
+    options: dict[str, Any]
+    count: int
+    labels: torch.Tensor | None
+
+
+def build_call(args: argparse.Namespace, pipe: STDiTPipeline) -> Call:
+    """The pipeline's keywords. Without labels or captions, `generate` makes one clip of each class, at most 12."""
+    generating, classes, captions = args.task == "generate", pipe.transformer.num_classes, args.caption
+    labels = args.class_label
+    if not labels and classes and generating and not captions:
+        labels = list(range(min(classes, 12)))
+    without_labels = len(captions or []) or (args.num_videos if generating else 1)
+    numbers = pipe.labels(labels, without_labels)
     options = {
         "num_inference_steps": args.steps, "guidance_scale": args.guidance, "guidance_interval": tuple(args.guidance_interval),
         "guidance_channels": args.guidance_channels, "history_guidance": args.history_guidance, "seed": args.seed,
         "solver": args.solver, "arrangement": args.arrangement, "every": args.every, "overlap": args.overlap,
         "blend": args.blend, "tile": args.tile, "fps": args.fps, **({"window": args.window} if args.window else {}),
-        **({"captions": words} if words else {}),
+        **({"captions": captions} if captions else {}),
     }  # fmt: skip
-    settings = {
-        "model": str(model), "task": args.task, "class_labels": labels, "num_frames": args.frames or (pipe.config.num_frames if plain else None),
-        "height": args.height or pipe.config.height, "width": args.width or pipe.config.width, **options,
-        **{name: getattr(args, name) for name in ("input", "pos_scaling", *OWN)},
+    return Call(options, len(numbers) if numbers is not None else without_labels, numbers)
+
+
+def describe_settings(args: argparse.Namespace, pipe: STDiTPipeline, model: Path, call: Call) -> dict[str, Any]:
+    """What is written to the JSON file of every clip, and hashed into its name."""
+    frames = args.frames or (pipe.config.num_frames if args.task == "generate" else None)
+    labels = args.class_label or (None if call.labels is None or args.task != "generate" else call.labels.tolist())
+    return {
+        "model": str(model), "task": args.task, "class_labels": labels, "num_frames": frames,
+        "height": args.height or pipe.config.height, "width": args.width or pipe.config.width, **call.options,
+        **{name: getattr(args, name) for name in ("input", "pos_scaling", *TASK_OPTIONS)},
     }  # fmt: skip
-    still = settings["num_frames"] == 1 if plain else args.task in STILL and inputs[0].pixels.shape[2] == 1
-    suffix = ".png" if still else ".gif" if args.gif else ".mp4"
-    paths = output_paths(args, model, count, suffix, settings)
+
+
+def clip_record(pipe: STDiTPipeline, call: Call, index: int) -> dict[str, Any]:
+    """Number, label and caption of one clip."""
+    names, captions = pipe.transformer.config.class_names, call.options.get("captions")
+    label = None if call.labels is None else int(call.labels[index])
+    name = names[label] if names and label is not None and label < len(names) else label
+    caption = captions[index if len(captions) > 1 else 0] if captions else None
+    return {"clip": index, "label": label, "label_name": name, "caption": caption}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sample clips and write them, each with a JSON file of its settings."""
+    args = parse(argv)
+    model = Path(args.model) if args.model else newest_model()
+    pipe = load_pipeline(model)
+    if args.pos_scaling:
+        pipe.transformer.set_pos_scaling(args.pos_scaling)
+    inputs = read_inputs(args, pipe)
+    call = build_call(args, pipe)
+    inputs = [clip._replace(pixels=clip.pixels.expand(call.count, *clip.pixels.shape[1:])) for clip in inputs]
+    settings = describe_settings(args, pipe, model, call)
+    task = TASKS[args.task]
+    is_image = settings["num_frames"] == 1 if args.task == "generate" else task.keeps_image and inputs[0].pixels.shape[2] == 1
+    suffix = ".png" if is_image else ".gif" if args.gif else ".mp4"
+    paths = output_paths(args, model, count=call.count, suffix=suffix, settings=settings)
     fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
-    names = pipe.transformer.config.class_names
-    with warnings.catch_warnings(record=True) as said:
-        clips = TASKS[args.task][1](pipe, inputs, args, numbers, options)
+    with warnings.catch_warnings(record=True) as caught:
+        clips = task.call(pipe, inputs, args, {"class_labels": call.labels, **call.options})
         for i, (path, size) in enumerate(zip(paths, write_clips(paths, clips, fps), strict=True)):
-            label = None if numbers is None else int(numbers[i])
-            name = names[label] if names and label is not None and label < len(names) else label
-            caption = words[i if len(words) > 1 else 0] if words else None
-            made = {**settings, **dict(zip(("num_frames", "height", "width"), size, strict=True)), "fps": fps}
-            path.with_suffix(".json").write_text(
-                json.dumps({**made, "clip": i, "label": label, "label_name": name, "caption": caption}, indent=1) + "\n"
-            )
-    for text in dict.fromkeys(str(warning.message) for warning in said):
+            written = dict(zip(("num_frames", "height", "width"), size, strict=True))
+            write_json(path.with_suffix(".json"), {**settings, **written, "fps": fps, **clip_record(pipe, call, i)})
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {text}")
     print(
-        f"{model}: {args.task}, {count} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {args.steps} steps, guidance {args.guidance}: {paths[0].parent}"
+        f"{model}: {args.task}, {call.count} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {args.steps} steps, guidance {args.guidance}: {paths[0].parent}"
     )
     return 0
