@@ -1,6 +1,6 @@
 """The config of a training run, composed of its parts. Defaults <- YAML file <- command line."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,13 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stdit.checkpoint.inflate import InitFrom
-from stdit.data.datasets import DataConfig
-from stdit.diffusion.masks import MASK_STRATEGIES
-from stdit.diffusion.objective import ObjectiveConfig
+from stdit.data.config import DataConfig
+from stdit.diffusion.config import ObjectiveConfig
 from stdit.legacy import renamed_config
 from stdit.model.config import ModelConfig
-from stdit.model.trunks import TRUNKS
-from stdit.nn.conditioning import CONDITIONINGS
 from stdit.training.config import TrainConfig
 from stdit.variants import pick
 
@@ -62,67 +59,96 @@ class Config:
                 f"objective.shift={objective.shift} and shift_tokens={objective.shift_tokens} move flow's levels; DDPM's are "
                 "fixed by its betas: set objective.shift=1 and shift_tokens=0, or objective.name=flow."
             )
-        by_tokens = pick(CONDITIONINGS, self.model.conditioning, "model.conditioning").by_tokens
-        if by_tokens and "region" in self.objective.active_mask_probs:
-            raise ValueError(
-                f"model.conditioning={self.model.conditioning} has one level a frame, objective.mask_probs.region one a patch; "
-                "set objective.mask_probs.region=0, or model.conditioning=adaln_zero."
-            )
-        trunk = pick(TRUNKS, self.model.trunk, "model.trunk")
-        if not trunk.supports_patch_levels and "region" in self.objective.active_mask_probs:
-            raise ValueError(
-                f"model.trunk={self.model.trunk} takes levels by frame; set objective.mask_probs.region=0."
-            )
-        if self.data.packing and not trunk.packs:
-            packs = [name for name, kind in TRUNKS.items() if kind.packs]
-            raise ValueError(
-                f"model.trunk={self.model.trunk} does not take clips of many shapes in one row; set data.packing=false, or "
-                f"model.trunk to one of {', '.join(packs)}."
-            )
-        if self.data.packing and (by_tokens or self.text.encoder is not None):
-            raise ValueError(
-                "data.packing=true takes conditions that are vectors; use model.conditioning=adaln_zero without "
-                "text.encoder, or data.packing=false."
-            )
-        if trunk.requires_text and self.text.encoder is None:
-            raise ValueError(
-                f"model.trunk={self.model.trunk} has a stream of text; set text.encoder=words (or a folder of T5), or model.trunk=stack."
-            )
-        if self.objective.mask_ratio and not trunk.hides:
-            raise ValueError(
-                f"objective.mask_ratio={self.objective.mask_ratio} hides patches from the encoder of model.trunk=masked; set "
-                "that, or objective.mask_ratio=0."
-            )
-        if self.objective.mask_ratio and set(self.objective.active_mask_probs) - {"shared", "per_frame"}:
-            raise ValueError(
-                "objective.mask_ratio hides patches, known frames must be seen; set objective.mask_strategy=shared, or "
-                "objective.mask_ratio=0."
-            )
-        if self.model.network == "unet":
-            other = set(self.objective.active_mask_probs) - {"shared"}
-            plain = ModelConfig()
-            chosen = [
-                f"model.{key}={getattr(self.model, key)}"
-                for key in ("causal", "sink", "trunk", "conditioning", "micro_conditions", "gradient_checkpointing")
-                if getattr(self.model, key) != getattr(plain, key)
-            ]
-            if other or chosen or self.data.packing or self.init_from.path:
-                raise ValueError(
-                    "model.network=unet has one noise level for all frames, wiring and conditioning of its own, and starts "
-                    "afresh; use objective.mask_strategy=shared, data.packing=false, no init_from and none of "
-                    f"{', '.join(chosen) or 'model.micro_conditions'}, or model.network=transformer."
-                )
         longest = max((size[0] for size in self.data.sizes), default=0)
         if self.model.sink and longest > self.data.num_frames:
             raise ValueError(
                 f"model.sink={self.model.sink} counts from data.num_frames={self.data.num_frames}, and data.sizes has "
                 f"{longest}; set data.num_frames={longest}."
             )
-        taught = [name for name in self.objective.active_mask_probs if MASK_STRATEGIES[name].teacher_forcing]
-        if taught and not self.model.causal:
+        self._check_capabilities()
+
+    def _check_capabilities(self) -> None:
+        """Raise ValueError where data or objective need what the model cannot do."""
+        # On use: reading the schema imports no torch.
+        from stdit.diffusion.masks import MASK_STRATEGIES
+        from stdit.model.capabilities import check_supported, supported
+        from stdit.model.trunks import TRUNKS
+        from stdit.nn.conditioning import CONDITIONINGS
+
+        model = self.model
+        pick(CONDITIONINGS, model.conditioning, "model.conditioning")
+        trunk = pick(TRUNKS, model.trunk, "model.trunk")
+        text = self.text.encoder is not None
+        if "text" in trunk.requires and not text:
             raise ValueError(
-                f"objective.mask_strategy={taught[0]} shows each frame the clean ones before it, which is for model.causal=true; "
-                "set that, or use objective.mask_strategy=prefix."
+                f"model.trunk={model.trunk} has a stream of text; set text.encoder=words (or a folder of T5), or model.trunk=stack."
+            )
+        if self.objective.mask_ratio and set(self.objective.active_mask_probs) - {"shared", "per_frame"}:
+            raise ValueError(
+                "objective.mask_ratio hides patches, and known frames must be seen; set objective.mask_strategy=shared, or "
+                "objective.mask_ratio=0."
+            )
+        what = f"model.trunk={model.trunk} with model.conditioning={model.conditioning}"
+        supports = supported(model.trunk, model.conditioning, causal=model.causal, text=text)
+        if model.network == "unet":
+            what, supports = "model.network=unet", frozenset()
+        strategies = {name: MASK_STRATEGIES[name] for name in self.objective.active_mask_probs}
+        check_supported(list(self._needs(strategies)), supports, what)
+        if model.network == "unet":
+            self._check_unet()
+
+    def _needs(self, strategies: Mapping[str, Any]) -> Iterator[Any]:
+        """What data and objective need of the model."""
+        from stdit.model.capabilities import Need, trunks_that_support
+
+        objective = self.objective
+        for name, strategy in strategies.items():
+            key = (
+                f"objective.mask_strategy={name}" if objective.mask_strategy == name else f"objective.mask_probs.{name}"
+            )
+            off = (
+                "objective.mask_strategy=shared"
+                if objective.mask_strategy == name
+                else f"objective.mask_probs.{name}=0"
+            )
+            if strategy.per_patch:
+                yield Need("patch_levels", key, f"set {off}, or model.trunk=stack and model.conditioning=adaln_zero")
+            if strategy.teacher_forcing:
+                yield Need("causal", key, "set model.causal=true, or objective.mask_strategy=prefix")
+            if name != "shared":
+                yield Need("frame_levels", key, "set objective.mask_strategy=shared, or model.network=transformer")
+        if objective.mask_ratio:
+            choice = f"objective.mask_ratio={objective.mask_ratio}"
+            yield Need("masking", choice, "set model.trunk=masked, or objective.mask_ratio=0")
+        if self.data.packing:
+            remedy = (
+                f"set data.packing=false, or model.trunk to one of {', '.join(trunks_that_support('packing'))}, with "
+                "model.conditioning=adaln_zero, model.causal=false and no text.encoder"
+            )
+            yield Need("packing", "data.packing=true", remedy)
+            if any(strategy.per_patch for strategy in strategies.values()):
+                raise ValueError("data.packing=true takes levels per frame; set objective.mask_probs.region=0.")
+
+    def _check_unet(self) -> None:
+        """Raise ValueError for choices that only a transformer has."""
+        plain = ModelConfig()
+        keys = (
+            "causal",
+            "sink",
+            "trunk",
+            "conditioning",
+            "micro_conditions",
+            "gradient_checkpointing",
+            "extra_conditions",
+        )
+        chosen = [
+            f"model.{key}={getattr(self.model, key)}" for key in keys if getattr(self.model, key) != getattr(plain, key)
+        ]
+        if chosen or self.init_from.path:
+            raise ValueError(
+                "model.network=unet has one noise level for all frames, a structure and conditioning of its own, and starts "
+                f"from scratch; use no init_from and none of {', '.join(chosen) or 'model.micro_conditions'}, or "
+                "model.network=transformer."
             )
 
 

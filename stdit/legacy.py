@@ -5,9 +5,10 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from stdit.warn import warn_user
 
 # Modules that moved. `import stdit.keys` gives `stdit.rng`.
 MODULES = {
@@ -32,7 +33,15 @@ NAMES = {
     "stdit.text": {"Words": "HashedWordEncoder", "Pretrained": "TransformersTextEncoder"},
     "stdit.training.metrics": {"Record": "MetricsLogger"},
     "stdit.training.fit": {"averaged": "swap_ema"},
-    "stdit.data.samplers": {"Uniform": "UniformSampler", "Buckets": "BucketSampler", "Packs": "PackedSampler", "Size": "ClipSize"},
+    "stdit.sampling.windowed": {"Sampler": "WindowedSampler"},
+    "stdit.data.samplers": {
+        "Uniform": "UniformSampler", "Buckets": "BucketSampler", "Packs": "PackedSampler", "Size": "ClipSize",
+        "Slot": "SampleRef", "Order": "BatchSampler", "assign": "assign_buckets",
+    },
+    "stdit.data.inputs": {"Size": "ImageSize"},
+    "stdit.vae.adapters": {"Kind": "VAESpec", "KINDS": "VAE_SPECS"},
+    "stdit.vae.base": {"each_frame": "split_frames"},
+    "stdit.vae.tiny": {"Past": "CausalConvCache", "each_group": "per_group"},
 }  # fmt: skip
 
 # Keys of configs (a run's YAML, its overrides, a checkpoint's record) and of a model's config.json, without the section.
@@ -74,7 +83,9 @@ PARAMETERS = (
     ("wiring.pooled_embedder.", "trunk.pooled_embedder."),
     ("wiring.", "trunk."),
     ("pos_embed.extras", "pos_embed.prefix"),
+    ("info_embedder.each.", "micro_embedder.embedders."),
     ("info_embedder.", "micro_embedder."),
+    (".adaLN_modulation.own.", ".adaLN_modulation.lora."),
     (".place_bias.", ".relative_position_bias."),
 )
 
@@ -85,7 +96,7 @@ def warn_renamed(old: str, new: str) -> None:
     """Say once that a name is read for one more version."""
     if old not in _warned:
         _warned.add(old)
-        warnings.warn(f"{old!r} is now called {new!r}; the old name is read for one more version.", stacklevel=3)
+        warn_user(f"{old!r} is now called {new!r}; the old name is read for one more version.")
 
 
 def renamed_section(section: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from stdit.model.stdit import STDiT
+from stdit.nn.config import BlockConfig
+from stdit.nn.context import make_context
+from stdit.nn.layout import DenseLayout
+from stdit.nn.modulation import Condition
 from stdit.sampling.schedule import Schedule, make_schedule
 
 
@@ -21,6 +25,13 @@ def fill(model: torch.nn.Module, scale: float = 0.05) -> torch.nn.Module:
         for value in model.parameters():
             value.add_(scale * torch.randn(value.shape, generator=generator))
     return model
+
+
+def context(x: torch.Tensor, embedding: torch.Tensor, *blocks: torch.nn.Module, config: BlockConfig | None = None):
+    """What blocks are given for tokens (B, T, S, D) of one row of patches per frame and a conditioning vector."""
+    layout = DenseLayout((x.shape[1], 1, x.shape[2]))
+    attentions = [(block.attn.axis, block.attn.position_encoding) for block in blocks]
+    return make_context(config or BlockConfig(x.shape[-1], 4), attentions, Condition(embedding), layout)
 
 
 def from_noise(noise: torch.Tensor, schedule: torch.Tensor) -> Schedule:

@@ -1,4 +1,4 @@
-"""Small media made on the fly: every frame carries its number as a bar code."""
+"""Small media made during the tests: every frame carries its number as a bar code."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -11,13 +11,14 @@ BITS = 8
 
 
 def barcode(number: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """A frame that shows `number` in binary: white and black bars."""
+    """A frame with `number` in binary, as white and black bars."""
     bars = [(number >> bit) & 1 for bit in range(BITS)]
     row = np.repeat(np.array(bars, np.uint8) * 255, width // BITS)
     return np.broadcast_to(row[None, :, None], (height, width, 3)).copy()
 
 
 def read_barcode(frame: np.ndarray) -> int:
+    """The number in a frame of `barcode`."""
     middle = frame[frame.shape[0] // 2, :, 1].reshape(BITS, -1).mean(axis=1)
     return int(sum((value > 127) << bit for bit, value in enumerate(middle)))
 
@@ -31,7 +32,7 @@ def write_barcodes(
     pix_fmt: str = "yuv420p",
     times: list[int] | None = None,
 ) -> Path:
-    """`count` numbered frames; `times` are time stamps in ticks of 1/fps."""
+    """Write `count` numbered frames; times: their time stamps in units of 1/fps."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt

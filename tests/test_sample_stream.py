@@ -86,11 +86,11 @@ def test_the_frame_rate_conditions_the_model_and_is_written(tiny_model, tmp_path
     rates = []
     forward = STDiT.forward
 
-    def recorded(*args, conditions, **options):
-        rates.append(float(conditions["micro"]))
-        return forward(*args, conditions=conditions, **options)
+    def spy(*args, micro_conditions, **rest):
+        rates.append(float(micro_conditions))
+        return forward(*args, micro_conditions=micro_conditions, **rest)
 
-    monkeypatch.setattr(STDiT, "forward", recorded)
+    monkeypatch.setattr(STDiT, "forward", spy)
     arguments = [
         "--model",
         "m",

@@ -231,29 +231,38 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
         (["--task", "connect", "--input", "shapes/000000.mp4"], "takes 2 --input file"),
         (["--task", "loop", "--input", "shapes/000000.mp4", "--after", "4"], "--after belongs to --task extend"),
         (["--task", "extend", "--input", "none.mp4", "--after", "4"], "none.mp4"),
-        (["--task", "edit", "--input", "shapes/000000.mp4", "--strength", "2"], "strength=2.0 is no noise level"),
+        (
+            ["--task", "edit", "--input", "shapes/000000.mp4", "--strength", "2"],
+            "strength must be a noise level .* got 2.0",
+        ),
         (
             ["--task", "edit", "--input", "shapes/000000.mp4", "--frames", "9"],
-            "has 5 frames at 8 fps, --frames 9 are more",
+            "has 5 frames at 8 fps, but --frames is 9",
         ),
         (
             ["--task", "inpaint", "--input", "shapes/000000.mp4", "--mask", "odd.png"],
-            "mask odd.png is 7 x 9, the clip is 48 x 48",
+            "mask odd.png is 7 x 9, but the clip is 48 x 48",
         ),
         (["--task", "inpaint", "--input", "shapes/000000.mp4"], "needs a --mask, or room around"),
         (
             ["--task", "inpaint", "--input", "shapes/000000.mp4", "--mask", "short.mp4"],
-            "has 3 frames at 8 fps, the clip has 5",
+            "has 3 frames at 8 fps, but the clip has 5",
         ),
-        (["--task", "edit", "--input", "odd.png", "--frames", "9"], "odd.png is a picture, --frames 9 are more"),
-        (["--task", "extend", "--input", "shapes/000000.mp4", "--frames", "-1", "--after", "4"], "--frames -1 is none"),
-        (["--task", "loop", "--input", "shapes/000000.mp4", "--frames", "0"], "--frames 0 is none; use 1 or more"),
-        (["--height", "0"], "--height 0 is none"),
-        (["--fps", "-3"], "--fps -3.0 is none; use a positive number"),
-        (["--fps", "inf"], "--fps inf is none; use a positive number"),
-        (["--guidance", "nan"], "guidance_scale=nan is no scale"),
-        (["--seed", "-1"], "seed=-1 is negative"),
-        (["--tile", "2"], "tile=2 latents leave no room"),
+        (
+            ["--task", "edit", "--input", "odd.png", "--frames", "9"],
+            "odd.png is an image of one frame, but --frames is 9",
+        ),
+        (
+            ["--task", "extend", "--input", "shapes/000000.mp4", "--frames", "-1", "--after", "4"],
+            "--frames must be >= 1, got -1",
+        ),
+        (["--task", "loop", "--input", "shapes/000000.mp4", "--frames", "0"], "--frames must be >= 1, got 0"),
+        (["--height", "0"], "--height must be >= 1, got 0"),
+        (["--fps", "-3"], "--fps must be a positive number, got -3.0"),
+        (["--fps", "inf"], "--fps must be a positive number, got inf"),
+        (["--guidance", "nan"], "must be >= 0, got nan"),
+        (["--seed", "-1"], "seed must be >= 0, got -1"),
+        (["--tile", "2"], "tile must be >= 3, got 2"),
         (["--pos-scaling", "squeezed"], "Unknown pos_scaling 'squeezed'"),
         (
             ["--task", "edit", "--input", "shapes/000000.mp4", "--num-videos", "3"],
@@ -270,7 +279,7 @@ def test_tasks_that_cannot_be_are_refused_before_anything_is_written(model, argu
 
 
 def test_a_gif_is_not_written_under_another_name(model):
-    with pytest.raises(ValueError, match="--gif and --output made.mp4 say different things"):
+    with pytest.raises(ValueError, match="--gif and --output made.mp4 contradict each other"):
         sample.main(["--gif", "--output", "made.mp4"])
 
 

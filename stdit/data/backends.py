@@ -1,18 +1,21 @@
-"""Other decoders, by name only: PyAV is the default because it is the one that was exact on every file measured."""
+"""Alternative video decoders, chosen by name. The default is PyAV, which was exact on every file measured."""
 
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import numpy as np
 
-from stdit.data.video_io import VideoError, VideoReader
+from stdit.data.video_io import VideoError, VideoReader, frames_at
 from stdit.variants import pick
 
 
-class _OtherReader:
-    """What `VideoReader` offers, over a library that indexes and rotates by itself."""
+class LibraryReader:
+    """The interface of `VideoReader` over a library that indexes and rotates frames by itself.
+
+    A subclass opens `_reader`, sets `timestamps` (seconds, the first at 0) and implements `_decode`.
+    """
 
     timestamps: np.ndarray
     _reader: Any = None
@@ -28,47 +31,55 @@ class _OtherReader:
     def __getitem__(self, index: int) -> np.ndarray:
         return self.get_frames([index])[0]
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
+        """Release the decoder."""
         self._reader = None
 
     @property
     def size(self) -> tuple[int, int]:
+        """(H, W) as displayed."""
         height, width = self[0].shape[:2]
         return height, width
 
     @property
     def fps(self) -> float:
+        """Mean frame rate by time stamps."""
         return (len(self) - 1) / float(self.timestamps[-1]) if len(self) > 1 else 1.0
 
     def get_frames(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> np.ndarray:
+        """Frames by number, in the order requested -> (N, H, W, 3) uint8 RGB, resized to `size` (H, W) if given."""
         indices = [int(i) for i in indices]
         for i in indices:
             if not -len(self) <= i < len(self):
                 raise IndexError(f"frame {i} is outside {self.path!r}, which has {len(self)} frames.")
         try:
-            frames = self._get([i % len(self) for i in indices])
-        except Exception as error:  # these libraries raise types of their own
+            frames = self._decode([i % len(self) for i in indices])
+        except Exception as error:  # each library raises its own types
             raise VideoError(f"{self.path!r} cannot be decoded ({error}); try the backend 'pyav'.") from error
         if size is None or frames.shape[1:3] == tuple(size):
             return frames
         from PIL import Image
 
+        # Area averaging, as `VideoReader` does.
         return np.stack([np.asarray(Image.fromarray(f).resize(size[::-1], Image.Resampling.BOX)) for f in frames])
 
-    indices_at = VideoReader.indices_at
+    def indices_at(self, times: Sequence[float] | np.ndarray) -> list[int]:
+        """The frame displayed at each time, as `VideoReader.indices_at`."""
+        return frames_at(self.timestamps, times)
 
-    def _get(self, indices: list[int]) -> np.ndarray:
-        raise AssertionError("each back end reads in its own way")
+    def _decode(self, indices: list[int]) -> np.ndarray:
+        """Frames (N, H, W, 3) uint8 RGB of indices that are within the clip."""
+        raise NotImplementedError
 
 
-class DecordReader(_OtherReader):
-    """decord 0.6: fast, but gives wrong frames on open-GOP H.264 and HEVC and misreads edit lists."""
+class DecordReader(LibraryReader):
+    """decord 0.6: fast, but returns wrong frames on open-GOP H.264 and HEVC and misreads edit lists."""
 
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
@@ -76,58 +87,67 @@ class DecordReader(_OtherReader):
             import decord
         except (ImportError, OSError, RuntimeError) as error:
             raise ValueError(
-                f"The backend 'decord' is not installed ({error}). Run: pip install 'stdit[decord]'."
+                f"the backend 'decord' is not installed ({error}); run: pip install 'stdit[decord]'."
             ) from error
         _warn_once(
-            "decord gives wrong frames on open-GOP video (11 of 60 measured) and misreads edit lists; use 'pyav' for exact frames."
+            "decord gives wrong frames on open-GOP video (11 of 60 measured) and misreads edit lists; "
+            "use 'pyav' for exact frames."
         )
         try:
             self._reader = decord.VideoReader(self.path, num_threads=1)
             times = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0]
         except Exception as error:
-            raise VideoError(f"{self.path!r} is not a video decord reads ({error}); try the backend 'pyav'.") from error
+            raise VideoError(
+                f"{self.path!r} is not a video that decord reads ({error}); try the backend 'pyav'."
+            ) from error
         self.timestamps = times - times[0]
 
-    def _get(self, indices: list[int]) -> np.ndarray:
+    def _decode(self, indices: list[int]) -> np.ndarray:
         return self._reader.get_batch(indices).asnumpy()
 
 
-class TorchcodecReader(_OtherReader):
-    """torchcodec in its exact mode."""
+class TorchcodecReader(LibraryReader):
+    """torchcodec in its exact mode, which scans the file once."""
 
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
         try:
             from torchcodec.decoders import VideoDecoder
-        except (ImportError, OSError, RuntimeError) as error:  # a CUDA build on a CPU machine raises the latter two
+        except (ImportError, OSError, RuntimeError) as error:  # a CUDA build on a CPU machine raises the last two
             raise ValueError(
-                f"The backend 'torchcodec' does not load ({str(error).splitlines()[0]}). Run: pip install 'stdit[torchcodec]'."
+                f"the backend 'torchcodec' cannot be loaded ({str(error).splitlines()[0]}); run: pip install 'stdit[torchcodec]'."
             ) from error
         try:
             self._reader = VideoDecoder(self.path, seek_mode="exact", dimension_order="NHWC", num_ffmpeg_threads=1)
-            count = len(self._reader)  # a few frames at a time: only their times are kept
-            steps = [(i, min(i + 16, count)) for i in range(0, count, 16)]
-            times = np.concatenate([self._reader.get_frames_in_range(*step).pts_seconds.numpy() for step in steps])
+            count = len(self._reader)
+            # Time stamps come with decoded frames only: 16 at a time bound the memory.
+            ranges = [(i, min(i + 16, count)) for i in range(0, count, 16)]
+            times = np.concatenate([self._reader.get_frames_in_range(*r).pts_seconds.numpy() for r in ranges])
         except Exception as error:
             raise VideoError(
-                f"{self.path!r} is not a video torchcodec reads ({error}); try the backend 'pyav'."
+                f"{self.path!r} is not a video that torchcodec reads ({error}); try the backend 'pyav'."
             ) from error
         self.timestamps = times - times[0]
 
-    def _get(self, indices: list[int]) -> np.ndarray:
+    def _decode(self, indices: list[int]) -> np.ndarray:
         return self._reader.get_frames_at(indices).data.numpy()
 
 
-BACKENDS = {"pyav": VideoReader, "decord": DecordReader, "torchcodec": TorchcodecReader}
+Reader = VideoReader | LibraryReader
+BACKENDS: dict[str, Callable[[str | os.PathLike], Reader]] = {
+    "pyav": VideoReader,
+    "decord": DecordReader,
+    "torchcodec": TorchcodecReader,
+}
 _warned: set[str] = set()
 
 
 def _warn_once(message: str) -> None:
-    if message not in _warned:
+    if message not in _warned:  # `warnings` itself would repeat it for every caller
         _warned.add(message)
         warnings.warn(message, stacklevel=4)
 
 
-def open_video(path: str | os.PathLike, backend: str = "pyav"):
-    """A reader by back end name; ValueError for an unknown name, or one that is not installed."""
+def open_video(path: str | os.PathLike, backend: str = "pyav") -> Reader:
+    """Open a video with a backend by name; ValueError for an unknown name or a backend that is not installed."""
     return pick(BACKENDS, backend, "video backend")(path)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from stdit.conditions import ClipFacts, read_conditions
 from stdit.data.config import DataConfig
-from stdit.data.samplers import Size
+from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
 
 # Tensors of caches that version 0.1.0 wrote, and what they are called now.
@@ -50,9 +50,9 @@ class CachedLatents:
     def shape(self, index: int) -> tuple[int, int, int]:
         return (self.info["num_frames"], self.info["height"], self.info["width"])
 
-    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
+    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Latents (C, T, h, w), reencoded (C, T, h, w) and raw conditions of one clip."""
-        cached = Size(*self.shape(index))
+        cached = ClipSize(*self.shape(index))
         if size is not None and size != cached:
             raise ValueError(
                 f"{self.root} holds latents of {tuple(cached)} alone; train buckets from the clips themselves."

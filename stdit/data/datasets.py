@@ -17,7 +17,7 @@ from stdit.data.cached import CachedLatents
 from stdit.data.config import DataConfig
 from stdit.data.idx import read_idx
 from stdit.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Table, read_manifest, scan_folder
-from stdit.data.samplers import Size
+from stdit.data.samplers import ClipSize
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, ShapeClip, draw, random_clip
 from stdit.data.transforms import cover_size, crop, resize
 from stdit.data.video_io import VideoError, VideoReader
@@ -42,11 +42,16 @@ class _TableDataset:
     def name(self, index: int) -> str:
         return str(self.rows[index].path)
 
-    def _size(self, size: Size | None) -> Size:
-        return size or Size(self.config.num_frames, self.config.height, self.config.width)
+    def _size(self, size: ClipSize | None) -> ClipSize:
+        return size or ClipSize(self.config.num_frames, self.config.height, self.config.width)
 
     def _finish(
-        self, frames: np.ndarray, size: Size, fps: float, rng: np.random.Generator, picked: Sequence[int] | None = None
+        self,
+        frames: np.ndarray,
+        size: ClipSize,
+        fps: float,
+        rng: np.random.Generator,
+        picked: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         frames = crop(frames, (size.height, size.width), rng if self.config.crop == "random" else None)
         if self.config.flip and rng.random() < 0.5:
@@ -60,7 +65,7 @@ class VideoClips(_TableDataset):
     Among them may be pictures, as clips of one frame.
     """
 
-    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
+    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         size, path = self._size(size), self.rows[index].path
         target = (size.height, size.width)
         if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -126,7 +131,7 @@ def window(reader, num_frames: int, fps: float | None, rng: np.random.Generator)
 class Images(_TableDataset):
     """Image files as one-frame clips."""
 
-    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
+    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         size, frames = self._size(size), read_picture(self.rows[index].path)[None]
         return self._finish(resize(frames, cover_size(frames.shape[1:3], (size.height, size.width))), size, 1.0, rng)
 
@@ -174,8 +179,8 @@ class IdxImages:
     def shape(self, index: int) -> tuple[int, int, int]:
         return (1, *self.images.shape[1:3])
 
-    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
-        size = size or Size(1, self.config.height, self.config.width)
+    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
+        size = size or ClipSize(1, self.config.height, self.config.width)
         frame = resize(self.images[index][None], (size.height, size.width))
         if self.config.flip and rng.random() < 0.5:
             frame = frame[:, :, ::-1]
@@ -214,16 +219,16 @@ class MovingShapes:
         longest = max((size[0] for size in self.config.sizes), default=self.config.num_frames)
         return (longest, self.config.height, self.config.width)
 
-    def load(self, index: int, rng: np.random.Generator, size: Size | None = None) -> dict[str, Any]:
+    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         size = size or self._size
         drawn = draw(self._clip(index, size))
         return {"pixels": torch.from_numpy(drawn), "clip": ClipFacts(size, self.config.fps or 8.0)}
 
     @property
-    def _size(self) -> Size:
-        return Size(self.config.num_frames, self.config.height, self.config.width)
+    def _size(self) -> ClipSize:
+        return ClipSize(self.config.num_frames, self.config.height, self.config.width)
 
-    def _clip(self, index: int, size: Size) -> ShapeClip:
+    def _clip(self, index: int, size: ClipSize) -> ShapeClip:
         own = keyed_rng("sample", index)
         return random_clip(own, index % len(CLASS_NAMES), size.frames, size.height, self.config.motion)
 

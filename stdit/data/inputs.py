@@ -1,4 +1,4 @@
-"""A user's own picture, clip or mask, at the size and frame rate a model works at; what was changed is said."""
+"""Reading a user's image, clip or mask at the size and frame rate of a model, with a note of what was changed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,94 +9,111 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from stdit import legacy
 from stdit.data.manifest import IMAGE_SUFFIXES
 from stdit.data.transforms import cover_size, crop, resize
 from stdit.data.video_io import VideoReader
+from stdit.pixels import to_float
 
 
 class Input(NamedTuple):
-    """pixels (1, 3, F, H, W) in [-1, 1]; note: what was changed to make them fit, "" if nothing; source: (H, W) of the file."""
+    """pixels (1, 3, F, H, W) in [-1, 1]; note: what was changed to fit, "" if nothing; source: (H, W) of the file."""
 
     pixels: Tensor
     note: str
     source: tuple[int, int]
 
 
-Size = tuple[int, int]
-_MOST = 20_000  # a gap in the time stamps, or a slip in a rate, asks for more than any memory holds
+ImageSize = tuple[int, int]  # (H, W)
+# A gap in the time stamps or a mistyped rate can ask for more frames than fit into memory.
+MAX_FRAMES = 20_000
 
 
-def read_input(path: str | Path, size: Size | Callable[[Size], Size], fps: float, frames: int | None = None) -> Input:
-    """A picture (one frame) or clip, scaled to cover `size` (H, W) and cropped, frames picked by time stamps at `fps`.
+def read_input(
+    path: str | Path, size: ImageSize | Callable[[ImageSize], ImageSize], fps: float, frames: int | None = None
+) -> Input:
+    """Read an image (one frame) or a clip, scaled to cover `size` (H, W) and center-cropped.
 
-    size: or a function of the file's own. frames: only the first so many. ValueError (or VideoError) in one line if it
-    cannot be read or is too short.
+    size: (H, W), or a function that computes it from the file's (H, W). fps: frames are picked by their time stamps at
+    this rate. frames: read only the first `frames`. Raises ValueError (or VideoError) with a message of one line if the
+    file cannot be read or is too short.
     """
-    found, rate = _frames(Path(path), fps, frames)
-    source = (found.shape[1], found.shape[2])
+    original, rate_note = _read_frames(Path(path), fps, frames)
+    source = (original.shape[1], original.shape[2])
     size = size(source) if callable(size) else size
     covering = cover_size(source, size)
-    scaled = "" if source == size else f"{source[0]} x {source[1]} -> {size[0]} x {size[1]}"
+    size_note = "" if source == size else f"{source[0]} x {source[1]} -> {size[0]} x {size[1]}"
+    # One pixel is rounding, no crop that a user would see.
     if max(covering[0] - size[0], covering[1] - size[1]) > 1:
-        scaled += f" (cropped from {covering[0]} x {covering[1]})"
-    fitted = crop(resize(found, covering), size)
-    pixels = torch.from_numpy(np.ascontiguousarray(fitted)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    return Input(pixels, ", ".join(note for note in (scaled, rate) if note), source)
+        size_note += f" (cropped from {covering[0]} x {covering[1]})"
+    pixels = to_float(crop(resize(original, covering), size))[None]
+    return Input(pixels, ", ".join(note for note in (size_note, rate_note) if note), source)
 
 
 def read_mask(
-    path: str | Path, source: Size, clip: tuple[int, int, int], fps: float, frames: int | None = None
+    path: str | Path, source: ImageSize, clip: tuple[int, int, int], fps: float, frames: int | None = None
 ) -> Tensor:
-    """A picture or clip, white where pixels are to be made -> (H, W) or (F, H, W) bool.
+    """Read a mask from an image -> (H, W) bool, or from a clip -> (F, H, W) bool; white (true) is to be generated.
 
-    source: (H, W) of the clip's file; clip: (F, H, W) as it is worked at. The mask is of either size, and a clip of a mask
-    has as many frames at `fps` (frames: only the first so many count).
+    source: (H, W) of the clip's file. clip: (F, H, W) of the clip as the model takes it. The mask must have one of these
+    two sizes, and if it is a clip itself, as many frames at `fps` as the clip. frames: read only the first `frames`.
     """
     path, size = Path(path), clip[1:]
-    still = path.suffix.lower() in IMAGE_SUFFIXES
-    masks = _picture(path, "L")[None] if still else _frames(path, fps, frames)[0].mean(-1).astype(np.uint8)
-    if masks.shape[1:] not in (source, size):
+    is_image = path.suffix.lower() in IMAGE_SUFFIXES
+    if is_image:
+        grey = _read_image(path, "L")[None]
+    else:
+        grey = _read_frames(path, fps, frames)[0].mean(-1).astype(np.uint8)
+    if grey.shape[1:] not in (source, size):
         raise ValueError(
-            f"mask {path} is {masks.shape[1]} x {masks.shape[2]}, the clip is {source[0]} x {source[1]}; draw the mask on a "
-            "picture of the clip's size."
+            f"mask {path} is {grey.shape[1]} x {grey.shape[2]}, but the clip is {source[0]} x {source[1]}; draw the mask "
+            "on an image of the clip's size."
         )
-    if not still and len(masks) != clip[0]:
+    if not is_image and len(grey) != clip[0]:
         raise ValueError(
-            f"mask {path} has {len(masks)} frames at {fps:g} fps, the clip has {clip[0]}; give one for each, or a picture for "
-            "all."
+            f"mask {path} has {len(grey)} frames at {fps:g} fps, but the clip has {clip[0]}; give one mask per frame, or "
+            "one image for all frames."
         )
-    if masks.shape[1:] != size:
-        covering = cover_size(masks.shape[1:], size)[::-1]
-        masks = np.stack([np.asarray(Image.fromarray(m).resize(covering, Image.Resampling.NEAREST)) for m in masks])
-        masks = crop(masks, size)
-    made = torch.from_numpy(masks > 127)
-    return made[0] if still else made
+    if grey.shape[1:] != size:
+        covering = cover_size(grey.shape[1:], size)[::-1]
+        grey = np.stack([np.asarray(Image.fromarray(m).resize(covering, Image.Resampling.NEAREST)) for m in grey])
+        grey = crop(grey, size)
+    mask = torch.from_numpy(grey > 127)
+    return mask[0] if is_image else mask
 
 
-def _frames(path: Path, fps: float, frames: int | None) -> tuple[np.ndarray, str]:
-    """(F, H, W, 3) uint8 of a picture or clip at a rate, and what was done to come to it."""
+def _read_frames(path: Path, fps: float, frames: int | None) -> tuple[np.ndarray, str]:
+    """(F, H, W, 3) uint8 of an image or a clip at a frame rate, and a note of how the rate was changed."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         if frames is not None and frames > 1:
-            raise ValueError(f"{path} is a picture, --frames {frames} are more than its one; leave --frames out.")
-        return _picture(path, "RGB")[None], ""
+            raise ValueError(f"{path} is an image of one frame, but --frames is {frames}; leave --frames out.")
+        return _read_image(path, "RGB")[None], ""
     with VideoReader(path) as reader:
+        keeps_rate = abs(reader.fps / fps - 1) < 0.01  # within 1 percent, every frame of the file is taken
         count = max(1, int(np.floor(float(reader.timestamps[-1]) * fps + 1e-3)) + 1)
-        own = abs(reader.fps / fps - 1) < 0.01  # its own rate: every frame
-        count = len(reader) if own else count
+        count = len(reader) if keeps_rate else count
         if frames is not None and frames > count:
-            raise ValueError(f"{path} has {count} frames at {fps:g} fps, --frames {frames} are more; use fewer.")
-        taken = count if frames is None else frames
-        if taken > _MOST:
             raise ValueError(
-                f"{path} has {count} frames at {fps:g} fps, more than the {_MOST} taken at a time; cut it, or give --frames."
+                f"{path} has {count} frames at {fps:g} fps, but --frames is {frames}; use {count} or fewer."
             )
-        note = "" if own else f"{len(reader)} frames at {reader.fps:.4g} fps -> {count} at {fps:g}"
-        return reader.get_frames(list(range(taken)) if own else reader.indices_at(np.arange(taken) / fps)), note
+        num_frames = count if frames is None else frames
+        if num_frames > MAX_FRAMES:
+            raise ValueError(
+                f"{path} has {count} frames at {fps:g} fps, more than the {MAX_FRAMES} that are read at a time; "
+                "cut it, or give --frames."
+            )
+        note = "" if keeps_rate else f"{len(reader)} frames at {reader.fps:.4g} fps -> {count} at {fps:g}"
+        indices = list(range(num_frames)) if keeps_rate else reader.indices_at(np.arange(num_frames) / fps)
+        return reader.get_frames(indices), note
 
 
-def _picture(path: Path, mode: str) -> np.ndarray:
+def _read_image(path: Path, mode: str) -> np.ndarray:
+    """An image file as an array, converted to a mode of PIL ("RGB", or "L" for grey)."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert(mode))
+            return np.array(image.convert(mode))  # a copy, since the view of PIL is read-only
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{str(path)!r} is not an image that can be read ({error}); give another file.") from error
+
+
+__getattr__ = legacy.aliases(__name__)

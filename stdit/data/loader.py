@@ -54,7 +54,7 @@ class KeyedSamples(torch.utils.data.Dataset):
         index, size = slots[slot]
         for attempt in range(_ATTEMPTS):
             if attempt:
-                candidates = self.order.others(size)
+                candidates = self.order.candidates(size)
                 index = candidates[int(keyed_rng("sample", self.seed, step, slot, attempt).integers(len(candidates)))]
             try:
                 if index in self._bad:  # found before by this worker: same outcome, no second try

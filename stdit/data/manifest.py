@@ -1,4 +1,4 @@
-"""Which files there are, and what they are called: manifests and folders become one table of rows."""
+"""Manifests and folders of media files, read as one table of paths, labels and captions."""
 
 import csv
 import json
@@ -8,26 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 VIDEO_SUFFIXES = {
-    ".mp4",
-    ".mov",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".flv",
-    ".ts",
-    ".mpg",
-    ".mpeg",
-    ".m4v",
-    ".3gp",
-    ".ogv",
-    ".gif",
-    ".wmv",
-}
+    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mpg", ".mpeg", ".m4v", ".3gp", ".ogv", ".gif", ".wmv",
+}  # fmt: skip
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class Row(NamedTuple):
-    """A clip of a table; columns: what the manifest says of it besides path, label and caption."""
+    """One file; the label is a class index, None without classes; columns: what else the manifest says of it."""
 
     path: Path
     label: int | None
@@ -36,73 +23,97 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows, the number of classes (0: unconditional) and their names, if they have any."""
+    """Rows, the number of classes (0: unconditional) and the classes' names (None if labels are numbers)."""
 
     rows: list[Row]
     num_classes: int
     class_names: list[str] | None
 
 
-def read_manifest(path: Path, root: Path | None = None) -> Table:
-    """JSON lines or CSV with a column `path`, and perhaps `label` (a number or a name) and `caption`.
+class _Entry(NamedTuple):
+    """A row of a manifest, the label as written there."""
 
-    Paths resolve from the manifest and stay under `root` (default: its folder). ValueError names row and remedy.
+    line: int
+    path: Path
+    label: Any
+    caption: str
+    columns: Mapping[str, Any] = {}
+
+    def row(self, label: int | None) -> Row:
+        """The row of a table, under a class index."""
+        return Row(self.path, label, self.caption, self.columns)
+
+
+def read_manifest(path: Path, root: Path | None = None) -> Table:
+    """Read JSON lines or CSV with a column `path` and optionally `label` (a number or a name) and `caption`.
+
+    Paths are relative to the manifest and must stay under `root` (default: the manifest's folder). Raises ValueError
+    with the line and a remedy.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"data.manifest={str(path)!r} does not exist; give a .jsonl or .csv file.")
     entries = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
-    inside = (Path(root) if root else path.parent).resolve()
+    allowed = (Path(root) if root else path.parent).resolve()
     rows = []
     for number, entry in entries:
         if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-            has = f"it has {sorted(entry)}" if isinstance(entry, dict) else "it is no object"
-            raise ValueError(f"{path}, line {number}: the column 'path' is missing ({has}); every row needs one.")
+            found = f"it has {sorted(entry)}" if isinstance(entry, dict) else "it is not an object"
+            raise ValueError(f"{path}, line {number}: the column 'path' is missing ({found}); every row needs one.")
         try:
             file = (path.parent / entry["path"]).resolve()
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{path}, line {number}: {entry['path']!r} is no path ({error}); correct it.") from error
-        if not file.is_relative_to(inside):
             raise ValueError(
-                f"{path}, line {number}: {entry['path']!r} leads outside data.root={str(inside)!r}; move the file or the root."
+                f"{path}, line {number}: {entry['path']!r} is not a path ({error}); correct it."
+            ) from error
+        if not file.is_relative_to(allowed):
+            raise ValueError(
+                f"{path}, line {number}: {entry['path']!r} leads outside data.root={str(allowed)!r}; "
+                "move the file, or set data.root to a folder that holds it."
             )
-        rows.append((number, file, entry.get("label"), entry.get("caption") or "", further(entry)))
+        rows.append(_Entry(number, file, entry.get("label"), entry.get("caption") or "", _further(entry)))
     if not rows:
-        raise ValueError(f"{path} has no rows; write one line a clip.")
-    return _labelled(path, rows)
+        raise ValueError(f"{path} has no rows; write one line per clip.")
+    return _with_class_indices(path, rows)
 
 
-def further(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _further(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that are neither path, label nor caption."""
     return {name: value for name, value in entry.items() if name not in ("path", "label", "caption")}
 
 
 def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
-    """All files below `root` with one of `suffixes`. If they lie in folders, the first folder's name is the label."""
+    """Find all files below `root` with one of `suffixes`; if they are in folders, the top folder's name is the label.
+
+    what: the noun for such files in messages ("videos"). Raises ValueError if there are none, or if only some are in
+    folders.
+    """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(
-            f"data.root={str(root)!r} does not exist; give a folder of {what}, or try it on shapes drawn as it goes: "
-            "data.source=shapes."
+            f"data.root={str(root)!r} does not exist; give a folder of {what}, or use generated clips of moving "
+            "shapes: data.source=shapes."
         )
-    inside, found = root.resolve(), []
-    for folder, folders, files in os.walk(root):  # does not follow links to folders, which may be endless
+    allowed, found = root.resolve(), []
+    for folder, folders, files in os.walk(root):  # links to folders are not followed: they may form a loop
         folders.sort()
         for name in sorted(files):
             file = Path(folder) / name
-            leads_out = file.is_symlink() and not file.resolve().is_relative_to(inside)
-            if file.suffix.lower() in suffixes and not name.startswith(".") and not leads_out:
+            escapes = file.is_symlink() and not file.resolve().is_relative_to(allowed)
+            if file.suffix.lower() in suffixes and not name.startswith(".") and not escapes:
                 found.append(file)
     if not found:
         raise ValueError(
-            f"data.root={str(root)!r} holds no {what} ({', '.join(sorted(suffixes))}); put some there or name another folder."
+            f"data.root={str(root)!r} holds no {what} ({', '.join(sorted(suffixes))}); put some there or give another "
+            "folder."
         )
     parts = [file.relative_to(root).parts for file in found]
     nested = [len(p) > 1 for p in parts]
     if any(nested) and not all(nested):
-        stray = found[nested.index(False)]
+        loose = found[nested.index(False)]
         raise ValueError(
-            f"data.root={str(root)!r} has {what} both in class folders and loose ({stray.name!r}); put all in folders, or none."
+            f"data.root={str(root)!r} has {what} both in class folders and loose ({loose.name!r}); put all of them in "
+            "folders, or none."
         )
     if not any(nested):
         return Table([Row(file, None) for file in found], 0, None)
@@ -110,7 +121,8 @@ def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
     return Table([Row(file, names.index(p[0])) for file, p in zip(found, parts, strict=True)], len(names), names)
 
 
-def _csv_rows(path: Path):
+def _csv_rows(path: Path) -> list[tuple[int, Any]]:
+    """(line number, row as a dictionary) of a CSV file."""
     try:
         with open(path, newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream)
@@ -123,7 +135,8 @@ def _csv_rows(path: Path):
         raise ValueError(f"{path} is not a CSV file in UTF-8 ({error}); save it as one.") from error
 
 
-def _json_rows(path: Path):
+def _json_rows(path: Path) -> list[tuple[int, Any]]:
+    """(line number, parsed value) of every line of a JSON lines file that is not blank."""
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -134,31 +147,34 @@ def _json_rows(path: Path):
             try:
                 rows.append((number, json.loads(line)))
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); write one object a line.") from error
+                raise ValueError(f"{path}, line {number} is not JSON ({error}); write one object per line.") from error
     return rows
 
 
-def _labelled(path: Path, rows: list) -> Table:
-    """Numbers stay numbers; if any label is a name, all are names, numbered in alphabetical order."""
-    given = [label is not None and label != "" for _, _, label, *_ in rows]
-    if not any(given):
-        return Table([Row(file, None, *rest) for _, file, _, *rest in rows], 0, None)
-    if not all(given):
-        number = rows[given.index(False)][0]
-        raise ValueError(f"{path}, line {number} has no label though others have; label every row, or none.")
-    for number, _, label, *_ in rows:
-        if isinstance(label, bool | float | list | dict):
+def _with_class_indices(path: Path, entries: list[_Entry]) -> Table:
+    """Turn labels into class indices: numbers are used as they are; if any label is a name, all count as names.
+
+    Names are numbered in alphabetical order.
+    """
+    labelled = [entry.label is not None and entry.label != "" for entry in entries]
+    if not any(labelled):
+        return Table([entry.row(None) for entry in entries], 0, None)
+    if not all(labelled):
+        line = entries[labelled.index(False)].line
+        raise ValueError(f"{path}, line {line} has no label though others have; label every row, or none.")
+    for entry in entries:
+        if isinstance(entry.label, bool | float | list | dict):
             raise ValueError(
-                f"{path}, line {number}: label {label!r} is neither a whole number nor a name; correct it."
+                f"{path}, line {entry.line}: label {entry.label!r} is neither a whole number nor a name; correct it."
             )
-    values = [str(label).strip() for _, _, label, *_ in rows]
+    values = [str(entry.label).strip() for entry in entries]
     if all(value.removeprefix("-").isdecimal() for value in values):
         numbers = [int(value) for value in values]
         if min(numbers) < 0:
-            row = rows[numbers.index(min(numbers))]
-            raise ValueError(f"{path}, line {row[0]}: label {min(numbers)} is negative; labels begin at 0.")
-        labelled = [Row(file, n, *rest) for n, (_, file, _, *rest) in zip(numbers, rows, strict=True)]
-        return Table(labelled, max(numbers) + 1, None)
+            line = entries[numbers.index(min(numbers))].line
+            raise ValueError(f"{path}, line {line}: label {min(numbers)} is negative; labels begin at 0.")
+        rows = [entry.row(number) for number, entry in zip(numbers, entries, strict=True)]
+        return Table(rows, max(numbers) + 1, None)
     names = sorted(set(values))
-    labelled = [Row(file, names.index(v), *rest) for v, (_, file, _, *rest) in zip(values, rows, strict=True)]
-    return Table(labelled, len(names), names)
+    rows = [entry.row(names.index(value)) for value, entry in zip(values, entries, strict=True)]
+    return Table(rows, len(names), names)

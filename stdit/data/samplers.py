@@ -1,7 +1,7 @@
-"""Which samples make up a step, and at what size: pure functions of (seed, step), whatever ran before.
+"""Batch samplers: which samples make up a training step, and at what size, as pure functions of (seed, step).
 
-Clips of one shape (`Uniform`), buckets of several shapes with batches of equal cost (`Buckets`), or clips of all shapes
-packed into a row of a given length (`Packs`).
+`UniformSampler`: clips of one shape. `BucketSampler`: several shapes, one per step, in batches of about equal cost.
+`PackedSampler`: clips of all shapes, packed into sequences of a given number of tokens.
 """
 
 import math
@@ -11,11 +11,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from stdit import legacy
 from stdit.rng import keyed_rng
 
 
-class Size(NamedTuple):
-    """What a clip is cut to."""
+class ClipSize(NamedTuple):
+    """The size a clip is cropped to: frames, and height and width in pixels."""
 
     frames: int
     height: int
@@ -23,150 +24,178 @@ class Size(NamedTuple):
 
 
 class SampleRef(NamedTuple):
-    """A sample's number and its size (None: the one of the config)."""
+    """A sample's index and the size to load it at (None: the size of the config)."""
 
     sample: int
-    size: Size | None
+    size: ClipSize | None
 
 
 class BatchSampler(Protocol):
-    """`batch(step)`: every slot of a step, over all processes. `others(size)`: samples that could stand in for one."""
+    """The interface of a batch sampler, as the loader uses it."""
 
-    def batch(self, step: int) -> list[SampleRef]: ...
-    def others(self, size: Size | None) -> Sequence[int]: ...
+    def batch(self, step: int) -> list[SampleRef]:
+        """The samples of a step over all processes."""
+
+    def candidates(self, size: ClipSize | None) -> Sequence[int]:
+        """Indices of the samples that may be loaded at `size`; one of them replaces an unreadable sample."""
 
 
 def sample_index(seed: int, position: int, size: int) -> int:
-    """The sample at a position of the endless sequence of shuffled epochs."""
-    epoch, place = divmod(position, size)
-    return int(_shuffled(seed, epoch, size)[place])
+    """The sample at a position of the endless sequence of shuffled epochs over `size` samples."""
+    epoch, offset = divmod(position, size)
+    return int(_shuffled(seed, epoch, size)[offset])
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
 def _shuffled(seed: int, epoch: int, size: int) -> np.ndarray:
     return keyed_rng("order", seed, epoch).permutation(size)
 
 
 class UniformSampler:
-    """`batch_size` clips of the config's size a step."""
+    """`batch_size` clips per step, all of the config's size."""
 
-    def __init__(self, seed: int, samples: int, batch_size: int):
-        self.seed, self.samples, self.batch_size = seed, samples, batch_size
+    def __init__(self, seed: int, num_samples: int, batch_size: int):
+        self.seed, self.num_samples, self.batch_size = seed, num_samples, batch_size
 
     def batch(self, step: int) -> list[SampleRef]:
+        """The samples of a step, by their position in the sequence of shuffled epochs."""
         first = step * self.batch_size
-        return [SampleRef(sample_index(self.seed, first + i, self.samples), None) for i in range(self.batch_size)]
+        return [SampleRef(sample_index(self.seed, first + i, self.num_samples), None) for i in range(self.batch_size)]
 
-    def others(self, size: Size | None) -> Sequence[int]:
-        return range(self.samples)
+    def candidates(self, size: ClipSize | None) -> Sequence[int]:
+        """Every sample."""
+        return range(self.num_samples)
 
 
-def assign(shapes: Sequence[tuple[int, int, int]], sizes: Sequence[Size], seed: int) -> list[int | None]:
-    """For each clip of (frames, height, width) the size it is trained at; None where no size is short enough.
+def assign_buckets(shapes: Sequence[tuple[int, int, int]], sizes: Sequence[ClipSize], seed: int) -> list[int | None]:
+    """Assign each clip of (frames, height, width) to one of `sizes`; None where the clip is shorter than all of them.
 
-    The nearest aspect, and of the lengths that fit into the clip one by lot (of the seed and the clip's number).
+    Among the sizes that are not longer than the clip, those of the nearest aspect ratio are candidates; one is drawn
+    at random, keyed by the seed and the clip's index.
     """
-    chosen: list[int | None] = []
+    buckets: list[int | None] = []
     for index, (frames, height, width) in enumerate(shapes):
         fits = [i for i, size in enumerate(sizes) if size.frames <= frames]
         if not fits:
-            chosen.append(None)
+            buckets.append(None)
             continue
-        gaps = [abs(math.log(width / height) - math.log(sizes[i].width / sizes[i].height)) for i in fits]
-        nearest = [i for i, gap in zip(fits, gaps, strict=True) if gap < min(gaps) + 1e-6]
-        chosen.append(int(keyed_rng("order", seed, index, 1).choice(nearest)))
-    return chosen
+        distances = [abs(math.log(width / height) - math.log(sizes[i].width / sizes[i].height)) for i in fits]
+        nearest = [i for i, distance in zip(fits, distances, strict=True) if distance < min(distances) + 1e-6]
+        buckets.append(int(keyed_rng("order", seed, index, 1).choice(nearest)))
+    return buckets
+
+
+def _check_any_assigned(buckets: Sequence[int | None]) -> None:
+    if all(bucket is None for bucket in buckets):
+        raise ValueError("none of the clips is long enough for any of data.sizes; add a shorter one.")
 
 
 class BucketSampler:
-    """One size a step; each batch as many clips as `tokens` allows, a multiple of `processes`.
+    """One size per step; a batch has as many clips as fit into `tokens`, a multiple of `processes`.
 
-    An epoch takes every clip; the last batch of a bucket is filled up with clips of its beginning.
+    buckets: for each sample its index into `sizes`, or None to leave it out (`assign_buckets`). costs: tokens of one
+    clip of each size. An epoch covers every clip; the last batch of a bucket is filled up with clips from its start.
     """
 
     def __init__(
         self,
         seed: int,
-        chosen: Sequence[int | None],
-        sizes: Sequence[Size],
+        buckets: Sequence[int | None],
+        sizes: Sequence[ClipSize],
         costs: Sequence[int],
         tokens: int,
         processes: int = 1,
     ):
+        _check_any_assigned(buckets)
         self.seed, self.sizes = seed, list(sizes)
-        self.members = [[i for i, size in enumerate(chosen) if size == number] for number in range(len(sizes))]
-        self.counts = [max(1, tokens // (cost * processes)) * processes for cost in costs]
-        self.plan = [g for g, of in enumerate(self.members) for _ in range(-(-len(of) // self.counts[g]))]
-        if not self.plan:
-            raise ValueError("none of the clips is long enough for any of data.sizes; add a shorter one.")
+        self.members = [[i for i, bucket in enumerate(buckets) if bucket == number] for number in range(len(sizes))]
+        self.batch_sizes = [max(1, tokens // (cost * processes)) * processes for cost in costs]
+        # The bucket of every batch of an epoch, before shuffling.
+        self.plan = [
+            bucket
+            for bucket, members in enumerate(self.members)
+            for _ in range(-(-len(members) // self.batch_sizes[bucket]))
+        ]
 
     def batch(self, step: int) -> list[SampleRef]:
-        epoch, place = divmod(step, len(self.plan))
-        which = int(_shuffled(self.seed, epoch, len(self.plan))[place])
-        group = self.plan[which]
-        number = which - self.plan.index(group)  # of the group's batches
-        members, count = self.members[group], self.counts[group]
-        order = keyed_rng("order", self.seed, epoch, group, 2).permutation(len(members))
+        """The samples of a step, all of one size."""
+        epoch, offset = divmod(step, len(self.plan))
+        position = int(_shuffled(self.seed, epoch, len(self.plan))[offset])
+        bucket = self.plan[position]
+        number = position - self.plan.index(bucket)  # among the batches of this bucket
+        members, count = self.members[bucket], self.batch_sizes[bucket]
+        order = keyed_rng("order", self.seed, epoch, bucket, 2).permutation(len(members))
         picked = [members[order[i % len(members)]] for i in range(number * count, (number + 1) * count)]
-        return [SampleRef(index, self.sizes[group]) for index in picked]
+        return [SampleRef(index, self.sizes[bucket]) for index in picked]
 
-    def others(self, size: Size | None) -> Sequence[int]:
+    def candidates(self, size: ClipSize | None) -> Sequence[int]:
+        """The samples of the bucket of `size`."""
         return self.members[self.sizes.index(size)] if size is not None else []
 
 
 class PackedSampler:
-    """Clips of all sizes, as many a step as fit into `tokens`, one sequence a process without padding."""
+    """Clips of all sizes packed without padding: one sequence of at most `tokens` / `processes` tokens per process.
+
+    Arguments are those of `BucketSampler`. An epoch covers every clip once.
+    """
 
     def __init__(
         self,
         seed: int,
-        chosen: Sequence[int | None],
-        sizes: Sequence[Size],
+        buckets: Sequence[int | None],
+        sizes: Sequence[ClipSize],
         costs: Sequence[int],
         tokens: int,
         processes: int = 1,
     ):
-        self.seed, self.sizes, self.chosen, self.costs = seed, list(sizes), list(chosen), list(costs)
-        self.usable = [i for i, size in enumerate(chosen) if size is not None]
+        _check_any_assigned(buckets)
+        self.seed, self.sizes = seed, list(sizes)
+        self.buckets = {i: bucket for i, bucket in enumerate(buckets) if bucket is not None}
+        self._samples = tuple(self.buckets)
+        self._costs = tuple(costs[bucket] for bucket in self.buckets.values())
         self.tokens, self.processes = tokens // processes, processes
-        self._starts = [0]  # the step at which each epoch begins
-        if not self.usable:
-            raise ValueError("none of the clips is long enough for any of data.sizes; add a shorter one.")
+        self._epoch_starts = [0]  # the step at which each epoch begins; grows as later steps are asked for
         if max(costs) > self.tokens:
             raise ValueError(
                 f"a clip of {max(costs)} tokens does not fit into a pack of {self.tokens} (train.tokens over "
                 f"{processes} process(es)); use train.tokens={max(costs) * processes} or more."
             )
 
-    def _epoch(self, epoch: int) -> list[list[int]]:
-        return _filled(self.seed, epoch, tuple(self.usable), tuple(self.chosen), tuple(self.costs), self.tokens)
+    def _packs(self, epoch: int) -> list[list[int]]:
+        return _packed(self.seed, epoch, self._samples, costs=self._costs, tokens=self.tokens)
 
     def batch(self, step: int) -> list[SampleRef]:
-        """Slot p + i * processes is the i-th clip of process p; the shortest pack of a step says how many there are."""
-        while self._starts[-1] <= step:
-            self._starts.append(self._starts[-1] + -(-len(self._epoch(len(self._starts) - 1)) // self.processes))
-        epoch = next(e for e in range(len(self._starts)) if self._starts[e + 1] > step)
-        packs = self._epoch(epoch)
-        first = (step - self._starts[epoch]) * self.processes
-        mine = [packs[(first + p) % len(packs)] for p in range(self.processes)]
-        picked = [mine[p][i] for i in range(min(map(len, mine))) for p in range(self.processes)]
-        return [SampleRef(index, self.sizes[self.chosen[index] or 0]) for index in picked]
+        """The samples of a step: number p + i * processes is the i-th clip of process p.
 
-    def others(self, size: Size | None) -> Sequence[int]:
-        return [i for i in self.usable if self.sizes[self.chosen[i] or 0] == size]
+        The shortest pack of the step limits how many clips every process takes.
+        """
+        while self._epoch_starts[-1] <= step:
+            num_packs = len(self._packs(len(self._epoch_starts) - 1))
+            self._epoch_starts.append(self._epoch_starts[-1] + -(-num_packs // self.processes))
+        epoch = next(e for e in range(len(self._epoch_starts)) if self._epoch_starts[e + 1] > step)
+        packs = self._packs(epoch)
+        first = (step - self._epoch_starts[epoch]) * self.processes
+        by_process = [packs[(first + p) % len(packs)] for p in range(self.processes)]
+        picked = [by_process[p][i] for i in range(min(map(len, by_process))) for p in range(self.processes)]
+        return [SampleRef(index, self.sizes[self.buckets[index]]) for index in picked]
+
+    def candidates(self, size: ClipSize | None) -> Sequence[int]:
+        """The samples that are packed at `size`."""
+        return [i for i, bucket in self.buckets.items() if self.sizes[bucket] == size]
 
 
-@lru_cache(maxsize=2)
-def _filled(seed: int, epoch: int, usable: tuple, chosen: tuple, costs: tuple, tokens: int) -> list[list[int]]:
-    """An epoch's clips in shuffled order, cut whenever the next would not fit."""
+@lru_cache(maxsize=2)  # the loader asks for one epoch step after step
+def _packed(seed: int, epoch: int, samples: tuple[int, ...], costs: tuple[int, ...], tokens: int) -> list[list[int]]:
+    """An epoch's samples in shuffled order; a new pack begins whenever the next clip does not fit into the last."""
     packs: list[list[int]] = [[]]
-    room = tokens
-    for place in keyed_rng("order", seed, epoch, 3).permutation(len(usable)):
-        index = usable[place]
-        cost = costs[chosen[index]]
-        if cost > room:
+    free = tokens
+    for i in keyed_rng("order", seed, epoch, 3).permutation(len(samples)):
+        if costs[i] > free:
             packs.append([])
-            room = tokens
-        packs[-1].append(index)
-        room -= cost
+            free = tokens
+        packs[-1].append(samples[i])
+        free -= costs[i]
     return packs
+
+
+__getattr__ = legacy.aliases(__name__)

@@ -1,10 +1,11 @@
-"""Reading video exactly: frames in display order, by number or by time, or a clear refusal."""
+"""Exact reading of video: frames in display order, by number or by time, or an error that says why not."""
 
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import av
 import av.error
@@ -12,32 +13,35 @@ import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
-# Containers that hold their own data. Playlists (hls, concat, dash) may point at other files or at hosts.
+# Containers that hold their own data. Playlists (hls, concat, dash) are left out: they may refer to other files or hosts.
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,h264,hevc,av1,obu,ivf,gif,apng,ogg,asf,"
     "m4v,mxf,nut,rm,vc1,dv,h263,swf,y4m,yuv4mpegpipe,webp_anim"
 )
-# Frames of these build on all before them although every packet may call itself a key frame.
+# In these formats a frame may depend on all earlier ones, although every packet may be marked as a key frame.
 _NOT_SEEKABLE = {"gif", "apng", "h264", "hevc", "m4v", "mpegvideo", "av1", "obu"}
+_SALVAGE = "repair it, leave it out, or pass salvage=True to get the frames that can be decoded"
 
 
 class VideoError(ValueError):
-    """A file that cannot be read as video, or not in full; the message names file, reason and remedy."""
+    """A file that cannot be read as video, or not completely; the message has the file, the reason and a remedy."""
 
 
 class VideoReader:
-    """Frames of a video file by number, exactly: open GOP, B-frames, variable rate, edit lists, rotation.
+    """Exact access to the frames of a video file by number, also with open GOPs, B-frames, variable rate, edit lists.
 
     `len(reader)`, `reader.fps`, `reader.size` (H, W), `reader.timestamps`, `reader[i]` -> (H, W, 3) uint8 RGB,
-    `reader.get_frames([...])` -> (N, H, W, 3); numbers count frames in display order. Decoding is strict: a file that
-    yields fewer frames than it holds, or damaged ones, raises VideoError; `salvage=True` gives what can be had.
-    Opened lazily in each process, so a reader may be handed to workers; close it, or use it as a context manager.
+    `reader.get_frames([...])` -> (N, H, W, 3). Frames are numbered in display order; rotation is applied. Decoding is
+    strict: VideoError if a frame is missing or damaged; `salvage=True` returns the frames that can be decoded.
+    max_pixels: refuse larger frames before decoding. Each process opens the file when it needs it, so a reader can be
+    passed to workers; close it, or use it as a context manager.
     """
 
     def __init__(self, path: str | os.PathLike, *, salvage: bool = False, max_pixels: int = 2**26):
         self.path, self.salvage, self.max_pixels = os.fspath(path), salvage, max_pixels
-        self._container = None
+        self._container: Any = None  # PyAV's, opened in the process `_process`
         self._process = -1
+        # Where decoding stands: the frames to come, and the number of the first of them.
         self._cursor: Iterator[tuple[int, av.VideoFrame]] | None = None
         self._next = 0
         try:
@@ -58,7 +62,7 @@ class VideoReader:
     def __enter__(self) -> "VideoReader":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -68,108 +72,109 @@ class VideoReader:
         return {**self.__dict__, "_container": None, "_cursor": None, "_process": -1}
 
     def close(self) -> None:
-        """Close the file; the reader opens it again when used again."""
+        """Close the file; the next access opens it again."""
         self._cursor = None
         self._release()
 
     def _release(self) -> None:
         container, self._container = getattr(self, "_container", None), None
-        # A decoder inherited through fork is left alone: touching it would crash this process.
+        # A decoder inherited through fork is not closed: touching it would crash this process.
         if container is not None and self._process == os.getpid():
             container.close()
 
     @property
     def fps(self) -> float:
-        """Mean frame rate by time stamps (headers are often wrong)."""
+        """Mean frame rate, computed from the time stamps, since headers are often wrong."""
         times = self.timestamps
         return (len(times) - 1) / float(times[-1]) if len(times) > 1 and times[-1] > 0 else self._header_fps
 
     @cached_property
     def timestamps(self) -> np.ndarray:
-        """(N,) seconds of each frame, the first at 0."""
+        """(N,) time of each frame in seconds, the first at 0."""
         if self._pts is None:
             return np.arange(len(self)) / self._header_fps
         return (np.array(self._pts) - self._pts[0]) * self._time_base
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(H, W) as shown, rotation applied."""
+        """(H, W) as displayed, with rotation applied."""
         height, width = self[0].shape[:2]
         return height, width
 
     def get_frames(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> np.ndarray:
-        """Frames by number, in the order asked for, repeats allowed -> (N, H, W, 3) uint8 RGB.
+        """Frames by number, in the order requested, with repeats -> (N, H, W, 3) uint8 RGB.
 
-        `size` (H, W) as shown scales while converting (area averaging), which is cheaper than scaling afterwards.
-        Raises IndexError outside the clip, VideoError if the file cannot give them.
+        size: (H, W) as displayed, to which frames are resized by area averaging while they are converted, which is
+        cheaper than resizing afterwards. Raises IndexError for a number outside the clip, VideoError if a frame cannot
+        be decoded.
         """
-        wanted = [self._checked(int(i)) for i in indices]
-        if not wanted:
-            raise ValueError("get_frames got no indices; ask for at least one frame.")
+        requested = [self._valid_index(int(i)) for i in indices]
+        if not requested:
+            raise ValueError("get_frames got no indices; request at least one frame.")
         reformatter, result = VideoReformatter(), {}
-        for index in sorted(set(wanted)):
+        for index in sorted(set(requested)):
             result[index] = _to_array(self._frame(index), reformatter, size)
             shape = next(iter(result.values())).shape
             if result[index].shape != shape and not self.salvage:
                 raise VideoError(
-                    f"{self.path!r} changes its picture size from {shape[1]}x{shape[0]} at frame {index}; "
-                    "split it there, or pass salvage=True to scale all frames to the first."
+                    f"{self.path!r} changes its frame size from {shape[1]}x{shape[0]} at frame {index}; "
+                    "split it there, or pass salvage=True to resize all frames to the size of the first."
                 )
             if result[index].shape != shape:
                 result[index] = _to_array(self._frame(index), reformatter, shape[:2])
-        return np.stack([result[index] for index in wanted])
+        return np.stack([result[index] for index in requested])
 
-    def indices_at(self, times: Sequence[float]) -> list[int]:
-        """The frame shown at each time in seconds from the first frame (frame rate conversion by time stamps)."""
-        found = np.searchsorted(self.timestamps, np.asarray(times, dtype=float) + 1e-4, side="right") - 1
-        return [int(i) for i in found.clip(0, len(self) - 1)]
+    def indices_at(self, times: Sequence[float] | np.ndarray) -> list[int]:
+        """The frame displayed at each time, in seconds from the first frame (frame rate conversion by time stamps)."""
+        return frames_at(self.timestamps, times)
 
-    def _checked(self, index: int) -> int:
+    def _valid_index(self, index: int) -> int:
         if not -len(self) <= index < len(self):
             raise IndexError(f"frame {index} is outside {self.path!r}, which has {len(self)} frames.")
         return index % len(self)
 
-    def _refuse(self, reason: str, remedy: str = "re-encode it or leave it out") -> VideoError:
+    def _error(self, reason: str, remedy: str = "re-encode it or leave it out") -> VideoError:
         return VideoError(f"{self.path!r} {' '.join(reason.split())}; {remedy}.")
 
-    def _open(self):
-        """A fresh container at its start, and its video stream."""
+    def _open(self) -> tuple[Any, Any]:
+        """Open the file anew: PyAV's container, at the beginning, and its video stream."""
         self._release()
         self._process = os.getpid()
         try:
-            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a FIFO must not block
+            flags = (
+                os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+            )  # opening a FIFO must not block
             descriptor = os.open(self.path, flags)
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)
-                raise self._refuse("is not a regular file", "give a video file")
+                raise self._error("is not a regular file", "give a video file")
             file = os.fdopen(descriptor, "rb")
         except (OSError, ValueError) as error:
             if isinstance(error, VideoError):
                 raise
-            raise self._refuse(f"cannot be opened ({_why(error)})", "check the path and its permissions") from error
-        # A file object, not a name: no protocol, no odd name and no playlist can lead anywhere else.
+            raise self._error(f"cannot be opened ({_reason(error)})", "check the path and its permissions") from error
+        # A file object instead of a name: neither a protocol nor an unusual name nor a playlist can open anything else.
         options = {"protocol_whitelist": "", "format_whitelist": FORMATS}
         try:
             self._container = av.open(file, options=options, metadata_errors="ignore", buffer_size=1 << 17)
         except (av.error.FFmpegError, OSError, ValueError) as error:
             file.close()
-            raise self._refuse(f"is not a video this build reads ({_why(error)})") from error
-        streams = [s for s in self._container.streams.video if not s.disposition & s.disposition.attached_pic]
-        if not streams:
-            raise self._refuse("has no video stream")
-        stream = streams[0]
+            raise self._error(f"is not a video that this build can read ({_reason(error)})") from error
+        stream = next(_video_streams(self._container), None)
+        if stream is None:
+            raise self._error("has no video stream")
         context = stream.codec_context
         if context is None:
-            raise self._refuse("uses a codec that this build cannot decode")
+            raise self._error("uses a codec that this build cannot decode")
         if context.width * context.height > self.max_pixels:
-            raise self._refuse(f"has pictures of {context.width}x{context.height}", "pass a larger max_pixels")
+            raise self._error(f"has frames of {context.width}x{context.height} pixels", "pass a larger max_pixels")
         context.thread_count = 1
         if not self.salvage:
             context.options = {"err_detect": "explode"}
         return self._container, stream
 
     def _index(self) -> None:
-        """Read all packets once, decoding nothing: which frames there are, where decoding can begin."""
+        """Read all packets once, without decoding: find the frames and the key frames at which decoding can begin."""
         container, stream = self._open()
         packets: list[tuple[int | None, bool]] = []
         samples = 0
@@ -177,11 +182,11 @@ class VideoReader:
             codec = stream.codec_context.name
             for packet in container.demux(stream):
                 samples += bool(packet.size)
-                if packet.size and not packet.is_discard and _is_shown(packet, codec):
+                if packet.size and not packet.is_discard and _is_displayed(packet, codec):
                     packets.append((packet.pts, packet.is_keyframe))
         except av.error.FFmpegError as error:
             if not self.salvage:
-                raise self._refuse(f"is damaged after {len(packets)} packets ({_why(error)})", _SALVAGE) from error
+                raise self._error(f"is damaged after {len(packets)} packets ({_reason(error)})", _SALVAGE) from error
         header_rate = stream.average_rate or stream.guessed_rate or 25
         self._header_fps = float(header_rate)
         self._time_base = float(stream.time_base or 1)
@@ -194,42 +199,49 @@ class VideoReader:
         self._keys = sorted(p for p, key in packets if key and p is not None) if ordered else []
         self._count = len(packets)
         if "mp4" in name and stream.frames > samples and not self.salvage:
-            raise self._refuse(f"announces {stream.frames} frames and holds {samples}: it is cut short", _SALVAGE)
+            raise self._error(f"announces {stream.frames} frames but holds {samples}: it is cut short", _SALVAGE)
         if self.salvage:
             self._number, self._keys = None, []
             self._count_by_decoding()
         if not self._count:
-            raise self._refuse("holds no frames")
+            raise self._error("holds no frames")
 
     def _count_by_decoding(self) -> None:
+        """Decode the whole file: its frames and, if they are usable, their time stamps."""
         times = [frame.pts for _, frame in self._decode(None)]
         self._count = len(times)
-        rising = all(t is not None for t in times) and all(a < b for a, b in pairwise(times))
-        self._pts = times if rising else None
+        increasing = all(t is not None for t in times) and all(a < b for a, b in pairwise(times))
+        self._pts = times if increasing else None
 
     def _frame(self, index: int) -> "av.VideoFrame":
-        """One frame by number, going on from where decoding stands if that is on the way."""
-        if self._number is None:
+        """Decode one frame by number, from the present position if no key frame is nearer."""
+        if self._number is None or self._pts is None:
             return self._frame_in_order(index)
-        # Key frames at or before the frame, nearest first, and at last the beginning of the file.
+        # Key frames at or before the frame, nearest first, and finally the beginning of the file.
         starts = [p for p in reversed(self._keys) if p <= self._pts[index]] + [None]
-        on_the_way = self._cursor is not None and self._process == os.getpid() and self._next <= index
-        if not on_the_way or (starts[0] is not None and starts[0] > self._pts[self._next]):
+        can_continue = self._cursor is not None and self._process == os.getpid() and self._next <= index
+        if not can_continue or (starts[0] is not None and starts[0] > self._pts[self._next]):
             self._cursor = None
-        for start in ["here", *starts] if self._cursor is not None else starts:
-            frame = self._advance(index, start)
+        if self._cursor is not None:
+            frame = self._advance(index, self._cursor, self._number)
             if frame is not None:
                 return frame
-        # Decoded time stamps are not those of the packets: count frames instead.
+        for start in starts:
+            self._next = -1
+            frame = self._advance(index, self._decode(start), self._number)
+            if frame is not None:
+                return frame
+        # The time stamps of decoded frames are not those of the packets: count frames instead.
         self._number = None
         return self._frame_in_order(index)
 
-    def _advance(self, index: int, start) -> "av.VideoFrame | None":
-        """Decode from `start` to the frame; None if the frames on the way are not the neighbours they should be."""
-        if start != "here":
-            self._cursor, self._next = self._decode(start), -1
-        for _, frame in self._cursor:
-            number = self._number.get(frame.pts)
+    def _advance(
+        self, index: int, cursor: Iterator[tuple[int, "av.VideoFrame"]], numbers: dict[int, int]
+    ) -> "av.VideoFrame | None":
+        """Decode up to frame `index`; None if the frames before it are not consecutive, or it does not come."""
+        self._cursor = cursor
+        for _, frame in cursor:
+            number = numbers.get(frame.pts)
             if number is None or number > index or (self._next >= 0 and number != self._next):
                 break
             self._next = number + 1
@@ -239,6 +251,7 @@ class VideoReader:
         return None
 
     def _frame_in_order(self, index: int) -> "av.VideoFrame":
+        """Decode one frame by counting from the beginning, or from the present position if that is before it."""
         if self._cursor is None or self._process != os.getpid() or self._next > index:
             self._cursor = self._decode(None)
         for number, frame in self._cursor:
@@ -246,15 +259,15 @@ class VideoReader:
             if number == index:
                 return frame
         self._cursor = None
-        raise self._refuse(f"yields {self._next} frames of {len(self)}: it is damaged or cut short", _SALVAGE)
+        raise self._error(f"yields {self._next} frames of {len(self)}: it is damaged or cut short", _SALVAGE)
 
     def _decode(self, start: int | None) -> Iterator[tuple[int, "av.VideoFrame"]]:
-        """(count, frame) from a key frame's time stamp, or from the beginning."""
-        container, stream = self._container, None
+        """Yield (count, frame) from the time stamp of a key frame on, or from the beginning."""
+        container = self._container
         if start is None or container is None or self._process != os.getpid():
             container, stream = self._open()
         else:
-            stream = next(s for s in container.streams.video if not s.disposition & s.disposition.attached_pic)
+            stream = next(_video_streams(container))
             stream.codec_context.flush_buffers()
         if start is not None:
             try:
@@ -270,56 +283,67 @@ class VideoReader:
             except (av.error.FFmpegError, EOFError) as error:
                 if self.salvage and not isinstance(error, av.error.EOFError | EOFError):
                     continue
-                # After a seek into an open GOP, pictures shown before the key frame lack what they refer to.
+                # After a seek into an open GOP, frames displayed before the key frame lack the frames they refer to.
                 if start is not None and packet is not None and packet.pts is not None and packet.pts < start:
                     continue
-                raise self._refuse(f"cannot be decoded after frame {count} ({_why(error)})", _SALVAGE) from error
+                raise self._error(f"cannot be decoded after frame {count} ({_reason(error)})", _SALVAGE) from error
             if packet is None:
                 return
             for frame in frames:
                 if frame.is_corrupt and not self.salvage:
-                    raise self._refuse(f"is damaged at frame {count}", _SALVAGE)
+                    raise self._error(f"is damaged at frame {count}", _SALVAGE)
                 yield count, frame
                 count += 1
 
 
-def _is_shown(packet: "av.Packet", codec: str) -> bool:
-    """Whether a packet brings a picture to the screen: VP8 and VP9 keep references in packets of their own."""
+def frames_at(timestamps: np.ndarray, times: Sequence[float] | np.ndarray) -> list[int]:
+    """The index of the frame displayed at each time, for frames at increasing `timestamps` in seconds."""
+    # 0.1 ms more, so that a time that is a frame's own time stamp but for rounding gives that frame.
+    indices = np.searchsorted(timestamps, np.asarray(times, dtype=float) + 1e-4, side="right") - 1
+    return [int(i) for i in indices.clip(0, len(timestamps) - 1)]
+
+
+def _video_streams(container: Any) -> Iterator[Any]:
+    """The video streams of a container, without cover pictures."""
+    return (s for s in container.streams.video if not s.disposition & s.disposition.attached_pic)
+
+
+def _is_displayed(packet: "av.Packet", codec: str) -> bool:
+    """Whether a packet holds a displayed frame: in VP8 and VP9 there are packets with reference frames only."""
     if codec == "vp8":
-        return bool(bytes(packet)[0] & 0x10)
+        return bool(bytes(packet)[0] & 0x10)  # show_frame
     if codec == "vp9":
         data = bytes(packet)
+        # A superframe ends in an index byte 110xxxxx; it holds hidden frames and a displayed one.
         superframe = data[-1] & 0xE0 == 0xC0
-        spare = 1 if data[0] & 0x30 == 0x30 else 0  # profile 3 has one bit more
-        return superframe or bool(data[0] << spare & 0x08) or bool(data[0] << spare & 0x02)
+        offset = 1 if data[0] & 0x30 == 0x30 else 0  # the header of profile 3 has a reserved bit
+        # show_existing_frame, or show_frame
+        return superframe or bool(data[0] << offset & 0x08) or bool(data[0] << offset & 0x02)
     return True
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The text of an error, for FFmpeg's and the system's without number and path."""
     return getattr(error, "strerror", None) or str(error)
 
 
-_SALVAGE = "repair it, leave it out, or pass salvage=True for what can be had"
-
-
 def _to_array(frame: "av.VideoFrame", reformatter: VideoReformatter, size: tuple[int, int] | None) -> np.ndarray:
-    """RGB (H, W, 3) as shown: the display matrix may turn and mirror."""
-    turn = _orientation(frame)
+    """The frame as displayed, (H, W, 3) uint8 RGB, rotated and mirrored by its display matrix."""
+    transpose, flip_x, flip_y = _orientation(frame)
     width = height = None
     if size is not None:
-        height, width = size if not turn[0] else size[::-1]
+        height, width = size if not transpose else size[::-1]
     rgb = reformatter.reformat(
         frame, width=width, height=height, format="rgb24", interpolation="AREA" if size else None
     )
     array = rgb.to_ndarray()
-    transpose, flip_x, flip_y = turn
     if transpose:
         array = array.swapaxes(0, 1)
     return np.ascontiguousarray(array[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
 
 
 def _orientation(frame: "av.VideoFrame") -> tuple[bool, bool, bool]:
-    """(transpose, then mirror x, then mirror y) of the frame's display matrix; multiples of 90 degrees."""
+    """(transpose, then mirror x, then mirror y) for the frame's display matrix, to the nearest multiple of 90 degrees."""
     data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     if data is None:
         return False, False, False

@@ -1,104 +1,133 @@
-"""Writing clips where people look: mp4, gif, png, contact sheets."""
+"""Writing clips: mp4, gif and png files, and contact sheets."""
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import TracebackType
 
 import av
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+
+from stdit.files import atomic_write
+from stdit.pixels import to_bytes
 
 Frames = np.ndarray | Tensor
 
 
 def to_uint8(frames: Frames) -> np.ndarray:
-    """(N, H, W, 3) uint8 as it is, or (3, F, H, W) floats in [-1, 1] -> (F, H, W, 3) uint8."""
+    """(N, H, W, 3) uint8 unchanged, or (3, F, H, W) floats in [-1, 1] -> (F, H, W, 3) uint8, values outside clipped."""
+    shape = tuple(frames.shape)
     if isinstance(frames, Tensor):
-        frames = frames.detach().float().cpu().numpy() if frames.is_floating_point() else frames.cpu().numpy()
-    if frames.ndim == 4 and frames.dtype == np.uint8 and frames.shape[-1] == 3:
+        if frames.is_floating_point() and len(shape) == 4 and shape[0] == 3:
+            return to_bytes(frames.detach().cpu()).numpy()
+        if frames.dtype == torch.uint8 and len(shape) == 4 and shape[-1] == 3:
+            return frames.cpu().numpy()
+    elif len(shape) == 4 and frames.dtype == np.uint8 and shape[-1] == 3:
         return frames
-    if frames.ndim == 4 and np.issubdtype(frames.dtype, np.floating) and frames.shape[0] == 3:
+    elif len(shape) == 4 and np.issubdtype(frames.dtype, np.floating) and shape[0] == 3:
+        # As `to_bytes`, in the array's precision: float64 is not rounded to float32 first.
         return np.round((frames.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 3, 0)
     raise ValueError(
-        f"frames of shape {tuple(frames.shape)} and type {frames.dtype} are neither (N, H, W, 3) uint8 nor "
+        f"frames of shape {shape} and type {frames.dtype} are neither (N, H, W, 3) uint8 nor "
         "(3, F, H, W) floats in [-1, 1]; convert them to one of these."
     )
 
 
 def write_video(path: str | os.PathLike, frames: Frames, fps: float = 8) -> None:
-    """Write by suffix: .mp4 (h264, yuv420p, faststart), .gif, .png (one frame, or a strip of all).
+    """Write a clip in the format of the suffix: .mp4 (H.264, yuv420p, faststart), .gif, .png (all frames in a row).
 
-    frames: (N, H, W, 3) uint8, or (3, F, H, W) in [-1, 1]. An odd height or width is padded by one repeated row or
-    column in mp4, which holds even sizes only. The file appears when it is whole.
+    frames: (N, H, W, 3) uint8, or (3, F, H, W) in [-1, 1]. mp4 holds even sizes only: an odd height or width is padded
+    by repeating the last row or column. The file appears only when it is complete.
     """
     path, frames = Path(path), to_uint8(frames)
     if not len(frames):
         raise ValueError(f"{path}: there are no frames to write; give at least one.")
     if not fps > 0:
-        raise ValueError(f"{path}: fps={fps} is not a frame rate; use a positive number.")
+        raise ValueError(f"{path}: fps must be > 0, got {fps}; use the frame rate of the clip.")
     if path.suffix.lower() not in WRITERS:
         raise ValueError(
             f"{path}: cannot write {path.suffix or 'a file without suffix'}; use one of {', '.join(WRITERS)}."
         )
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        WRITERS[path.suffix.lower()](beside, frames, fps)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_write(path) as tmp:
+        WRITERS[path.suffix.lower()](tmp, frames, fps)
+
+
+class _Mp4Encoder:
+    """Encodes frames of one size into an mp4 file, which is complete when the `with` block ends without an error."""
+
+    def __init__(self, path: Path, fps: float, height: int, width: int):
+        self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        # A rate must be a fraction; denominators up to 1001 include the NTSC rates (30000/1001) exactly.
+        self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        self._stream.height, self._stream.width = height + height % 2, width + width % 2
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.options = {"crf": "16", "preset": "fast"}
+
+    def __enter__(self) -> "_Mp4Encoder":
+        return self
+
+    def add(self, frames: np.ndarray) -> None:
+        """Encode (N, H, W, 3) uint8."""
+        height, width = frames.shape[1:3]
+        padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        for frame in padded:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            self._container.mux(self._stream.encode(picture))
+
+    def __exit__(
+        self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._container.mux(self._stream.encode())  # the frames that the encoder holds back
+        finally:
+            self._container.close()
 
 
 class VideoStream:
-    """An mp4 that takes frames as they are made and appears when it is whole: `with VideoStream(path, fps) as video:`.
+    """An mp4 file that is written part by part: `with VideoStream(path, fps) as video: video.add(frames)`.
 
-    Nothing is left behind when the block ends in an error.
+    The file appears when the block ends; after an error, or if no frames were added, there is none.
     """
 
     def __init__(self, path: str | os.PathLike, fps: float = 8):
         self.path, self.fps = Path(path), fps
-        self._beside = self.path.with_name(f".{os.getpid()}-{self.path.name}")
-        self._container: Any = None  # made with the first frame, whose size it takes
+        self._stack = ExitStack()
+        self._encoder: _Mp4Encoder | None = None  # made at the first frames, whose size it takes
 
     def __enter__(self) -> "VideoStream":
         return self
 
     def add(self, frames: Frames) -> None:
-        """Frames as `write_video` takes them, all of one size."""
+        """Append frames in a layout that `write_video` takes; all parts must have the same size."""
         frames = to_uint8(frames)
-        height, width = frames.shape[1:3]
-        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if self._container is None:
-            self._container = av.open(str(self._beside), "w", format="mp4", options={"movflags": "+faststart"})
-            self._stream = self._container.add_stream("libx264", rate=Fraction(self.fps).limit_denominator(1001))
-            self._stream.height, self._stream.width, self._stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-            self._stream.options = {"crf": "16", "preset": "fast"}
-        for frame in frames:
-            shown = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            self._container.mux(self._stream.encode(shown))
+        if self._encoder is None:
+            tmp = self._stack.enter_context(atomic_write(self.path))
+            height, width = frames.shape[1:3]
+            self._encoder = self._stack.enter_context(_Mp4Encoder(tmp, self.fps, height, width))
+        self._encoder.add(frames)
 
-    def __exit__(self, error, *_) -> None:
-        try:
-            if self._container is not None:
-                if error is None:
-                    self._container.mux(self._stream.encode())
-                self._container.close()
-                if error is None:
-                    os.replace(self._beside, self.path)
-        finally:
-            self._beside.unlink(missing_ok=True)
+    def __exit__(
+        self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(error, value, traceback)
 
 
 def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
-    with VideoStream(path, fps) as video:
-        video.add(frames)
+    with _Mp4Encoder(path, fps, *frames.shape[1:3]) as encoder:
+        encoder.add(frames)
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    first.save(path, format="gif", save_all=True, append_images=rest, duration=max(20, round(1000 / fps)), loop=0)
+    # Browsers play frames of less than 20 ms as if they lasted 100 ms.
+    duration = max(20, round(1000 / fps))
+    first.save(path, format="gif", save_all=True, append_images=rest, duration=duration, loop=0)
 
 
 def _write_png(path: Path, frames: np.ndarray, fps: float) -> None:
@@ -109,14 +138,16 @@ WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
 
 
 def contact_sheet(clips: Sequence[Frames], columns: int = 1, count: int = 5, gap: int = 2) -> np.ndarray:
-    """One strip of `count` frames a clip, spread over its length, `columns` strips side by side -> (H, W, 3) uint8."""
+    """An overview image (H, W, 3) uint8: per clip a strip of `count` frames spread evenly over its length.
+
+    columns: strips per row; gap: white pixels between frames.
+    """
     strips = []
     for clip in clips:
         frames = to_uint8(clip)
         picked = frames[np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
-        strips.append(
-            np.concatenate([np.pad(f, ((gap, 0), (gap, 0), (0, 0)), constant_values=255) for f in picked], axis=1)
-        )
+        bordered = [np.pad(frame, ((gap, 0), (gap, 0), (0, 0)), constant_values=255) for frame in picked]
+        strips.append(np.concatenate(bordered, axis=1))
     width, height = max(s.shape[1] for s in strips), max(s.shape[0] for s in strips)
     strips = [
         np.pad(s, ((0, height - s.shape[0]), (0, width - s.shape[1] + 3 * gap), (0, 0)), constant_values=255)
@@ -128,5 +159,5 @@ def contact_sheet(clips: Sequence[Frames], columns: int = 1, count: int = 5, gap
 
 
 def write_contact_sheet(path: str | os.PathLike, clips: Sequence[Frames], columns: int = 1, count: int = 5) -> None:
-    """`contact_sheet` as a png."""
+    """Write `contact_sheet` as a png file."""
     write_video(path, contact_sheet(clips, columns, count)[None])

@@ -1,8 +1,11 @@
 """Sizes by name, as in DiT: "XL/2" is depth 28, hidden size 1152, 16 heads, patches of 2 x 2."""
 
 import difflib
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from stdit.nn.config import Axis
+from stdit.variants import pick
 
 # depth, hidden size, heads
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -32,7 +35,9 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     qk_norm: bool = False
     num_classes: int | None = None  # null: as many as the data has
-    position_encoding: str = "sincos"  # sincos (a table added), rope, rope_3d (space too), sincos+rope_3d, latte
+    position_encoding: Literal["sincos", "rope", "rope_3d", "sincos+rope_3d", "latte"] = (
+        "sincos"  # sincos (a table added), rope, rope_3d (space too), sincos+rope_3d, latte
+    )
     causal: bool = False  # a frame sees itself and earlier frames; needs position_encoding=rope
     window: int | None = None  # of a causal model: how many latent frames a frame sees, itself included
     sink: int = 0  # and how many of the clip's first ones besides, however long ago
@@ -49,11 +54,25 @@ class ModelConfig:
     learned_pos_embed: bool = False  # positions in space are learned, from sin-cos on
     timestep_mlp: bool = True  # false: levels as the bare sinusoid (U-ViT)
     output_conv: bool = False  # a 3 x 3 convolution over every frame at the end (U-ViT)
-    gelu: str = "tanh"  # or none: the exact one
+    gelu: Literal["tanh", "exact"] = "tanh"  # the form of GELU: tanh (DiT), or exact (U-ViT)
     relative_position_bias: bool = False  # a learned number for each distance in space, in every attention (MDT)
     num_decoder_blocks: int = 4  # of a masked trunk: the blocks that always see all patches
     num_single_blocks: int = 0  # of a joint trunk: its last blocks, where text and video share layers (FLUX)
     gradient_checkpointing: bool = False
+    extra_conditions: dict[str, Any] = field(default_factory=dict)  # further conditioners: name -> their arguments
+
+    def __post_init__(self) -> None:
+        for name in ("axes", "caption_axes"):
+            for axis in getattr(self, name):
+                pick(dict.fromkeys(get_args(Axis)), axis, f"axis in model.{name}")
+        if not self.axes:
+            raise ValueError("model.axes is empty; give at least one of joint, spatial, temporal.")
+        if self.micro_conditions or self.extra_conditions:
+            from stdit.conditions import CONDITIONERS, Micro  # on use: reading a config imports no torch
+
+            Micro(self.micro_conditions)
+            for name in self.extra_conditions:
+                pick(CONDITIONERS, name, "condition in model.extra_conditions")
 
 
 def size_arguments(name: str) -> dict:
@@ -73,14 +92,19 @@ def size_arguments(name: str) -> dict:
     }
 
 
-def model_arguments(config: ModelConfig) -> dict:
-    """The constructor arguments that a config chooses: its size, and what it overrides."""
+# Fields of ModelConfig that are not arguments of STDiT by themselves: they choose the network, or are handled apart.
+_APART = {
+    "network", "unet_channels", "unet_layers", "size", "num_classes", "gradient_checkpointing", "depth", "hidden_size",
+    "num_heads", "patch_size",
+}  # fmt: skip
+
+
+def model_arguments(config: ModelConfig) -> dict[str, Any]:
+    """The constructor arguments of STDiT that a config chooses: its size, and what it overrides."""
     arguments = size_arguments(config.size)
     for key in ("depth", "hidden_size", "num_heads"):
         if getattr(config, key) is not None:
             arguments[key] = getattr(config, key)
     if config.patch_size is not None:
         arguments["patch_size"] = tuple(config.patch_size)
-    for key in ("mlp_ratio", "qk_norm", "position_encoding", "causal", "window", "sink", "pos_scaling", "micro_conditions", "conditioning", "caption_channels", "caption_axes", "trunk", "learned_pos_embed", "timestep_mlp", "output_conv", "gelu", "relative_position_bias", "num_decoder_blocks", "num_single_blocks"):  # fmt: skip
-        arguments[key] = getattr(config, key)
-    return {**arguments, "axes": list(config.axes)}
+    return arguments | {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _APART}

@@ -1,23 +1,30 @@
 """Loading, adapters and the hub as diffusers has them, but strict and without pickle; and what its caches must be told."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from stdit.legacy import renamed_parameter, renamed_section
-from stdit.nn.blocks import STDiTBlock
 
 
-def register_cacheable_blocks() -> None:
-    """Let FirstBlockCache and MagCache see our blocks. The registry is private: without it they refuse, nothing else breaks."""
+def register_cacheable_blocks(classes: Iterable[type]) -> None:
+    """Let FirstBlockCache and MagCache see our blocks, which give hidden states, or those and the text's.
+
+    The registry is private: without it these caches refuse, nothing else breaks.
+    """
     try:
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
     except ImportError:
         return
-    metadata = TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
-    TransformerBlockRegistry.register(STDiTBlock, metadata)
+    for kind in classes:
+        has_text = "encoder_hidden_states" in inspect.signature(kind.forward).parameters
+        metadata = TransformerBlockMetadata(
+            return_hidden_states_index=0, return_encoder_hidden_states_index=1 if has_text else None
+        )
+        TransformerBlockRegistry.register(kind, metadata)
 
 
 def model_card(config: dict, parameters: int) -> ModelCard:
@@ -45,6 +52,7 @@ class HubMixin:
 
     config: Any
     num_parameters: Any
+    supports: frozenset[str]
     save_pretrained: Any
 
     @classmethod
@@ -85,6 +93,16 @@ class HubMixin:
         for name in list(state_dict):
             state_dict[renamed_parameter(name)] = state_dict.pop(name)
         return super()._fix_state_dict_keys_on_load(state_dict)
+
+    def enable_cache(self, config: Any) -> None:
+        """As diffusers'; ValueError for a cache that skips blocks on a trunk where that gives another result."""
+        skips_blocks = type(config).__name__ in ("FirstBlockCacheConfig", "MagCacheConfig")
+        if skips_blocks and "block_caching" not in self.supports:
+            raise ValueError(
+                f"{type(config).__name__} skips blocks, which trunk={self.config.trunk!r} does not support; use "
+                "PyramidAttentionBroadcastConfig, or a model of trunk='stack'."
+            )
+        super().enable_cache(config)  # type: ignore[misc]
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix: str | None = None, **kwargs):
         """As diffusers', for adapters of this model alone, and from safetensors only."""

@@ -1,5 +1,6 @@
 """STDiT: a diffusion transformer over (B, T, S, D) tokens; DiT is its single-frame case."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,47 +16,57 @@ from torch import Tensor, nn
 from stdit.conditions import CONDITIONERS, Conditions, conditioners_of
 from stdit.conditions.values import map_tensors, repeat_frames
 from stdit.legacy import accept_old_keywords
-from stdit.model.checks import check_causal, check_conditioning, check_pos_scaling, check_shape
+from stdit.model.capabilities import check_trunk_options, supported
+from stdit.model.checks import (
+    check_axes,
+    check_causal,
+    check_choice,
+    check_classes,
+    check_conditioning,
+    check_shape,
+)
 from stdit.model.conditioning import ConditionEmbedder
 from stdit.model.config import size_arguments
 from stdit.model.hub_mixin import HubMixin, register_cacheable_blocks
-from stdit.model.trunks import TRUNKS, Build, Way, block_position_encodings
-from stdit.nn.blocks import FinalLayer, STDiTBlock
+from stdit.model.trunks import TRUNKS, TrunkConfig, TrunkContext
+from stdit.nn.blocks import FinalLayer
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
-from stdit.nn.embedders import (
-    LearnedPosEmbed,
-    PatchEmbed,
-    TimestepEmbedder,
-)
-from stdit.nn.layout import DenseLayout, PackedLayout, TeacherForcingLayout
+from stdit.nn.config import BlockConfig
+from stdit.nn.context import cached_positions
+from stdit.nn.embedders import LearnedPosEmbed, PatchEmbed, TimestepEmbedder
+from stdit.nn.layout import DenseLayout, TeacherForcingLayout
 from stdit.nn.modulation import Condition
+from stdit.nn.packed import PackedLayout
 from stdit.nn.positions import spatial_pos_embed
 from stdit.nn.tokens import token_grid, unpatchify
 from stdit.variants import pick
 
+BLOCK_CLASSES = tuple(dict.fromkeys(kind for trunk in TRUNKS.values() for kind in trunk.block_classes))
+POS_SCALINGS = ("none", "interpolate")
+
 
 class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
-    """Spacetime diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers", grown in time).
+    """Spacetime diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers", extended in time).
 
-    `sample_size` (T, H, W) is the latent size it was made for: a hint, and how far off a sink stands at most. `class_names` are accepted
-    wherever a label is. positions: sizes never seen go on counting
-    ("none") or are squeezed into the trained grid ("interpolate"); may be changed on a trained model
-    (`register_to_config(positions=...)`). causal, window, sink: frames see themselves and earlier ones alone,
-    the last of them and the first (`nn.attention`).
-    conditions: what else than a label the model may be told of a clip (`data.config.MICRO_CONDITIONS`). conditioning: how it is told,
-    one of `nn.conditioning.CONDITIONINGS`; caption_channels: the width of a text encoder's tokens; caption_axes: whose
-    blocks look at captions (none named: all). trunk: how blocks are wired, one of `model.trunks.TRUNKS`, with num_decoder_blocks
-    (masked) and num_single_blocks (joint). The rest is for weights made elsewhere and variants that need it: the clock they
-    expect (`timestep_scale`, `timestep_reversed`, `timestep_offset`, `frequency_shift`), an epsilon, where time enters
-    (`nn.attention.POSITION_ENCODINGS`, or "stream" as in Latte), which block of an image model each block was (None: inserted), and
-    `learned_pos_embed`, `timestep_mlp`, `output_conv`, `gelu`, `relative_position_bias` (U-ViT, MDT, DiffiT). Raises ValueError for widths
-    that do not divide, and for choices that are unknown or do not go together.
+    Sizes: depth, hidden_size, num_heads, patch_size (time, height, width), mlp_ratio; sample_size (T, H, W), the latent size
+    trained on, which is also the largest distance of a sink frame.
+    Attention: axes, cycled over the depth; qk_norm; position_encoding (`nn.config.PositionEncoding`); pos_scaling, "none"
+    (sizes never trained go on counting) or "interpolate" (they are squeezed into the trained grid); causal, window and sink
+    in latent frames (`nn.config.BlockConfig`); learned_pos_embed and relative_position_bias (U-ViT, MDT).
+    Conditions: num_classes with class_names, micro_conditions (`conditions.micro`), caption_channels with caption_axes,
+    extra_conditions (name of a conditioner -> its arguments); conditioning, a row of `nn.conditioning.CONDITIONINGS`.
+    Trunk: a row of `model.trunks.TRUNKS`, with num_decoder_blocks (masked) and num_single_blocks (dual_stream).
+    For weights from elsewhere: timestep_scale, timestep_reversed, timestep_offset, timestep_mlp and frequency_shift
+    (`nn.embedders.TimestepEmbedder`), norm2_eps, gelu ("tanh" or "exact"), output_conv, and block_sources, the image model's
+    block that each block started from (None: inserted).
+
+    Raises ValueError for widths that do not divide, and for choices that are unknown or do not go together.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["STDiTBlock"]
-    _repeated_blocks = ["STDiTBlock"]
+    _no_split_modules = [kind.__name__ for kind in BLOCK_CLASSES]
+    _repeated_blocks = [kind.__name__ for kind in BLOCK_CLASSES]
     _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder", "norm", "final_layer"]
 
     @accept_old_keywords("model")
@@ -100,66 +111,108 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         extra_conditions: dict[str, dict[str, Any]] | None = None,
     ):
         super().__init__()
-        check_shape(depth, hidden_size, num_heads, patch_size, axes, num_classes, class_names)
-        check_pos_scaling(pos_scaling)
-        check_causal(causal, window, sink, position_encoding, axes, patch_size, sample_size[0])
-        check_conditioning(conditioning, caption_channels, causal, relative_position_bias)
-        trunk_class = pick(TRUNKS, trunk, "trunk")
+        self._check_arguments()
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
+        self.conditioning = CONDITIONINGS[conditioning]
+        self.conditioners = conditioners_of(self.config)
+        self.trunk_config = self._trunk_config()
+        grid = self.trunk_config.grid
 
         self.x_embedder = PatchEmbed(self.patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(
-            hidden_size, scale=timestep_scale, reverse=timestep_reversed, frequency_shift=frequency_shift, mlp=timestep_mlp,
+            hidden_size,
+            scale=timestep_scale,
+            reverse=timestep_reversed,
             offset=timestep_offset,
-        )  # fmt: skip
-        self.conditioners = conditioners_of(self.config)
-        for name, kind in CONDITIONERS.items():
-            setattr(
-                self, kind.module, self.conditioners[name].embedder(hidden_size) if name in self.conditioners else None
-            )
-        self.conditioning = CONDITIONINGS[conditioning]
-        self.adaLN_single = (
-            nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if self.conditioning.shares else None
+            frequency_shift=frequency_shift,
+            mlp=timestep_mlp,
         )
-        grid = (sample_size[1] // self.patch_size[1], sample_size[2] // self.patch_size[2])
-        cycle = [axes[i % len(axes)] for i in range(depth)]
-        times = block_position_encodings(position_encoding, cycle)
-
-        def block(i: int, **changes) -> STDiTBlock:
-            return STDiTBlock(
-                hidden_size, num_heads, cycle[i], mlp_ratio, qk_norm, times[i], norm2_eps, causal, window, conditioning,
-                captions=bool(caption_channels) and cycle[i] in (caption_axes or cycle), gelu=gelu,
-                bias_grid=grid if relative_position_bias else None, sink=sink, horizon=sample_size[0] // self.patch_size[0], **changes,
-            )  # fmt: skip
-
-        build = Build(
-            depth, hidden_size, num_heads, mlp_ratio, qk_norm, cycle, times, grid, conditioning, position_encoding, causal,
-            relative_position_bias, caption_channels, num_decoder_blocks, num_single_blocks, block,
-        )  # fmt: skip
-        self.trunk = trunk_class(build)
-        self.blocks = nn.ModuleList(self.trunk.make_blocks(build))
-        extras = 1 + bool(num_classes) if self.conditioning.joins else 0
-        self.pos_embed = LearnedPosEmbed(grid[0], grid[1], hidden_size, extras) if learned_pos_embed else None
+        for name, kind in CONDITIONERS.items():
+            embedder = self.conditioners[name].embedder(hidden_size) if name in self.conditioners else None
+            setattr(self, kind.module, embedder)
+        self.adaLN_single = None
+        if self.conditioning.shared_adaln:
+            self.adaLN_single = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.trunk = TRUNKS[trunk](self.trunk_config)
+        self.blocks = nn.ModuleList(self.trunk.make_blocks(self.trunk_config))
+        num_prefix = 1 + bool(num_classes) if self.conditioning.in_context else 0
+        self.pos_embed = LearnedPosEmbed(*grid, hidden_size, num_prefix) if learned_pos_embed else None
         self.final_layer = FinalLayer(hidden_size, math.prod(self.patch_size) * self.out_channels, conditioning)
         self.final_conv = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1) if output_conv else None
         self.initialize_weights()
 
+    def _check_arguments(self) -> None:
+        c = self.config
+        check_shape(c.depth, c.hidden_size, c.num_heads, c.patch_size)
+        check_classes(c.num_classes, c.class_names)
+        check_axes(c.axes)
+        check_axes(c.caption_axes, "caption_axes", may_be_empty=True)
+        check_choice("pos_scaling", c.pos_scaling, POS_SCALINGS)
+        check_choice("gelu", c.gelu, ("tanh", "exact"))
+        check_causal(
+            c.position_encoding, c.axes, c.patch_size, c.sample_size[0], causal=c.causal, window=c.window, sink=c.sink
+        )
+        check_conditioning(c.conditioning, c.caption_channels, c.causal, c.relative_position_bias)
+        pick(TRUNKS, c.trunk, "trunk")
+        for name in c.extra_conditions or {}:
+            pick(CONDITIONERS, name, "condition in extra_conditions")
+        defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
+        check_trunk_options(c.trunk, dict(c), defaults)
+
+    def _trunk_config(self) -> TrunkConfig:
+        """The nested configuration of trunk and blocks, from the flat one."""
+        c = self.config
+        grid = (c.sample_size[1] // self.patch_size[1], c.sample_size[2] // self.patch_size[2])
+        block = BlockConfig(
+            dim=c.hidden_size,
+            num_heads=c.num_heads,
+            mlp_ratio=c.mlp_ratio,
+            qk_norm=c.qk_norm,
+            conditioning=c.conditioning,
+            norm2_eps=c.norm2_eps,
+            gelu=c.gelu,
+            causal=c.causal,
+            window=c.window,
+            sink=c.sink,
+            max_train_frames=c.sample_size[0] // self.patch_size[0],
+            bias_grid=grid if c.relative_position_bias else None,
+        )
+        return TrunkConfig(
+            block=block,
+            axes=[c.axes[i % len(c.axes)] for i in range(c.depth)],
+            grid=grid,
+            position_encoding=c.position_encoding,
+            caption_channels=c.caption_channels,
+            caption_axes=list(c.caption_axes),
+            num_decoder_blocks=c.num_decoder_blocks,
+            num_single_blocks=c.num_single_blocks,
+        )
+
     @classmethod
-    def from_size(cls, size: str, **kwargs) -> "STDiT":
+    def from_size(cls, size: str, **kwargs: Any) -> "STDiT":
         """A fresh model by name ("S/2" ... "XL/8"); keyword arguments as for the constructor, overriding the name's."""
         return cls(**{**size_arguments(size), **kwargs})
 
     @property
+    def supports(self) -> frozenset[str]:
+        """What this model can do (`model.capabilities`)."""
+        c = self.config
+        text = any(conditioner.joins == "tokens" for conditioner in self.conditioners.values())
+        found = supported(c.trunk, c.conditioning, causal=c.causal, text=text)
+        unpackable = c.pos_scaling != "none" or self.patch_size[0] > 1 or c.relative_position_bias
+        return found - {"packing"} if unpackable else found
+
+    @property
     def supports_patch_levels(self) -> bool:
-        """Whether patches may stand at levels of their own."""
-        return self.trunk.supports_patch_levels and not self.conditioning.by_tokens
+        """Whether patches of a frame may have noise levels of their own."""
+        return "patch_levels" in self.supports
 
     def set_pos_scaling(self, pos_scaling: str) -> None:
-        """Where patches of sizes never trained stand: `extrapolate` counts on, `interpolate` squeezes into the trained grid."""
-        check_pos_scaling(pos_scaling)
+        """How positions of sizes never trained are scaled: "none" goes on counting, "interpolate" squeezes into the trained grid."""
+        check_choice("pos_scaling", pos_scaling, POS_SCALINGS)
         self.register_to_config(pos_scaling=pos_scaling)
 
     def initialize_weights(self) -> None:
@@ -185,79 +238,90 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         timestep: Tensor,
         class_labels: Tensor | None = None,
         cache: FrameCache | None = None,
+        *,
+        conditions: Conditions | None = None,
         history: tuple[Tensor, Tensor] | None = None,
         visible: Tensor | None = None,
-        conditions: Conditions | None = None,
         **keywords: Tensor | None,
     ) -> Tensor:
-        """Predict from noisy latents. Lists of latents and timesteps go through as one packed sequence (see `packed`).
+        """Predict from noisy latents -> (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
 
-        hidden_states: (B, C, T, H, W); timestep: (B,) or per latent frame (B, T) or per token (B, T, S), on 0..1000;
-        class_labels: (B,) or per latent frame (B, T), label num_classes is null, None is null everywhere; captions:
-        a text encoder's tokens (B, L, C) or per latent frame (B, T, L, C), caption_mask: (B, L) or (B, T, L), true where
-        there is a word; cache: the frames before these, for a
-        causal model (`nn.cache`); info: (B|1, N) numbers for `conditions`, nan where unsaid; history: the same clips and
-        their timesteps (B, T) as each frame sees those before it (teacher forcing of causal models); kept: (B, n) patches
-        that a masked trunk's encoder sees. Returns (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
+        hidden_states: (B, C, T, H, W); timestep: (B,), per latent frame (B, T) or per token (B, T, S), on 0..1000.
+        Conditions come by name (`conditions`) or by keyword: class_labels (B,) or per latent frame (B, T), label num_classes
+        is null; captions (B, L, C) or (B, T, L, C) with caption_mask (B, L) or (B, T, L), true for tokens;
+        micro_conditions (B|1, N), nan where unknown. cache: keys and values of earlier frames, for a causal model.
+        history: the same clips and their timesteps (B, T) as each frame sees those before it (teacher forcing of causal
+        models). visible: (B, n) patches that a masked trunk's encoder sees. Lists of latents and timesteps go through as one
+        packed sequence (see `packed`).
         """
         if not isinstance(hidden_states, Tensor):
-            return self.packed(hidden_states, timestep, class_labels, conditions, **keywords)  # type: ignore[return-value, arg-type]
-        conditions = self.gather_conditions(len(hidden_states), conditions, class_labels=class_labels, **keywords)
+            return self.packed(  # type: ignore[return-value]
+                hidden_states, timestep, class_labels, conditions=conditions, **keywords
+            )
+        given = self.gather_conditions(len(hidden_states), conditions, class_labels=class_labels, **keywords)
         if history is not None:
             hidden_states = torch.cat([history[0], hidden_states], dim=2)
             timestep = torch.cat([history[1], timestep.view(len(history[1]), -1).expand_as(history[1])], dim=1)
-            conditions = repeat_frames(conditions, 2)
-        if cache is not None and (cache.window, cache.sink) != (self.config.window, self.config.sink):
-            raise ValueError(
-                f"the cache holds window={cache.window} and sink={cache.sink}, this model was trained with "
-                f"window={self.config.window} and sink={self.config.sink}; make the cache with these."
-            )
-        behind = hidden_states.shape[2] + (0 if cache is None else cache.frames)
-        if self.config.sink and hidden_states.shape[2] > 1 and behind > self.config.sample_size[0] and history is None:
-            raise ValueError(
-                f"a model with sink={self.config.sink} goes on frame by frame beyond the {self.config.sample_size[0]} latent "
-                "frames of its training; use pipe.stream, or a cache and one frame a call."
-            )
-        if visible is not None and not self.trunk.hides:
-            raise ValueError(
-                f"trunk={self.config.trunk!r} sees every patch; leave `visible` out, or use trunk='masked'."
-            )
-        frames, rows, columns = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
-        condition = self.condition(timestep, conditions, hidden_states.shape[0])
+            given = repeat_frames(given, 2)
+        self._check_call(hidden_states.shape[2], cache, history is not None, visible)
+        grid = token_grid(tuple(hidden_states.shape[2:]), self.patch_size)
+        frames, rows, columns = grid
+        scale = self._position_scale(grid)
+        condition = self.condition(timestep, given, hidden_states.shape[0])
         tokens = self.x_embedder(hidden_states)
-        scale = self._spacing((frames, rows, columns))
-        tokens = tokens + self._places(rows, columns, scale[1:]).to(tokens)
-        kind = DenseLayout if history is None else TeacherForcingLayout
-        extras, shown = 0, None
-        if self.conditioning.joins:
-            assert condition.tokens is not None
-            told = condition.tokens.expand(-1, frames, -1, -1)
-            if self.pos_embed is not None:  # captions have places of their own
-                told = torch.cat(
-                    [
-                        told[:, :, : len(self.pos_embed.prefix)] + self.pos_embed.prefix,
-                        told[:, :, len(self.pos_embed.prefix) :],
-                    ],
-                    2,
-                )
-            extras = told.shape[2]
-            shown = None if condition.token_mask is None else condition.token_mask.expand(-1, frames, -1)
-            tokens = torch.cat([told.to(tokens), tokens], dim=2)
-        layout = kind((frames, rows, columns), cache.frames if cache is not None else 0, scale, extras, shown)
-        tokens = self.trunk(tokens, Way(self.blocks, self._call, condition, layout, cache, visible))
+        tokens = tokens + self._spatial_pos_embed(rows, columns, scale[1:]).to(tokens)
+        tokens, num_prefix, prefix_mask = self._with_prefix(tokens, condition)
+        layout = (DenseLayout if history is None else TeacherForcingLayout)(
+            grid,
+            frame_offset=cache.frames if cache is not None else 0,
+            scale=scale,
+            num_prefix_tokens=num_prefix,
+            prefix_mask=prefix_mask,
+        )
+        ctx = TrunkContext(self.blocks, self._call_block, self.trunk_config.block, condition, layout, cache, visible)
+        tokens = self.trunk(tokens, ctx)[:, :, num_prefix:]
         if cache is not None and cache.writing:
-            cache.frames += frames
-        tokens = tokens[:, :, extras:]
+            cache.finish(frames, cached_positions(ctx.of()))
         if history is not None:
             tokens = tokens[:, frames // 2 :]
             condition = condition._replace(embedding=condition.embedding[:, frames // 2 :])
         return self._output(unpatchify(self.final_layer(tokens, condition), self.patch_size, rows))
+
+    def _check_call(self, frames: int, cache: FrameCache | None, has_history: bool, visible: Tensor | None) -> None:
+        """Raise ValueError for a cache of another model, a clip longer than a sink allows at once, hidden patches."""
+        c = self.config
+        if cache is not None and (cache.window, cache.sink) != (c.window, c.sink):
+            raise ValueError(
+                f"the cache has window={cache.window} and sink={cache.sink}, this model was trained with window={c.window} "
+                f"and sink={c.sink}; make the cache with these."
+            )
+        total = frames + (0 if cache is None else cache.frames)
+        if c.sink and frames > 1 and total > c.sample_size[0] and not has_history:
+            raise ValueError(
+                f"a model with sink={c.sink} goes on frame by frame beyond the {c.sample_size[0]} latent frames of its "
+                "training; use pipe.stream, or a cache and one frame per call."
+            )
+        if visible is not None and "masking" not in self.supports:
+            raise ValueError(f"trunk={c.trunk!r} sees every patch; leave `visible` out, or use trunk='masked'.")
+
+    def _with_prefix(self, tokens: Tensor, condition: Condition) -> tuple[Tensor, int, Tensor | None]:
+        """Patches behind the condition's tokens where these join them (in-context), the number of these, their mask."""
+        if not self.conditioning.in_context:
+            return tokens, 0, None
+        assert condition.tokens is not None
+        frames = tokens.shape[1]
+        prefix = condition.tokens.expand(-1, frames, -1, -1)
+        if self.pos_embed is not None:
+            prefix = self.pos_embed.add_to_prefix(prefix)
+        mask = None if condition.token_mask is None else condition.token_mask.expand(-1, frames, -1)
+        return torch.cat([prefix.to(tokens), tokens], dim=2), prefix.shape[2], mask
 
     def packed(
         self,
         latents: Sequence[Tensor],
         timesteps: Sequence[Tensor],
         class_labels: Tensor | None = None,
+        *,
         conditions: Conditions | None = None,
         **keywords: Tensor | None,
     ) -> list[Tensor]:
@@ -266,69 +330,64 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         latents: (C, T, H, W) each; timesteps: () or (T,) each; class_labels: (N,). Returns (C_out, T, H, W) each, what
         `forward` gives for each alone. Not for causal models, nor with positions squeezed into the trained grid.
         """
-        told_by_tokens = self.conditioning.by_tokens or any(c.joins == "tokens" for c in self.conditioners.values())
-        bound = self.config.causal or self.config.pos_scaling != "none" or self.patch_size[0] > 1
-        if bound or told_by_tokens or not self.trunk.packs or self.config.relative_position_bias:
+        if "packing" not in self.supports:
             raise ValueError(
-                "packed sequences take models with causal=false, pos_scaling='none', patches of one frame, a trunk of "
-                "blocks alone without relative_position_bias (such as stack) and a condition that is a vector (such as adaln_zero, and no "
-                "captions); use batches of one shape instead."
+                "packed sequences take models with causal=false, pos_scaling='none', patches of one frame, a trunk of blocks "
+                "alone without relative_position_bias (such as stack) and a condition that is a vector (such as adaln_zero, "
+                "and no captions); use batches of one shape instead."
             )
         grids = [token_grid(tuple(x.shape[1:]), self.patch_size) for x in latents]
-        layout = PackedLayout(grids)
-        parts = []
+        layout, parts = PackedLayout(grids), []
         for x, (_, rows, columns) in zip(latents, grids, strict=True):
             embedded = self.x_embedder(x[None])
-            parts.append((embedded + self._places(rows, columns).to(embedded)).flatten(1, 2))
+            parts.append((embedded + self._spatial_pos_embed(rows, columns).to(embedded)).flatten(1, 2))
         frames = torch.tensor([t for t, _, _ in grids], device=latents[0].device)
-        each = torch.cat([step.expand(t) for step, (t, _, _) in zip(timesteps, grids, strict=True)])
+        steps = torch.cat([step.expand(t) for step, (t, _, _) in zip(timesteps, grids, strict=True)])
         given = self.gather_conditions(len(grids), conditions, class_labels=class_labels, **keywords)
 
         def per_frame(x: Tensor) -> Tensor:
-            x = x.expand(len(grids), *x.shape[1:]).to(each.device)
             if x.shape[1] > 1:
                 raise ValueError(
                     "packed clips take conditions of whole clips; use batches of one shape for conditions per frame."
                 )
-            return x.repeat_interleave(frames, 0)
+            return x.expand(len(grids), *x.shape[1:]).to(steps.device).repeat_interleave(frames, 0)
 
-        condition = self.condition(each, map_tensors(given, per_frame), len(each))
-        condition = Condition(
-            *(None if part is None else part.reshape(1, 1, len(each), -1) for part in condition[:2])  # type: ignore[arg-type]
-        )
-        tokens = torch.cat(parts, dim=1)[:, None]
-        tokens = self.trunk(tokens, Way(self.blocks, self._call, condition, layout))
-        tokens = self.final_layer(tokens, condition, layout)
+        condition = self.condition(steps, map_tensors(given, per_frame), len(steps))
+        embedding, adaln = (None if x is None else x.reshape(1, 1, len(steps), -1) for x in condition[:2])
+        assert embedding is not None
+        condition = Condition(embedding, adaln)
+        ctx = TrunkContext(self.blocks, self._call_block, self.trunk_config.block, condition, layout)
+        tokens = self.final_layer(self.trunk(torch.cat(parts, dim=1)[:, None], ctx), condition, layout)
         pieces = tokens[:, 0].split([t * s for t, s in layout.counts], dim=1)
         return [
             self._output(unpatchify(piece.unflatten(1, count), self.patch_size, rows))[0]
             for piece, count, (_, rows, _) in zip(pieces, layout.counts, grids, strict=True)
         ]
 
-    def _places(self, rows: int, columns: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    def _spatial_pos_embed(self, rows: int, columns: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
         if self.pos_embed is not None:
             return self.pos_embed(rows, columns)
         return spatial_pos_embed(rows, columns, self.config.hidden_size, scale)
 
+    def _position_scale(self, grid: tuple[int, int, int]) -> tuple[float, float, float]:
+        """Distances of neighbours in time, y and x: 1, or trained size over this size."""
+        if self.config.pos_scaling == "none":
+            return (1.0, 1.0, 1.0)
+        t, y, x = (size // patch for size, patch in zip(self.config.sample_size, self.patch_size, strict=True))
+        return (1.0 if self.config.causal else t / grid[0], y / grid[1], x / grid[2])  # a cache goes on counting
+
     def _output(self, prediction: Tensor) -> Tensor:
-        """Through the convolution of every frame, if there is one (U-ViT)."""
+        """The prediction, through the convolution over every frame if there is one (U-ViT)."""
         if self.final_conv is None:
             return prediction
         frames = prediction.shape[2]
         images = self.final_conv(prediction.transpose(1, 2).flatten(0, 1))
         return images.unflatten(0, (-1, frames)).transpose(1, 2)
 
-    def _spacing(self, grid: tuple[int, int, int]) -> tuple[float, float, float]:
-        """Distances of neighbours in time, y and x: 1, or squeezed and stretched into the grid it was trained on."""
-        if self.config.pos_scaling == "none":
-            return (1.0, 1.0, 1.0)
-        t, y, x = (size // patch for size, patch in zip(self.config.sample_size, self.patch_size, strict=True))
-        return (1.0 if self.config.causal else t / grid[0], y / grid[1], x / grid[2])  # a cache counts on
-
-    def _call(self, block: nn.Module, *inputs: Any) -> Any:
+    def _call_block(self, block: nn.Module, *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
 
 
-register_cacheable_blocks()
+register_cacheable_blocks(BLOCK_CLASSES)

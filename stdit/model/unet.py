@@ -25,7 +25,8 @@ class UNet(TakesConditions, ModelMixin, ConfigMixin):
     noise level. causal, window, sink, conditions are there because a pipeline asks for them.
     """
 
-    supports_patch_levels = False  # one level for all
+    supports: frozenset[str] = frozenset()  # one noise level for all frames
+    supports_patch_levels = False
 
     def set_pos_scaling(self, pos_scaling: str) -> None:
         raise ValueError("a U-Net's convolutions know no positions; leave pos_scaling out.")

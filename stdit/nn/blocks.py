@@ -1,11 +1,14 @@
 """Transformer blocks and the head."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from stdit.nn.attention import Attention, CrossAttention
-from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
+from stdit.nn.config import BlockConfig
+from stdit.nn.context import BlockContext
 from stdit.nn.layout import Layout
 from stdit.nn.mlp import Mlp
 from stdit.nn.modulation import Condition
@@ -13,77 +16,56 @@ from stdit.nn.positions import latte_pos_embed
 
 
 class STDiTBlock(nn.Module):
-    """Pre-norm block with adaLN-Zero: the identity when fresh (DiT, section 3.2); or told in another way.
+    """Pre-norm transformer block with adaLN-Zero, the identity when fresh (DiT, section 3.2), or another conditioning.
 
-    hidden_states: (B, T, S, D). `time`: where tokens learn their place: inside attention
-    (`attention.POSITION_ENCODINGS`), or "latte" (time added to what passes through, as Latte does once). conditioning: one of
-    `CONDITIONINGS`; captions: attend to the condition's tokens in any case. skip: takes what an earlier block made,
-    through a linear layer of both (U-ViT). layout, cache: see `nn.layout`, `nn.cache`.
+    hidden_states: (B, T, S, D). axis: which tokens attend to each other; position_encoding: how this block knows positions
+    ("latte": its table is added to the stream here). captions: cross-attend to the condition's tokens in any case.
+    skip: take an earlier block's output through a linear layer of both (U-ViT).
     """
 
     def __init__(
         self,
-        dim: int,
-        num_heads: int,
+        config: BlockConfig,
         axis: str = "joint",
-        mlp_ratio: float = 4.0,
-        qk_norm: bool = False,
-        time: str = "sincos",
-        norm2_eps: float = 1e-6,
-        causal: bool = False,
-        window: int | None = None,
-        conditioning: str = "adaln_zero",
+        *,
+        position_encoding: str = "sincos",
         captions: bool = False,
         skip: bool = False,
-        gelu: str = "tanh",
-        bias_grid: tuple[int, int] | None = None,
-        sink: int = 0,
-        horizon: int = 1,
     ):
         super().__init__()
-        self.time = time
-        how = CONDITIONINGS[conditioning]
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=how.own_norms, eps=how.eps)
-        inside = time if time != "latte" else "none"
-        self.attn = Attention(
-            dim, num_heads, axis, qk_norm, inside, causal, window, bias_grid, how.steers, sink, horizon
-        )
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=how.own_norms, eps=how.eps if how.own_norms else norm2_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), gelu)
+        conditioning = CONDITIONINGS[config.conditioning]
+        dim, affine, eps = config.dim, conditioning.affine_norms, conditioning.eps
+        self.adds_latte_table = position_encoding == "latte"
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=affine, eps=eps)
+        self.attn = Attention(config, axis, position_encoding, conditioning.qkv_bias_from_cond)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=affine, eps=eps if affine else config.norm2_eps)
+        self.mlp = Mlp(dim, config.mlp_dim, config.gelu)
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
-        attends = how.attends or (captions and not how.joins)
-        self.norm_cross = nn.LayerNorm(dim, eps=1e-6) if how.attends else None
-        self.cross_attn = CrossAttention(dim, num_heads) if attends else None
-        self.adaLN_modulation = how.modulation(dim)
+        attends = conditioning.cross_attention or (captions and not conditioning.in_context)
+        self.norm_cross = nn.LayerNorm(dim, eps=1e-6) if conditioning.cross_attention else None
+        self.cross_attn = CrossAttention(dim, config.num_heads) if attends else None
+        self.adaLN_modulation: Any = conditioning.modulation(dim)
 
     def reset(self) -> None:
-        """DiT's start for what a linear layer's own does not fit: modulation and the look at captions add nothing."""
+        """Zero-initialise modulation and the captions' cross-attention output, as in DiT."""
         self.adaLN_modulation.reset()
         if self.cross_attn is not None and self.norm_cross is None:
             nn.init.zeros_(self.cross_attn.proj.weight)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        condition: Condition,
-        layout: Layout | None = None,
-        cache: FrameCache | None = None,
-        skip: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, ctx: BlockContext, skip: Tensor | None = None) -> Tensor:
         if self.skip_linear is not None:
             assert skip is not None
             hidden_states = self.skip_linear(torch.cat([hidden_states, skip], dim=-1))
-        if self.time == "latte":
-            frames = latte_pos_embed(hidden_states.shape[1], hidden_states.shape[-1]).to(hidden_states)
-            hidden_states = hidden_states + frames[:, None]
-        attn_mod, mlp_mod = self.adaLN_modulation(condition, layout)
-        seen = self.attn(attn_mod(self.norm1(hidden_states)), layout, cache, condition.embedding)
-        hidden_states = hidden_states + attn_mod.gated(seen)
+        if self.adds_latte_table:
+            table = latte_pos_embed(hidden_states.shape[1], hidden_states.shape[-1])
+            hidden_states = hidden_states + table.to(hidden_states)[:, None]
+        attn_mod, mlp_mod = self.adaLN_modulation(ctx.condition, ctx.layout)
+        attn_out = self.attn(attn_mod(self.norm1(hidden_states)), ctx)
+        hidden_states = hidden_states + attn_mod.gated(attn_out)
         if self.cross_attn is not None:
-            looking = hidden_states if self.norm_cross is None else self.norm_cross(hidden_states)
-            hidden_states = hidden_states + self.cross_attn(looking, condition.tokens, condition.token_mask)
-        hidden_states = hidden_states + mlp_mod.gated(self.mlp(mlp_mod(self.norm2(hidden_states))))
-        return hidden_states
+            query = hidden_states if self.norm_cross is None else self.norm_cross(hidden_states)
+            hidden_states = hidden_states + self.cross_attn(query, ctx.condition.tokens, ctx.condition.token_mask)
+        return hidden_states + mlp_mod.gated(self.mlp(mlp_mod(self.norm2(hidden_states))))
 
 
 class FinalLayer(nn.Module):
@@ -91,12 +73,13 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, out_features: int, conditioning: str = "adaln_zero"):
         super().__init__()
-        how = CONDITIONINGS[conditioning]
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=how.own_norms, eps=how.eps)
+        kind = CONDITIONINGS[conditioning]
+        self.norm_final = nn.LayerNorm(dim, elementwise_affine=kind.affine_norms, eps=kind.eps)
         self.linear = nn.Linear(dim, out_features)
-        self.adaLN_modulation = how.final(dim)
+        self.adaLN_modulation: Any = kind.final(dim)
 
     def reset(self) -> None:
+        """Zero-initialise modulation and projection, as in DiT."""
         self.adaLN_modulation.reset()
         nn.init.zeros_(self.linear.weight)
 

@@ -1,38 +1,48 @@
 """Keys and values of finished frames, so that a frame-causal model computes each frame once."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 
 class FrameCache:
-    """What attention layers remember of earlier frames: the first `sink`, and the last `window` - 1 of the others, or all.
+    """Keys and values of the first `sink` frames and of the last `window` - 1 others (None: of all earlier frames).
 
-    Read by every call, written only while `writing`: a frame enters when it is finished. Keys are kept as they are before
-    they are turned by their places, since those of the first frames come nearer as time goes on.
+    Every call reads it; it is written only while `writing` is true: a frame enters when it is finished. Keys are cached
+    before RoPE, because sink positions change as the clip grows.
     """
 
     def __init__(self, window: int | None = None, sink: int = 0):
         self.window, self.sink, self.writing, self.frames = window, sink, False, 0
-        self._kept: dict[nn.Module, tuple[Tensor, Tensor, np.ndarray]] = {}
+        self._entries: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._positions: dict[str, np.ndarray] = {}
 
-    def seen(
-        self, layer: nn.Module, key: Tensor, value: Tensor, places: np.ndarray
-    ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Keys and values (N, L, H, D) with those of earlier frames before them, and the places (L, 3) of all."""
-        if layer in self._kept:
-            old_key, old_value, old_places = self._kept[layer]
-            key, value = torch.cat([old_key, key], 1), torch.cat([old_value, value], 1)
-            places = np.concatenate([old_places, places])
-        if self.writing:
-            # The next frame sees window - 1 earlier ones; nothing older is kept.
-            frames = places[:, 0]
-            first = int(frames.max()) + 2 - self.window if self.window else 0
-            kept = np.flatnonzero((frames >= first) | (frames < self.sink))
-            where = torch.from_numpy(kept).to(key.device)
-            self._kept[layer] = (key.index_select(1, where), value.index_select(1, where), places[kept])
-        return key, value, places
+    def positions(self, axis: str) -> np.ndarray:
+        """(L, 3) positions of the cached keys of every layer that attends along `axis`."""
+        return self._positions.get(axis, np.zeros((0, 3), dtype=np.int64))
+
+    def retained(self, positions: np.ndarray) -> np.ndarray:
+        """Of keys at positions (L, 3), the indices of those that the next frame still sees."""
+        frames = positions[:, 0]
+        first = int(frames.max()) + 2 - self.window if self.window else 0  # the next frame sees window - 1 earlier ones
+        return np.flatnonzero((frames >= first) | (frames < self.sink))
+
+    def extend(self, layer: nn.Module, key: Tensor, value: Tensor, retained: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values (N, L, H, D) behind a layer's cached ones; what is `retained` of them is cached while writing."""
+        if layer in self._entries:
+            cached_key, cached_value = self._entries[layer]
+            key, value = torch.cat([cached_key, key], 1), torch.cat([cached_value, value], 1)
+        if retained is not None:
+            self._entries[layer] = (key.index_select(1, retained), value.index_select(1, retained))
+        return key, value
+
+    def finish(self, frames: int, positions: Mapping[str, np.ndarray]) -> None:
+        """After a writing pass: so many frames were added, and the cached keys of each axis stand at these positions."""
+        self.frames += frames
+        self._positions.update(positions)
 
     def bytes(self) -> int:
-        """What it holds now."""
-        return sum(k.nbytes + v.nbytes for k, v, _ in self._kept.values())
+        """Bytes it holds now."""
+        return sum(key.nbytes + value.nbytes for key, value in self._entries.values())

@@ -1,4 +1,16 @@
-"""The ways a condition enters a block: DiT's four (section 3.2), PixArt's, W.A.L.T's, and DiffiT's time-dependent self-attention."""
+"""The ways a condition enters a block.
+
+===================  ==================================================================================
+adaln_zero, adaln    shift, scale (and gate) from the conditioning vector (DiT, section 3.2)
+adaln_single         one modulation shared by all blocks, plus a table per block (PixArt-alpha, section 2.3)
+adaln_lora           one shared modulation, plus a low-rank layer per block (W.A.L.T)
+cross_attention      every block attends to the condition's tokens (DiT, section 3.2)
+in_context           the condition's tokens join the patches of every frame (DiT, section 3.2)
+time_attention       the conditioning vector biases queries, keys and values (DiffiT)
+===================  ==================================================================================
+
+A caption is always tokens: with the ways that use a vector, blocks cross-attend to the caption alone.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,44 +22,49 @@ from stdit.nn.modulation import AdaLN, AdaLNLora, AdaLNSingle, NoModulation
 
 
 class Conditioning(NamedTuple):
-    """modulation: of a block, final: of the head; both are built from a width and add nothing when fresh.
+    """How a condition enters. modulation: of a block, final: of the head, both built from a width.
 
-    mask_probs: all blocks start from one modulation. steers: the vector enters queries, keys and values. attends: every block
-    attends to the condition's tokens. joins: they join the patches of every frame. A caption is always tokens: where the
-    rest is a vector, blocks attend to the caption alone.
+    cross_attention, in_context, qkv_bias_from_cond: as in the table of the module; shared_adaln: all blocks start from one
+    modulation.
     """
 
     modulation: Callable[[int], nn.Module]
     final: Callable[[int], nn.Module]
-    attends: bool = False
-    joins: bool = False
-    steers: bool = False
-    shares: bool = False
+    cross_attention: bool = False
+    in_context: bool = False
+    qkv_bias_from_cond: bool = False
+    shared_adaln: bool = False
 
     @property
     def by_tokens(self) -> bool:
-        return self.attends or self.joins
+        """Whether all conditions are tokens; otherwise all but captions are one vector."""
+        return self.cross_attention or self.in_context
 
     @property
-    def own_norms(self) -> bool:
+    def affine_norms(self) -> bool:
         """Layer norms have weights of their own where nothing modulates them."""
         return self.modulation is NoModulation
 
     @property
     def eps(self) -> float:
-        """Of layer norms: DiT's where they are modulated, ViT's where they have weights of their own."""
-        return 1e-5 if self.own_norms else 1e-6
+        """Epsilon of layer norms: DiT's where they are modulated, ViT's where they have weights of their own."""
+        return 1e-5 if self.affine_norms else 1e-6
+
+    @property
+    def supports(self) -> frozenset[str]:
+        """Capabilities (`model.capabilities`) that a model with this conditioning may have."""
+        return frozenset() if self.by_tokens else frozenset({"packing", "patch_levels"})
 
 
-_plain_head = partial(AdaLN, branches=1, gated=False)
-_unmodulated = partial(NoModulation, branches=1)
+_head = partial(AdaLN, branches=1, gated=False)
+_no_modulation = partial(NoModulation, branches=1)
 
 CONDITIONINGS = {
-    "adaln_zero": Conditioning(AdaLN, _plain_head),
-    "adaln": Conditioning(partial(AdaLN, gated=False), _plain_head),
-    "adaln_single": Conditioning(AdaLNSingle, partial(AdaLNSingle, branches=1, gated=False), shares=True),
-    "adaln_lora": Conditioning(AdaLNLora, _plain_head, shares=True),
-    "cross_attention": Conditioning(NoModulation, _unmodulated, attends=True),
-    "in_context": Conditioning(NoModulation, _unmodulated, joins=True),
-    "time_attention": Conditioning(NoModulation, _unmodulated, steers=True),
+    "adaln_zero": Conditioning(AdaLN, _head),
+    "adaln": Conditioning(partial(AdaLN, gated=False), _head),
+    "adaln_single": Conditioning(AdaLNSingle, partial(AdaLNSingle, branches=1, gated=False), shared_adaln=True),
+    "adaln_lora": Conditioning(AdaLNLora, _head, shared_adaln=True),
+    "cross_attention": Conditioning(NoModulation, _no_modulation, cross_attention=True),
+    "in_context": Conditioning(NoModulation, _no_modulation, in_context=True),
+    "time_attention": Conditioning(NoModulation, _no_modulation, qkv_bias_from_cond=True),
 }

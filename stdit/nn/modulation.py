@@ -1,4 +1,4 @@
-"""What a condition is, and adaptive layer norm: a condition becomes shifts, scales and gates."""
+"""Adaptive layer norm: a condition becomes shifts, scales and gates."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class Condition(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """(B, T|1, S|1, D) each: computed once per frame, broadcast over patches. None leaves things as they are."""
+    """Shift, scale and gate, (B, T|1, S|1, D) each: computed once per frame, broadcast over patches; None changes nothing."""
 
     shift: Tensor | None = None
     scale: Tensor | None = None
@@ -37,9 +37,9 @@ class Modulation(NamedTuple):
 
 
 class AdaLN(nn.Sequential):
-    """The vector, through a layer of each block's own, to shift, scale and (`gated`) gate of `branches` branches.
+    """The conditioning vector through a linear layer to shift, scale and (if `gated`) gate of `branches` branches.
 
-    Gated and zero when fresh it is adaLN-Zero; without gates, adaLN (DiT, section 3.2).
+    Gated and zero-initialised it is adaLN-Zero; without gates, adaLN (DiT, section 3.2).
     """
 
     def __init__(self, dim: int, branches: int = 2, gated: bool = True):
@@ -50,17 +50,18 @@ class AdaLN(nn.Sequential):
     def forward(self, condition: Condition, layout: Layout | None = None) -> list[Modulation]:
         modulation = super().forward(condition.embedding)
         if layout is not None:
-            modulation = layout.spread(modulation)
+            modulation = layout.expand_to_tokens(modulation)
         chunks = modulation.chunk(self.parts * self.branches, dim=-1)
         return [Modulation(*chunks[self.parts * i : self.parts * (i + 1)]) for i in range(self.branches)]
 
     def reset(self) -> None:
+        """Zero-initialise, as in DiT."""
         nn.init.zeros_(self[1].weight)
         nn.init.zeros_(self[1].bias)
 
 
 class AdaLNSingle(nn.Module):
-    """A table of each block's own, added to what all share (PixArt-alpha, section 2.3); the head's to the vector itself."""
+    """A table per block, added to the modulation that all blocks share (PixArt-alpha, section 2.3); the head adds its table to the vector."""
 
     def __init__(self, dim: int, branches: int = 2, gated: bool = True):
         super().__init__()
@@ -72,40 +73,44 @@ class AdaLNSingle(nn.Module):
         assert base is not None
         modulation = base + self.table.flatten().to(base)
         if layout is not None:
-            modulation = layout.spread(modulation)
+            modulation = layout.expand_to_tokens(modulation)
         chunks = modulation.chunk(len(self.table), dim=-1)
         return [Modulation(*chunks[i : i + self.parts]) for i in range(0, len(chunks), self.parts)]
 
     def reset(self) -> None:
+        """Zero-initialise, as in DiT."""
         nn.init.zeros_(self.table)
 
 
 class AdaLNLora(nn.Module):
-    """A low-rank layer of each block's own, added to what all share (Gupta et al., "W.A.L.T", AdaLN-LoRA; the rank is a
-    sixteenth of the width, as in Cosmos). Zero when fresh."""
+    """A low-rank layer per block, added to the modulation that all blocks share (Gupta et al., "W.A.L.T", AdaLN-LoRA).
+
+    The rank is a sixteenth of the width, as in Cosmos. Zero when fresh.
+    """
 
     def __init__(self, dim: int, branches: int = 2):
         super().__init__()
         rank = max(1, dim // 16)
         self.branches = branches
-        self.own = nn.Sequential(
+        self.lora = nn.Sequential(
             nn.SiLU(), nn.Linear(dim, rank, bias=False), nn.Linear(rank, 3 * branches * dim, bias=False)
         )
 
     def forward(self, condition: Condition, layout: Layout | None = None) -> list[Modulation]:
         assert condition.adaln is not None
-        modulation = condition.adaln + self.own(condition.embedding)
+        modulation = condition.adaln + self.lora(condition.embedding)
         if layout is not None:
-            modulation = layout.spread(modulation)
+            modulation = layout.expand_to_tokens(modulation)
         chunks = modulation.chunk(3 * self.branches, dim=-1)
         return [Modulation(*chunks[3 * i : 3 * i + 3]) for i in range(self.branches)]
 
     def reset(self) -> None:
-        nn.init.zeros_(self.own[2].weight)  # type: ignore[arg-type]
+        """Zero-initialise, as in DiT."""
+        nn.init.zeros_(self.lora[2].weight)  # type: ignore[arg-type]
 
 
 class NoModulation(nn.Module):
-    """For blocks that are told by tokens alone."""
+    """No modulation, for blocks that are conditioned by tokens or by their attention alone."""
 
     def __init__(self, dim: int, branches: int = 2):
         super().__init__()
@@ -115,4 +120,4 @@ class NoModulation(nn.Module):
         return [Modulation()] * self.branches
 
     def reset(self) -> None:
-        pass
+        """Nothing to initialise."""

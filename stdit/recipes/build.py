@@ -12,7 +12,7 @@ from tqdm import tqdm
 from stdit.checkpoint.inflate import inflate, inflated_arguments
 from stdit.config import Config
 from stdit.data.datasets import CachedLatents, Dataset
-from stdit.data.samplers import BatchSampler, BucketSampler, PackedSampler, Size, UniformSampler, assign
+from stdit.data.samplers import BatchSampler, BucketSampler, ClipSize, PackedSampler, UniformSampler, assign_buckets
 from stdit.data.video_io import VideoError
 from stdit.diffusion.objective import Objective
 from stdit.model.config import model_arguments
@@ -115,7 +115,7 @@ def build_order(
         raise ValueError("data.sizes need train.tokens, patches of a step, and train.micro_batch=null.")
     if data.packing and "region" in config.objective.active_mask_probs:
         raise ValueError("data.packing=true takes levels by frame; set objective.mask_probs.region=0.")
-    sizes = [Size(*size) for size in data.sizes]
+    sizes = [ClipSize(*size) for size in data.sizes]
     grids = [vae.latent_shape(*size, patch) for size in sizes]
     costs = [math.prod(n // p for n, p in zip(grid, patch, strict=True)) for grid in grids]
     shapes = []
@@ -126,10 +126,10 @@ def build_order(
             shapes.append((0, 1, 1))  # fits nowhere
             print(f"left out: {error}")
     order = (PackedSampler if data.packing else BucketSampler)(
-        config.seed, assign(shapes, sizes, config.seed), sizes, costs, train.tokens, processes
+        config.seed, assign_buckets(shapes, sizes, config.seed), sizes, costs, tokens=train.tokens, processes=processes
     )
     for size, cost in zip(sizes, costs, strict=True):
-        print(f"  {size.frames} x {size.height} x {size.width}: {len(order.others(size))} clips of {cost} tokens")
+        print(f"  {size.frames} x {size.height} x {size.width}: {len(order.candidates(size))} clips of {cost} tokens")
     return order
 
 

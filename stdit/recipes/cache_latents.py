@@ -81,7 +81,7 @@ def _encode(vae, pixels: torch.Tensor, device: str) -> dict[str, torch.Tensor]:
     batch = (pixels.to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1).to(vae.dtype)
     with autocast("auto", device):
         latents = vae.encode(batch)
-        groups = [vae.group(batch, t) for t in range(1, latents.shape[2])]
+        groups = [vae.frames_of_latent(batch, t) for t in range(1, latents.shape[2])]
         heads = vae.encode_segment(torch.cat(groups)) if groups else latents[:0]
     heads = torch.cat([latents[:, :, :1], *heads.split(len(batch))], dim=2)
     if not torch.isfinite(latents).all() or not torch.isfinite(heads).all():

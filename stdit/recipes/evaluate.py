@@ -27,7 +27,7 @@ from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.metrics import psnr, ssim
 from stdit.evaluation.shapes import measure_shape, report, table
 from stdit.recipes.entry import command_parser
-from stdit.recipes.models import load_pipeline, newest_model
+from stdit.recipes.models import newest_model
 from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.run import write_text

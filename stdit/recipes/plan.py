@@ -16,7 +16,7 @@ from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
 from stdit.recipes.entry import command_parser
 from stdit.text import load_text_encoder
-from stdit.vae import VideoVAE, load_vae
+from stdit.vae import VAEGeometry, VideoVAE, load_vae
 from stdit.variants import pick
 
 GIB = 2**30
@@ -33,13 +33,12 @@ HUB_VAES = {
 RESERVED = 1.5 * GIB  # the driver's context, kernels' workspaces, fragmentation
 
 
-def find_vae(name: str) -> VideoVAE:
-    """The VAE, or only its arithmetic where it is one of the configs' own."""
-    if name not in HUB_VAES:
-        return load_vae(name)
-    vae = VideoVAE()
-    vae.name, (vae.stride, vae.channels) = name, HUB_VAES[name]
-    return vae
+def find_vae(name: str) -> VAEGeometry:
+    """The shapes of a VAE's latents: from `HUB_VAES` where the name is listed, else from the loaded VAE."""
+    if name in HUB_VAES:
+        stride, channels = HUB_VAES[name]
+        return VAEGeometry(name, stride, channels)
+    return load_vae(name)
 
 
 def arguments_of(config: Config, vae: VideoVAE) -> dict:

@@ -14,6 +14,7 @@ stdit sample --task edit --input clip.mp4 --strength 0.6 --class-label "square u
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import warnings
@@ -32,8 +33,9 @@ from stdit.data.video_write import WRITERS, VideoStream, write_video
 from stdit.files import write_json
 from stdit.recipes.entry import command_parser
 from stdit.recipes.models import load_pipeline, newest_model
+from stdit.sampling.options import SamplingOptions, add_flags, options_from
 from stdit.sampling.pipeline import STDiTPipeline
-from stdit.sampling.tasks import fits, outpaint_canvas
+from stdit.sampling.tasks import outpaint_canvas
 
 
 def output_paths(args: argparse.Namespace, model: Path, *, count: int, suffix: str, settings: dict) -> list[Path]:
@@ -92,11 +94,9 @@ def _animate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace,
 def _extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
     """All frames at once; or, by a causal model, as a stream of groups of frames, so that memory does not grow with length."""
     pixels = inputs[0].pixels
-    streamed = {name: value for name, value in call.items() if name in STREAM_OPTIONS}
-    plain = all(value == PLAIN.get(name) for name, value in call.items() if name not in STREAM_OPTIONS)
-    if not pipe.transformer.config.causal or args.before or not plain or not fits(pipe.video_vae, pixels.shape[2]):
+    if args.before or not pipe.can_stream(pixels, call["options"]):
         return pipe.extend(pixels, args.after, args.before, **call)
-    stream = pipe.stream(pixels, args.after, **streamed)
+    stream = pipe.stream(pixels, args.after, **call)
     return chain([pixels], tqdm(stream, "groups of frames", args.after // pipe.video_vae.stride[0]))
 
 
@@ -115,7 +115,10 @@ def _interpolate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namesp
 def _inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
     (source,) = inputs
     if args.mask:
-        return pipe.inpaint(source.pixels, _read_mask(args, source, fps=args.fps or pipe.config.fps), **call)
+        size, fps = tuple(source.pixels.shape[2:]), args.fps or pipe.config.fps
+        return pipe.inpaint(
+            source.pixels, read_mask(args.mask, source.source, clip=size, fps=fps, frames=args.frames), **call
+        )
     pixels, mask = outpaint_canvas(source.pixels, args.height or pipe.config.height, args.width or pipe.config.width)
     return pipe.inpaint(pixels, mask, **call)
 
@@ -125,9 +128,6 @@ def _edit(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, ca
 
 
 NEW_FRAMES = 12  # frames that connect and loop generate without --frames: three latent frames of a VAE of stride 4
-# Values of options that `pipe.stream` does not take but that change nothing, and the options that it takes.
-PLAIN = {"guidance_interval": (0.0, 1.0), "history_guidance": 1.0, "arrangement": "together", "every": 1, "blend": 0}
-STREAM_OPTIONS = ("class_labels", "num_inference_steps", "guidance_scale", "seed", "solver", "fps", "captions")
 
 
 class Task(NamedTuple):
@@ -153,8 +153,15 @@ TASKS = {
     "inpaint": Task(1, _inpaint, ("mask", "frames"), trims=True, keeps_image=True),
     "edit": Task(1, _edit, ("strength", "frames"), trims=True, keeps_image=True),
 }
-TASK_OPTIONS = {"after": 0, "before": 0, "mask": None, "strength": 0.6, "factor": 2, "num_videos": 4}  # and their defaults
-COUNTS = ("frames", "height", "width", "num_videos", "factor", "every", "window", "overlap", "tile")  # each must be >= 1
+TASK_OPTIONS = {
+    "after": 0,
+    "before": 0,
+    "mask": None,
+    "strength": 0.6,
+    "factor": 2,
+    "num_videos": 4,
+}  # and their defaults
+COUNTS = ("frames", "height", "width", "num_videos", "factor")  # each must be >= 1
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -206,7 +213,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--mask", help="inpaint: a picture (or clip) of the clip's size, white where pixels are generated")
     add("--strength", type=float, default=0.6, help="edit: 0 changes nothing, 1 everything")
     add("--factor", type=int, default=2, help="interpolate: times the frame rate")
-    add("--class-label", nargs="+", help="numbers or names, one clip for each; default: one clip per class, for tasks none")
+    add(
+        "--class-label",
+        nargs="+",
+        help="numbers or names, one clip for each; default: one clip per class, for tasks none",
+    )
     add(
         "--caption",
         nargs="+",
@@ -221,82 +232,64 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--height", type=int)
     add("--width", type=int)
-    add("--fps", type=float, help="frame rate of input and output; default: as trained")
-    add("--steps", type=lambda s: int(s) if s.isdecimal() else s, default=30, help="a number; for DDPM also ddim50")
-    add("--guidance", type=float, default=2.0)
-    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"))
-    add(
-        "--guidance-channels",
-        type=int,
-        help="guide only the first N latent channels (DiT's published samples: 3)",
-    )
-    add("--history-guidance", type=float, default=1.0, help="above 1: guide toward the known frames")
-    add("--solver", help="euler, heun, ddim or ddpm; default: the model's")
-    add("--arrangement", default="together", help="together, autoregressive or pyramid")
-    add("--every", type=int, default=1, help="latent frames per chunk, or steps between neighbours of a pyramid")
-    add("--window", type=int, help="frames per sampling window; default: as trained")
-    add("--overlap", type=int, help="known frames per window, at most")
-    add("--blend", type=int, default=0, help="width in pixels of the fade from known into generated pixels")
-    add("--tile", type=int, help="decode in tiles of this many latents")
+    add_flags(parser)
     add(
         "--pos-scaling",
         help="positions at untrained sizes: none, or interpolate into the trained grid; default: the model's",
     )
-    add("--seed", type=int, default=0)
     add("--gif", action="store_true", help="write gif instead of mp4")
     add("--output", help="a file (.mp4, .gif, .png) or a folder")
     add("--overwrite", action="store_true")
     args = parser.parse_args(argv)
-    for name in (*COUNTS, "fps"):
+    for name in COUNTS:
         value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and value < 1:
             flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be {'> 0 and finite' if name == 'fps' else '>= 1'}, got {value}.")
+            raise ValueError(f"--{flag} must be >= 1, got {value}.")
     if args.gif and args.output and Path(args.output).suffix not in ("", ".gif"):
         raise ValueError(f"--gif and --output {args.output} contradict each other; leave one of them out.")
     return args
 
 
 class Call(NamedTuple):
-    """One call of the pipeline. options: its keywords; count: its clips; labels (B,): their classes, if any."""
+    """One call of the pipeline. count: its clips; labels (B,): their classes, if any; captions: one, or one per clip."""
 
-    options: dict[str, Any]
+    options: SamplingOptions
     count: int
     labels: torch.Tensor | None
+    captions: list[str] | None
+
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of every task."""
+        given = {"captions": self.captions} if self.captions else {}
+        return {"class_labels": self.labels, "options": self.options, **given}
 
 
-def build_call(args: argparse.Namespace, pipe: STDiTPipeline) -> Call:
-    """The pipeline's keywords. Without labels or captions, `generate` makes one clip of each class, at most 12."""
+def build_call(args: argparse.Namespace, pipe: STDiTPipeline, options: SamplingOptions) -> Call:
+    """How the pipeline is called. Without labels or captions, `generate` makes one clip per class, at most 12."""
     generating, classes, captions = args.task == "generate", pipe.transformer.num_classes, args.caption
     labels = args.class_label
     if not labels and classes and generating and not captions:
         labels = list(range(min(classes, 12)))
     without_labels = len(captions or []) or (args.num_videos if generating else 1)
     numbers = pipe.labels(labels, without_labels)
-    options = {
-        "num_inference_steps": args.steps, "guidance_scale": args.guidance, "guidance_interval": tuple(args.guidance_interval),
-        "guidance_channels": args.guidance_channels, "history_guidance": args.history_guidance, "seed": args.seed,
-        "solver": args.solver, "arrangement": args.arrangement, "every": args.every, "overlap": args.overlap,
-        "blend": args.blend, "tile": args.tile, "fps": args.fps, **({"window": args.window} if args.window else {}),
-        **({"captions": captions} if captions else {}),
-    }  # fmt: skip
-    return Call(options, len(numbers) if numbers is not None else without_labels, numbers)
+    count = len(numbers) if numbers is not None else without_labels
+    return Call(options, count, numbers, captions)
 
 
 def describe_settings(args: argparse.Namespace, pipe: STDiTPipeline, model: Path, call: Call) -> dict[str, Any]:
     """What is written to the JSON file of every clip, and hashed into its name."""
     frames = args.frames or (pipe.config.num_frames if args.task == "generate" else None)
-    labels = args.class_label or (None if call.labels is None or args.task != "generate" else call.labels.tolist())
     return {
-        "model": str(model), "task": args.task, "class_labels": labels, "num_frames": frames,
-        "height": args.height or pipe.config.height, "width": args.width or pipe.config.width, **call.options,
-        **{name: getattr(args, name) for name in ("input", "pos_scaling", *TASK_OPTIONS)},
+        "model": str(model), "task": args.task, "class_labels": args.class_label, "captions": call.captions,
+        "num_frames": frames, "height": args.height or pipe.config.height, "width": args.width or pipe.config.width,
+        **dataclasses.asdict(call.options), **{name: getattr(args, name) for name in ("input", "pos_scaling", *TASK_OPTIONS)},
     }  # fmt: skip
 
 
 def clip_record(pipe: STDiTPipeline, call: Call, index: int) -> dict[str, Any]:
     """Number, label and caption of one clip."""
-    names, captions = pipe.transformer.config.class_names, call.options.get("captions")
+    names, captions = pipe.transformer.config.class_names, call.captions
     label = None if call.labels is None else int(call.labels[index])
     name = names[label] if names and label is not None and label < len(names) else label
     caption = captions[index if len(captions) > 1 else 0] if captions else None
@@ -306,27 +299,30 @@ def clip_record(pipe: STDiTPipeline, call: Call, index: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Sample clips and write them, each with a JSON file of its settings."""
     args = parse(argv)
+    options = options_from(args)
     model = Path(args.model) if args.model else newest_model()
     pipe = load_pipeline(model)
     if args.pos_scaling:
         pipe.transformer.set_pos_scaling(args.pos_scaling)
     inputs = read_inputs(args, pipe)
-    call = build_call(args, pipe)
+    call = build_call(args, pipe, options)
     inputs = [clip._replace(pixels=clip.pixels.expand(call.count, *clip.pixels.shape[1:])) for clip in inputs]
     settings = describe_settings(args, pipe, model, call)
     task = TASKS[args.task]
-    is_image = settings["num_frames"] == 1 if args.task == "generate" else task.keeps_image and inputs[0].pixels.shape[2] == 1
+    is_image = (
+        settings["num_frames"] == 1 if args.task == "generate" else task.keeps_image and inputs[0].pixels.shape[2] == 1
+    )
     suffix = ".png" if is_image else ".gif" if args.gif else ".mp4"
     paths = output_paths(args, model, count=call.count, suffix=suffix, settings=settings)
     fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
     with warnings.catch_warnings(record=True) as caught:
-        clips = task.call(pipe, inputs, args, {"class_labels": call.labels, **call.options})
+        clips = task.call(pipe, inputs, args, call.keywords())
         for i, (path, size) in enumerate(zip(paths, write_clips(paths, clips, fps), strict=True)):
             written = dict(zip(("num_frames", "height", "width"), size, strict=True))
             write_json(path.with_suffix(".json"), {**settings, **written, "fps": fps, **clip_record(pipe, call, i)})
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {text}")
     print(
-        f"{model}: {args.task}, {call.count} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {args.steps} steps, guidance {args.guidance}: {paths[0].parent}"
+        f"{model}: {args.task}, {call.count} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {call.options.guidance_scale}: {paths[0].parent}"
     )
     return 0

@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     began = time.time()
     # The last dual-stream block's text output, and a mask's parameters in a step without a mask, get no gradient.
-    accelerator = build_accelerator(config.train.precision, TRUNKS[config.model.trunk].idle)
+    accelerator = build_accelerator(config.train.precision, TRUNKS[config.model.trunk].has_unused_parameters)
     run = build_run(config, accelerator)
     code = fit(run)
     if accelerator.is_main_process:

@@ -1,84 +1,104 @@
-"""Minutes, not seconds: a causal model goes on frame by frame, remembering keys and values of the frames before."""
+"""Generate frame by frame with a causal model, whose cache holds keys and values of the finished frames."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from stdit.diffusion.predictions import Estimate
+from stdit.conditions import Guided
+from stdit.conditions.values import frames as select_frames
 from stdit.nn.cache import FrameCache
-from stdit.prompt import Prompt
-from stdit.rng import keyed_normal
-from stdit.sampling.guidance import guided
+from stdit.sampling.canvas import Canvas
+from stdit.sampling.conditioning import condition_frames
+from stdit.sampling.engine import Engine, Keys, Size
+from stdit.sampling.guidance import Denoiser, Guidance
+from stdit.sampling.options import SamplingOptions
 from stdit.sampling.schedule import Schedule
 from stdit.sampling.solvers import solve
 
-if TYPE_CHECKING:
-    from stdit.sampling.sampler import Sampler
 
-Keys = list[tuple[int, ...]]
+@dataclass(frozen=True)
+class AutoregressiveSampler:
+    """Latent frame after latent frame, each from noise to clean; time and memory per frame stay constant."""
 
+    engine: Engine
+    options: SamplingOptions
 
-def stream(
-    sampler: "Sampler", known: Tensor, size: tuple[int, int, int], prompt: Prompt, keys: Keys
-) -> Iterator[Tensor]:
-    """The made groups of pixels (B, 3, f, H, W) as they are finished, in constant time and memory each.
+    def fill(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
+        """A canvas of known first frames and frames to generate after them (`groups.is_continuation`): all its pixels."""
+        known = canvas.pixels[:, :, : int((~canvas.mask).sum())]
+        frames, height, width = canvas.pixels.shape[2:]
+        parts = self.stream(known, (frames, height, width), given, keys, output=canvas.output_frames)
+        return torch.cat([known, *parts], dim=2)
 
-    known: (B, 3, F, H, W), F = 0 or whole groups; size: frames, height and width of the whole clip.
-    """
-    vae = sampler.pipe.video_vae
-    first = vae.latent_frames(known.shape[2]) if known.shape[2] else 0
-    shape = vae.latent_shape(*size, sampler.pipe.transformer.patch_size)
-    network = sampler.network(sampler.pipe.config.num_frames, *size[1:])  # the length of what it saw in training
-    latents = latent_frames(sampler, network, known.to(sampler.pipe.device), first, shape, prompt, keys)
-    past = 0
-    for pixels in vae.decode_stream(part.to(vae.dtype) for part in latents):
-        new = pixels[:, :, max(0, known.shape[2] - past) :]
-        past += pixels.shape[2]
-        if new.shape[2]:
-            yield new.clamp(-1, 1).float().cpu()
+    def stream(
+        self, known: Tensor, size: Size, given: Guided, keys: Keys, *, output: range | None = None
+    ) -> Iterator[Tensor]:
+        """The generated groups of pixels (B, 3, f, H, W) as they are finished.
 
+        known: (B, 3, F, H, W), F = 0 or whole groups of the VAE. size: frames, height and width of the whole clip. given:
+        conditions, those per latent frame for the latent frames of the pixel frames `output` (None: of the whole clip).
+        """
+        engine, vae = self.engine, self.engine.vae
+        output = output or range(size[0])
+        condition_index = condition_frames(0, engine.latent_shape(size)[0], output=output, stride=vae.stride[0])
+        latents = self._latent_frames(known, size, given, keys, condition_index=condition_index)
+        past = 0
+        for pixels in vae.decode_stream(part.to(vae.dtype) for part in latents):
+            new = pixels[:, :, max(0, known.shape[2] - past) :]
+            past += pixels.shape[2]
+            if new.shape[2]:
+                yield new.clamp(-1, 1).float().cpu()
 
-def latent_frames(
-    sampler: "Sampler",
-    network: Callable[..., Tensor],
-    known: Tensor,
-    first: int,
-    shape: tuple[int, int, int],
-    prompt: Prompt,
-    keys: Keys,
-) -> Iterator[Tensor]:
-    """Latents (B, C, 1, h, w): the `first` known ones, then each of the others when it is finished."""
-    pipe, vae, objective = sampler.pipe, sampler.pipe.video_vae, sampler.own.objective
-    cache = FrameCache(pipe.transformer.config.window, pipe.transformer.config.sink)
-    guidance = sampler.guidance._replace(
-        interval=(0.0, 1.0), history=1.0
-    )  # the cache needs the same calls at every level
-    output = guided(partial(network, cache=cache), objective, prompt, guidance)
+    def _latent_frames(
+        self, known: Tensor, size: Size, given: Guided, keys: Keys, *, condition_index: list[int]
+    ) -> Iterator[Tensor]:
+        """Latents (B, C, 1, h, w): those of the known frames, then each of the others when it is finished.
 
-    def predict(x: Tensor, levels: Tensor) -> Estimate:
-        return objective.estimate(output(x, levels), x, levels)
+        condition_index: per latent frame, the index of its conditions.
+        """
+        engine, options, vae = self.engine, self.options, self.engine.vae
+        config, path = engine.model.config, engine.objective.path
+        shape = engine.latent_shape(size)
+        frame_shape = (1, shape[1], shape[2])
+        trained_frames = engine.trained_on.num_frames  # the duration that a model conditioned on it saw in training
+        given = engine.with_clip_facts(given, (trained_frames, size[1], size[2]), options.fps)
+        cache = FrameCache(config.window, config.sink)
+        # The cache needs the same branches at every level, those of finished frames too.
+        guidance = Guidance.of(options)._replace(interval=(0.0, 1.0), history=1.0)
 
-    def finish(latents: Tensor) -> Tensor:
-        """A finished frame enters the cache at level 0."""
-        cache.writing = True
-        output(latents, torch.zeros(1, latents.shape[2], device=latents.device))
-        cache.writing = False
-        return latents
+        def denoiser(frame: int) -> Denoiser:
+            conditions = given.change(partial(select_frames, which=[condition_index[frame]]))
+            return engine.denoiser(conditions, guidance, cache=cache)
 
-    if first:
-        for part in vae.encode(known.to(vae.dtype)).float().split(1, dim=2):
-            yield finish(part)
-    trained = vae.latent_frames(pipe.config.num_frames) * shape[1] * shape[2]
-    levels = objective.schedule(sampler.steps, trained)[:, None].to(known.device)
-    for frame in pipe.progress_bar(range(first, shape[0])):
+        def finish(frame: int, latents: Tensor) -> Tensor:
+            """A finished frame enters the cache at level 0."""
+            cache.writing = True
+            denoiser(frame)(latents, torch.zeros(1, latents.shape[2], device=latents.device))
+            cache.writing = False
+            return latents
 
-        def draw(step: int, frame: int = frame) -> Tensor:
-            noise = keyed_normal("noise", [(*key, frame, step) for key in keys], (vae.channels, 1, *shape[1:]))
-            return noise.to(known.device)
+        first = 0
+        if known.shape[2]:
+            encoded = vae.encode(known.to(engine.device, vae.dtype)).float()
+            for part in encoded.split(1, dim=2):
+                yield finish(first, part)
+                first += 1
+        levels = engine.schedule(options.num_inference_steps, (vae.latent_frames(trained_frames), *shape[1:]))
+        levels = levels[:, None].to(engine.device)
+        for frame in engine.progress(range(first, shape[0]), options.progress):
+            frame_keys = [(*key, frame) for key in keys]
 
-        solver = sampler.solver or sampler.own.solver
-        made = solve(Schedule(draw(0), levels), predict, objective.path, solver, lambda step, draw=draw: draw(step + 1))
-        yield finish(made)
+            def draw(step: int, frame_keys: Keys = frame_keys) -> Tensor:
+                return engine.draw(frame_keys, step, frame_shape)
+
+            latents = solve(
+                Schedule(draw(0), levels),
+                engine.predictor(denoiser(frame)),
+                path,
+                options.solver or engine.default_solver,
+                draw=lambda step, draw=draw: draw(step + 1),  # type: ignore[misc]  # bound, as the loop goes on
+            )
+            yield finish(frame, latents)

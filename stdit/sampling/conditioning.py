@@ -1,4 +1,4 @@
-"""Known pixels into latents, and back: which patches are known, how they are encoded, how they guide what is not."""
+"""Conditioning on known pixels: masks of latents, encoding, the initial state, guidance by pixels, and pasting back."""
 
 from collections.abc import Callable
 
@@ -8,20 +8,22 @@ from torch import Tensor
 
 from stdit.diffusion.paths import Path, like
 from stdit.diffusion.predictions import Estimate
+from stdit.sampling.canvas import Canvas
 from stdit.sampling.schedule import Schedule
 from stdit.sampling.solvers import Predict
 from stdit.vae import VideoVAE
 
 
-def latent_masks(made: Tensor, vae: VideoVAE, patch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """A mask of pixels (F, 1, 1) or (F, H, W) -> what has to be made, and of that what is known in part.
+def latent_masks(mask: Tensor, vae: VideoVAE, patch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """A pixel mask (F, 1, 1) or (F, H, W) -> (latent_mask, boundary_mask), both (T, 1, 1) or (T, rows, columns) bool.
 
-    Both (T, 1, 1) or (T, rows, columns) bool. A latent frame, or a patch of it, is known when all its pixels are.
+    latent_mask: latent frames, or patches of them, that are to be generated, because any of their pixels is.
+    boundary_mask: those of which some pixels are known.
     """
     strides = [s * p for s, p in zip(vae.stride, patch, strict=True)]
-    first = made[:1].expand(vae.stride[0] - 1, -1, -1)  # the first frame fills a group alone
-    grouped = torch.cat([first, made]).unflatten(0, (-1, strides[0]))
-    if made.shape[1] > 1:
+    first = mask[:1].expand(vae.stride[0] - 1, -1, -1)  # the first frame fills a group alone
+    grouped = torch.cat([first, mask]).unflatten(0, (-1, strides[0]))
+    if mask.shape[1] > 1:
         grouped = grouped.unflatten(2, (-1, strides[1])).unflatten(4, (-1, strides[2])).permute(0, 2, 4, 1, 3, 5)
         inner = grouped.flatten(3)
     else:
@@ -30,92 +32,103 @@ def latent_masks(made: Tensor, vae: VideoVAE, patch: tuple[int, int, int]) -> tu
     return some.repeat_interleave(patch[0], 0), (some & ~whole).repeat_interleave(patch[0], 0)
 
 
-def encode_known(pixels: Tensor, made: Tensor, todo: Tensor, vae: VideoVAE) -> Tensor:
+def encode_known(pixels: Tensor, mask: Tensor, latent_mask: Tensor, vae: VideoVAE) -> Tensor:
     """Latents (B, C, T, h, w) of the known runs of a canvas, zero in frames of which nothing is known.
 
-    Each run is encoded alone, behind its repeated first frame if it does not begin the clip: what training saw.
+    Each run is encoded alone, as in training: after its repeated first frame if it does not begin the clip.
     """
     frames, height, width = pixels.shape[2:]
     shape = (vae.latent_frames(frames), *vae.latent_size(height, width))
     latents = pixels.new_zeros(len(pixels), vae.channels, *shape)
-    known = ~todo.flatten(1).all(1)
-    if made.shape[1] > 1:
-        pixels = _without_holes(pixels, made)
+    known = ~latent_mask.flatten(1).all(1)
+    if mask.shape[1] > 1:
+        pixels = _fill_holes(pixels, mask)
     begin = 0
     while begin < len(known):
         end = begin
         while end < len(known) and known[end]:
             end += 1
         if end > begin:
-            run = torch.cat([vae.group(pixels, t) for t in range(begin, end)], dim=2).to(vae.dtype)
+            run = torch.cat([vae.frames_of_latent(pixels, t) for t in range(begin, end)], dim=2).to(vae.dtype)
             latents[:, :, begin:end] = (vae.encode(run) if begin == 0 else vae.encode_segment(run)).to(latents.dtype)
         begin = max(end, begin + 1)
     return latents
 
 
-def start(known: Tensor, base: Tensor | None, noise: Tensor, todo: Tensor, levels: Tensor, path: Path) -> Schedule:
-    """A plan from known latents, noise, and `base`, latents to start from where the first level is below 1."""
-    begun = noise
+def initial_schedule(
+    known: Tensor, noise: Tensor, *, latent_mask: Tensor, levels: Tensor, path: Path, base: Tensor | None = None
+) -> Schedule:
+    """Known latents, and noise where `latent_mask` is true; from `base` latents where the first level is below 1."""
+    start = noise
     if base is not None:
         alpha, sigma = path.alpha_sigma(like(levels[:1], noise))
-        begun = alpha * base + sigma * noise
-    return Schedule(torch.where(like(todo[None], noise), begun, known), levels)
+        start = alpha * base + sigma * noise
+    return Schedule(torch.where(like(latent_mask[None], noise), start, known), levels)
 
 
-def clamp_to_bounds(decoded: Tensor, between: Tensor | None, tolerance: float = 0.4) -> Tensor:
-    """Made pixels nearer than `tolerance` to what their known neighbours in time span are taken to lie within it.
+def clamp_to_bounds(decoded: Tensor, bounds: Tensor | None, tolerance: float = 0.4) -> Tensor:
+    """Clamp generated pixels to the range of their known temporal neighbours if they exceed it by less than `tolerance`.
 
-    What a VAE blurs is far smaller than that; what is really new in between is farther off and stays.
+    Pixels are in [-1, 1]. A VAE blurs by far less than the tolerance; what is new between frames differs by more.
     """
-    if between is None:
+    if bounds is None:
         return decoded
-    within = decoded.clamp(*between.to(decoded))
+    within = decoded.clamp(*bounds.to(decoded))
     return torch.where((decoded - within).abs() < tolerance, within, decoded)
 
 
 def pixel_guided(
     predict: Predict,
-    canvas: Tensor,
-    made: Tensor,
-    partly: Tensor,
-    between: Tensor | None,
+    canvas: Canvas,
+    boundary_mask: Tensor,
+    *,
     vae: VideoVAE,
     path: Path,
     decode: Callable[[Tensor], Tensor],
 ) -> Predict:
-    """Help for patches known in part: decode the estimate, put the known pixels in, encode again.
+    """Guide patches of which some pixels are known: decode the estimate, insert the known pixels, encode again.
 
-    canvas: (B, 3, F, H, W); partly: (T, 1, 1) or (T, rows, columns); between: see `settled`; decode: latents to pixels.
+    canvas: on the device of x; boundary_mask: (T, 1, 1) or (T, rows, columns); decode: latents to pixels.
     """
 
     def guided(x: Tensor, levels: Tensor) -> Estimate:
         estimate = predict(x, levels)
-        decoded = clamp_to_bounds(decode(estimate.clean).to(canvas), between)
-        seen = vae.encode(torch.where(made, decoded, canvas).to(vae.dtype)).to(x.dtype)
+        decoded = clamp_to_bounds(decode(estimate.clean).to(canvas.pixels), canvas.bounds)
+        pixels = torch.where(canvas.mask, decoded, canvas.pixels)
+        encoded = vae.encode(pixels.to(vae.dtype)).to(x.dtype)
         alpha, sigma = path.alpha_sigma(like(levels, x))
-        moves = like(partly[None], x) & (sigma > 0)
-        noise = (x - alpha * seen) / torch.where(sigma > 0, sigma, 1)
+        changed = like(boundary_mask[None], x) & (sigma > 0)
+        noise = (x - alpha * encoded) / torch.where(sigma > 0, sigma, 1)
         return estimate._replace(
-            clean=torch.where(moves, seen, estimate.clean), noise=torch.where(moves, noise, estimate.noise)
+            clean=torch.where(changed, encoded, estimate.clean), noise=torch.where(changed, noise, estimate.noise)
         )
 
     return guided
 
 
-def paste(decoded: Tensor, canvas: Tensor, made: Tensor, blend: int = 0) -> Tensor:
-    """Known pixels as they came in, made ones as decoded; with `blend`, known ones fade over so many frames and pixels."""
-    masks = [made[None, None].float()]
-    window = tuple(3 if size > 1 else 1 for size in made.shape)
+def paste(decoded: Tensor, pixels: Tensor, mask: Tensor, blend: int = 0) -> Tensor:
+    """Known pixels as given, generated ones as decoded; known ones fade within `blend` frames and pixels of generated ones."""
+    masks = [mask[None, None].float()]
+    window = tuple(3 if size > 1 else 1 for size in mask.shape)
     for _ in range(blend):
         masks.append(F.max_pool3d(masks[-1], window, 1, tuple(size // 2 for size in window)))
-    weight = torch.stack(masks).mean(0)  # 1 where made, falling by one step with each frame and pixel away from it
-    return torch.where(weight > 0, weight * decoded + (1 - weight) * canvas, canvas)
+    weight = torch.stack(masks).mean(0)  # 1 where generated, falling by one step per frame and pixel away from it
+    return torch.where(weight > 0, weight * decoded + (1 - weight) * pixels, pixels)
 
 
-def _without_holes(pixels: Tensor, made: Tensor) -> Tensor:
-    """Unknown pixels take the mean of the frames in which they are known, else of their frame's known pixels."""
-    seen = (~made)[None, None].float()
-    over_time = (pixels * seen).sum(2, keepdim=True) / seen.sum(2, keepdim=True).clamp(min=1)
-    over_frame = (pixels * seen).sum((3, 4), keepdim=True) / seen.sum((3, 4), keepdim=True).clamp(min=1)
-    ever = seen.sum(2, keepdim=True) > 0
-    return torch.where(made, torch.where(ever, over_time, over_frame), pixels)
+def condition_frames(begin: int, count: int, *, output: range, stride: int) -> list[int]:
+    """For `count` latent frames of a window that begins at frame `begin`: the latent frames of the output they show.
+
+    Latent frame j shows pixel frame begin + j * stride. Frames outside the output take its first or last condition.
+    """
+    pixels = (begin + j * stride - output.start for j in range(count))
+    return [-(-min(max(pixel, 0), len(output) - 1) // stride) for pixel in pixels]
+
+
+def _fill_holes(pixels: Tensor, mask: Tensor) -> Tensor:
+    """Unknown pixels take the mean over the frames in which they are known, else over the known pixels of their frame."""
+    known = (~mask)[None, None].float()
+    over_time = (pixels * known).sum(2, keepdim=True) / known.sum(2, keepdim=True).clamp(min=1)
+    over_frame = (pixels * known).sum((3, 4), keepdim=True) / known.sum((3, 4), keepdim=True).clamp(min=1)
+    ever = known.sum(2, keepdim=True) > 0
+    return torch.where(mask, torch.where(ever, over_time, over_frame), pixels)

@@ -1,68 +1,102 @@
-"""Classifier-free guidance (Ho and Salimans) as a wrapper around a model."""
+"""Classifier-free guidance (Ho and Salimans) and history guidance (Song et al.) around a model."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from stdit.conditions import Conditions, Guided
+from stdit.conditions.values import concatenate
 from stdit.diffusion.objective import Objective
 from stdit.diffusion.paths import like
-from stdit.prompt import Prompt
+from stdit.nn.cache import FrameCache
+from stdit.sampling.options import SamplingOptions
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x, levels) -> the model's output
 
 
 class Guidance(NamedTuple):
-    """scale: toward the label (1: none), while the noisiest frame's level lies in `interval` (Kynkaanniemi et al.), on the
-    first `channels` latent channels (None: all; DiT's published samples: three of four). history: toward what is known,
-    by so much (Song et al., "History-Guided Video Diffusion"; 1: none)."""
+    """How strongly to guide, where, and by what.
+
+    scale: classifier-free guidance, 1 is none. interval: levels of the noisiest frame at which it is applied
+    (Kynkaanniemi et al.). channels: only the first so many latent channels (DiT's published samples: three of four), None
+    is all. history: guidance toward known frames (Song et al., "History-Guided Video Diffusion"), 1 is none.
+    """
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     channels: int | None = None
     history: float = 1.0
 
+    @classmethod
+    def of(cls, options: SamplingOptions) -> Self:
+        """The guidance that the options ask for."""
+        return cls(
+            scale=options.guidance_scale,
+            interval=options.guidance_interval,
+            channels=options.guidance_channels,
+            history=options.history_guidance,
+        )
+
 
 def guided(
     model: Callable[..., Tensor],
     objective: Objective,
-    prompt: Prompt,
+    given: Guided,
     guidance: Guidance = Guidance(),  # noqa: B008 (a tuple: nothing can change it)
-    forgotten: Tensor | None = None,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (x, levels (B|1, T) or by patches (B|1, T, rows, columns)) -> the model's output, guided.
+    *,
+    noised_context: Tensor | None = None,
+    cache: FrameCache | None = None,
+) -> Denoiser:
+    """A function (x, levels (B|1, T) or per patch (B|1, T, rows, columns)) -> the model's output, guided.
 
-    Outside the interval, and at scale 1, the model runs once. A learned variance is the conditional one's. forgotten:
-    noise like x, seen in place of what is known (level 0) by the output that history guidance leads away from.
+    Outside the interval, and at scale 1, the model runs once. A learned variance is the conditional branch's.
+    noised_context: noise like x; in the branch that history guidance leads away from, it replaces the known frames. cache:
+    keys and values of earlier frames, for a causal model.
     """
-    scale, interval, channels, history = guidance
+    extra: dict[str, Any] = {} if cache is None else {"cache": cache}
+    null = None if guidance.scale == 1.0 or given.unconditional else given.null
 
-    def run(x: Tensor, levels: Tensor, of: Prompt, context: str) -> Tensor:
+    def run(x: Tensor, levels: Tensor, conditions: Conditions, context: str) -> Tensor:
         timestep = objective.timestep(levels)
         timestep = (timestep.flatten(2) if timestep.ndim > 2 else timestep).expand(
             len(x), *[-1] * (min(levels.ndim, 3) - 1)
         )
-        network = getattr(model, "func", model)  # inside a partial, one that brings a cache
-        named = network.cache_context(context) if hasattr(network, "cache_context") else nullcontext()
-        with named:
-            hidden_states = x.to(getattr(network, "dtype", x.dtype))
-            return model(hidden_states=hidden_states, timestep=timestep, **of.named()).float()
+        with model.cache_context(context) if hasattr(model, "cache_context") else nullcontext():
+            hidden_states = x.to(getattr(model, "dtype", x.dtype))
+            given = _arguments(model, conditions)
+            return model(hidden_states=hidden_states, timestep=timestep, **given, **extra).float()
 
     def output(x: Tensor, levels: Tensor) -> Tensor:
         noisiest = float(levels.max())
-        if prompt.null is None or prompt.silent or scale == 1.0 or not interval[0] <= noisiest <= interval[1]:
-            conditional = mean = run(x, levels, prompt, "cond")
+        if null is None or not guidance.interval[0] <= noisiest <= guidance.interval[1]:
+            conditional = mean = run(x, levels, given.conditions, "cond")
         else:
-            spread = levels.expand(len(x), *[-1] * (levels.ndim - 1))
-            # By name, and the unconditional half first: what FasterCache expects.
-            both = run(torch.cat([x, x]), torch.cat([spread, spread]), prompt.behind(prompt.null), "cond_uncond")
+            both_levels = torch.cat([levels.expand(len(x), *[-1] * (levels.ndim - 1))] * 2)
+            # Named, and the unconditional half first: what diffusers' FasterCache expects.
+            both = run(torch.cat([x, x]), both_levels, concatenate(null, given.conditions), "cond_uncond")
             unconditional, conditional = both.chunk(2)
-            mean = unconditional + scale * (conditional - unconditional)
+            mean = unconditional + guidance.scale * (conditional - unconditional)
         known = levels == 0
-        if history != 1.0 and forgotten is not None and bool(known.any()) and not bool(known.all()):
-            blind = torch.where(like(known, x), forgotten, x)
-            mean = mean + (history - 1) * (conditional - run(blind, torch.where(known, 1.0, levels), prompt, "blind"))
-        some = channels or x.shape[1]
-        return torch.cat([mean[:, :some], conditional[:, some:]], dim=1)
+        if guidance.history != 1.0 and noised_context is not None and bool(known.any()) and not bool(known.all()):
+            x_without = torch.where(like(known, x), noised_context, x)
+            uncond_history = run(x_without, torch.where(known, 1.0, levels), given.conditions, "uncond_history")
+            mean = mean + (guidance.history - 1) * (conditional - uncond_history)
+        channels = guidance.channels or x.shape[1]
+        return torch.cat([mean[:, :channels], conditional[:, channels:]], dim=1)
 
     return output
+
+
+def _arguments(model: Callable[..., Tensor], conditions: Conditions) -> dict[str, Any]:
+    """Conditions as arguments of the model: each by its keyword, because FasterCache splits batches by the names of tensors."""
+    conditioners = getattr(model, "conditioners", None)
+    if conditioners is None:
+        return {"conditions": conditions}
+    found: dict[str, Any] = {}
+    for name, value in conditions.items():
+        parts = (value,) if isinstance(value, Tensor) else value
+        found |= {key: part for key, part in zip(conditioners[name].keywords, parts, strict=False) if part is not None}
+    return found

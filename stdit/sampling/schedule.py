@@ -1,4 +1,4 @@
-"""Where sampling starts, and how noisy each latent frame is after every step."""
+"""Noise level of every latent frame at every step of sampling."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,51 +10,56 @@ from stdit.variants import pick
 
 
 class Schedule(NamedTuple):
-    """x: (B, C, T, h, w) noise and known latents; levels: (steps + 1, T) or by patches (steps + 1, T, rows, columns).
+    """x: (B, C, T, h, w) noise and known latents; levels: (steps + 1, T), or per patch (steps + 1, T, rows, columns).
 
-    Every level falls to 0. What is known is at 0 in every row: no step moves it.
+    Every level falls to 0. Known frames or patches are at level 0 in every row, so no step changes them.
     """
 
     x: Tensor
     levels: Tensor
 
 
-# How the frames to be made take turns: from each frame's turn (0, 1, ...), the steps of a schedule and `every`, the
-# number of rows by which the frame begins late.
-ARRANGEMENTS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
-    "together": lambda turn, steps, every: torch.zeros_like(turn),
-    "autoregressive": lambda turn, steps, every: turn // every * steps,
-    "pyramid": lambda turn, steps, every: turn * every,
+# Delays, in rows of the schedule, of the generated frames: from the index of each among them (T,), the number of steps,
+# `chunk_size` and `stagger`.
+Delays = Callable[[Tensor, int, int, int], Tensor]
+ARRANGEMENTS: dict[str, Delays] = {
+    "together": lambda index, steps, chunk_size, stagger: torch.zeros_like(index),
+    "autoregressive": lambda index, steps, chunk_size, stagger: index // chunk_size * steps,
+    "pyramid": lambda index, steps, chunk_size, stagger: index * stagger,
 }
 
 
-def make_schedule(schedule: Tensor, made: Tensor, arrangement: str = "together", every: int = 1) -> Tensor:
-    """A schedule (steps + 1,) for what is to be made, (T,) or (T, rows, columns) bool -> the levels of a plan.
+def make_schedule(
+    levels: Tensor, mask: Tensor, arrangement: str = "together", *, chunk_size: int = 1, stagger: int = 1
+) -> Tensor:
+    """Levels (steps + 1,) of one frame -> levels (rows, T) or (rows, T, rows of patches, columns) of all frames.
 
-    `every`: frames of a chunk where frames are made chunk by chunk (autoregressive), steps between the starts of
-    neighbours (pyramid; Ruhe et al., "Rolling Diffusion"; Chen et al., "Diffusion Forcing", section 3.3).
+    mask: (T,) or (T, rows, columns) bool, true = to be generated. chunk_size: frames per chunk of `autoregressive`.
+    stagger: steps between the starts of neighbours of `pyramid` (Ruhe et al., "Rolling Diffusion"; Chen et al.,
+    "Diffusion Forcing", section 3.3).
     """
-    delays_of = pick(ARRANGEMENTS, arrangement, "arrangement")
-    if every < 1:
-        raise ValueError(f"every={every} is no number of frames or steps; use 1 or more.")
-    turn = (made.flatten(1).any(1) if made.ndim > 1 else made).cumsum(0) - 1
-    return hold(delayed(schedule, delays_of(turn.clamp(min=0), len(schedule) - 1, every)), made)
+    delays = pick(ARRANGEMENTS, arrangement, "arrangement")
+    for name, value in (("chunk_size", chunk_size), ("stagger", stagger)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}.")
+    index = (mask.flatten(1).any(1) if mask.ndim > 1 else mask).cumsum(0) - 1
+    return mask_schedule(delayed(levels, delays(index.clamp(min=0), len(levels) - 1, chunk_size, stagger)), mask)
 
 
-def delayed(schedule: Tensor, delays: Tensor) -> Tensor:
-    """(steps + 1,) and a delay for each frame (T,) -> (steps + max(delays) + 1, T): frame t starts delays[t] rows late."""
-    rows = torch.arange(len(schedule) + int(delays.max()))
-    return schedule[(rows[:, None] - delays).clamp(0, len(schedule) - 1)]
+def delayed(levels: Tensor, delays: Tensor) -> Tensor:
+    """(steps + 1,) levels and a delay per frame (T,) -> (steps + max(delays) + 1, T): frame t starts delays[t] rows late."""
+    rows = torch.arange(len(levels) + int(delays.max()))
+    return levels[(rows[:, None] - delays).clamp(0, len(levels) - 1)]
 
 
-def hold(levels: Tensor, made: Tensor) -> Tensor:
-    """(steps + 1, T) levels, 0 wherever `made` (T,) or (T, rows, columns) is false."""
-    return levels.view(*levels.shape, *[1] * (made.ndim - 1)) * made
+def mask_schedule(levels: Tensor, mask: Tensor) -> Tensor:
+    """(rows, T) levels, set to 0 where `mask`, (T,) or (T, rows, columns), is false."""
+    return levels.view(*levels.shape, *[1] * (mask.ndim - 1)) * mask
 
 
-def check(plan: Schedule) -> None:
-    """Levels must lie in [0, 1], never rise, and end at 0."""
-    levels = plan.levels
-    assert levels.ndim in (2, 4) and levels.shape[1] == plan.x.shape[2], "one column of levels a latent frame"
+def check(schedule: Schedule) -> None:
+    """AssertionError unless levels lie in [0, 1], never rise, and end at 0."""
+    levels = schedule.levels
+    assert levels.ndim in (2, 4) and levels.shape[1] == schedule.x.shape[2], "one column of levels per latent frame"
     assert bool((levels.diff(dim=0) <= 0).all()) and bool((levels[-1] == 0).all()) and levels.max() <= 1
-    assert torch.isfinite(plan.x).all()
+    assert torch.isfinite(schedule.x).all()

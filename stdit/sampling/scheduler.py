@@ -1,4 +1,4 @@
-"""What a pipeline stores about diffusion: the objective it was trained with, and the solver it likes."""
+"""What a pipeline stores about diffusion: the objective of its training, and its default solver."""
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -7,7 +7,7 @@ from stdit.diffusion.objective import Objective, ObjectiveConfig, build_objectiv
 
 
 class STDiTScheduler(SchedulerMixin, ConfigMixin):
-    """stdit's own solvers, each frame at its own level. Any diffusers scheduler may take its place in a pipeline.
+    """stdit's solvers, with a noise level per frame. Any diffusers scheduler may take its place in a pipeline.
 
     solver: euler, heun, ddim or ddpm; by default euler for flow, ddpm for DDPM.
     """

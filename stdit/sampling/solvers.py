@@ -1,5 +1,10 @@
-"""Our own solvers: one step from the levels now to the levels after, each frame at its own."""
+"""Solvers: one step from the levels t to the levels t_next, with a level per latent frame.
 
+A solver is a class; an instance lives for one run and may keep what it needs of earlier steps, so a multistep solver is a
+class and a row of the table (and a name in `options.SolverName`).
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
@@ -14,70 +19,93 @@ from stdit.sampling.schedule import Schedule
 from stdit.variants import pick
 
 Predict = Callable[[Tensor, Tensor], Estimate]  # (x, levels (B|1, T)) -> estimate
-Draw = Callable[[int], Tensor]  # step -> fresh noise like x
-Solver = Callable[[Tensor, Tensor, Tensor, Predict, Path, Callable[[], Tensor]], Tensor]
+DrawStep = Callable[[int], Tensor]  # index of the step -> noise like x
+Draw = Callable[[], Tensor]  # noise like x for this step
 
 
-def euler(x: Tensor, now: Tensor, after: Tensor, predict: Predict, path: Path, draw: Callable[[], Tensor]) -> Tensor:
-    """First order in the path's own coordinates; for flow, x + (after - now) * velocity."""
-    estimate = predict(x, now)
-    return _along(x, now, after, path.slope(estimate.clean, estimate.noise), path)
+class Solver(ABC):
+    """One run of a solver along a path. Frames whose level does not change are put back by `solve` after every step."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @abstractmethod
+    def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        """x (B, C, T, h, w) at levels t -> x at levels t_next; levels are (1, T) or (1, T, rows, columns)."""
+
+    def along(self, x: Tensor, t: Tensor, t_next: Tensor, slope: Tensor) -> Tensor:
+        """A straight step in the coordinates in which the path's flow is dy/dtime = slope."""
+        scale, time = self.path.coordinates(like(t, x))
+        scale_next, time_next = self.path.coordinates(like(t_next, x))
+        return scale_next * (x / scale + (time_next - time) * slope)
 
 
-def heun(x: Tensor, now: Tensor, after: Tensor, predict: Predict, path: Path, draw: Callable[[], Tensor]) -> Tensor:
-    """Second order: Euler, then again with the mean of both slopes (Karras et al., algorithm 1). Two calls a step."""
-    estimate = predict(x, now)
-    slope = path.slope(estimate.clean, estimate.noise)
-    ahead = _along(x, now, after, slope, path)
-    if not bool((after > 0).any()):  # the last step: a network is never asked about clean data
-        return ahead
-    second = predict(ahead, after)
-    mean = 0.5 * (slope + path.slope(second.clean, second.noise))
-    return torch.where(like(after, x) > 0, _along(x, now, after, mean, path), ahead)
+class Euler(Solver):
+    """First order in the path's coordinates; for flow, x + (t_next - t) * velocity."""
+
+    def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        estimate = predict(x, t)
+        return self.along(x, t, t_next, self.path.slope(estimate.clean, estimate.noise))
 
 
-def ddim(x: Tensor, now: Tensor, after: Tensor, predict: Predict, path: Path, draw: Callable[[], Tensor]) -> Tensor:
+class Heun(Solver):
+    """Second order: Euler, then again with the mean of both slopes (Karras et al., algorithm 1). Two calls per step."""
+
+    def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        estimate = predict(x, t)
+        slope = self.path.slope(estimate.clean, estimate.noise)
+        euler = self.along(x, t, t_next, slope)
+        if not bool((t_next > 0).any()):  # the last step: training has no level 0 of generated frames
+            return euler
+        second = predict(euler, t_next)
+        mean = 0.5 * (slope + self.path.slope(second.clean, second.noise))
+        return torch.where(like(t_next, x) > 0, self.along(x, t, t_next, mean), euler)
+
+
+class DDIM(Solver):
     """Deterministic DDIM (Song et al., equation 12 with sigma = 0)."""
-    estimate = predict(x, now)
-    alpha, sigma = path.alpha_sigma(like(after, x))
-    return alpha * estimate.clean + sigma * estimate.noise
+
+    def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        estimate = predict(x, t)
+        alpha, sigma = self.path.alpha_sigma(like(t_next, x))
+        return alpha * estimate.clean + sigma * estimate.noise
 
 
-def ddpm(x: Tensor, now: Tensor, after: Tensor, predict: Predict, path: Path, draw: Callable[[], Tensor]) -> Tensor:
-    """Ancestral step: draw from q(x_after | x_now, clean), with the learned variance where there is one."""
-    estimate = predict(x, now)
-    mean, smallest, largest = posterior(path, x, estimate.clean, now, after)
-    moves = like(after, x) > 0
-    if estimate.variance is None:
-        variance = smallest
-    else:
-        safe = torch.where(moves, smallest, torch.ones_like(smallest))
-        variance = learned_log_variance(estimate.variance, safe, torch.where(moves, largest, 1)).exp()
-    return (mean + moves * variance.clamp(min=0).sqrt() * draw()).to(x.dtype)
+class DDPM(Solver):
+    """Ancestral step: a draw from q(x_next | x, clean), with the learned variance where the model has one."""
+
+    def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        estimate = predict(x, t)
+        mean, smallest, largest = posterior(self.path, x, estimate.clean, t, t_next)
+        noisy = like(t_next, x) > 0
+        if estimate.variance is None:
+            variance = smallest
+        else:
+            safe = torch.where(noisy, smallest, torch.ones_like(smallest))  # the posterior has no variance at level 0
+            variance = learned_log_variance(estimate.variance, safe, torch.where(noisy, largest, 1)).exp()
+        return (mean + noisy * variance.clamp(min=0).sqrt() * draw()).to(x.dtype)
 
 
-def _along(x: Tensor, now: Tensor, after: Tensor, slope: Tensor, path: Path) -> Tensor:
-    scale, time = path.coordinates(like(now, x))
-    scale_after, time_after = path.coordinates(like(after, x))
-    return scale_after * (x / scale + (time_after - time) * slope)
-
-
-SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "ddim": ddim, "ddpm": ddpm}
+SOLVERS: dict[str, type[Solver]] = {"euler": Euler, "heun": Heun, "ddim": DDIM, "ddpm": DDPM}
 
 
 def solve(
-    plan: Schedule,
+    schedule: Schedule,
     predict: Predict,
     path: Path,
     solver: str = "euler",
-    draw: Draw | None = None,
+    *,
+    draw: DrawStep | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Tensor:
-    """Run a plan to the end: (B, C, T, h, w). Frames whose level does not change do not change by a bit."""
-    step_with = pick(SOLVERS, solver, "solver")
-    x = plan.x
-    for step, (now, after) in enumerate(progress(list(pairwise(plan.levels.to(x.device))))):
+    """Run a schedule to its end with a fresh solver: latents (B, C, T, h, w).
+
+    Frames or patches whose level does not change in a step do not change by a bit.
+    """
+    run = pick(SOLVERS, solver, "solver")(path)
+    x = schedule.x
+    for step, (t, t_next) in enumerate(progress(list(pairwise(schedule.levels.to(x.device))))):
         noise = partial(draw, step) if draw else partial(torch.randn_like, x)
-        moved = step_with(x, now[None], after[None], predict, path, noise)
-        x = torch.where(like((now != after)[None], x), moved, x)
+        moved = run.step(x, t[None], t_next[None], predict=predict, draw=noise)
+        x = torch.where(like((t != t_next)[None], x), moved, x)
     return x

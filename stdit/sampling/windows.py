@@ -1,12 +1,16 @@
-"""Long canvases, window by window: which frames a model of limited length looks at next, and which of them it keeps."""
+"""Long canvases in windows of limited length: which frames a window covers, and which of them it writes back."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
+from stdit.sampling.canvas import Canvas
+from stdit.sampling.groups import fits
+from stdit.vae import VideoVAE
+
 
 class Window(NamedTuple):
-    """Frames begin..end of a canvas are looked at; of those that are open, keep_from..keep_to are kept."""
+    """Sample frames [begin, end) of a canvas; write back those of [keep_from, keep_to) that were to be generated."""
 
     begin: int
     end: int
@@ -14,40 +18,81 @@ class Window(NamedTuple):
     keep_to: int
 
 
-def next_window(open_frames: Tensor, length: int, overlap: int, stride: int) -> Window | None:
-    """The next window over a canvas whose frames are `open_frames` (F,) bool; None when none is open.
+class WindowSize(NamedTuple):
+    """length: frames per window; overlap: of these, known frames before the generated ones, at most."""
 
-    length: 1 + k * stride frames; overlap: at most so many known frames before the open ones, 1 + j * stride. Known
-    frames after a gap are in view before the gap is closed. Windows begin so that runs of known frames fill whole
-    groups of the VAE wherever the canvas allows it.
+    length: int
+    overlap: int
+
+
+def window_size(
+    canvas: Canvas, vae: VideoVAE, *, trained_frames: int, window: int | None = None, overlap: int | None = None
+) -> WindowSize:
+    """Length and overlap of windows over a canvas; ValueError for a window or overlap that cannot work.
+
+    window, overlap: as asked for, None: the trained length, and half a window.
     """
-    frames = len(open_frames)
-    if not open_frames.any():
+    frames, stride = canvas.pixels.shape[2], vae.stride[0]
+    if window is not None:
+        check_window(window, canvas, vae)
+    length = max(trained_frames, 1 + 2 * stride) if window is None else window
+    if overlap is not None and not 1 <= overlap <= length - stride:
+        raise ValueError(
+            f"overlap={overlap} leaves nothing to be generated in a window of {length} frames; use 1 to {length - stride}."
+        )
+    if frames < length:  # one window; frames that do not fill a group are padded and cut off again
+        length = next(n for n in range(frames, length + 1) if fits(vae, n))
+    return WindowSize(length, length // 2 // stride * stride + 1 if overlap is None else overlap)
+
+
+def check_window(window: int, canvas: Canvas, vae: VideoVAE) -> None:
+    """ValueError for a window (in frames) that is no whole number of the VAE's groups, or too short to make progress."""
+    step, known = vae.temporal_granularity or vae.stride[0], ~canvas.frames_to_generate
+    first = int(known.int().argmax()) if known.any() else 0  # a head before known frames is generated backward
+    least = 1 + (2 if first or bool((known[1:] & ~known[:-1]).any()) else 1) * step
+    if not fits(vae, max(window, 1)) or window < min(len(known), least):
+        near = next(n for n in range(max(window, least), max(window, least) + step + 1) if fits(vae, n))
+        raise ValueError(
+            f"window={window} does not hold a first frame, known frames and generated frames in whole groups of VAE "
+            f"{vae.name!r}; use window={near}."
+        )
+
+
+def next_window(to_generate: Tensor, length: int, *, overlap: int, stride: int) -> Window | None:
+    """The next window over a canvas whose frames `to_generate` (F,) bool are not there yet; None when all are.
+
+    length: 1 + k * stride frames; overlap: 1 + j * stride known frames before the generated ones, at most. Known frames
+    after a gap are in the window that closes it. Windows begin so that runs of known frames fill whole groups of the
+    VAE wherever the canvas allows it.
+    """
+    frames = len(to_generate)
+    if not to_generate.any():
         return None
     if frames <= length:
         return Window(0, frames, 0, frames)
-    first = int(open_frames.int().argmax())
-    closed = (~open_frames[first:]).nonzero()
-    end_of_gap = first + int(closed[0]) if len(closed) else frames
+    first = int(to_generate.int().argmax())
+    known = (~to_generate[first:]).nonzero()
+    end_of_gap = first + int(known[0]) if len(known) else frames
     if first == 0 and end_of_gap < frames and end_of_gap + stride > length:
-        return _backward(end_of_gap, frames, length, overlap, stride)
-    contexts = range(1, min(overlap, first) + 1, stride) if first else range(1)  # whole groups behind a first frame
+        return _backward(end_of_gap, frames, length=length, overlap=overlap, stride=stride)
+    contexts = range(1, min(overlap, first) + 1, stride) if first else range(1)  # whole groups after a first frame
     goal = stride if end_of_gap < frames else 0
     fitting = [c for c in contexts if c + (end_of_gap - first) + goal <= length]
     context = fitting[-1] if goal and fitting else contexts[-1]
     begin = max(0, min(first - context, frames - length))
     end = keep_to = begin + length
     if goal and end_of_gap + goal > end:
-        # What follows comes into view later. The way there may be long: leave all the room that a window closes at once.
+        # A later window closes the gap. Leave it as many frames as a window can generate before known ones, because the
+        # motion to the goal may be long.
         leave = length - goal - 1
         keep_to = min(end, max(first + stride, end_of_gap - leave))
     return Window(begin, end, begin, keep_to)
 
 
-def _backward(end_of_gap: int, frames: int, length: int, overlap: int, stride: int) -> Window:
-    """The head of a canvas is open: from the known frames behind it toward the first."""
+def _backward(end_of_gap: int, frames: int, *, length: int, overlap: int, stride: int) -> Window:
+    """The head of a canvas is to be generated: from the known frames after it toward the first frame."""
     known = max(stride, (overlap - 1) // stride * stride)
     end = min(frames, end_of_gap + known)
     begin = max(0, end - length)
-    # A window's own first frame stands alone in the VAE; inside the canvas it belongs to a group, which is made later.
+    # A window's first frame stands alone in the VAE, but inside the canvas it belongs to a group: a later window has it.
     return Window(begin, begin + length, begin + (begin > 0), begin + length)

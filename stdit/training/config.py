@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from stdit.precision import Precision
-
 _POSITIVE = ("steps", "checkpoint_every", "log_every", "preview_every", "max_skipped")
 
 
@@ -20,7 +18,7 @@ class LoopConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.9999
-    precision: Precision = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     resume: str = "auto"  # auto, never, or the path of a checkpoint or of a folder of them
     allow_changes: bool = False  # resume although the config is different
     checkpoint_every: int = 5000

@@ -76,7 +76,7 @@ def _encode(frames: Tensor, vae: VideoVAE) -> LatentBatch:
 
     @torch.no_grad()
     def reencode(mask: Tensor) -> Tensor:
-        groups = [vae.group(pixels[clip, None], frame) for clip, frame in mask.nonzero().tolist()]
+        groups = [vae.frames_of_latent(pixels[clip, None], frame) for clip, frame in mask.nonzero().tolist()]
         return vae.encode_segment(torch.cat(groups))[:, :, 0].float()
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""diffusers' autoencoders behind stdit's contract, each with its own normalisation."""
+"""Adapters from the autoencoders of diffusers to `VideoVAE`, with the normalisation that each of them defines."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -8,69 +8,70 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from stdit import legacy
 from stdit.hub import check_reachable, resolve_source
-from stdit.vae.base import VideoVAE, each_frame
+from stdit.vae.base import VideoVAE, split_frames
 from stdit.vae.tiny import TinyVAE
 from stdit.variants import pick
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-class Kind(NamedTuple):
-    """What stdit must know of one diffusers class; the functions take the autoencoder."""
+class VAESpec(NamedTuple):
+    """Description of one diffusers class. The functions take the autoencoder; the flags are those of `VideoVAE`."""
 
     stride: Callable[[Any], tuple[int, int, int]]
     channels: Callable[[Any], int]
-    statistics: Callable[[Any], tuple[Tensor, Tensor]]  # mean and std of raw latents, per channel or one
-    per_frame: bool = False
+    statistics: Callable[[Any], tuple[Tensor, Tensor]]  # mean and std of raw latents, per channel or of size 1
+    per_frame: bool = False  # an image VAE, which encodes every frame by itself
     causal: bool = True
     temporal_granularity: int = 0
     image_is_first_frame: bool = True
 
 
-def _scaling(vae: nn.Module) -> tuple[Tensor, Tensor]:
-    """z * scaling_factor, or (z - shift_factor) * scaling_factor."""
+def _scaling_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Normalised latents are z * scaling_factor, or (z - shift_factor) * scaling_factor."""
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return torch.tensor([shift]), torch.tensor([1 / vae.config.scaling_factor])
 
 
-def _wan_statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
+def _wan_statistics(vae: Any) -> tuple[Tensor, Tensor]:
     return torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
 
 
-def _ltx_statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
+def _ltx_statistics(vae: Any) -> tuple[Tensor, Tensor]:
     return vae.latents_mean.detach().cpu(), vae.latents_std.detach().cpu() / vae.config.scaling_factor
 
 
-def _wan_stride(vae: nn.Module) -> tuple[int, int, int]:
+def _wan_stride(vae: Any) -> tuple[int, int, int]:
     space = 2 ** (len(vae.config.dim_mult) - 1) * (vae.config.patch_size or 1)
     return 2 ** sum(vae.config.temperal_downsample), space, space
 
 
 VAE_SPECS = {
-    "AutoencoderKL": Kind(
+    "AutoencoderKL": VAESpec(
         lambda v: (1, *(2 ** (len(v.config.block_out_channels) - 1),) * 2),
         lambda v: v.config.latent_channels,
-        _scaling,
+        _scaling_statistics,
         per_frame=True,
     ),
-    "AutoencoderKLWan": Kind(_wan_stride, lambda v: v.config.z_dim, _wan_statistics),
-    "AutoencoderKLCogVideoX": Kind(
+    "AutoencoderKLWan": VAESpec(_wan_stride, lambda v: v.config.z_dim, _wan_statistics),
+    "AutoencoderKLCogVideoX": VAESpec(
         lambda v: (int(v.config.temporal_compression_ratio), *(2 ** (len(v.config.block_out_channels) - 1),) * 2),
         lambda v: v.config.latent_channels,
-        _scaling,
+        _scaling_statistics,
         causal=False,
-        temporal_granularity=8,  # an even number of latent frames decodes to other frames than were encoded
+        temporal_granularity=8,  # with an even number of latent frames it decodes a different number of frames
         image_is_first_frame=False,
     ),
-    "AutoencoderKLHunyuanVideo": Kind(
+    "AutoencoderKLHunyuanVideo": VAESpec(
         lambda v: (v.temporal_compression_ratio, v.spatial_compression_ratio, v.spatial_compression_ratio),
         lambda v: v.config.latent_channels,
-        _scaling,
+        _scaling_statistics,
         causal=False,
         image_is_first_frame=False,
     ),
-    "AutoencoderKLLTXVideo": Kind(
+    "AutoencoderKLLTXVideo": VAESpec(
         lambda v: (v.temporal_compression_ratio, v.spatial_compression_ratio, v.spatial_compression_ratio),
         lambda v: v.config.latent_channels,
         _ltx_statistics,
@@ -79,75 +80,71 @@ VAE_SPECS = {
 
 
 class DiffusersVAE(VideoVAE):
-    """A diffusers autoencoder as a `VideoVAE`. One that knows images only runs frame by frame."""
+    """A diffusers autoencoder as a `VideoVAE`; an image VAE is applied frame by frame."""
+
+    vae: Any  # an nn.Module with the methods and the config of its class
+    latent_mean: Tensor
+    latent_std: Tensor
 
     def __init__(self, vae: nn.Module):
         super().__init__()
         self.name = type(vae).__name__
-        kind = pick(VAE_SPECS, self.name, "VAE class")
-        self.vae, self.kind = vae, kind
-        self.stride, self.channels = kind.stride(vae), kind.channels(vae)
-        self.causal, self.temporal_granularity, self.image_is_first_frame = (
-            kind.causal,
-            kind.temporal_granularity,
-            kind.image_is_first_frame,
-        )
-        mean, std = kind.statistics(vae)
+        spec = pick(VAE_SPECS, self.name, "VAE class")
+        self.vae, self.spec = vae, spec
+        self.stride, self.channels = spec.stride(vae), spec.channels(vae)
+        self.causal, self.temporal_granularity = spec.causal, spec.temporal_granularity
+        self.image_is_first_frame = spec.image_is_first_frame
+        mean, std = spec.statistics(vae)
         self.register_buffer("latent_mean", mean.float(), persistent=False)
         self.register_buffer("latent_std", std.float(), persistent=False)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
     def _encode(self, pixels: Tensor) -> Tensor:
         batch, x = len(pixels), pixels.to(self.dtype)
-        if self.kind.per_frame:
+        if self.spec.per_frame:
             raw = self.vae.encode(rearrange(x, "b c t h w -> (b t) c h w")).latent_dist.mode()
             raw = rearrange(raw, "(b t) c h w -> b c t h w", b=batch)
         else:
             raw = self.vae.encode(x).latent_dist.mode()
-        return (raw.float() - _channels(self.latent_mean)) / _channels(self.latent_std)
+        return (raw.float() - _per_channel(self.latent_mean)) / _per_channel(self.latent_std)
 
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        if not self.kind.per_frame:
+        """As `VideoVAE.decode_stream`; an image VAE yields frame by frame, the others yield the whole clip."""
+        if not self.spec.per_frame:
             yield from super().decode_stream(latents)
             return
-        for frame in each_frame(latents):
+        for frame in split_frames(latents):
             yield self.decode(frame)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        raw = (latents.float() * _channels(self.latent_std) + _channels(self.latent_mean)).to(self.dtype)
-        if self.kind.per_frame:
+        raw = (latents.float() * _per_channel(self.latent_std) + _per_channel(self.latent_mean)).to(self.dtype)
+        if self.spec.per_frame:
             frames = self.vae.decode(rearrange(raw, "b c t h w -> (b t) c h w")).sample
             return rearrange(frames, "(b t) c h w -> b c t h w", b=len(latents))
         decoded = self.vae.decode(raw).sample
         if decoded.shape[2] != self.pixel_frames(latents.shape[2]):
             raise ValueError(
-                f"{self.name} decodes {latents.shape[2]} latent frames to {decoded.shape[2]} pictures, not to "
+                f"{self.name} decodes {latents.shape[2]} latent frames to {decoded.shape[2]} frames, not to "
                 f"{self.pixel_frames(latents.shape[2])}; encode 1 + a multiple of {self.temporal_granularity or self.stride[0]} frames."
             )
         return decoded
 
 
-def _channels(values: Tensor) -> Tensor:
+def _per_channel(values: Tensor) -> Tensor:
+    """(C,) or (1,) -> a shape that broadcasts over (B, C, T, h, w)."""
     return values[None, :, None, None, None]
 
 
 def as_video_vae(vae: nn.Module) -> VideoVAE:
-    """Any known autoencoder as a `VideoVAE` (itself, if it is one)."""
+    """Wrap a diffusers autoencoder as a `VideoVAE`; a `VideoVAE` is returned as it is."""
     return vae if isinstance(vae, VideoVAE) else DiffusersVAE(vae)
 
 
 def load_vae(name: str, dtype: torch.dtype = torch.float32) -> VideoVAE:
-    """The VAE of a name: "tiny", a folder of diffusers weights, or a hub id.
+    """Load a VAE by name: "tiny", a folder with weights of a diffusers class, or a hub id.
 
-    A hub id is "owner/name", "owner/name/subfolder", with "@revision" if wanted; it is the only thing that reaches for
-    the network, and only if no such folder exists. Frozen, in evaluation mode. ValueError in one line otherwise.
+    A hub id is "owner/name" or "owner/name/subfolder", optionally with "@revision". The network is used for a hub id
+    only, and only if no folder of that name exists. The VAE is frozen and in evaluation mode. Raises ValueError with a
+    message of one line if it cannot be loaded.
     """
     if name == "tiny":
         return TinyVAE.from_pretrained(WEIGHTS, torch_dtype=dtype, use_safetensors=True).eval().requires_grad_(False)
@@ -156,22 +153,28 @@ def load_vae(name: str, dtype: torch.dtype = torch.float32) -> VideoVAE:
     return as_video_vae(vae).eval().requires_grad_(False)
 
 
-def _from_diffusers(source: str, options: dict, name: str, dtype: torch.dtype) -> nn.Module:
+def _from_diffusers(source: str, options: dict[str, Any], name: str, dtype: torch.dtype) -> nn.Module:
+    """Load the autoencoder of a folder or hub id as the class that its config names."""
     import diffusers
 
-    offline = "vae.name=tiny works without any download"
+    remedy = "vae.name=tiny works without any download"
     try:
         check_reachable(source, "config.json", options)
         config = diffusers.AutoencoderKL.load_config(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"The VAE {name!r} is not here and cannot be fetched ({reason}); {offline}.") from error
-    kind = config.get("_class_name", "unknown")
-    if kind == "TinyVAE":
+        raise ValueError(f"VAE {name!r} was not found and cannot be fetched ({reason}); {remedy}.") from error
+    class_name = config.get("_class_name", "unknown")
+    if class_name == "TinyVAE":
         return TinyVAE.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
-    pick(VAE_SPECS, kind, "VAE class")
+    pick(VAE_SPECS, class_name, "VAE class")
     try:
-        return getattr(diffusers, kind).from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
+        return getattr(diffusers, class_name).from_pretrained(
+            source, torch_dtype=dtype, use_safetensors=True, **options
+        )
     except OSError as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"The weights of VAE {name!r} cannot be loaded ({reason}); {offline}.") from error
+        raise ValueError(f"the weights of VAE {name!r} cannot be loaded ({reason}); {remedy}.") from error
+
+
+__getattr__ = legacy.aliases(__name__)

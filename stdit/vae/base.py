@@ -1,35 +1,111 @@
-"""The contract every video VAE keeps: pixels to normalised latents and back, and the arithmetic of both."""
+"""The interface of every video VAE: pixels to normalised latents and back, and the arithmetic of their shapes."""
 
 import hashlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from stdit import legacy
 
-class VideoVAE(nn.Module):
-    """A video VAE behind one face: pixels (B, 3, F, H, W) in [-1, 1] <-> latents (B, C, T, h, w).
 
-    Latents are normalised: about zero mean and unit variance per channel on natural clips. A clip is one first
-    frame followed by whole groups of `stride[0]` frames; `causal`: no latent frame depends on later pixels.
+class VAEGeometry:
+    """The shapes of a video VAE's latents, without its weights.
+
+    A clip is one first frame followed by groups of `stride[0]` frames; each group, and the first frame alone, is one
+    latent frame. stride: pixels per latent in (time, height, width). temporal_granularity: clips have
+    1 + k * temporal_granularity frames; 0 means the temporal stride.
     """
 
+    name: str = "vae"
     stride: tuple[int, int, int]
     channels: int
-    causal: bool = True
-    temporal_granularity: int = 0  # frames come 1 + k * temporal_granularity; 0: the temporal stride
-    image_is_first_frame: bool = True  # encode(clip[:, :, :1]) is encode(clip)[:, :, :1]
-    name: str = "vae"
+    temporal_granularity: int = 0
+
+    def __init__(self, name: str, stride: tuple[int, int, int], channels: int, temporal_granularity: int = 0):
+        self.name, self.stride, self.channels = name, stride, channels
+        self.temporal_granularity = temporal_granularity
+
+    def latent_frames(self, num_frames: int) -> int:
+        """The number of latent frames of `num_frames` pixel frames; ValueError with the nearest counts that fit."""
+        stride, step = self.stride[0], self.temporal_granularity or self.stride[0]
+        if num_frames < 1:
+            raise ValueError(f"num_frames must be >= 1, got num_frames={num_frames}; use 1 for an image.")
+        if (num_frames - 1) % step:
+            lower = (num_frames - 1) // step * step + 1
+            raise ValueError(
+                f"num_frames={num_frames} does not fit VAE {self.name!r} of temporal stride {stride}: it needs "
+                f"1 + a multiple of {step}. Use {lower} or {lower + step}."
+            )
+        return (num_frames - 1) // stride + 1
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """The number of pixel frames that `latent_frames` decode to."""
+        return self.stride[0] * (latent_frames - 1) + 1
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) in pixels -> (h, w) in latents; ValueError with the nearest sizes that are multiples of the stride."""
+        for name, value, stride in (("height", height, self.stride[1]), ("width", width, self.stride[2])):
+            if value < 1 or value % stride:
+                lower = max(stride, value // stride * stride)
+                upper = lower if value < stride else lower + stride
+                choice = f"{lower}" if lower == upper else f"{lower} or {upper}"
+                raise ValueError(
+                    f"{name}={value} does not fit VAE {self.name!r}: it needs a multiple of {stride}. Use {choice}."
+                )
+        return height // self.stride[1], width // self.stride[2]
+
+    def latent_shape(
+        self, num_frames: int, height: int, width: int, patch: tuple[int, int, int] = (1, 1, 1)
+    ) -> tuple[int, int, int]:
+        """The latents' (T, h, w) of a clip; ValueError with the nearest fitting values.
+
+        patch: the model's patch size, by which T, h and w must be divisible.
+        """
+        shape = (self.latent_frames(num_frames), *self.latent_size(height, width))
+        requested = (num_frames, height, width)
+        for i, name in enumerate(("num_frames", "height", "width")):
+            if shape[i] % patch[i]:
+                lower, upper = shape[i] // patch[i] * patch[i], -(-shape[i] // patch[i]) * patch[i]
+                fits = [self.pixel_frames(n) if i == 0 else n * self.stride[i] for n in (lower, upper) if n]
+                raise ValueError(
+                    f"{name}={requested[i]} gives {shape[i]} latents, which patches of {patch[i]} do not divide. "
+                    f"Use {' or '.join(map(str, fits))}."
+                )
+        return shape
+
+
+class VideoVAE(nn.Module, VAEGeometry, ABC):
+    """A video VAE: pixels (B, 3, F, H, W) in [-1, 1] <-> latents (B, C, T, h, w).
+
+    Latents are normalised to about zero mean and unit variance per channel on natural clips. A subclass sets `stride`
+    and `channels` and implements `_encode` and `_decode`; its shapes are those of `VAEGeometry`.
+    """
+
+    causal: bool = True  # no latent frame depends on later pixels
+    image_is_first_frame: bool = True  # encode(clip[:, :, :1]) equals encode(clip)[:, :, :1]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights, to which pixels and latents must be moved."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type of the weights, which pixels and latents must have."""
+        return next(self.parameters()).dtype
 
     @abstractmethod
-    def _encode(self, pixels: Tensor) -> Tensor: ...
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Encode pixels whose shape `encode` has checked."""
 
     @abstractmethod
-    def _decode(self, latents: Tensor) -> Tensor: ...
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Decode latents whose shape `decode` has checked."""
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, F, H, W) pixels in [-1, 1] -> (B, C, T, h, w) normalised latents (the posterior's mean).
+        """(B, 3, F, H, W) pixels in [-1, 1] -> (B, C, T, h, w) normalised latents (the mean of the posterior).
 
         Raises ValueError for a frame count or a size that the VAE would crop.
         """
@@ -43,17 +119,18 @@ class VideoVAE(nn.Module):
         return self._encode(pixels)
 
     def encode_segment(self, pixels: Tensor) -> Tensor:
-        """(B, 3, n * stride[0], H, W), whole groups from inside a clip -> (B, C, n, h, w), whatever came before them.
+        """Encode a segment from the middle of a clip independently of the frames before it.
 
-        They are encoded behind their repeated first frame, which then is left out. Training sees known frames so too.
+        (B, 3, n * stride[0], H, W), whole groups -> (B, C, n, h, w). The segment's first frame is repeated in front as
+        the start of a clip, and the latent of that copy is dropped. Training encodes known frames in the same way.
         """
         groups = pixels.shape[2] // self.stride[0]
-        missing = -pixels.shape[2] % (self.temporal_granularity or self.stride[0])
-        pixels = torch.cat([pixels[:, :, :1], pixels, pixels[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+        padding = -pixels.shape[2] % (self.temporal_granularity or self.stride[0])
+        pixels = torch.cat([pixels[:, :, :1], pixels, pixels[:, :, -1:].expand(-1, -1, padding, -1, -1)], dim=2)
         return self.encode(pixels)[:, :, 1 : 1 + groups]
 
-    def group(self, pixels: Tensor, latent_frame: int) -> Tensor:
-        """The pixel frames (B, 3, f, H, W) that a latent frame holds."""
+    def frames_of_latent(self, pixels: Tensor, latent_frame: int) -> Tensor:
+        """The frames (B, 3, f, H, W) of `pixels` that one latent frame encodes: f = 1 for the first, else `stride[0]`."""
         end = self.pixel_frames(latent_frame + 1)
         return pixels[:, :, max(0, end - self.stride[0]) : end]
 
@@ -69,58 +146,13 @@ class VideoVAE(nn.Module):
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode group by group: yields (B, 3, f, H, W), first 1 frame, then `stride[0]` at a time.
 
-        latents: (B, C, T, h, w), or its frames (B, C, 1, h, w) as they come. A VAE whose decoder cannot go on where it
-        stopped yields everything at once, at the end.
+        latents: (B, C, T, h, w), or an iterable of its frames (B, C, 1, h, w). A VAE whose decoder cannot be resumed
+        between groups yields the whole clip once, at the end.
         """
-        yield self.decode(torch.cat(list(each_frame(latents)), dim=2))
-
-    def latent_frames(self, num_frames: int) -> int:
-        """How many latent frames hold `num_frames` pixel frames; ValueError with the nearest that fit."""
-        stride, step = self.stride[0], self.temporal_granularity or self.stride[0]
-        if num_frames < 1:
-            raise ValueError(f"num_frames={num_frames} is not a clip: use 1 for an image or more for a video.")
-        if (num_frames - 1) % step:
-            lower = (num_frames - 1) // step * step + 1
-            raise ValueError(
-                f"num_frames={num_frames} does not fit VAE {self.name!r} of temporal stride {stride}: it needs "
-                f"1 + a multiple of {step}. Use {lower} or {lower + step}."
-            )
-        return (num_frames - 1) // stride + 1
-
-    def pixel_frames(self, latent_frames: int) -> int:
-        """How many pixel frames `latent_frames` decode to."""
-        return self.stride[0] * (latent_frames - 1) + 1
-
-    def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) pixels -> (h, w) latents; ValueError with the nearest sizes that divide."""
-        for name, value, stride in (("height", height, self.stride[1]), ("width", width, self.stride[2])):
-            if value < 1 or value % stride:
-                lower = max(stride, value // stride * stride)
-                upper = lower if value < stride else lower + stride
-                choice = f"{lower}" if lower == upper else f"{lower} or {upper}"
-                raise ValueError(
-                    f"{name}={value} does not fit VAE {self.name!r}: it needs a multiple of {stride}. Use {choice}."
-                )
-        return height // self.stride[1], width // self.stride[2]
-
-    def latent_shape(
-        self, num_frames: int, height: int, width: int, patch: tuple[int, int, int] = (1, 1, 1)
-    ) -> tuple[int, int, int]:
-        """(T, h, w) of a clip's latents; ValueError, with what fits, if VAE or patches cannot hold it."""
-        shape = (self.latent_frames(num_frames), *self.latent_size(height, width))
-        asked, strides = (num_frames, height, width), self.stride
-        for i, name in enumerate(("num_frames", "height", "width")):
-            if shape[i] % patch[i]:
-                lower, upper = shape[i] // patch[i] * patch[i], -(-shape[i] // patch[i]) * patch[i]
-                fits = [self.pixel_frames(n) if i == 0 else n * strides[i] for n in (lower, upper) if n]
-                raise ValueError(
-                    f"{name}={asked[i]} gives {shape[i]} latents, which patches of {patch[i]} do not divide. "
-                    f"Use {' or '.join(map(str, fits))}."
-                )
-        return shape
+        yield self.decode(torch.cat(list(split_frames(latents)), dim=2))
 
     def fingerprint(self) -> str:
-        """What latents depend on: class, configuration and weights, in 16 hexadecimal digits."""
+        """A hash of class name and weights, 16 hexadecimal digits: latents of equal fingerprints are interchangeable."""
         digest = hashlib.sha256(type(self).__name__.encode())
         for key, value in sorted(self.state_dict().items()):
             digest.update(key.encode() + str(tuple(value.shape)).encode())
@@ -128,6 +160,9 @@ class VideoVAE(nn.Module):
         return digest.hexdigest()[:16]
 
 
-def each_frame(latents: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    """Latents (B, C, T, h, w), or what already comes frame by frame, as frames (B, C, 1, h, w)."""
+def split_frames(latents: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    """Latents (B, C, T, h, w) as single frames (B, C, 1, h, w); an iterable of such frames is returned as it is."""
     return latents.split(1, dim=2) if isinstance(latents, Tensor) else latents
+
+
+__getattr__ = legacy.aliases(__name__)

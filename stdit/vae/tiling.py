@@ -1,4 +1,4 @@
-"""Large frames in tiles: decoding with memory that does not grow with the frame."""
+"""Tiled decoding: the decoder's memory does not grow with the frame size."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from stdit.vae.base import VideoVAE
 
 
 def spans(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Stretches of `tile` that cover 0..size, neighbours sharing at least `overlap`, the last flush with the end."""
+    """Intervals [start, end) of length `tile` that cover [0, size); neighbours overlap by at least `overlap`."""
     if size <= tile:
         return [(0, size)]
     count = -(-(size - overlap) // (tile - overlap))
@@ -18,7 +18,7 @@ def spans(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
 
 
 def ramp(begin: int, end: int, size: int, overlap: int) -> Tensor:
-    """(end - begin,) weights of a tile: rising from the border that a neighbour shares, 1 elsewhere."""
+    """Blending weights (end - begin,) of a tile: a linear ramp over the overlap with each neighbour, 1 elsewhere."""
     weight = torch.ones(end - begin)
     rise = (torch.arange(overlap) + 0.5) / overlap
     if begin > 0:
@@ -31,45 +31,49 @@ def ramp(begin: int, end: int, size: int, overlap: int) -> Tensor:
 def decode_tiled(vae: VideoVAE, latents: Tensor, tile: int = 32, overlap: int = 8) -> Tensor:
     """Decode (B, C, T, h, w) in tiles of `tile` x `tile` latents -> (B, 3, F, H, W) on the CPU.
 
-    Neighbours share `overlap` latents and are blended there; with an overlap of twice the decoder's reach the picture
-    is that of decoding at once. ValueError for an overlap that leaves no tile.
+    Neighbouring tiles overlap by `overlap` latents and are blended there. If the overlap is twice the decoder's
+    receptive radius, the result equals decoding without tiles. Raises ValueError unless tile > 2 * overlap.
     """
     if overlap < 0 or tile <= 2 * overlap:
         raise ValueError(
-            f"tile={tile} with overlap={overlap}: a tile is larger than two overlaps; use tile={2 * overlap + 8}."
+            f"tile must be > 2 * overlap and overlap >= 0, got tile={tile} and overlap={overlap}; "
+            f"use tile={2 * max(overlap, 0) + 8} with overlap={max(overlap, 0)}."
         )
     batch, _, frames, height, width = latents.shape
     sy, sx = vae.stride[1:]
-    whole = torch.zeros(batch, 3, vae.pixel_frames(frames), height * sy, width * sx)
-    total = torch.zeros(1, 1, 1, height * sy, width * sx)
+    blended = torch.zeros(batch, 3, vae.pixel_frames(frames), height * sy, width * sx)
+    weights = torch.zeros(1, 1, 1, height * sy, width * sx)
     for (top, bottom), (left, right) in _tiles(height, width, tile, overlap):
         pixels = vae.decode(latents[..., top:bottom, left:right]).float().cpu()
         down = ramp(top * sy, bottom * sy, height * sy, overlap * sy)
         across = ramp(left * sx, right * sx, width * sx, overlap * sx)
         weight = down[:, None] * across
-        whole[..., top * sy : bottom * sy, left * sx : right * sx] += weight * pixels
-        total[..., top * sy : bottom * sy, left * sx : right * sx] += weight
-    return whole / total
+        blended[..., top * sy : bottom * sy, left * sx : right * sx] += weight * pixels
+        weights[..., top * sy : bottom * sy, left * sx : right * sx] += weight
+    return blended / weights
 
 
 def overlap_of(tile: int) -> int:
-    """Latents that neighbours share: a quarter of a tile. ValueError for a tile too small to share any."""
+    """The default overlap of tiles of `tile` latents: a quarter, at least 1; ValueError for a tile without room for it."""
     if tile < 3:
-        raise ValueError(f"tile={tile} latents leave no room beside their overlap; use tile=16 or more.")
+        raise ValueError(f"tile must be >= 3 latents, got {tile}; use tile=16 or more.")
     return max(1, tile // 4)
 
 
 def decode(vae: VideoVAE, latents: Tensor, tile: int | None = None) -> Tensor:
-    """Latents to pixels in [-1, 1] on the CPU, a few clips at a time; `tile`: in tiles of so many latents.
+    """Decode latents (B, C, T, h, w) to pixels (B, 3, F, H, W) in [-1, 1] on the CPU.
 
-    Neighbours share a quarter; the smaller that is against the decoder's reach, the more is seen of their seams.
+    tile: decode in tiles of this many latents per side, which overlap by a quarter. Seams are visible where that is
+    less than the decoder's receptive field.
     """
+    # Eight clips at a time bound the memory of the decoder, which is larger than that of its output.
     parts = (part.to(vae.dtype) for part in latents.split(8))
     pixels = (vae.decode(part) if tile is None else decode_tiled(vae, part, tile, overlap_of(tile)) for part in parts)
     return torch.cat([part.clamp(-1, 1).float().cpu() for part in pixels])
 
 
 def _tiles(height: int, width: int, tile: int, overlap: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """((top, bottom), (left, right)) of every tile."""
     for rows in spans(height, tile, overlap):
         for columns in spans(width, tile, overlap):
             yield rows, columns

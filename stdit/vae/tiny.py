@@ -1,11 +1,11 @@
-"""stdit's own small causal video VAE: stride (4, 8, 8), 16 channels, about two million parameters.
+"""A small causal video VAE: stride (4, 8, 8), 16 channels, about two million parameters.
 
-Time is cut into groups of four frames; the first frame stands alone and is repeated to fill its group. Inside a
-group the four frames are channels, so every convolution is two-dimensional and wide (what CPUs do best); between
-groups information flows forward only, through convolutions that also see the group before.
+A clip is divided into groups of four frames; the first frame is a group by itself, repeated four times. The four frames
+of a group are stacked as channels, so that every convolution is two-dimensional and wide, which is fast on CPUs.
+Between groups information flows forward only, through convolutions over the present and the previous group.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,61 +15,66 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from stdit.vae.base import VideoVAE, each_frame
+from stdit import legacy
+from stdit.vae.base import VideoVAE, split_frames
 
 
 @dataclass
 class TinyVAEConfig:
-    """Widths at a stride of 8, 4 and 2 pixels; `*_blocks` counts residual blocks there."""
+    """Latent channels, and for each resolution the width (`*_widths`) and number of residual blocks (`*_blocks`)."""
 
     channels: int = 16
-    encoder_widths: list[int] = field(default_factory=lambda: [64, 96])  # at stride 4, 8
+    encoder_widths: list[int] = field(default_factory=lambda: [64, 96])  # at strides of 4 and 8 pixels
     encoder_blocks: list[int] = field(default_factory=lambda: [1, 1])
-    decoder_widths: list[int] = field(default_factory=lambda: [144, 80, 32])  # at stride 8, 4, 2
+    decoder_widths: list[int] = field(default_factory=lambda: [144, 80, 32])  # at strides of 8, 4 and 2 pixels
     decoder_blocks: list[int] = field(default_factory=lambda: [2, 3, 1])
 
 
 class CausalConvCache(dict[nn.Module, Tensor]):
-    """What each `CausalConv` saw last, by module: the whole state of a stream."""
+    """The last input group of every `CausalConv`, by module: the complete state of a stream."""
 
 
 class CausalConv(nn.Conv2d):
-    """A (2, k, k) convolution over time and space: sees this group and the one before it, never a later one.
+    """A (2, k, k) convolution over time and space: its inputs are a group and the previous one, never a later one.
 
-    x: (B, T, C, h, w). Before the first group stands the first group itself, as if the clip had begun earlier.
+    x: (B, T, C, h, w). The first group of a clip takes its own copy as the previous one (replicate padding in time).
     """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int = 3):
         super().__init__(2 * dim_in, dim_out, kernel, padding=kernel // 2)
 
-    def forward(self, x: Tensor, past: CausalConvCache) -> Tensor:
-        before = torch.cat([past.get(self, x[:, :1]), x[:, :-1]], dim=1)
-        past[self] = x[:, -1:]
-        return each_group(super().forward, torch.cat([before, x], dim=2))
+    def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:  # type: ignore[override]
+        """x (B, T, C, h, w); the cache's group of this module is read and replaced."""
+        previous = torch.cat([cache.get(self, x[:, :1]), x[:, :-1]], dim=1)
+        cache[self] = x[:, -1:]
+        return per_group(super().forward, torch.cat([previous, x], dim=2))
 
 
-def each_group(layer, x: Tensor) -> Tensor:
-    """Apply an image layer to every group of (B, T, C, h, w)."""
+def per_group(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a two-dimensional layer to every group of x (B, T, C, h, w)."""
     return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))); with `causal` the first convolution also sees the group before."""
+    """x + conv(silu(conv(silu(x)))); with `causal` the first convolution is a `CausalConv`. The identity at first."""
 
     def __init__(self, dim: int, causal: bool):
         super().__init__()
         self.conv1 = CausalConv(dim, dim) if causal else nn.Conv2d(dim, dim, 3, padding=1)
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1)
         nn.init.zeros_(self.conv2.weight)
+        assert self.conv2.bias is not None
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor, past: CausalConvCache) -> Tensor:
+    def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:
+        """x (B, T, C, h, w) -> the same shape."""
         h = F.silu(x)
-        h = self.conv1(h, past) if isinstance(self.conv1, CausalConv) else each_group(self.conv1, h)
-        return x + each_group(self.conv2, F.silu(h))
+        h = self.conv1(h, cache) if isinstance(self.conv1, CausalConv) else per_group(self.conv1, h)
+        return x + per_group(self.conv2, F.silu(h))
 
 
 def stage(dim: int, blocks: int) -> nn.ModuleList:
+    """Residual blocks of one resolution, of which the first is causal."""
     return nn.ModuleList(ResBlock(dim, causal=i == 0) for i in range(blocks))
 
 
@@ -85,14 +90,15 @@ class Encoder(nn.Module):
         self.stride8 = stage(width8, config.encoder_blocks[1])
         self.conv_out = nn.Conv2d(width8, config.channels, 1)
 
-    def forward(self, x: Tensor, past: CausalConvCache) -> Tensor:
-        x = each_group(self.conv_in, F.pixel_unshuffle(x, 4))
+    def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:
+        """Encode groups; the cache carries those before them."""
+        x = per_group(self.conv_in, F.pixel_unshuffle(x, 4))
         for block in self.stride4:
-            x = block(x, past)
-        x = each_group(self.to_stride8, F.pixel_unshuffle(x, 2))
+            x = block(x, cache)
+        x = per_group(self.to_stride8, F.pixel_unshuffle(x, 2))
         for block in self.stride8:
-            x = block(x, past)
-        return each_group(self.conv_out, x)
+            x = block(x, cache)
+        return per_group(self.conv_out, x)
 
 
 class Decoder(nn.Module):
@@ -109,25 +115,30 @@ class Decoder(nn.Module):
         self.stride2 = nn.ModuleList(ResBlock(width2, causal=False) for _ in range(config.decoder_blocks[2]))
         self.conv_out = nn.Conv2d(width2, 12 * 4, 3, padding=1)
 
-    def forward(self, x: Tensor, past: CausalConvCache) -> Tensor:
-        x = self.conv_in(x, past)
+    def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:
+        """Decode groups; the cache carries those before them."""
+        x = self.conv_in(x, cache)
         for block in self.stride8:
-            x = block(x, past)
-        x = F.pixel_shuffle(each_group(self.to_stride4, x), 2)
+            x = block(x, cache)
+        x = F.pixel_shuffle(per_group(self.to_stride4, x), 2)
         for block in self.stride4:
-            x = block(x, past)
-        x = F.pixel_shuffle(each_group(self.to_stride2, x), 2)
+            x = block(x, cache)
+        x = F.pixel_shuffle(per_group(self.to_stride2, x), 2)
         for block in self.stride2:
-            x = block(x, past)
-        return F.pixel_shuffle(each_group(self.conv_out, x), 2)
+            x = block(x, cache)
+        return F.pixel_shuffle(per_group(self.conv_out, x), 2)
 
 
-class TinyVAE(VideoVAE, ModelMixin, ConfigMixin):
-    """The `tiny` VAE. An image is exactly its clip's first latent frame; both directions are causal and stream."""
+# ModelMixin comes first, since its `device` and `dtype` know of the hooks that diffusers attaches; ConfigMixin comes last,
+# since its `__getattr__` finds no modules.
+class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
+    """The `tiny` VAE. An image is exactly its clip's first latent frame; encoder and decoder are causal."""
 
     stride = (4, 8, 8)
     causal = True
     name = "tiny"
+    latent_mean: Tensor
+    latent_std: Tensor
 
     @register_to_config
     def __init__(
@@ -139,33 +150,42 @@ class TinyVAE(VideoVAE, ModelMixin, ConfigMixin):
         decoder_blocks: Sequence[int] = (2, 3, 1),
     ):
         super().__init__()
-        shape = TinyVAEConfig(channels, *map(list, (encoder_widths, encoder_blocks, decoder_widths, decoder_blocks)))
+        config = TinyVAEConfig(
+            channels=channels,
+            encoder_widths=list(encoder_widths),
+            encoder_blocks=list(encoder_blocks),
+            decoder_widths=list(decoder_widths),
+            decoder_blocks=list(decoder_blocks),
+        )
         self.channels = channels
-        self.encoder = Encoder(shape)
-        self.decoder = Decoder(shape)
-        # Statistics of raw latents, measured after training: they make latents zero mean, unit variance.
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        # Statistics of the raw latents, measured after training, which normalise latents to mean 0 and variance 1.
         self.register_buffer("latent_mean", torch.zeros(self.channels))
         self.register_buffer("latent_std", torch.ones(self.channels))
 
-    def _groups(self, pixels: Tensor) -> Tensor:
+    def _to_groups(self, pixels: Tensor) -> Tensor:
+        """(B, 3, 1 + 4 k, H, W) -> (B, 1 + k, 12, H, W), the first frame repeated to four."""
         first = pixels[:, :, :1].expand(-1, -1, 3, -1, -1)
         return rearrange(torch.cat([first, pixels], 2), "b c (t f) h w -> b t (f c) h w", f=4)
 
-    def _frames(self, groups: Tensor, clip_start: bool) -> Tensor:
+    def _to_frames(self, groups: Tensor, clip_start: bool) -> Tensor:
+        """(B, T, 12, H, W) -> (B, 3, F, H, W); at the start of a clip the first three copies are dropped."""
         frames = rearrange(groups, "b t (f c) h w -> b c (t f) h w", f=4)
         return frames[:, :, 3:] if clip_start else frames
 
     def encode_raw(self, pixels: Tensor) -> Tensor:
-        """Latents before normalisation, all groups at once (training's path)."""
-        return self.encoder(self._groups(pixels), CausalConvCache()).transpose(1, 2)
+        """(B, 3, F, H, W) -> latents (B, C, T, h, w) before normalisation, all groups in one pass (used in training)."""
+        return self.encoder(self._to_groups(pixels), CausalConvCache()).transpose(1, 2)
 
     def decode_raw(self, latents: Tensor) -> Tensor:
-        return self._frames(self.decoder(latents.transpose(1, 2), CausalConvCache()), clip_start=True)
+        """Latents (B, C, T, h, w) before normalisation -> (B, 3, F, H, W)."""
+        return self._to_frames(self.decoder(latents.transpose(1, 2), CausalConvCache()), clip_start=True)
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        # The first group runs alone: same shapes as an image, so the same numbers to the last bit.
-        past, groups = CausalConvCache(), self._groups(pixels)
-        parts = [self.encoder(part, past) for part in (groups[:, :1], groups[:, 1:]) if part.shape[1]]
+        # The first group is encoded by itself: with the shapes of an image, it gives an image's latents to the last bit.
+        cache, groups = CausalConvCache(), self._to_groups(pixels)
+        parts = [self.encoder(part, cache) for part in (groups[:, :1], groups[:, 1:]) if part.shape[1]]
         raw = torch.cat(parts, dim=1).transpose(1, 2)
         return (raw - _per_channel(self.latent_mean, raw)) / _per_channel(self.latent_std, raw)
 
@@ -176,11 +196,16 @@ class TinyVAE(VideoVAE, ModelMixin, ConfigMixin):
         return self.decode_raw(self._denormalise(latents))
 
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        past = CausalConvCache()
-        for t, frame in enumerate(each_frame(latents)):
+        """As `VideoVAE.decode_stream`, in constant memory: each group is decoded with the cache of the one before it."""
+        cache = CausalConvCache()
+        for t, frame in enumerate(split_frames(latents)):
             group = self._denormalise(frame).transpose(1, 2)
-            yield self._frames(self.decoder(group, past), clip_start=t == 0)
+            yield self._to_frames(self.decoder(group, cache), clip_start=t == 0)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """(C,) -> (1, C, 1, 1, 1) in the data type of `like`."""
     return values.to(like.dtype)[None, :, None, None, None]
+
+
+__getattr__ = legacy.aliases(__name__)

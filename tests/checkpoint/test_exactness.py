@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from stdit.checkpoint.convert import from_stdit, to_stdit, write_original
 from stdit.checkpoint.files import Weights, read_weights
+from stdit.conditions import Guided
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.diffusion.paths import DDPMPath
 from stdit.diffusion.predictions import Estimate
 from stdit.diffusion.variational import posterior, variational_bound
-from stdit.prompt import Prompt
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.schedule import Schedule
-from stdit.sampling.solvers import ddim, ddpm, solve
+from stdit.sampling.solvers import DDIM, DDPM, solve
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -208,8 +208,8 @@ def test_one_step_of_ddim_and_of_ancestral_sampling_is_dits(spec):
     def predict(x, levels) -> Estimate:
         return objective.estimate(out, x, levels)
 
-    for step, name in ((ddim, "ddim"), (ddpm, "ancestral")):
-        ours = step(x, now, after, predict, PATH, lambda: frames(case[f"{spec}.drawn"]))[:, :, 0]
+    for solver, name in ((DDIM, "ddim"), (DDPM, "ancestral")):
+        ours = solver(PATH).step(x, now, after, predict, lambda: frames(case[f"{spec}.drawn"]))[:, :, 0]
         scale = case[f"{spec}.{name}"].abs().amax(dim=(1, 2, 3)).clamp(min=1)
         assert ((ours - case[f"{spec}.{name}"]).abs().amax(dim=(1, 2, 3)) / scale).max() < 1e-6
 
@@ -218,7 +218,9 @@ def test_guidance_on_three_channels_leaves_the_fourth_and_the_variance_alone(tin
     model, objective = tiny_model(axes=["spatial"]), build_objective(ObjectiveConfig(name="ddpm"))
     x, levels, labels = torch.randn(2, 4, 1, 8, 8), torch.full((1, 1), 0.5), torch.tensor([1, 2])
     plain, all_of_it, three = (
-        guided(model, objective, Prompt(labels, null=Prompt(torch.full_like(labels, 5))), Guidance(*how))(x, levels)
+        guided(model, objective, Guided({"label": labels[:, None]}, {"label": torch.full((2, 1), 5)}), Guidance(*how))(
+            x, levels
+        )
         for how in ((1.0,), (3.0,), (3.0, (0.0, 1.0), 3))
     )
     torch.testing.assert_close(three[:, :3], all_of_it[:, :3])

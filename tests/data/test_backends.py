@@ -19,7 +19,7 @@ def open_or_skip(path, name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_every_back_end_shows_the_same_frames_of_plain_video(tmp_path, name):
+def test_every_backend_returns_the_same_frames_of_plain_video(tmp_path, name):
     path = write_barcodes(tmp_path / "a.mp4", 20, options={"g": "10", "bf": "0"})
     with open_or_skip(path, name) as reader:
         assert (len(reader), reader.size) == (20, (48, 64))
@@ -32,7 +32,7 @@ def test_every_back_end_shows_the_same_frames_of_plain_video(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_every_back_end_refuses_what_is_no_video_in_one_line(tmp_path, name):
+def test_every_backend_refuses_a_file_that_is_not_a_video_in_one_line(tmp_path, name):
     path = write_barcodes(tmp_path / "a.mp4", 3)
     open_or_skip(path, name).close()
     path.write_bytes(b"no video")
@@ -41,7 +41,7 @@ def test_every_back_end_refuses_what_is_no_video_in_one_line(tmp_path, name):
     assert str(path) in str(caught.value)
 
 
-def test_decord_warns_once_of_what_it_misreads(tmp_path, monkeypatch):
+def test_decord_warns_once_of_its_errors(tmp_path, monkeypatch):
     pytest.importorskip("decord")
     monkeypatch.setattr("stdit.data.backends._warned", set())
     path = write_barcodes(tmp_path / "a.mp4", 3)
@@ -52,7 +52,7 @@ def test_decord_warns_once_of_what_it_misreads(tmp_path, monkeypatch):
         open_video(path, "decord")
 
 
-def test_the_default_is_pyav_and_a_back_end_that_is_missing_names_its_extra(tmp_path, monkeypatch):
+def test_the_default_is_pyav_and_the_error_for_a_missing_backend_gives_its_extra(tmp_path, monkeypatch):
     path = write_barcodes(tmp_path / "a.mp4", 3)
     assert isinstance(open_video(path), VideoReader)
     monkeypatch.setitem(__import__("sys").modules, "decord", None)

@@ -40,7 +40,7 @@ def same(a, b) -> bool:
     return torch.equal(a.pixels, b.pixels) and a.keys == b.keys
 
 
-def test_an_epoch_shows_every_sample_once():
+def test_an_epoch_has_every_sample_once():
     for epoch in range(3):
         assert sorted(sample_index(5, epoch * 10 + i, 10) for i in range(10)) == list(range(10))
     assert [sample_index(5, i, 10) for i in range(10)] != [sample_index(5, 10 + i, 10) for i in range(10)]
@@ -69,7 +69,7 @@ def test_two_processes_share_the_same_batch(folder):
             assert torch.equal(parts[p][step].pixels, whole[step].pixels[p::2])
 
 
-def test_micro_batches_are_the_batch_in_pieces(folder):
+def test_micro_batches_concatenate_to_the_batch(folder):
     dataset = build_dataset(config(folder))
     pieces = take(dataset, 4, micro_batch=2)
     whole = take(dataset, 2)
@@ -77,33 +77,33 @@ def test_micro_batches_are_the_batch_in_pieces(folder):
         assert torch.equal(torch.cat([pieces[2 * step].pixels, pieces[2 * step + 1].pixels]), whole[step].pixels)
 
 
-def test_an_unreadable_file_is_replaced_counted_and_named_and_the_rest_stays(folder):
+def test_an_unreadable_file_is_replaced_and_reported_and_the_rest_is_unchanged(folder):
     good = take(build_dataset(config(folder)), 3)
     (folder / "2.mp4").write_bytes(b"broken")
     bad = take(build_dataset(config(folder)), 3)
     names = {name for batch in bad for name in batch.bad}
     assert names == {str(folder / "2.mp4")}
-    untouched = [not batch.bad for batch in bad]
-    assert all(same(a, b) for a, b, u in zip(good, bad, untouched, strict=True) if u)
-    again = take(build_dataset(config(folder)), 3, workers=2)
-    assert all(same(a, b) for a, b in zip(bad, again, strict=True))
+    unchanged = [not batch.bad for batch in bad]
+    assert all(same(a, b) for a, b, u in zip(good, bad, unchanged, strict=True) if u)
+    repeated = take(build_dataset(config(folder)), 3, workers=2)
+    assert all(same(a, b) for a, b in zip(bad, repeated, strict=True))
 
 
-def test_a_folder_of_nothing_readable_ends_in_one_line(folder):
+def test_a_folder_without_readable_files_is_refused_in_one_line(folder):
     for path in folder.iterdir():
         path.write_bytes(b"broken")
     with pytest.raises(ValueError, match="files in a row could not be read"):
         take(build_dataset(config(folder)), 1)
 
 
-def test_clips_too_short_say_what_would_help(folder):
+def test_errors_for_short_clips_give_a_remedy(folder):
     with pytest.raises(ValueError, match=r"lower data.num_frames"):
         take(build_dataset(config(folder, num_frames=25)), 1)
     with pytest.raises(ValueError, match=r"raise data.fps"):
         take(build_dataset(config(folder, num_frames=17, fps=8)), 1)
 
 
-def test_frames_are_picked_at_the_rate_asked_for(folder):
+def test_frames_are_picked_at_the_requested_rate(folder):
     from media import read_barcode
 
     dataset = build_dataset(config(folder, fps=6, crop="center", flip=False, height=48, width=64))

@@ -12,7 +12,7 @@ def lines(path: Path, rows: list) -> Path:
     return path
 
 
-def test_json_lines_and_csv_say_the_same(tmp_path):
+def test_json_lines_and_csv_give_the_same_table(tmp_path):
     rows = [{"path": "a.mp4", "label": "dog", "caption": "a dog"}, {"path": "sub/b.mp4", "label": "cat", "caption": ""}]
     table = read_manifest(lines(tmp_path / "m.jsonl", rows))
     (tmp_path / "m.csv").write_text("path,label,caption\na.mp4,dog,a dog\nsub/b.mp4,cat,\n")
@@ -38,11 +38,11 @@ def test_numbers_stay_numbers_and_no_labels_mean_unconditional(tmp_path):
         ([{"path": "../a"}], "leads outside data.root"),
         ([{"path": "/etc/passwd"}], "leads outside data.root"),
         (["not json"], "line 1 is not JSON"),
-        (["[1, 2]"], "it is no object"),
+        (["[1, 2]"], "it is not an object"),
         ([], "has no rows"),
     ],
 )
-def test_what_is_wrong_with_a_manifest_is_said_in_one_line(tmp_path, rows, message):
+def test_an_error_in_a_manifest_is_reported_in_one_line(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_manifest(lines(tmp_path / "m.jsonl", rows))
     assert "\n" not in str(caught.value)
@@ -73,13 +73,13 @@ def test_folders_by_class_give_labels_and_a_flat_folder_none(tmp_path):
         scan_folder(tmp_path, VIDEO_SUFFIXES, "videos")
 
 
-def test_a_missing_folder_names_a_way_to_make_one(tmp_path):
+def test_the_error_for_a_missing_folder_offers_generated_clips(tmp_path):
     with pytest.raises(ValueError, match=r"does not exist; .*data.source=shapes"):
         scan_folder(tmp_path / "none", VIDEO_SUFFIXES, "videos")
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared clips are not beside this checkout")
-def test_the_shared_manifest_works_as_it_is():
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared clips are not next to this checkout")
+def test_the_shared_manifest_is_read_unchanged():
     table = read_manifest(SHARED / "clips.csv")
     assert len(table.rows) == 84
     assert table.num_classes == len(table.class_names) == 38

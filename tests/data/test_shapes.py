@@ -22,7 +22,7 @@ def test_classes_are_three_shapes_times_four_directions():
     assert [random_clip(keyed_rng("sample", 0), i).label for i in range(12)] == list(range(12))
 
 
-def test_bouncing_objects_turn_back_and_keep_their_speed():
+def test_bouncing_objects_are_reflected_at_constant_speed():
     clip = random_clip(keyed_rng("sample", 3), 1, frames=200, motion="bounce")
     steps = np.diff(clip.centers()[:, 0])
     assert (steps > 0).any()
@@ -30,7 +30,7 @@ def test_bouncing_objects_turn_back_and_keep_their_speed():
     assert np.quantile(np.abs(steps), 0.9) == pytest.approx(clip.speed, rel=1e-6)
 
 
-def test_area_does_not_tell_shapes_apart():
+def test_all_shapes_have_the_same_area():
     areas = []
     for label in (0, 4, 8):
         clip = random_clip(keyed_rng("sample", 1), label)
@@ -44,7 +44,7 @@ def test_an_unknown_motion_is_refused():
         random_clip(keyed_rng("sample", 0), motion="jump")
 
 
-def test_what_bounces_is_labelled_by_what_stays_the_same():
+def test_bouncing_objects_are_labelled_by_colour_and_shape():
     data = MovingShapes(DataConfig(source="shapes", num_frames=9, height=32, width=32, num_shapes=24, motion="bounce"))
     assert data.num_classes == len(OBJECT_NAMES) == 24
     for i in range(24):

@@ -10,10 +10,11 @@ import torch
 from media import SHARED, barcode, read_barcode, write_barcodes
 
 from stdit.data import VideoError, VideoReader, write_video
+from stdit.data.video_write import VideoStream, to_uint8
 
 av.logging.set_level(None)
 
-VAE_SPECS = {
+CODINGS = {
     "h264_b_frames.mp4": {"options": {"g": "12", "bf": "3"}},
     "h264_open_gop.mp4": {"options": {"g": "8", "bf": "3", "x264-params": "open-gop=1:scenecut=0:keyint=8"}},
     "hevc_open_gop.mp4": {
@@ -32,17 +33,17 @@ VAE_SPECS = {
 }
 
 
-@pytest.fixture(scope="module", params=VAE_SPECS)
+@pytest.fixture(scope="module", params=CODINGS)
 def numbered(request, tmp_path_factory):
-    """A clip of 30 numbered frames in each kind of coding."""
+    """A clip of 30 numbered frames in each coding."""
     path = tmp_path_factory.mktemp("media") / request.param
     try:
-        return write_barcodes(path, **VAE_SPECS[request.param])
+        return write_barcodes(path, **CODINGS[request.param])
     except av.error.FFmpegError as error:
         pytest.skip(f"this FFmpeg cannot encode {request.param}: {error}")
 
 
-def test_every_frame_is_the_one_asked_for_in_any_order(numbered):
+def test_frames_are_those_requested_in_any_order(numbered):
     with VideoReader(numbered) as reader:
         assert len(reader) == 30
         assert [read_barcode(frame) for frame in reader.get_frames(range(30))] == list(range(30))
@@ -51,7 +52,7 @@ def test_every_frame_is_the_one_asked_for_in_any_order(numbered):
         assert [read_barcode(frame) for frame in reader.get_frames(order)] == order
 
 
-def test_sizes_and_rates_are_those_of_the_pictures(numbered):
+def test_size_and_rate_are_those_of_the_frames(numbered):
     with VideoReader(numbered) as reader:
         assert reader.size == (48, 64)
         assert np.all(np.diff(reader.timestamps) > 0)
@@ -65,14 +66,14 @@ def test_frame_rate_conversion_goes_by_time_stamps(tmp_path):
         assert reader.indices_at([0.0, 0.15, 0.9, 1.0, 1.09, 1.5, 5.0]) == [0, 1, 2, 3, 3, 4, 5]
 
 
-def test_a_gif_shows_every_frame_whole(tmp_path):
+def test_every_frame_of_a_gif_is_complete(tmp_path):
     write_video(tmp_path / "a.gif", np.stack([barcode(i) for i in range(12)]), fps=10)
     with VideoReader(tmp_path / "a.gif") as reader:
         assert [read_barcode(reader[i]) for i in (11, 3, 7, 0)] == [11, 3, 7, 0]
         assert reader.fps == pytest.approx(10, rel=0.02)
 
 
-def test_scaling_while_reading_gives_the_size_asked_for(tmp_path):
+def test_resizing_while_reading_gives_the_requested_size(tmp_path):
     with VideoReader(write_barcodes(tmp_path / "a.mp4", 5)) as reader:
         frames = reader.get_frames([0, 4], size=(24, 32))
         assert frames.shape == (2, 24, 32, 3)
@@ -128,7 +129,7 @@ def test_a_cut_file_is_refused_and_salvage_gives_what_is_left(tmp_path):
     assert whole
 
 
-def test_damaged_data_is_refused_not_shown(tmp_path):
+def test_damaged_data_is_refused_instead_of_returned(tmp_path):
     path = tmp_path / "a.mp4"
     write_video(path, np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), dtype=np.uint8))
     data = bytearray(path.read_bytes())
@@ -139,7 +140,7 @@ def test_damaged_data_is_refused_not_shown(tmp_path):
         reader.get_frames(range(len(reader)))
 
 
-def test_what_is_no_video_is_refused_in_one_line(tmp_path):
+def test_a_file_that_is_not_a_video_is_refused_in_one_line(tmp_path):
     os.mkfifo(tmp_path / "fifo.mp4")
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mp4").write_text("hello")
@@ -153,7 +154,7 @@ def test_what_is_no_video_is_refused_in_one_line(tmp_path):
         assert path.name in str(caught.value)
 
 
-def test_addresses_and_protocols_are_only_names_of_files():
+def test_addresses_and_protocols_are_taken_as_file_names():
     for name in ("http://127.0.0.1:9/a.mp4", "concat:a.mp4|b.mp4", "pipe:0"):
         with pytest.raises(VideoError, match="cannot be opened"):
             VideoReader(name)
@@ -169,26 +170,26 @@ def test_odd_names_are_read_like_any_other(tmp_path):
             assert read_barcode(reader[2]) == 2
 
 
-def test_a_picture_larger_than_allowed_is_refused_before_it_is_decoded(tmp_path):
+def test_a_frame_larger_than_allowed_is_refused_before_it_is_decoded(tmp_path):
     path = write_barcodes(tmp_path / "a.mp4", 3)
     with pytest.raises(VideoError, match="pass a larger max_pixels"):
         VideoReader(path, max_pixels=100)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared media are not beside this checkout")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared media are not next to this checkout")
 class TestRealMedia:
-    def test_display_matrices_turn_and_mirror(self):
+    def test_display_matrices_rotate_and_mirror(self):
         plain = VideoReader(SHARED / "originals/media__sample.mp4")[0]
-        # The same coded pictures under a matrix that transposes, which is a turn and a mirror.
+        # The same coded frames under a matrix that transposes, which is a rotation and a mirroring.
         assert np.array_equal(
             VideoReader(SHARED / "originals/media__sample_rotate_and_reflect.mp4")[0], plain.swapaxes(0, 1)
         )
-        turned = SHARED / "originals/media__sample_with_color_info.mp4"
-        with av.open(str(turned)) as container:
+        rotated = SHARED / "originals/media__sample_with_color_info.mp4"
+        with av.open(str(rotated)) as container:
             frame = next(container.decode(video=0))
             expected = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
         assert frame.rotation == -90
-        assert np.array_equal(VideoReader(turned)[0], expected)
+        assert np.array_equal(VideoReader(rotated)[0], expected)
 
     @pytest.mark.slow
     def test_every_original_is_read_in_full_or_refused(self):
@@ -249,7 +250,27 @@ def test_written_clips_come_back_and_odd_sizes_are_padded(tmp_path):
         (np.zeros((2, 4, 4, 3), np.uint8), "a.xyz", "cannot write .xyz"),
     ],
 )
-def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, frames, name, message):
+def test_frames_that_cannot_be_written_are_refused_and_leave_no_file(tmp_path, frames, name, message):
     with pytest.raises(ValueError, match=message):
         write_video(tmp_path / name, frames)
+    assert not list(tmp_path.iterdir())
+
+
+def test_floats_and_bytes_of_any_type_and_library_become_the_same_pixels():
+    clip = torch.cat([torch.linspace(-1.5, 1.5, 3 * 2 * 8 * 8), (torch.arange(192) + 0.5) / 127.5 - 1]).reshape(
+        3, 3, 8, 8
+    )
+    expected = np.round((clip.numpy().clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(1, 2, 3, 0)
+    for frames in (clip, clip.numpy(), clip.clone().requires_grad_(), expected, torch.from_numpy(expected.copy())):
+        assert np.array_equal(to_uint8(frames), expected)
+    for frames in (clip.half(), clip.bfloat16(), clip.double(), clip.numpy().astype(np.float64)):
+        assert np.abs(to_uint8(frames).astype(int) - expected).max() <= 1
+    for frames in (clip.int(), clip[:2], clip[0], expected.astype(np.int64), torch.zeros(2, 4, 4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="neither"):
+            to_uint8(frames)
+
+
+def test_a_video_stream_without_frames_writes_no_file(tmp_path):
+    with VideoStream(tmp_path / "a.mp4"):
+        pass
     assert not list(tmp_path.iterdir())

@@ -1,13 +1,14 @@
 import pytest
 import torch
-from conftest import fill
+from conftest import context, fill
 
 from stdit.model.config import size_arguments
 from stdit.model.cost import forward_cost
 from stdit.model.stdit import STDiT
+from stdit.model.trunks import TrunkContext
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
-from stdit.nn.modulation import Condition
+from stdit.nn.layout import DenseLayout
 
 # "Scalable Diffusion Models with Transformers": Gflops in figure 5 and parameters, XL/2 at 256 px
 PAPER = {
@@ -95,7 +96,7 @@ def test_time_dependent_attention_is_diffits_equations():
     seen = ((q @ k.transpose(-1, -2)) / 8**0.5).softmax(-1) @ v  # TMSA itself, without its bias
     hidden = x[:, 0] + attn.proj(seen.transpose(1, 2).flatten(2))  # the block
     hidden = hidden + block.mlp(torch.nn.functional.layer_norm(hidden, (32,), block.norm2.weight, block.norm2.bias))
-    torch.testing.assert_close(block(x, Condition(vector))[:, 0], hidden, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block(x, context(x, vector, block))[:, 0], hidden, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("conditioning", ["adaln_zero", "adaln_single", "adaln_lora"])
@@ -108,7 +109,8 @@ def test_a_gated_block_is_the_identity_when_fresh(conditioning, worded):
     _x, t, labels = inputs()
     condition = fresh.condition(t, fresh.gather_conditions(2, class_labels=labels, **(captions() if worded else {})), 2)
     tokens = torch.randn(2, 3, 16, 32)
-    assert all(torch.equal(block(tokens, condition), tokens) for block in fresh.blocks)
+    ctx = TrunkContext(fresh.blocks, None, fresh.trunk_config.block, condition, DenseLayout((3, 4, 4)))
+    assert all(torch.equal(block(tokens, ctx.of()), tokens) for block in fresh.blocks)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

@@ -15,10 +15,10 @@ from diffusers import (
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.training_utils import EMAModel
 
+from stdit.conditions import Guided
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.stdit import STDiT
 from stdit.nn import attention
-from stdit.prompt import Prompt
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.solvers import solve
 
@@ -43,7 +43,8 @@ def sample(model, scale: float = 1.0):
 
     handles = [block.attn.qkv.register_forward_pre_hook(count) for block in model.blocks]
     objective = build_objective(ObjectiveConfig())
-    output = guided(model, objective, Prompt(torch.tensor([1, 2]), null=Prompt(torch.tensor([5, 5]))), Guidance(scale))
+    labels = Guided({"label": torch.tensor([[1], [2]])}, {"label": torch.tensor([[5], [5]])})
+    output = guided(model, objective, labels, Guidance(scale))
     noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     now = {"t": 1000.0}
 
@@ -259,3 +260,46 @@ def test_pushing_to_a_folder_writes_the_model_and_its_card(tiny_model, tmp_path)
     assert torch.equal(STDiT.from_pretrained(folder).x_embedder.proj.weight, model.x_embedder.proj.weight)
     with pytest.raises(ValueError, match="is not empty; nothing is overwritten"):
         model.push_to_hub(str(folder))
+
+
+EVERY_TRUNK = {
+    "stack": {"position_encoding": "sincos+rope_3d", "qk_norm": True},
+    "factorized": {"axes": ["spatial", "temporal"], "position_encoding": "latte"},
+    "causal": {"position_encoding": "rope_3d", "causal": True, "window": 2},
+    "long_skip": {"trunk": "long_skip", "depth": 3, "conditioning": "in_context"},
+    "masked": {"trunk": "masked", "depth": 3, "num_decoder_blocks": 1, "relative_position_bias": True},
+    "dual_stream": {"trunk": "dual_stream", "caption_channels": 8, "num_single_blocks": 1, "position_encoding": "rope_3d"},
+    "u_shape": {"trunk": "u_shape", "depth": 3},
+}  # fmt: skip
+
+
+def of_trunk(tiny_model, name):
+    model = tiny_model(sample_size=(3, 8, 8), **EVERY_TRUNK[name])
+    captions = {"captions": torch.randn(2, 5, 8)} if model.config.caption_channels else {}
+    return model, (torch.randn(2, 4, 3, 8, 8), torch.rand(2, 3) * 1000, torch.tensor([1, 2])), captions
+
+
+@pytest.mark.parametrize("name", EVERY_TRUNK)
+@torch.no_grad()
+def test_blocks_of_every_trunk_compile_without_a_graph_break(tiny_model, name):
+    model, inputs, captions = of_trunk(tiny_model, name)
+    expected = model(*inputs, **captions)
+    model.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(*inputs, **captions), expected, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", EVERY_TRUNK)
+@torch.no_grad()
+def test_the_first_block_cache_knows_the_blocks_of_every_trunk_or_is_refused(tiny_model, name):
+    model, inputs, captions = of_trunk(tiny_model, name)
+    expected = model(*inputs, **captions)
+    if name in ("masked", "u_shape"):
+        with pytest.raises(ValueError, match="skips blocks, which trunk="):
+            model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+        return
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    with model.cache_context("cond"):
+        torch.testing.assert_close(model(*inputs, **captions), expected, atol=1e-5, rtol=1e-5)
+        again = model(*inputs, **captions)  # the blocks after the first are skipped: their residual is added
+    torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)

@@ -69,7 +69,7 @@ def test_the_us_middle_sees_a_quarter_of_the_patches_and_odd_grids_are_refused()
     assert counts == [16, 4, 16]
     with pytest.raises(ValueError, match="such as 4 x 4"):
         network(torch.randn(1, 4, 1, 6, 8), t[:1], labels[:1])
-    with pytest.raises(ValueError, match="not by patch"):
+    with pytest.raises(ValueError, match="not per patch"):
         network(x, torch.rand(2, 3, 16), labels)
 
 
@@ -107,13 +107,13 @@ def test_a_hidden_patch_reaches_the_decoder_by_the_long_skip_alone():
 
 
 def test_kept_patches_fold_and_unfold_with_their_spots():
-    layout = DenseLayout((2, 2, 3)).keeping(torch.tensor([[0, 5], [3, 1]]))
+    layout = DenseLayout((2, 2, 3)).with_visible(torch.tensor([[0, 5], [3, 1]]))
     tokens = torch.randn(2, 2, 2, 4)
     for axis in ("joint", "spatial", "temporal"):
         assert torch.equal(layout.unfold(layout.fold(tokens, axis), axis), tokens)
-        assert len(layout.places(axis)) == layout.fold(tokens, axis).shape[1]
-    assert layout.spots("joint").tolist() == [[[0, 0], [1, 2]] * 2, [[1, 0], [0, 1]] * 2]
-    assert layout.spots("spatial").tolist() == [[[0, 0], [1, 2]]] * 2 + [[[1, 0], [0, 1]]] * 2
+        assert len(layout.positions(axis)) == layout.fold(tokens, axis).shape[1]
+    assert layout.spatial_positions("joint").tolist() == [[[0, 0], [1, 2]] * 2, [[1, 0], [0, 1]] * 2]
+    assert layout.spatial_positions("spatial").tolist() == [[[0, 0], [1, 2]]] * 2 + [[[1, 0], [0, 1]]] * 2
 
 
 def test_masking_trains_on_all_patches_and_on_some_and_is_a_function_of_the_key():
@@ -162,13 +162,13 @@ def test_a_wiring_from_anywhere_is_one_class_and_one_row(monkeypatch, tmp_path):
     class Twice(Trunk):
         """Every block two times over, a gate of its own between."""
 
-        def __init__(self, build):
-            super().__init__(build)
-            self.gate = torch.nn.Parameter(torch.zeros(build.dim))
+        def __init__(self, config):
+            super().__init__(config)
+            self.gate = torch.nn.Parameter(torch.zeros(config.block.dim))
 
-        def forward(self, tokens, way):
-            for block in way.blocks:
-                tokens = tokens + self.gate * way(block, way(block, tokens))
+        def forward(self, tokens, ctx):
+            for block in ctx.blocks:
+                tokens = tokens + self.gate * ctx(block, ctx(block, tokens))
             return tokens
 
     monkeypatch.setitem(stdit.model.trunks.TRUNKS, "twice", Twice)
@@ -215,7 +215,7 @@ def test_muon_takes_matrices_and_no_tables(name):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["objective.mask_ratio=0.3"], "of model.trunk=masked"),
+        (["objective.mask_ratio=0.3"], "set model.trunk=masked"),
         (
             ["objective.mask_ratio=0.3", "model.trunk=masked", "objective.mask_strategy=prefix"],
             "known frames must be seen",

@@ -60,7 +60,7 @@ def test_a_pipeline_samples_with_it_and_keeps_it(tmp_path):
     assert torch.equal(STDiTPipeline.from_pretrained(tmp_path)([1, 2], num_inference_steps=2, progress=False), clips)
     with (
         pytest.raises(ValueError, match="one noise level for all frames"),
-        pytest.warns(UserWarning, match="has not seen known frames"),
+        pytest.warns(UserWarning, match="but never with known frames"),
     ):
         pipe.animate(torch.zeros(1, 3, 32, 32), 5, [1], num_inference_steps=2, progress=False)
 

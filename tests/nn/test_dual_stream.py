@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from conftest import fill
+from conftest import context, fill
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 
 from stdit.model.stdit import STDiT
+from stdit.model.trunks import TrunkContext
+from stdit.nn.config import BlockConfig
 from stdit.nn.dual_stream import DualStreamBlock, SingleStreamBlock
-from stdit.nn.modulation import Condition
+from stdit.nn.layout import DenseLayout
 
 
 def together(state: dict, *names: str) -> dict:
@@ -19,7 +21,7 @@ def together(state: dict, *names: str) -> dict:
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_dual_block_on_one_frame_is_sd3s(qk_norm):
     theirs = fill(JointTransformerBlock(32, 4, 8, qk_norm="rms_norm" if qk_norm else None), 0.2).eval()
-    state, ours = theirs.state_dict(), DualStreamBlock(32, 4, qk_norm=qk_norm)
+    state, ours = theirs.state_dict(), DualStreamBlock(BlockConfig(32, 4, qk_norm=qk_norm))
     moved = {
         "adaLN_modulation.1": "norm1.linear", "text_adaLN.1": "norm1_context.linear", "attn.proj": "attn.to_out.0",
         "attn.text_proj": "attn.to_add_out", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2",
@@ -37,7 +39,7 @@ def test_a_dual_block_on_one_frame_is_sd3s(qk_norm):
     ours.load_state_dict(weights)
     x, text, vector = torch.randn(2, 9, 32), torch.randn(2, 5, 32), torch.randn(2, 32)
     their_text, their_x = theirs(x, text, vector)
-    our_x, our_text = ours(x[:, None], text, Condition(vector[:, None, None]))
+    our_x, our_text = ours(x[:, None], text, context(x[:, None], vector[:, None, None], ours))
     torch.testing.assert_close(our_x[:, 0], their_x, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(our_text, their_text, atol=1e-5, rtol=1e-5)
 
@@ -45,7 +47,7 @@ def test_a_dual_block_on_one_frame_is_sd3s(qk_norm):
 @torch.no_grad()
 def test_a_single_block_on_one_frame_is_fluxs():
     theirs = fill(FluxSingleTransformerBlock(32, 4, 8), 0.2).eval()
-    state, ours = theirs.state_dict(), SingleStreamBlock(32, 4, qk_norm=True)
+    state, ours = theirs.state_dict(), SingleStreamBlock(BlockConfig(32, 4, qk_norm=True))
     moved = {"adaLN_modulation.1": "norm.linear", "proj_mlp": "proj_mlp", "proj_out": "proj_out"}
     weights = {f"{a}.{k}": state[f"{b}.{k}"] for a, b in moved.items() for k in ("weight", "bias")}
     weights |= {f"attn.qkv.{k}": v for k, v in together(state, "attn.to_q", "attn.to_k", "attn.to_v").items()}
@@ -53,7 +55,7 @@ def test_a_single_block_on_one_frame_is_fluxs():
     ours.load_state_dict(weights)
     x, text, vector = torch.randn(2, 9, 32), torch.randn(2, 5, 32), torch.randn(2, 32)
     their_text, their_x = theirs(x, text, vector)
-    our_x, our_text = ours(x[:, None], text, Condition(vector[:, None, None]))
+    our_x, our_text = ours(x[:, None], text, context(x[:, None], vector[:, None, None], ours))
     torch.testing.assert_close(our_x[:, 0], their_x, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(our_text, their_text, atol=1e-5, rtol=1e-5)
 
@@ -96,8 +98,9 @@ def test_fresh_blocks_are_the_identity_and_captions_reach_them_in_training():
     fresh, ((x, t), words) = model(), case()
     condition = fresh.condition(t, fresh.gather_conditions(2, **words), 2)
     video, text = torch.randn(2, 3, 16, 32), torch.randn(2, 6, 32)
+    ctx = TrunkContext(fresh.blocks, None, fresh.trunk_config.block, condition, DenseLayout((3, 4, 4))).of()
     for block in fresh.blocks:
-        made, said = block(video, text, condition)
+        made, said = block(video, text, ctx)
         assert torch.equal(made, video) and torch.equal(said, text)
     assert fresh(x, t, **words).abs().max() == 0
 

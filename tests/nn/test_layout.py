@@ -5,8 +5,9 @@ from conftest import fill
 
 from stdit.model.stdit import STDiT
 from stdit.nn.cache import FrameCache
-from stdit.nn.layout import AXES, PackedLayout
-from stdit.nn.positions import rotate
+from stdit.nn.layout import AXES
+from stdit.nn.packed import PackedLayout
+from stdit.nn.positions import apply_rope, rope_freqs
 
 
 def causal(axes, window, entry="rope", **changes):
@@ -108,12 +109,15 @@ def test_squeezed_positions_leave_the_time_of_a_causal_model_alone():
 def test_rotary_time_knows_distances_only():
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
+    def turned(x, position):
+        return apply_rope(x, rope_freqs(np.array([[position]]), 4))
+
     def product(a, b):
-        return (rotate(query, np.array([[a]])) * rotate(key, np.array([[b]]))).sum()
+        return (turned(query, a) * turned(key, b)).sum()
 
     torch.testing.assert_close(product(7, 4), product(103, 100), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(product(7, 4), product(7, 5))
-    assert torch.equal(rotate(query, np.array([[0]])), query)
+    assert torch.equal(turned(query, 0), query)
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -123,7 +127,7 @@ def test_packing_folds_and_unfolds_to_where_it_was(axis):
     folded = packed.fold(tokens, axis)
     assert torch.equal(packed.unfold(folded, axis), tokens)
     assert sum(packed.lengths(axis)) == 22
-    assert len(packed.places(axis)) == 22
+    assert len(packed.positions(axis)) == 22
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ def test_packing_folds_and_unfolds_to_where_it_was(axis):
         ({"causal": True}, "needs position_encoding='rope' or"),
         ({"causal": True, "position_encoding": "rope", "axes": ["spatial"]}, "joint or temporal attention"),
         ({"window": 3}, "of a causal model"),
-        ({"causal": True, "position_encoding": "rope", "window": 1}, "a window is 2 frames or more"),
+        ({"causal": True, "position_encoding": "rope", "window": 1}, "a window is 2 latent frames or more"),
         ({"pos_scaling": "interpolat"}, "Did you mean 'interpolate'"),
     ],
 )

@@ -6,13 +6,14 @@ import pytest
 import torch
 from conftest import fill
 
+from stdit.conditions import Guided
 from stdit.data.shapes import draw, random_clip
 from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.diffusion.predictions import Estimate
-from stdit.prompt import Prompt
 from stdit.rng import keyed_rng
-from stdit.sampling import sampler
+from stdit.sampling import windowed
+from stdit.sampling.canvas import Canvas
 from stdit.sampling.conditioning import clamp_to_bounds, latent_masks, pixel_guided
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.pipeline import STDiTPipeline
@@ -39,17 +40,18 @@ def clip(frames, count=1, height=32, width=32):
 
 def test_history_guidance_leads_away_from_what_would_be_without_history():
     objective = build_objective(ObjectiveConfig())
-    x, forgotten = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 3, 4, 4)
+    x, noised_context = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 3, 4, 4)
     levels = torch.tensor([[0.0, 0.7, 0.7]])
 
     def model(hidden_states, timestep, **_):
         return hidden_states.mean(2, keepdim=True) * (1 + timestep.view(2, 1, -1, 1, 1) / 1000)
 
     def at(history):
-        return guided(model, objective, Prompt(), Guidance(history=history), forgotten)(x, levels)[:, :, 1:]
+        output = guided(model, objective, Guided({}), Guidance(history=history), noised_context=noised_context)
+        return output(x, levels)[:, :, 1:]
 
-    blind = torch.cat([forgotten[:, :, :1], x[:, :, 1:]], 2)
-    without = model(blind, objective.timestep(torch.tensor([[1.0, 0.7, 0.7]])).expand(2, -1))[:, :, 1:]
+    x_without = torch.cat([noised_context[:, :, :1], x[:, :, 1:]], 2)
+    without = model(x_without, objective.timestep(torch.tensor([[1.0, 0.7, 0.7]])).expand(2, -1))[:, :, 1:]
     torch.testing.assert_close(at(3.0), at(1.0) + 2 * (at(1.0) - without))
     assert not torch.allclose(at(1.0), without)
 
@@ -59,19 +61,19 @@ def test_pixel_guidance_brings_known_pixels_of_partly_known_patches_into_the_est
     vae = load_vae("tiny")
     shape = random_clip(keyed_rng("sample", 0), 0, 9, 32)
     pixels = torch.from_numpy(draw(shape)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    made = torch.arange(9)[:, None, None] % 2 == 1
-    todo, partly = latent_masks(made, vae, (1, 2, 2))
-    assert partly.any()
+    mask = torch.arange(9)[:, None, None] % 2 == 1
+    latent_mask, boundary_mask = latent_masks(mask, vae, (1, 2, 2))
+    assert boundary_mask.any()
     other = vae.encode(torch.full_like(pixels, 0.2))
     path = build_objective(ObjectiveConfig()).path
 
     def predict(x, levels):
         return Estimate(other, x)
 
-    levels = torch.where(todo, 0.5, 0.0).view(1, -1)
-    helped = pixel_guided(predict, pixels, made, partly, None, vae, path, vae.decode)
+    levels = torch.where(latent_mask, 0.5, 0.0).view(1, -1)
+    helped = pixel_guided(predict, Canvas(pixels, mask), boundary_mask, vae=vae, path=path, decode=vae.decode)
     x = torch.randn(other.shape)
-    known = ~made.expand(9, 32, 32)
+    known = ~mask.expand(9, 32, 32)
     error = [(vae.decode(f(x, levels).clean) - pixels)[:, :, known].square().mean() for f in (predict, helped)]
     assert error[1] < 0.5 * error[0]
     alpha, sigma = path.alpha_sigma(levels.view(1, 1, -1, 1, 1))
@@ -79,22 +81,31 @@ def test_pixel_guidance_brings_known_pixels_of_partly_known_patches_into_the_est
     torch.testing.assert_close((alpha * estimate.clean + sigma * estimate.noise)[:, :, 1:], x[:, :, 1:])
 
 
-def test_what_lies_nearly_between_its_neighbours_is_taken_to_lie_between():
-    between = torch.stack([torch.zeros(1, 3, 1, 1, 4), torch.full((1, 3, 1, 1, 4), 0.5)])
+def test_pixels_slightly_out_of_bounds_are_clamped_and_others_are_not():
+    bounds = torch.stack([torch.zeros(1, 3, 1, 1, 4), torch.full((1, 3, 1, 1, 4), 0.5)])
     decoded = torch.tensor([0.25, 0.7, -0.3, 1.0]).view(1, 1, 1, 1, 4).expand(1, 3, 1, 1, 4)
-    assert clamp_to_bounds(decoded, between)[0, 0, 0, 0].tolist() == pytest.approx([0.25, 0.5, 0.0, 1.0])
+    assert clamp_to_bounds(decoded, bounds)[0, 0, 0, 0].tolist() == pytest.approx([0.25, 0.5, 0.0, 1.0])
     assert clamp_to_bounds(decoded, None) is decoded
 
 
 def test_arrangements_windows_and_overlap_reach_the_plan(make, monkeypatch):
     pipe, arranged, windows = make(), [], []
-    make_schedule, window = sampler.make_schedule, sampler.next_window
-    monkeypatch.setattr(sampler, "make_schedule", lambda *a: arranged.append((len(a[0]), *a[2:])) or make_schedule(*a))
-    monkeypatch.setattr(sampler, "next_window", lambda *a: windows.append(a[1:]) or window(*a))
+    make_schedule, window = windowed.make_schedule, windowed.next_window
+
+    def spy_schedule(levels, mask, arrangement, **steps):
+        arranged.append((len(levels), arrangement, *steps.values()))
+        return make_schedule(levels, mask, arrangement, **steps)
+
+    def spy_window(to_generate, length, **rest):
+        windows.append((length, *rest.values()))
+        return window(to_generate, length, **rest)
+
+    monkeypatch.setattr(windowed, "make_schedule", spy_schedule)
+    monkeypatch.setattr(windowed, "next_window", spy_window)
     pipe.extend(clip(5), after=4, **FAST)
-    pipe.extend(clip(5), after=12, arrangement="pyramid", every=2, overlap=1, **FAST)
+    pipe.extend(clip(5), after=12, arrangement="pyramid", stagger=2, overlap=1, **FAST)
     pipe.extend(clip(5), after=12, window=13, **FAST)
-    assert set(arranged) == {(3, "together", 1), (3, "pyramid", 2)}
+    assert set(arranged) == {(3, "together", 1, 1), (3, "pyramid", 1, 2)}
     assert [key for key, _ in itertools.groupby(windows)] == [(9, 5, 4), (9, 1, 4), (13, 5, 4)]
 
 
@@ -122,30 +133,32 @@ def test_tiles_bound_what_is_decoded_at_a_time_in_plain_clips_and_tasks(make, mo
         assert set(sizes) == {(4, 4)}
 
 
-def told(pipe):
-    seen = []
-    pipe.transformer.register_forward_pre_hook(lambda _, args, named: seen.append(named["info"]), with_kwargs=True)
-    return seen
+def given_micro_conditions(pipe):
+    given = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs["micro_conditions"][:, 0]), with_kwargs=True
+    )
+    return given
 
 
 def test_a_model_that_is_told_rate_length_and_size_is_told_those_of_the_clip(make):
     pipe = make(micro_conditions=["fps", "seconds", "height", "width"])
-    seen = told(pipe)
+    given = given_micro_conditions(pipe)
     pipe.extend(clip(5, height=64), after=4, **FAST)
-    assert seen.pop().tolist() == [[8.0, 9 / 8, 64.0, 32.0]]
+    assert given.pop().tolist() == [[8.0, 9 / 8, 64.0, 32.0]]
     pipe.extend(clip(5), after=4, fps=16.0, **FAST)
-    assert seen.pop().tolist() == [[16.0, 9 / 16, 32.0, 32.0]]
+    assert given.pop().tolist() == [[16.0, 9 / 16, 32.0, 32.0]]
     assert pipe.interpolate(clip(3), 4, **FAST).shape[2] == 9
-    assert seen.pop()[0, 0] == 32
+    assert given.pop()[0, 0] == 32
     pipe.interpolate(clip(3), 4, fps=2.0, **FAST)
-    assert seen.pop()[0, 0] == 8
+    assert given.pop()[0, 0] == 8
 
 
 def test_a_stream_is_told_its_rate(make):
     pipe = make(causal=True, window=3, position_encoding="rope", micro_conditions=["fps"])
-    seen = told(pipe)
+    given = given_micro_conditions(pipe)
     list(pipe.stream(clip(5), 8, num_inference_steps=1, precision="fp32", fps=4.0))
-    assert {float(info) for info in seen} == {4.0}
+    assert {float(info) for info in given} == {4.0}
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
@@ -177,7 +190,7 @@ def test_windows_come_to_an_end_whatever_is_known(length, stride):
         for begin, end in ((0, 5), (0, 1), (frames - 4, frames), (8, 12), (0, 0), (5, frames)):
             open_frames = torch.ones(frames, dtype=torch.bool)
             open_frames[begin:end] = False
-            while (window := next_window(open_frames, length, overlap, stride)) is not None:
+            while (window := next_window(open_frames, length, overlap=overlap, stride=stride)) is not None:
                 assert open_frames[window.keep_from : window.keep_to].any()
                 open_frames[window.keep_from : window.keep_to] = False
 
@@ -188,19 +201,19 @@ def test_windows_come_to_an_end_whatever_is_known(length, stride):
         (lambda p: p.extend(clip(5), after=4, window=1), "window=1 does not hold .* use window=5"),
         (lambda p: p.extend(clip(4), before=9, window=5), "window=5 does not hold .* use window=9"),
         (lambda p: p.extend(clip(5), after=12, window=10), "window=10 does not hold .* use window=13"),
-        (lambda p: p.extend(clip(5), after=4, window=0), "window=0 does not hold"),
-        (lambda p: p.extend(clip(5), after=4, seed=-1), "seed=-1 is negative"),
-        (lambda p: p.extend(clip(5), after=4, tile=2), "tile=2 latents leave no room"),
-        (lambda p: p.extend(clip(5), after=4, fps=-3.0), "fps=-3.0 is not a frame rate"),
-        (lambda p: p.extend(clip(5), after=4, fps=float("inf")), "fps=inf is not a frame rate"),
-        (lambda p: p.extend(clip(5), after=4, guidance_scale=float("nan")), "guidance_scale=nan is no scale"),
-        (lambda p: p.extend(clip(5), after=4, history_guidance=-1.0), "history_guidance=-1.0 is no scale"),
+        (lambda p: p.extend(clip(5), after=4, window=0), "window must be >= 1, got 0"),
+        (lambda p: p.extend(clip(5), after=4, seed=-1), "seed must be >= 0, got -1"),
+        (lambda p: p.extend(clip(5), after=4, tile=2), "tile must be >= 3, got 2, since"),
+        (lambda p: p.extend(clip(5), after=4, fps=-3.0), "fps must be a positive number, got -3.0"),
+        (lambda p: p.extend(clip(5), after=4, fps=float("inf")), "fps must be a positive number, got inf"),
+        (lambda p: p.extend(clip(5), after=4, guidance_scale=float("nan")), "guidance_scale must be >= 0, got nan"),
+        (lambda p: p.extend(clip(5), after=4, history_guidance=-1.0), "history_guidance must be >= 0, got -1.0"),
         (lambda p: p.extend(clip(5), after=4, overlap=6), "overlap=6 leaves nothing .* use 1 to 5"),
         (lambda p: p.extend(clip(5), after=4, solver="eulr"), "Did you mean 'euler'"),
         (lambda p: p.extend(clip(5), after=4, arrangement="pyramyd"), "Did you mean 'pyramid'"),
-        (lambda p: p.extend(clip(5), after=4, every=0), "every=0 is no number"),
-        (lambda p: p.extend(clip(5), after=4, every=2), "together. has neither; leave it out"),
-        (lambda p: p.extend(clip(5), after=4, guidance_interval=(0.9, 0.1)), r"guidance_interval=\(0.9, 0.1\) is no"),
+        (lambda p: p.extend(clip(5), after=4, chunk_size=0), "chunk_size must be >= 1, got 0"),
+        (lambda p: p.extend(clip(5), after=4, chunk_size=2), "chunk_size=2 has no meaning .*together.; leave it out"),
+        (lambda p: p.extend(clip(5), after=4, guidance_interval=(0.9, 0.1)), r"0 <= low <= high, got \(0.9, 0.1\)"),
     ],
 )
 def test_choices_that_make_no_sense_are_refused_before_the_model_runs(make, call, message):
@@ -235,7 +248,7 @@ def test_a_model_of_levels_by_frame_takes_masks_of_whole_frames_and_refuses_othe
     last = torch.zeros(5, 32, 32, dtype=torch.bool)
     last[1:] = True
     assert torch.equal(pipe.inpaint(clip(5), last, **FAST)[:, :, :1], clip(5)[:, :, :1])
-    with pytest.raises(ValueError, match="takes levels by frame; mask whole frames"):
+    with pytest.raises(ValueError, match="takes levels per frame; mask whole frames"):
         pipe.inpaint(clip(5), torch.ones(32, 32, dtype=torch.bool).tril(), **FAST)
 
 
@@ -252,7 +265,7 @@ def test_a_model_of_levels_by_frame_takes_masks_of_whole_frames_and_refuses_othe
 )
 def test_a_model_warns_of_known_frames_where_it_saw_none(make, schemes, call):
     with pytest.warns(
-        UserWarning, match=f"trained with objective.mask_strategy={', '.join(schemes)} and has not seen"
+        UserWarning, match=f"trained with objective.mask_strategy={', '.join(schemes)} but never with known"
     ) as said:
         call(make(schemes))
     assert said[0].filename == __file__  # it points at the caller
@@ -270,5 +283,5 @@ def test_a_model_does_not_warn_of_what_it_was_trained_for(make):
 
 
 def test_guidance_toward_history_says_when_there_is_none(make):
-    with pytest.warns(UserWarning, match="none is known here"):
+    with pytest.warns(UserWarning, match="there are none here"):
         make().edit(clip(5), 0.5, history_guidance=2.0, **FAST)

@@ -3,8 +3,8 @@ import pytest
 import torch
 from conftest import fill
 
+from stdit.conditions import Guided
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
-from stdit.prompt import Prompt
 from stdit.sampling.guidance import Guidance, guided
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
@@ -14,9 +14,8 @@ from stdit.vae import TinyVAE
 @pytest.fixture
 def make(tiny_model):
     def build(objective: str = "flow", scheduler=None, **changes) -> STDiTPipeline:
-        model = tiny_model(
-            in_channels=16, num_classes=3, class_names=["a", "b", "c"], learn_sigma=objective == "ddpm", **changes
-        )
+        changes = {"class_names": ["a", "b", "c"], **changes}
+        model = tiny_model(in_channels=16, num_classes=3, learn_sigma=objective == "ddpm", **changes)
         vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
         scheduler = scheduler or STDiTScheduler(objective)
         return STDiTPipeline(model, vae, scheduler, 5, 32, 32, 8.0, objective, vae.fingerprint())
@@ -62,7 +61,7 @@ def test_names_are_accepted_wherever_labels_are(make):
         ({"num_frames": 6}, "Use 5 or 9"),
         ({"height": 24}, "height=24 gives 3 latents, which patches of 2 do not divide. Use 16 or 32"),
         ({"width": 0, "height": -8}, "height=-8"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be >= 1, got 0"),
         ({"solver": "eular"}, "Did you mean 'euler'"),
     ],
 )
@@ -130,7 +129,7 @@ def test_diffusers_euler_on_the_same_levels_gives_our_clip(make):
 
 def test_a_solver_asked_for_by_name_takes_the_place_of_the_folders_scheduler(make):
     theirs = make("ddpm", diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False))
-    with pytest.raises(ValueError, match="'ddim50' is for stdit's own solvers, this model brings DDIMScheduler"):
+    with pytest.raises(ValueError, match="'ddim50' is for stdit's solvers, this model has scheduler DDIMScheduler"):
         sample(theirs, num_inference_steps="ddim50")
     ours = make("ddpm")
     same = {"num_inference_steps": "ddim10", "solver": "ddim"}
@@ -140,8 +139,7 @@ def test_a_solver_asked_for_by_name_takes_the_place_of_the_folders_scheduler(mak
 
 
 def test_class_names_that_are_lists_answer_to_each_name(make):
-    pipe = make()
-    pipe.transformer.register_to_config(class_names=["tench, Tinca tinca", "goldfish", "shark"])
+    pipe = make(class_names=["tench, Tinca tinca", "goldfish", "shark"])
     assert pipe.labels(["Tinca tinca", "tench, Tinca tinca", "shark"]).tolist() == [0, 0, 2]
 
 
@@ -153,11 +151,12 @@ def test_a_scheduler_for_another_prediction_is_refused(make):
 def test_guidance_is_linear_in_its_scale_and_keeps_to_its_interval(tiny_model):
     model, objective = tiny_model(), build_objective(ObjectiveConfig(name="ddpm"))
     x, labels = torch.randn(2, 4, 3, 8, 8), torch.tensor([1, 2])
-    levels, prompt = torch.full((1, 3), 0.5), Prompt(labels, null=Prompt(torch.tensor([5, 5])))
+    levels = torch.full((1, 3), 0.5)
+    given = Guided({"label": labels[:, None]}, {"label": torch.full((2, 1), 5)})
 
     def output(scale, interval=(0.0, 1.0)):
         with torch.no_grad():
-            return guided(model, objective, prompt, Guidance(scale, interval))(x, levels)
+            return guided(model, objective, given, Guidance(scale, interval))(x, levels)
 
     one, zero, three = output(1.0), output(0.0), output(3.0)
     torch.testing.assert_close(three[:, :4], zero[:, :4] + 3 * (one - zero)[:, :4], atol=1e-5, rtol=1e-4)

@@ -7,7 +7,7 @@ from conftest import from_noise
 from stdit.diffusion.paths import DDPMPath, FlowPath, like
 from stdit.diffusion.predictions import Estimate
 from stdit.sampling.schedule import Schedule, check, make_schedule
-from stdit.sampling.solvers import SOLVERS, solve
+from stdit.sampling.solvers import SOLVERS, Solver, solve
 
 SPREAD = 0.5  # data is normal with this standard deviation: the ideal network is known in closed form
 
@@ -44,6 +44,48 @@ def test_heun_is_of_second_order_and_euler_of_first():
     }
     assert math.log2(errors["euler", 20] / errors["euler", 40]) == pytest.approx(1, abs=0.2)
     assert math.log2(errors["heun", 20] / errors["heun", 40]) == pytest.approx(2, abs=0.4)
+
+
+class AdamsBashforth(Solver):
+    """Second order with one call per step: the slope before is remembered, per frame with the step that it was of."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.before = None
+
+    def step(self, x, t, t_next, predict, draw):
+        estimate = predict(x, t)
+        slope = self.path.slope(estimate.clean, estimate.noise)
+        width = self.path.coordinates(like(t_next, x))[1] - self.path.coordinates(like(t, x))[1]
+        mean = slope
+        if self.before is not None:
+            slope_before, width_before = self.before
+            ratio = torch.where(width_before != 0, width / (2 * width_before), 0)  # 0: the frame begins with this step
+            mean = slope + ratio * (slope - slope_before)
+        self.before = slope, width
+        return self.along(x, t, t_next, mean)
+
+
+def test_a_multistep_solver_is_one_class_and_one_row_and_of_second_order(monkeypatch):
+    monkeypatch.setitem(SOLVERS, "ab2", AdamsBashforth)
+    noise, path = torch.randn(1, 1, 2, 4, 4, dtype=torch.float64), FlowPath()
+
+    def predict(x, levels):
+        return Estimate(torch.zeros_like(x), -2 * x)  # slope -2 x: a linear equation, x(0) = e^2 x(1)
+
+    def error(n, delay=0):
+        levels = torch.linspace(1, 0, n + 1, dtype=torch.float64)
+        late = torch.cat([torch.ones(delay), levels])
+        early = torch.cat([levels, torch.zeros(delay)])
+        end = solve(Schedule(noise, torch.stack([early, late], 1)), predict, path, "ab2")
+        return float((end - noise * math.exp(2)).abs().max())
+
+    for delay in (0, 7):  # of frames that begin at different steps, too
+        assert math.log2(error(40, delay) / error(80, delay)) == pytest.approx(2, abs=0.2)
+    known = Schedule(noise, make_schedule(path.schedule(5).double(), torch.tensor([False, True])))
+    assert torch.equal(solve(known, predict, path, "ab2")[:, :, 0], noise[:, :, 0])
+    first, again = (solve(known, predict, path, "ab2") for _ in range(2))  # every run has a fresh state
+    assert torch.equal(first, again)
 
 
 def test_ddim_and_euler_are_one_method_in_two_notations():

@@ -9,10 +9,11 @@ from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.rng import keyed_rng
 from stdit.sampling import tasks
 from stdit.sampling.conditioning import encode_known, latent_masks, paste
+from stdit.sampling.engine import Engine
 from stdit.sampling.pipeline import STDiTPipeline
-from stdit.sampling.sampler import Sampler
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.sampling.tasks import Canvas, outpaint_canvas
+from stdit.sampling.windowed import WindowedSampler
 from stdit.sampling.windows import next_window
 from stdit.vae import TinyVAE, load_vae
 
@@ -83,26 +84,26 @@ def test_images_connect_by_any_gap_that_fits(make):
 def test_a_goal_that_fills_no_group_stands_still_until_the_window_that_closes_the_gap_sees_one(
     make, monkeypatch, head, gap, tail
 ):
-    windows, look = [], Sampler._window
+    windows, look = [], WindowedSampler.fill_window
 
     def spy(self, canvas, *rest):
-        windows.append(canvas._replace(pixels=canvas.pixels.clone(), made=canvas.made.clone()))
+        windows.append(canvas._replace(pixels=canvas.pixels.clone(), mask=canvas.mask.clone()))
         return look(self, canvas, *rest)
 
-    monkeypatch.setattr(Sampler, "_window", spy)
+    monkeypatch.setattr(WindowedSampler, "fill_window", spy)
     pipe, given = make(), clip(head + gap + tail)
-    made = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
-    made[head : head + gap] = True
-    filled = pipe.fill(Canvas(given, made), **FAST)
+    mask = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
+    mask[head : head + gap] = True
+    filled = pipe.fill(Canvas(given, mask), **FAST)
     assert filled.shape == given.shape
     assert torch.equal(filled[:, :, head + gap :], given[:, :, head + gap :])
-    closing = next(w for w in windows if not w.made[-1])
-    todo, _ = latent_masks(closing.made, pipe.video_vae, (1, 1, 1))
-    assert not todo.flatten(1).any(1)[-1]
+    closing = next(w for w in windows if not w.mask[-1])
+    latent_mask, _ = latent_masks(closing.mask, pipe.video_vae, (1, 1, 1))
+    assert not latent_mask.flatten(1).any(1)[-1]
     if tail < 4:
         assert torch.equal(closing.pixels[:, :, -1], given[:, :, -1])
     windows.clear()
-    pipe.fill(Canvas(given, made), window=25, **FAST)
+    pipe.fill(Canvas(given, mask), window=25, **FAST)
     assert len(windows) == 1  # what stands still is in one window with the rest, where that is long enough
 
 
@@ -121,18 +122,18 @@ def test_what_is_led_up_to_from_nothing_does_not_stand_still(make):
 @pytest.mark.parametrize(("head", "gap", "tail"), [(2, 4, 0), (3, 14, 0), (4, 16, 0), (2, 12, 3), (4, 8, 1)])
 def test_of_a_clip_shorter_than_a_group_the_model_sees_every_frame(make, head, gap, tail):
     pipe, given = make(), clip(head + gap + tail)
-    made = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
-    made[head : head + gap] = True
-    canvas = tasks.pad_to_groups(Canvas(given, made), pipe.video_vae)
-    todo, partly = latent_masks(canvas.made, pipe.video_vae, (1, 1, 1))
-    assert not partly.any()
-    assert (~todo).sum() == 2 + bool(tail)
-    assert torch.equal(canvas.pixels[:, :, canvas.answer], given)
-    assert torch.equal(canvas.made[canvas.answer], made)
+    mask = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
+    mask[head : head + gap] = True
+    canvas = tasks.pad_to_groups(Canvas(given, mask), pipe.video_vae)
+    latent_mask, boundary_mask = latent_masks(canvas.mask, pipe.video_vae, (1, 1, 1))
+    assert not boundary_mask.any()
+    assert (~latent_mask).sum() == 2 + bool(tail)
+    assert torch.equal(canvas.pixels[:, :, canvas.output], given)
+    assert torch.equal(canvas.mask[canvas.output], mask)
     assert torch.equal(canvas.pixels[:, :, 0], given[:, :, 0])
-    filled = pipe.fill(Canvas(given, made), **FAST)
-    assert torch.equal(filled[:, :, ~made.flatten()], given[:, :, ~made.flatten()])
-    assert not torch.equal(filled[:, :, made.flatten()], given[:, :, made.flatten()])
+    filled = pipe.fill(Canvas(given, mask), **FAST)
+    assert torch.equal(filled[:, :, ~mask.flatten()], given[:, :, ~mask.flatten()])
+    assert not torch.equal(filled[:, :, mask.flatten()], given[:, :, mask.flatten()])
 
 
 def test_an_overlap_that_a_short_clip_does_not_need_is_no_error(make):
@@ -143,8 +144,8 @@ def test_an_overlap_that_a_short_clip_does_not_need_is_no_error(make):
 def test_a_loop_leads_to_a_whole_group_of_the_clip_itself(make, length):
     vae = make().video_vae
     canvas = tasks.loop(clip(length), 4, vae)
-    todo, _ = latent_masks(canvas.made, vae, (1, 1, 1))
-    assert not todo[-1].any()
+    latent_mask, _ = latent_masks(canvas.mask, vae, (1, 1, 1))
+    assert not latent_mask[-1].any()
     assert torch.equal(canvas.pixels[:, :, length + 4 :], clip(length)[:, :, : canvas.pixels.shape[2] - length - 4])
 
 
@@ -157,17 +158,17 @@ def test_every_arrangement_and_guidance_toward_history_runs(make, arrangement):
 @pytest.mark.parametrize("known", [slice(0, 5), slice(5, 9), slice(1, 5), slice(0, 1)])
 def test_known_latents_are_bit_equal_from_encoding_to_the_end(make, known, monkeypatch):
     pipe, seen = make(), {}
-    decode = pipe.decode
-    monkeypatch.setattr(pipe, "decode", lambda latents, tile=None: seen.update(end=latents) or decode(latents, tile))
-    made = torch.ones(9, 1, 1, dtype=torch.bool)
-    made[known] = False
+    decode = Engine.decode
+    monkeypatch.setattr(Engine, "decode", lambda self, z, tile=None: seen.update(end=z) or decode(self, z, tile))
+    mask = torch.ones(9, 1, 1, dtype=torch.bool)
+    mask[known] = False
 
-    pipe.fill(Canvas(clip(9), made), "a", **FAST)
-    todo, partly = latent_masks(made, pipe.video_vae, pipe.transformer.patch_size)
+    pipe.fill(Canvas(clip(9), mask), "a", **FAST)
+    latent_mask, boundary_mask = latent_masks(mask, pipe.video_vae, pipe.transformer.patch_size)
     with torch.no_grad():
-        expected = encode_known(clip(9), made, todo, pipe.video_vae)
-    assert not partly.any()
-    assert torch.equal(seen["end"][:, :, ~todo[:, 0, 0]], expected[:, :, ~todo[:, 0, 0]])
+        expected = encode_known(clip(9), mask, latent_mask, pipe.video_vae)
+    assert not boundary_mask.any()
+    assert torch.equal(seen["end"][:, :, ~latent_mask[:, 0, 0]], expected[:, :, ~latent_mask[:, 0, 0]])
 
 
 @torch.no_grad()
@@ -187,36 +188,36 @@ def test_known_frames_survive_encode_place_decode_wherever_they_stand(known):
     vae = load_vae("tiny")
     drawn = torch.stack([torch.from_numpy(draw(random_clip(keyed_rng("sample", 9, i), i))) for i in range(12)])
     pixels = drawn.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    made = torch.ones(17, 1, 1, dtype=torch.bool)
-    made[known] = False
-    todo, _ = latent_masks(made, vae, (1, 2, 2))
+    mask = torch.ones(17, 1, 1, dtype=torch.bool)
+    mask[known] = False
+    latent_mask, _ = latent_masks(mask, vae, (1, 2, 2))
     whole = vae.encode(pixels)
-    placed = torch.where(todo.view(1, 1, -1, 1, 1), whole, encode_known(pixels, made, todo, vae))
+    placed = torch.where(latent_mask.view(1, 1, -1, 1, 1), whole, encode_known(pixels, mask, latent_mask, vae))
     errors = [(vae.decode(x)[:, :, known] - pixels[:, :, known]).square().mean().log10() * 10 for x in (placed, whole)]
     assert errors[0] - errors[1] < 1.5
 
 
 def test_a_patch_is_known_when_all_its_pixels_are():
     vae = TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))
-    made = torch.zeros(9, 32, 48, dtype=torch.bool)
-    made[3, 17, 20] = True  # one pixel of frame 3: group 1, patch row 1 of 2, column 1 of 3
-    todo, partly = latent_masks(made, vae, (1, 2, 2))
-    assert todo.shape == (3, 2, 3)
-    assert todo.nonzero().tolist() == partly.nonzero().tolist() == [[1, 1, 1]]
-    made[1:5, 16:, 16:32] = True
-    todo, partly = latent_masks(made, vae, (1, 2, 2))
-    assert todo.sum() == 1
-    assert not partly.any()
+    mask = torch.zeros(9, 32, 48, dtype=torch.bool)
+    mask[3, 17, 20] = True  # one pixel of frame 3: group 1, patch row 1 of 2, column 1 of 3
+    latent_mask, boundary_mask = latent_masks(mask, vae, (1, 2, 2))
+    assert latent_mask.shape == (3, 2, 3)
+    assert latent_mask.nonzero().tolist() == boundary_mask.nonzero().tolist() == [[1, 1, 1]]
+    mask[1:5, 16:, 16:32] = True
+    latent_mask, boundary_mask = latent_masks(mask, vae, (1, 2, 2))
+    assert latent_mask.sum() == 1
+    assert not boundary_mask.any()
     frames = torch.tensor([0, 1, 1, 1, 1, 0, 1, 0, 0]).bool().view(-1, 1, 1)
-    todo, partly = latent_masks(frames, vae, (1, 2, 2))
-    assert todo.flatten().tolist() == [False, True, True]
-    assert partly.flatten().tolist() == [False, False, True]
+    latent_mask, boundary_mask = latent_masks(frames, vae, (1, 2, 2))
+    assert latent_mask.flatten().tolist() == [False, True, True]
+    assert boundary_mask.flatten().tolist() == [False, False, True]
 
 
 def test_blending_leaves_what_is_made_and_fades_over_what_is_known():
-    made = torch.zeros(6, 1, 1, dtype=torch.bool)
-    made[4:] = True
-    out = paste(torch.ones(1, 3, 6, 2, 2), torch.zeros(1, 3, 6, 2, 2), made, blend=2)
+    mask = torch.zeros(6, 1, 1, dtype=torch.bool)
+    mask[4:] = True
+    out = paste(torch.ones(1, 3, 6, 2, 2), torch.zeros(1, 3, 6, 2, 2), mask, blend=2)
     torch.testing.assert_close(out[0, 0, :, 0, 0], torch.tensor([0, 0, 1 / 3, 2 / 3, 1, 1]))
 
 
@@ -228,7 +229,7 @@ def test_windows_fill_every_frame_and_see_known_ones_in_whole_groups(frames, kno
     open_frames = torch.ones(frames, dtype=torch.bool)
     open_frames[list(known)] = False
     for _ in range(60):
-        window = next_window(open_frames, 17, 5, 4)
+        window = next_window(open_frames, 17, overlap=5, stride=4)
         if window is None:
             break
         assert 0 <= window.begin <= window.keep_from < window.keep_to <= window.end <= frames
@@ -244,7 +245,7 @@ def test_windows_fill_every_frame_and_see_known_ones_in_whole_groups(frames, kno
 def test_a_gap_is_closed_by_a_window_that_sees_what_follows_and_has_all_the_room_it_can(gap):
     open_frames = torch.zeros(5 + gap + 8, dtype=torch.bool)
     open_frames[5 : 5 + gap] = True
-    while (window := next_window(open_frames, 17, 5, 4)) is not None:
+    while (window := next_window(open_frames, 17, overlap=5, stride=4)) is not None:
         if window.keep_to >= 5 + gap:
             assert window.end >= 5 + gap + 4
             assert int(open_frames.sum()) == 17 - 1 - 4  # beside one frame before it and a group behind
@@ -285,7 +286,7 @@ def test_a_causal_model_streams_what_extend_gives_in_constant_memory(make):
 
 def test_a_causal_model_cannot_see_what_follows_and_says_so(make):
     for call in (lambda p: p.extend(clip(4), before=5, **FAST), lambda p: p.connect(clip(5), clip(4), 4, **FAST)):
-        with pytest.raises(ValueError, match="this model is causal: it cannot see"):
+        with pytest.raises(ValueError, match="this model is causal: it cannot attend"):
             call(causal(make))
     with pytest.raises(ValueError, match="this model is not causal; use extend"):
         next(make().stream(clip(5), 4))
@@ -315,25 +316,25 @@ def test_outpainting_keeps_the_picture_in_the_middle(make):
             r"after=6 is not whole groups of VAE 'tiny' .* the 11 frames in all. Use after=4 or 8",
         ),
         (lambda p: p.extend(clip(4), before=4), r"before=4 is not whole groups .* Use before=1 or 5"),
-        (lambda p: p.extend(clip(5), after=4, overlap=9), "overlap=9 leaves nothing to be made"),
+        (lambda p: p.extend(clip(5), after=4, overlap=9), "overlap=9 leaves nothing to be generated"),
         (lambda p: p.connect(clip(5), clip(4), 5), r"frames=5 is not whole groups .* Use frames=4 or 8"),
-        (lambda p: p.connect(clip(5), clip(4), 0), "frames=0 leaves no gap"),
-        (lambda p: p.connect(clip(5), clip(4, height=16), 4), "last is 2 clip.s. of 16 x 32.*of one size"),
+        (lambda p: p.connect(clip(5), clip(4), 0), "frames must be >= 1, got 0"),
+        (lambda p: p.connect(clip(5), clip(4, height=16), 4), "of one size: .*last is 2 clip.s. of 16 x 32"),
         (lambda p: p.loop(clip(5), 6), r"frames=6 is not whole groups .* Use frames=4 or 8"),
-        (lambda p: p.animate(clip(5)), "5 frames where it takes one image"),
-        (lambda p: p.animate(clip(1), 1), "nothing to be made beside the image"),
+        (lambda p: p.animate(clip(5)), "takes one image, got 5 frames"),
+        (lambda p: p.animate(clip(1), 1), "num_frames must be >= 2, got 1"),
         (lambda p: p.interpolate(clip(5), 1), "factor=1"),
         (
             lambda p: p.inpaint(clip(5), torch.ones(5, 16, 16, dtype=torch.bool)),
             r"mask is torch.bool of shape \(5, 16, 16\)",
         ),
         (lambda p: p.inpaint(clip(5), torch.ones(5, 32, 32)), "mask is torch.float32"),
-        (lambda p: p.inpaint(clip(5), torch.zeros(32, 32, dtype=torch.bool)), "nothing to be made"),
-        (lambda p: p.edit(clip(5), 1.2), "strength=1.2 is no noise level"),
+        (lambda p: p.inpaint(clip(5), torch.zeros(32, 32, dtype=torch.bool)), "nothing is to be generated"),
+        (lambda p: p.edit(clip(5), 1.2), "strength must be a noise level .* got 1.2"),
         (lambda p: p.edit(clip(5) * 127, 0.5), r"scale pixels to \[-1, 1\]"),
         (lambda p: p.edit(clip(5)[0], 0.5), r"pixels are \(B, 3, F, H, W\)"),
         (lambda p: p.extend(clip(5), after=4, class_labels=["a", "b", "c"]), "3 class_labels for 2 clips"),
-        (lambda p: p.extend(clip(5), after=4, blend=-1), "blend=-1 is negative"),
+        (lambda p: p.extend(clip(5), after=4, blend=-1), "blend must be >= 0, got -1"),
         (lambda p: outpaint_canvas(clip(5), 32, 32), "leaves no room around"),
     ],
 )
@@ -349,6 +350,6 @@ def test_a_diffusers_scheduler_does_plain_clips_and_leaves_tasks_to_ours(make):
     pipe = make()
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     assert pipe(["a"], num_frames=5, **FAST).shape == (1, 3, 5, 32, 32)
-    with pytest.raises(ValueError, match="levels of their own.*FlowMatchEulerDiscreteScheduler: add solver"):
+    with pytest.raises(ValueError, match="a noise level per frame.*FlowMatchEulerDiscreteScheduler: add solver"):
         pipe.extend(clip(5), after=4, **FAST)
     assert torch.isfinite(pipe.extend(clip(5), after=4, solver="euler", **FAST)).all()

@@ -117,7 +117,9 @@ def test_cached_latents_and_pixels_restart_alike():
     vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))).eval()
     frames = torch.randint(0, 256, (2, 9, 32, 32, 3), dtype=torch.uint8)
     pixels = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    alone = torch.cat([vae.encode(pixels[:, :, :1])] + [vae.encode_segment(vae.group(pixels, t)) for t in (1, 2)], 2)
+    alone = torch.cat(
+        [vae.encode(pixels[:, :, :1])] + [vae.encode_segment(vae.frames_of_latent(pixels, t)) for t in (1, 2)], 2
+    )
 
     def batch(**parts):
         empty = {"pixels": None, "latents": None, "reencoded": None}

@@ -10,6 +10,7 @@ from stdit.data.shapes import draw, random_clip
 from stdit.data.transforms import crop, resize_short_side
 from stdit.data.video_write import to_uint8
 from stdit.evaluation.shapes import report
+from stdit.pixels import to_float
 from stdit.rng import keyed_rng
 from stdit.training.vae import psnr
 from stdit.vae import load_vae
@@ -24,7 +25,7 @@ def vae():
 
 
 def to_pixels(frames: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    return to_float(frames)[None]
 
 
 def test_the_weights_are_small_enough_to_ship():
@@ -58,10 +59,10 @@ def test_shapes_survive_the_round_trip(vae):
     assert psnr([(to_pixels(a), to_pixels(b)) for a, b in zip(decoded, clips, strict=True)]) > 30
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared clips are not beside this checkout")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared clips are not next to this checkout")
 @pytest.mark.parametrize(("size", "least"), [(128, 28.5), (64, 26.5)])
 @torch.no_grad()
-def test_unseen_real_clips_come_back_well(vae, size, least):
+def test_held_out_real_clips_are_reconstructed_well(vae, size, least):
     import csv
 
     clips = []

@@ -1,18 +1,21 @@
-"""One contract for every VAE: the same tests on tiny random configurations of each."""
+"""One interface for every VAE: the same tests on tiny random configurations of each."""
+
+import copy
 
 import diffusers
 import pytest
 import torch
 from conftest import fill
 
-from stdit.vae import TinyVAE, as_video_vae, load_vae
+from stdit.vae import TinyVAE, VAEGeometry, VideoVAE, as_video_vae, load_vae
+from stdit.vae.adapters import DiffusersVAE
 
 SMALL = (8, 8, 8, 8)
 
 
 def autoencoder_kl():
-    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    return diffusers.AutoencoderKL(block_out_channels=SMALL, norm_num_groups=4, layers_per_block=1, **kinds)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    return diffusers.AutoencoderKL(block_out_channels=SMALL, norm_num_groups=4, layers_per_block=1, **blocks)
 
 
 VAES = {
@@ -53,7 +56,7 @@ def test_shapes_follow_the_arithmetic_there_and_back(vae, clip):
 
 
 @torch.no_grad()
-def test_latents_are_normalised_by_the_vaes_own_statistics(vae, clip):
+def test_latents_are_normalised_by_the_statistics_of_the_vae(vae, clip):
     mean, std = vae.latent_mean.clone(), vae.latent_std.clone()
     latents, decoded = vae.encode(clip), vae.decode(vae.encode(clip))
     vae.latent_mean.copy_(mean + 0.5)
@@ -79,10 +82,10 @@ def test_an_image_is_its_clips_first_latent_frame_where_the_vae_says_so(vae, cli
 def test_causal_latents_ignore_later_pixels(vae, clip):
     changed = clip.clone()
     changed[:, :, -1] = -changed[:, :, -1]
-    moved = (vae.encode(clip) - vae.encode(changed)).abs().amax(dim=(0, 1, 3, 4)) > 2e-6
-    assert moved[-1]
+    differs = (vae.encode(clip) - vae.encode(changed)).abs().amax(dim=(0, 1, 3, 4)) > 2e-6
+    assert differs[-1]
     if vae.causal:
-        assert not moved[:-1].any()
+        assert not differs[:-1].any()
 
 
 @torch.no_grad()
@@ -109,6 +112,43 @@ def test_sizes_that_would_be_cropped_are_refused_with_the_nearest(vae):
         vae.latent_size(stride, 0)
 
 
+def test_a_vae_without_encoder_and_decoder_cannot_be_made():
+    with pytest.raises(TypeError, match="abstract"):
+        VideoVAE()
+
+    class Half(VideoVAE):
+        def _encode(self, pixels):
+            return pixels
+
+    with pytest.raises(TypeError, match="_decode"):
+        Half()
+
+
+def test_device_and_dtype_are_those_of_the_weights(vae):
+    assert set(VideoVAE.__subclasses__()) >= {TinyVAE, DiffusersVAE}
+    assert vae.device == torch.device("cpu")
+    assert vae.dtype == torch.float32
+    moved = copy.deepcopy(vae).to(torch.bfloat16)
+    assert moved.dtype == torch.bfloat16
+    assert moved.to("meta").device == torch.device("meta")
+
+
+def test_the_geometry_alone_has_the_arithmetic_of_its_vae(vae):
+    geometry = VAEGeometry(vae.name, vae.stride, vae.channels, vae.temporal_granularity)
+    frames = 1 + 2 * (vae.temporal_granularity or vae.stride[0])
+    height, width = 4 * vae.stride[1], 6 * vae.stride[2]
+    assert geometry.latent_shape(frames, height, width, (1, 2, 2)) == vae.latent_shape(frames, height, width, (1, 2, 2))
+    assert geometry.pixel_frames(geometry.latent_frames(frames)) == frames
+    with pytest.raises(ValueError, match=f"VAE {vae.name!r}"):
+        geometry.latent_size(height + 1, width)
+
+
+def test_the_frames_of_all_latents_are_the_clip(vae, clip):
+    parts = [vae.frames_of_latent(clip, t) for t in range(vae.latent_frames(clip.shape[2]))]
+    assert [part.shape[2] for part in parts] == [1] + [vae.stride[0]] * (len(parts) - 1)
+    assert torch.equal(torch.cat(parts, dim=2), clip)
+
+
 def test_tensors_of_another_layout_are_refused(vae):
     with pytest.raises(ValueError, match="give an image as one frame"):
         vae.encode(torch.zeros(1, 3, 32, 32))
@@ -116,7 +156,7 @@ def test_tensors_of_another_layout_are_refused(vae):
         vae.decode(torch.zeros(1, vae.channels + 1, 1, 2, 2))
 
 
-def test_a_fingerprint_tells_weights_apart(vae):
+def test_a_fingerprint_changes_with_the_weights(vae):
     before = vae.fingerprint()
     assert before == vae.fingerprint()
     weight = next(p for p in vae.parameters() if p.numel() > 1)
@@ -132,13 +172,13 @@ def test_patches_that_do_not_divide_latents_are_refused_in_pixels(vae):
         vae.latent_shape(1, 3 * stride, 2 * stride, (1, 2, 2))
 
 
-def test_diffusers_folders_load_behind_the_contract(tmp_path):
+def test_diffusers_folders_load_behind_the_interface(tmp_path):
     torch.manual_seed(0)
-    made = as_video_vae(VAES["wan"]())
-    made.vae.save_pretrained(tmp_path / "wan")
+    saved = as_video_vae(VAES["wan"]())
+    saved.vae.save_pretrained(tmp_path / "wan")
     loaded = load_vae(str(tmp_path / "wan"))
     assert loaded.name == "AutoencoderKLWan"
-    assert loaded.fingerprint() == made.fingerprint()
+    assert loaded.fingerprint() == saved.fingerprint()
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
@@ -150,7 +190,7 @@ def test_diffusers_folders_load_behind_the_contract(tmp_path):
         ("nobody/nothing", "vae.name=tiny works without any download"),
     ],
 )
-def test_a_vae_that_is_not_here_ends_in_one_line(name, message):
+def test_a_vae_that_is_not_found_is_refused_in_one_line(name, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_vae(name)
     assert "\n" not in str(caught.value)

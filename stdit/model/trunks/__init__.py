@@ -1,6 +1,6 @@
-"""Ways to wire blocks, one a file. A new one is its file and a row here."""
+"""Trunks: ways to connect blocks, one per file. A new one is its file and a row here."""
 
-from stdit.model.trunks.base import Build, Trunk, Way, block_position_encodings
+from stdit.model.trunks.base import Trunk, TrunkConfig, TrunkContext, block_position_encodings
 from stdit.model.trunks.dual_stream import DualStream
 from stdit.model.trunks.long_skip import LongSkip
 from stdit.model.trunks.masked import Masked
@@ -15,4 +15,4 @@ TRUNKS: dict[str, type[Trunk]] = {
     "u_shape": UShape,  # DiffiT
 }
 
-__all__ = ["TRUNKS", "Build", "Trunk", "Way", "block_position_encodings"]
+__all__ = ["TRUNKS", "Trunk", "TrunkConfig", "TrunkContext", "block_position_encodings"]

@@ -1,111 +1,143 @@
-"""What any wiring of blocks is asked: which blocks, who follows whom, and what it does not go with."""
+"""What any trunk (the wiring of the blocks) is asked: which blocks, in which order, and what it supports."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from stdit.conditions import Conditions
-from stdit.nn.attention import POSITION_ENCODINGS
+from stdit.nn.blocks import STDiTBlock
 from stdit.nn.cache import FrameCache
+from stdit.nn.conditioning import CONDITIONINGS, Conditioning
+from stdit.nn.config import BlockConfig
+from stdit.nn.context import POSITION_ENCODINGS, BlockContext, make_context
 from stdit.nn.layout import Layout
 from stdit.nn.modulation import Condition
 
 
 @dataclass(frozen=True)
-class Build:
-    """What a model asks of its trunk. axes and times are of every block; grid: rows and columns of patches it is made for;
-    block: (number, **changes) -> a plain block of this model."""
+class TrunkConfig:
+    """What a model asks of its trunk.
 
-    depth: int
-    dim: int
-    heads: int
-    mlp_ratio: float
-    qk_norm: bool
-    axes: Sequence[str]
-    times: Sequence[str]
-    grid: tuple[int, int]
-    conditioning: str
-    position_encoding: str
-    causal: bool
-    relative_position_bias: bool
-    caption_channels: int | None
-    num_decoder_blocks: int
-    num_single_blocks: int
-    block: Callable[..., nn.Module]
-
-
-@dataclass(frozen=True)
-class Way:
-    """The blocks, and what goes with the tokens from one to the next. call: runs a block, checkpointed where that is asked
-    for; kept: (B, n) patches that may be seen, None for all.
-
-    Blocks stand here, not among a trunk's arguments, since accelerate's hooks move modules that are given to a module.
+    axes: of every block. grid: rows and columns of patches the model is made for. caption_axes: axes whose blocks
+    cross-attend to captions (empty: all).
     """
 
-    blocks: nn.ModuleList
+    block: BlockConfig
+    axes: Sequence[str]
+    grid: tuple[int, int]
+    position_encoding: str = "sincos"
+    caption_channels: int | None = None
+    caption_axes: Sequence[str] = ()
+    num_decoder_blocks: int = 4
+    num_single_blocks: int = 0
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.axes)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How the condition enters the blocks."""
+        return CONDITIONINGS[self.block.conditioning]
+
+    @property
+    def position_encodings(self) -> list[str]:
+        """The position encoding of every block."""
+        return block_position_encodings(self.position_encoding, self.axes)
+
+    def make_block(self, i: int, *, skip: bool = False) -> STDiTBlock:
+        """The plain block of place `i`."""
+        axis = self.axes[i]
+        return STDiTBlock(
+            self.block,
+            axis,
+            position_encoding=self.position_encodings[i],
+            captions=bool(self.caption_channels) and axis in (self.caption_axes or self.axes),
+            skip=skip,
+        )
+
+
+@dataclass
+class TrunkContext:
+    """What goes with the tokens from block to block in one forward pass.
+
+    call: runs a block, checkpointed where that is asked for. visible: (B, n) patches that the encoder of a masked trunk
+    sees, None for all. Blocks stand here, not among a trunk's arguments, since accelerate's hooks move modules that are
+    given to a module.
+    """
+
+    blocks: Sequence[Any]
     call: Callable[..., Any]
+    config: BlockConfig
     condition: Condition
     layout: Layout
     cache: FrameCache | None = None
-    kept: Tensor | None = None
+    visible: Tensor | None = None
+    _contexts: dict[int, BlockContext] = field(default_factory=dict)
+
+    def of(self, layout: Layout | None = None) -> BlockContext:
+        """The blocks' context for a layout (None: the trunk's own), its position tables made once."""
+        layout = layout or self.layout
+        if id(layout) not in self._contexts:
+            attentions = [(block.attn.axis, block.attn.position_encoding) for block in self.blocks]
+            self._contexts[id(layout)] = make_context(self.config, attentions, self.condition, layout, self.cache)
+        return self._contexts[id(layout)]
 
     def __call__(
         self, block: nn.Module, tokens: Tensor, skip: Tensor | None = None, layout: Layout | None = None
     ) -> Tensor:
-        """Tokens through one plain block."""
-        return self.call(block, tokens, self.condition, layout or self.layout, self.cache, skip)
+        """Tokens (B, T, S, D) through one plain block."""
+        return self.call(block, tokens, self.of(layout), skip)
 
 
 class Trunk(nn.Module, ABC):
-    """How blocks are wired; what it owns beside them. The blocks themselves are the model's, `blocks.0` to the last.
+    """How blocks are connected, and what it owns beside them. The blocks themselves are the model's `blocks`.
 
-    packs: takes clips of many shapes in one row. by_patch: takes a level for every patch. hides: may learn with patches
-    hidden. requires_text: has a stream of text. idle: in some steps some parameters take no part.
+    supports: capabilities (`model.capabilities`) that a model with this trunk may have; requires: what it needs.
+    options: constructor arguments of the model that only this trunk reads. block_classes: classes of its blocks, for diffusers (compilation, caches) and device maps. has_unused_parameters: in
+    some steps some parameters get no gradient, so that DDP needs find_unused_parameters.
     """
 
-    packs: ClassVar[bool] = False
-    supports_patch_levels: ClassVar[bool] = True
-    hides: ClassVar[bool] = False
-    requires_text: ClassVar[bool] = False
-    idle: ClassVar[bool] = False
+    supports: ClassVar[frozenset[str]] = frozenset({"patch_levels", "block_caching"})
+    requires: ClassVar[frozenset[str]] = frozenset()
+    block_classes: ClassVar[tuple[type[nn.Module], ...]] = (STDiTBlock,)
+    has_unused_parameters: ClassVar[bool] = False
+    options: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, build: Build):
+    def __init__(self, config: TrunkConfig):
         super().__init__()
-        self.check(build)
+        self.check(config)
 
     @classmethod
-    def check(cls, build: Build) -> None:
-        """ValueError for a depth that does not fit, and for company it does not take."""
-        if build.num_single_blocks:
-            raise ValueError(
-                f"num_single_blocks={build.num_single_blocks} belongs to trunk='dual_stream'; leave it out."
-            )
+    def check(cls, config: TrunkConfig) -> None:
+        """Raise ValueError for an invalid depth or an unsupported combination."""
 
-    def make_blocks(self, build: Build) -> list[nn.Module]:
-        return [build.block(i) for i in range(build.depth)]
+    def make_blocks(self, config: TrunkConfig) -> list[nn.Module]:
+        """The blocks of a model."""
+        return [config.make_block(i) for i in range(config.depth)]
 
     def reset(self) -> None:
-        """Its own start, where a linear layer's does not fit."""
+        """Initialise what a linear layer's own initialisation does not fit."""
 
-    def pooled_text_embedding(self, conditions: Conditions, dtype: torch.dtype) -> Tensor | None:
+    def pooled_text_embedding(self, conditions: Mapping[str, Any], dtype: torch.dtype) -> Tensor | None:
         """(B, 1, 1, D) that the trunk adds to the conditioning vector, or None."""
         return None
 
     @abstractmethod
-    def forward(self, tokens: Tensor, way: Way) -> Tensor:
+    def forward(self, tokens: Tensor, ctx: TrunkContext) -> Tensor:
         """Tokens (B, T, S, D) through all blocks."""
 
 
-def block_position_encodings(entry: str, axes: Sequence[str]) -> list[str]:
-    """Where time enters each block of these axes: in every attention, or once, in the stream before the first of time."""
-    inside = [name for name in POSITION_ENCODINGS if name != "none"]
-    if entry in inside:
-        return [entry] * len(axes)
-    if entry != "latte":
-        raise ValueError(f"position_encoding={entry!r} is unknown. Choose one of: {', '.join([*inside, 'latte'])}.")
+def block_position_encodings(encoding: str, axes: Sequence[str]) -> list[str]:
+    """The position encoding of each block: the model's in every attention; Latte's once, in the first block of time."""
+    if encoding not in POSITION_ENCODINGS or encoding == "none":
+        known = [name for name in POSITION_ENCODINGS if name != "none"]
+        raise ValueError(f"position_encoding={encoding!r} is unknown. Choose one of: {', '.join(known)}.")
+    if encoding != "latte":
+        return [encoding] * len(axes)
     first = next((i for i, axis in enumerate(axes) if axis != "spatial"), None)
     return ["latte" if i == first else "none" for i in range(len(axes))]

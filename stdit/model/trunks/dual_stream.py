@@ -1,56 +1,66 @@
-"""SD3's and FLUX's wiring: video and text side by side through every block."""
+"""SD3's and FLUX's trunk: video and text side by side through every block."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stdit.conditions import Conditions, Tokens
-from stdit.model.trunks.base import Build, Trunk, Way
+from stdit.conditions import Tokens
+from stdit.model.trunks.base import Trunk, TrunkConfig, TrunkContext
 from stdit.nn.dual_stream import DualStreamBlock, SingleStreamBlock
 from stdit.nn.embedders import CaptionEmbedder
 
 
 class DualStream(Trunk):
-    """Blocks of two streams (Esser et al., "Scaling Rectified Flow Transformers", figure 2), the last `num_single_blocks` of one
-    (FLUX); what has become of the text is left behind. The caption's mean is told by the vector besides."""
+    """Dual-stream blocks (Esser et al., figure 2), of which the last `num_single_blocks` are single-stream (FLUX).
 
-    requires_text, idle = True, True  # what the last block makes of the text is nobody's
+    The mean of the caption's tokens is added to the conditioning vector. What the last block makes of the text is unused.
+    """
 
-    def __init__(self, build: Build):
-        super().__init__(build)
-        assert build.caption_channels is not None
-        self.pooled_embedder = CaptionEmbedder(build.caption_channels, build.dim)
+    requires = frozenset({"text"})
+    block_classes = (DualStreamBlock, SingleStreamBlock)
+    has_unused_parameters = True
+    options = ("num_single_blocks",)
+
+    def __init__(self, config: TrunkConfig):
+        super().__init__(config)
+        assert config.caption_channels is not None
+        self.pooled_embedder = CaptionEmbedder(config.caption_channels, config.block.dim)
 
     @classmethod
-    def check(cls, build: Build) -> None:
-        if not build.caption_channels:
+    def check(cls, config: TrunkConfig) -> None:
+        if not config.caption_channels:
             raise ValueError(
-                "trunk='dual_stream' has a stream of text: name a text encoder (text.encoder=words), or use trunk='stack'."
+                "trunk='dual_stream' needs captions: name a text encoder (text.encoder=words), or use trunk='stack'."
             )
-        if not 0 <= build.num_single_blocks <= build.depth:
+        if not 0 <= config.num_single_blocks <= config.depth:
             raise ValueError(
-                f"num_single_blocks={build.num_single_blocks} of depth={build.depth}: use 0 to {build.depth}."
+                f"num_single_blocks must be >= 0 and <= depth={config.depth}, got {config.num_single_blocks}; "
+                f"use 0 to {config.depth}."
             )
-        if build.causal or build.conditioning != "adaln_zero" or set(build.axes) != {"joint"}:
+        block = config.block
+        if block.causal or block.conditioning != "adaln_zero" or set(config.axes) != {"joint"}:
             raise ValueError(
-                f"trunk='dual_stream' with conditioning={build.conditioning!r}, causal={build.causal} and "
-                f"axes={sorted(set(build.axes))}: its blocks have adaln_zero and attention over all tokens; use "
+                f"trunk='dual_stream' with conditioning={block.conditioning!r}, causal={block.causal} and "
+                f"axes={sorted(set(config.axes))}: its blocks have adaln_zero and attention over all tokens; use "
                 "conditioning=adaln_zero, causal=false, axes=[joint]."
             )
-        if build.relative_position_bias or build.position_encoding == "latte":
+        if block.bias_grid is not None or config.position_encoding == "latte":
             raise ValueError(
-                f"trunk='dual_stream' with relative_position_bias={build.relative_position_bias} and position_encoding={build.position_encoding!r}: its blocks have "
-                "neither a bias nor time in the stream; use relative_position_bias=false and position_encoding='sincos' or 'rope_3d'."
+                f"trunk='dual_stream' with relative_position_bias={block.bias_grid is not None} and "
+                f"position_encoding={config.position_encoding!r}: its blocks have neither a bias nor Latte's table; use "
+                "relative_position_bias=false and position_encoding='sincos' or 'rope_3d'."
             )
 
-    def make_blocks(self, build: Build) -> list[nn.Module]:
+    def make_blocks(self, config: TrunkConfig) -> list[nn.Module]:
+        first_single = config.depth - config.num_single_blocks
         return [
-            (SingleStreamBlock if i >= build.depth - build.num_single_blocks else DualStreamBlock)(
-                build.dim, build.heads, build.mlp_ratio, build.qk_norm, time
-            )
-            for i, time in enumerate(build.times)
+            (SingleStreamBlock if i >= first_single else DualStreamBlock)(config.block, encoding)
+            for i, encoding in enumerate(config.position_encodings)
         ]
 
-    def pooled_text_embedding(self, conditions: Conditions, dtype: torch.dtype) -> Tensor | None:
+    def pooled_text_embedding(self, conditions: Mapping[str, Any], dtype: torch.dtype) -> Tensor | None:
         caption = conditions["caption"]
         assert isinstance(caption, Tokens)
         if caption.tokens.shape[1] > 1:
@@ -62,9 +72,9 @@ class DualStream(Trunk):
         mean = (tokens * weight[..., None]).sum(1) / weight.sum(1, keepdim=True).clamp(min=1)
         return self.pooled_embedder(mean.to(dtype))[:, None, None]
 
-    def forward(self, tokens: Tensor, way: Way) -> Tensor:
-        assert way.condition.tokens is not None
-        text = way.condition.tokens[:, 0]
-        for block in way.blocks:
-            tokens, text = way.call(block, tokens, text, way.condition, way.layout)
+    def forward(self, tokens: Tensor, ctx: TrunkContext) -> Tensor:
+        assert ctx.condition.tokens is not None
+        text, block_ctx = ctx.condition.tokens[:, 0], ctx.of()
+        for block in ctx.blocks:
+            tokens, text = ctx.call(block, tokens, text, block_ctx)
         return tokens

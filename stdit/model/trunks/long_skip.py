@@ -1,33 +1,36 @@
-"""U-ViT's wiring: the first half hands what it made to the second."""
+"""U-ViT's trunk: blocks of the first half are connected to those of the second."""
 
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from stdit.model.trunks.base import Build, Trunk, Way
+from stdit.model.trunks.base import Trunk, TrunkConfig, TrunkContext
 
 
 class LongSkip(Trunk):
-    """What the first half made goes over the heads of others to the second half, last to first; a middle block has none
-    (Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", figure 1)."""
+    """Long skip connections from the first half of the blocks to the second, last to first; a middle block has none.
 
-    packs = True
+    Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", figure 1.
+    """
 
-    def make_blocks(self, build: Build) -> list[nn.Module]:
-        return [build.block(i, skip=i >= build.depth - build.depth // 2) for i in range(build.depth)]
+    supports = frozenset({"packing", "patch_levels", "block_caching"})
 
-    def forward(self, tokens: Tensor, way: Way) -> Tensor:
-        return skipping(way.blocks, tokens, way)
+    def make_blocks(self, config: TrunkConfig) -> list[nn.Module]:
+        depth = config.depth
+        return [config.make_block(i, skip=i >= depth - depth // 2) for i in range(depth)]
+
+    def forward(self, tokens: Tensor, ctx: TrunkContext) -> Tensor:
+        return forward_with_long_skips(ctx.blocks, tokens, ctx)
 
 
-def skipping(blocks: Sequence[nn.Module], tokens: Tensor, way: Callable[..., Tensor]) -> Tensor:
-    """Tokens through blocks of which the last half take `skip`."""
-    half, kept = len(blocks) // 2, []
+def forward_with_long_skips(blocks: Sequence[nn.Module], tokens: Tensor, run: Callable[..., Tensor]) -> Tensor:
+    """Tokens through blocks of which the last half take `skip`; run: (block, tokens, skip=) -> tokens."""
+    half, skips = len(blocks) // 2, []
     for block in blocks[:half]:
-        tokens = way(block, tokens)
-        kept.append(tokens)
+        tokens = run(block, tokens)
+        skips.append(tokens)
     for block in blocks[half : len(blocks) - half]:
-        tokens = way(block, tokens)
+        tokens = run(block, tokens)
     for block in blocks[len(blocks) - half :]:
-        tokens = way(block, tokens, skip=kept.pop())
+        tokens = run(block, tokens, skip=skips.pop())
     return tokens

@@ -2,15 +2,15 @@
 
 from torch import Tensor
 
-from stdit.model.trunks.base import Trunk, Way
+from stdit.model.trunks.base import Trunk, TrunkContext
 
 
 class Stack(Trunk):
     """One block after another (DiT, figure 3)."""
 
-    packs = True
+    supports = frozenset({"packing", "patch_levels", "block_caching"})
 
-    def forward(self, tokens: Tensor, way: Way) -> Tensor:
-        for block in way.blocks:
-            tokens = way(block, tokens)
+    def forward(self, tokens: Tensor, ctx: TrunkContext) -> Tensor:
+        for block in ctx.blocks:
+            tokens = ctx(block, tokens)
         return tokens

@@ -3,23 +3,22 @@
 import torch
 from torch import Tensor, nn
 
-from stdit.model.trunks.base import Build, Trunk, Way
-from stdit.nn.conditioning import CONDITIONINGS
+from stdit.model.trunks.base import Trunk, TrunkConfig, TrunkContext
 from stdit.nn.layout import DenseLayout
 
 
 class UShape(Trunk):
-    """Before each block a convolution over its frame, a way down, a way up, and the encoder handed to the decoder
-    (Hatamizadeh et al., "DiffiT: Diffusion Vision Transformers for Image Generation", the image-space model).
+    """A convolution over each frame before every block, down- and upsampling, and skips from encoder to decoder.
 
-    Convolutions see one frame; what frames tell each other they tell by the blocks' attention.
+    Hatamizadeh et al., "DiffiT: Diffusion Vision Transformers for Image Generation", the image-space model. Convolutions
+    see one frame; frames exchange information by the blocks' attention.
     """
 
-    supports_patch_levels = False
+    supports = frozenset()
 
-    def __init__(self, build: Build):
-        super().__init__(build)
-        depth, dim = build.depth, build.dim
+    def __init__(self, config: TrunkConfig):
+        super().__init__(config)
+        depth, dim = config.depth, config.block.dim
         self.outer = depth // 3  # blocks of each arm
         groups = next(n for n in (32, 16, 8, 4, 2, 1) if dim % n == 0)
         self.convs = nn.ModuleList(
@@ -30,17 +29,16 @@ class UShape(Trunk):
         self.joins = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(self.outer))
 
     @classmethod
-    def check(cls, build: Build) -> None:
-        super().check(build)
-        if build.depth < 3 or CONDITIONINGS[build.conditioning].joins:
+    def check(cls, config: TrunkConfig) -> None:
+        if config.depth < 3 or config.conditioning.in_context:
             raise ValueError(
-                f"trunk='u_shape' with depth={build.depth} and conditioning={build.conditioning!r}: it takes 3 blocks or "
-                "more, and patches alone; use depth=3 and conditioning='time_attention' (DiffiT) or 'adaln_zero'."
+                f"trunk='u_shape' with depth={config.depth} and conditioning={config.block.conditioning!r}: it takes 3 blocks "
+                "or more, and patches alone; use depth=3 and conditioning='time_attention' (DiffiT) or 'adaln_zero'."
             )
 
-    def forward(self, tokens: Tensor, way: Way) -> Tensor:
+    def forward(self, tokens: Tensor, ctx: TrunkContext) -> Tensor:
         """Tokens (B, T, rows * columns, D) down and up again; ValueError for a grid that cannot be halved."""
-        blocks, layout = way.blocks, way.layout
+        blocks, layout = ctx.blocks, ctx.layout
         assert isinstance(layout, DenseLayout)
         frames, rows, columns = layout.grid
         if rows % 2 or columns % 2:
@@ -48,13 +46,15 @@ class UShape(Trunk):
                 f"trunk='u_shape' halves the grid of {rows} x {columns} patches; use sizes with an even number of patches, "
                 f"such as {rows + rows % 2} x {columns + columns % 2}."
             )
-        if way.condition.embedding.shape[2] > 1:
+        if ctx.condition.embedding.shape[2] > 1:
             raise ValueError(
-                "trunk='u_shape' takes levels by frame, not by patch (in training objective.mask_probs.region=0)."
+                "trunk='u_shape' takes levels per frame, not per patch (in training objective.mask_probs.region=0)."
             )
-        half = DenseLayout((frames, rows // 2, columns // 2), layout.begin, tuple(2 * s if i else s for i, s in enumerate(layout.scale)))  # type: ignore[arg-type]  # fmt: skip
-        last = len(blocks) - self.outer
-        kept: list[Tensor] = []
+        time, y, x = layout.scale
+        half = DenseLayout(
+            (frames, rows // 2, columns // 2), frame_offset=layout.frame_offset, scale=(time, 2 * y, 2 * x)
+        )
+        last, skips = len(blocks) - self.outer, []
         for i, block in enumerate(blocks):
             if i == self.outer:
                 tokens = _per_frame(self.down, tokens, rows)
@@ -62,11 +62,11 @@ class UShape(Trunk):
                 tokens = _per_frame(self.up, tokens, rows // 2)
             inside = self.outer <= i < last
             if i >= last:
-                tokens = self.joins[i - last](torch.cat([tokens, kept.pop()], dim=-1))
-            seen = _per_frame(self.convs[i], tokens, rows // 2 if inside else rows)
-            tokens = tokens + way(block, seen, layout=half if inside else layout)
+                tokens = self.joins[i - last](torch.cat([tokens, skips.pop()], dim=-1))
+            features = _per_frame(self.convs[i], tokens, rows // 2 if inside else rows)
+            tokens = tokens + ctx(block, features, layout=half if inside else layout)
             if i < self.outer:
-                kept.append(tokens)
+                skips.append(tokens)
         return tokens
 
 

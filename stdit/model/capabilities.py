@@ -1,0 +1,65 @@
+"""What a model can do beyond one clip shape at one noise level, and the one place that checks it.
+
+packing: clips of many shapes in one row. patch_levels: a noise level per patch. frame_levels: a noise level per latent
+frame. masking: training with patches hidden from the encoder. causal: frames see earlier frames alone. text: captions. block_caching:
+blocks are one residual stream, so that diffusers' caches may skip all but the first.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from stdit.model.trunks import TRUNKS
+from stdit.nn.conditioning import CONDITIONINGS
+
+
+class Need(NamedTuple):
+    """A capability that a choice needs: the choice as the user wrote it, and what to set in its place."""
+
+    capability: str
+    choice: str
+    remedy: str
+
+
+WHAT = {
+    "packing": "clips of many shapes in one row",
+    "patch_levels": "a noise level per patch",
+    "frame_levels": "a noise level per latent frame",
+    "masking": "patches hidden from an encoder",
+    "causal": "frames that see earlier frames alone",
+    "text": "captions",
+    "block_caching": "blocks of one residual stream",
+}
+
+
+def supported(trunk: str, conditioning: str, *, causal: bool = False, text: bool = False) -> frozenset[str]:
+    """The capabilities of a transformer with these choices."""
+    both = TRUNKS[trunk].supports & CONDITIONINGS[conditioning].supports
+    found = (
+        (both & {"packing", "patch_levels"})
+        | (TRUNKS[trunk].supports & {"masking", "block_caching"})
+        | {"frame_levels"}
+    )
+    found |= ({"causal"} if causal else set()) | ({"text"} if text else set())
+    return frozenset(found - ({"packing"} if text or causal else set()))
+
+
+def check_supported(needs: list[Need], supports: frozenset[str], model: str) -> None:
+    """Raise ValueError for the first need that a model lacks: the choice, the reason, the remedy."""
+    for need in needs:
+        if need.capability not in supports:
+            raise ValueError(
+                f"{need.choice} needs {WHAT[need.capability]}, which {model} does not support; {need.remedy}."
+            )
+
+
+def trunks_that_support(capability: str) -> list[str]:
+    """Names of the trunks that a model may have for a capability."""
+    return [name for name, trunk in TRUNKS.items() if capability in trunk.supports]
+
+
+def check_trunk_options(trunk: str, given: Mapping[str, object], defaults: Mapping[str, object]) -> None:
+    """Raise ValueError for an option of another trunk."""
+    for option, value in given.items():
+        owners = [name for name, kind in TRUNKS.items() if option in kind.options]
+        if owners and trunk not in owners and value != defaults[option]:
+            raise ValueError(f"{option}={value!r} belongs to trunk={owners[0]!r}; leave it out.")

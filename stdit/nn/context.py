@@ -1,0 +1,144 @@
+"""What every block of one forward pass shares: the condition, the layout, and position tables made once per axis."""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stdit.nn.cache import FrameCache
+from stdit.nn.config import BlockConfig
+from stdit.nn.layout import Layout
+from stdit.nn.modulation import Condition
+from stdit.nn.positions import rope_freqs, temporal_pos_embed
+
+# By position encoding: whether a temporal table is added to the tokens inside attention, and the number of RoPE axes
+# (time; or time, row and column).
+POSITION_ENCODINGS = {
+    "sincos": (True, 0),
+    "rope": (False, 1),
+    "rope_3d": (False, 3),
+    "sincos+rope_3d": (True, 3),
+    "latte": (False, 0),
+    "none": (False, 0),
+}
+
+
+class AxisTables(NamedTuple):
+    """What attention along one axis needs besides its tokens; None where it needs nothing.
+
+    time: (L, D), added to the tokens. query_rope, key_rope: complex (L, 1, pairs). mask: (L, keys) or (N, 1, 1, keys)
+    bool, true where a query may attend. bias_index: (N|1, L, L) rows of the relative position bias. retained: indices of
+    the keys that a cache keeps.
+    """
+
+    time: Tensor | None = None
+    query_rope: Tensor | None = None
+    key_rope: Tensor | None = None
+    mask: Tensor | None = None
+    bias_index: Tensor | None = None
+    retained: Tensor | None = None
+
+
+class BlockContext(NamedTuple):
+    """The arguments of every block besides the tokens. tables: by axis and position encoding.
+
+    A named tuple, so that accelerate's hooks move its tensors to the block's device.
+    """
+
+    condition: Condition
+    layout: Layout
+    tables: Mapping[tuple[str, str], AxisTables]
+    cache: FrameCache | None = None
+
+
+def make_context(
+    config: BlockConfig,
+    attentions: Iterable[tuple[str, str]],
+    condition: Condition,
+    layout: Layout,
+    cache: FrameCache | None = None,
+) -> BlockContext:
+    """A context for blocks with these (axis, position encoding) pairs, its tables on the condition's device."""
+    device = condition.embedding.device
+    pairs = dict.fromkeys(attentions)
+    tables = {(axis, encoding): _axis_tables(config, axis, encoding, layout, cache, device) for axis, encoding in pairs}
+    return BlockContext(condition, layout, tables, cache)
+
+
+def cached_positions(context: BlockContext) -> dict[str, np.ndarray]:
+    """By axis, the positions of the keys that a writing pass has cached."""
+    cache, layout = context.cache, context.layout
+    assert cache is not None
+    found = {}
+    for axis, _ in context.tables:
+        if axis != "spatial" and axis not in found:
+            positions = np.concatenate([cache.positions(axis), layout.positions(axis)])
+            found[axis] = positions[cache.retained(positions)]
+    return found
+
+
+def _axis_tables(
+    config: BlockConfig, axis: str, encoding: str, layout: Layout, cache: FrameCache | None, device: torch.device
+) -> AxisTables:
+    positions = layout.positions(axis)
+    adds_time, rope_axes = POSITION_ENCODINGS[encoding]
+    rope_axes = 0 if axis == "spatial" and rope_axes == 1 else rope_axes
+    time = None
+    if adds_time and axis != "spatial" and positions[:, 0].max() > 0:  # nothing is added at frame 0
+        table = temporal_pos_embed(int(positions[:, 0].max()) + 1, config.dim, layout.scale[0])
+        time = table[torch.from_numpy(positions[:, 0])].to(device)
+    key_positions, retained = positions, None
+    if cache is not None and axis != "spatial":
+        key_positions = np.concatenate([cache.positions(axis), positions])
+        retained = torch.from_numpy(cache.retained(key_positions)).to(device) if cache.writing else None
+    query_rope = key_rope = None
+    if rope_axes:
+        rebased = rebase_sink_positions(config, key_positions, positions)
+        query_rope, key_rope = (
+            rope_freqs(at[:, :rope_axes], config.head_dim // 2, layout.scale).to(device) for at in (positions, rebased)
+        )
+    mask = _attention_mask(config, axis, positions, key_positions, layout.is_noisy_copy(axis))
+    mask = None if mask is None else mask.to(device)
+    padding = layout.padding_mask(axis)
+    if padding is not None:
+        mask = padding if mask is None else mask & padding
+    index = None
+    if config.bias_grid is not None and axis != "temporal":
+        index = relative_position_index(layout.spatial_positions(axis), config.bias_grid).to(device)
+    return AxisTables(time, query_rope, key_rope, mask=mask, bias_index=index, retained=retained)
+
+
+def rebase_sink_positions(config: BlockConfig, key_positions: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Key positions (L, 3), with sink frames moved so that no distance exceeds the length of training."""
+    beyond = int(positions[:, 0].min()) + 1 - config.max_train_frames
+    if not config.sink or beyond <= 0:
+        return key_positions
+    moved = key_positions.copy()
+    moved[moved[:, 0] < config.sink, 0] += beyond
+    return moved
+
+
+def relative_position_index(spatial_positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(N, L, 2) rows and columns -> (N, L, L) rows of a relative position bias of `grid`; larger distances are clamped."""
+    rows, columns = grid
+    distance = spatial_positions[:, :, None] - spatial_positions[:, None]
+    y = distance[..., 0].clamp(1 - rows, rows - 1) + rows - 1
+    x = distance[..., 1].clamp(1 - columns, columns - 1) + columns - 1
+    return y * (2 * columns - 1) + x
+
+
+def _attention_mask(
+    config: BlockConfig, axis: str, positions: np.ndarray, key_positions: np.ndarray, noisy: np.ndarray
+) -> Tensor | None:
+    """(queries, keys) bool, true where a query may attend; None where it may attend everywhere."""
+    if not config.causal or axis == "spatial":
+        return None
+    frames, key_frames = positions[:, 0], key_positions[:, 0]
+    distance = frames[:, None] - key_frames[None]
+    allowed = (distance >= 0) & ((distance < (config.window or len(key_frames) + 1)) | (key_frames < config.sink))
+    if noisy.any():  # of noisy frames a noisy copy sees itself alone, and nothing sees the copy of another frame
+        one_of_each, both = noisy[:, None] ^ noisy[None], noisy[:, None] & noisy[None]
+        allowed &= np.where(both, distance == 0, ~one_of_each | (noisy[:, None] & (distance > 0)))
+    return None if allowed.all() else torch.from_numpy(allowed)

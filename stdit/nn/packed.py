@@ -1,0 +1,102 @@
+"""Clips of many shapes in one row without padding (Dehghani et al., "Patch n' Pack")."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stdit.nn.layout import Kernel, grid_positions
+
+
+class PackedLayout:
+    """Clips of many shapes in one row (1, 1, L, D), frame after frame, clip after clip.
+
+    grids: (T, rows, columns) of each clip in patches. Sequences of equal length attend in one kernel call.
+    """
+
+    scale = (1.0, 1.0, 1.0)
+
+    def __init__(self, grids: Sequence[tuple[int, int, int]]):
+        self.grids = tuple((int(t), int(rows), int(columns)) for t, rows, columns in grids)
+
+    @property
+    def counts(self) -> list[tuple[int, int]]:
+        """Frames, and patches per frame, of each clip."""
+        return [(t, rows * columns) for t, rows, columns in self.grids]
+
+    def lengths(self, axis: str) -> list[int]:
+        """Tokens of every sequence, in the order in which `fold` leaves them."""
+        per_clip = {
+            "joint": lambda t, s: [t * s],
+            "spatial": lambda t, s: [s] * t,
+            "temporal": lambda t, s: [t] * s,
+        }[axis]
+        return [length for t, s in self.counts for length in per_clip(t, s)]
+
+    @cached_property
+    def temporal_order(self) -> Tensor:
+        """(L,) the order in which the frames of one patch follow each other."""
+        parts, begin = [], 0
+        for t, s in self.counts:
+            parts.append(begin + torch.arange(t * s).view(t, s).T.flatten())
+            begin += t * s
+        return torch.cat(parts)
+
+    @cached_property
+    def frame_of_token(self) -> Tensor:
+        """(L,) for each token, the number of its frame among the frames of all clips."""
+        patches = torch.tensor([s for t, s in self.counts for _ in range(t)])
+        return torch.arange(len(patches)).repeat_interleave(patches)
+
+    def fold(self, x: Tensor, axis: str) -> Tensor:
+        x = x[:, 0]
+        return x.index_select(1, self.temporal_order.to(x.device)) if axis == "temporal" else x
+
+    def unfold(self, x: Tensor, axis: str) -> Tensor:
+        if axis == "temporal":
+            x = x.index_select(1, self.temporal_order.argsort().to(x.device))
+        return x[:, None]
+
+    def positions(self, axis: str) -> np.ndarray:
+        positions = np.concatenate([grid_positions(*grid) for grid in self.grids])
+        return positions[self.temporal_order.numpy()] if axis == "temporal" else positions
+
+    def spatial_positions(self, axis: str) -> Tensor:
+        return torch.from_numpy(self.positions(axis)[None, :, 1:])
+
+    def is_noisy_copy(self, axis: str) -> np.ndarray:
+        return np.zeros(len(self.positions(axis)), dtype=bool)
+
+    def padding_mask(self, axis: str) -> Tensor | None:
+        return None
+
+    def expand_to_tokens(self, x: Tensor) -> Tensor:
+        return x.index_select(2, self.frame_of_token.to(x.device))  # (1, 1, frames of all clips, D)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor:
+        lengths = torch.tensor(self.lengths(axis))
+        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+            return _varlen_attention(query, key, value, lengths)
+        starts = lengths.cumsum(0) - lengths
+        groups = [
+            (length, (starts[lengths == length][:, None] + torch.arange(length)).flatten())
+            for length in lengths.unique().tolist()
+        ]
+        outputs = [
+            kernel(*(x[0].index_select(0, index.to(x.device)).unflatten(0, (-1, length)) for x in (query, key, value)))
+            for length, index in groups
+        ]
+        back = torch.cat([index for _, index in groups]).argsort().to(query.device)
+        return torch.cat([output.flatten(0, 1) for output in outputs]).index_select(0, back)[None]
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    """One call of torch's flash attention over all sequences (CUDA, 16 bits)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(query.device, torch.int32)
+    longest = int(lengths.max())
+    sequences = {"cu_seq_q": ends, "cu_seq_k": ends, "max_q": longest, "max_k": longest}
+    return varlen_attn(query[0], key[0], value[0], **sequences)[None]

@@ -1,0 +1,113 @@
+"""What sampling needs of a trained model: the model, its VAE, objective and scheduler, and what it was trained on."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+from tqdm import tqdm
+
+from stdit.conditions import ClipFacts, Conditions, Guided
+from stdit.diffusion.objective import Objective
+from stdit.diffusion.predictions import Estimate
+from stdit.model.stdit import STDiT
+from stdit.model.unet import UNet
+from stdit.nn.cache import FrameCache
+from stdit.rng import keyed_normal
+from stdit.sampling.guidance import Denoiser, Guidance, guided
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.sampling.solvers import Predict
+from stdit.vae import VideoVAE
+from stdit.vae.tiling import decode
+
+Keys = Sequence[tuple[int, ...]]  # (seed, clip, ...) of every clip of a batch: what its noise is a function of
+Size = tuple[int, int, int]  # frames, height, width
+
+
+class TrainedOn(NamedTuple):
+    """Sizes and rate of the clips of training, and the names of the mask strategies that drew their known frames."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    mask_strategies: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A trained model ready to sample; strategies (`windowed`, `autoregressive`) say in which order frames are generated.
+
+    scheduler: stdit's, or one of diffusers. objective: the one of training, whatever the scheduler.
+    """
+
+    model: STDiT | UNet
+    vae: VideoVAE
+    objective: Objective
+    scheduler: SchedulerMixin
+    trained_on: TrainedOn
+    device: torch.device
+
+    def uses_diffusers(self, solver: str | None) -> bool:
+        """Whether a diffusers scheduler takes the steps; a solver asked for by name is one of stdit's."""
+        return solver is None and not isinstance(self.scheduler, STDiTScheduler)
+
+    @property
+    def default_solver(self) -> str:
+        """The solver of stdit's scheduler, or the objective's default in place of a diffusers scheduler."""
+        scheduler = self.scheduler
+        ours = scheduler if isinstance(scheduler, STDiTScheduler) else STDiTScheduler(self.objective.config.name)
+        return ours.solver
+
+    def latent_shape(self, size: Size) -> Size:
+        """(T, h, w) of a clip's latents; ValueError if VAE or patches cannot hold the clip."""
+        return self.vae.latent_shape(*size, self.model.patch_size)
+
+    def schedule(self, steps: int | str, latent_shape: Size) -> Tensor:
+        """(steps + 1,) levels from 1 to 0 for a clip of so many latents."""
+        frames, height, width = latent_shape
+        return self.objective.schedule(steps, frames * height * width)
+
+    def draw(self, keys: Keys, step: int, latent_shape: Size) -> Tensor:
+        """Noise (B, C, T, h, w) that is a function of each clip's key and `step` alone."""
+        shape = (self.vae.channels, *latent_shape)
+        return keyed_normal("noise", [(*key, step) for key in keys], shape).to(self.device)
+
+    def with_clip_facts(self, given: Guided, size: Size, fps: float | None) -> Guided:
+        """Conditions that follow from the clip to be generated (frame rate, duration, size), in both branches of guidance."""
+        clip = ClipFacts(size, fps or self.trained_on.fps)
+        found: Conditions = {}
+        for name, conditioner in self.model.conditioners.items():
+            value = conditioner.of_clip(clip)
+            if isinstance(value, Tensor):
+                found[name] = value.to(self.device)
+        return given.change(lambda conditions: {**conditions, **found})
+
+    def denoiser(
+        self,
+        given: Guided,
+        guidance: Guidance,
+        *,
+        noised_context: Tensor | None = None,
+        cache: FrameCache | None = None,
+    ) -> Denoiser:
+        """The guided model as a function (x, levels) -> output."""
+        return guided(self.model, self.objective, given, guidance, noised_context=noised_context, cache=cache)
+
+    def predictor(self, output: Denoiser) -> Predict:
+        """A function (x, levels) -> estimate of clean data and noise."""
+
+        def predict(x: Tensor, levels: Tensor) -> Estimate:
+            return self.objective.estimate(output(x, levels), x, levels)
+
+        return predict
+
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Latents to pixels on the CPU, a few clips at a time; `tile`: in tiles of so many latents."""
+        return decode(self.vae, latents, tile)
+
+    def progress(self, iterable: Iterable, show: bool = True) -> Iterable:
+        """The iterable, with a progress bar."""
+        return tqdm(iterable, disable=not show, leave=False)

@@ -1,0 +1,69 @@
+"""Arithmetic of a VAE's groups: a first frame alone, then whole groups of `stride[0]` frames."""
+
+import torch
+
+from stdit.sampling.canvas import Canvas
+from stdit.vae import VideoVAE
+
+
+def fits(vae: VideoVAE, frames: int) -> bool:
+    """Whether a VAE can encode a clip of so many frames."""
+    try:
+        vae.latent_frames(frames)
+    except ValueError:
+        return False
+    return True
+
+
+def pad_to_groups(canvas: Canvas, vae: VideoVAE) -> Canvas:
+    """Repeat the outermost known frame next to a gap until the known frames there fill a group of the VAE.
+
+    The model sees known frames only as whole latents: without padding it would see neither the motion before the gap nor
+    the goal after it. Known frames before the gap that fill a group need no padding. Where nothing is known before
+    the gap, or a mask is spatial, the canvas stays as it is.
+    """
+    mask, stride, frames = canvas.mask[:, 0, 0], vae.stride[0], len(canvas.mask)
+    if canvas.mask.shape[1] > 1 or canvas.bounds is not None or mask[0] or not mask.any():
+        return canvas
+    first, last = int(mask.nonzero()[0]), int(mask.nonzero()[-1]) + 1
+    ahead = (1 - first) % stride if first < stride + 1 and bool(mask[first:last].all()) else 0
+    end = 0
+    if last < frames:  # where the first group ends that begins among the known frames after the gap
+        end = last + ahead + (1 - last - ahead) % stride + stride
+    if not ahead and end <= frames:
+        return canvas
+    end = max(end, frames + ahead)
+    longer = canvas._replace(
+        pixels=torch.cat([canvas.pixels[:, :, :1].expand(-1, -1, ahead, -1, -1), canvas.pixels], 2),
+        mask=torch.cat([canvas.mask[:1].expand(ahead, -1, -1), canvas.mask]),
+        output=slice(ahead, ahead + len(canvas.output_frames)),
+    )
+    return longer.lengthened(next(n for n in range(end, end + frames + stride) if fits(vae, n)))
+
+
+def is_continuation(canvas: Canvas, vae: VideoVAE) -> bool:
+    """Whether a canvas is known first frames in whole groups (or none), and after them frames to generate from noise."""
+    known = int((~canvas.mask[:, 0, 0]).sum())
+    whole = known == 0 or (known - 1) % vae.stride[0] == 0
+    return canvas.mask.shape[1] == 1 and whole and bool(canvas.mask[known:].all()) and canvas.strength == 1
+
+
+def check_gap(vae: VideoVAE, *, total: int, new: int, name: str, begins_clip: bool = False) -> None:
+    """ValueError, with the nearest numbers that fit, unless new frames (or the whole clip) are whole groups of the VAE.
+
+    total: frames of the whole clip; new: frames to be generated, called `name` in the message. begins_clip: whether the
+    new frames come first, where one frame stands alone.
+    """
+    step, first = vae.stride[0], int(begins_clip)
+
+    def fit(count: int) -> bool:
+        return fits(vae, total - new + count) or (not vae.temporal_granularity and count % step == first % step)
+
+    if fit(new):
+        return
+    near = [n for n in range(max(1, new - 2 * step), new + 2 * step + 1) if fit(n)]
+    below, above = [n for n in near if n < new][-1:], [n for n in near if n > new][:1]
+    raise ValueError(
+        f"{name}={new} is not whole groups of VAE {vae.name!r} ({step} frames each{', and one first' if first else ''}), nor "
+        f"are the {total} frames in all. Use {name}={' or '.join(map(str, below + above))}."
+    )

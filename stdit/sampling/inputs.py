@@ -1,0 +1,78 @@
+"""What a person gives a pipeline by keyword: options, and conditions of the clips."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stdit.conditions import CONDITIONERS, Caption, Conditioner, Conditions, Guided
+from stdit.sampling.options import SamplingOptions, make_options
+from stdit.text import Encoded
+
+Labels = Sequence[int | str] | int | str | Tensor | None
+Captions = Sequence[str] | str | None
+
+_REFUSALS = {
+    "class_labels": "class_labels={!r} but the model is unconditional; leave class_labels out.",
+    "captions": "captions={!r} but the model was trained without captions; leave them out.",
+}
+
+
+def split(options: SamplingOptions | None, choices: Mapping[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
+    """Options with `choices` applied, and those of `choices` that are keywords of conditions."""
+    keywords = {kind.keywords[0] for kind in CONDITIONERS.values()}
+    given = {name: value for name, value in choices.items() if name in keywords}
+    return make_options(options, {name: value for name, value in choices.items() if name not in given}), given
+
+
+def pair_conditions(
+    conditioners: Mapping[str, Conditioner],
+    given: Mapping[str, Any],
+    count: int,
+    *,
+    encode: Callable[[], Callable[[Sequence[str]], Encoded]],
+) -> Guided:
+    """The conditions of `count` clips, and the nulls that guidance leads away from.
+
+    given: by keyword, one value per clip or one for all, None for the default. encode: gives a function from texts to
+    tokens, called if the model takes captions. ValueError for a condition that the model does not have.
+    """
+    rest = {keyword: value for keyword, value in given.items() if value is not None}
+    conditions: Conditions = {}
+    nulls: Conditions = {}
+    for name, conditioner in conditioners.items():
+        value = rest.pop(keyword := conditioner.keywords[0], None)
+        if value is not None and type(conditioner).of_clip is not Conditioner.of_clip:
+            raise ValueError(f"{keyword} follow from the clip to be generated and from fps; leave them out.")
+        if isinstance(conditioner, Caption):  # a copy, because a model in training keeps its cache of tokens
+            conditioner = copy.copy(conditioner)
+            conditioner.tokenize = encode()
+        conditions[name], nulls[name] = conditioner.pair(value, count)
+    for keyword, value in rest.items():
+        raise ValueError(refusal(keyword, value))
+    return Guided(conditions, nulls)
+
+
+def refusal(keyword: str, value: Any) -> str:
+    """The message for a condition that a model does not have."""
+    if keyword in _REFUSALS:
+        return _REFUSALS[keyword].format(value)
+    return f"{keyword} is given but the model was trained without it; leave it out."
+
+
+def count_clips(class_labels: Labels, captions: Captions, num_videos: int | None, given: Mapping[str, Any]) -> int:
+    """How many clips are asked for: as many as labels, captions or other values; else `num_videos`, or 1."""
+    texts = 1 if captions is None or isinstance(captions, str) else len(captions)
+    counts = [texts, *(_count(keyword, value) for keyword, value in given.items() if value is not None)]
+    if class_labels is None:
+        return max(num_videos or 1, *counts)
+    one = isinstance(class_labels, int | str) or (isinstance(class_labels, Tensor) and not class_labels.ndim)
+    return max(1 if one else len(class_labels), *counts)  # type: ignore[arg-type]
+
+
+def _count(keyword: str, value: Any) -> int:
+    (kind,) = (kind for kind in CONDITIONERS.values() if kind.keywords[0] == keyword)
+    values = torch.as_tensor(value)
+    return len(values) if values.ndim >= kind.clip_ndim else 1

@@ -1,0 +1,55 @@
+"""What a model folder says of its labels, sizes and rates, read from its JSON without loading the model. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stdit.legacy import renamed_section
+
+
+class ModelLabels(NamedTuple):
+    """What a person may ask a saved pipeline for.
+
+    num_classes: 0 for a model without labels. captions: whether it takes them. num_frames, height, width, fps: those of
+    its training. causal: whether it can stream. mask_strategies: how known frames were drawn in training.
+    """
+
+    num_classes: int
+    class_names: tuple[str, ...] | None
+    captions: bool
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+    causal: bool
+    mask_strategies: tuple[str, ...]
+
+
+def read_labels(folder: str | Path) -> ModelLabels:
+    """The labels, sizes and rates of a pipeline folder; ValueError in one line if it holds no model."""
+    folder = Path(folder)
+    pipeline = renamed_section("pipeline", _read(folder, "model_index.json"))
+    model = renamed_section("model", _read(folder, "transformer/config.json"))
+    names = model.get("class_names")
+    return ModelLabels(
+        num_classes=model.get("num_classes") or 0,
+        class_names=tuple(names) if names else None,
+        captions=bool(model.get("caption_channels")),
+        num_frames=pipeline["num_frames"],
+        height=pipeline["height"],
+        width=pipeline["width"],
+        fps=pipeline["fps"],
+        causal=bool(model.get("causal")),
+        mask_strategies=tuple(pipeline.get("mask_strategies") or ("shared",)),
+    )
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} holds no model (no {name}); give a folder that training wrote.")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it there again, or export the model again.") from error
+    return found

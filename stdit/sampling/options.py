@@ -1,0 +1,233 @@
+"""The options of sampling: a record that validates itself, and from which command-line flags are made. Imports no torch."""
+
+import argparse
+import dataclasses
+import difflib
+import numbers
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from stdit.legacy import warn_renamed
+from stdit.variants import pick
+
+# Names of the rows of `solvers.SOLVERS` and `schedule.ARRANGEMENTS`, and of `precision.Precision`; those files import torch.
+SolverName = Literal["euler", "heun", "ddim", "ddpm"]
+Arrangement = Literal["together", "autoregressive", "pyramid"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def _option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    type: Any = None,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    above: float | None = None,
+    remedy: str = "",
+    **argument: Any,
+) -> Any:
+    """A field with what is needed to document, validate and parse it.
+
+    flag: its command-line flag. choices: the values it may have. least, above: bounds of a number. remedy: how a refusal
+    of a number ends. argument: further arguments of `ArgumentParser.add_argument`.
+    """
+    metadata = {
+        "help": help, "flag": flag, "type": type, "choices": choices, "least": least, "above": above, "remedy": remedy,
+        "argument": argument,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+def _steps(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How clips are sampled. ValueError in one line for a value that no model could use; see `checks` for one model."""
+
+    num_inference_steps: int | str = _option(
+        30, "solver steps, a number; for DDPM also ddim50: 50 steps of DiT's spacing", flag="--steps", type=_steps
+    )
+    guidance_scale: float = _option(
+        2.0,
+        "classifier-free guidance toward label or caption; 1: none",
+        flag="--guidance",
+        type=float,
+        least=0,
+        remedy="; 1 is no guidance",
+    )
+    guidance_interval: tuple[float, float] = _option(
+        (0.0, 1.0),
+        "noise levels at which guidance is applied",
+        flag="--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+    )
+    guidance_channels: int | None = _option(
+        None,
+        "guide only the first so many latent channels (DiT's published samples: 3); default: all",
+        flag="--guidance-channels",
+        type=int,
+        least=1,
+        remedy="; leave it out to guide all channels",
+    )
+    history_guidance: float = _option(
+        1.0,
+        "guidance toward the known frames; 1: none",
+        flag="--history-guidance",
+        type=float,
+        least=0,
+        remedy="; 1 is no guidance",
+    )
+    seed: int = _option(0, "seed of the noise; clip i depends on (seed, i) alone", flag="--seed", type=int, least=0)
+    solver: SolverName | None = _option(  # noqa: RUF009
+        None, "solver, by default the model's", flag="--solver", type=str, choices=get_args(SolverName)
+    )
+    arrangement: Arrangement = _option(  # noqa: RUF009
+        "together",
+        "order in which latent frames are denoised",
+        flag="--arrangement",
+        type=str,
+        choices=get_args(Arrangement),
+    )
+    chunk_size: int = _option(
+        1, "arrangement autoregressive: latent frames per chunk", flag="--chunk-size", type=int, least=1
+    )
+    stagger: int = _option(
+        1, "arrangement pyramid: steps between the starts of neighbouring frames", flag="--stagger", type=int, least=1
+    )
+    window: int | None = _option(
+        None, "frames per sampling window; default: as trained", flag="--window", type=int, least=1
+    )
+    overlap: int | None = _option(
+        None, "known frames in a window, at most; default: half a window", flag="--overlap", type=int, least=1
+    )
+    blend: int = _option(
+        0,
+        "fade known pixels over so many frames and pixels next to generated ones",
+        flag="--blend",
+        type=int,
+        least=0,
+        remedy="; 0 leaves known pixels as they are",
+    )
+    paste: bool = _option(True, "put known pixels back; false leaves them as the VAE decodes them")
+    tile: int | None = _option(
+        None,
+        "decode in tiles of so many latents, to bound memory",
+        flag="--tile",
+        type=int,
+        least=3,
+        remedy=", since neighbouring tiles overlap; use 16 or more",
+    )
+    fps: float | None = _option(
+        None, "frame rate passed to a model conditioned on it; default: as trained", flag="--fps", type=float, above=0
+    )
+    batch_size: int = _option(32, "clips per batch", least=1)
+    precision: Precision = _option("auto", "arithmetic of the model", choices=get_args(Precision))  # noqa: RUF009
+    progress: bool = _option(True, "show a progress bar")
+
+    def __post_init__(self) -> None:
+        for name in _FIELDS:
+            _check_value(name, getattr(self, name))
+        _check_steps(self.num_inference_steps)
+        interval = tuple(self.guidance_interval)
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
+            values = ", ".join(f"{value:g}" for value in interval)
+            raise ValueError(f"guidance_interval must be two levels with 0 <= low <= high, got ({values}).")
+        object.__setattr__(self, "guidance_interval", interval)  # a list, as argparse gives it, becomes a tuple
+        for name, arrangement in (("chunk_size", "autoregressive"), ("stagger", "pyramid")):
+            value = getattr(self, name)
+            if value > 1 and self.arrangement != arrangement:
+                raise ValueError(
+                    f"{name}={value} has no meaning with arrangement={self.arrangement!r}; leave it out, or use "
+                    f"arrangement={arrangement!r}."
+                )
+
+
+_FIELDS = {one.name: one for one in dataclasses.fields(SamplingOptions)}
+
+
+def _check_value(name: str, value: Any) -> None:
+    """ValueError unless a value is one of its field's choices and within its bounds."""
+    metadata = _FIELDS[name].metadata
+    if value is None and _FIELDS[name].default is None:
+        return
+    if metadata["choices"] is not None:
+        pick(dict.fromkeys(metadata["choices"]), value, name)
+    least, above = metadata["least"], metadata["above"]
+    if least is not None and not least <= value < float("inf"):
+        raise ValueError(f"{name} must be >= {least}, got {value}{metadata['remedy']}.")
+    if above is not None and not above < value < float("inf"):
+        raise ValueError(f"{name} must be a positive number, got {value}{metadata['remedy']}.")
+
+
+def _check_steps(steps: int | str) -> None:
+    if isinstance(steps, numbers.Integral):
+        if steps < 1:  # type: ignore[operator]  # an Integral is compared with a number
+            raise ValueError(f"num_inference_steps must be >= 1, got {steps}.")
+    elif not isinstance(steps, str) or not re.fullmatch(r"(ddim)?[0-9]+", steps):
+        raise ValueError(f"num_inference_steps must be a whole number, or ddimN such as ddim50, got {steps!r}.")
+
+
+def make_options(options: SamplingOptions | None = None, choices: Mapping[str, Any] | None = None) -> SamplingOptions:
+    """`options` (or the defaults) with `choices` by name in place of its values; TypeError for an unknown name.
+
+    `every` of version 0.1.0 is taken as `chunk_size` or `stagger`, by the arrangement.
+    """
+    options, changes = options or SamplingOptions(), dict(choices or {})
+    every = changes.pop("every", None)
+    for name in changes:
+        if name not in _FIELDS:
+            close = difflib.get_close_matches(name, _FIELDS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"options are {', '.join(_FIELDS)}."
+            raise TypeError(f"unknown sampling option {name!r}; {hint}")
+    if every is not None:
+        name = "stagger" if changes.get("arrangement", options.arrangement) == "pyramid" else "chunk_size"
+        warn_renamed("every", name)
+        changes.setdefault(name, every)
+    return dataclasses.replace(options, **changes)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every option that has one; `--every` of version 0.1.0 is accepted, but hidden."""
+    for one in _FIELDS.values():
+        metadata = one.metadata
+        if metadata["flag"] is None:
+            continue
+        choices = f": {', '.join(metadata['choices'])}" if metadata["choices"] else ""
+        default = "" if one.default is None or "default" in metadata["help"] else f" (default: {_shown(one.default)})"
+        parser.add_argument(
+            metadata["flag"],
+            type=metadata["type"],
+            default=one.default,
+            help=f"{metadata['help']}{choices}{default}",
+            **metadata["argument"],
+        )
+    parser.add_argument("--every", type=int, help=argparse.SUPPRESS)
+
+
+def options_from(args: argparse.Namespace, **choices: Any) -> SamplingOptions:
+    """The options of parsed flags, and `choices` that have none; a ValueError names the flag."""
+    flags = {name: one.metadata["flag"] for name, one in _FIELDS.items() if one.metadata["flag"]}
+    values = {name: getattr(args, flag.removeprefix("--").replace("-", "_")) for name, flag in flags.items()}
+    if getattr(args, "every", None) is not None:
+        old = {"autoregressive": "chunk_size", "pyramid": "stagger"}.get(values["arrangement"], "chunk_size")
+        warn_renamed("--every", flags[old])
+        values[old] = args.every
+    try:
+        return make_options(None, {**values, **choices})
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        if name in flags:
+            raise ValueError(f"{flags[name]} {rest}") from None
+        raise
+
+
+def _shown(default: Any) -> str:
+    return " ".join(f"{value:g}" for value in default) if isinstance(default, tuple) else str(default)

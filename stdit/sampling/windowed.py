@@ -1,0 +1,134 @@
+"""Fill a canvas window by window; what one window generates is known to the next."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from stdit import legacy
+from stdit.conditions import Guided
+from stdit.conditions.values import frames as select_frames
+from stdit.sampling.canvas import Canvas
+from stdit.sampling.conditioning import (
+    clamp_to_bounds,
+    condition_frames,
+    encode_known,
+    initial_schedule,
+    latent_masks,
+    paste,
+    pixel_guided,
+)  # fmt: skip
+from stdit.sampling.engine import Engine, Keys, Size
+from stdit.sampling.guidance import Denoiser, Guidance
+from stdit.sampling.options import SamplingOptions
+from stdit.sampling.schedule import make_schedule
+from stdit.sampling.solvers import solve
+from stdit.sampling.windows import WindowSize, next_window
+
+__getattr__ = legacy.aliases(__name__)
+
+# Key of the noise that replaces known frames in history guidance; keys below are those of the solver's steps.
+_NOISED_CONTEXT = 2**31
+
+
+@dataclass(frozen=True)
+class WindowedSampler:
+    """All frames of a window at once. Long canvases take several windows, which overlap."""
+
+    engine: Engine
+    options: SamplingOptions
+    window: WindowSize
+
+    def fill(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
+        """Generate what `canvas.mask` asks for: pixels (B, 3, F, H, W) of the whole canvas.
+
+        given: conditions of the clips, those per latent frame for the latent frames of `canvas.output`.
+        """
+        stride, frames, number = self.engine.vae.stride[0], canvas.pixels.shape[2], 0
+        output = canvas.output_frames
+        canvas = canvas.lengthened(self.window.length)
+        pixels, mask = canvas.pixels.clone(), canvas.mask.clone()
+        while (
+            window := next_window(
+                mask.flatten(1).any(1), self.window.length, overlap=self.window.overlap, stride=stride
+            )
+        ) is not None:
+            view = slice(window.begin, window.end)
+            bounds = None if canvas.bounds is None else canvas.bounds[:, :, :, view]
+            part = canvas._replace(pixels=pixels[:, :, view], mask=mask[view], bounds=bounds)
+            latent_frames = (window.end - window.begin - 1) // stride + 1
+            condition_index = condition_frames(window.begin, latent_frames, output=output, stride=stride)
+            # The first window's keys are those of a canvas that needs only one window.
+            done = self.fill_window(
+                part,
+                given.change(partial(select_frames, which=condition_index)),
+                [(*key, number) for key in keys] if number else keys,
+            )
+            keep = slice(window.keep_from, window.keep_to)
+            pixels[:, :, keep] = done[:, :, keep.start - window.begin : keep.stop - window.begin]
+            mask[keep] = False
+            number += 1
+        return pixels[:, :, :frames]
+
+    def fill_window(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
+        """Generate one window: pixels (B, 3, F, H, W), known ones as they were unless options say otherwise."""
+        engine, options, vae, path = self.engine, self.options, self.engine.vae, self.engine.objective.path
+        frames, height, width = canvas.pixels.shape[2:]
+        size = (frames, height, width)
+        shape = engine.latent_shape(size)
+        on_device = canvas._replace(pixels=canvas.pixels.to(engine.device), mask=canvas.mask.to(engine.device))
+        latent_mask, boundary_mask = latent_masks(on_device.mask, vae, engine.model.patch_size)
+        noise = engine.draw(keys, 0, shape)
+        guidance = Guidance.of(options)
+        output = engine.denoiser(
+            engine.with_clip_facts(given, size, options.fps),
+            guidance,
+            noised_context=engine.draw(keys, _NOISED_CONTEXT, shape) if guidance.history != 1 else None,
+        )
+        if engine.uses_diffusers(options.solver):
+            return engine.decode(self._run_diffusers(output, noise), options.tile)
+        levels, base = self._levels(canvas.strength, shape), None
+        if canvas.strength < 1:
+            base = vae.encode(on_device.pixels.to(vae.dtype)).float()
+        levels = make_schedule(
+            levels.to(engine.device),
+            latent_mask,
+            options.arrangement,
+            chunk_size=options.chunk_size,
+            stagger=options.stagger,
+        )
+        known = encode_known(on_device.pixels, on_device.mask, latent_mask, vae).float()
+        predict = engine.predictor(output)
+        if boundary_mask.any():
+            decode = partial(engine.decode, tile=options.tile)
+            predict = pixel_guided(predict, on_device, boundary_mask, vae=vae, path=path, decode=decode)
+        latents = solve(
+            initial_schedule(known, noise, latent_mask=latent_mask, levels=levels, path=path, base=base),
+            predict,
+            path,
+            options.solver or engine.default_solver,
+            draw=lambda step: engine.draw(keys, step + 1, shape),
+            progress=partial(engine.progress, show=options.progress),
+        )
+        decoded = clamp_to_bounds(engine.decode(latents, options.tile), canvas.bounds)
+        return paste(decoded, canvas.pixels.cpu(), canvas.mask.cpu(), options.blend) if options.paste else decoded
+
+    def _levels(self, strength: float, shape: Size) -> Tensor:
+        """(steps + 1,) levels of one frame, scaled to begin at `strength`."""
+        levels = self.engine.schedule(self.options.num_inference_steps, shape)
+        return levels if strength == 1 else self.engine.objective.path.quantize(levels / levels[0] * strength)
+
+    def _run_diffusers(self, output: Denoiser, x: Tensor) -> Tensor:
+        """The same with a diffusers scheduler: one level for all frames, from noise x to latents."""
+        engine, scheduler = self.engine, self.engine.scheduler
+        scheduler.set_timesteps(self.options.num_inference_steps, device=engine.device)
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+        learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+        for t in engine.progress(scheduler.timesteps, self.options.progress):
+            levels = engine.objective.path.levels(t).expand(1, x.shape[2])
+            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            predicted = output(scaled, levels)
+            if not learned:
+                predicted = predicted[:, : x.shape[1]]
+            x = scheduler.step(predicted, t, x, return_dict=False)[0]
+        return x

@@ -1,0 +1,33 @@
+"""Warnings that point at the line outside the package that caused them."""
+
+import os
+import sys
+import warnings
+
+# Decorators such as `torch.no_grad` and base classes of diffusers put frames of these packages between a caller and stdit.
+_PASSED_THROUGH = ("torch", "diffusers")
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn with the file and line of the nearest caller outside stdit (and outside torch and diffusers)."""
+    folders = _inner_folders()
+    if sys.version_info >= (3, 12):
+        warnings.warn(message, category, stacklevel=2, skip_file_prefixes=folders)
+        return
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(folders):
+        frame = frame.f_back
+    names = frame.f_globals
+    warnings.warn_explicit(
+        message,
+        category,
+        filename=frame.f_code.co_filename,
+        lineno=frame.f_lineno,
+        module=names.get("__name__", "<unknown>"),
+        registry=names.setdefault("__warningregistry__", {}),
+    )
+
+
+def _inner_folders() -> tuple[str, ...]:
+    files = [__file__, *(sys.modules[name].__file__ for name in _PASSED_THROUGH if name in sys.modules)]
+    return tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in files if file)
