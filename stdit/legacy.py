@@ -31,6 +31,8 @@ MODULES = {
 # Names that changed inside a module (its present path), found by the `__getattr__` that `aliases` makes.
 NAMES = {
     "stdit.text": {"Words": "HashedWordEncoder", "Pretrained": "TransformersTextEncoder"},
+    "stdit.training.metrics": {"Record": "MetricsLogger"},
+    "stdit.training.fit": {"averaged": "swap_ema"},
     "stdit.sampling.windowed": {"Sampler": "WindowedSampler"},
     "stdit.sampling.pipeline": {"_label": "label_number"},
     "stdit.data.samplers": {

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train
 from safetensors.torch import load_file
 
+from stdit.recipes import train
 from stdit.training.state import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,8 +125,8 @@ def test_a_step_that_is_not_finite_is_never_applied(home, monkeypatch):
 
     real = fit.diffusion_losses
 
-    def poisoned(model, objective, clips, conditions, keys, **rest):
-        result = real(model, objective, clips, conditions, keys, **rest)
+    def poisoned(model, objective, clips, conditions, keys, **options):
+        result = real(model, objective, clips, conditions, keys, **options)
         return result._replace(clips=result.clips * float("nan")) if keys[0][1] == 3 else result
 
     assert go("name=clean", "train.steps=3", "train.samples=0") == 0
@@ -161,10 +161,10 @@ def test_two_runs_do_not_share_a_folder(home, capsys):
     from stdit.training.run import RunFolders
 
     holder = RunFolders("t")
-    holder.claim()
+    holder.lock()
     assert go() == 1
     assert f"output/t is in use by process {os.getpid()}" in capsys.readouterr().err
-    holder.release()
+    holder.unlock()
     assert go("train.steps=1", "train.samples=0") == 0
 
 
@@ -215,7 +215,7 @@ def test_unreadable_files_are_named_in_the_summary_and_too_many_stop_the_run(hom
         (["data.height=33", "data.width=33"], "Use 32 or 40"),
         (["data.num_frames=6"], "Use 5 or 9"),
         (["data.num_frames=-1"], "data.num_frames=-1"),
-        (["train.batch_size=0"], "train.batch_size=0 is not positive"),
+        (["train.batch_size=0"], "train.batch_size must be >= 1, got 0"),
         (["train.batch_size=5", "train.micro_batch=2"], "train.batch_size=5 is not a multiple"),
         (["model.num_classes=3"], "the data has labels up to 11"),
         (["data.source=videos", "data.root=none"], "data.root='none' does not exist"),
@@ -254,7 +254,7 @@ def test_a_read_only_output_folder_is_refused_before_training(home, capsys):
 
 
 def test_latents_of_another_vae_are_refused(home, capsys):
-    import cache_latents
+    from stdit.recipes import cache_latents
 
     assert cache_latents.main(["t.yaml", "--output", "latents"]) == 0
     assert go("data.source=latents", "data.root=latents", "train.steps=2", "train.samples=0") == 0
