@@ -41,7 +41,7 @@ def losses_by_scheme(pipe: Any, data: HeldOut, levels: list[float], seed: int = 
             continue
         losses = [
             diffusion_losses(
-                model, objective, clips, conditions, keys, patch=model.patch_size, level=level, strategy=name
+                model, objective, clips, conditions, keys=keys, patch=model.patch_size, level=level, strategy=name
             )
             for level in levels
         ]
@@ -50,6 +50,7 @@ def losses_by_scheme(pipe: Any, data: HeldOut, levels: list[float], seed: int = 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print a table for each model."""
     parser = command_parser("held-out-loss", __doc__)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--clips", type=int, default=96)
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--clips={args.clips} --levels={args.levels}: --clips must be >= 1, levels in (0, 1].")
     for model in args.models:
         pipe = load_pipeline(model)
-        data = held_out(args.clips, pipe.config.num_frames, args.motion, pipe.config.height, args.seed)
+        data = held_out(args.clips, pipe.config.num_frames, args.motion, size=pipe.config.height, seed=args.seed)
         print(f"{model}\n{'level':10}" + "".join(f"{level:>9g}" for level in args.levels))
         for strategy, losses in losses_by_scheme(pipe, data, args.levels).items():
             print(f"{strategy:10}" + "".join(f"{loss:9.4f}" for loss in losses), flush=True)

@@ -4,7 +4,7 @@ stdit plan configs/video.yaml --gpu H100 --count 8
 stdit plan configs/video.yaml model.size=B/2 --gpu 4090 --utilisation 0.35 --refuse
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from stdit.checkpoint.inflate import inflated_arguments
 from stdit.config import Config, load_typed
@@ -79,7 +79,8 @@ def largest(at: Callable[[int], Memory], room: float) -> int:
     return low
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan; with --refuse exit code 1 if the run does not fit."""
     parser = command_parser("plan", __doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -110,7 +111,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def memory(shape: Shape, clips: int, checkpointing: bool = config.model.gradient_checkpointing) -> Memory:
         fused = not (on_cpu and native_bf16() and bf16)
-        return training_memory(arguments, shape, clips, train.optimizer, bf16, checkpointing, fused)
+        return training_memory(
+            arguments, shape, clips, optimizer=train.optimizer, bf16=bf16, checkpointing=checkpointing, fused=fused
+        )
 
     cost = forward_cost(arguments, latent)
     # Data parallel keeps gradients twice; the rest is the driver's.
