@@ -22,7 +22,7 @@ from stdit.training.step import diffusion_losses, to_latents
 
 
 @torch.no_grad()
-def losses_by_scheme(pipe: Any, data: HeldOut, levels: list[float], seed: int = 0) -> dict[str, list[float]]:
+def losses_by_strategy(pipe: Any, data: HeldOut, levels: list[float], seed: int = 0) -> dict[str, list[float]]:
     """The mean loss of what is to be predicted at each of `levels` (0..1), for each scheme that takes frames as known."""
     keys = [(seed, 0, slot) for slot in range(len(data.pixels))]
     clips = to_latents(
@@ -64,6 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipe = load_pipeline(model)
         data = held_out(args.clips, pipe.config.num_frames, args.motion, size=pipe.config.height, seed=args.seed)
         print(f"{model}\n{'level':10}" + "".join(f"{level:>9g}" for level in args.levels))
-        for strategy, losses in losses_by_scheme(pipe, data, args.levels).items():
+        for strategy, losses in losses_by_strategy(pipe, data, args.levels).items():
             print(f"{strategy:10}" + "".join(f"{loss:9.4f}" for loss in losses), flush=True)
     return 0
