@@ -12,7 +12,7 @@ from stdit.checkpoint.files import check_tensors
 from stdit.model.stdit import STDiT
 from stdit.nn.embedders import LearnedPosEmbed
 
-__all__ = ["PARTS", "InitFrom", "Inflation", "inflate", "inflated_arguments", "plan_blocks"]
+__all__ = ["PARTS", "Inflation", "InitFrom", "inflate", "inflated_arguments", "plan_blocks"]
 
 # Arguments that the weights decide and a config cannot choose: the timestep convention, and an epsilon.
 _TAKEN = ("timestep_scale", "timestep_reversed", "timestep_offset", "frequency_shift", "norm2_eps")
@@ -106,10 +106,10 @@ def _check_agreement(image: STDiT, chosen: Mapping[str, Any], init_from: InitFro
             pairs[key] = (kind(chosen.get(key) or ()), theirs)
     for key, (ours, theirs) in pairs.items():
         if ours != theirs:
-            ours, theirs = (str(value).lower() if isinstance(value, bool) else value for value in (ours, theirs))
-            remedy = f"model.size or model.{key} to that" if key in (*_SIZES, "patch_size") else f"model.{key}={theirs}"
+            here, there = (str(value).lower() if isinstance(value, bool) else value for value in (ours, theirs))
+            remedy = f"model.size or model.{key} to that" if key in (*_SIZES, "patch_size") else f"model.{key}={there}"
             raise ValueError(
-                f"model.{key}={ours} but the weights of init_from.path={init_from.path!r} have {theirs}; set {remedy}."
+                f"model.{key}={here} but the weights of init_from.path={init_from.path!r} have {there}; set {remedy}."
             )
 
 

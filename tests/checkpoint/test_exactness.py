@@ -70,7 +70,7 @@ def test_the_originals_numbers_come_out_at_every_timestep_and_label(name, form):
 @torch.no_grad()
 def test_a_masked_trunk_guesses_what_mdt_guesses():
     model, case = convert("mdt", "mdt")
-    ours = model(case["x"][:, :, None], case["t"].float(), case["y"], kept=case["kept"])[:, :, 0]
+    ours = model(case["x"][:, :, None], case["t"].float(), case["y"], visible=case["kept"])[:, :, 0]
     assert max(error(a, b) for a, b in zip(ours, case["masked"], strict=True)) < 1e-5
 
 
