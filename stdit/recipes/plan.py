@@ -17,7 +17,7 @@ from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
 from stdit.recipes.entry import command_parser
 from stdit.text import load_text_encoder
-from stdit.vae import VAEGeometry, VideoVAE, load_vae
+from stdit.vae import VAEGeometry, load_vae
 from stdit.variants import pick
 
 GIB = 2**30
@@ -42,8 +42,8 @@ def find_vae(name: str) -> VAEGeometry:
     return load_vae(name)
 
 
-def arguments_of(config: Config, vae: VideoVAE) -> dict:
-    """The model's arguments, but for classes that only the data knows (a row a class: nothing that matters here)."""
+def arguments_of(config: Config, vae: VAEGeometry) -> dict:
+    """The model's arguments, but for classes that only the data knows (one embedding row per class, which hardly counts)."""
     chosen = model_arguments(config.model)
     if config.init_from.path:
         image = STDiT.from_pretrained(config.init_from.path)
@@ -88,7 +88,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     for name, value in (("--tflops", args.tflops), ("--memory", args.memory)):
         if value is not None and not 0 < value < 1e6:
-            raise ValueError(f"{name} {value} must be > 0 and < 1e6 (Tflops, GiB).")
+            raise ValueError(f"{name} must be > 0 and < 1e6 (Tflops or GiB), got {value}.")
 
 
 def speed_line(args: argparse.Namespace, config: Config, flops: float, peak: float) -> str:

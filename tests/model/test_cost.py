@@ -167,7 +167,7 @@ def test_what_is_said_to_fit_does_and_one_more_does_not():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--memory", "nan"], "--memory nan is no size"), (["train.micro_batch=7"], "train.batch_size=64 is not a multiple"), (["--gpu", "H1000"], "Unknown GPU 'H1000'. Did you mean 'H100'"), (["--utilisation", "40"], "is a share, 0 to 1"), (["data.num_frames=18"], "num_frames=18 does not fit VAE")],
+    [(["--memory", "nan"], "--memory must be > 0 .* got nan"), (["train.micro_batch=7"], "train.batch_size=64 is not a multiple"), (["--gpu", "H1000"], "Unknown GPU 'H1000'. Did you mean 'H100'"), (["--utilisation", "40"], "is a share, 0 to 1"), (["data.num_frames=18"], "num_frames=18 does not fit VAE")],
 )  # fmt: skip
 def test_a_bad_question_is_answered_in_one_line(config, arguments, message):
     with pytest.raises(ValueError, match=message):
