@@ -1,1 +1,1 @@
-"""Judging what was generated."""
+"""Evaluation of generated clips."""

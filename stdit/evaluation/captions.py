@@ -1,4 +1,4 @@
-"""Are captions of moving shapes obeyed, also where colour and shape were never seen together?"""
+"""Accuracy of captioned moving shapes, also for pairs of colour and shape that training left out."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,10 +8,13 @@ import numpy as np
 from stdit.data.shapes import COLORS, DIRECTIONS, SHAPES, ShapeClip
 from stdit.data.video_write import to_uint8
 from stdit.evaluation.shapes import ShapeMeasurement, measure_shape, wilson
+from stdit.sampling.pipeline import STDiTPipeline
+
+Combination = tuple[str, str, str]  # colour, shape, direction
 
 
 class CaptionAccuracy(NamedTuple):
-    """Shares of clips that show what their caption says, by what it says, with 95 % intervals of `all`."""
+    """Shares of clips that show their caption's colour, shape, direction, and all three with its 95 % interval."""
 
     clips: int
     color: float
@@ -28,36 +31,53 @@ class CaptionAccuracy(NamedTuple):
         )
 
 
-def asked(pairs: Sequence[str] | None, count: int) -> list[tuple[str, str, str]]:
-    """`count` combinations (colour, shape, direction), evenly over all, or over those of `pairs` ("red circle")."""
-    every = [(c, s, d) for d in DIRECTIONS for s in SHAPES for c in COLORS if pairs is None or f"{c} {s}" in pairs]
-    return [every[i % len(every)] for i in range(count)]
+def caption_grid(pairs: Sequence[str] | None, count: int) -> list[Combination]:
+    """`count` combinations, evenly over all, or over those of `pairs` of colour and shape ("red circle")."""
+    grid = [(c, s, d) for d in DIRECTIONS for s in SHAPES for c in COLORS if pairs is None or f"{c} {s}" in pairs]
+    return [grid[i % len(grid)] for i in range(count)]
 
 
 def caption(color: str, shape: str, direction: str) -> str:
-    """As `tools/make_shapes.py` writes them."""
-    return ShapeClip(shape, direction, 1.0, [0.0, 0.0], 1.0, list(COLORS[color]), [0.0] * 3).caption
+    """The caption of a combination, as `tools/make_shapes.py` writes it."""
+    clip = ShapeClip(
+        shape=shape,
+        direction=direction,
+        speed=1.0,
+        start=[0.0, 0.0],
+        size=1.0,
+        color=list(COLORS[color]),
+        background=[0.0] * 3,
+    )
+    return clip.caption
 
 
-def caption_accuracy(clips: Sequence[np.ndarray], wanted: Sequence[tuple[str, str, str]]) -> CaptionAccuracy:
-    """Judge clips (F, H, W, 3) uint8 against what was asked for."""
-    verdicts = [measure_shape(clip) for clip in clips]
-    color = np.array([named(v) == w[0] for v, w in zip(verdicts, wanted, strict=True)])
-    shape = np.array([v.shape == w[1] for v, w in zip(verdicts, wanted, strict=True)])
-    direction = np.array([v.direction == w[2] for v, w in zip(verdicts, wanted, strict=True)])
-    right = color & shape & direction
-    shares = [float(x.mean()) for x in (color, shape, direction, right)]
-    return CaptionAccuracy(len(clips), shares[0], shares[1], shares[2], shares[3], wilson(right))
+def caption_accuracy(clips: Sequence[np.ndarray], expected: Sequence[Combination]) -> CaptionAccuracy:
+    """Measure clips (F, H, W, 3) uint8 against the combinations of their captions."""
+    measurements = [measure_shape(clip) for clip in clips]
+    color = np.array([nearest_color(m) == e[0] for m, e in zip(measurements, expected, strict=True)])
+    shape = np.array([m.shape == e[1] for m, e in zip(measurements, expected, strict=True)])
+    direction = np.array([m.direction == e[2] for m, e in zip(measurements, expected, strict=True)])
+    correct = color & shape & direction
+    return CaptionAccuracy(
+        clips=len(clips),
+        color=float(color.mean()),
+        shape=float(shape.mean()),
+        direction=float(direction.mean()),
+        all=float(correct.mean()),
+        interval=wilson(correct),
+    )
 
 
-def named(verdict: ShapeMeasurement) -> str | None:
-    """The colour's name, as captions name the nearest."""
-    if verdict.shape is None:
+def nearest_color(measurement: ShapeMeasurement) -> str | None:
+    """The name of the caption colour nearest to the measured one; None without an object."""
+    if measurement.shape is None:
         return None
-    return min(COLORS, key=lambda name: float(np.linalg.norm(np.subtract(COLORS[name], verdict.color))))
+    return min(COLORS, key=lambda name: float(np.linalg.norm(np.subtract(COLORS[name], measurement.color))))
 
 
-def measure(pipe: Any, wanted: Sequence[tuple[str, str, str]], **options) -> tuple[CaptionAccuracy, list[np.ndarray]]:
-    """Clips of a pipeline under these captions, judged."""
-    clips = [to_uint8(clip) for clip in pipe(captions=[caption(*one) for one in wanted], **options)]
-    return caption_accuracy(clips, wanted), clips
+def sample_and_measure(
+    pipe: STDiTPipeline, expected: Sequence[Combination], **options: Any
+) -> tuple[CaptionAccuracy, list[np.ndarray]]:
+    """Sample a clip for each combination's caption; `options` are those of a pipeline call."""
+    clips = [to_uint8(clip) for clip in pipe(captions=[caption(*combination) for combination in expected], **options)]
+    return caption_accuracy(clips, expected), clips

@@ -1,4 +1,4 @@
-"""A comparison of training runs: what was asked for, what each run is, and the page a person reads."""
+"""A comparison of training runs: its specification, its runs, and its report in markdown."""
 
 import itertools
 import math
@@ -12,8 +12,11 @@ import numpy as np
 
 @dataclass
 class Budget:
-    """What every run may spend; exactly one is given. minutes of training on this machine, tokens or Gflops (forward and
-    backward: three times a forward) over the whole run, or steps."""
+    """What every run may spend; exactly one is given.
+
+    minutes: of training on this machine; tokens, gflops: over the whole run, forward and backward (three times a forward);
+    steps: of training.
+    """
 
     minutes: float | None = None
     tokens: float | None = None
@@ -22,19 +25,23 @@ class Budget:
 
     @property
     def kind(self) -> str:
-        """Which of the four it is; ValueError if that cannot be told."""
+        """Which of the four is given; ValueError unless exactly one is, above 0."""
         given = [name for name in ("minutes", "tokens", "gflops", "steps") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"budget gives {given or 'nothing'}; give one of minutes, tokens, gflops, steps.")
+            raise ValueError(
+                f"budget gives {', '.join(given) or 'nothing'}; give one of minutes, tokens, gflops, steps."
+            )
         if getattr(self, given[0]) <= 0:
-            raise ValueError(f"budget.{given[0]}={getattr(self, given[0])} buys nothing; use more than 0.")
+            raise ValueError(
+                f"budget.{given[0]} must be > 0, got {getattr(self, given[0])}; give the runs something to spend."
+            )
         return given[0]
 
-    def steps_for(self, seconds_a_step: float, tokens_a_step: float, gflops_a_step: float) -> int:
-        """How many steps it buys."""
+    def steps_for(self, *, seconds_per_step: float, tokens_per_step: float, gflops_per_step: float) -> int:
+        """How many steps the budget pays for, at least 1."""
         if self.steps is not None:
             return int(self.steps)
-        price = {"minutes": seconds_a_step / 60, "tokens": tokens_a_step, "gflops": gflops_a_step}[self.kind]
+        price = {"minutes": seconds_per_step / 60, "tokens": tokens_per_step, "gflops": gflops_per_step}[self.kind]
         return max(1, round(getattr(self, self.kind) / price))
 
     def __str__(self) -> str:
@@ -43,9 +50,9 @@ class Budget:
 
 @dataclass
 class Comparison:
-    """What to compare. base: a config of `tools/train.py`; variants: by name, what each changes of it.
+    """What to compare. base: a config of `tools/train.py`; overrides: changes of it in all runs; variants: by name, changes of one.
 
-    clips: as many are made of every run for judging; reference: real clips they are compared with (0: no distance).
+    clips: how many are sampled of every run to be measured; reference: real clips they are compared with (0: no distance).
     """
 
     name: str = "comparison"
@@ -63,12 +70,14 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if not self.variants:
-            raise ValueError("a comparison needs variants: a name for each, and what it changes ({} for the base).")
-        self.budget.kind  # noqa: B018 (says what is wrong with it)
+            raise ValueError(
+                "variants is empty; a comparison needs variants: a name for each, and what it changes ({} for the base)."
+            )
+        self.budget.kind  # noqa: B018 (raises ValueError)
         if not self.seeds:
             raise ValueError("seeds is empty; give one number or more.")
         if self.clips < 2:
-            raise ValueError(f"clips={self.clips} cannot be compared; use 2 or more.")
+            raise ValueError(f"clips must be >= 2, got {self.clips}; distances need a spread, so use 2 or more.")
         for name in self.variants:
             if not name or any(c in name for c in "/\\ ."):
                 raise ValueError(f"variant {name!r} becomes part of a folder's name; use letters, digits, - and _.")
@@ -76,7 +85,7 @@ class Comparison:
 
 @dataclass
 class Run:
-    """One trained variant and what was measured of it."""
+    """A trained variant and its measurements."""
 
     variant: str
     seed: int
@@ -86,7 +95,7 @@ class Run:
     gflops: float  # multiply-adds of one forward of one clip, in 1e9
     minutes: float = math.nan
     clips_per_second: float = math.nan
-    losses: dict[str, float] = field(default_factory=dict)  # by noise level, of the averaged weights
+    losses: dict[str, float] = field(default_factory=dict)  # by noise level, of the EMA weights
     shape: float = math.nan
     direction: float = math.nan
     both: float = math.nan
@@ -99,7 +108,7 @@ class Run:
 
 
 def table(runs: Sequence[Run], distance: str) -> str:
-    """One row a variant, mean and spread (standard deviation) over seeds, in markdown."""
+    """A markdown table with one row per variant: mean and standard deviation over seeds."""
     levels = list(runs[0].losses)
     head = ["variant", "parameters", "Gflops", "steps", "minutes", "clips/s", *[f"loss at {level}" for level in levels],
             "shape", "direction", "both", distance]  # fmt: skip
@@ -118,6 +127,7 @@ def table(runs: Sequence[Run], distance: str) -> str:
 
 
 def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs grouped by variant, in the order of their first run."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.variant, []).append(run)
@@ -125,25 +135,26 @@ def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def order(runs: Sequence[Run], key: str = "frechet") -> str:
-    """Variants from best to worst by the mean over seeds, and whether neighbours' spreads overlap."""
-    best = -1 if key in ("shape", "direction", "both") else 1
+    """Variants from best to worst by the mean over seeds; "<" where neighbours differ by more than their deviations, else "~"."""
+    sign = -1 if key in ("shape", "direction", "both") else 1
     groups = {name: [getattr(run, key) for run in group] for name, group in by_variant(runs).items()}
-    ranked = sorted(groups, key=lambda name: best * float(np.mean(groups[name])))
-    said = ranked[:1]
+    ranked = sorted(groups, key=lambda name: sign * float(np.mean(groups[name])))
+    parts = ranked[:1]
     for a, b in itertools.pairwise(ranked):
         gap = abs(float(np.mean(groups[a]) - np.mean(groups[b])))
-        within = float(np.std(groups[a]) + np.std(groups[b]))
-        said.append(f"{'<' if gap > within else '~'} {b}")
-    return " ".join(said)
+        spread = float(np.std(groups[a]) + np.std(groups[b]))
+        parts.append(f"{'<' if gap > spread else '~'} {b}")
+    return " ".join(parts)
 
 
 def differences(changes: Mapping[str, Any]) -> str:
-    """What a variant changes, in words; more than one thing is said so."""
+    """What a variant changes, in words, with a note if it is more than one thing."""
     words = ", ".join(f"`{key}={value}`" for key, value in changes.items())
     return words if len(changes) < 2 else f"{words} (differs in {len(changes)} things)"
 
 
 def _spread(values: Sequence[float], form: str, unit: str = "") -> str:
+    """Mean and standard deviation as text; "-" for what was not measured."""
     mean = float(np.mean(values))
     if math.isnan(mean):
         return "-"
@@ -151,19 +162,19 @@ def _spread(values: Sequence[float], form: str, unit: str = "") -> str:
 
 
 def page(spec: Comparison, runs: Sequence[Run], command: str, pictures: Sequence[Path], distance: str) -> str:
-    """The whole page, in markdown: what was done, the table, the order, curves, and what each variant is."""
+    """The report in markdown: what was done, the table, the orders, pictures, and what each variant changes."""
     seeds = ", ".join(map(str, spec.seeds))
     lines = [
         f"# {spec.title or spec.name}",
         "",
-        f"`{command}`: base `{spec.base}`, {spec.budget} a run, seeds {seeds}; {spec.clips} clips a run, "
-        f"{spec.sample_steps} steps, guidance {spec.guidance:g}. Losses are of the averaged weights, by noise level.",
+        f"`{command}`: base `{spec.base}`, {spec.budget} per run, seeds {seeds}; {spec.clips} clips per run, "
+        f"{spec.sample_steps} steps, guidance {spec.guidance:g}. Losses are of the EMA weights, by noise level.",
         "",
         table(runs, distance),
         "",
-        f"By {distance}, best first (`<`: apart by more than their spreads together, `~`: not): {order(runs)}.",
+        f"By {distance}, best first (`<`: differ by more than the sum of their deviations, `~`: do not): {order(runs)}.",
         f"By loss, the mean over levels, best first: {order(runs, 'loss')}.",
-        f"By the judge (shape and direction), best first: {order(runs, 'both')}.",
+        f"By measured shape and direction, best first: {order(runs, 'both')}.",
         "",
         *[f"![{picture.stem}]({picture.name})" for picture in pictures],
         "",

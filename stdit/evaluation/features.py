@@ -1,4 +1,4 @@
-"""From clips to vectors: what a distance between distributions is measured in. The extractor is part of its name."""
+"""Feature extractors, and distances between distributions of clips; a distance is named with its extractor."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from stdit.evaluation.frechet import Features, Gaussian, frechet_distance, kernel_distance
+from stdit.pixels import to_bytes
 from stdit.vae import load_vae
 
 
 class Extractor(NamedTuple):
-    """A function from pixels (B, 3, F, H, W) in [-1, 1] to features (N, D), and the names its distances may bear."""
+    """A function from pixels (B, 3, F, H, W) in [-1, 1] to features (N, D), and the names of its distances."""
 
     name: str
     run: Callable[[Tensor], Tensor]
@@ -22,6 +23,8 @@ class Extractor(NamedTuple):
 
 
 class Distances(NamedTuple):
+    """Distances of generated clips from real ones; clips: features of the generated ones; names: of the two distances."""
+
     frechet: float
     kernel: float
     clips: int
@@ -31,13 +34,15 @@ class Distances(NamedTuple):
 
 def _frames(pixels: Tensor) -> Tensor:
     """(B, 3, F, H, W) in [-1, 1] -> (B F, 3, H, W) uint8."""
-    images = pixels.transpose(1, 2).flatten(0, 1)
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return to_bytes(pixels).flatten(0, 1).movedim(-1, 1).contiguous()
 
 
 def _vae(path: str) -> Extractor:
-    """Of every channel: mean, spread, and how much neighbours in y, x and time differ. Edges and motion count, since mean
-    and spread alone take noise of the right colours for better than objects (docs/comparison.md)."""
+    """Statistics of a VAE's latent channels: mean, standard deviation, mean difference of neighbours in y, x and time.
+
+    The differences measure edges and motion: by mean and deviation alone, noise of the right colours is nearer to real clips
+    than objects are (docs/comparison.md).
+    """
     vae = load_vae(path or "tiny")
 
     @torch.no_grad()
@@ -52,27 +57,32 @@ def _vae(path: str) -> Extractor:
 
 
 def _scripted(path: str, call: Callable[[Any, Tensor], Tensor], **names: str) -> Extractor:
+    """A TorchScript file on the CPU, called by `call`; ValueError if it is none, or does not return (N, D)."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"the extractor {path!r} does not exist; give the path of a TorchScript file.")
     try:
         network = torch.jit.load(file, map_location="cpu").eval()
     except RuntimeError as error:
-        raise ValueError(f"{path!r} is not a TorchScript file ({str(error).splitlines()[0]}).") from error
+        raise ValueError(
+            f"{path!r} is not a TorchScript file ({str(error).splitlines()[0]}); save one with torch.jit.save."
+        ) from error
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
     @torch.no_grad()
     def run(pixels: Tensor) -> Tensor:
         features = call(network, pixels)
         if features.ndim != 2:
-            raise ValueError(f"{path!r} gave a tensor of shape {tuple(features.shape)}; features are (N, D).")
+            raise ValueError(
+                f"{path!r} returned a tensor of shape {tuple(features.shape)}; features are (N, D), so flatten them in the file."
+            )
         return features
 
     return Extractor(f"{file.name}, sha256 {digest}", run, **names)
 
 
 EXTRACTORS: dict[str, Callable[[str], Extractor]] = {
-    # The files of StyleGAN's and StyleGAN-V's metrics, and the way these call them.
+    # The files of StyleGAN's and StyleGAN-V's metrics, called with the arguments these use.
     "inception": lambda path: _scripted(
         path, lambda net, x: net(_frames(x), return_features=True), frechet="FID", kernel="KID"
     ),
@@ -88,33 +98,36 @@ EXTRACTORS: dict[str, Callable[[str], Extractor]] = {
 
 
 def load_extractor(choice: str = "vae") -> Extractor:
-    """`vae` (the tiny VAE), `vae=PATH`, `inception=FILE`, `i3d=FILE`, or `script=FILE`, which takes (B, 3, F, H, W).
+    """Load `vae` (the tiny VAE), `vae=PATH`, `inception=FILE`, `i3d=FILE`, or `script=FILE`, which takes (B, 3, F, H, W).
 
-    Raises ValueError for what is not there. No weights are fetched.
+    Raises ValueError for an unknown choice or a missing file. No weights are downloaded.
     """
     kind, _, path = choice.partition("=")
     if kind not in EXTRACTORS or (kind != "vae" and not path):
-        raise ValueError(f"features {choice!r}: write vae, or one of inception=FILE, i3d=FILE, script=FILE.")
+        raise ValueError(
+            f"features {choice!r} are unknown; write vae, or one of inception=FILE, i3d=FILE, script=FILE."
+        )
     return EXTRACTORS[kind](path)
 
 
-def describe(clips: Iterable[Tensor], extractor: Extractor) -> tuple[Gaussian, Features]:
-    """Features of batches (B, 3, F, H, W), summed for the Fréchet distance and kept for the kernel distance."""
-    gaussian, kept = Gaussian(), Features()
+def extract_features(clips: Iterable[Tensor], extractor: Extractor) -> tuple[Gaussian, Features]:
+    """Features of batches (B, 3, F, H, W): their Gaussian for the Fréchet distance, and all of them for the kernel distance."""
+    gaussian, collected = Gaussian(), Features()
     for batch in clips:
         features = extractor.run(batch)
         gaussian.add(features)
-        kept.add(features)
-    return gaussian, kept
+        collected.add(features)
+    return gaussian, collected
 
 
-def distances(made: Iterable[Tensor], real: Iterable[Tensor], extractor: Extractor) -> Distances:
-    """How far the made clips are from the real ones, as a distribution."""
-    (a, kept_a), (b, kept_b) = describe(made, extractor), describe(real, extractor)
+def distances(generated: Iterable[Tensor], real: Iterable[Tensor], extractor: Extractor) -> Distances:
+    """Distances between the distributions of generated and real clips, batches (B, 3, F, H, W) in [-1, 1]."""
+    gaussian, features = extract_features(generated, extractor)
+    real_gaussian, real_features = extract_features(real, extractor)
     return Distances(
-        frechet_distance(a, b),
-        kernel_distance(kept_a.all, kept_b.all),
-        a.count,
-        (extractor.frechet, extractor.kernel),
-        extractor.name,
+        frechet=frechet_distance(gaussian, real_gaussian),
+        kernel=kernel_distance(features.concatenated(), real_features.concatenated()),
+        clips=gaussian.count,
+        names=(extractor.frechet, extractor.kernel),
+        extractor=extractor.name,
     )

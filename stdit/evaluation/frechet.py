@@ -1,4 +1,4 @@
-"""Distances between distributions of features: Fréchet (float64) and kernel. FID and FVD only by their own extractors."""
+"""Fréchet and kernel distance between distributions of features; with the extractors of FID and FVD, these."""
 
 from dataclasses import dataclass, field
 from typing import Self
@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass
 class Gaussian:
-    """Mean and covariance of features (N, D) that come in parts: float64 sums, which add over processes.
+    """Mean and covariance of features (N, D), accumulated in parts as float64 sums that merge over processes.
 
-    Sums are taken about the first feature seen, so that a large mean costs no digits.
+    Sums are taken about the first feature (`origin`), so that a large mean costs no digits.
     """
 
     count: int = 0
@@ -20,10 +20,10 @@ class Gaussian:
     outer: Tensor | None = None
 
     def add(self, features: Tensor) -> Self:
-        """Take in (N, D); ValueError for numbers that are not finite."""
+        """Accumulate (N, D); ValueError for numbers that are not finite."""
         features = features.detach().cpu().double()
         if not features.isfinite().all():
-            raise ValueError("features hold numbers that are not finite; look at the clips they are of.")
+            raise ValueError("features have numbers that are not finite; look at the clips they were extracted from.")
         if self.origin is None or self.total is None or self.outer is None:
             self.origin = features[0].clone()
             self.total = torch.zeros_like(self.origin)
@@ -35,30 +35,31 @@ class Gaussian:
         return self
 
     def merge(self, other: "Gaussian") -> "Gaussian":
-        """The Gaussian of both parts together."""
+        """The Gaussian of the features of both."""
         if other.origin is None or other.total is None or other.outer is None:
             return self
         if self.origin is None or self.total is None or self.outer is None:
             return other
-        move = other.origin - self.origin
-        cross = torch.outer(move, other.total)
+        shift = other.origin - self.origin
+        cross = torch.outer(shift, other.total)
         return Gaussian(
-            self.count + other.count,
-            self.origin,
-            self.total + other.total + other.count * move,
-            self.outer + other.outer + cross + cross.T + other.count * torch.outer(move, move),
+            count=self.count + other.count,
+            origin=self.origin,
+            total=self.total + other.total + other.count * shift,
+            outer=self.outer + other.outer + cross + cross.T + other.count * torch.outer(shift, shift),
         )
 
     @property
     def mean(self) -> Tensor:
+        """(D,)"""
         assert self.origin is not None and self.total is not None
         return self.origin + self.total / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """Divided by N - 1, as numpy.cov and the published scores do."""
+        """(D, D), divided by N - 1 as in numpy.cov and the published scores; ValueError for fewer than 2 features."""
         if self.count < 2 or self.total is None or self.outer is None:
-            raise ValueError(f"{self.count} clip(s) have no covariance; give 2 or more.")
+            raise ValueError(f"a covariance needs 2 clips, got {self.count}; give 2 or more.")
         return (self.outer - torch.outer(self.total, self.total) / self.count) / (self.count - 1)
 
 
@@ -76,25 +77,28 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def _root(matrix: Tensor) -> Tensor:
+    """Square root of a symmetric positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 @dataclass
 class Features:
-    """Features as they are, for the kernel distance; parts of several processes are put behind each other."""
+    """All features, for the kernel distance; parts of several processes are concatenated."""
 
     parts: list[Tensor] = field(default_factory=list)
 
     def add(self, features: Tensor) -> Self:
+        """Append (N, D) as float64 on the CPU."""
         self.parts.append(features.detach().cpu().double())
         return self
 
     def merge(self, other: "Features") -> "Features":
+        """The features of both."""
         return Features([*self.parts, *other.parts])
 
-    @property
-    def all(self) -> Tensor:
+    def concatenated(self) -> Tensor:
+        """(N, D)"""
         return torch.cat(self.parts)
 
 
@@ -104,7 +108,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     Binkowski et al., "Demystifying MMD GANs" (KID with Inception's features, KVD with I3D's). May fall below 0.
     """
     if min(len(a), len(b)) < 2:
-        raise ValueError(f"{len(a)} and {len(b)} clips: the kernel distance needs 2 or more of each.")
+        raise ValueError(f"the kernel distance needs 2 or more clips of each, got {len(a)} and {len(b)}; give more.")
     a, b = a.double(), b.double()
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:

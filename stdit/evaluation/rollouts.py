@@ -10,48 +10,61 @@ import torch
 from torch import Tensor
 
 from stdit.data.video_write import to_uint8
-from stdit.evaluation.operations import EvalResult, HeldOut, Metric, same_object, told
+from stdit.evaluation.held_out import EvalResult, HeldOut, Metric, label_kwargs, same_object
 from stdit.evaluation.shapes import measure_shape, wilson
+from stdit.sampling.pipeline import STDiTPipeline
+
+_MIN_STEP = 0.3  # pixels per frame; an object that moves less has stopped (bouncing shapes of 64 pixels are drawn at 0.77 or more)
 
 
-def rollout(pipe: Any, data: HeldOut, known: int, new: int, **options) -> EvalResult:
-    """`new` frames after the first `known`: shape and colour in the last 17, motion, time and memory for a frame."""
+def rollout(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options: Any) -> EvalResult:
+    """Stream `new` frames after the first `known`: the object in the last 17 frames, time and memory per frame.
+
+    `options` are those of `pipe.stream`.
+    """
     seconds, memory, shown = [], [], [data.pixels[:8, :, :known]]
-    last_parts: deque[Tensor] = deque(maxlen=5)  # all that is kept: memory is measured too
-    every = max(1, new // 4 // 12)
-    stream = pipe.stream(data.pixels[:, :, :known], new, **told(pipe, data), **options)
+    last_parts: deque[Tensor] = deque(maxlen=5)  # no more is held, since the memory of the process is measured
+    every = max(1, new // 4 // 12)  # about 12 frames of the sheet; a part has 4 frames
+    stream = pipe.stream(data.pixels[:, :, :known], new, **label_kwargs(pipe, data), **options)
     while True:
-        began = time.perf_counter()
+        started = time.perf_counter()
         part = next(stream, None)
         if part is None:
             break
-        seconds.append((time.perf_counter() - began) / part.shape[2])
+        seconds.append((time.perf_counter() - started) / part.shape[2])
         memory.append(_resident())
         last_parts.append(part)
         if len(seconds) % every == 0:
-            shown.append(part[:8, :, -1:].clone())  # a view would keep the whole part
-    made = torch.cat(list(last_parts), 2)
+            shown.append(part[:8, :, -1:].clone())  # a view would hold the memory of the whole part
+    generated = torch.cat(list(last_parts), 2)
     tenth = max(1, len(seconds) // 10)
-    end = [measure_shape(to_uint8(clip)[-17:]) for clip in made]
-    size = made.shape[3]
-    right = np.array([same_object(v, t) for v, t in zip(end, data.truths, strict=True)])
-    # A bounce may turn it round, so the path counts, not the distance from start to end.
-    paths = np.array([np.linalg.norm(np.diff(v.centers, axis=0), axis=1).mean() for v in end])
-    inside = np.array([bool(((v.centers > 0) & (v.centers < size)).all()) and v.shape is not None for v in end])
-    alive = inside & (paths > 0.3)
+    end = [measure_shape(to_uint8(clip)[-17:]) for clip in generated]
+    size = generated.shape[3]
+    correct = np.array([same_object(m, t) for m, t in zip(end, data.truths, strict=True)])
+    # A bounce may turn the object round, so the length of the path counts, not the distance from start to end.
+    paths = np.array([np.linalg.norm(np.diff(m.centers, axis=0), axis=1).mean() for m in end])
+    inside = np.array([bool(((m.centers > 0) & (m.centers < size)).all()) and m.shape is not None for m in end])
+    moving = inside & (paths > _MIN_STEP)
     first, last = np.median(seconds[1 : 1 + tenth]), np.median(seconds[-tenth:])
     name = f"rollout of {new} frames"
-    figures = [
-        Metric(f"{name}: shape and colour right at the end", float(right.mean()), "%", 0.8, interval=wilson(right)),
-        Metric(f"{name}: moving and inside the frame at the end", float(alive.mean()), "%", interval=wilson(alive)),
-        Metric(f"{name}: seconds a frame, last tenth over first", float(last / first), "", most=1.1),
-        Metric(f"{name}: seconds a frame for {len(made)} clips", float(np.median(seconds)), "s"),
+    metrics = [
+        Metric(
+            f"{name}: shape and colour right at the end",
+            float(correct.mean()),
+            "%",
+            least=0.8,
+            interval=wilson(correct),
+        ),
+        Metric(f"{name}: moving and inside the frame at the end", float(moving.mean()), "%", interval=wilson(moving)),
+        Metric(f"{name}: seconds per frame, last tenth over first", float(last / first), "", most=1.1),
+        Metric(f"{name}: seconds per frame for {len(generated)} clips", float(np.median(seconds)), "s"),
         Metric(f"{name}: memory of the process, last over first tenth", memory[-1] / memory[tenth], "", most=1.1),
     ]
-    return EvalResult(figures, [to_uint8(clip) for clip in torch.cat(shown, 2)])
+    return EvalResult(metrics, [to_uint8(clip) for clip in torch.cat(shown, 2)])
 
 
 def _resident() -> float:
-    """Bytes of this process in memory (Linux; else 1)."""
+    """Bytes of this process in memory (Linux; otherwise 1)."""
     path = Path("/proc/self/statm")
-    return float(path.read_text().split()[1]) * 4096 if path.is_file() else 1.0
+    page = 4096  # bytes, of the pages that statm counts
+    return float(path.read_text().split()[1]) * page if path.is_file() else 1.0

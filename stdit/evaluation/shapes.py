@@ -1,4 +1,4 @@
-"""A judge for moving shapes: finds object, shape, colour and path in a clip by measurement, not by a trained network."""
+"""Object, shape, colour and path of moving shapes, measured in pixels without a trained network."""
 
 import math
 from collections.abc import Sequence
@@ -8,16 +8,16 @@ import numpy as np
 
 from stdit.data.shapes import CLASS_NAMES, DIRECTIONS, SHAPES, signed_distance
 
-_MIN_AREA = 12.0  # pixels; anything smaller is no object
-_STRANGE = 0.3  # distance in colour from the line between object and ground; softened edges stay on it
-_CLEAN = (
-    0.15  # a clip is clean if less than this share of its object's area is strange: no second object, no other part
-)
-_MIN_SPEED = 0.15  # pixels per frame; anything slower stands still
+_MIN_AREA = 12.0  # pixels; a smaller region is no object
+_STRANGE = 0.3  # distance of a colour from the line between object and background, on which blurred edges lie
+_CLEAN = 0.15  # a clip is clean if its strange area is below this share of its object's: there is no second object
+_MIN_SPEED = 0.15  # pixels per frame; a slower object stands still
+_MIN_COVER = 0.25  # of a pixel; less is noise of the background
+_MIN_CONTRAST = 0.01  # squared distance of the colours of object and background; with less there is no object
 
 
 class ShapeMeasurement(NamedTuple):
-    """What a clip shows. shape and direction are None where there is none; pixels, pixels per frame, colours 0..1."""
+    """What a clip shows; shape and direction are None without an object or motion. Pixels, pixels per frame, colours in [0, 1]."""
 
     shape: str | None
     direction: str | None
@@ -29,7 +29,7 @@ class ShapeMeasurement(NamedTuple):
     bend: float  # pixels: root mean square distance of the centres from a straight line
     unevenness: float  # standard deviation of the steps over their mean
     misfit: float  # mean error of the best outline, as a share of the object's area
-    strange: float  # area in colours that are neither object nor ground nor between, as a share of the object's
+    strange: float  # area in colours that are neither object nor background nor between, as a share of the object's
 
 
 def measure_shape(frames: np.ndarray) -> ShapeMeasurement:
@@ -40,15 +40,20 @@ def measure_shape(frames: np.ndarray) -> ShapeMeasurement:
     color = _object_color(pixels, difference)
     axis = color - background
     strength = float(axis @ axis)
-    nothing = ShapeMeasurement(None, None, 0.0, 0.0, color, background, np.zeros((len(frames), 2)), 0.0, 0.0, 1.0, 0.0)
-    if strength < 0.01:
+    nothing = ShapeMeasurement(
+        shape=None, direction=None, speed=0.0, size=0.0, color=color, background=background,
+        centers=np.zeros((len(frames), 2)), bend=0.0, unevenness=0.0, misfit=1.0, strange=0.0,
+    )  # fmt: skip
+    if strength < _MIN_CONTRAST:
         return nothing
     along = difference @ axis / strength
     strange = np.linalg.norm(difference - np.clip(along, 0, 1)[..., None] * axis, axis=-1) > _STRANGE
     cover = np.clip(along, 0, 1)
-    cover[cover < 0.25] = 0  # noise of the ground
+    cover[cover < _MIN_COVER] = 0
     areas = cover.sum(axis=(1, 2))
-    if areas.min() < _MIN_AREA or np.median(areas) > 0.5 * cover[0].size:
+    if (
+        areas.min() < _MIN_AREA or np.median(areas) > 0.5 * cover[0].size
+    ):  # an object of half the frame is a change of background
         return nothing
     centers = _centers(cover, areas)
     size = float(np.sqrt(np.median(areas) / np.pi))
@@ -62,13 +67,13 @@ def measure_shape(frames: np.ndarray) -> ShapeMeasurement:
         direction = next(name for name, value in DIRECTIONS.items() if value == unit)
     speed = float(np.hypot(*velocity))
     return ShapeMeasurement(
-        shape, direction, speed, size, color, background, centers, bend, unevenness, misfits[shape],
-        float(strange.sum() / areas.sum()),
+        shape=shape, direction=direction, speed=speed, size=size, color=color, background=background, centers=centers,
+        bend=bend, unevenness=unevenness, misfit=misfits[shape], strange=float(strange.sum() / areas.sum()),
     )  # fmt: skip
 
 
 def _background(pixels: np.ndarray) -> np.ndarray:
-    """The median colour of the outermost pixels: the object keeps clear of them most of the time."""
+    """The median colour of the outermost two pixels, which the object rarely covers."""
     edges = [pixels[:, :2], pixels[:, -2:], pixels[:, :, :2], pixels[:, :, -2:]]
     return np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
 
@@ -76,28 +81,29 @@ def _background(pixels: np.ndarray) -> np.ndarray:
 def _object_color(pixels: np.ndarray, difference: np.ndarray) -> np.ndarray:
     """The median colour of what differs most from the background."""
     distance = np.linalg.norm(difference, axis=-1)
-    core = distance >= 0.7 * np.quantile(distance, 0.995)
+    core = distance >= 0.7 * np.quantile(distance, 0.995)  # without blurred edges, and robust to single pixels
     return np.median(pixels[core], axis=0)
 
 
 def _centers(cover: np.ndarray, areas: np.ndarray) -> np.ndarray:
+    """Centres of mass (F, 2), x and y."""
     y, x = np.mgrid[: cover.shape[1], : cover.shape[2]] + 0.5
     return np.stack([(cover * x).sum(axis=(1, 2)) / areas, (cover * y).sum(axis=(1, 2)) / areas], axis=1)
 
 
 def _misfit(cover: np.ndarray, centers: np.ndarray, size: float, shape: str) -> float:
-    """How far the covered area is from an ideal outline of equal area at the same centre."""
+    """Area between the object and an ideal outline of equal area at the same centre, as a share of the object's."""
     grid_y, grid_x = np.arange(cover.shape[1]) + 0.5, np.arange(cover.shape[2]) + 0.5
     dx = grid_x[None, None, :] - centers[:, 0, None, None]
     dy = grid_y[None, :, None] - centers[:, 1, None, None]
     distance = signed_distance(shape, size, dx, dy)
-    # A decoder may soften edges: sharp ones and ones of up to three pixels are tried.
+    # A decoder may blur edges: widths of 1 to 3 pixels are tried.
     errors = [np.abs(cover - np.clip(0.5 - distance / width, 0, 1)).sum() for width in (1, 2, 3)]
     return float(min(errors) / cover.sum())
 
 
 def _path(centers: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Mean velocity by least squares, bend, unevenness."""
+    """Mean velocity by least squares, bend and unevenness of a path (F, 2)."""
     if len(centers) < 2:
         return np.zeros(2), 0.0, 0.0
     time = np.arange(len(centers)) - (len(centers) - 1) / 2
@@ -114,9 +120,9 @@ def _path(centers: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 class Report(NamedTuple):
-    """Shares of clips whose shape, direction, or both are as the label says; with 95 % intervals, and by class.
+    """Shares of clips whose shape, direction, or both are those of the label, with 95 % intervals, and by class.
 
-    clean: the share with one object of one colour and nothing else.
+    clean: the share with one object of one colour and nothing else. bend, unevenness, misfit: medians over clips.
     """
 
     clips: int
@@ -132,45 +138,47 @@ class Report(NamedTuple):
 
 
 def report(clips: Sequence[np.ndarray], labels: Sequence[int]) -> Report:
-    """Judge clips (F, H, W, 3) uint8 against their labels."""
+    """Measure clips (F, H, W, 3) uint8 against their labels; ValueError unless there is one label per clip."""
     if len(clips) != len(labels) or not len(clips):
-        raise ValueError(f"{len(clips)} clips and {len(labels)} labels; give one label a clip, and at least one clip.")
-    verdicts = [measure_shape(clip) for clip in clips]
-    wanted = [CLASS_NAMES[label].split() for label in labels]
-    shape = np.array([v.shape == w[0] for v, w in zip(verdicts, wanted, strict=True)])
-    direction = np.array([v.direction == w[1] for v, w in zip(verdicts, wanted, strict=True)])
-    of = np.array(labels)
+        raise ValueError(
+            f"{len(clips)} clips and {len(labels)} labels; give one label per clip, and at least one clip."
+        )
+    measurements = [measure_shape(clip) for clip in clips]
+    expected = [CLASS_NAMES[label].split() for label in labels]
+    shape = np.array([m.shape == e[0] for m, e in zip(measurements, expected, strict=True)])
+    direction = np.array([m.direction == e[1] for m, e in zip(measurements, expected, strict=True)])
+    label_of_clip = np.array(labels)
     by_class = {
         name: {
-            "clips": int((of == i).sum()),
-            "shape": float(shape[of == i].mean()),
-            "direction": float(direction[of == i].mean()),
+            "clips": int((label_of_clip == i).sum()),
+            "shape": float(shape[label_of_clip == i].mean()),
+            "direction": float(direction[label_of_clip == i].mean()),
         }
         for i, name in enumerate(CLASS_NAMES)
-        if (of == i).any()
+        if (label_of_clip == i).any()
     }
-    seen = [v for v in verdicts if v.shape is not None] or verdicts
+    with_object = [m for m in measurements if m.shape is not None] or measurements
     both = shape & direction
     bend, unevenness, misfit = (
-        float(np.median([getattr(v, k) for v in seen])) for k in ("bend", "unevenness", "misfit")
+        float(np.median([getattr(m, k) for m in with_object])) for k in ("bend", "unevenness", "misfit")
     )
-    clean = float(np.mean([v.shape is not None and v.strange < _CLEAN for v in verdicts]))
+    clean = float(np.mean([m.shape is not None and m.strange < _CLEAN for m in measurements]))
     return Report(
-        len(clips), float(shape.mean()), float(direction.mean()), float(both.mean()),
-        {"shape": wilson(shape), "direction": wilson(direction), "both": wilson(both)}, by_class,
-        bend, unevenness, misfit, clean,
+        clips=len(clips), shape=float(shape.mean()), direction=float(direction.mean()), both=float(both.mean()),
+        intervals={"shape": wilson(shape), "direction": wilson(direction), "both": wilson(both)}, by_class=by_class,
+        bend=bend, unevenness=unevenness, misfit=misfit, clean=clean,
     )  # fmt: skip
 
 
 def wilson(successes: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson's score)."""
+    """The 95 % interval of the share of true values (Wilson's score)."""
     n, p, z = len(successes), float(successes.mean()), 1.96
     middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 
 def table(result: Report) -> str:
-    """The report as text."""
+    """A report as text, one line per class and one per share."""
     lines = [f"{'class':<16} {'clips':>5} {'shape':>7} {'direction':>9}"]
     lines += [
         f"{name:<16} {row['clips']:>5} {row['shape']:>7.1%} {row['direction']:>9.1%}"

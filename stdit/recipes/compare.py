@@ -33,7 +33,7 @@ from stdit.data.loader import batches
 from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_write import to_uint8, write_contact_sheet
 from stdit.diffusion.objective import build_objective
-from stdit.evaluation.captions import asked, caption
+from stdit.evaluation.captions import caption, caption_grid
 from stdit.evaluation.compare import Comparison, Run, by_variant, page
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.shapes import report
@@ -132,7 +132,9 @@ def plan(spec: Comparison, folder: Path) -> dict[str, dict]:
     for name, probe in probes.items():
         seconds = float(np.median(probe.seconds[2:])) if probe.seconds else float("nan")
         batch = probe.config.train.batch_size
-        steps = spec.budget.steps_for(seconds, probe.tokens, 3 * probe.gflops * batch)
+        steps = spec.budget.steps_for(
+            seconds_per_step=seconds, tokens_per_step=probe.tokens, gflops_per_step=3 * probe.gflops * batch
+        )
         variants[name] = {"steps": steps, "parameters": probe.parameters, "gflops": probe.gflops}
     write_json(file, {"spec": asked, "variants": variants})
     return variants
@@ -183,7 +185,7 @@ def measure(spec: Comparison, variant: str, seed: int, *, about: dict, folder: P
 def wanted(spec: Comparison, config: Config) -> list[tuple[str, str, str]]:
     """Colour, shape and direction of every clip to sample: all captions evenly; with labels the colour is empty."""
     if config.text.encoder:
-        return asked(None, spec.clips)
+        return caption_grid(None, spec.clips)
     shapes = [CLASS_NAMES[i % len(CLASS_NAMES)].split() for i in range(spec.clips)]
     return [("", shape, direction) for shape, direction in shapes]
 

@@ -22,7 +22,7 @@ from stdit.data.manifest import read_manifest
 from stdit.data.shapes import CLASS_NAMES, COLORS, SHAPES
 from stdit.data.video_io import VideoReader
 from stdit.data.video_write import to_uint8, write_contact_sheet
-from stdit.evaluation.captions import asked, measure
+from stdit.evaluation.captions import caption_grid, sample_and_measure
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.metrics import psnr, ssim
 from stdit.evaluation.shapes import measure_shape, report, table
@@ -122,7 +122,7 @@ def evaluate_captions(args: argparse.Namespace) -> int:
     results = {}
     for name, pairs in (("seen pairs", sorted(every - set(args.captions))), ("pairs left out", args.captions)):
         if pairs:
-            result, clips = measure(pipe, asked(pairs, args.clips), **options)
+            result, clips = sample_and_measure(pipe, caption_grid(pairs, args.clips), **options)
             print(f"{name:<15} {result}", flush=True)
             results[name] = result._asdict()
             write_contact_sheet(output / f"captions-{name.replace(' ', '-')}.png", clips[:24], columns=2)

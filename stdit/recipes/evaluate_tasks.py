@@ -32,22 +32,22 @@ def load(path: str) -> STDiTPipeline:
 
 def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a model of shapes that move straight."""
-    data = op.held_out(count, pipe.config.num_frames, "straight", size=pipe.config.height, seed=seed)
+    data = op.held_out(count, pipe.config.num_frames, "straight", pipe.config.height, seed=seed)
     if not pipe.transformer.num_classes:  # nothing but what is known says where the object goes
         return {
-            "extend-forward": lambda: op.extension(pipe, data, 5, False, asked=2.0, **options),
-            "extend-backward": lambda: op.extension(pipe, data, 8, True, asked=2.0, **options),
+            "extend-forward": lambda: op.extension(pipe, data, 5, backward=False, max_error=2.0, **options),
+            "extend-backward": lambda: op.extension(pipe, data, 8, backward=True, max_error=2.0, **options),
         }
     labelled = {**options, "guidance_scale": 2.0}
     return {
-        "extend-forward": lambda: op.extension(pipe, data, 5, False, asked=2.0, **labelled),
-        "extend-backward": lambda: op.extension(pipe, data, 8, True, asked=2.0, **labelled),
+        "extend-forward": lambda: op.extension(pipe, data, 5, backward=False, max_error=2.0, **labelled),
+        "extend-backward": lambda: op.extension(pipe, data, 8, backward=True, max_error=2.0, **labelled),
         "interpolate": lambda: op.interpolation(pipe, data, 2, **labelled),
         "inpaint": lambda: op.inpainting(pipe, data, **labelled),
-        "edit-0.3": lambda: op.editing(pipe, data, 0.3, asked=0.9, obeys=False, **{**options, "guidance_scale": 1.0}),
-        "edit-0.8": lambda: op.editing(pipe, data, 0.8, asked=0.8, obeys=True, **{**options, "guidance_scale": 5.0}),
+        "edit-0.3": lambda: op.editing(pipe, data, 0.3, min_share=0.9, new_label=False, **{**options, "guidance_scale": 1.0}),
+        "edit-0.8": lambda: op.editing(pipe, data, 0.8, min_share=0.8, new_label=True, **{**options, "guidance_scale": 5.0}),
         "animate": lambda: op.animation(pipe, data, **{**options, "guidance_scale": 3.0}),
-        "known": lambda: op.placing(pipe, data, **labelled),
+        "known": lambda: op.known_frames(pipe, data, **labelled),
         "sizes": lambda: op.sizes(pipe, count, **{**options, "guidance_scale": 3.0}),
     }
 
@@ -57,14 +57,14 @@ def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     length, size = pipe.config.num_frames, pipe.config.height
     led, options = {**options, "history_guidance": 2.0}, {**options, "history_guidance": 1.5}
     short, pictures, beyond = (
-        op.held_out(count, n, "bounce", size=size, seed=seed + 1) for n in (length, 18, length + 16)
+        op.held_out(count, n, "bounce", size, seed=seed + 1) for n in (length, 18, length + 16)
     )
     return {
-        "extend-bounce": lambda: op.extension(pipe, short, 5, False, asked=2.0, **options),
-        "extend-beyond": lambda: op.extension(pipe, beyond, length, False, asked=4.0, **options),
-        "extend-beyond-5": lambda: op.extension(pipe, beyond, 5, False, asked=4.0, **options),
-        "connect": lambda: op.connection(pipe, short, 5, 4, asked=1.5, **options),
-        "connect-pictures": lambda: op.connection(pipe, pictures, 1, 1, asked=1.5, **options),
+        "extend-bounce": lambda: op.extension(pipe, short, 5, backward=False, max_error=2.0, **options),
+        "extend-beyond": lambda: op.extension(pipe, beyond, length, backward=False, max_error=4.0, **options),
+        "extend-beyond-5": lambda: op.extension(pipe, beyond, 5, backward=False, max_error=4.0, **options),
+        "connect": lambda: op.connection(pipe, short, 5, 4, max_error=1.5, **options),
+        "connect-pictures": lambda: op.connection(pipe, pictures, 1, 1, max_error=1.5, **options),
         "loop": lambda: op.loops(pipe, short, length, 12, **led),
         "loop-windows": lambda: op.loops(pipe, short, length, 16, **led),
     }
@@ -72,7 +72,7 @@ def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
 
 def long(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a causal model of shapes that bounce: 40 times the length it was trained at."""
-    data = op.held_out(min(count, 48), pipe.config.num_frames, "bounce", size=pipe.config.height, seed=seed + 2)
+    data = op.held_out(min(count, 48), pipe.config.num_frames, "bounce", pipe.config.height, seed=seed + 2)
     choices = {**{key: options[key] for key in ("num_inference_steps", "seed")}, "guidance_scale": 2.0}
     return {"rollout": lambda: rollout(pipe, data, 13, 40 * (pipe.config.num_frames - 1), **choices)}
 
@@ -100,15 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         unknown = [name for name in args.tasks or [] if name not in suite_of]
         if unknown and args.tasks == unknown:
             raise ValueError(f"--tasks {unknown[0]} is none of {', '.join(suite_of)}.")
-        figures = []
+        metrics = []
         for name, run in suite_of.items():
             if args.tasks and name not in args.tasks:
                 continue
-            outcome = run()
-            figures += outcome.figures
-            print(*outcome.figures, sep="\n", flush=True)
-            if outcome.clips:
-                write_contact_sheet(output / "tasks" / f"{name}.png", outcome.clips, columns=2, count=9)
-        write_json(output / "tasks.json", {**vars(args), "figures": [f._asdict() for f in figures]})
+            result = run()
+            metrics += result.metrics
+            print(*result.metrics, sep="\n", flush=True)
+            if result.clips:
+                write_contact_sheet(output / "tasks" / f"{name}.png", result.clips, columns=2, count=9)
+        write_json(output / "tasks.json", {**vars(args), "figures": [f._asdict() for f in metrics]})
         print(f"{args.clips} clips each; {output / 'tasks.json'}, {output / 'tasks'}")
     return 0

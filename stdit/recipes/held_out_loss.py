@@ -14,7 +14,7 @@ from stdit.conditions.values import map_tensors
 from stdit.data.loader import Batch
 from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
-from stdit.evaluation.operations import HeldOut, held_out, told
+from stdit.evaluation.held_out import HeldOut, held_out, label_kwargs
 from stdit.pixels import to_bytes
 from stdit.recipes.entry import command_parser
 from stdit.recipes.models import load_pipeline
@@ -28,7 +28,7 @@ def losses_by_strategy(pipe: Any, data: HeldOut, levels: list[float], seed: int 
     clips = to_latents(
         Batch(to_bytes(data.pixels), None, None, conditions={}, keys=keys, bad={}, total=len(keys)), pipe.video_vae
     )
-    labels = told(pipe, data).get("class_labels")
+    labels = label_kwargs(pipe, data).get("class_labels")
     model = pipe.transformer
     conditions = {
         name: c.parse(labels if name == "label" else None, len(keys)) for name, c in model.conditioners.items()
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--clips={args.clips} --levels={args.levels}: --clips must be >= 1, levels in (0, 1].")
     for model in args.models:
         pipe = load_pipeline(model)
-        data = held_out(args.clips, pipe.config.num_frames, args.motion, size=pipe.config.height, seed=args.seed)
+        data = held_out(args.clips, pipe.config.num_frames, args.motion, pipe.config.height, seed=args.seed)
         print(f"{model}\n{'level':10}" + "".join(f"{level:>9g}" for level in args.levels))
         for strategy, losses in losses_by_strategy(pipe, data, args.levels).items():
             print(f"{strategy:10}" + "".join(f"{loss:9.4f}" for loss in losses), flush=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from stdit.data.video_write import to_uint8, write_contact_sheet, write_video
-from stdit.evaluation.operations import held_out, mark
+from stdit.evaluation.held_out import held_out
+from stdit.evaluation.operations import mark_generated
 from stdit.precision import native_bf16
 from stdit.recipes import cache_latents, make_shapes, train
 from stdit.recipes.entry import command_parser
@@ -27,21 +28,21 @@ CONFIG = "quickstart"
 def show_tasks(pipe: STDiTPipeline, output: Path) -> None:
     """Write one clip and one strip of frames for each task, from drawn clips that are not in the training data."""
     data = held_out(4, pipe.config.num_frames, "straight", pipe.config.height, seed=3)
-    first, name, options = data.pixels[:1], data.names[0], {"progress": False, "num_inference_steps": 20}
+    first, name, options = data.pixels[:1], data.class_names[0], {"progress": False, "num_inference_steps": 20}
     results = {
         "extended": (pipe.extend(first[:, :, :5], after=12, class_labels=name, **options), slice(5, None)),
         "connected": (
-            pipe.connect(data.pixels[1:2, :, :5], data.pixels[1:2, :, 13:], 8, data.names[1], **options), slice(5, 13)
+            pipe.connect(data.pixels[1:2, :, :5], data.pixels[1:2, :, 13:], 8, data.class_names[1], **options), slice(5, 13)
         ),
-        "loop": (pipe.loop(data.pixels[2:3, :, :5], 8, data.names[2], history_guidance=2.0, **options), slice(5, None)),
-        "animated": (pipe.animate(data.pixels[3:4, :, 0], class_labels=data.names[3], **options), slice(1, None)),
+        "loop": (pipe.loop(data.pixels[2:3, :, :5], 8, data.class_names[2], history_guidance=2.0, **options), slice(5, None)),
+        "animated": (pipe.animate(data.pixels[3:4, :, 0], class_labels=data.class_names[3], **options), slice(1, None)),
     }  # fmt: skip
     strips = []
     for title, (clip, new) in results.items():
         write_video(output / f"{title}.mp4", clip[0], fps=pipe.config.fps)
         is_new = torch.zeros(clip.shape[2], dtype=torch.bool)
         is_new[new] = True
-        strips.append(mark(to_uint8(clip[0]), is_new))
+        strips.append(mark_generated(to_uint8(clip[0]), is_new))
     write_contact_sheet(output / "tasks.png", strips, count=9)
 
 

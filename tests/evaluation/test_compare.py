@@ -30,7 +30,7 @@ def run(variant: str, seed: int, frechet: float, both: float = 0.5) -> Run:
     return Run(variant, seed, {}, 10, 1000, 0.5, 1.0, 20.0, {"0.5": 1.0}, 0.5, 0.5, both, frechet)
 
 
-def test_neighbours_in_the_order_are_told_apart_only_beyond_their_spread():
+def test_neighbours_in_the_order_differ_only_beyond_their_deviations():
     runs = [run("a", 0, 1.0), run("a", 1, 1.2), run("b", 0, 1.2), run("b", 1, 1.4), run("c", 0, 5.0), run("c", 1, 5.1)]
     assert order(runs) == "a ~ b < c"
     assert order([run("a", 0, 1, 0.2), run("b", 0, 1, 0.9)], "both") == "b < a"
@@ -42,7 +42,7 @@ def test_neighbours_in_the_order_are_told_apart_only_beyond_their_spread():
     ("budget", "steps"), [({"minutes": 2.0}, 60), ({"tokens": 1000.0}, 20), ({"gflops": 600.0}, 200), ({"steps": 7}, 7)]
 )
 def test_a_budget_buys_steps_at_what_they_cost(budget, steps):
-    assert Budget(**budget).steps_for(seconds_a_step=2.0, tokens_a_step=50, gflops_a_step=3) == steps
+    assert Budget(**budget).steps_for(seconds_per_step=2.0, tokens_per_step=50, gflops_per_step=3) == steps
 
 
 def test_a_variant_that_changes_more_than_one_thing_says_so():
@@ -58,7 +58,7 @@ def test_a_variant_that_changes_more_than_one_thing_says_so():
         ({"seeds": []}, "seeds is empty"),
         ({"budget": Budget()}, "gives nothing; give one of"),
         ({"budget": Budget(minutes=1, steps=3)}, "give one of minutes"),
-        ({"budget": Budget(minutes=-1)}, "buys nothing"),
+        ({"budget": Budget(minutes=-1)}, "must be > 0, got -1"),
         ({"clips": 1}, "use 2 or more"),
         ({"variants": {"a/b": {}}}, "part of a folder's name"),
     ],
@@ -93,7 +93,7 @@ def test_variants_of_one_budget_cost_the_same(kind, tmp_path, monkeypatch):
     assert steps["coarse"] > steps["small"] and (steps["deep"] < steps["small"]) == (kind == "gflops")
 
 
-def test_a_comparison_trains_judges_writes_a_page_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_a_comparison_trains_measures_writes_a_page_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("base.yaml").write_text(json.dumps(BASE))
     spec = {
@@ -118,9 +118,9 @@ def test_a_comparison_trains_judges_writes_a_page_and_goes_on_where_it_stopped(t
 
 def test_captions_asked_for_are_such_as_the_data_has():
     spec = Comparison(variants={"a": {}}, budget=Budget(steps=1), clips=192)
-    said = [caption(*one) for one in compare.wanted(spec, Config(text=TextChoice(encoder="words")))]
+    captions = [caption(*one) for one in compare.wanted(spec, Config(text=TextChoice(encoder="words")))]
     data = MovingShapes(DataConfig(source="shapes", num_shapes=2000))
-    assert len(set(said)) == 96 and set(said) == {data.record(i)["caption"] for i in range(2000)}
+    assert len(set(captions)) == 96 and set(captions) == {data.record(i)["caption"] for i in range(2000)}
     labels = compare.wanted(spec, Config())
     assert [f"{shape} {direction}" for _, shape, direction in labels[:12]] == list(CLASS_NAMES)
 

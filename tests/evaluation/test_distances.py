@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stdit.evaluation.features import describe, distances, load_extractor
+from stdit.evaluation.features import distances, extract_features, load_extractor
 from stdit.evaluation.frechet import Gaussian, frechet_distance, kernel_distance
 from stdit.evaluation.metrics import psnr, ssim
 
@@ -61,7 +61,7 @@ def test_psnr_and_ssim_know_equal_clips_and_fall_with_noise():
     assert moved > scores[1][1]
 
 
-def test_the_tiny_vae_tells_moving_clips_from_still_ones_and_from_noise():
+def test_the_tiny_vae_distinguishes_moving_clips_from_still_ones_and_from_noise():
     extractor = load_extractor("vae")
     torch.manual_seed(0)
     base = torch.nn.functional.interpolate(torch.rand(48, 3, 5, 4, 4) * 2 - 1, size=(5, 16, 16), mode="trilinear")
@@ -82,19 +82,19 @@ def test_an_extractor_file_is_run_as_it_is_and_only_inception_is_called_fid(tmp_
     torch.jit.script(Mean()).save(str(file))
     extractor = load_extractor(f"inception={file}")
     assert (extractor.frechet, extractor.kernel) == ("FID", "KID")
-    summed, kept = describe([torch.ones(2, 3, 4, 8, 8)], extractor)
-    assert summed.count == 8 and torch.equal(kept.all, torch.full((8, 3), 255.0, dtype=torch.float64))
+    summed, collected = extract_features([torch.ones(2, 3, 4, 8, 8)], extractor)
+    assert summed.count == 8 and torch.equal(collected.concatenated(), torch.full((8, 3), 255.0, dtype=torch.float64))
     script = load_extractor(f"script={file}")
     assert script.frechet == "Fréchet distance"
     with pytest.raises(ValueError, match=r"features are \(N, D\)"):
-        describe([torch.ones(2, 3, 4, 8, 8)], script)
+        extract_features([torch.ones(2, 3, 4, 8, 8)], script)
 
 
 @pytest.mark.parametrize(
     ("choice", "message"),
     [("fid", "write vae, or one of"), ("i3d", "write vae"), ("script=nowhere.pt", "does not exist")],
 )
-def test_extractors_that_are_not_there_are_named(choice, message):
+def test_missing_extractors_are_refused(choice, message):
     with pytest.raises(ValueError, match=message):
         load_extractor(choice)
 

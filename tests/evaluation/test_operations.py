@@ -1,4 +1,4 @@
-"""The measurements of tasks, tried on answers whose worth is known: the truth, and a clip that stands still."""
+"""Metrics of tasks on outputs of known quality: the truth, and a clip that stands still."""
 
 from types import SimpleNamespace
 
@@ -8,11 +8,11 @@ import torch
 from stdit.data.shapes import CLASS_NAMES
 from stdit.evaluation import operations as op
 
-DATA = op.held_out(12, 17, "straight", 64, 5)
+DATA = op.held_out(12, 17, "straight", 64, seed=5)
 
 
-class Answers:
-    """A pipeline that gives the clips it was made with, whatever it is asked."""
+class FixedOutput:
+    """A pipeline that returns the clips it was made with, whatever the task."""
 
     transformer = SimpleNamespace(config=SimpleNamespace(class_names=CLASS_NAMES))
 
@@ -26,42 +26,42 @@ class Answers:
 
 
 def still():
-    return Answers(DATA.pixels[:, :, :1].expand_as(DATA.pixels).clone())
+    return FixedOutput(DATA.pixels[:, :, :1].expand_as(DATA.pixels).clone())
 
 
-def values(outcome):
-    return {figure.name.split(": ")[1]: figure for figure in outcome.figures}
+def by_name(result):
+    return {metric.name.split(": ")[1]: metric for metric in result.metrics}
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_truth_reaches_every_figure_of_an_extension_and_a_still_clip_does_not(backward):
+def test_the_truth_reaches_every_metric_of_an_extension_and_a_still_clip_does_not(backward):
     known = 8 if backward else 5
-    right = values(op.extension(Answers(DATA.pixels), DATA, known, backward, 2.0))
-    assert all(figure.reached in (True, None) for figure in right.values())
+    right = by_name(op.extension(FixedOutput(DATA.pixels), DATA, known, backward=backward, max_error=2.0))
+    assert all(metric.reached in (True, None) for metric in right.values())
     assert right["mean position error at the end"].value < 0.1
-    wrong = values(op.extension(still(), DATA, known, backward, 2.0))
+    wrong = by_name(op.extension(still(), DATA, known, backward=backward, max_error=2.0))
     assert wrong["direction kept"].value == 0
     if not backward:
         assert wrong["mean position error at the end"].value > 5
 
 
 def test_a_connection_is_measured_over_its_gap_and_at_its_seam():
-    right = values(op.connection(Answers(DATA.pixels), DATA, 5, 4, 1.5))
+    right = by_name(op.connection(FixedOutput(DATA.pixels), DATA, 5, 4, max_error=1.5))
     assert right["position error at the seam"].value < 0.1
-    assert values(op.connection(still(), DATA, 5, 4, 1.5))["position error at the seam"].reached is False
+    assert by_name(op.connection(still(), DATA, 5, 4, max_error=1.5))["position error at the seam"].reached is False
 
 
 def test_interpolation_is_measured_against_linear_blending():
     linear = DATA.pixels.clone()
     linear[:, :, 1::2] = (DATA.pixels[:, :, 0:-1:2] + DATA.pixels[:, :, 2::2]) / 2
-    same = values(op.interpolation(Answers(linear), DATA, 2))
+    same = by_name(op.interpolation(FixedOutput(linear), DATA, 2))
     assert same["PSNR above linear blending"].value == pytest.approx(0, abs=1e-4)
-    assert values(op.interpolation(Answers(DATA.pixels), DATA, 2))["PSNR above linear blending"].value > 20
+    assert by_name(op.interpolation(FixedOutput(DATA.pixels), DATA, 2))["PSNR above linear blending"].value > 20
 
 
 def test_an_edit_that_changes_nothing_keeps_the_shape_and_disobeys_the_label():
-    assert op.editing(Answers(DATA.pixels), DATA, 0.3, 0.9, False).figures[0].value == 1
-    assert op.editing(Answers(DATA.pixels), DATA, 0.8, 0.8, True).figures[0].value == 0
+    assert op.editing(FixedOutput(DATA.pixels), DATA, 0.3, min_share=0.9, new_label=False).metrics[0].value == 1
+    assert op.editing(FixedOutput(DATA.pixels), DATA, 0.8, min_share=0.8, new_label=True).metrics[0].value == 0
 
 
 def test_held_out_clips_are_none_of_those_that_training_draws():
@@ -70,11 +70,12 @@ def test_held_out_clips_are_none_of_those_that_training_draws():
 
     drawn = [random_clip(keyed_rng("sample", 5, i), i, 17, 64, "straight").start for i in range(12)]
     assert not any(truth.start in drawn for truth in DATA.truths)
-    again = op.held_out(12, 17, "straight", 64, 5)
-    assert torch.equal(again.pixels, DATA.pixels)
+    same = op.held_out(12, 17, "straight", 64, seed=5)
+    assert torch.equal(same.pixels, DATA.pixels)
 
 
-def test_figures_say_what_was_asked_and_whether_it_was_reached():
+def test_metrics_print_their_target_and_whether_it_was_reached():
     assert "MISSED" in str(op.Metric("a", 0.5, "%", least=0.9))
     assert "reached" in str(op.Metric("a", 1.5, "px", most=2.0))
     assert "reached" not in str(op.Metric("a", 1.5, "px"))
+    assert ">= 90%" in str(op.Metric("a", 0.5, "%", least=0.9)) and "<= 2 " in str(op.Metric("a", 1.5, "px", most=2.0))

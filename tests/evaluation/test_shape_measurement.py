@@ -6,20 +6,20 @@ from stdit.evaluation.shapes import measure_shape, report, table, wilson
 from stdit.rng import keyed_rng
 
 
-def test_the_judge_is_right_about_drawn_clips():
+def test_drawn_clips_are_measured_as_they_were_drawn():
     clips = [random_clip(keyed_rng("sample", 7, i), i % 12) for i in range(240)]
     frames = [draw(clip) for clip in clips]
     result = report(frames, [clip.label for clip in clips])
     assert result.shape == result.direction == result.both == result.clean == 1.0
     for clip, drawn in zip(clips, frames, strict=True):
-        seen = measure_shape(drawn)
-        assert np.hypot(*(seen.centers[0] - clip.start)) < 0.5
-        assert seen.speed == pytest.approx(clip.speed, abs=0.05)
-        assert np.abs(seen.color - clip.color).max() < 0.03
-        assert seen.bend < 0.1
+        measured = measure_shape(drawn)
+        assert np.hypot(*(measured.centers[0] - clip.start)) < 0.5
+        assert measured.speed == pytest.approx(clip.speed, abs=0.05)
+        assert np.abs(measured.color - clip.color).max() < 0.03
+        assert measured.bend < 0.1
 
 
-def test_the_judge_sees_what_is_wrong():
+def test_wrong_clips_are_measured_as_wrong():
     clip = random_clip(keyed_rng("sample", 1), 0)
     frames = draw(clip)
     assert measure_shape(frames[::-1]).direction == "right"
@@ -32,7 +32,7 @@ def test_the_judge_sees_what_is_wrong():
     assert shuffled.unevenness > 1
 
 
-def test_a_second_object_of_another_colour_is_seen():
+def test_a_second_object_of_another_colour_is_detected():
     clip = random_clip(keyed_rng("sample", 3), 1)
     clip.color, clip.background = [0.9, 0.1, 0.1], [0.1, 0.1, 0.1]
     alone = draw(clip)
