@@ -103,10 +103,10 @@ class DDPMPath:
 
         As a text, "250" is the same and "ddim50" strides by a whole number from step 0 (DiT's `space_timesteps`).
         """
-        kept = torch.tensor(self.kept_steps(steps), dtype=torch.float64)
+        kept = torch.tensor(self.respaced_steps(steps), dtype=torch.float64)
         return torch.cat([(kept.flip(0) + 1) / self.num_steps, torch.zeros(1, dtype=torch.float64)]).float()
 
-    def kept_steps(self, steps: int | str) -> list[int]:
+    def respaced_steps(self, steps: int | str) -> list[int]:
         """The steps in 0..999 that a schedule visits, rising."""
         strided = isinstance(steps, str) and steps.startswith("ddim")
         digits = str(steps).removeprefix("ddim")

@@ -44,8 +44,12 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
         "extend-backward": lambda: op.extension(pipe, data, 8, backward=True, max_error=2.0, **labelled),
         "interpolate": lambda: op.interpolation(pipe, data, 2, **labelled),
         "inpaint": lambda: op.inpainting(pipe, data, **labelled),
-        "edit-0.3": lambda: op.editing(pipe, data, 0.3, min_share=0.9, new_label=False, **{**options, "guidance_scale": 1.0}),
-        "edit-0.8": lambda: op.editing(pipe, data, 0.8, min_share=0.8, new_label=True, **{**options, "guidance_scale": 5.0}),
+        "edit-0.3": lambda: op.editing(
+            pipe, data, 0.3, min_share=0.9, new_label=False, **{**options, "guidance_scale": 1.0}
+        ),
+        "edit-0.8": lambda: op.editing(
+            pipe, data, 0.8, min_share=0.8, new_label=True, **{**options, "guidance_scale": 5.0}
+        ),
         "animate": lambda: op.animation(pipe, data, **{**options, "guidance_scale": 3.0}),
         "known": lambda: op.known_frames(pipe, data, **labelled),
         "sizes": lambda: op.sizes(pipe, count, **{**options, "guidance_scale": 3.0}),
@@ -56,9 +60,7 @@ def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a model of shapes that bounce."""
     length, size = pipe.config.num_frames, pipe.config.height
     led, options = {**options, "history_guidance": 2.0}, {**options, "history_guidance": 1.5}
-    short, pictures, beyond = (
-        op.held_out(count, n, "bounce", size, seed=seed + 1) for n in (length, 18, length + 16)
-    )
+    short, pictures, beyond = (op.held_out(count, n, "bounce", size, seed=seed + 1) for n in (length, 18, length + 16))
     return {
         "extend-bounce": lambda: op.extension(pipe, short, 5, backward=False, max_error=2.0, **options),
         "extend-beyond": lambda: op.extension(pipe, beyond, length, backward=False, max_error=4.0, **options),

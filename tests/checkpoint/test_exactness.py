@@ -190,10 +190,10 @@ def test_the_hybrid_loss_is_dits():
 
 def test_respaced_timesteps_are_dits():
     for spec, kept in json.loads((REFERENCE / "timesteps.json").read_text()).items():
-        assert PATH.kept_steps(spec) == kept, spec
-    assert PATH.kept_steps(250) == PATH.kept_steps("250")
+        assert PATH.respaced_steps(spec) == kept, spec
+    assert PATH.respaced_steps(250) == PATH.respaced_steps("250")
     with pytest.raises(ValueError, match="no whole stride visits 300 steps. Use ddim334"):
-        PATH.kept_steps("ddim300")
+        PATH.respaced_steps("ddim300")
 
 
 @pytest.mark.parametrize("spec", ["1000", "25", "ddim50"])

@@ -1,14 +1,14 @@
 """A model's loss by mask strategy shows what it has learnt of known frames."""
 
-import held_out_loss
 import pytest
 import torch
 from conftest import fill
-from held_out_loss import losses_by_scheme
 
 from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.evaluation.held_out import held_out
 from stdit.model.stdit import STDiT
+from stdit.recipes import held_out_loss
+from stdit.recipes.held_out_loss import losses_by_strategy
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import load_vae
@@ -23,22 +23,22 @@ def pipe():
 
 
 def test_each_strategy_has_a_loss_at_each_level_and_twice_the_same(pipe):
-    found = losses_by_scheme(pipe, DATA, [0.3, 0.9])
+    found = losses_by_strategy(pipe, DATA, [0.3, 0.9])
     assert set(found) == set(MASK_STRATEGIES) - {"per_frame", "teacher_forcing"}
     assert all(len(losses) == 2 and min(losses) > 0 for losses in found.values())
-    assert losses_by_scheme(pipe, DATA, [0.3, 0.9]) == found
-    assert losses_by_scheme(pipe, DATA, [0.3])["prefix"] == found["prefix"][:1]
+    assert losses_by_strategy(pipe, DATA, [0.3, 0.9]) == found
+    assert losses_by_strategy(pipe, DATA, [0.3])["prefix"] == found["prefix"][:1]
 
 
 def test_an_output_given_known_frames_changes_the_losses_with_known_frames_alone(pipe):
-    plain = losses_by_scheme(pipe, DATA, [0.5])
+    plain = losses_by_strategy(pipe, DATA, [0.5])
     forward = type(pipe.transformer).forward
 
     def zero_with_known(self, x, timestep, **conditions):  # levels per frame: some frames are known
         return forward(self, x, timestep, **conditions) if timestep.ndim == 1 else torch.zeros_like(x)
 
     pipe.transformer.forward = zero_with_known.__get__(pipe.transformer)
-    other = losses_by_scheme(pipe, DATA, [0.5])
+    other = losses_by_strategy(pipe, DATA, [0.5])
     assert other["shared"] == plain["shared"]
     assert other["prefix"] != plain["prefix"]
 
