@@ -7,7 +7,14 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+?))?(?:@([\w.-]+))?")
-_LOCAL = {".", "..", "checkpoints", "models", "data", "output"}  # folders of a run, mistyped more often than owners of repositories
+_LOCAL = {
+    ".",
+    "..",
+    "checkpoints",
+    "models",
+    "data",
+    "output",
+}  # folders of a run, mistyped more often than owners of repositories
 
 
 def resolve_source(name: str, what: str) -> tuple[str, dict[str, str]]:
