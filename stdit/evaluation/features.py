@@ -37,7 +37,7 @@ def _frames(pixels: Tensor) -> Tensor:
 
 def _vae(path: str) -> Extractor:
     """Of every channel: mean, spread, and how much neighbours in y, x and time differ. Edges and motion count, since mean
-    and spread alone take noise of the right colours for better than objects (docs/comparison.md)."""
+    and spread alone take noise of the right colours for better than objects (dev/LOG.md)."""
     vae = load_vae(path or "tiny")
 
     @torch.no_grad()

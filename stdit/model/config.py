@@ -32,7 +32,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMS norm of queries and keys
     num_classes: int | None = None  # null: as many as the data has; 0: no labels
     position_encoding: Literal["sincos", "rope", "rope_3d", "sincos+rope_3d", "latte"] = "sincos"  # see the values
-    causal: bool = False  # a frame sees itself and earlier frames; needs position_encoding=rope
+    causal: bool = False  # frames attend to themselves and earlier frames; needs rope or rope_3d
     window: int | None = None  # causal: latent frames that a frame attends to, itself included; null: all
     sink: int = 0  # causal: first latent frames that stay attended to beyond the window
     pos_scaling: Literal["none", "interpolate"] = "none"  # positions at sizes not trained
