@@ -26,7 +26,7 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	touch $@
 
 quickstart: $(VENV)/.installed-tracking
-	$(RUN) tools/quickstart.py
+	$(RUN) -m stdit quickstart
 
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest

@@ -98,8 +98,11 @@ CHOICES: dict[str, dict[str, str]] = {
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """Field name -> the comment that ends its definition in the source of a dataclass."""
+    """Field name -> the comment that ends its definition in the source of a dataclass and of those it inherits from."""
     found: dict[str, str] = {}
+    for parent in kind.__bases__:
+        if dataclasses.is_dataclass(parent):
+            found |= meanings(parent)
     name, depth = None, 0
     previous = tokenize.NEWLINE
     tokens = list(tokenize.generate_tokens(io.StringIO(inspect.getsource(kind)).readline))

@@ -36,7 +36,7 @@ class TextChoice:
 
 @dataclass
 class Config:
-    """Everything `tools/train.py` reads."""
+    """The config of `stdit train`."""
 
     name: str = "run"  # name of the run: checkpoints/, models/ and output/ get a folder of it
     seed: int = 0  # seed of weights, data, noise and dropout
@@ -152,14 +152,38 @@ class Config:
             )
 
 
+def config_folder() -> Path:
+    """Where the package's configs are: in the wheel stdit/configs, in a checkout the folder configs/ of the repository."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[1] / "configs"
+
+
+def find_config(name: str | Path, subfolder: str = "") -> Path:
+    """The file of a config: a path; or a name in the package with or without "configs/" and ".yaml", such as "quickstart".
+
+    subfolder: of the package's configs, searched first. ValueError with what there is, if there is no such file.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folder, bare = config_folder(), str(name).removeprefix("configs/").removesuffix(".yaml")
+    for root in (folder / subfolder, folder):
+        found = root / f"{bare}.yaml"
+        if found.is_file() and found.resolve().is_relative_to(folder.resolve()):  # a name, no way out of the folder
+            return found
+    here = [str(path) for path in sorted(Path("configs").glob("*.yaml"))]
+    packaged = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    raise ValueError(
+        f"The config {str(name)!r} does not exist; there are: {', '.join(here) or 'none in configs/'}; "
+        f"by name: {', '.join(packaged) or 'none'}."
+    )
+
+
 def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file of differences and `key=value` overrides into the dataclass `schema`.
+    """Read a config (see `find_config`) and `key=value` overrides into the dataclass `schema`.
 
     Raises ValueError in one line: the key, what was expected, the nearest name.
     """
-    if not Path(path).is_file():
-        have = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yaml"))) or "none in configs/"
-        raise ValueError(f"The config {str(path)!r} does not exist; there are: {have}.")
+    path = find_config(path)
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ValueError(f"{override!r} is no override; write key=value, for example train.steps=1000.")

@@ -31,7 +31,10 @@ MODULES = {
 # Names that changed inside a module (its present path), found by the `__getattr__` that `aliases` makes.
 NAMES = {
     "stdit.text": {"Words": "HashedWordEncoder", "Pretrained": "TransformersTextEncoder"},
+    "stdit.training.metrics": {"Record": "MetricsLogger"},
+    "stdit.training.fit": {"averaged": "swap_ema"},
     "stdit.sampling.windowed": {"Sampler": "WindowedSampler"},
+    "stdit.sampling.pipeline": {"_label": "label_number"},
     "stdit.data.samplers": {
         "Uniform": "UniformSampler", "Buckets": "BucketSampler", "Packs": "PackedSampler", "Size": "ClipSize",
         "Slot": "SampleRef", "Order": "BatchSampler", "assign": "assign_buckets",
@@ -90,32 +93,37 @@ PARAMETERS = (
 _warned: set[str] = set()
 
 
-def warn_renamed(old: str, new: str) -> None:
-    """Say once that a name is read for one more version."""
-    if old not in _warned:
-        _warned.add(old)
-        warn_user(f"{old!r} is now called {new!r}; the old name is read for one more version.")
+def warn_renamed(*renames: tuple[str, str]) -> None:
+    """Say once of each (old name, new name) that the old one is read for one more version."""
+    new = {old: name for old, name in renames if old not in _warned}
+    _warned.update(new)
+    if new:
+        listed = ", ".join(f"{old!r} is now called {name!r}" for old, name in new.items())
+        warn_user(f"{listed}; old names are read for one more version.")
 
 
 def renamed_section(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """A section of a config under today's keys and values."""
-    keys, values, found = CONFIG_KEYS.get(section, {}), CONFIG_VALUES.get(section, {}), {}
+    keys, values = CONFIG_KEYS.get(section, {}), CONFIG_VALUES.get(section, {})
     prefix = "" if section == "pipeline" else f"{section}."
+    found: dict[str, Any] = {}
+    renames: list[tuple[str, str]] = []
     for key, value in given.items():
         name = keys.get(key, key)
         if name != key:
-            warn_renamed(f"{prefix}{key}", f"{prefix}{name}")
-        found[name] = _renamed_value(values.get(name, {}), value, f"{prefix}{name}")
+            renames.append((f"{prefix}{key}", f"{prefix}{name}"))
+        found[name] = _renamed_value(values.get(name, {}), value, f"{prefix}{name}", renames)
+    warn_renamed(*renames)
     return found
 
 
-def _renamed_value(table: Mapping[str, str], value: Any, key: str) -> Any:
+def _renamed_value(table: Mapping[str, str], value: Any, key: str, renames: list[tuple[str, str]]) -> Any:
     if isinstance(value, Mapping):
-        return {_renamed_value(table, name, key): each for name, each in value.items()}
+        return {_renamed_value(table, name, key, renames): each for name, each in value.items()}
     if isinstance(value, list):
-        return [_renamed_value(table, each, key) for each in value]
+        return [_renamed_value(table, each, key, renames) for each in value]
     if isinstance(value, str) and value in table:
-        warn_renamed(f"{key}={value}", f"{key}={table[value]}")
+        renames.append((f"{key}={value}", f"{key}={table[value]}"))
         return table[value]
     return value
 
@@ -157,7 +165,7 @@ def aliases(module: str) -> Callable[[str], Any]:
         new = NAMES.get(module, {}).get(name)
         if new is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warn_renamed(f"{module}.{name}", f"{module}.{new}")
+        warn_renamed((f"{module}.{name}", f"{module}.{new}"))
         return getattr(sys.modules[module], new)
 
     return find
@@ -170,7 +178,7 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(name, self) if name in MODULES else None
 
     def create_module(self, spec):
-        warn_renamed(spec.name, MODULES[spec.name])
+        warn_renamed((spec.name, MODULES[spec.name]))
         return None
 
     def exec_module(self, module):

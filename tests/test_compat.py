@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import train
 from golden.record import recorded_here
 from safetensors.torch import load_file
 
 from stdit import STDiT, STDiTPipeline
+from stdit.recipes import train
 
 HERE = Path(__file__).parent / "compat"
 EXPECTED = load_file(HERE / "expected.safetensors")

@@ -1,8 +1,9 @@
 """What `tools/gpu_check.py` will do on a GPU runs: here its tensors stay on the CPU."""
 
-import gpu_check
 import pytest
 import torch
+
+from stdit.recipes import gpu_check
 
 
 @pytest.fixture

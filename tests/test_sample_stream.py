@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-import sample_video
 import torch
 from conftest import fill
 
 from stdit.data import VideoReader
 from stdit.data.video_write import VideoStream, write_video
 from stdit.model.stdit import STDiT
+from stdit.recipes import sample
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import TinyVAE
@@ -47,7 +47,7 @@ def test_a_long_clip_is_written_as_it_is_made_and_is_the_one_made_at_once(causal
     given = torch.from_numpy(frames("clip.mp4")).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     whole = causal.extend(given.expand(2, -1, -1, -1, -1), after=24, class_labels=[0, 1], num_inference_steps=1)
     monkeypatch.setattr(STDiTPipeline, "fill", None)  # the command holds no whole clip
-    assert sample_video.main([*ARGUMENTS, "--class-label", "0", "1", "--output", "made"]) == 0
+    assert sample.main([*ARGUMENTS, "--class-label", "0", "1", "--output", "made"]) == 0
     written = sorted((tmp_path / "made").glob("*.mp4"))
     assert len(written) == len(list((tmp_path / "made").glob("*.json"))) == 2
     for path, clip in zip(written, whole, strict=True):
@@ -59,7 +59,7 @@ def test_a_long_clip_is_written_as_it_is_made_and_is_the_one_made_at_once(causal
 
 def test_what_a_stream_cannot_do_is_refused_and_nothing_is_left(causal, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="leave out history_guidance=2.0"):
-        sample_video.main([*ARGUMENTS, "--history-guidance", "2", "--output", "made"])
+        sample.main([*ARGUMENTS, "--history-guidance", "2", "--output", "made"])
     assert not list((tmp_path / "made").glob("*"))
     stream = STDiTPipeline.stream
 
@@ -69,11 +69,11 @@ def test_what_a_stream_cannot_do_is_refused_and_nothing_is_left(causal, tmp_path
 
     monkeypatch.setattr(STDiTPipeline, "stream", broken)
     with pytest.raises(ValueError, match="power cut"):
-        sample_video.main([*ARGUMENTS, "--output", "made"])
+        sample.main([*ARGUMENTS, "--output", "made"])
     assert not list((tmp_path / "made").glob("*"))
 
 
-def test_the_rate_asked_for_is_told_and_written(tiny_model, tmp_path, monkeypatch):
+def test_the_frame_rate_conditions_the_model_and_is_written(tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_model(
         in_channels=16, num_classes=0, learn_sigma=False, sample_size=(3, 4, 4), micro_conditions=["fps"]
@@ -105,7 +105,7 @@ def test_the_rate_asked_for_is_told_and_written(tiny_model, tmp_path, monkeypatc
         "--steps",
         "1",
     ]
-    assert sample_video.main([*arguments, "--output", "made.mp4"]) == 0
+    assert sample.main([*arguments, "--output", "made.mp4"]) == 0
     assert set(rates) == {16.0}
     with VideoReader("made.mp4") as reader:
         assert (len(reader), round(reader.fps)) == (9, 16)

@@ -3,22 +3,16 @@
 import json
 from pathlib import Path
 
-import cache_latents
-import check_media
-import evaluate
-import make_shapes
 import numpy as np
 import pytest
-import quickstart
-import sample_video
 import torch
-import train
 from PIL import Image
 
 from stdit.data import VideoReader
 from stdit.data.manifest import read_manifest
 from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_write import write_video
+from stdit.recipes import cache_latents, check_media, evaluate, make_shapes, quickstart, sample, train
 from stdit.sampling.pipeline import STDiTPipeline
 
 TINY = """
@@ -100,25 +94,25 @@ def test_cached_latents_train_like_the_clips_they_came_from(home):
 
 def test_a_model_is_trained_found_and_sampled(home, capsys):
     with pytest.raises(ValueError, match="There is no model under models/; make one with: make quickstart"):
-        sample_video.main([])
+        sample.main([])
     assert train.run(["t.yaml"]) == 0
-    assert sample_video.main(["--class-label", "circle left", "7", "--steps", "2", "--seed", "3"]) == 0
+    assert sample.main(["--class-label", "circle left", "7", "--steps", "2", "--seed", "3"]) == 0
     made = sorted((home / "output/t/samples").glob("*-seed-3-*"))
     assert [p.suffix for p in made] == [".json", ".mp4", ".json", ".mp4"]
     settings = json.loads(made[2].read_text())
     assert settings["label_name"] == sorted(CLASS_NAMES)[7]  # a manifest numbers names by the alphabet
     assert settings["seed"] == 3
     with pytest.raises(ValueError, match="exists; choose another --output or --seed, or pass --overwrite"):
-        sample_video.main(["--class-label", "circle left", "7", "--steps", "2", "--seed", "3"])
-    assert sample_video.main(["--class-label", "0", "--frames", "1", "--steps", "1", "--output", "one.png"]) == 0
+        sample.main(["--class-label", "circle left", "7", "--steps", "2", "--seed", "3"])
+    assert sample.main(["--class-label", "0", "--frames", "1", "--steps", "1", "--output", "one.png"]) == 0
     assert (home / "one.png").read_bytes()[:4] == b"\x89PNG"
-    assert sample_video.main(["--class-label", "0", "--frames", "9", "--steps", "1", "--gif", "--output", "gifs"]) == 0
+    assert sample.main(["--class-label", "0", "--frames", "9", "--steps", "1", "--gif", "--output", "gifs"]) == 0
     with VideoReader(next((home / "gifs").glob("*.gif"))) as reader:
         assert len(reader) == 9
     with pytest.raises(ValueError, match="class label 'hexagon' is unknown"):
-        sample_video.main(["--class-label", "hexagon"])
+        sample.main(["--class-label", "hexagon"])
     with pytest.raises(ValueError, match="Use 1 or 5"):
-        sample_video.main(["--frames", "2"])
+        sample.main(["--frames", "2"])
     assert evaluate.main(["--clips", "12", "--steps", "1", "--size", "32"]) == 0
     assert (home / "output/t/evaluation.json").is_file()
 
@@ -148,8 +142,9 @@ def test_images_train_through_the_same_code(home):
 def test_a_vae_is_trained_stopped_and_resumed_exactly(home):
     import csv
 
-    import train_vae
     from safetensors.torch import load_file
+
+    from stdit.recipes import train_vae
 
     rows = [{"path": f"shapes/{i:06d}.mp4", "group": "held" if i < 2 else "seen"} for i in range(6)]
     make_shapes.main(["--output", "clips", "--num-clips", "6", "--size", "128"])
@@ -215,7 +210,7 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
     inputs = [flag for flag in flags if flag.endswith((".mp4", ".png")) and not flag.startswith("mask.")]
     rest = [flag for flag in flags if flag not in inputs]
     arguments = ["--task", task, "--input", *inputs, *rest, "--steps", "2", "--output", "made"]
-    assert sample_video.main(arguments) == 0
+    assert sample.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "48 x 48 -> 32 x 32" in printed  # what was resampled is said
     written = sorted((model / "made").glob("*.mp4"))
@@ -225,7 +220,7 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
         assert reader.size == ((32, 64) if "--width" in flags else (32, 32))
         assert round(reader.fps, 3) == (32 if task == "interpolate" else 8)
     with pytest.raises(ValueError, match="exists; choose another"):
-        sample_video.main(arguments)
+        sample.main(arguments)
 
 
 @pytest.mark.parametrize(
@@ -257,11 +252,14 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
             ["--task", "edit", "--input", "odd.png", "--frames", "9"],
             "odd.png is an image of one frame, but --frames is 9",
         ),
-        (["--task", "extend", "--input", "shapes/000000.mp4", "--frames", "-1", "--after", "4"], "--frames -1 is none"),
-        (["--task", "loop", "--input", "shapes/000000.mp4", "--frames", "0"], "--frames 0 is none; use 1 or more"),
-        (["--height", "0"], "--height 0 is none"),
-        (["--fps", "-3"], "--fps -3.0 is none; use a positive number"),
-        (["--fps", "inf"], "--fps inf is none; use a positive number"),
+        (
+            ["--task", "extend", "--input", "shapes/000000.mp4", "--frames", "-1", "--after", "4"],
+            "--frames must be >= 1, got -1",
+        ),
+        (["--task", "loop", "--input", "shapes/000000.mp4", "--frames", "0"], "--frames must be >= 1, got 0"),
+        (["--height", "0"], "--height must be >= 1, got 0"),
+        (["--fps", "-3"], "--fps must be a positive number, got -3.0"),
+        (["--fps", "inf"], "--fps must be a positive number, got inf"),
         (["--guidance", "nan"], "must be >= 0, got nan"),
         (["--seed", "-1"], "seed must be >= 0, got -1"),
         (["--tile", "2"], "tile must be >= 3, got 2"),
@@ -276,13 +274,13 @@ def test_tasks_that_cannot_be_are_refused_before_anything_is_written(model, argu
     Image.new("L", (9, 7)).save("odd.png")
     write_video("short.mp4", np.zeros((3, 48, 48, 3), np.uint8))
     with pytest.raises((ValueError, OSError), match=message):
-        sample_video.main([*arguments, "--output", "made"])
+        sample.main([*arguments, "--output", "made"])
     assert not (model / "made").exists() or not list((model / "made").iterdir())
 
 
 def test_a_gif_is_not_written_under_another_name(model):
-    with pytest.raises(ValueError, match="--gif and --output made.mp4 say different things"):
-        sample_video.main(["--gif", "--output", "made.mp4"])
+    with pytest.raises(ValueError, match="--gif and --output made.mp4 contradict each other"):
+        sample.main(["--gif", "--output", "made.mp4"])
 
 
 def test_outpainting_keeps_the_whole_picture_and_a_picture_stays_a_picture(model, capsys):
@@ -290,7 +288,7 @@ def test_outpainting_keeps_the_whole_picture_and_a_picture_stays_a_picture(model
     picture[:, :8], picture[:, -8:] = (255, 0, 0), (0, 0, 255)
     Image.fromarray(picture).save("wide.png")
     arguments = ["--task", "inpaint", "--input", "wide.png", "--height", "64", "--width", "64", "--steps", "1"]
-    assert sample_video.main([*arguments, "--output", "square.png"]) == 0
+    assert sample.main([*arguments, "--output", "square.png"]) == 0
     assert "cropped" not in capsys.readouterr().out
     made = np.asarray(Image.open("square.png"))
     assert made.shape == (64, 64, 3)
@@ -299,14 +297,14 @@ def test_outpainting_keeps_the_whole_picture_and_a_picture_stays_a_picture(model
 
 def test_nothing_that_is_there_is_overwritten_nor_a_kind_of_file_found_out_late(model, monkeypatch):
     Path("mine.json").write_text("{}")
-    monkeypatch.setattr(sample_video.STDiTPipeline, "fill", None)
+    monkeypatch.setattr(sample.STDiTPipeline, "fill", None)
     for output, message in (
         ("mine.mp4", "mine.json exists"),
         ("x.webm", "cannot write .webm"),
         ("z.json", "cannot write"),
     ):
         with pytest.raises(ValueError, match=message):
-            sample_video.main(["--class-label", "0", "--output", output])
+            sample.main(["--class-label", "0", "--output", output])
     assert Path("mine.json").read_text() == "{}"
 
 

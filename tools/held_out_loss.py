@@ -1,78 +1,10 @@
-"""How well models have learnt each scheme of known frames: their loss on held-out moving shapes, by noise level, in seconds.
+"""The command `stdit held-out-loss` as a script; the code is in stdit/recipes/held_out_loss.py."""
 
-python tools/held_out_loss.py models/quickstart models/other --clips 96
-
-A row below `shared` says that what is known helps; one above it, that the model has not learnt to use it.
-"""
-
-import argparse
 import sys
-from typing import Any
 
-import torch
-
-from stdit.conditions.values import map_tensors
-from stdit.data.loader import Batch
-from stdit.diffusion.masks import MASK_STRATEGIES
-from stdit.diffusion.objective import ObjectiveConfig, build_objective
-from stdit.evaluation.operations import HeldOut, held_out, told
-from stdit.pixels import to_bytes
-from stdit.sampling.pipeline import STDiTPipeline
-from stdit.training.step import diffusion_losses, to_latents
-
-
-@torch.no_grad()
-def losses_by_scheme(pipe: Any, data: HeldOut, levels: list[float], seed: int = 0) -> dict[str, list[float]]:
-    """The mean loss of what is to be predicted at each of `levels` (0..1), for each scheme that takes frames as known."""
-    keys = [(seed, 0, slot) for slot in range(len(data.pixels))]
-    clips = to_latents(
-        Batch(to_bytes(data.pixels), None, None, conditions={}, keys=keys, bad={}, total=len(keys)), pipe.video_vae
-    )
-    labels = told(pipe, data).get("class_labels")
-    model = pipe.transformer
-    conditions = {
-        name: c.parse(labels if name == "label" else None, len(keys)) for name, c in model.conditioners.items()
-    }
-    conditions = map_tensors(conditions, lambda x: x.to(pipe.device))
-    objective = build_objective(ObjectiveConfig(pipe.config.objective))
-    found: dict[str, list[float]] = {}
-    for name, strategy in MASK_STRATEGIES.items():
-        if strategy.level_per_frame or (strategy.per_patch and not model.supports_patch_levels):
-            continue
-        losses = [
-            diffusion_losses(
-                model, objective, clips, conditions, keys, patch=model.patch_size, level=level, strategy=name
-            )
-            for level in levels
-        ]
-        found[name] = [loss.clips.mean().item() for loss in losses]
-    return found
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+")
-    parser.add_argument("--clips", type=int, default=96)
-    parser.add_argument("--levels", type=float, nargs="+", default=[0.4, 0.6, 0.8, 0.95], help="noise levels, 0 to 1")
-    parser.add_argument("--motion", choices=["straight", "bounce"], default="straight")
-    parser.add_argument("--seed", type=int, default=77)
-    args = parser.parse_args(arguments)
-    try:
-        if args.clips < 1 or not all(0 < level <= 1 for level in args.levels):
-            raise ValueError(
-                f"--clips={args.clips} --levels={args.levels}: use 1 or more clips, levels above 0, at most 1."
-            )
-        for model in args.models:
-            pipe = STDiTPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
-            data = held_out(args.clips, pipe.config.num_frames, args.motion, pipe.config.height, args.seed)
-            print(f"{model}\n{'level':10}" + "".join(f"{level:>9g}" for level in args.levels))
-            for scheme, losses in losses_by_scheme(pipe, data, args.levels).items():
-                print(f"{scheme:10}" + "".join(f"{loss:9.4f}" for loss in losses), flush=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
+from stdit.recipes import held_out_loss as recipe
+from stdit.recipes.entry import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(recipe.main))
+sys.modules[__name__] = recipe  # `import held_out_loss` gives the recipe itself

@@ -1,82 +1,10 @@
-"""The first command: draw moving shapes, encode them, train a video diffusion transformer, sample clips, show the tasks.
+"""The command `stdit quickstart` as a script; the code is in stdit/recipes/quickstart.py."""
 
-    make quickstart          (python tools/quickstart.py once the package is installed)
-
-Run again, it keeps what is there and goes on where it stopped.
-"""
-
-import argparse
 import sys
-import time
-from pathlib import Path
 
-import cache_latents
-import make_shapes
-import torch
-import train
-
-from stdit.data.video_write import to_uint8, write_contact_sheet, write_video
-from stdit.evaluation.operations import held_out, mark
-from stdit.precision import native_bf16
-from stdit.sampling.pipeline import STDiTPipeline
-
-CONFIG = "configs/quickstart.yaml"
-
-
-def show_tasks(pipe: STDiTPipeline, output: Path) -> None:
-    """One clip and one strip of each task, from drawn clips that training did not see."""
-    data = held_out(4, pipe.config.num_frames, "straight", pipe.config.height, seed=3)
-    first, name, options = data.pixels[:1], data.names[0], {"progress": False, "num_inference_steps": 20}
-    made = {
-        "extended": (pipe.extend(first[:, :, :5], after=12, class_labels=name, **options), slice(5, None)),
-        "connected": (
-            pipe.connect(data.pixels[1:2, :, :5], data.pixels[1:2, :, 13:], 8, data.names[1], **options), slice(5, 13)
-        ),
-        "loop": (pipe.loop(data.pixels[2:3, :, :5], 8, data.names[2], history_guidance=2.0, **options), slice(5, None)),
-        "animated": (pipe.animate(data.pixels[3:4, :, 0], class_labels=data.names[3], **options), slice(1, None)),
-    }  # fmt: skip
-    strips = []
-    for title, (clip, new) in made.items():
-        write_video(output / f"{title}.mp4", clip[0], fps=pipe.config.fps)
-        which = torch.zeros(clip.shape[2], dtype=torch.bool)
-        which[new] = True
-        strips.append(mark(to_uint8(clip[0]), which))
-    write_contact_sheet(output / "tasks.png", strips, count=9)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for tools/train.py")
-    parser.add_argument("--num-clips", type=int, default=2400)
-    args = parser.parse_args(argv)
-    began = time.time()
-    if not native_bf16():
-        print("This CPU has no bfloat16 instructions: training runs in float32, at about two thirds of the speed.")
-    print("1/4  drawing clips of moving shapes")
-    make_shapes.main(["--output", "data/shapes", "--num-clips", str(args.num_clips)])
-    print("2/4  encoding them with the tiny VAE")
-    clips = ["data.root=data/shapes", "data.manifest=data/shapes/manifest.jsonl", "data.source=videos"]
-    cache_latents.main([CONFIG, *clips, "--output", "data/shapes_latents"])
-    print("3/4  training; samples appear in output/quickstart/samples as it goes")
-    code = train.run([CONFIG, *args.overrides])
-    if code == 0 and args.overrides:
-        print("4/4  tasks are shown of the model of the plain command; of another: tools/sample_video.py --task ...")
-    elif code == 0:
-        print("4/4  extending, connecting, looping and animating drawn clips")
-        show_tasks(STDiTPipeline.from_pretrained("models/quickstart"), Path("output/quickstart"))
-        print("output/quickstart/tasks.png: extended, connected, loop, animated; an orange line marks new frames")
-    if code == 0:
-        print(
-            f"done in {(time.time() - began) / 60:.1f} minutes. Look at output/quickstart/samples/contact_sheet.png, then try:"
-        )
-        print(
-            '  .venv/bin/python tools/sample_video.py --model models/quickstart --class-label "triangle up" --frames 25 --guidance 3 --seed 1 --gif'
-        )
-    return code
-
+from stdit.recipes import quickstart as recipe
+from stdit.recipes.entry import run
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    sys.exit(run(recipe.main))
+sys.modules[__name__] = recipe  # `import quickstart` gives the recipe itself

@@ -63,18 +63,20 @@ class Label(Conditioner):
 
     def number(self, value: int | str) -> int:
         """A label's number; ValueError if it is unknown or out of range."""
-        names = self.class_names
-        if isinstance(value, str) and names:
-            for i, name in enumerate(names):  # ImageNet's names are lists: "tench, Tinca tinca"
-                if value == name or value in name.split(", "):
-                    return i
-        if isinstance(value, str) and not value.lstrip("-").isdecimal():
-            choices = (
-                f"Choose one of: {', '.join(names)}." if names else f"Use a number from 0 to {self.num_classes - 1}."
-            )
-            raise ValueError(f"class label {value!r} is unknown. {choices}")
-        if not 0 <= int(value) <= self.num_classes:
-            raise ValueError(
-                f"class label {value} is out of range. Use 0 to {self.num_classes - 1}, or {self.num_classes} for no label."
-            )
-        return int(value)
+        return label_number(value, self.num_classes, self.class_names)
+
+
+def label_number(value: int | str, num_classes: int, names: Sequence[str] | None) -> int:
+    """The number of a label given as number or name; ValueError if it is unknown or out of range."""
+    if isinstance(value, str) and names:
+        for i, name in enumerate(names):  # ImageNet's names are lists: "tench, Tinca tinca"
+            if value == name or value in name.split(", "):
+                return i
+    if isinstance(value, str) and not value.lstrip("-").isdecimal():
+        choices = f"Choose one of: {', '.join(names)}." if names else f"Use a number from 0 to {num_classes - 1}."
+        raise ValueError(f"class label {value!r} is unknown. {choices}")
+    if not 0 <= int(value) <= num_classes:
+        raise ValueError(
+            f"class label {value} is out of range. Use 0 to {num_classes - 1}, or {num_classes} for no label."
+        )
+    return int(value)

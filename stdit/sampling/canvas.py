@@ -34,11 +34,11 @@ class Canvas(NamedTuple):
         """The canvas with its last frame repeated until there are `frames`."""
         more = max(0, frames - self.pixels.shape[2])
         return self._replace(
-            pixels=torch.cat([self.pixels, self.pixels[:, :, -1:].expand(-1, -1, more, -1, -1)], 2),
+            pixels=torch.cat([self.pixels, self.pixels[:, :, -1:].expand((-1, -1, more, -1, -1))], 2),
             mask=torch.cat([self.mask, self.mask[-1:].expand(more, -1, -1)]),
             bounds=None
             if self.bounds is None
-            else torch.cat([self.bounds, self.bounds[:, :, :, -1:].expand(-1, -1, -1, more, -1, -1)], 3),
+            else torch.cat([self.bounds, self.bounds[:, :, :, -1:].expand((-1, -1, -1, more, -1, -1))], 3),
         )
 
     def clips(self, which: slice) -> "Canvas":

@@ -24,7 +24,7 @@ def latent_masks(mask: Tensor, vae: VideoVAE, patch: tuple[int, int, int]) -> tu
     first = mask[:1].expand(vae.stride[0] - 1, -1, -1)  # the first frame fills a group alone
     grouped = torch.cat([first, mask]).unflatten(0, (-1, strides[0]))
     if mask.shape[1] > 1:
-        grouped = grouped.unflatten(2, (-1, strides[1])).unflatten(4, (-1, strides[2])).permute(0, 2, 4, 1, 3, 5)
+        grouped = grouped.unflatten(2, (-1, strides[1])).unflatten(4, (-1, strides[2])).permute((0, 2, 4, 1, 3, 5))
         inner = grouped.flatten(3)
     else:
         inner = grouped.permute(0, 2, 3, 1)

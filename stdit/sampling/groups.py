@@ -34,7 +34,7 @@ def pad_to_groups(canvas: Canvas, vae: VideoVAE) -> Canvas:
         return canvas
     end = max(end, frames + ahead)
     longer = canvas._replace(
-        pixels=torch.cat([canvas.pixels[:, :, :1].expand(-1, -1, ahead, -1, -1), canvas.pixels], 2),
+        pixels=torch.cat([canvas.pixels[:, :, :1].expand((-1, -1, ahead, -1, -1)), canvas.pixels], 2),
         mask=torch.cat([canvas.mask[:1].expand(ahead, -1, -1), canvas.mask]),
         output=slice(ahead, ahead + len(canvas.output_frames)),
     )

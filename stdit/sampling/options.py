@@ -189,7 +189,7 @@ def make_options(options: SamplingOptions | None = None, choices: Mapping[str, A
             raise TypeError(f"unknown sampling option {name!r}; {hint}")
     if every is not None:
         name = "stagger" if changes.get("arrangement", options.arrangement) == "pyramid" else "chunk_size"
-        warn_renamed("every", name)
+        warn_renamed(("every", name))
         changes.setdefault(name, every)
     return dataclasses.replace(options, **changes)
 
@@ -218,7 +218,7 @@ def options_from(args: argparse.Namespace, **choices: Any) -> SamplingOptions:
     values = {name: getattr(args, flag.removeprefix("--").replace("-", "_")) for name, flag in flags.items()}
     if getattr(args, "every", None) is not None:
         old = {"autoregressive": "chunk_size", "pyramid": "stagger"}.get(values["arrangement"], "chunk_size")
-        warn_renamed("--every", flags[old])
+        warn_renamed(("--every", flags[old]))
         values[old] = args.every
     try:
         return make_options(None, {**values, **choices})

@@ -12,9 +12,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from stdit.conditions import Guided, Label
+from stdit.conditions.label import label_number  # noqa: F401 (under its former name)
 from stdit.conditions.values import map_tensors, rows
 from stdit.hub import check_reachable, resolve_source
-from stdit.legacy import renamed_section
+from stdit.legacy import aliases, renamed_section
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.precision import autocast
@@ -160,8 +161,12 @@ class STDiTPipeline(DiffusionPipeline):
         scheduler, config = self.scheduler, self.config
         ours = scheduler if isinstance(scheduler, STDiTScheduler) else STDiTScheduler(config.objective)
         trained_on = TrainedOn(
-            config.num_frames, config.height, config.width, config.fps, tuple(config.mask_strategies)
-        )  # fmt: skip
+            num_frames=config.num_frames,
+            height=config.height,
+            width=config.width,
+            fps=config.fps,
+            mask_strategies=tuple(config.mask_strategies),
+        )
         return Engine(
             model=self.transformer,
             vae=self.video_vae,
@@ -347,3 +352,6 @@ class STDiTPipeline(DiffusionPipeline):
             if part is None:
                 return
             yield part
+
+
+__getattr__ = aliases(__name__)

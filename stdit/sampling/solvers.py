@@ -76,7 +76,7 @@ class DDPM(Solver):
 
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
         estimate = predict(x, t)
-        mean, smallest, largest = posterior(self.path, x, estimate.clean, t, t_next)
+        mean, smallest, largest = posterior(self.path, x, estimate.clean, now=t, after=t_next)
         noisy = like(t_next, x) > 0
         if estimate.variance is None:
             variance = smallest

@@ -15,7 +15,7 @@ __all__ = [
 
 def blank(count: int, frames: int, height: int, width: int) -> Canvas:
     """A canvas on which nothing is known."""
-    return Canvas(torch.zeros(count, 3, frames, height, width), torch.ones(frames, 1, 1, dtype=torch.bool))
+    return Canvas(torch.zeros((count, 3, frames, height, width)), torch.ones(frames, 1, 1, dtype=torch.bool))
 
 
 def animate(image: Tensor, frames: int) -> Canvas:
@@ -88,7 +88,7 @@ def interpolate(clip: Tensor, factor: int, vae: VideoVAE, strength: float = 0.4)
     total = (frames - 1) * factor + 1
     position = torch.arange(total) / factor
     left = position.floor().long().clamp(max=frames - 2)
-    weight = (position - left).view(1, 1, -1, 1, 1).to(clip)
+    weight = (position - left).view((1, 1, -1, 1, 1)).to(clip)
     blended = (1 - weight) * clip[:, :, left] + weight * clip[:, :, left + 1]
     mask = torch.arange(total) % factor != 0
     blended[:, :, ~mask] = clip
@@ -164,7 +164,7 @@ def _concatenate(parts: list[Tensor | int]) -> Canvas:
         else:
             earlier = [p for p in parts[:i] if isinstance(p, Tensor)]
             nearest = earlier[-1][:, :, -1:] if earlier else clips[0][:, :, :1]
-            pixels.append(nearest.expand(-1, -1, part, -1, -1))
+            pixels.append(nearest.expand((-1, -1, part, -1, -1)))
         mask.append(torch.full((pixels[-1].shape[2],), not isinstance(part, Tensor)))
     return Canvas(torch.cat(pixels, 2), torch.cat(mask)[:, None, None])
 

@@ -1,15 +1,40 @@
-"""What a run writes down as it goes: a row a step, curves that a person can read, tensorboard if it is there."""
+"""Metrics of a run: a CSV file with one row per step, a picture of the curves, and TensorBoard if it is installed."""
 
 import csv
-import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stdit.files import atomic_write
+from stdit.legacy import aliases
+
+__getattr__ = aliases(__name__)
+
 BINS = 4  # loss by noise level: [0, 1/4), [1/4, 1/2), ...
-COLUMNS = ["step", "loss", *(f"loss_level_{i}" for i in range(BINS)), "lr", "grad_norm", "clips_per_second", "skipped"]
+
+
+class Breakdown(NamedTuple):
+    """Parts of a loss with columns of their own. title: of the plot; columns: in the CSV file; labels: in the plot's legend."""
+
+    title: str
+    columns: Sequence[str]
+    labels: Sequence[str]
+
+
+LEVELS = Breakdown(
+    "loss by noise level (1 = noise)",
+    [f"loss_level_{i}" for i in range(BINS)],
+    [f"level {i / BINS:.2f}-{(i + 1) / BINS:.2f}" for i in range(BINS)],
+)
+
+
+def columns(breakdown: Breakdown) -> list[str]:
+    """The columns of training_metrics.csv."""
+    return ["step", "loss", *breakdown.columns, "lr", "grad_norm", "clips_per_second", "skipped"]
 
 
 def level_sums(losses: Tensor, levels: Tensor) -> Tensor:
@@ -22,28 +47,31 @@ def level_sums(losses: Tensor, levels: Tensor) -> Tensor:
 
 
 class MetricsLogger:
-    """training_metrics.csv and training_curves.png in a run's output folder."""
+    """Writes training_metrics.csv and training_curves.png to a run's output folder.
 
-    def __init__(self, output: Path, start_step: int):
-        self.path, self.output = output / "training_metrics.csv", output
-        kept = [row for row in read_metrics(self.path) if int(row["step"]) <= start_step]
-        beside = self.path.with_name(f".{os.getpid()}-{self.path.name}")
-        with open(beside, "w", newline="") as stream:  # rows after the checkpoint come again
-            writer = csv.DictWriter(stream, COLUMNS)
+    Rows after `start_step` are removed: the steps behind the checkpoint are taken again.
+    """
+
+    def __init__(self, output: Path, start_step: int, breakdown: Breakdown = LEVELS):
+        self.path, self.output, self.breakdown = output / "training_metrics.csv", output, breakdown
+        rows = [row for row in read_metrics(self.path) if int(row["step"]) <= start_step]
+        with atomic_write(self.path) as tmp, open(tmp, "w", newline="") as stream:
+            writer = csv.DictWriter(stream, columns(breakdown), extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(kept)
-        os.replace(beside, self.path)
-        self._board = _tensorboard(output)
+            writer.writerows(rows)
+        self._tensorboard = _tensorboard(output)
 
     def write(self, rows: list[dict]) -> None:
+        """Append rows to the CSV file, and the last of them to TensorBoard."""
         with open(self.path, "a", newline="") as stream:
-            csv.DictWriter(stream, COLUMNS).writerows(rows)
-        if self._board is not None and rows:
+            csv.DictWriter(stream, columns(self.breakdown)).writerows(rows)
+        if self._tensorboard is not None and rows:
             for key in ("loss", "lr", "grad_norm", "clips_per_second"):
-                self._board.add_scalar(f"train/{key}", float(rows[-1][key]), rows[-1]["step"])
+                self._tensorboard.add_scalar(f"train/{key}", float(rows[-1][key]), rows[-1]["step"])
 
     def curves(self) -> None:
-        plot_curves(self.path, self.output / "training_curves.png")
+        """Draw the curves anew."""
+        plot_curves(self.path, self.output / "training_curves.png", self.breakdown)
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -51,10 +79,10 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with open(path, newline="") as stream:
-        return [row for row in csv.DictReader(stream) if row["step"] and row["skipped"] is not None]
+        return [row for row in csv.DictReader(stream) if row.get("step") and row.get("skipped") is not None]
 
 
-def _tensorboard(output: Path):
+def _tensorboard(output: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # an extra
@@ -62,8 +90,8 @@ def _tensorboard(output: Path):
     return SummaryWriter(str(output / "tensorboard"))
 
 
-def plot_curves(metrics: Path, picture: Path) -> None:
-    """Loss by noise level, learning rate, gradient norm and throughput, smoothed, over steps."""
+def plot_curves(metrics: Path, picture: Path, breakdown: Breakdown = LEVELS) -> None:
+    """Draw the loss and its parts, learning rate, gradient norm and throughput over steps, smoothed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,17 +100,17 @@ def plot_curves(metrics: Path, picture: Path) -> None:
     rows = read_metrics(metrics)
     if not rows:
         return
-    values = {key: np.array([float(row[key] or "nan") for row in rows]) for key in COLUMNS}
+    values = {key: np.array([float(row.get(key) or "nan") for row in rows]) for key in columns(breakdown)}
     steps = values["step"]
     figure, ((loss, rate), (norm, speed)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     width = max(1, len(steps) // 60)
     loss.plot(steps, values["loss"], color="0.85", lw=0.5)
     loss.plot(*_smooth(steps, values["loss"], width), color="black", label="all")
-    for i in range(BINS):
-        loss.plot(*_smooth(steps, values[f"loss_level_{i}"], width), label=f"level {i / BINS:.2f}-{(i + 1) / BINS:.2f}")
+    for column, label in zip(breakdown.columns, breakdown.labels, strict=True):
+        loss.plot(*_smooth(steps, values[column], width), label=label)
     finite = values["loss"][np.isfinite(values["loss"])]
     if len(finite):
-        loss.set_ylim(0, 1.2 * np.quantile(finite, 0.99))
+        loss.set_ylim(0, 1.2 * np.quantile(finite, 0.99))  # a few spikes must not flatten the rest
     loss.legend(fontsize=8)
     for axis, key, title in (
         (rate, "lr", "learning rate"),
@@ -93,18 +121,17 @@ def plot_curves(metrics: Path, picture: Path) -> None:
         axis.plot(*smooth, color="black")
         axis.set_title(title)
     norm.set_yscale("log")
-    loss.set_title("loss by noise level (1 = noise)")
+    loss.set_title(breakdown.title)
     for axis in (loss, rate, norm, speed):
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    beside = picture.with_name(f".{os.getpid()}-{picture.name}")
-    figure.savefig(beside, dpi=110, format="png")
+    with atomic_write(picture) as tmp:
+        figure.savefig(tmp, dpi=110, format="png")
     plt.close(figure)
-    os.replace(beside, picture)
 
 
 def _smooth(x: np.ndarray, y: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over windows, gaps left out."""
+    """Means over windows of `width` values; what is not finite is left out."""
     have = np.isfinite(y)
     x, y = x[have], y[have]
     if len(y) < 2 * width or width < 2:

@@ -1,7 +1,6 @@
-"""The folders of a run: who holds them, what is written into them."""
+"""The folders of a run, the lock that keeps two runs out of one folder, and the files written into it."""
 
 import fcntl
-import json
 import os
 import socket
 from collections.abc import Mapping
@@ -9,6 +8,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from omegaconf import OmegaConf
+
+from stdit.files import write_json, write_text
+
+__all__ = ["RunFolders", "differences", "write_text"]
 
 
 class RunFolders:
@@ -22,15 +25,15 @@ class RunFolders:
         self.samples = self.output / "samples"
         self._lock: IO | None = None
 
-    def claim(self) -> None:
-        """Make the folders and hold them; ValueError if they cannot be written or another run holds them."""
+    def lock(self) -> None:
+        """Make the folders and lock them. ValueError if they cannot be written or another run has locked them."""
         try:
             for folder in (self.samples, self.checkpoints, self.model.parent):
                 folder.mkdir(parents=True, exist_ok=True)
                 probe = folder / f".probe-{os.getpid()}"
                 probe.touch()
                 probe.unlink()
-            lock = open(self.output / ".lock", "a+")  # noqa: SIM115 (held as long as the run)
+            lock = open(self.output / ".lock", "a+")  # noqa: SIM115 (open as long as the run lasts)
         except OSError as error:
             raise ValueError(
                 f"{error.filename!r} cannot be written ({error.strerror}); free it, or start from another folder."
@@ -49,23 +52,19 @@ class RunFolders:
         lock.flush()
         self._lock = lock
 
-    def release(self) -> None:
+    def unlock(self) -> None:
+        """Let other runs use the folders."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def write_config(self, config: Any) -> None:
+        """Write the config of the run to config.yaml."""
         write_text(self.output / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
 
     def write_summary(self, summary: Mapping) -> None:
-        write_text(self.output / "summary.json", json.dumps(summary, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is whole or not there."""
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
-    beside.write_text(text)
-    os.replace(beside, path)
+        """Write how the run went to summary.json."""
+        write_json(self.output / "summary.json", summary)
 
 
 def differences(before: Mapping, now: Mapping, prefix: str = "") -> list[str]:

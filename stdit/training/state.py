@@ -1,4 +1,4 @@
-"""Checkpoints that survive kills, full disks and flipped bits: written beside, hashed, fsynced, then renamed."""
+"""Checkpoints that survive kills, full disks and flipped bits: written under a temporary name, hashed, fsynced, then renamed."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ MANIFEST = "MANIFEST.json"
 
 
 class Checkpoint(NamedTuple):
-    """What a resume needs. tensors: group name -> key -> tensor; info: plain JSON."""
+    """All that is needed to resume. tensors: group name -> key -> tensor; info: plain JSON."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -34,24 +34,24 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step}"
-    beside = folder / f".tmp-{step}-{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    tmp = folder / f".tmp-{step}-{os.getpid()}"
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
     try:
         for name, group in tensors.items():
-            save_file({key: _plain(value) for key, value in group.items()}, beside / f"{name}.safetensors")
-        (beside / "info.json").write_text(json.dumps({"step": step, **info}, indent=1))
-        files = sorted(beside.iterdir())
+            save_file({key: _plain(value) for key, value in group.items()}, tmp / f"{name}.safetensors")
+        (tmp / "info.json").write_text(json.dumps({"step": step, **info}, indent=1))
+        files = sorted(tmp.iterdir())
         manifest = {file.name: {"sha256": _hash_and_sync(file), "bytes": file.stat().st_size} for file in files}
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _sync(beside / MANIFEST)
-        _sync(beside)
+        (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _sync(tmp / MANIFEST)
+        _sync(tmp)
         if final.exists():  # left by a run that went on from an older checkpoint
             shutil.rmtree(final)
-        os.rename(beside, final)
+        os.rename(tmp, final)
         _sync(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
         size = sum(value.numel() * value.element_size() for group in tensors.values() for value in group.values())
         free = shutil.disk_usage(folder).free
         raise OSError(
@@ -65,7 +65,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint of `folder`, or of a run; None if there is none at all.
 
-    A damaged one is named on stderr and passed over for the one before it. If all are damaged: ValueError.
+    A damaged one is reported on stderr and the one before it is tried. ValueError if all are damaged.
     """
     reasons = []
     for path in list_checkpoints(folder):

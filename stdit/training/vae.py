@@ -1,51 +1,58 @@
-"""Training the tiny VAE: clips held in memory at several sizes, batches that are a pure function of (seed, step)."""
+"""Training the tiny VAE: clips in memory at several sizes, batches as a pure function of (seed, step), the loss, the loop."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stdit.data.shapes import draw, random_clip
+from stdit.pixels import to_float
+from stdit.training.config import LoopConfig
+from stdit.training.fit import StepLosses, TrainingLoop
+from stdit.training.metrics import Breakdown
 from stdit.vae.tiny import TinyVAE, TinyVAEConfig
 
 
 @dataclass
 class VAEDataConfig:
+    """Clips to train on: a manifest (CSV with `path` and `group`), grey images, and drawn shapes as shares of the batches."""
+
     root: str = "data/clips"
     manifest: str = "clips.csv"
     images: list[str] = field(default_factory=list)  # idx files of grey images
-    hold_out: list[str] = field(default_factory=list)  # values of the manifest's `group` column
+    hold_out: list[str] = field(default_factory=list)  # values of the manifest's `group` column that are not trained on
     short_sides: list[int] = field(default_factory=lambda: [64, 80, 96, 128, 160])
     share_shapes: float = 0.15
     share_images: float = 0.05
 
 
 @dataclass
-class VAETrainConfig:
+class VAETrainConfig(LoopConfig):
+    """Settings of the VAE's training: those of any loop, and the weights of the loss's terms."""
+
     steps: int = 18300
-    decay_steps: int = 18300
+    decay_steps: int | None = 18300
     warmup_steps: int = 100
     lr: float = 4e-3
-    optimizer: Literal["muon", "adamw"] = "muon"  # 3.9 dB ahead after 300 steps, one rate each
+    optimizer: Literal["adamw", "muon"] = "muon"  # 3.9 dB ahead after 300 steps, one rate each
     ema_decay: float = 0.999
-    latent_noise: float = 0.05  # the decoder learns to bear noise, so that latents stay smooth
-    scale_weight: float = (
-        0.5  # latents at half size decode to pixels at half size (EQ-VAE), which makes them easier to generate
-    )
+    checkpoint_every: int = 500
+    preview_every: int = 1000
+    latent_noise: float = 0.05  # the decoder learns to tolerate noise, so that latents stay smooth
+    # Latents at half size decode to pixels at half size (EQ-VAE), which makes them easier to generate.
+    scale_weight: float = 0.5
     latent_weight: float = 1e-4  # keeps raw latents near unit size (a KL term of fixed variance)
     l1_weight: float = 0.02
     flicker_weight: float = 0.25  # squared error of frame differences
-    checkpoint_every: int = 500
-    log_every: int = 50
 
 
 @dataclass
 class VAEConfig:
-    """Everything `tools/train_vae.py` reads."""
+    """The config of `stdit train-vae`."""
 
     name: str = "vae_tiny"
     seed: int = 0
@@ -54,8 +61,8 @@ class VAEConfig:
     train: VAETrainConfig = field(default_factory=VAETrainConfig)
 
 
-# (frames, size, clips) of a batch and its share of the steps: mostly small and short, about equal in pixels.
-BATCHES = (((9, 64, 16), 0.55), ((17, 64, 8), 0.2), ((17, 128, 2), 0.15), ((9, 96, 7), 0.1))
+# ((frames, size, clips) of a batch, probability): mostly small and short, with about as many pixels in each.
+BATCH_SHAPES = (((9, 64, 16), 0.55), ((17, 64, 8), 0.2), ((17, 128, 2), 0.15), ((9, 96, 7), 0.1))
 
 
 class ClipPool:
@@ -65,24 +72,24 @@ class ClipPool:
         self.clips, self.images, self.config = clips, images, config
 
     def batch(self, seed: int, step: int) -> Tensor:
-        """(B, 3, F, S, S) in [-1, 1], the same for the same seed and step whatever came before."""
+        """(B, 3, F, S, S) in [-1, 1], a pure function of seed and step."""
         rng = np.random.default_rng((seed, step))
-        shares = np.array([share for _, share in BATCHES])
-        frames, size, count = BATCHES[rng.choice(len(BATCHES), p=shares / shares.sum())][0]
-        clips = np.stack([self._one(rng, frames, size) for _ in range(count)])
-        return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        shares = np.array([share for _, share in BATCH_SHAPES])
+        frames, size, count = BATCH_SHAPES[rng.choice(len(BATCH_SHAPES), p=shares / shares.sum())][0]
+        clips = np.stack([self._draw(rng, frames, size) for _ in range(count)])
+        return to_float(clips)
 
-    def _one(self, rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
-        draw_of = rng.random()
-        if draw_of < self.config.share_shapes:
+    def _draw(self, rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
+        u = rng.random()
+        if u < self.config.share_shapes:
             motion = "bounce" if rng.random() < 0.5 else "straight"
             return draw(random_clip(rng, frames=frames, frame_size=size, motion=motion))
-        if self.images is not None and draw_of < self.config.share_shapes + self.config.share_images:
+        if self.images is not None and u < self.config.share_shapes + self.config.share_images:
             return self._image(rng, frames, size)
         return self._real(rng, frames, size)
 
     def _real(self, rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
-        while True:  # until the clip drawn is large and long enough
+        while True:  # until a clip is drawn that is large and long enough
             pyramid = self.clips[rng.integers(len(self.clips))]
             sides = [side for side in pyramid if side >= size]
             if sides and len(clip := pyramid[rng.choice(sides)]) >= frames:
@@ -114,24 +121,29 @@ class ClipPool:
         return (torch.stack(moving).numpy()[..., None] * tint).astype(np.uint8)
 
 
-def vae_loss(vae: TinyVAE, pixels: Tensor, noise: Tensor, config: VAETrainConfig) -> tuple[Tensor, dict[str, float]]:
-    """Squared error, a little absolute error (flat ground stays flat), flicker, agreement over scales, the latents' size."""
+TERMS = Breakdown(
+    "loss and its terms, without their weights",
+    ["mse", "flicker", "latent", "half"],
+    ["squared error", "flicker", "squared latents", "squared error at half size"],
+)
+
+
+def vae_loss(vae: TinyVAE, pixels: Tensor, noise: Tensor, config: VAETrainConfig) -> tuple[Tensor, Tensor]:
+    """The loss, and its `TERMS` (4,) without their weights.
+
+    Squared error, a little absolute error (flat areas stay flat), flicker, agreement at half size, the size of latents.
+    """
     raw = vae.encode_raw(pixels)
     # Statistics in raw space, so that noise keeps its share whatever the scale of the latents becomes.
     decoded = vae.decode_raw(raw + config.latent_noise * noise).float()
     error = decoded - pixels
     mse = error.square().mean()
     flicker = error.diff(dim=2).square().mean()
-    half = decoded_half(vae, raw) - F.avg_pool3d(pixels, (1, 2, 2))
+    half = (decoded_half(vae, raw) - F.avg_pool3d(pixels, (1, 2, 2))).square().mean()
     size = raw.float().square().mean()
     loss = mse + config.l1_weight * error.abs().mean() + config.flicker_weight * flicker + config.latent_weight * size
-    loss = loss + config.scale_weight * half.square().mean()
-    return loss, {
-        "mse": mse.item(),
-        "flicker": flicker.item(),
-        "latent": size.item(),
-        "half": half.square().mean().item(),
-    }
+    loss = loss + config.scale_weight * half
+    return loss, torch.stack([mse, flicker, size, half]).detach()
 
 
 def decoded_half(vae: TinyVAE, raw: Tensor) -> Tensor:
@@ -139,7 +151,55 @@ def decoded_half(vae: TinyVAE, raw: Tensor) -> Tensor:
     return vae.decode_raw(F.avg_pool3d(raw, (1, 2, 2))).float()
 
 
+class VAEBatch(NamedTuple):
+    """pixels (B, 3, F, S, S) in [-1, 1]; noise: for the latents; keys, total: see `stdit.training.fit.StepBatch`."""
+
+    pixels: Tensor
+    noise: Tensor
+    keys: list[tuple[int, int, int]]
+    total: int
+
+
+def vae_batches(pool: ClipPool, vae: TinyVAE, seed: int, start_step: int) -> Iterator[VAEBatch]:
+    """Endless batches from `start_step` on, each a pure function of (seed, step)."""
+    step = start_step
+    while True:
+        pixels = pool.batch(seed, step)
+        count = len(pixels)
+        shape = (count, vae.channels, vae.latent_frames(pixels.shape[2]), *vae.latent_size(*pixels.shape[3:]))
+        # 1 000 003 is prime: seeds of neighbouring runs share no step's noise.
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
+        yield VAEBatch(pixels, noise, [(seed, step, slot) for slot in range(count)], count)
+        step += 1
+
+
+@dataclass
+class VAETrainer(TrainingLoop):
+    """A training run of the tiny VAE, in one process: the loss does not go through the module's forward, as DDP needs."""
+
+    config: VAETrainConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"The VAE is trained by 1 process, got {self.accelerator.num_processes}; start it without a launcher."
+            )
+
+    @property
+    def breakdown(self) -> Breakdown:
+        """The terms of the loss."""
+        return TERMS
+
+    def losses(self, model: nn.Module, batch: VAEBatch) -> StepLosses:
+        """The loss of a batch, for each of its clips the same."""
+        device = self.accelerator.device
+        with self.accelerator.autocast():
+            loss, terms = vae_loss(self.model, batch.pixels.to(device), batch.noise.to(device), self.config)
+        return StepLosses(loss.expand(batch.total), torch.stack([terms, torch.ones_like(terms)]))
+
+
 def psnr(clips: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """PSNR in dB of the squared error averaged over clips, for pixels in [-1, 1]."""
+    """PSNR in dB of the squared error averaged over clips; pixels in [-1, 1]."""
     errors = [(a.float().clamp(-1, 1) - b.float()).square().mean().item() for a, b in clips]
     return 10 * float(np.log10(4 / np.mean(errors)))

@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import convert_checkpoint
 import pytest
-import sample_video
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from stdit.model.stdit import STDiT
+from stdit.recipes import convert as recipe
+from stdit.recipes import sample
 from stdit.sampling.pipeline import STDiTPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ def dit():
 
 
 def convert(source, output, *more):
-    return convert_checkpoint.main([str(source), "--output", str(output), *more])
+    return recipe.main([str(source), "--output", str(output), *more])
 
 
 DIT = ("--from", "dit", "--set", "num_heads=4")
@@ -111,7 +111,7 @@ def test_a_whole_diffusers_pipeline_becomes_one_of_ours_that_samples_by_name(tmp
     assert torch.equal(
         STDiT.from_pretrained(tmp_path / "ours").x_embedder.proj.bias, ours.transformer.x_embedder.proj.bias
     )
-    done = sample_video.main(
+    done = sample.main(
         [
             "--model",
             str(tmp_path / "ours"),

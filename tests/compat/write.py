@@ -44,9 +44,8 @@ KEEP = ("stack", "causal", "masked", "joint")  # runs whose checkpoints are kept
 
 
 def main() -> None:
-    import train
-
     from stdit import STDiT, STDiTPipeline
+    from stdit.recipes import train
     from stdit.vae.tiny import TinyVAE
 
     os.chdir(HERE)

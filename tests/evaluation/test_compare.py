@@ -1,7 +1,6 @@
 import json
 from pathlib import Path
 
-import compare
 import pytest
 
 from stdit.config import Config, TextChoice, load_typed
@@ -10,6 +9,7 @@ from stdit.data.datasets import MovingShapes
 from stdit.data.shapes import CLASS_NAMES
 from stdit.evaluation.captions import caption
 from stdit.evaluation.compare import Budget, Comparison, Run, differences, order, table
+from stdit.recipes import compare
 
 ROOT = Path(__file__).resolve().parents[2]
 SPECS = sorted(path for path in (ROOT / "configs" / "compare").glob("*.yaml") if path.stem != "base")

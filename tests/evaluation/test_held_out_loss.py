@@ -1,14 +1,14 @@
 """A model's loss by scheme tells what it has learnt of known frames."""
 
-import held_out_loss
 import pytest
 import torch
 from conftest import fill
-from held_out_loss import losses_by_scheme
 
 from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.evaluation.operations import held_out
 from stdit.model.stdit import STDiT
+from stdit.recipes import held_out_loss
+from stdit.recipes.held_out_loss import losses_by_scheme
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import load_vae
@@ -47,6 +47,7 @@ def test_the_tool_prints_a_row_for_each_scheme_and_refuses_levels_that_are_none(
     pipe.save_pretrained(tmp_path / "m")
     assert held_out_loss.main([str(tmp_path / "m"), "--clips", "2", "--levels", "0.5"]) == 0
     assert "\nprefix" in capsys.readouterr().out
-    assert held_out_loss.main([str(tmp_path / "m"), "--levels", "0"]) == 1
-    assert held_out_loss.main([str(tmp_path / "none")]) == 1
-    assert capsys.readouterr().err.count("error: ") == 2
+    with pytest.raises(ValueError, match="levels in"):
+        held_out_loss.main([str(tmp_path / "m"), "--levels", "0"])
+    with pytest.raises((ValueError, OSError)):
+        held_out_loss.main([str(tmp_path / "none")])

@@ -57,7 +57,7 @@ def _cpuinfo() -> list[str]:
 
 def run_one(name: str) -> dict:
     """Losses of every step and statistics of two samples of one run, in the current folder."""
-    import train
+    from stdit.recipes import train
 
     base, changes = RUNS[name]
     overrides = {**SMALL, **changes, "name": name, "text.cache": "captions"}

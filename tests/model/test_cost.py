@@ -1,6 +1,3 @@
-import bench_memory
-import model_table
-import plan
 import pytest
 import torch
 
@@ -8,6 +5,7 @@ from stdit.model.config import size_arguments
 from stdit.model.cost import forward_cost, training_memory
 from stdit.model.stdit import STDiT
 from stdit.nn.positions import spatial_pos_embed
+from stdit.recipes import bench_memory, model_table, plan
 
 IMAGE = {"num_classes": 1000, "in_channels": 4, "axes": ["spatial"]}
 

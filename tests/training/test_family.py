@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import evaluate
 import pytest
-import sample_video
-import train
 
 from stdit.data.video_io import VideoReader
+from stdit.recipes import evaluate, sample, train
 from stdit.sampling.pipeline import STDiTPipeline
 
 TINY = """
@@ -46,7 +44,7 @@ def test_a_config_trains_resumes_and_samples(name, tmp_path, monkeypatch):
     said = ["--caption", "a red circle moves left"] if "text.encoder=words" in FAMILY[name] else []
     output = "clip.png" if frames == 1 else "clip.mp4"
     many = ["--num-videos", "1"] if "model.num_classes=0" in FAMILY[name] else ["--class-label", "circle left"]
-    assert sample_video.main(["--steps", "2", "--output", output, *said, *many]) == 0
+    assert sample.main(["--steps", "2", "--output", output, *said, *many]) == 0
     assert Path(output).is_file()
     if frames > 1:
         with VideoReader(output) as reader:
@@ -58,7 +56,7 @@ def test_captions_need_a_data_set_that_has_them_and_a_model_that_knows_them(tmp_
     Path("t.yaml").write_text(TINY)
     assert train.run(["t.yaml"]) == 0
     with pytest.raises(ValueError, match="trained without captions"):
-        sample_video.main(["--steps", "1", "--caption", "a red circle"])
+        sample.main(["--steps", "1", "--caption", "a red circle"])
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     from PIL import Image
@@ -74,7 +72,7 @@ def test_clips_are_measured_against_clips_and_captions_are_judged(tmp_path, monk
     assert train.run(["t.yaml", *FAMILY["captions"]]) == 0
     assert evaluate.main(["--captions", "red circle", "--clips", "2", "--steps", "1"]) == 0
     assert "pairs left out" in capsys.readouterr().out
-    import make_shapes
+    from stdit.recipes import make_shapes
 
     for seed in ("0", "1"):
         make_shapes.main(["--output", f"s{seed}", "--num-clips", "4", "--frames", "5", "--size", "32", "--seed", seed])
@@ -92,9 +90,8 @@ def test_clips_are_measured_against_clips_and_captions_are_judged(tmp_path, monk
 
 def test_shapes_leave_out_the_pairs_they_are_told_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    import make_shapes
-
     from stdit.data.manifest import read_manifest
+    from stdit.recipes import make_shapes
 
     gone = ["red circle", "blue circle", "pink square"]
     make_shapes.main(["--output", "s", "--num-clips", "72", "--frames", "2", "--size", "32", "--without", *gone])

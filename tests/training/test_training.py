@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-import train
 from safetensors.torch import load_file
 
+from stdit.recipes import train
 from stdit.training.state import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,18 +101,23 @@ def test_workers_and_micro_batches_do_not_change_a_run(home):
     assert_same_run("a", "b", 6)
 
 
-def test_a_signal_finishes_the_step_saves_and_exits_143(home):
-    assert go("name=whole", "train.steps=40", "train.samples=0", "train.decay_steps=50") == 0
-    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
-    code = go(
-        "name=cut", "train.steps=4000", "train.samples=0", "train.decay_steps=50", "train.checkpoint_every=100000"
-    )
-    timer.cancel()
-    assert code == 143
-    step = int(list_checkpoints(home / "checkpoints" / "cut")[0].name.removeprefix("step-"))
-    assert json.loads((home / "output/cut/summary.json").read_text())["step"] == step
-    assert losses("cut")[:40] == losses("whole")[: len(losses("cut")[:40])]
+def test_a_signal_finishes_the_step_saves_and_exits_143(home, monkeypatch):
+    import stdit.training.fit as fit
+
+    assert go("name=whole", "train.steps=20", "train.samples=0", "train.decay_steps=50") == 0
+    real = fit.to_latents
+
+    def interrupted(batch, vae):
+        if batch.keys[0][1] == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(batch, vae)
+
+    monkeypatch.setattr(fit, "to_latents", interrupted)
+    endless = ["train.steps=4000", "train.samples=0", "train.decay_steps=50", "train.checkpoint_every=100000"]
+    assert go("name=cut", *endless) == 143
+    assert list_checkpoints(home / "checkpoints" / "cut")[0].name == "step-13"
+    assert json.loads((home / "output/cut/summary.json").read_text())["step"] == 13
+    assert losses("cut") == losses("whole")[:13]
 
 
 def test_a_step_that_is_not_finite_is_never_applied(home, monkeypatch):
@@ -121,8 +125,8 @@ def test_a_step_that_is_not_finite_is_never_applied(home, monkeypatch):
 
     real = fit.diffusion_losses
 
-    def poisoned(model, objective, clips, conditions, keys, **rest):
-        result = real(model, objective, clips, conditions, keys, **rest)
+    def poisoned(model, objective, clips, conditions, keys, **options):
+        result = real(model, objective, clips, conditions, keys, **options)
         return result._replace(clips=result.clips * float("nan")) if keys[0][1] == 3 else result
 
     assert go("name=clean", "train.steps=3", "train.samples=0") == 0
@@ -157,10 +161,10 @@ def test_two_runs_do_not_share_a_folder(home, capsys):
     from stdit.training.run import RunFolders
 
     holder = RunFolders("t")
-    holder.claim()
+    holder.lock()
     assert go() == 1
     assert f"output/t is in use by process {os.getpid()}" in capsys.readouterr().err
-    holder.release()
+    holder.unlock()
     assert go("train.steps=1", "train.samples=0") == 0
 
 
@@ -211,7 +215,7 @@ def test_unreadable_files_are_named_in_the_summary_and_too_many_stop_the_run(hom
         (["data.height=33", "data.width=33"], "Use 32 or 40"),
         (["data.num_frames=6"], "Use 5 or 9"),
         (["data.num_frames=-1"], "data.num_frames=-1"),
-        (["train.batch_size=0"], "train.batch_size=0 is not positive"),
+        (["train.batch_size=0"], "train.batch_size must be >= 1, got 0"),
         (["train.batch_size=5", "train.micro_batch=2"], "train.batch_size=5 is not a multiple"),
         (["model.num_classes=3"], "the data has labels up to 11"),
         (["data.source=videos", "data.root=none"], "data.root='none' does not exist"),
@@ -250,7 +254,7 @@ def test_a_read_only_output_folder_is_refused_before_training(home, capsys):
 
 
 def test_latents_of_another_vae_are_refused(home, capsys):
-    import cache_latents
+    from stdit.recipes import cache_latents
 
     assert cache_latents.main(["t.yaml", "--output", "latents"]) == 0
     assert go("data.source=latents", "data.root=latents", "train.steps=2", "train.samples=0") == 0

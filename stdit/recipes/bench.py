@@ -1,0 +1,290 @@
+"""Measure speed: ratios in one run, alternating, medians.
+
+stdit bench loader --root path/to/clips      our loader against PyAV alone on the same clips
+stdit bench step                             training steps of small models
+stdit bench attention                        plain products against the fused kernel
+stdit bench vae                              the tiny VAE
+stdit bench packing                          clips of many shapes: packed, padded, in buckets
+stdit bench quickstart --root data/shapes    where the quickstart's encoding spends its time
+"""
+
+import argparse
+import statistics
+import time
+from itertools import islice
+from pathlib import Path
+
+import av
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+from stdit.data.datasets import DataConfig, build_dataset
+from stdit.data.loader import batches
+from stdit.data.manifest import VIDEO_SUFFIXES, scan_folder
+from stdit.data.video_io import VideoError, VideoReader
+from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.model.stdit import STDiT
+from stdit.nn.attention import explicit_attention
+from stdit.precision import autocast, native_bf16
+from stdit.recipes.entry import command_parser
+from stdit.rng import keyed_rng
+from stdit.training.optim import build_optimizers
+from stdit.training.step import LatentBatch, diffusion_losses
+from stdit.vae import load_vae
+
+
+def timed(function) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def pyav_alone(paths: list[Path]) -> int:
+    """Decode all frames of all files to RGB with PyAV and nothing else."""
+    count = 0
+    for path in paths:
+        with av.open(str(path)) as container:
+            container.streams.video[0].codec_context.thread_count = 1
+            for frame in container.decode(video=0):
+                frame.to_ndarray(format="rgb24")
+                count += 1
+    return count
+
+
+def our_reader(paths: list[Path]) -> int:
+    count = 0
+    for path in paths:
+        with VideoReader(path) as reader:
+            count += len(reader.get_frames(range(len(reader))))
+    return count
+
+
+def our_samples(dataset) -> int:
+    """Whole clips as training samples: read, scaled, cropped."""
+    return sum(len(dataset.load(i, keyed_rng("sample", i))["pixels"]) for i in range(len(dataset)))
+
+
+def bench_loader(args: argparse.Namespace) -> None:
+    paths = [row.path for row in scan_folder(Path(args.root), VIDEO_SUFFIXES, "videos").rows]
+    rates: dict[str, list[float]] = {"PyAV alone": [], "VideoReader": []}
+    for _ in range(args.rounds):
+        for name, function in (("PyAV alone", pyav_alone), ("VideoReader", our_reader)):
+            frames = 0
+
+            def run(function=function) -> None:
+                nonlocal frames
+                frames = function(paths)
+
+            seconds = timed(run)
+            rates[name].append(frames / seconds)
+    base = statistics.median(rates["PyAV alone"])
+    for name, values in rates.items():
+        rate = statistics.median(values)
+        print(f"{name:<14} {rate:8.0f} frames/s   {rate / base:5.2f} of PyAV alone")
+    config = DataConfig(root=args.root, source="videos", num_frames=17, height=128, width=128, workers=0)
+    dataset = build_dataset(config)
+    ours, alone = [], []
+    for _ in range(args.rounds):
+        ours.append(_samples_rate(dataset, args.samples))
+        alone.append(_windows_rate(dataset, args.samples))
+    print(
+        f"windows of 17 frames, decoded, scaled to 128 px, collated: {statistics.median(ours):.1f} clips/s; PyAV alone, the same frames, no scaling: {statistics.median(alone):.1f} clips/s; ratio {statistics.median(o / a for o, a in zip(ours, alone, strict=True)):.2f}"
+    )
+
+
+def _samples_rate(dataset, count: int) -> float:
+    stream = batches(dataset, 0, 1, workers=0)
+    return count / timed(lambda: list(islice(stream, count)))
+
+
+def _windows_rate(dataset, count: int) -> float:
+    """The same windows as `_samples_rate` reads, decoded by PyAV from the key frame before."""
+    from stdit.data.datasets import window
+    from stdit.data.samplers import sample_index
+
+    jobs = []
+    for step in range(count):
+        index = sample_index(0, step, len(dataset))
+        rng = keyed_rng("sample", 0, step, 0)
+        path = dataset.rows[index].path
+        try:
+            with VideoReader(path) as reader:
+                picked = window(reader, 17, None, rng)
+                jobs.append((path, reader._pts[picked[0]], reader._pts[picked[-1]]))
+        except VideoError:
+            continue
+
+    def run() -> None:
+        for path, first, last in jobs:
+            with av.open(str(path)) as container:
+                stream = container.streams.video[0]
+                stream.codec_context.thread_count = 1
+                container.seek(first, stream=stream, backward=True)
+                for frame in container.decode(stream):
+                    if frame.pts >= first:
+                        frame.to_ndarray(format="rgb24")
+                    if frame.pts >= last:
+                        break
+
+    return len(jobs) / timed(run)
+
+
+def bench_step(args: argparse.Namespace) -> None:
+    print(
+        f"bf16 in hardware: {native_bf16()}; {torch.get_num_threads()} threads; forward + backward + optimizer, median of {args.rounds}"
+    )
+    objective = build_objective(ObjectiveConfig())
+    latents, labels = torch.randn(32, 16, 5, 8, 8), torch.randint(0, 12, (32,))
+    for axes in (["joint"], ["spatial", "temporal"]):
+        for optimizer in ("adamw", "muon"):
+            for precision in ("fp32", "bf16"):
+                model = STDiT(8, 256, 4, in_channels=16, num_classes=12, axes=axes, learn_sigma=False, qk_norm=True)
+                optimizers = build_optimizers(model, optimizer, 1e-3)
+                seconds = []
+                for i in range(args.rounds + 1):
+                    began = time.perf_counter()
+                    with autocast(precision, "cpu"):
+                        losses = diffusion_losses(
+                            model,
+                            objective,
+                            [LatentBatch(latents)],
+                            {"label": labels[:, None]},
+                            [(0, i, s) for s in range(32)],
+                        )
+                    losses.clips.mean().backward()
+                    for each in optimizers:
+                        each.step()
+                    model.zero_grad()
+                    seconds.append(time.perf_counter() - began)
+                print(
+                    f"{'+'.join(axes):<17} {optimizer:<6} {precision}: {32 / statistics.median(seconds[1:]):6.1f} clips/s"
+                )
+
+
+def bench_attention(args: argparse.Namespace) -> None:
+    """Plain products against the fused kernel, forward and backward, on the sequences of small models."""
+    for batch, heads, length, dim in ((32, 2, 80, 64), (160, 2, 16, 64), (512, 2, 5, 64), (2, 6, 512, 64)):
+        for dtype in (torch.bfloat16, torch.float32):
+            tensors = [torch.randn(batch, length, heads, dim, dtype=dtype, requires_grad=True) for _ in range(3)]
+            seconds: dict[str, list[float]] = {"fused": [], "explicit": []}
+            for _ in range(args.rounds + 1):
+                for name, function in (("fused", dispatch_attention_fn), ("explicit", explicit_attention)):
+                    seconds[name].append(timed(lambda f=function, t=tensors: f(*t).sum().backward()))
+            fused, explicit = (statistics.median(values[1:]) for values in seconds.values())
+            print(
+                f"{batch} x {heads} heads x {length} tokens x {dim}, {dtype}: fused {1e3 * fused:.2f} ms, explicit {1e3 * explicit:.2f} ms, ratio {fused / explicit:.1f}"
+            )
+
+
+@torch.no_grad()
+def bench_vae(args: argparse.Namespace) -> None:
+    vae = load_vae("tiny")
+    for size in (64, 128, 256):
+        clip = torch.rand(4, 3, 17, size, size) * 2 - 1
+        with autocast("auto", "cpu"):
+            latents = vae.encode(clip)
+            encode = statistics.median(timed(lambda clip=clip: vae.encode(clip)) for _ in range(args.rounds))
+            decode = statistics.median(timed(lambda latents=latents: vae.decode(latents)) for _ in range(args.rounds))
+        print(f"{size:>3} px, 17 frames: encode {4 / encode:6.1f} clips/s, decode {4 / decode:6.1f} clips/s")
+
+
+Grid = tuple[int, int, int]
+
+
+def _tokens(grid: Grid) -> int:
+    return grid[0] * grid[1] * grid[2] // 4
+
+
+def _packs(shapes: list[Grid], budget: int) -> list[list[Grid]]:
+    packs: list[list[Grid]] = [[]]
+    for shape in shapes:
+        if sum(map(_tokens, packs[-1])) + _tokens(shape) > budget:
+            packs.append([])
+        packs[-1].append(shape)
+    return packs
+
+
+def bench_packing(args: argparse.Namespace) -> None:
+    """Clips of many shapes: packed, padded to the largest, in buckets. Tokens that count, a second; forward and backward."""
+    # A mix as real folders have it: pictures and clips of 1 to 4 seconds, three aspects (latent frames, rows, columns).
+    grids = [(t, *space) for t in (1, 3, 5, 9) for space in ((8, 8), (6, 10), (10, 6))]
+    shapes = [grids[i] for i in keyed_rng("order", 0).integers(len(grids), size=64)]
+    axes = [args.axes] if args.axes else ["spatial", "temporal"]
+    model = STDiT(depth=6, hidden_size=192, num_heads=6, in_channels=16, axes=axes)
+    largest = tuple(max(shape[i] for shape in shapes) for i in range(3))
+    budget = 8 * _tokens(largest)  # tokens a step, the same for all three
+
+    def dense(grid: Grid, count: int) -> None:
+        model(torch.randn(count, 16, *grid), torch.full((count,), 500.0)).square().mean().backward()
+
+    def in_one_row(pack: list[Grid]) -> None:
+        out = model([torch.randn(16, *grid) for grid in pack], [torch.tensor(500.0)] * len(pack))
+        sum(x.square().mean() for x in out).backward()
+
+    steps: dict[str, list[tuple]] = {
+        "padded": [(dense, largest, 8)] * (len(shapes) // 8),
+        "buckets": [
+            (dense, grid, min(budget // _tokens(grid), shapes.count(grid) - first))
+            for grid in grids
+            for first in range(0, shapes.count(grid), budget // _tokens(grid))
+        ],
+        "packed": [(in_one_row, pack) for pack in _packs(shapes, budget)],
+    }
+
+    def run(name: str) -> None:
+        for step, *what in steps[name]:
+            step(*what)
+            model.zero_grad()
+
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.rounds):
+        for name in steps:
+            seconds[name].append(timed(lambda name=name: run(name)))
+    for name, values in seconds.items():
+        ratio = statistics.median(p / v for p, v in zip(seconds["padded"], values, strict=True))
+        rate = sum(map(_tokens, shapes)) / statistics.median(values)
+        print(f"{name}: {len(steps[name])} steps, {rate:.0f} tokens/s, {ratio:.2f} times padded")
+
+
+@torch.no_grad()
+def bench_quickstart(args: argparse.Namespace) -> None:
+    vae = load_vae("tiny")
+    manifest = Path(args.root) / "manifest.jsonl"
+    dataset = build_dataset(DataConfig(root=args.root, manifest=str(manifest), source="videos"))
+    count, reading, encoding = min(args.samples, len(dataset)), 0.0, 0.0
+    for first in range(0, count, 32):
+        pixels: list[torch.Tensor] = []
+        reading += timed(
+            lambda first=first, pixels=pixels: pixels.extend(
+                dataset.load(i, keyed_rng("sample", i))["pixels"] for i in range(first, min(first + 32, count))
+            )
+        )
+        batch = torch.stack(pixels).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        with autocast("auto", "cpu"):
+            encoding += timed(lambda batch=batch: vae.encode(batch))
+    print(
+        f"{count} clips: reading {reading:.1f} s ({count / reading:.0f} clips/s), encoding {encoding:.1f} s ({count / encoding:.0f} clips/s)"
+    )
+
+
+BENCHES = {
+    "loader": bench_loader,
+    "attention": bench_attention,
+    "step": bench_step,
+    "vae": bench_vae,
+    "quickstart": bench_quickstart,
+    "packing": bench_packing,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("bench", __doc__)
+    parser.add_argument("what", choices=BENCHES)
+    parser.add_argument("--root", default="data/shapes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--axes", help="packing: joint instead of spatial and temporal in turn")
+    args = parser.parse_args(argv)
+    av.logging.set_level(None)
+    BENCHES[args.what](args)
+    return 0

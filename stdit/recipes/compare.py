@@ -1,0 +1,275 @@
+"""Train variants of one config on the same budget, judge them the same way, and set them side by side.
+
+stdit compare configs/compare/conditioning.yaml
+stdit compare configs/compare/scaling.yaml budget.minutes=1 seeds=[0]
+
+Runs that are done are kept, those that were stopped go on. Writes output/compare/NAME/: comparison.md, runs.json, curves.png,
+quality.png and a contact sheet of every variant.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from stdit.conditions import conditioners_of
+from stdit.conditions.values import map_tensors
+from stdit.config import Config, find_config, load_typed
+from stdit.data.datasets import build_dataset
+from stdit.data.loader import batches
+from stdit.data.shapes import CLASS_NAMES
+from stdit.data.video_write import to_uint8, write_contact_sheet
+from stdit.diffusion.objective import build_objective
+from stdit.evaluation.captions import asked, caption
+from stdit.evaluation.compare import Comparison, Run, by_variant, page
+from stdit.evaluation.features import distances, load_extractor
+from stdit.evaluation.shapes import report
+from stdit.model.cost import clip_flops
+from stdit.precision import autocast
+from stdit.recipes.build import build_captions, build_model
+from stdit.recipes.entry import child_environment, command_parser
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.training.optim import build_optimizers
+from stdit.training.results import target_clips
+from stdit.training.run import write_text
+from stdit.training.step import diffusion_losses, to_latents
+from stdit.vae import load_vae
+
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def arguments(spec: Comparison, variant: str, seed: int, steps: int | None) -> list[str]:
+    """The command line of one run."""
+    settings = {**spec.overrides, **spec.variants[variant], "seed": seed, "name": f"{spec.name}-{variant}-{seed}"}
+    if steps is not None:
+        settings |= {"train.steps": steps, "train.decay_steps": steps}
+    return [f"{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in settings.items()]
+
+
+def read(spec: Comparison, variant: str, seed: int = 0, steps: int | None = None) -> Config:
+    return load_typed(Config, spec.base, arguments(spec, variant, seed, steps))
+
+
+class Probe:
+    """A variant before its run: what it is, and what a step of it takes on this machine."""
+
+    def __init__(self, spec: Comparison, variant: str):
+        self.config = read(spec, variant)
+        dataset, vae = build_dataset(self.config.data), load_vae(self.config.vae.name)
+        self.objective, self.vae = build_objective(self.config.objective), vae
+        captions = build_captions(self.config, dataset, torch.device("cpu"), main=True)
+        self.captions = captions
+        self.model = build_model(
+            self.config, vae, dataset, self.objective, caption_channels=captions and captions.channels
+        )
+        settings = self.config.train
+        self.optimizers = build_optimizers(self.model, settings.optimizer, settings.lr, settings.weight_decay)
+        self.batches = batches(dataset, 0, settings.batch_size)
+        self.seconds: list[float] = []
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        shape = vae.latent_shape(self.config.data.num_frames, self.config.data.height, self.config.data.width)
+        self.gflops = clip_flops(self.model, shape) / 1e9
+        patches = [n // p for n, p in zip(shape, self.model.patch_size, strict=True)]
+        self.tokens = float(np.prod(patches)) * settings.batch_size
+
+    def step(self) -> None:
+        """One training step, timed."""
+        batch, began = next(self.batches), time.perf_counter()
+        conditioners = conditioners_of(self.model.config)
+        if self.captions is not None:
+            conditioners["caption"].tokenize = self.captions  # type: ignore[attr-defined]
+        conditions = {
+            name: c.encode(c.drop(batch.conditions[name], batch.keys, 0.0), 1) for name, c in conditioners.items()
+        }
+        with autocast(self.config.train.precision, "cpu"):
+            losses = diffusion_losses(
+                self.model,
+                self.objective,
+                to_latents(batch, self.vae),
+                conditions,
+                batch.keys,
+                patch=self.model.patch_size,
+            )
+        losses.clips.mean().backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad()
+        self.seconds.append(time.perf_counter() - began)
+
+
+def plan(spec: Comparison, folder: Path) -> dict[str, dict]:
+    """Steps, parameters and Gflops of every variant; made once and kept, so that a resumed comparison is the same one."""
+    file, asked = folder / "plan.json", json.loads(json.dumps(asdict(spec)))
+    if file.is_file():
+        made = json.loads(file.read_text())
+        if made["spec"] != asked:
+            changed = sorted(key for key in asked if asked[key] != made["spec"].get(key))
+            raise ValueError(
+                f"{folder} holds another comparison (differs in {', '.join(changed)}); choose another name=, or remove it."
+            )
+        return made["variants"]
+    probes = {name: Probe(spec, name) for name in tqdm(spec.variants, desc="building", unit="variant")}
+    if spec.budget.kind == "minutes":
+        for _ in tqdm(range(12), desc="timing, in turn", unit="round"):  # alternating: machines are noisy
+            for probe in probes.values():
+                probe.step()
+    variants = {}
+    for name, probe in probes.items():
+        seconds = float(np.median(probe.seconds[2:])) if probe.seconds else float("nan")
+        batch = probe.config.train.batch_size
+        steps = spec.budget.steps_for(seconds, probe.tokens, 3 * probe.gflops * batch)
+        variants[name] = {"steps": steps, "parameters": probe.parameters, "gflops": probe.gflops}
+    write_text(file, json.dumps({"spec": asked, "variants": variants}, indent=1))
+    return variants
+
+
+def trained(spec: Comparison, variant: str, seed: int, steps: int) -> Path:
+    """models/NAME of one run, after `tools/train.py` has done or finished it."""
+    name = f"{spec.name}-{variant}-{seed}"
+    summary = Path("output") / name / "summary.json"
+    done = summary.is_file() and json.loads(summary.read_text()).get("finished") and (Path("models") / name).is_dir()
+    if not done:
+        command = [sys.executable, "-m", "stdit", "train", spec.base, *arguments(spec, variant, seed, steps)]
+        code = subprocess.run(command, env=child_environment()).returncode
+        if code:
+            raise ValueError(f"the run {name} ended with {code}; what it said stands above. Mend it and run again.")
+    return Path("models") / name
+
+
+def measure(spec: Comparison, variant: str, seed: int, about: dict, folder: Path) -> Run:
+    """One run, judged; kept beside the others."""
+    file = folder / "runs" / f"{variant}-{seed}.json"
+    if file.is_file():
+        return Run(**json.loads(file.read_text()))
+    model = trained(spec, variant, seed, about["steps"])
+    config = read(spec, variant, seed, about["steps"])
+    pipe = STDiTPipeline.from_pretrained(str(model))
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    run = Run(variant, seed, spec.variants[variant], **about)
+    summary = json.loads((Path("output") / model.name / "summary.json").read_text())
+    seconds = max(summary["training_seconds"], 0.1)  # they are rounded to tenths
+    run.minutes, run.clips_per_second = seconds / 60, config.train.batch_size * about["steps"] / seconds
+    run.losses = {f"{level:g}": loss for level, loss in zip(LEVELS, held_losses(pipe, config), strict=True)}
+    clips = made(pipe, spec, config)
+    names = [f"{shape} {direction}" for _, shape, direction in wanted(spec, config)]
+    if sorted(pipe.transformer.config.class_names or []) == sorted(CLASS_NAMES) or config.text.encoder:
+        judged = report([to_uint8(clip) for clip in clips], [CLASS_NAMES.index(name) for name in names])
+        run.shape, run.direction, run.both = judged.shape, judged.direction, judged.both
+    if spec.reference:
+        real = target_clips(build_dataset(config.data), pipe.video_vae, None, spec.reference, seed=1)
+        run.frechet = distances(clips.split(32), real.split(32), load_extractor(spec.features)).frechet
+    write_contact_sheet(folder / f"{variant}.png", list(clips[:24]), columns=3)
+    file.parent.mkdir(exist_ok=True)
+    write_text(file, json.dumps(asdict(run), indent=1))
+    return run
+
+
+def wanted(spec: Comparison, config: Config) -> list[tuple[str, str, str]]:
+    """Colour, shape and direction of every clip that is asked for: of captions all evenly, of labels no colour."""
+    if config.text.encoder:
+        return asked(None, spec.clips)
+    shapes = [CLASS_NAMES[i % len(CLASS_NAMES)].split() for i in range(spec.clips)]
+    return [("", shape, direction) for shape, direction in shapes]
+
+
+def made(pipe: STDiTPipeline, spec: Comparison, config: Config) -> torch.Tensor:
+    """Clips of every label or caption in turn, or of none."""
+    how: dict[str, Any] = {
+        "num_inference_steps": spec.sample_steps, "guidance_scale": spec.guidance, "seed": 1, "progress": False,
+    }  # fmt: skip
+    if config.text.encoder:
+        return pipe(captions=[caption(*one) for one in wanted(spec, config)], **how)
+    if sorted(pipe.transformer.config.class_names or []) == sorted(CLASS_NAMES):
+        return pipe([f"{shape} {direction}" for _, shape, direction in wanted(spec, config)], **how)
+    classes = pipe.transformer.num_classes
+    return pipe([i % classes for i in range(spec.clips)] if classes else None, num_videos=spec.clips, **how)
+
+
+@torch.no_grad()
+def held_losses(pipe: STDiTPipeline, config: Config) -> list[float]:
+    """The loss at fixed levels, of averaged weights, on 128 clips of the data under fixed noise."""
+    objective, dataset = build_objective(config.objective), build_dataset(config.data)
+    batch = next(batches(dataset, 10**6, min(128, len(dataset))))
+    clips = to_latents(batch, pipe.video_vae)
+    model, conditions = pipe.transformer, {}
+    for name, conditioner in model.conditioners.items():
+        given = batch.conditions[name]
+        conditions[name] = conditioner.encode(conditioner.drop(given, batch.keys, 0.0), pipe.video_vae.stride[0])
+    conditions = map_tensors(conditions, lambda x: x.to(pipe.device))
+    found = []
+    for level in LEVELS:
+        losses = diffusion_losses(
+            model, objective, clips, conditions, batch.keys, patch=model.patch_size, level=level, strategy="shared"
+        )
+        found.append(float(losses.clips.mean()))
+    return found
+
+
+def draw(spec: Comparison, runs: list[Run], folder: Path, distance: str) -> list[Path]:
+    """Loss against minutes, and quality against Gflops."""
+    curves, quality = folder / "curves.png", folder / "quality.png"
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    for i, (variant, group) in enumerate(by_variant(runs).items()):
+        for run in group:
+            with open(
+                Path("output") / f"{spec.name}-{variant}-{run.seed}" / "training_metrics.csv", newline=""
+            ) as stream:
+                loss = np.array([float(row["loss"]) for row in csv.DictReader(stream)])
+            size = max(1, len(loss) // 20)
+            smooth = np.convolve(loss, np.ones(size) / size, mode="valid")
+            minutes = np.linspace(run.minutes * size / len(loss), run.minutes, len(smooth))
+            axis.plot(minutes, smooth, color=f"C{i % 10}", alpha=0.8, label=variant if run is group[0] else None)
+    axis.set(xlabel="minutes of training", ylabel="loss, smoothed", yscale="log", title=spec.title or spec.name)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(curves, dpi=110)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axis, key, label in ((axes[0], "frechet", distance), (axes[1], "both", "shape and direction right")):
+        for i, (variant, group) in enumerate(by_variant(runs).items()):
+            values = [getattr(run, key) for run in group]
+            axis.scatter([group[0].gflops] * len(values), values, color=f"C{i % 10}", alpha=0.5, s=18)
+            axis.scatter(group[0].gflops, np.mean(values), color=f"C{i % 10}", label=variant, s=60, marker="D")
+        axis.set(xlabel="Gflops of one forward of one clip", ylabel=label, xscale="log")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_yscale("log")
+    axes[1].legend(fontsize=8)
+    figure.savefig(quality, dpi=110)
+    plt.close("all")
+    return [curves, quality]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("compare", __doc__)
+    parser.add_argument("comparison", help="a path, or the name of a comparison in the package, such as conditioning")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the comparison, such as budget.minutes=1")
+    args = parser.parse_args(argv)
+    spec = load_typed(Comparison, find_config(args.comparison, "compare"), args.overrides)
+    for variant in spec.variants:  # every mistake is said before any work
+        read(spec, variant)
+    distance = f"{load_extractor(spec.features).frechet} ({load_extractor(spec.features).name})"
+    folder = Path("output") / "compare" / spec.name
+    folder.mkdir(parents=True, exist_ok=True)
+    about, runs = plan(spec, folder), []
+    todo = [(variant, seed) for seed in spec.seeds for variant in spec.variants]
+    for variant, seed in tqdm(todo, desc=spec.name, unit="run"):
+        runs.append(measure(spec, variant, seed, about[variant], folder))
+    write_text(folder / "runs.json", json.dumps([asdict(run) for run in runs], indent=1))
+    pictures = draw(spec, runs, folder, distance)
+    text = page(spec, runs, f"stdit compare {' '.join([args.comparison, *args.overrides])}", pictures, distance)
+    write_text(folder / "comparison.md", text)
+    print(text)
+    print(f"{folder / 'comparison.md'}")
+    return 0

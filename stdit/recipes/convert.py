@@ -1,0 +1,99 @@
+"""Turn DiT, SiT, Latte, U-ViT, MDT or diffusers weights into an stdit model, with the very numbers of the original; and back.
+
+stdit convert DiT-XL-2-256x256.pt --from dit --output models/dit
+stdit convert DiT-XL-2-256 --from diffusers --output models/dit      (a whole DiTPipeline folder)
+stdit convert models/dit --to dit --output dit.pt
+"""
+
+from pathlib import Path
+
+from stdit.checkpoint.convert import (
+    beside,
+    describe,
+    parse_settings,
+    read_dit_pipeline,
+    to_stdit,
+    write_original,
+)
+from stdit.checkpoint.files import read_weights
+from stdit.checkpoint.keymaps import FORMATS
+from stdit.model.stdit import STDiT
+from stdit.recipes.entry import command_parser
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.vae import load_vae
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("convert", __doc__)
+    parser.add_argument("source", help="a file of weights, or a folder")
+    parser.add_argument("--from", dest="origin", choices=sorted(FORMATS), help="whose weights they are")
+    parser.add_argument("--to", dest="target", choices=sorted(FORMATS), help="the way back: whose format to write")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what tensors cannot tell, such as num_heads=4",
+    )
+    parser.add_argument(
+        "--weights", choices=("ema", "model"), default="ema", help="of a training checkpoint that has both"
+    )
+    parser.add_argument("--vae", help="write a whole pipeline with this VAE, ready for tools/sample_video.py")
+    parser.add_argument("--text-encoder", help="of a model that is told captions: a folder or hub id of its T5")
+    args = parser.parse_args(argv)
+    if args.text_encoder and not args.vae:
+        raise ValueError("--text-encoder is written into a whole pipeline; give --vae too, or leave it out.")
+    if bool(args.origin) == bool(args.target):
+        raise ValueError(
+            "say either --from (into stdit) or --to (out of stdit), and whose weights: "
+            + ", ".join(sorted(FORMATS))
+            + "."
+        )
+    whole = args.origin == "diffusers" and (Path(args.source) / "model_index.json").is_file()
+    if args.vae and (args.target or whole):
+        raise ValueError(
+            "--vae does not fit: " + ("a whole pipeline brings its own." if whole else "--to writes weights alone.")
+        )
+    if args.target and args.settings:
+        raise ValueError("--set says what weights of others cannot; --to takes the model as it is.")
+    if args.target:
+        write_original(STDiT.from_pretrained(args.source), args.target, args.output)
+        print(f"{args.target} weights: {args.output}")
+        return 0
+
+    source, settings = Path(args.source), parse_settings(args.settings)
+    with beside(args.output) as part:  # refuses a taken name before any work
+        if whole:
+            folder = read_dit_pipeline(source)
+            if folder.class_names:
+                settings.setdefault("class_names", folder.class_names)
+            converted = to_stdit(folder.weights, args.origin, settings)
+            save(converted, folder.vae, folder.scheduler, part)
+        else:
+            converted = to_stdit(read_weights(source, args.weights), args.origin, settings)
+            if args.vae:
+                form = FORMATS[args.origin]
+                scheduler = STDiTScheduler(
+                    converted.objective, betas=form.betas, learn_sigma=converted.model.config.learn_sigma
+                )
+                save(converted, load_vae(args.vae), scheduler, part, args.text_encoder)
+            else:
+                converted.model.save_pretrained(part)
+        said = describe(converted)
+    print(said)
+    print(f"model: {args.output}")
+    return 0
+
+
+def save(converted, vae, scheduler, folder: Path, text_encoder: str | None = None) -> None:
+    """A pipeline folder that samples at the size the weights were made for."""
+    pipeline = STDiTPipeline(converted.model, vae, scheduler, objective=converted.objective, text_encoder=text_encoder)
+    stride, (frames, height, width) = pipeline.video_vae.stride, converted.model.config.sample_size
+    pipeline.register_to_config(
+        num_frames=pipeline.video_vae.pixel_frames(frames), height=height * stride[1], width=width * stride[2]
+    )
+    pipeline.save_pretrained(folder)

@@ -1,0 +1,216 @@
+"""Judge clips of moving shapes: the shape asked for, moving as asked? And measure distances between any clips.
+
+stdit evaluate --model models/quickstart --clips 480
+stdit evaluate --input data/shapes/manifest.jsonl            the judge on drawn clips, against their truth
+stdit evaluate --model models/NAME --reference data/clips --features inception=FILE     any model, against clips of its kind
+stdit evaluate --input made/ --reference data/clips --features i3d=FILE      clips against clips; in pairs also PSNR and SSIM
+stdit evaluate --model models/captions --captions "red circle" "blue square"      pairs that training left out
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from stdit.data.config import DataConfig
+from stdit.data.datasets import build_dataset
+from stdit.data.manifest import read_manifest
+from stdit.data.shapes import CLASS_NAMES, COLORS, SHAPES
+from stdit.data.video_io import VideoReader
+from stdit.data.video_write import to_uint8, write_contact_sheet
+from stdit.evaluation.captions import asked, measure
+from stdit.evaluation.features import distances, load_extractor
+from stdit.evaluation.metrics import psnr, ssim
+from stdit.evaluation.shapes import measure_shape, report, table
+from stdit.recipes.entry import command_parser
+from stdit.recipes.models import newest_model
+from stdit.rng import keyed_rng
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.training.run import write_text
+
+
+def generated(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Path]:
+    model = Path(args.model) if args.model else newest_model()
+    pipe = STDiTPipeline.from_pretrained(str(model))
+    if sorted(pipe.transformer.config.class_names or []) != sorted(CLASS_NAMES):
+        raise ValueError(f"{model} was not trained on moving shapes; this judge knows only those.")
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    labels = [i % len(CLASS_NAMES) for i in range(args.clips)]
+    clips = pipe(
+        [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, args.steps, args.guidance, seed=args.seed, solver=args.solver
+    )  # fmt: skip
+    return [to_uint8(clip) for clip in clips], labels, Path("output") / model.name
+
+
+def against(args: argparse.Namespace) -> int:
+    """Clips of a model, or of a folder, against real ones."""
+    extractor = load_extractor(args.features)
+    if args.input:
+        output, batches, size = None, None, (args.frames or 17, args.size or 64)
+    else:
+        model = Path(args.model) if args.model else newest_model()
+        pipe = STDiTPipeline.from_pretrained(str(model))
+        if torch.cuda.is_available():
+            pipe.to("cuda")
+        output, size = (
+            Path("output") / model.name,
+            (args.frames or pipe.config.num_frames, args.size or pipe.config.height),
+        )
+        batches = _sampled(pipe, args, size)
+    real = _read(args.reference, size, args.clips)
+    made = batches if batches is not None else _read(args.input, size, args.clips)
+    found: dict = {"extractor": extractor.name}
+    if args.paired:
+        pairs = [(a, b) for a, b in zip(made, real, strict=True)]
+        found |= {
+            "PSNR, dB": psnr(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])),
+            "SSIM": float(np.mean([ssim(a, b) for a, b in pairs])),
+        }
+        made, real = (iter(side) for side in zip(*pairs, strict=True))
+    result = distances(made, real, extractor)
+    found |= dict(zip(result.names, (result.frechet, result.kernel), strict=True)) | {"clips": result.clips}
+    for name, value in found.items():
+        print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "distances.json", json.dumps({**vars(args), **found}, indent=1) + "\n")
+        print(f"{output / 'distances.json'}")
+    return 0
+
+
+def _sampled(pipe: STDiTPipeline, args: argparse.Namespace, size: tuple[int, int]) -> Iterator[torch.Tensor]:
+    classes = pipe.transformer.num_classes
+    for first in tqdm(range(0, args.clips, 32), unit="batch", desc="sampling"):
+        count = min(32, args.clips - first)
+        labels = [(first + i) % classes for i in range(count)] if classes else None
+        yield pipe(
+            labels, size[0], size[1], size[1], args.steps, args.guidance, seed=args.seed + first, solver=args.solver,
+            num_videos=count, progress=False,
+        )  # fmt: skip
+
+
+def _read(source: str, size: tuple[int, int], most: int) -> Iterator[torch.Tensor]:
+    """Clips of a folder or manifest in batches (B, 3, F, H, W), in the order of their names or rows."""
+    path = Path(source)
+    root, manifest = (str(path.parent), str(path)) if path.is_file() else (source, None)
+    config = DataConfig(root=root, manifest=manifest, num_frames=size[0], height=size[1], width=size[1])
+    dataset = build_dataset(config)
+    for first in range(0, min(most, len(dataset)), 32):
+        rows = range(first, min(first + 32, most, len(dataset)))
+        pixels = torch.stack([dataset.load(i, keyed_rng("sample", 0, i))["pixels"] for i in rows])
+        yield pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def told(args: argparse.Namespace) -> int:
+    """Captions: pairs that were seen, pairs that were left out."""
+    model = Path(args.model) if args.model else newest_model()
+    pipe = STDiTPipeline.from_pretrained(str(model))
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    output = Path("output") / model.name
+    output.mkdir(parents=True, exist_ok=True)
+    options = {
+        "num_inference_steps": args.steps, "guidance_scale": args.guidance, "seed": args.seed, "num_frames": args.frames,
+        "height": args.size, "width": args.size,
+    }  # fmt: skip
+    every = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
+    unknown = [pair for pair in args.captions if pair not in every]
+    if unknown:
+        raise ValueError(f"--captions {unknown[0]!r} is no colour and shape, such as 'red circle'.")
+    results = {}
+    for name, pairs in (("seen pairs", sorted(every - set(args.captions))), ("pairs left out", args.captions)):
+        if pairs:
+            result, clips = measure(pipe, asked(pairs, args.clips), **options)
+            print(f"{name:<15} {result}", flush=True)
+            results[name] = result._asdict()
+            write_contact_sheet(output / f"captions-{name.replace(' ', '-')}.png", clips[:24], columns=2)
+    write_text(output / "captions.json", json.dumps({**vars(args), **results}, indent=1) + "\n")
+    print(f"{output / 'captions.json'}, contact sheets beside it")
+    return 0
+
+
+def recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
+    """Clips of a manifest, and how far measurements are from the truth it records."""
+    rows = read_manifest(manifest)
+    truths = [json.loads(line).get("truth") for line in manifest.read_text().splitlines() if line.strip()]
+    clips, errors = [], []
+    for row, truth in zip(tqdm(rows.rows, unit="clip", desc="reading"), truths, strict=True):
+        with VideoReader(row.path) as reader:
+            clips.append(reader.get_frames(range(len(reader))))
+        if truth:
+            seen = measure_shape(clips[-1])
+            start = np.array(truth["start"]) - seen.centers[0]
+            errors.append(
+                [
+                    np.hypot(*start),
+                    abs(seen.speed - truth["speed"]),
+                    abs(seen.size - truth["size"]),
+                    np.abs(seen.color - truth["color"]).max(),
+                ]
+            )
+    if errors:
+        median, worst = np.median(errors, axis=0), np.max(errors, axis=0)
+        for name, m, w in zip(
+            ("start, px", "speed, px a frame", "size, px", "colour, 0..1"), median, worst, strict=True
+        ):
+            print(f"truth against judge, {name}: median error {m:.3f}, largest {w:.3f}")
+    names = rows.class_names or []
+    if unknown := sorted(set(names) - set(CLASS_NAMES)):
+        raise ValueError(
+            f"labels such as {unknown[0]!r} name no shape and direction, which is what is judged here; for shapes that bounce "
+            "use tools/evaluate_tasks.py --bounce."
+        )
+    return clips, [CLASS_NAMES.index(names[row.label]) if names else row.label for row in rows.rows]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("evaluate", __doc__)
+    parser.add_argument("--model", help="default: the newest under models/")
+    parser.add_argument("--input", help="a manifest of clips to judge instead of a model")
+    parser.add_argument(
+        "--captions",
+        nargs="*",
+        metavar="PAIR",
+        help="judge captions: of all pairs of colour and shape, and of these alone",
+    )
+    parser.add_argument("--reference", help="a folder or manifest of real clips: distances in place of the judge")
+    parser.add_argument(
+        "--features", default="vae", help="of distances: vae, vae=PATH, inception=FILE, i3d=FILE or script=FILE"
+    )
+    parser.add_argument(
+        "--paired", action="store_true", help="input and reference are the same clips in order: PSNR, SSIM"
+    )
+    parser.add_argument("--clips", type=int, default=480)
+    parser.add_argument("--frames", type=int)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--solver")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args(argv)
+    if args.clips < 1:
+        raise ValueError(f"--clips {args.clips} leaves nothing to judge; use 1 or more.")
+    if args.captions is not None:
+        return told(args)
+    if args.reference:
+        return against(args)
+    if args.paired:
+        raise ValueError("--paired compares --input with --reference; name both.")
+    if args.input:
+        clips, labels = recorded(Path(args.input))
+        output = None
+    else:
+        clips, labels, output = generated(args)
+    result = report(clips, labels)
+    print(table(result))
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "evaluation.json", json.dumps({**vars(args), **result._asdict()}, indent=1) + "\n")
+        write_contact_sheet(output / "evaluation.png", clips[:48], columns=4)
+        print(f"{output / 'evaluation.json'}, {output / 'evaluation.png'}")
+    return 0

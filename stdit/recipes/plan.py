@@ -1,0 +1,160 @@
+"""Before a run: tokens, parameters, memory by part, speed and days on a named GPU, and the largest that fits.
+
+stdit plan configs/video.yaml --gpu H100 --count 8
+stdit plan configs/video.yaml model.size=B/2 --gpu 4090 --utilisation 0.35 --refuse
+"""
+
+from collections.abc import Callable
+
+from stdit.checkpoint.inflate import inflated_arguments
+from stdit.config import Config, load_typed
+from stdit.diffusion.objective import build_objective
+from stdit.model.config import model_arguments
+from stdit.model.cost import Memory, Shape, forward_cost, training_memory
+from stdit.model.stdit import STDiT
+from stdit.precision import native_bf16, resolve
+from stdit.recipes.build import check_batch
+from stdit.recipes.entry import command_parser
+from stdit.text import load_text_encoder
+from stdit.vae import VAEGeometry, VideoVAE, load_vae
+from stdit.variants import pick
+
+GIB = 2**30
+# Dense bfloat16 Tflops (a multiply and an add are two) and GiB, from the makers' data sheets.
+GPUS = {
+    "B200": (2250.0, 180), "H200": (989.0, 141), "H100": (989.0, 80), "A100": (312.0, 80), "A100-40": (312.0, 40),
+    "L40S": (362.0, 48), "L4": (121.0, 24), "4090": (165.0, 24), "3090": (71.0, 24), "MI300X": (1307.0, 192),
+}  # fmt: skip
+# What the configs name by hub id, so that planning needs no download: stride, latent channels.
+HUB_VAES = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/vae": ((4, 8, 8), 16),
+    "stabilityai/sd-vae-ft-ema": ((1, 8, 8), 4),
+}
+RESERVED = 1.5 * GIB  # the driver's context, kernels' workspaces, fragmentation
+
+
+def find_vae(name: str) -> VAEGeometry:
+    """The shapes of a VAE's latents: from `HUB_VAES` where the name is listed, else from the loaded VAE."""
+    if name in HUB_VAES:
+        stride, channels = HUB_VAES[name]
+        return VAEGeometry(name, stride, channels)
+    return load_vae(name)
+
+
+def arguments_of(config: Config, vae: VideoVAE) -> dict:
+    """The model's arguments, but for classes that only the data knows (a row a class: nothing that matters here)."""
+    chosen = model_arguments(config.model)
+    if config.init_from.path:
+        image = STDiT.from_pretrained(config.init_from.path)
+        chosen |= inflated_arguments(image, chosen, config.model.depth, config.init_from)
+    learns = build_objective(config.objective).learns_sigma
+    words = load_text_encoder(config.text.encoder).channels if config.text.encoder else None
+    data = config.data
+    return {
+        **chosen, "in_channels": vae.channels, "num_classes": config.model.num_classes or 0, "learn_sigma": learns,
+        "caption_channels": words,
+        "sample_size": vae.latent_shape(data.num_frames, data.height, data.width, chosen["patch_size"]),
+    }  # fmt: skip
+
+
+def largest(at: Callable[[int], Memory], room: float) -> int:
+    """How many (clips, or temporal patches) fit into `room` bytes: what a step keeps grows in a straight line."""
+    one, two = at(1), at(2)
+    if one.peak > room:
+        return 0
+    slopes = {part: getattr(two, part) - getattr(one, part) for part in ("activations", "again", "working")}
+    short_lived = slopes["again"] + slopes["working"]
+    # Whichever is larger at that size, activations or gradients, decides.
+    by_activations = (room - one.resting - one.activations - one.again - one.working) / (
+        slopes["activations"] + short_lived
+    )
+    by_gradients = (room - one.resting - one.gradients - one.again - one.working) / short_lived
+    most = 1 + int(min(by_activations, by_gradients))
+    if at(most).peak <= room:
+        return most
+    low = 1  # no straight line: short attention on CPUs keeps its matrix, long attention does not
+    while most - low > 1:
+        middle = (low + most) // 2
+        low, most = (middle, most) if at(middle).peak <= room else (low, middle)
+    return low
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = command_parser("plan", __doc__)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--gpu", default="H100", help=f"{', '.join(GPUS)}, or cpu")
+    parser.add_argument("--count", type=int, default=1, help="how many of them")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that training reaches")
+    parser.add_argument("--tflops", type=float, help="the peak, for a device not listed")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="its memory, for a device not listed")
+    parser.add_argument("--refuse", action="store_true", help="exit with 1 if the run does not fit")
+    args = parser.parse_intermixed_args(argv)
+    if not 0 < args.utilisation <= 1 or args.count < 1:
+        raise ValueError(f"--utilisation {args.utilisation} is a share, 0 to 1, and --count {args.count} is 1 or more.")
+    for name, value in (("--tflops", args.tflops), ("--memory", args.memory)):
+        if value is not None and not 0 < value < 1e6:
+            raise ValueError(f"{name} {value} is no size of a device; give Tflops and GiB above 0.")
+    config = load_typed(Config, args.config, args.overrides)
+    check_batch(config, args.count)
+    vae = find_vae(config.vae.name)
+    arguments = arguments_of(config, vae)
+    data, train, patch = config.data, config.train, arguments["patch_size"]
+    latent = vae.latent_shape(data.num_frames, data.height, data.width, patch)
+    micro = train.micro_batch or -(-train.batch_size // args.count)
+    on_cpu = args.gpu == "cpu"
+    described = on_cpu or (args.tflops and args.memory)  # a device of one's own needs no entry in the table
+    peak, gib = (0.0, 0.0) if described else pick(GPUS, args.gpu, "GPU")
+    peak, room = args.tflops or peak, (args.memory or gib) * GIB
+    bf16 = resolve(train.precision, "cpu") == "bf16" if on_cpu else train.precision != "fp32"
+
+    def memory(shape: Shape, clips: int, checkpointing: bool = config.model.gradient_checkpointing) -> Memory:
+        fused = not (on_cpu and native_bf16() and bf16)
+        return training_memory(arguments, shape, clips, train.optimizer, bf16, checkpointing, fused)
+
+    cost = forward_cost(arguments, latent)
+    # Data parallel keeps gradients twice; the rest is the driver's.
+    beside = (4 * cost.parameters if args.count > 1 else 0) + (0 if on_cpu else RESERVED)
+
+    print(
+        f"{config.name}: {data.num_frames} frames of {data.height} x {data.width} -> latents {list(latent)}, {cost.tokens:,} tokens a clip"
+    )
+    uncounted = "" if arguments["num_classes"] else " (and a row for each class of the data)"
+    print(f"parameters    {cost.parameters:,}{uncounted}")
+    print(
+        f"forward       {cost.total / 1e9:,.1f} Gflops a clip: "
+        + ", ".join(f"{kind} {value / cost.total:.0%}" for kind, value in cost.flops.items())
+    )
+    table = {checkpointing: memory(latent, micro, checkpointing) for checkpointing in (False, True)}
+    found = table[config.model.gradient_checkpointing]
+    print(f"memory        micro-batch of {micro}, {'bf16' if bf16 else 'fp32'}, {train.optimizer}, on one device, GiB:")
+    for part in ("weights", "gradients", "optimizer", "average"):
+        print(f"  {part:<12}{getattr(found, part) / GIB:>8.2f}")
+    for checkpointing, value in table.items():
+        mark = "  <- as configured" if checkpointing == config.model.gradient_checkpointing else ""
+        kept = (value.activations + value.again) / GIB
+        print(f"  activations {kept:>8.2f}  {'with' if checkpointing else 'without'} checkpointing{mark}")
+    saving = (
+        found.resting + found.optimizer if on_cpu else 0.0
+    )  # a checkpoint's largest file is copied before it is written
+    need = max(found.peak + beside, saving)
+    print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))
+    if peak:
+        passes = 4 if config.model.gradient_checkpointing else 3
+        seconds = 2 * passes * cost.total * train.batch_size / (peak * 1e12 * args.utilisation * args.count)
+        print(
+            f"speed         {1 / seconds:.2f} steps/s, {train.batch_size / seconds:.0f} clips/s on {args.count} x {args.gpu} at {args.utilisation:.0%} of {peak:.0f} Tflops; "
+            f"{train.steps:,} steps in {train.steps * seconds / 86400:.1f} days (the VAE not counted: cache latents)"
+        )
+    if not room:
+        return 0
+    clips = largest(lambda n: memory(latent, n), room - beside)
+    grown = patch[0] * largest(lambda n: memory((n * patch[0], *latent[1:]), 1), room - beside)
+    frames = vae.pixel_frames(grown) if grown else 0
+    print(f"largest       micro-batch {clips} at {data.num_frames} frames; {frames} frames at micro-batch 1")
+    if need > room:
+        print(
+            f"does not fit: {need / GIB:.1f} GiB needed, {room / GIB:.0f} there. Lower train.micro_batch, or set model.gradient_checkpointing=true."
+        )
+        return 1 if args.refuse else 0
+    return 0

@@ -1,0 +1,328 @@
+"""Sample clips (or images) from a trained model, or continue and edit clips and images of your own.
+
+stdit sample                                    newest model under models/
+stdit sample --model models/quickstart --class-label "circle left" 7 --frames 25 --seed 3
+stdit sample --model models/captions --caption "a red circle moves left" "a blue square moves up"
+stdit sample --frames 1 --output picture.png
+stdit sample --task animate --input picture.png --class-label "circle left"
+stdit sample --task extend --input clip.mp4 --after 16 --before 16
+stdit sample --task connect --input first.mp4 last.mp4 --frames 12
+stdit sample --task loop --input clip.mp4 --frames 12
+stdit sample --task interpolate --input clip.mp4 --factor 2
+stdit sample --task inpaint --input clip.mp4 --mask mask.png        or --height 64 --width 96: outpaint
+stdit sample --task edit --input clip.mp4 --strength 0.6 --class-label "square up"
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from stdit.data.inputs import Input, read_input, read_mask
+from stdit.data.video_write import WRITERS, VideoStream, write_video
+from stdit.files import write_json
+from stdit.recipes.entry import command_parser
+from stdit.recipes.models import load_pipeline, newest_model
+from stdit.sampling.options import SamplingOptions, add_flags, options_from
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.sampling.tasks import outpaint_canvas
+
+
+def output_paths(args: argparse.Namespace, model: Path, *, count: int, suffix: str, settings: dict) -> list[Path]:
+    """One file per clip. ValueError if one of them, or the JSON file next to it, exists and --overwrite was not given.
+
+    Names end in a hash of the settings, so that different settings never meet in one file.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    if args.output and Path(args.output).suffix:
+        file = Path(args.output)
+        numbered = [file.with_name(f"{file.stem}-{i:03d}{file.suffix}") for i in range(count)]
+        paths = [file] if count == 1 else numbered
+    else:
+        folder = Path(args.output) if args.output else Path("output") / model.name / "samples"
+        task = "" if args.task == "generate" else f"{args.task}-"
+        paths = [folder / f"{task}{i:03d}-seed-{args.seed}-{digest}{suffix}" for i in range(count)]
+    unknown = [path for path in paths if path.suffix.lower() not in WRITERS]
+    if unknown:
+        raise ValueError(f"--output {unknown[0]}: cannot write {unknown[0].suffix}; use one of {', '.join(WRITERS)}.")
+    existing = [file for path in paths for file in (path, path.with_suffix(".json")) if file.exists()]
+    if existing and not args.overwrite:
+        raise ValueError(f"{existing[0]} exists; choose another --output or --seed, or pass --overwrite.")
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return paths
+
+
+def write_clips(paths: list[Path], clips: torch.Tensor | Iterable[torch.Tensor], fps: float) -> Iterator[tuple]:
+    """Write clips (B, 3, F, H, W), or a stream of their parts (B, 3, f, H, W) -> frames, height and width per file."""
+    if not isinstance(clips, torch.Tensor) and paths[0].suffix.lower() != ".mp4":
+        clips = torch.cat(list(clips), dim=2)
+    if isinstance(clips, torch.Tensor):
+        for path, clip in zip(paths, clips, strict=True):
+            write_video(path, clip, fps=fps)
+            yield tuple(clip.shape[1:])
+        return
+    frames, size = 0, ()
+    with ExitStack() as open_files:
+        videos = [open_files.enter_context(VideoStream(path, fps)) for path in paths]
+        for part in clips:
+            frames, size = frames + part.shape[2], tuple(part.shape[3:])
+            for video, clip in zip(videos, part, strict=True):
+                video.add(clip)
+    for _ in paths:
+        yield (frames, *size)
+
+
+def _generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe(num_frames=args.frames, height=args.height, width=args.width, num_videos=args.num_videos, **call)
+
+
+def _animate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe.animate(inputs[0].pixels, args.frames, **call)
+
+
+def _extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    """All frames at once; or, by a causal model, as a stream of groups of frames, so that memory does not grow with length."""
+    pixels = inputs[0].pixels
+    if args.before or not pipe.can_stream(pixels, call["options"]):
+        return pipe.extend(pixels, args.after, args.before, **call)
+    stream = pipe.stream(pixels, args.after, **call)
+    return chain([pixels], tqdm(stream, "groups of frames", args.after // pipe.video_vae.stride[0]))
+
+
+def _connect(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe.connect(inputs[0].pixels, inputs[1].pixels, args.frames or NEW_FRAMES, **call)
+
+
+def _loop(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe.loop(inputs[0].pixels, args.frames or NEW_FRAMES, **call)
+
+
+def _interpolate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe.interpolate(inputs[0].pixels, args.factor, **call)
+
+
+def _inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    (source,) = inputs
+    if args.mask:
+        size, fps = tuple(source.pixels.shape[2:]), args.fps or pipe.config.fps
+        return pipe.inpaint(
+            source.pixels, read_mask(args.mask, source.source, clip=size, fps=fps, frames=args.frames), **call
+        )
+    pixels, mask = outpaint_canvas(source.pixels, args.height or pipe.config.height, args.width or pipe.config.width)
+    return pipe.inpaint(pixels, mask, **call)
+
+
+def _edit(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+    return pipe.edit(inputs[0].pixels, args.strength, **call)
+
+
+NEW_FRAMES = 12  # frames that connect and loop generate without --frames: three latent frames of a VAE of stride 4
+
+
+class Task(NamedTuple):
+    """What `--task` does. inputs: how many --input files it takes; options: those of `TASK_OPTIONS` that it uses.
+
+    trims: whether --frames shortens the input; keeps_image: whether an image as input gives an image.
+    """
+
+    inputs: int
+    call: Callable
+    options: tuple[str, ...]
+    trims: bool = False
+    keeps_image: bool = False
+
+
+TASKS = {
+    "generate": Task(0, _generate, ("frames", "num_videos")),
+    "animate": Task(1, _animate, ("frames",)),
+    "extend": Task(1, _extend, ("after", "before", "frames"), trims=True),
+    "connect": Task(2, _connect, ("frames",)),
+    "loop": Task(1, _loop, ("frames",)),
+    "interpolate": Task(1, _interpolate, ("factor", "frames"), trims=True),
+    "inpaint": Task(1, _inpaint, ("mask", "frames"), trims=True, keeps_image=True),
+    "edit": Task(1, _edit, ("strength", "frames"), trims=True, keeps_image=True),
+}
+TASK_OPTIONS = {
+    "after": 0,
+    "before": 0,
+    "mask": None,
+    "strength": 0.6,
+    "factor": 2,
+    "num_videos": 4,
+}  # and their defaults
+COUNTS = ("frames", "height", "width", "num_videos", "factor")  # each must be >= 1
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """ValueError for a wrong number of inputs, or an option of a different task."""
+    task = TASKS[args.task]
+    for name, default in TASK_OPTIONS.items():
+        if getattr(args, name) != default and name not in task.options:
+            users = [other for other, spec in TASKS.items() if name in spec.options]
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} belongs to --task {' or '.join(users)}, not to {args.task}; leave it out.")
+    if len(args.input) != task.inputs:
+        raise ValueError(f"--task {args.task} takes {task.inputs} --input file(s), {len(args.input)} given.")
+    if args.task == "inpaint" and not (args.mask or args.height or args.width):
+        raise ValueError("--task inpaint needs a --mask, or room around the picture: a larger --height or --width.")
+
+
+def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline) -> list[Input]:
+    """The --input files, at the model's size and frame rate."""
+    check_options(args)
+    trained = (pipe.config.height, pipe.config.width)
+    size: Any = (args.height or trained[0], args.width or trained[1])
+    if args.task == "inpaint" and not args.mask:  # outpainting: the whole picture inside the larger frame
+        size = partial(_fit_inside, frame=size, trained=trained)
+    frames = args.frames if TASKS[args.task].trims else None
+    inputs = [read_input(path, size, args.fps or pipe.config.fps, frames) for path in args.input]
+    for path, clip in zip(args.input, inputs, strict=True):
+        if clip.note:
+            print(f"{path}: {clip.note}")
+    return inputs
+
+
+def _fit_inside(source: tuple[int, int], frame: tuple[int, int], trained: tuple[int, int]) -> tuple[int, int]:
+    """The size at which a picture fits into `frame` as a whole, no larger than covers the size the model was trained at."""
+    scale = min(
+        *(f / s for f, s in zip(frame, source, strict=True)), max(t / s for t, s in zip(trained, source, strict=True))
+    )
+    return max(1, round(source[0] * scale)), max(1, round(source[1] * scale))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. ValueError for numbers out of range."""
+    parser = command_parser("sample", __doc__)
+    add = parser.add_argument
+    add("--model", help="folder of a trained model; default: the newest under models/")
+    add("--task", choices=TASKS, default="generate")
+    add("--input", nargs="+", default=[], metavar="PATH", help="clips or pictures to start from")
+    add("--after", type=int, default=0, help="extend: number of new frames after the clip")
+    add("--before", type=int, default=0, help="extend: number of new frames before the clip")
+    add("--mask", help="inpaint: a picture (or clip) of the clip's size, white where pixels are generated")
+    add("--strength", type=float, default=0.6, help="edit: 0 changes nothing, 1 everything")
+    add("--factor", type=int, default=2, help="interpolate: times the frame rate")
+    add(
+        "--class-label",
+        nargs="+",
+        help="numbers or names, one clip for each; default: one clip per class, for tasks none",
+    )
+    add(
+        "--caption",
+        nargs="+",
+        metavar="TEXT",
+        help="text prompts, one clip for each; for a model trained with captions",
+    )
+    add("--num-videos", type=int, default=4, help="number of clips of an unconditional model")
+    add(
+        "--frames",
+        type=int,
+        help="generate, animate: frames of the clip (1 writes a png); connect, loop: new frames; else frames of the input",
+    )
+    add("--height", type=int)
+    add("--width", type=int)
+    add_flags(parser)
+    add(
+        "--pos-scaling",
+        help="positions at untrained sizes: none, or interpolate into the trained grid; default: the model's",
+    )
+    add("--gif", action="store_true", help="write gif instead of mp4")
+    add("--output", help="a file (.mp4, .gif, .png) or a folder")
+    add("--overwrite", action="store_true")
+    args = parser.parse_args(argv)
+    for name in COUNTS:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be >= 1, got {value}.")
+    if args.gif and args.output and Path(args.output).suffix not in ("", ".gif"):
+        raise ValueError(f"--gif and --output {args.output} contradict each other; leave one of them out.")
+    return args
+
+
+class Call(NamedTuple):
+    """One call of the pipeline. count: its clips; labels (B,): their classes, if any; captions: one, or one per clip."""
+
+    options: SamplingOptions
+    count: int
+    labels: torch.Tensor | None
+    captions: list[str] | None
+
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of every task."""
+        given = {"captions": self.captions} if self.captions else {}
+        return {"class_labels": self.labels, "options": self.options, **given}
+
+
+def build_call(args: argparse.Namespace, pipe: STDiTPipeline, options: SamplingOptions) -> Call:
+    """How the pipeline is called. Without labels or captions, `generate` makes one clip per class, at most 12."""
+    generating, classes, captions = args.task == "generate", pipe.transformer.num_classes, args.caption
+    labels = args.class_label
+    if not labels and classes and generating and not captions:
+        labels = list(range(min(classes, 12)))
+    without_labels = len(captions or []) or (args.num_videos if generating else 1)
+    numbers = pipe.labels(labels, without_labels)
+    count = len(numbers) if numbers is not None else without_labels
+    return Call(options, count, numbers, captions)
+
+
+def describe_settings(args: argparse.Namespace, pipe: STDiTPipeline, model: Path, call: Call) -> dict[str, Any]:
+    """What is written to the JSON file of every clip, and hashed into its name."""
+    frames = args.frames or (pipe.config.num_frames if args.task == "generate" else None)
+    return {
+        "model": str(model), "task": args.task, "class_labels": args.class_label, "captions": call.captions,
+        "num_frames": frames, "height": args.height or pipe.config.height, "width": args.width or pipe.config.width,
+        **dataclasses.asdict(call.options), **{name: getattr(args, name) for name in ("input", "pos_scaling", *TASK_OPTIONS)},
+    }  # fmt: skip
+
+
+def clip_record(pipe: STDiTPipeline, call: Call, index: int) -> dict[str, Any]:
+    """Number, label and caption of one clip."""
+    names, captions = pipe.transformer.config.class_names, call.captions
+    label = None if call.labels is None else int(call.labels[index])
+    name = names[label] if names and label is not None and label < len(names) else label
+    caption = captions[index if len(captions) > 1 else 0] if captions else None
+    return {"clip": index, "label": label, "label_name": name, "caption": caption}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sample clips and write them, each with a JSON file of its settings."""
+    args = parse(argv)
+    options = options_from(args)
+    model = Path(args.model) if args.model else newest_model()
+    pipe = load_pipeline(model)
+    if args.pos_scaling:
+        pipe.transformer.set_pos_scaling(args.pos_scaling)
+    inputs = read_inputs(args, pipe)
+    call = build_call(args, pipe, options)
+    inputs = [clip._replace(pixels=clip.pixels.expand(call.count, *clip.pixels.shape[1:])) for clip in inputs]
+    settings = describe_settings(args, pipe, model, call)
+    task = TASKS[args.task]
+    is_image = (
+        settings["num_frames"] == 1 if args.task == "generate" else task.keeps_image and inputs[0].pixels.shape[2] == 1
+    )
+    suffix = ".png" if is_image else ".gif" if args.gif else ".mp4"
+    paths = output_paths(args, model, count=call.count, suffix=suffix, settings=settings)
+    fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
+    with warnings.catch_warnings(record=True) as caught:
+        clips = task.call(pipe, inputs, args, call.keywords())
+        for i, (path, size) in enumerate(zip(paths, write_clips(paths, clips, fps), strict=True)):
+            written = dict(zip(("num_frames", "height", "width"), size, strict=True))
+            write_json(path.with_suffix(".json"), {**settings, **written, "fps": fps, **clip_record(pipe, call, i)})
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"warning: {text}")
+    print(
+        f"{model}: {args.task}, {call.count} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {call.options.guidance_scale}: {paths[0].parent}"
+    )
+    return 0

@@ -1,0 +1,152 @@
+"""Train a diffusion transformer on videos or images; run the same command again to resume.
+
+stdit train quickstart train.steps=100
+stdit train image_xl2 data.root=path/to/images
+stdit train configs/video.yaml --print-config
+accelerate launch -m stdit train video          (several processes; or accelerate launch tools/train.py in a checkout)
+"""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from omegaconf import OmegaConf
+from torch import nn
+
+from stdit.config import Config, load_typed, to_plain
+from stdit.data.datasets import Dataset, build_dataset
+from stdit.data.loader import batches
+from stdit.data.samplers import BatchSampler
+from stdit.diffusion.objective import build_objective
+from stdit.model.trunks import TRUNKS
+from stdit.recipes import entry
+from stdit.recipes.build import build_accelerator, build_captions, build_model, build_order, check_batch, check_cache
+from stdit.recipes.entry import command_parser
+from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
+from stdit.training.optim import build_optimizers
+from stdit.training.results import export, preview, write_results
+from stdit.training.resume import find_checkpoint
+from stdit.training.run import RunFolders
+from stdit.vae import load_vae
+
+
+class Run(NamedTuple):
+    """A training run, built and not yet started."""
+
+    config: Config
+    dataset: Dataset
+    order: BatchSampler
+    trainer: Trainer
+
+
+def build_run(config: Config, accelerator: Accelerator) -> Run:
+    """Build everything, lock the folders, and restore the checkpoint that `train.resume` asks for."""
+    processes, main = accelerator.num_processes, accelerator.is_main_process
+    check_batch(config, processes)
+    dataset = build_dataset(config.data)
+    vae = load_vae(config.vae.name).to(accelerator.device)
+    check_cache(dataset, vae)
+    objective = build_objective(config.objective)
+    set_seed(config.seed)
+    with accelerator.main_process_first():
+        captions = build_captions(config, dataset, accelerator.device, main=main)
+    channels = None if captions is None else captions.channels
+    model = build_model(config, vae, dataset, objective, caption_channels=channels).to(accelerator.device)
+    folders = RunFolders(config.name)
+    if main:
+        folders.lock()
+    accelerator.wait_for_everyone()
+    order = build_order(config, dataset, vae, patch=model.patch_size, processes=processes)
+    resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint()}
+    checkpoint = find_checkpoint(config.train, folders, resolved, to_plain(Config()), main=main)
+    accelerator.wait_for_everyone()
+    trainer = Trainer(
+        accelerator, folders, model,
+        build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
+        config=config.train, resolved=resolved, objective=objective, vae=vae,
+        bad_files=BadFiles(len(dataset), config.data.max_bad_fraction), captions=captions,
+    )  # fmt: skip
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        accelerator.print(f"resumed from {checkpoint.path}")
+    if main:
+        folders.write_config(config)
+    return Run(config, dataset, order, trainer)
+
+
+def fit(run: Run) -> int:
+    """Train to the end or to a signal -> exit code."""
+    config, trainer = run.config, run.trainer
+    accelerator, model = trainer.accelerator, trainer.model
+    accelerator.print(
+        f"{config.name}: {_num_parameters(model) / 1e6:.1f} M parameters, {len(run.dataset)} samples, "
+        f"{model.num_classes} classes, {accelerator.num_processes} process(es) on {accelerator.device}, "
+        f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}; step {trainer.step} of {config.train.steps}"
+    )
+    loader = batches(
+        run.dataset, config.seed, config.train.batch_size, trainer.step, micro_batch=config.train.micro_batch,
+        process=accelerator.process_index, processes=accelerator.num_processes, workers=config.data.workers, order=run.order,
+    )  # fmt: skip
+    try:
+        trainer.fit(
+            loader, lambda m, step: preview(m, trainer.vae, config, trainer.folders, step=step, dataset=run.dataset)
+        )
+    except Stopped as stopped:
+        accelerator.print(str(stopped))
+        return stopped.code
+    return 0
+
+
+def write_outcome(run: Run, code: int, seconds: float) -> None:
+    """Write model, samples and summary.json after `fit` (in the main process); model and samples only of a finished run."""
+    config, trainer = run.config, run.trainer
+    accelerator, folders = trainer.accelerator, trainer.folders
+    if not code:
+        with swap_ema(trainer.model, trainer.ema):
+            export(trainer.model, trainer.vae, config, folders)
+            write_results(trainer.model, trainer.vae, config, folders, dataset=run.dataset)
+    folders.write_summary(
+        {
+            "name": config.name, "step": trainer.step, "finished": not code, "training_seconds": round(trainer.seconds, 1),
+            "seconds_this_time": round(seconds, 1), "parameters": _num_parameters(trainer.model),
+            "samples_in_data": len(run.dataset), "skipped_steps": trainer.skipped, "unreadable_files": trainer.bad_files.found,
+            "processes": accelerator.num_processes, "device": str(accelerator.device), "precision": accelerator.mixed_precision,
+            "vae": config.vae.name, "vae_fingerprint": trainer.resolved["vae_fingerprint"], "torch": torch.__version__,
+        }
+    )  # fmt: skip
+    folders.unlock()
+    if not code:
+        print(f"model: {folders.model}   samples: {folders.samples}   curves: {folders.output / 'training_curves.png'}")
+
+
+def _num_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train the run of a config; returns the exit code (143 after a signal)."""
+    parser = command_parser("train", __doc__)
+    parser.add_argument("config", help="a path, or the name of a config in the package")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    args = parser.parse_intermixed_args(argv)
+    config = load_typed(Config, args.config, args.overrides)
+    if args.print_config:
+        print(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        return 0
+    began = time.time()
+    # The last dual-stream block's text output, and a mask's parameters in a step without a mask, get no gradient.
+    accelerator = build_accelerator(config.train.precision, TRUNKS[config.model.trunk].has_unused_parameters)
+    run = build_run(config, accelerator)
+    code = fit(run)
+    if accelerator.is_main_process:
+        write_outcome(run, code, time.time() - began)
+    return code
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """`main`, with an error that a user can cause printed as one line."""
+    return entry.run(main, argv)

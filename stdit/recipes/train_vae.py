@@ -1,0 +1,158 @@
+"""Train the tiny VAE; the same command resumes. `--export` writes the weights that ship with the package.
+
+stdit train-vae vae_tiny data.root=path/to/clips
+stdit train-vae vae_tiny --export stdit/vae/weights
+"""
+
+import copy
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from stdit.config import load_typed, to_plain
+from stdit.data.idx import read_idx
+from stdit.data.transforms import resize_short_side
+from stdit.data.video_io import VideoReader
+from stdit.data.video_write import write_contact_sheet
+from stdit.files import write_json
+from stdit.pixels import to_float
+from stdit.recipes.build import build_accelerator
+from stdit.recipes.entry import command_parser
+from stdit.training.fit import Stopped, swap_ema
+from stdit.training.optim import build_optimizers
+from stdit.training.resume import find_checkpoint
+from stdit.training.run import RunFolders
+from stdit.training.vae import ClipPool, VAEConfig, VAETrainer, psnr, vae_batches
+from stdit.vae.tiny import TinyVAE
+
+
+def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.ndarray]]:
+    """Training clips, each at several sizes (short side -> frames), and held-out clips as they are (F, H, W, 3)."""
+    root = Path(config.data.root)
+    with open(root / config.data.manifest, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    training, held_out = [], []
+    for row in tqdm(rows, desc="reading clips", unit="clip"):
+        with VideoReader(root / row["path"]) as reader:
+            frames = reader.get_frames(range(len(reader)))
+        if row["group"] in config.data.hold_out:
+            held_out.append(frames)
+        else:
+            sides = [side for side in config.data.short_sides if side <= min(frames.shape[1:3])]
+            training.append({side: resize_short_side(frames, side) for side in sides})
+    return training, held_out
+
+
+def center_crop(frames: np.ndarray, size: int, count: int = 17) -> torch.Tensor:
+    """The first `count` frames (F, H, W, 3), scaled and cropped to a square -> (1, 3, F, size, size) in [-1, 1]."""
+    small = resize_short_side(frames[:count], size)
+    y, x = (small.shape[1] - size) // 2, (small.shape[2] - size) // 2
+    return to_float(small[:, y : y + size, x : x + size])[None]
+
+
+def _reconstruct(vae: TinyVAE, clip: torch.Tensor) -> torch.Tensor:
+    return vae.decode(vae.encode(clip.to(vae.device))).float().cpu()
+
+
+@torch.no_grad()
+def evaluate(vae: TinyVAE, held_out: list[np.ndarray]) -> dict[str, float]:
+    """PSNR in dB on held-out clips: 17 frames, centre crop, at 128 and at 64 pixels."""
+    scores = {}
+    for size in (128, 64):
+        clips = [center_crop(frames, size) for frames in held_out if len(frames) >= 17]
+        scores[f"psnr_{size}"] = psnr([(_reconstruct(vae, clip), clip) for clip in clips])
+    return scores
+
+
+@torch.no_grad()
+def write_preview(vae: TinyVAE, held_out: list[np.ndarray], path: Path) -> None:
+    """A picture with rows of originals and reconstructions, every fourth frame."""
+    clips = [center_crop(frames, 128) for frames in held_out if len(frames) >= 17][::2]
+    rows = [row for clip in clips for row in (clip[0, :, ::4], _reconstruct(vae, clip)[0, :, ::4])]
+    write_contact_sheet(path, rows)
+
+
+@torch.no_grad()
+def measure_latents(vae: TinyVAE, pool: ClipPool, seed: int) -> None:
+    """Set the statistics that give latents zero mean and unit variance on the training data."""
+    # Steps counted down from 65535, which training does not reach: 64 batches it has not drawn.
+    batches = (pool.batch(seed, -1 - i & 0xFFFF).to(vae.device) for i in range(64))
+    raw = torch.cat([vae.encode_raw(batch).transpose(0, 1).flatten(1) for batch in batches], 1)
+    vae.latent_mean.copy_(raw.mean(1))
+    vae.latent_std.copy_(raw.std(1))
+
+
+def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: list[np.ndarray], folder: Path) -> dict:
+    """Write the averaged weights in 16 bits, with a record of the training -> PSNR on held-out clips."""
+    with swap_ema(trainer.model, trainer.ema):
+        measure_latents(trainer.model, pool, config.seed)
+        scores = evaluate(trainer.model, held_out)
+        write_preview(trainer.model, held_out, trainer.folders.output / "reconstructions.png")
+        copy.deepcopy(trainer.model).half().save_pretrained(folder)
+    settings = asdict(config)
+    data = settings["data"]  # file names only, not the folders of this machine
+    data["root"], data["images"] = Path(data["root"]).name, [Path(path).name for path in data["images"]]
+    write_json(folder / "training.json", {"step": trainer.step, "config": settings, **scores})
+    return scores
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, or export with --export; returns the exit code."""
+    parser = command_parser("train-vae", __doc__)
+    parser.add_argument("config", help="a path, or the name of a config in the package")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--export", metavar="DIR", type=Path, help="write the averaged weights in 16 bits to DIR and stop"
+    )
+    args = parser.parse_intermixed_args(argv)
+    config = load_typed(VAEConfig, args.config, args.overrides)
+
+    accelerator = build_accelerator(config.train.precision)
+    folders = RunFolders(config.name)
+    folders.lock()
+    try:
+        torch.manual_seed(config.seed)
+        vae = TinyVAE(**asdict(config.model)).to(accelerator.device)
+        optimizers = build_optimizers(vae, config.train.optimizer, config.train.lr, config.train.weight_decay)
+        trainer = VAETrainer(accelerator, folders, vae, optimizers, config=config.train, resolved=to_plain(config))
+        checkpoint = find_checkpoint(config.train, folders, to_plain(config), to_plain(VAEConfig()))
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+            print(f"resumed from {checkpoint.path}")
+        elif args.export:
+            raise ValueError(f"{folders.checkpoints} holds no checkpoint to export; train first, without --export.")
+        clips, held_out = read_clips(config)
+        images = np.concatenate([read_idx(path) for path in config.data.images]) if config.data.images else None
+        pool = ClipPool(clips, images, config.data)
+        if args.export:
+            print(export(trainer, config, pool, held_out, args.export))
+            return 0
+        return _train(trainer, config, pool, held_out)
+    finally:
+        folders.unlock()
+
+
+def _train(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: list[np.ndarray]) -> int:
+    """Train to the end or to a signal -> exit code."""
+
+    def preview(vae: nn.Module, step: int) -> None:
+        with trainer.accelerator.autocast():
+            scores = evaluate(vae, held_out)
+            write_preview(vae, held_out, trainer.folders.output / "reconstructions.png")
+        tqdm.write(f"step {step}: " + ", ".join(f"{key} {value:.2f}" for key, value in scores.items()))
+
+    trainer.folders.write_config(config)
+    try:
+        trainer.fit(vae_batches(pool, trainer.model, config.seed, trainer.step), preview)
+    except Stopped as stopped:
+        print(stopped)
+        return stopped.code
+    with swap_ema(trainer.model, trainer.ema):
+        preview(trainer.model, trainer.step)
+    return 0

@@ -1,0 +1,118 @@
+"""The `stdit` command and the wheel: what is in it, and that help loads nothing heavy."""
+
+import importlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from stdit.config import config_folder, find_config
+from stdit.recipes import cli, entry
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIMS = sorted((ROOT / "tools").glob("*.py"))
+RENAMED = {"sample_video": "sample", "convert_checkpoint": "convert"}
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from stdit.recipes.cli import main; main(['--help']);"
+        "heavy = {'torch', 'diffusers', 'accelerate', 'numpy', 'av', 'omegaconf', 'matplotlib'};"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stderr == "[]\n"
+    assert all(command in done.stdout for command in cli.COMMANDS)
+
+
+def test_every_recipe_is_a_command_with_a_help_text(capsys):
+    recipes = {path.stem for path in (ROOT / "stdit/recipes").glob("*.py")}
+    assert {name.replace("-", "_") for name in cli.COMMANDS} == recipes - {
+        "__init__",
+        "cli",
+        "entry",
+        "build",
+        "models",
+    }
+    for command in cli.COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"usage: stdit {command}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_names_the_nearest_and_the_version_is_printed(capsys):
+    assert cli.main(["smaple"]) == 2
+    assert "Did you mean 'sample'?" in capsys.readouterr().err
+    assert cli.main([]) == 2
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("stdit 0.")
+    assert cli.main(["make_shapes", "--num-clips", "0"]) == 1  # a module's name is accepted, too
+    assert "--num-clips" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("a value"), FileNotFoundError(2, "No such file", "a"), None])
+def test_errors_that_a_user_can_cause_end_in_one_line(error, capsys):
+    import torch
+
+    raised = error or torch.OutOfMemoryError("CUDA out of memory.\nmore lines")
+
+    def main(argv):
+        raise raised
+
+    assert entry.run(main) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert (str(raised) if error else "Lower train.micro_batch") in lines[0]
+    raised = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        entry.run(main)
+
+
+@pytest.mark.parametrize("path", SHIMS, ids=lambda path: path.stem)
+def test_a_tool_is_the_recipe_under_its_former_name(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(path.parent))
+    recipe = importlib.import_module(f"stdit.recipes.{RENAMED.get(path.stem, path.stem)}")
+    try:
+        assert importlib.import_module(path.stem) is recipe
+    finally:
+        sys.modules.pop(path.stem, None)
+    assert len(path.read_text().splitlines()) < 15
+
+
+def test_a_tool_runs_as_a_script_from_any_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "tools/make_shapes.py"), "--num-clips", "0"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}
+    )
+    assert done.returncode == 1
+    assert "--num-clips" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_config_is_found_by_path_or_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart", "quickstart.yaml", "configs/quickstart.yaml"):
+        assert find_config(name) == config_folder() / "quickstart.yaml"
+    assert find_config("conditioning", "compare") == config_folder() / "compare" / "conditioning.yaml"
+    assert find_config("configs/compare/base.yaml") == config_folder() / "compare" / "base.yaml"
+    Path("configs").mkdir()
+    Path("configs/quickstart.yaml").touch()
+    assert find_config("configs/quickstart.yaml") == Path("configs/quickstart.yaml")  # a path comes first
+    for name in ("none", "../pyproject", "compare/../../setup"):
+        with pytest.raises(ValueError, match=r"does not exist; there are: configs/quickstart.yaml; by name: bounce, "):
+            find_config(name)
+
+
+def test_the_wheel_has_configs_types_weights_and_the_command(tmp_path):
+    wheel = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed (it is in stdit[dev])")
+    built = next(wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
+    with zipfile.ZipFile(built) as archive:
+        names = set(archive.namelist())
+        entries = next(archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    assert "stdit = stdit.recipes.cli:main" in entries
+    assert {"stdit/py.typed", "stdit/recipes/train.py", "stdit/vae/weights/config.json"} <= names
+    configs = {f"stdit/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert configs <= names
+    assert not any(name.startswith(("tools/", "tests/")) for name in names)
