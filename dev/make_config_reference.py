@@ -1,8 +1,9 @@
-"""Write docs/config.md: every config key with its type, default and meaning, read from the dataclasses.
+"""Write docs/config.md: every config key and sampling option with its type, default and meaning, read from the dataclasses.
 
 python dev/make_config_reference.py
 
-A key's meaning is the comment at the end of its line in the dataclass. tests/test_docs.py fails where docs/config.md differs.
+A key's meaning is the comment at the end of its line in the dataclass; an option's is its help. tests/test_docs.py fails
+where docs/config.md differs.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from stdit.config import Config  # noqa: E402
+from stdit.sampling.options import SamplingOptions  # noqa: E402
 
 HEAD = """# Config reference
 
@@ -33,6 +35,11 @@ python tools/train.py configs/video.yaml data.root=path/to/clips model.size=B/2 
 
 `--print-config` prints a config in full. An unknown key is an error that names the nearest one. A value of `null` means
 "not set". Lists and mappings are written as in YAML: `model.axes=[spatial,temporal]`, `'objective.mask_probs={region: 0}'`.
+"""
+
+OPTIONS = """## Options of sampling
+
+Keywords of a pipeline's calls, and flags of `tools/sample_video.py`. They belong to a call, not to a config.
 """
 
 # Meanings of the values of keys that name a row of a table, or one of a few words.
@@ -119,13 +126,13 @@ def meanings(kind: type) -> dict[str, str]:
     return found
 
 
-def keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
+def config_keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
     """(key, type, default, meaning) of every field, sections as their keys."""
     hints, notes = get_type_hints(kind), meanings(kind)
     for field in dataclasses.fields(kind):
         key, hint = f"{prefix}{field.name}", hints[field.name]
         if dataclasses.is_dataclass(hint):
-            yield from keys(hint, f"{key}.")  # type: ignore[arg-type]
+            yield from config_keys(hint, f"{key}.")  # type: ignore[arg-type]
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         yield key, type_name(hint), default, notes.get(field.name, "")
@@ -155,7 +162,7 @@ def shown(default: Any) -> str:
 def page() -> str:
     """The text of docs/config.md."""
     sections: dict[str, list[str]] = {}
-    for key, kind, default, meaning in keys():
+    for key, kind, default, meaning in config_keys():
         section = key.split(".")[0] if "." in key else "The run"
         row = f"| `{key}` | {kind} | `{shown(default)}` | {meaning} |"
         sections.setdefault(section, []).append(row)
@@ -171,7 +178,18 @@ def page() -> str:
             if key.startswith(f"{section}."):
                 lines = "\n".join(f"- `{value}`: {meaning}" for value, meaning in values.items())
                 parts.append(f"### Values of `{key}`\n\n{lines}\n")
+    parts.append(OPTIONS)
+    parts.append("\n".join(["| option | flag | default | meaning |", "|---|---|---|---|", *option_rows()]) + "\n")
     return "\n".join(parts)
+
+
+def option_rows() -> Iterator[str]:
+    """A row of the table for every sampling option."""
+    for field in dataclasses.fields(SamplingOptions):
+        flag = f"`{field.metadata['flag']}`" if field.metadata["flag"] else ""
+        choices = field.metadata["choices"]
+        meaning = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+        yield f"| `{field.name}` | {flag} | `{shown(field.default)}` | {meaning} |"
 
 
 if __name__ == "__main__":

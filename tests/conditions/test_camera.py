@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from media import write_barcodes
-from stdit.recipes import cache_latents, train
 from torch import nn
 
 from stdit import STDiTPipeline
 from stdit.conditions import CONDITIONERS, Conditioner
 from stdit.conditions.base import last_of_groups
+from stdit.recipes import cache_latents, train
 
 CONFIG = """
 name: t
