@@ -30,7 +30,7 @@ quickstart: $(VENV)/.installed-tracking
 	$(RUN) -m stdit quickstart
 
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

@@ -43,7 +43,7 @@ def test_shapes_are_drawn_with_their_truth(home, capsys):
     assert "kept" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds other clips"):
         make_shapes.main(["--output", "shapes", "--num-clips", "25"])
-    with pytest.raises(ValueError, match="--num-clips 0 is too small"):
+    with pytest.raises(ValueError, match="--num-clips must be >= 1, got 0"):
         make_shapes.main(["--output", "none", "--num-clips", "0"])
 
 

@@ -70,7 +70,9 @@ def equal(first: Mapping[str, Value], second: Mapping[str, Value]) -> bool:
     """Whether two batches of conditions are the same, number by number."""
 
     def same(a: Tensor | None, b: Tensor | None) -> bool:
-        return a is b or (a is not None and b is not None and torch.equal(a, b))
+        if a is None or b is None or a.shape != b.shape:
+            return a is b
+        return bool(((a == b) | ((a != a) & (b != b))).all())  # nan stands for "unknown" and equals itself
 
     for name, a in first.items():
         b = second[name]

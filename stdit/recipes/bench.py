@@ -11,6 +11,7 @@ stdit bench quickstart --root data/shapes    where the quickstart's encoding spe
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from stdit.data.video_io import VideoError, VideoReader
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.stdit import STDiT
 from stdit.nn.attention import explicit_attention
+from stdit.pixels import to_float
 from stdit.precision import autocast, native_bf16
 from stdit.recipes.entry import command_parser
 from stdit.rng import keyed_rng
@@ -134,7 +136,7 @@ def bench_step(args: argparse.Namespace) -> None:
         f"bf16 in hardware: {native_bf16()}; {torch.get_num_threads()} threads; forward + backward + optimizer, median of {args.rounds}"
     )
     objective = build_objective(ObjectiveConfig())
-    latents, labels = torch.randn(32, 16, 5, 8, 8), torch.randint(0, 12, (32,))
+    latents, labels = torch.randn((32, 16, 5, 8, 8)), torch.randint(0, 12, (32,))
     for axes in (["joint"], ["spatial", "temporal"]):
         for optimizer in ("adamw", "muon"):
             for precision in ("fp32", "bf16"):
@@ -149,11 +151,11 @@ def bench_step(args: argparse.Namespace) -> None:
                             objective,
                             [LatentBatch(latents)],
                             {"label": labels[:, None]},
-                            [(0, i, s) for s in range(32)],
+                            keys=[(0, i, s) for s in range(32)],
                         )
                     losses.clips.mean().backward()
-                    for each in optimizers:
-                        each.step()
+                    for one in optimizers:
+                        one.step()
                     model.zero_grad()
                     seconds.append(time.perf_counter() - began)
                 print(
@@ -180,7 +182,7 @@ def bench_attention(args: argparse.Namespace) -> None:
 def bench_vae(args: argparse.Namespace) -> None:
     vae = load_vae("tiny")
     for size in (64, 128, 256):
-        clip = torch.rand(4, 3, 17, size, size) * 2 - 1
+        clip = torch.rand((4, 3, 17, size, size)) * 2 - 1
         with autocast("auto", "cpu"):
             latents = vae.encode(clip)
             encode = statistics.median(timed(lambda clip=clip: vae.encode(clip)) for _ in range(args.rounds))
@@ -259,7 +261,7 @@ def bench_quickstart(args: argparse.Namespace) -> None:
                 dataset.load(i, keyed_rng("sample", i))["pixels"] for i in range(first, min(first + 32, count))
             )
         )
-        batch = torch.stack(pixels).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        batch = to_float(torch.stack(pixels))
         with autocast("auto", "cpu"):
             encoding += timed(lambda batch=batch: vae.encode(batch))
     print(
@@ -277,7 +279,8 @@ BENCHES = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one benchmark."""
     parser = command_parser("bench", __doc__)
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--root", default="data/shapes")

@@ -1,9 +1,9 @@
 """Encode a config's clips once, so that training reads latents instead of video.
 
-    stdit cache-latents configs/quickstart.yaml data.root=data/shapes data.source=auto --output data/shapes_latents
+    stdit cache-latents quickstart data.root=data/shapes data.source=auto --output data/shapes_latents
 
-Several processes may share the work (torchrun, or the same command started twice): every shard is written beside,
-hashed and renamed; finished shards are kept when the command is run again.
+Several processes may share the work (torchrun, or the same command started twice): every shard is written under a
+temporary name, hashed and renamed; finished shards are not encoded again when the command is run again.
 """
 
 import hashlib
@@ -11,9 +11,10 @@ import json
 import os
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -21,26 +22,36 @@ from tqdm import tqdm
 
 from stdit.conditions import CONDITIONERS
 from stdit.config import Config, load_typed
-from stdit.data.datasets import build_dataset
+from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.loader import conditions_of_sample
 from stdit.data.video_io import VideoError
+from stdit.files import atomic_write, write_text
+from stdit.pixels import to_float
 from stdit.precision import autocast
 from stdit.recipes.entry import command_parser
+from stdit.recipes.models import default_device
 from stdit.rng import keyed_rng
-from stdit.training.run import write_text
-from stdit.vae import load_vae
+from stdit.vae import VideoVAE, load_vae
 
 
-def encode_shard(
-    dataset, vae, indices: list[int], seed: int, device: str
-) -> tuple[dict[str, torch.Tensor], list[int], list[dict], dict[str, str], float]:
-    """Latents and restarts (N, C, T, h, w) float16, the clips they are of, the unreadable files, and the seconds waited for data.
+class Shard(NamedTuple):
+    """A part of the data, encoded. tensors (N, C, T, h, w) float16: see `_encode`; indices: of the N clips in the dataset.
 
-    Threads read the next clips while these are encoded (decoding leaves Python's lock).
+    conditions: raw conditions of each clip; bad: unreadable files with the reason; waited: seconds spent waiting for data.
     """
+
+    tensors: dict[str, torch.Tensor]
+    indices: list[int]
+    conditions: list[dict]
+    bad: dict[str, str]
+    waited: float
+
+
+def encode_shard(dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, seed: int) -> Shard:
+    """Read and encode some clips. Threads read the next clips while these are encoded (decoding video leaves Python's lock)."""
     latents: list[dict[str, torch.Tensor]] = []
-    kept: list[int] = []
-    further: list[dict] = []
+    encoded: list[int] = []
+    conditions: list[dict] = []
     bad: dict[str, str] = {}
     waited = 0.0
 
@@ -58,28 +69,28 @@ def encode_shard(
             ahead.extend([pool.submit(read, i) for i in later] for later in chunks[number + 4 : number + 5])
             began = time.perf_counter()
             samples = dict(zip(chunk, (future.result() for future in futures), strict=True))
-            waited += (time.perf_counter() - began) * (number > 0)  # the first clips have nothing to hide behind
+            waited += (time.perf_counter() - began) * (number > 0)  # nothing is encoded while the first clips are read
             bad |= {dataset.name(i): str(sample) for i, sample in samples.items() if isinstance(sample, VideoError)}
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
-                latents.append(_encode(vae, torch.stack([sample["pixels"] for sample in good.values()]), device))
-                kept += list(good)
-                further += [stored_conditions(dataset, i, sample) for i, sample in good.items()]
+                latents.append(_encode(vae, torch.stack([sample["pixels"] for sample in good.values()])))
+                encoded += list(good)
+                conditions += [stored_conditions(dataset, i, sample) for i, sample in good.items()]
     tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}
-    return tensors or {"latents": torch.zeros(0)}, kept, further, bad, waited
+    return Shard(tensors or {"latents": torch.zeros(0)}, encoded, conditions, bad=bad, waited=waited)
 
 
-def stored_conditions(dataset, index: int, sample: dict) -> dict:
-    """Raw conditions that a shard keeps beside labels and captions; what follows from the clip itself is not kept."""
+def stored_conditions(dataset: Dataset, index: int, sample: dict) -> dict:
+    """Raw conditions that a shard stores next to labels and captions; those that follow from the clip itself are not stored."""
     read = conditions_of_sample(dataset, index, sample)
     return {name: value for name, value in read.items() if CONDITIONERS[name].stored and value is not None}
 
 
 @torch.no_grad()
-def _encode(vae, pixels: torch.Tensor, device: str) -> dict[str, torch.Tensor]:
-    """A clip's latents, and each frame of them as it is at the head of a run of known frames."""
-    batch = (pixels.to(device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1).to(vae.dtype)
-    with autocast("auto", device):
+def _encode(vae: VideoVAE, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """latents: of clips (N, F, H, W, 3) uint8; reencoded: each latent frame encoded as the start of a segment."""
+    batch = to_float(pixels.to(vae.device)).to(vae.dtype)
+    with autocast("auto", vae.device):
         latents = vae.encode(batch)
         groups = [vae.frames_of_latent(batch, t) for t in range(1, latents.shape[2])]
         heads = vae.encode_segment(torch.cat(groups)) if groups else latents[:0]
@@ -89,86 +100,100 @@ def _encode(vae, pixels: torch.Tensor, device: str) -> dict[str, torch.Tensor]:
     return {"latents": latents.half().cpu(), "reencoded": heads.half().cpu()}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Encode the shards that this process is to encode and that are not there yet; the last process writes cache.json."""
     parser = command_parser("cache-latents", __doc__)
-    parser.add_argument("config")
+    parser.add_argument("config", help="a path, or the name of a config in the package")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--output", required=True, help="folder for the latents; set data.root to it when training")
-    parser.add_argument("--shard-size", type=int, default=1024, help="clips a file")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the latents; data.root of the training")
+    parser.add_argument("--shard-size", type=int, default=1024, help="clips per file")
     args = parser.parse_intermixed_args(argv)
     config = load_typed(Config, args.config, args.overrides)
     if config.data.source == "latents":
         config.data.source = "auto"
     dataset = build_dataset(config.data)
-    output = Path(args.output)
-    if output.resolve() == Path(config.data.root).resolve():
-        raise ValueError(f"--output {output} is data.root itself; override data.root=FOLDER with the folder of clips.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = load_vae(config.vae.name).to(device)
-    vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)
-    source = {
-        key: getattr(config.data, key) for key in ("root", "manifest", "num_frames", "height", "width", "fps", "crop")
-    }
+    if args.output.resolve() == Path(config.data.root).resolve():
+        raise ValueError(
+            f"--output {args.output} is data.root itself; override data.root=FOLDER with the folder of clips."
+        )
+    vae = load_vae(config.vae.name).to(default_device())
+    vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)  # refuses sizes that do not fit
+    source = {key: getattr(config.data, key) for key in SOURCE_KEYS}
     head = {
         "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "clips": len(dataset),
         "num_classes": dataset.num_classes, "class_names": dataset.class_names, "shard_size": args.shard_size, "tensors": ["latents", "reencoded"], **source,
     }  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-    _check_same(output, head)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    waited, began = 0.0, time.perf_counter()
-    starts = range(0, len(dataset), args.shard_size)
-    progress = tqdm(starts[rank::world], unit="shard", desc="encoding", disable=rank > 0)
-    for start in progress:
-        name = f"latents-{start // args.shard_size:05d}"
-        if _whole(output, name):
-            continue
-        indices = list(range(start, min(start + args.shard_size, len(dataset))))
-        latents, kept, further, bad, seconds = encode_shard(dataset, vae, indices, config.seed, device)
-        waited += seconds
-        beside = output / f".{os.getpid()}-{name}.safetensors"
-        save_file(latents, beside)
-        digest = hashlib.sha256(beside.read_bytes()).hexdigest()
-        beside.replace(output / f"{name}.safetensors")
-        records = [dataset.record(i) for i in kept]
-        record = {
-            "file": f"{name}.safetensors", "count": len(kept), "sha256": digest, "bad": bad,
-            "labels": [record["label"] for record in records], "captions": [record["caption"] for record in records],
-            "conditions": further,
-        }  # fmt: skip
-        write_text(output / f"{name}.json", json.dumps(record))
-    shards = [output / f"latents-{i:05d}.json" for i in range(len(starts))]
-    if not all(path.is_file() for path in shards):
-        print(f"process {rank}: done; the last process to finish writes {output / 'cache.json'}")
-        return 0
-    records = [json.loads(path.read_text()) for path in shards]
-    bad = {name: reason for record in records for name, reason in record.pop("bad").items()}
-    if not any(record["count"] for record in records):
-        raise ValueError(f"none of the {len(dataset)} clips could be read; the first: {next(iter(bad.values()))}")
-    write_text(output / "cache.json", json.dumps({**head, "shards": records, "skipped": bad}))
-    for reason in list(bad.values())[:10]:
-        print(f"skipped a file: {reason}")
-    print(f"waited {waited:.1f} s of {time.perf_counter() - began:.1f} s for data")
-    print(
-        f"{len(dataset) - len(bad)} clips as latents of {config.vae.name!r} in {output}"
-        + (f"; {len(bad)} skipped" if bad else "")
-    )
-    return 0
+    args.output.mkdir(parents=True, exist_ok=True)
+    check_settings(args.output, head)
+    write_shards(args.output, dataset, vae, shard_size=args.shard_size, seed=config.seed)
+    return write_index(args.output, head)
 
 
-def _check_same(output: Path, head: dict) -> None:
-    """A folder holds latents of one VAE and one selection; a second run with the same adds to it."""
+# The part of the data config that decides what a clip's latents are; --shard-size and seed are checked as well.
+SOURCE_KEYS = ("root", "manifest", "num_frames", "height", "width", "fps", "crop")
+
+
+def check_settings(output: Path, head: dict) -> None:
+    """ValueError if the folder holds latents made with other settings; a run with the same settings adds to them."""
     path = output / "settings.json"
     if not path.is_file():
         write_text(path, json.dumps(head))
-    elif (made := json.loads(path.read_text())) != head:
-        changed = [key for key in head if made.get(key) != head[key]]
+    elif (found := json.loads(path.read_text())) != head:
+        changed = [key for key in head if found.get(key) != head[key]]
         raise ValueError(
             f"{output} holds latents made with other settings ({', '.join(changed)}); choose another --output, or remove it."
         )
 
 
-def _whole(output: Path, name: str) -> bool:
+def _rank() -> tuple[int, int]:
+    """Number of this process and of all of them, as torchrun sets them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def write_shards(output: Path, dataset: Dataset, vae: VideoVAE, *, shard_size: int, seed: int) -> None:
+    """Encode the shards of this process that are missing or damaged."""
+    (rank, world), waited, began = _rank(), 0.0, time.perf_counter()
+    starts = range(0, len(dataset), shard_size)
+    for start in tqdm(starts[rank::world], unit="shard", desc="encoding", disable=rank > 0):
+        name = f"latents-{start // shard_size:05d}"
+        if _is_complete(output, name):
+            continue
+        shard = encode_shard(dataset, vae, range(start, min(start + shard_size, len(dataset))), seed=seed)
+        waited += shard.waited
+        file = output / f"{name}.safetensors"
+        with atomic_write(file) as tmp:
+            save_file(shard.tensors, tmp)
+            digest = hashlib.sha256(tmp.read_bytes()).hexdigest()
+        rows = [dataset.record(i) for i in shard.indices]
+        record = {
+            "file": file.name, "count": len(rows), "sha256": digest, "bad": shard.bad,
+            "labels": [row["label"] for row in rows], "captions": [row["caption"] for row in rows], "conditions": shard.conditions,
+        }  # fmt: skip
+        write_text(output / f"{name}.json", json.dumps(record))
+    if not rank:
+        print(f"waited {waited:.1f} s of {time.perf_counter() - began:.1f} s for data")
+
+
+def write_index(output: Path, head: dict) -> int:
+    """Write cache.json once every shard is there (the last process does)."""
+    shards = [output / f"latents-{i:05d}.json" for i in range(-(-head["clips"] // head["shard_size"]))]
+    if not all(path.is_file() for path in shards):
+        print(f"process {_rank()[0]}: done; the last process to finish writes {output / 'cache.json'}")
+        return 0
+    records = [json.loads(path.read_text()) for path in shards]
+    bad = {name: reason for record in records for name, reason in record.pop("bad").items()}
+    if not any(record["count"] for record in records):
+        raise ValueError(f"none of the {head['clips']} clips could be read; the first: {next(iter(bad.values()))}")
+    write_text(output / "cache.json", json.dumps({**head, "shards": records, "skipped": bad}))
+    for reason in list(bad.values())[:10]:
+        print(f"skipped a file: {reason}")
+    skipped = f"; {len(bad)} skipped" if bad else ""
+    print(f"{head['clips'] - len(bad)} clips as latents of {head['vae']!r} in {output}{skipped}")
+    return 0
+
+
+def _is_complete(output: Path, name: str) -> bool:
+    """Whether a shard is there and its file matches the recorded hash."""
     record, file = output / f"{name}.json", output / f"{name}.safetensors"
     if not (record.is_file() and file.is_file()):
         return False

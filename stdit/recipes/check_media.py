@@ -1,4 +1,4 @@
-"""Read every video of a folder or manifest in full and say which can be trained on.
+"""Read every video of a folder or manifest in full, and name those that cannot be trained on.
 
 stdit check-media path/to/clips
 stdit check-media clips.csv --report report.jsonl
@@ -6,6 +6,7 @@ stdit check-media clips.csv --report report.jsonl
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -13,11 +14,12 @@ from tqdm import tqdm
 
 from stdit.data.manifest import VIDEO_SUFFIXES, read_manifest, scan_folder
 from stdit.data.video_io import VideoError, VideoReader
+from stdit.files import write_text
 from stdit.recipes.entry import command_parser
 
 
 def check(path: Path, chunk: int = 8) -> dict:
-    """Decode every frame -> what the file holds, or why it is refused."""
+    """Decode every frame -> frames, rate and size of the file, or the reason why it is refused."""
     began = time.perf_counter()
     try:
         with VideoReader(path) as reader:
@@ -35,10 +37,11 @@ def check(path: Path, chunk: int = 8) -> dict:
     return {"path": str(path), **found, "seconds": round(time.perf_counter() - began, 2)}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read every file; exit code 1 if any cannot be read."""
     parser = command_parser("check-media", __doc__)
     parser.add_argument("source", help="a folder, or a manifest (.jsonl, .csv)")
-    parser.add_argument("--report", help="write one JSON line a file here")
+    parser.add_argument("--report", help="write one JSON line per file here")
     args = parser.parse_args(argv)
     av.logging.set_level(None)
     source = Path(args.source)
@@ -48,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     for result in refused:
         print(ascii(result["refused"])[1:-1])
     if args.report:
-        Path(args.report).write_text("".join(json.dumps(result) + "\n" for result in results))
+        write_text(args.report, "".join(json.dumps(result) + "\n" for result in results))
     frames = sum(result.get("frames", 0) for result in results)
     slowest = max(results, key=lambda result: result["seconds"])
     print(

@@ -1,9 +1,9 @@
-"""Train variants of one config on the same budget, judge them the same way, and set them side by side.
+"""Train variants of one config on the same budget, measure them alike, and write one page that compares them.
 
-stdit compare configs/compare/conditioning.yaml
-stdit compare configs/compare/scaling.yaml budget.minutes=1 seeds=[0]
+stdit compare conditioning
+stdit compare scaling budget.minutes=1 seeds=[0]
 
-Runs that are done are kept, those that were stopped go on. Writes output/compare/NAME/: comparison.md, runs.json, curves.png,
+Finished runs are not repeated, stopped ones resume. Writes output/compare/NAME/: comparison.md, runs.json, curves.png,
 quality.png and a contact sheet of every variant.
 """
 
@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,15 @@ from stdit.evaluation.captions import asked, caption
 from stdit.evaluation.compare import Comparison, Run, by_variant, page
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.shapes import report
+from stdit.files import write_json, write_text
 from stdit.model.cost import clip_flops
 from stdit.precision import autocast
 from stdit.recipes.build import build_captions, build_model
 from stdit.recipes.entry import child_environment, command_parser
+from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.optim import build_optimizers
 from stdit.training.results import target_clips
-from stdit.training.run import write_text
 from stdit.training.step import diffusion_losses, to_latents
 from stdit.vae import load_vae
 
@@ -58,15 +60,16 @@ def arguments(spec: Comparison, variant: str, seed: int, steps: int | None) -> l
     return [f"{key}={json.dumps(value) if isinstance(value, list) else value}" for key, value in settings.items()]
 
 
-def read(spec: Comparison, variant: str, seed: int = 0, steps: int | None = None) -> Config:
+def read_variant(spec: Comparison, variant: str, seed: int = 0, steps: int | None = None) -> Config:
+    """The config of one run."""
     return load_typed(Config, spec.base, arguments(spec, variant, seed, steps))
 
 
 class Probe:
-    """A variant before its run: what it is, and what a step of it takes on this machine."""
+    """A variant before its run: its size, and the time of a step on this machine."""
 
     def __init__(self, spec: Comparison, variant: str):
-        self.config = read(spec, variant)
+        self.config = read_variant(spec, variant)
         dataset, vae = build_dataset(self.config.data), load_vae(self.config.vae.name)
         self.objective, self.vae = build_objective(self.config.objective), vae
         captions = build_captions(self.config, dataset, torch.device("cpu"), main=True)
@@ -99,7 +102,7 @@ class Probe:
                 self.objective,
                 to_latents(batch, self.vae),
                 conditions,
-                batch.keys,
+                keys=batch.keys,
                 patch=self.model.patch_size,
             )
         losses.clips.mean().backward()
@@ -110,7 +113,7 @@ class Probe:
 
 
 def plan(spec: Comparison, folder: Path) -> dict[str, dict]:
-    """Steps, parameters and Gflops of every variant; made once and kept, so that a resumed comparison is the same one."""
+    """Steps, parameters and Gflops of every variant; written once, so that a resumed comparison keeps its budget."""
     file, asked = folder / "plan.json", json.loads(json.dumps(asdict(spec)))
     if file.is_file():
         made = json.loads(file.read_text())
@@ -131,12 +134,12 @@ def plan(spec: Comparison, folder: Path) -> dict[str, dict]:
         batch = probe.config.train.batch_size
         steps = spec.budget.steps_for(seconds, probe.tokens, 3 * probe.gflops * batch)
         variants[name] = {"steps": steps, "parameters": probe.parameters, "gflops": probe.gflops}
-    write_text(file, json.dumps({"spec": asked, "variants": variants}, indent=1))
+    write_json(file, {"spec": asked, "variants": variants})
     return variants
 
 
-def trained(spec: Comparison, variant: str, seed: int, steps: int) -> Path:
-    """models/NAME of one run, after `tools/train.py` has done or finished it."""
+def train_variant(spec: Comparison, variant: str, seed: int, steps: int) -> Path:
+    """models/NAME of one run, trained in a child process unless it is finished."""
     name = f"{spec.name}-{variant}-{seed}"
     summary = Path("output") / name / "summary.json"
     done = summary.is_file() and json.loads(summary.read_text()).get("finished") and (Path("models") / name).is_dir()
@@ -144,63 +147,63 @@ def trained(spec: Comparison, variant: str, seed: int, steps: int) -> Path:
         command = [sys.executable, "-m", "stdit", "train", spec.base, *arguments(spec, variant, seed, steps)]
         code = subprocess.run(command, env=child_environment()).returncode
         if code:
-            raise ValueError(f"the run {name} ended with {code}; what it said stands above. Mend it and run again.")
+            raise ValueError(
+                f"the run {name} ended with exit code {code}; see its message above, and run this command again."
+            )
     return Path("models") / name
 
 
-def measure(spec: Comparison, variant: str, seed: int, about: dict, folder: Path) -> Run:
-    """One run, judged; kept beside the others."""
+def measure(spec: Comparison, variant: str, seed: int, *, about: dict, folder: Path) -> Run:
+    """Train one run unless it is done, measure it, and write the result to runs/ so that it is not measured twice."""
     file = folder / "runs" / f"{variant}-{seed}.json"
     if file.is_file():
         return Run(**json.loads(file.read_text()))
-    model = trained(spec, variant, seed, about["steps"])
-    config = read(spec, variant, seed, about["steps"])
-    pipe = STDiTPipeline.from_pretrained(str(model))
-    if torch.cuda.is_available():
-        pipe.to("cuda")
+    model = train_variant(spec, variant, seed, about["steps"])
+    config = read_variant(spec, variant, seed, about["steps"])
+    pipe = load_pipeline(model)
     run = Run(variant, seed, spec.variants[variant], **about)
     summary = json.loads((Path("output") / model.name / "summary.json").read_text())
     seconds = max(summary["training_seconds"], 0.1)  # they are rounded to tenths
     run.minutes, run.clips_per_second = seconds / 60, config.train.batch_size * about["steps"] / seconds
     run.losses = {f"{level:g}": loss for level, loss in zip(LEVELS, held_losses(pipe, config), strict=True)}
-    clips = made(pipe, spec, config)
+    clips = sample_clips(pipe, spec, config)
     names = [f"{shape} {direction}" for _, shape, direction in wanted(spec, config)]
     if sorted(pipe.transformer.config.class_names or []) == sorted(CLASS_NAMES) or config.text.encoder:
         judged = report([to_uint8(clip) for clip in clips], [CLASS_NAMES.index(name) for name in names])
         run.shape, run.direction, run.both = judged.shape, judged.direction, judged.both
     if spec.reference:
-        real = target_clips(build_dataset(config.data), pipe.video_vae, None, spec.reference, seed=1)
+        real = target_clips(build_dataset(config.data), pipe.video_vae, None, count=spec.reference, seed=1)
         run.frechet = distances(clips.split(32), real.split(32), load_extractor(spec.features)).frechet
     write_contact_sheet(folder / f"{variant}.png", list(clips[:24]), columns=3)
     file.parent.mkdir(exist_ok=True)
-    write_text(file, json.dumps(asdict(run), indent=1))
+    write_json(file, asdict(run))
     return run
 
 
 def wanted(spec: Comparison, config: Config) -> list[tuple[str, str, str]]:
-    """Colour, shape and direction of every clip that is asked for: of captions all evenly, of labels no colour."""
+    """Colour, shape and direction of every clip to sample: all captions evenly; with labels the colour is empty."""
     if config.text.encoder:
         return asked(None, spec.clips)
     shapes = [CLASS_NAMES[i % len(CLASS_NAMES)].split() for i in range(spec.clips)]
     return [("", shape, direction) for shape, direction in shapes]
 
 
-def made(pipe: STDiTPipeline, spec: Comparison, config: Config) -> torch.Tensor:
-    """Clips of every label or caption in turn, or of none."""
-    how: dict[str, Any] = {
+def sample_clips(pipe: STDiTPipeline, spec: Comparison, config: Config) -> torch.Tensor:
+    """Sampled clips of every label or caption in turn, or without any."""
+    options: dict[str, Any] = {
         "num_inference_steps": spec.sample_steps, "guidance_scale": spec.guidance, "seed": 1, "progress": False,
     }  # fmt: skip
     if config.text.encoder:
-        return pipe(captions=[caption(*one) for one in wanted(spec, config)], **how)
+        return pipe(captions=[caption(*one) for one in wanted(spec, config)], **options)
     if sorted(pipe.transformer.config.class_names or []) == sorted(CLASS_NAMES):
-        return pipe([f"{shape} {direction}" for _, shape, direction in wanted(spec, config)], **how)
+        return pipe([f"{shape} {direction}" for _, shape, direction in wanted(spec, config)], **options)
     classes = pipe.transformer.num_classes
-    return pipe([i % classes for i in range(spec.clips)] if classes else None, num_videos=spec.clips, **how)
+    return pipe([i % classes for i in range(spec.clips)] if classes else None, num_videos=spec.clips, **options)
 
 
 @torch.no_grad()
 def held_losses(pipe: STDiTPipeline, config: Config) -> list[float]:
-    """The loss at fixed levels, of averaged weights, on 128 clips of the data under fixed noise."""
+    """The loss of the averaged weights at fixed noise levels, on 128 clips of the data under fixed noise."""
     objective, dataset = build_objective(config.objective), build_dataset(config.data)
     batch = next(batches(dataset, 10**6, min(128, len(dataset))))
     clips = to_latents(batch, pipe.video_vae)
@@ -212,7 +215,7 @@ def held_losses(pipe: STDiTPipeline, config: Config) -> list[float]:
     found = []
     for level in LEVELS:
         losses = diffusion_losses(
-            model, objective, clips, conditions, batch.keys, patch=model.patch_size, level=level, strategy="shared"
+            model, objective, clips, conditions, keys=batch.keys, patch=model.patch_size, level=level, strategy="shared"
         )
         found.append(float(losses.clips.mean()))
     return found
@@ -251,24 +254,31 @@ def draw(spec: Comparison, runs: list[Run], folder: Path, distance: str) -> list
     return [curves, quality]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, measure and compare every variant."""
     parser = command_parser("compare", __doc__)
     parser.add_argument("comparison", help="a path, or the name of a comparison in the package, such as conditioning")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the comparison, such as budget.minutes=1")
     args = parser.parse_args(argv)
     spec = load_typed(Comparison, find_config(args.comparison, "compare"), args.overrides)
-    for variant in spec.variants:  # every mistake is said before any work
-        read(spec, variant)
+    for variant in spec.variants:  # find every mistake before any work
+        read_variant(spec, variant)
     distance = f"{load_extractor(spec.features).frechet} ({load_extractor(spec.features).name})"
     folder = Path("output") / "compare" / spec.name
     folder.mkdir(parents=True, exist_ok=True)
     about, runs = plan(spec, folder), []
     todo = [(variant, seed) for seed in spec.seeds for variant in spec.variants]
     for variant, seed in tqdm(todo, desc=spec.name, unit="run"):
-        runs.append(measure(spec, variant, seed, about[variant], folder))
-    write_text(folder / "runs.json", json.dumps([asdict(run) for run in runs], indent=1))
+        runs.append(measure(spec, variant, seed, about=about[variant], folder=folder))
+    write_json(folder / "runs.json", [asdict(run) for run in runs])
     pictures = draw(spec, runs, folder, distance)
-    text = page(spec, runs, f"stdit compare {' '.join([args.comparison, *args.overrides])}", pictures, distance)
+    text = page(
+        spec,
+        runs,
+        command=f"stdit compare {' '.join([args.comparison, *args.overrides])}",
+        pictures=pictures,
+        distance=distance,
+    )
     write_text(folder / "comparison.md", text)
     print(text)
     print(f"{folder / 'comparison.md'}")

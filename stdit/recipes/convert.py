@@ -5,6 +5,7 @@ stdit convert DiT-XL-2-256 --from diffusers --output models/dit      (a whole Di
 stdit convert models/dit --to dit --output dit.pt
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from stdit.checkpoint.convert import (
@@ -24,11 +25,14 @@ from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import load_vae
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert one model, in either direction."""
     parser = command_parser("convert", __doc__)
     parser.add_argument("source", help="a file of weights, or a folder")
-    parser.add_argument("--from", dest="origin", choices=sorted(FORMATS), help="whose weights they are")
-    parser.add_argument("--to", dest="target", choices=sorted(FORMATS), help="the way back: whose format to write")
+    parser.add_argument(
+        "--from", dest="origin", choices=sorted(FORMATS), help="convert into stdit: the format of the weights"
+    )
+    parser.add_argument("--to", dest="target", choices=sorted(FORMATS), help="convert from stdit: the format to write")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument(
         "--set",
@@ -37,21 +41,19 @@ def main(argv: list[str] | None = None) -> int:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="what tensors cannot tell, such as num_heads=4",
+        help="what the tensors do not show, such as num_heads=4",
     )
     parser.add_argument(
         "--weights", choices=("ema", "model"), default="ema", help="of a training checkpoint that has both"
     )
-    parser.add_argument("--vae", help="write a whole pipeline with this VAE, ready for tools/sample_video.py")
-    parser.add_argument("--text-encoder", help="of a model that is told captions: a folder or hub id of its T5")
+    parser.add_argument("--vae", help="write a whole pipeline with this VAE, ready for stdit sample")
+    parser.add_argument("--text-encoder", help="of a model of captions: a folder or hub id of its T5")
     args = parser.parse_args(argv)
     if args.text_encoder and not args.vae:
         raise ValueError("--text-encoder is written into a whole pipeline; give --vae too, or leave it out.")
     if bool(args.origin) == bool(args.target):
         raise ValueError(
-            "say either --from (into stdit) or --to (out of stdit), and whose weights: "
-            + ", ".join(sorted(FORMATS))
-            + "."
+            "give either --from (into stdit) or --to (out of stdit), with a format: " + ", ".join(sorted(FORMATS)) + "."
         )
     whole = args.origin == "diffusers" and (Path(args.source) / "model_index.json").is_file()
     if args.vae and (args.target or whole):
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             "--vae does not fit: " + ("a whole pipeline brings its own." if whole else "--to writes weights alone.")
         )
     if args.target and args.settings:
-        raise ValueError("--set says what weights of others cannot; --to takes the model as it is.")
+        raise ValueError("--set is for --from; with --to the model is written as it is. Leave one of them out.")
     if args.target:
         write_original(STDiT.from_pretrained(args.source), args.target, args.output)
         print(f"{args.target} weights: {args.output}")
@@ -80,11 +82,11 @@ def main(argv: list[str] | None = None) -> int:
                 scheduler = STDiTScheduler(
                     converted.objective, betas=form.betas, learn_sigma=converted.model.config.learn_sigma
                 )
-                save(converted, load_vae(args.vae), scheduler, part, args.text_encoder)
+                save(converted, load_vae(args.vae), scheduler, part, text_encoder=args.text_encoder)
             else:
                 converted.model.save_pretrained(part)
-        said = describe(converted)
-    print(said)
+        description = describe(converted)
+    print(description)
     print(f"model: {args.output}")
     return 0
 

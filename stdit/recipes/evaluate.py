@@ -1,7 +1,7 @@
-"""Judge clips of moving shapes: the shape asked for, moving as asked? And measure distances between any clips.
+"""Measure clips of moving shapes (is it the shape and direction of the label?), and distances between any clips.
 
 stdit evaluate --model models/quickstart --clips 480
-stdit evaluate --input data/shapes/manifest.jsonl            the judge on drawn clips, against their truth
+stdit evaluate --input data/shapes/manifest.jsonl            drawn clips against their recorded truth
 stdit evaluate --model models/NAME --reference data/clips --features inception=FILE     any model, against clips of its kind
 stdit evaluate --input made/ --reference data/clips --features i3d=FILE      clips against clips; in pairs also PSNR and SSIM
 stdit evaluate --model models/captions --captions "red circle" "blue square"      pairs that training left out
@@ -9,7 +9,7 @@ stdit evaluate --model models/captions --captions "red circle" "blue square"    
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,37 +26,36 @@ from stdit.evaluation.captions import asked, measure
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.metrics import psnr, ssim
 from stdit.evaluation.shapes import measure_shape, report, table
+from stdit.files import write_json
+from stdit.pixels import to_float
 from stdit.recipes.entry import command_parser
-from stdit.recipes.models import newest_model
+from stdit.recipes.models import load_pipeline, newest_model
 from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
-from stdit.training.run import write_text
 
 
-def generated(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Path]:
+def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Path]:
+    """Clips (F, H, W, 3) of a model of moving shapes, their labels, and the output folder."""
     model = Path(args.model) if args.model else newest_model()
-    pipe = STDiTPipeline.from_pretrained(str(model))
+    pipe = load_pipeline(model)
     if sorted(pipe.transformer.config.class_names or []) != sorted(CLASS_NAMES):
-        raise ValueError(f"{model} was not trained on moving shapes; this judge knows only those.")
-    if torch.cuda.is_available():
-        pipe.to("cuda")
+        raise ValueError(f"{model} was not trained on moving shapes; only those can be measured here.")
     labels = [i % len(CLASS_NAMES) for i in range(args.clips)]
     clips = pipe(
-        [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, args.steps, args.guidance, seed=args.seed, solver=args.solver
+        [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, num_inference_steps=args.steps,
+        guidance_scale=args.guidance, seed=args.seed, solver=args.solver,
     )  # fmt: skip
     return [to_uint8(clip) for clip in clips], labels, Path("output") / model.name
 
 
-def against(args: argparse.Namespace) -> int:
-    """Clips of a model, or of a folder, against real ones."""
+def compare_with_reference(args: argparse.Namespace) -> int:
+    """Distances of the clips of a model, or of a folder, to real ones."""
     extractor = load_extractor(args.features)
     if args.input:
         output, batches, size = None, None, (args.frames or 17, args.size or 64)
     else:
         model = Path(args.model) if args.model else newest_model()
-        pipe = STDiTPipeline.from_pretrained(str(model))
-        if torch.cuda.is_available():
-            pipe.to("cuda")
+        pipe = load_pipeline(model)
         output, size = (
             Path("output") / model.name,
             (args.frames or pipe.config.num_frames, args.size or pipe.config.height),
@@ -78,7 +77,7 @@ def against(args: argparse.Namespace) -> int:
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "distances.json", json.dumps({**vars(args), **found}, indent=1) + "\n")
+        write_json(output / "distances.json", {**vars(args), **found})
         print(f"{output / 'distances.json'}")
     return 0
 
@@ -89,7 +88,7 @@ def _sampled(pipe: STDiTPipeline, args: argparse.Namespace, size: tuple[int, int
         count = min(32, args.clips - first)
         labels = [(first + i) % classes for i in range(count)] if classes else None
         yield pipe(
-            labels, size[0], size[1], size[1], args.steps, args.guidance, seed=args.seed + first, solver=args.solver,
+            labels, size[0], size[1], size[1], num_inference_steps=args.steps, guidance_scale=args.guidance, seed=args.seed + first, solver=args.solver,
             num_videos=count, progress=False,
         )  # fmt: skip
 
@@ -103,15 +102,13 @@ def _read(source: str, size: tuple[int, int], most: int) -> Iterator[torch.Tenso
     for first in range(0, min(most, len(dataset)), 32):
         rows = range(first, min(first + 32, most, len(dataset)))
         pixels = torch.stack([dataset.load(i, keyed_rng("sample", 0, i))["pixels"] for i in rows])
-        yield pixels.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        yield to_float(pixels)
 
 
-def told(args: argparse.Namespace) -> int:
-    """Captions: pairs that were seen, pairs that were left out."""
+def evaluate_captions(args: argparse.Namespace) -> int:
+    """How often clips show the colour, shape and direction of their captions, for pairs in the training data and pairs left out."""
     model = Path(args.model) if args.model else newest_model()
-    pipe = STDiTPipeline.from_pretrained(str(model))
-    if torch.cuda.is_available():
-        pipe.to("cuda")
+    pipe = load_pipeline(model)
     output = Path("output") / model.name
     output.mkdir(parents=True, exist_ok=True)
     options = {
@@ -129,13 +126,13 @@ def told(args: argparse.Namespace) -> int:
             print(f"{name:<15} {result}", flush=True)
             results[name] = result._asdict()
             write_contact_sheet(output / f"captions-{name.replace(' ', '-')}.png", clips[:24], columns=2)
-    write_text(output / "captions.json", json.dumps({**vars(args), **results}, indent=1) + "\n")
-    print(f"{output / 'captions.json'}, contact sheets beside it")
+    write_json(output / "captions.json", {**vars(args), **results})
+    print(f"{output / 'captions.json'}, contact sheets next to it")
     return 0
 
 
-def recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
-    """Clips of a manifest, and how far measurements are from the truth it records."""
+def read_recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
+    """Clips and labels of a manifest; prints how far measurements are from the truth that it records."""
     rows = read_manifest(manifest)
     truths = [json.loads(line).get("truth") for line in manifest.read_text().splitlines() if line.strip()]
     clips, errors = [], []
@@ -143,14 +140,14 @@ def recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
         with VideoReader(row.path) as reader:
             clips.append(reader.get_frames(range(len(reader))))
         if truth:
-            seen = measure_shape(clips[-1])
-            start = np.array(truth["start"]) - seen.centers[0]
+            measured = measure_shape(clips[-1])
+            start = np.array(truth["start"]) - measured.centers[0]
             errors.append(
                 [
                     np.hypot(*start),
-                    abs(seen.speed - truth["speed"]),
-                    abs(seen.size - truth["size"]),
-                    np.abs(seen.color - truth["color"]).max(),
+                    abs(measured.speed - truth["speed"]),
+                    abs(measured.size - truth["size"]),
+                    np.abs(measured.color - truth["color"]).max(),
                 ]
             )
     if errors:
@@ -163,24 +160,27 @@ def recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
     if unknown := sorted(set(names) - set(CLASS_NAMES)):
         raise ValueError(
             f"labels such as {unknown[0]!r} name no shape and direction, which is what is judged here; for shapes that bounce "
-            "use tools/evaluate_tasks.py --bounce."
+            "use stdit evaluate-tasks --bounce."
         )
     return clips, [CLASS_NAMES.index(names[row.label]) if names else row.label for row in rows.rows]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure a model or clips, print the result and write it to the output folder of the model."""
     parser = command_parser("evaluate", __doc__)
     parser.add_argument("--model", help="default: the newest under models/")
-    parser.add_argument("--input", help="a manifest of clips to judge instead of a model")
+    parser.add_argument("--input", help="a manifest of clips to measure instead of a model")
     parser.add_argument(
         "--captions",
         nargs="*",
         metavar="PAIR",
-        help="judge captions: of all pairs of colour and shape, and of these alone",
+        help="measure how captions are followed: for these pairs of colour and shape, and for all others",
     )
-    parser.add_argument("--reference", help="a folder or manifest of real clips: distances in place of the judge")
+    parser.add_argument("--reference", help="a folder or manifest of real clips: measure distances to them")
     parser.add_argument(
-        "--features", default="vae", help="of distances: vae, vae=PATH, inception=FILE, i3d=FILE or script=FILE"
+        "--features",
+        default="vae",
+        help="features of the distances: vae, vae=PATH, inception=FILE, i3d=FILE or script=FILE",
     )
     parser.add_argument(
         "--paired", action="store_true", help="input and reference are the same clips in order: PSNR, SSIM"
@@ -194,23 +194,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     if args.clips < 1:
-        raise ValueError(f"--clips {args.clips} leaves nothing to judge; use 1 or more.")
+        raise ValueError(f"--clips must be >= 1, got {args.clips}.")
     if args.captions is not None:
-        return told(args)
+        return evaluate_captions(args)
     if args.reference:
-        return against(args)
+        return compare_with_reference(args)
     if args.paired:
         raise ValueError("--paired compares --input with --reference; name both.")
     if args.input:
-        clips, labels = recorded(Path(args.input))
+        clips, labels = read_recorded(Path(args.input))
         output = None
     else:
-        clips, labels, output = generated(args)
+        clips, labels, output = sample_shapes(args)
     result = report(clips, labels)
     print(table(result))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "evaluation.json", json.dumps({**vars(args), **result._asdict()}, indent=1) + "\n")
+        write_json(output / "evaluation.json", {**vars(args), **result._asdict()})
         write_contact_sheet(output / "evaluation.png", clips[:48], columns=4)
         print(f"{output / 'evaluation.json'}, {output / 'evaluation.png'}")
     return 0

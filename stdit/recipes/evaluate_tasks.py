@@ -7,45 +7,45 @@ stdit evaluate-tasks --model models/quickstart --bounce models/bounce --rollout 
 orange line marks frames that were made, truth stands above.
 """
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES
 from stdit.data.video_write import write_contact_sheet
 from stdit.evaluation import operations as op
 from stdit.evaluation.rollouts import rollout
+from stdit.files import write_json
 from stdit.recipes.entry import command_parser
+from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
-from stdit.training.run import write_text
 
 
 def load(path: str) -> STDiTPipeline:
-    pipe = STDiTPipeline.from_pretrained(path)
+    """A pipeline trained on moving shapes. ValueError for any other: the measurements know only those."""
+    pipe = load_pipeline(path)
     names = pipe.transformer.config.class_names
     known = sorted(names or []) == sorted(CLASS_NAMES) or (names and set(names) <= set(OBJECT_NAMES))
     if pipe.transformer.num_classes and not known:
-        raise ValueError(f"{path} was not trained on moving shapes; this judge knows only those.")
-    return pipe.to("cuda") if torch.cuda.is_available() else pipe
+        raise ValueError(f"{path} was not trained on moving shapes; only those can be measured here.")
+    return pipe
 
 
 def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a model of shapes that move straight."""
-    data = op.held_out(count, pipe.config.num_frames, "straight", pipe.config.height, seed)
+    data = op.held_out(count, pipe.config.num_frames, "straight", size=pipe.config.height, seed=seed)
     if not pipe.transformer.num_classes:  # nothing but what is known says where the object goes
         return {
-            "extend-forward": lambda: op.extension(pipe, data, 5, False, 2.0, **options),
-            "extend-backward": lambda: op.extension(pipe, data, 8, True, 2.0, **options),
+            "extend-forward": lambda: op.extension(pipe, data, 5, False, asked=2.0, **options),
+            "extend-backward": lambda: op.extension(pipe, data, 8, True, asked=2.0, **options),
         }
     labelled = {**options, "guidance_scale": 2.0}
     return {
-        "extend-forward": lambda: op.extension(pipe, data, 5, False, 2.0, **labelled),
-        "extend-backward": lambda: op.extension(pipe, data, 8, True, 2.0, **labelled),
+        "extend-forward": lambda: op.extension(pipe, data, 5, False, asked=2.0, **labelled),
+        "extend-backward": lambda: op.extension(pipe, data, 8, True, asked=2.0, **labelled),
         "interpolate": lambda: op.interpolation(pipe, data, 2, **labelled),
         "inpaint": lambda: op.inpainting(pipe, data, **labelled),
-        "edit-0.3": lambda: op.editing(pipe, data, 0.3, 0.9, False, **{**options, "guidance_scale": 1.0}),
-        "edit-0.8": lambda: op.editing(pipe, data, 0.8, 0.8, True, **{**options, "guidance_scale": 5.0}),
+        "edit-0.3": lambda: op.editing(pipe, data, 0.3, asked=0.9, obeys=False, **{**options, "guidance_scale": 1.0}),
+        "edit-0.8": lambda: op.editing(pipe, data, 0.8, asked=0.8, obeys=True, **{**options, "guidance_scale": 5.0}),
         "animate": lambda: op.animation(pipe, data, **{**options, "guidance_scale": 3.0}),
         "known": lambda: op.placing(pipe, data, **labelled),
         "sizes": lambda: op.sizes(pipe, count, **{**options, "guidance_scale": 3.0}),
@@ -56,13 +56,15 @@ def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a model of shapes that bounce."""
     length, size = pipe.config.num_frames, pipe.config.height
     led, options = {**options, "history_guidance": 2.0}, {**options, "history_guidance": 1.5}
-    short, pictures, beyond = (op.held_out(count, n, "bounce", size, seed + 1) for n in (length, 18, length + 16))
+    short, pictures, beyond = (
+        op.held_out(count, n, "bounce", size=size, seed=seed + 1) for n in (length, 18, length + 16)
+    )
     return {
-        "extend-bounce": lambda: op.extension(pipe, short, 5, False, 2.0, **options),
-        "extend-beyond": lambda: op.extension(pipe, beyond, length, False, 4.0, **options),
-        "extend-beyond-5": lambda: op.extension(pipe, beyond, 5, False, 4.0, **options),
-        "connect": lambda: op.connection(pipe, short, 5, 4, 1.5, **options),
-        "connect-pictures": lambda: op.connection(pipe, pictures, 1, 1, 1.5, **options),
+        "extend-bounce": lambda: op.extension(pipe, short, 5, False, asked=2.0, **options),
+        "extend-beyond": lambda: op.extension(pipe, beyond, length, False, asked=4.0, **options),
+        "extend-beyond-5": lambda: op.extension(pipe, beyond, 5, False, asked=4.0, **options),
+        "connect": lambda: op.connection(pipe, short, 5, 4, asked=1.5, **options),
+        "connect-pictures": lambda: op.connection(pipe, pictures, 1, 1, asked=1.5, **options),
         "loop": lambda: op.loops(pipe, short, length, 12, **led),
         "loop-windows": lambda: op.loops(pipe, short, length, 16, **led),
     }
@@ -70,12 +72,13 @@ def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
 
 def long(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """(task, function) for a causal model of shapes that bounce: 40 times the length it was trained at."""
-    data = op.held_out(min(count, 48), pipe.config.num_frames, "bounce", pipe.config.height, seed + 2)
+    data = op.held_out(min(count, 48), pipe.config.num_frames, "bounce", size=pipe.config.height, seed=seed + 2)
     choices = {**{key: options[key] for key in ("num_inference_steps", "seed")}, "guidance_scale": 2.0}
     return {"rollout": lambda: rollout(pipe, data, 13, 40 * (pipe.config.num_frames - 1), **choices)}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tasks of every model that is given, and write metrics and contact sheets."""
     parser = command_parser("evaluate-tasks", __doc__)
     parser.add_argument("--model", help="trained on shapes that move straight")
     parser.add_argument("--bounce", help="trained on shapes that bounce")
@@ -106,8 +109,6 @@ def main(argv: list[str] | None = None) -> int:
             print(*outcome.figures, sep="\n", flush=True)
             if outcome.clips:
                 write_contact_sheet(output / "tasks" / f"{name}.png", outcome.clips, columns=2, count=9)
-        write_text(
-            output / "tasks.json", json.dumps({**vars(args), "figures": [f._asdict() for f in figures]}, indent=1)
-        )
+        write_json(output / "tasks.json", {**vars(args), "figures": [f._asdict() for f in figures]})
         print(f"{args.clips} clips each; {output / 'tasks.json'}, {output / 'tasks'}")
     return 0

@@ -42,7 +42,7 @@ def small_model(**changes) -> STDiT:
 
 def inputs(batch: int = 4):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 16, 5, 16, 16, generator=generator)
+    x = torch.randn((batch, 16, 5, 16, 16), generator=generator)
     return x, torch.rand(batch, 5, generator=generator) * 1000, torch.arange(batch)
 
 
@@ -85,7 +85,7 @@ def attention_backends_agree() -> str:
 
 @torch.no_grad()
 def vae_matches_cpu() -> str:
-    vae, clip = load_vae("tiny"), torch.rand(1, 3, 9, 64, 64) * 2 - 1
+    vae, clip = load_vae("tiny"), torch.rand((1, 3, 9, 64, 64)) * 2 - 1
     latents = vae.encode(clip)
     pixels = vae.decode(latents)
     vae.cuda()
@@ -129,18 +129,24 @@ def planned_memory_is_right() -> str:
             model.enable_gradient_checkpointing()
         average = [p.detach().clone() for p in model.parameters()]
         optimizer, objective = build_optimizers(model, "adamw", 1e-4)[0], build_objective(ObjectiveConfig())
-        x, y = torch.randn(16, 16, 5, 32, 32, device="cuda"), torch.zeros(16, dtype=torch.long, device="cuda")
+        x, y = torch.randn((16, 16, 5, 32, 32), device="cuda"), torch.zeros(16, dtype=torch.long, device="cuda")
         for step in range(3):
             with autocast("bf16", "cuda"):
                 losses = diffusion_losses(
-                    model, objective, [LatentBatch(x)], {"label": y[:, None]}, [(0, step, slot) for slot in range(16)]
+                    model,
+                    objective,
+                    [LatentBatch(x)],
+                    {"label": y[:, None]},
+                    keys=[(0, step, slot) for slot in range(16)],
                 )
             losses.clips.mean().backward()
             optimizer.step()
             model.zero_grad()
         seen = torch.cuda.max_memory_allocated() - before
         del model, average, optimizer, losses
-        planned = training_memory(arguments, (5, 32, 32), 16, "adamw", True, checkpointing, True).peak
+        planned = training_memory(
+            arguments, (5, 32, 32), 16, optimizer="adamw", bf16=True, checkpointing=checkpointing, fused=True
+        ).peak
         assert abs(planned / seen - 1) < 0.2, f"planned {planned / 2**30:.2f} GiB, seen {seen / 2**30:.2f}"
         said.append(f"{'with' if checkpointing else 'without'} checkpointing {planned / seen - 1:+.1%}")
     return ", ".join(said)
@@ -156,7 +162,9 @@ def train_steps(model, optimizers, first: int, last: int) -> list[float]:
     for step in range(first, last):
         with autocast("bf16", "cuda"):
             keys = [(0, step, slot) for slot in range(len(x))]
-            result = diffusion_losses(model, objective, [clips], {"label": y[:, None]}, keys, patch=model.patch_size)
+            result = diffusion_losses(
+                model, objective, [clips], {"label": y[:, None]}, keys=keys, patch=model.patch_size
+            )
         result.clips.mean().backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -212,14 +220,14 @@ def xl_speed() -> str:
     with torch.device("cuda"):
         model = STDiT.from_size("XL/2", num_classes=1000, in_channels=4, axes=["spatial"])
     objective, optimizers = build_objective(ObjectiveConfig(name="ddpm")), build_optimizers(model, "adamw", 1e-4)
-    x, y = torch.randn(32, 4, 1, 32, 32, device="cuda"), torch.randint(0, 1000, (32,), device="cuda")
+    x, y = torch.randn((32, 4, 1, 32, 32), device="cuda"), torch.randint(0, 1000, (32,), device="cuda")
     for step in range(13):
         if step == 3:
             torch.cuda.synchronize()
             began = time.perf_counter()
         with autocast("bf16", "cuda"):
             losses = diffusion_losses(
-                model, objective, [LatentBatch(x)], {"label": y[:, None]}, [(0, step, slot) for slot in range(32)]
+                model, objective, [LatentBatch(x)], {"label": y[:, None]}, keys=[(0, step, slot) for slot in range(32)]
             )
         losses.clips.mean().backward()
         optimizers[0].step()
@@ -251,7 +259,7 @@ def cached_rollout_equals_uncached() -> str:
     """A causal model frame by frame with a cache, against all frames at once."""
     sunk = {"window": 3, "sink": 1, "sample_size": (6, 8, 8)}
     model = small_model(axes=["joint"], causal=True, position_encoding="rope_3d", **sunk).to("cuda").eval()
-    x, t = torch.randn(2, model.in_channels, 6, 8, 8, device="cuda"), torch.rand(2, 6, device="cuda") * 1000
+    x, t = torch.randn((2, model.in_channels, 6, 8, 8), device="cuda"), torch.rand(2, 6, device="cuda") * 1000
     cache, parts = FrameCache(3, 1), []
     with torch.no_grad():
         whole = model(x, t)

@@ -22,7 +22,7 @@ from stdit.training.step import diffusion_losses, to_latents
 
 
 @torch.no_grad()
-def losses_by_scheme(pipe: Any, data: HeldOut, levels: list[float], seed: int = 0) -> dict[str, list[float]]:
+def losses_by_strategy(pipe: Any, data: HeldOut, levels: list[float], seed: int = 0) -> dict[str, list[float]]:
     """The mean loss of what is to be predicted at each of `levels` (0..1), for each scheme that takes frames as known."""
     keys = [(seed, 0, slot) for slot in range(len(data.pixels))]
     clips = to_latents(
@@ -41,7 +41,7 @@ def losses_by_scheme(pipe: Any, data: HeldOut, levels: list[float], seed: int = 
             continue
         losses = [
             diffusion_losses(
-                model, objective, clips, conditions, keys, patch=model.patch_size, level=level, strategy=name
+                model, objective, clips, conditions, keys=keys, patch=model.patch_size, level=level, strategy=name
             )
             for level in levels
         ]
@@ -50,6 +50,7 @@ def losses_by_scheme(pipe: Any, data: HeldOut, levels: list[float], seed: int = 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Print a table for each model."""
     parser = command_parser("held-out-loss", __doc__)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--clips", type=int, default=96)
@@ -61,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--clips={args.clips} --levels={args.levels}: --clips must be >= 1, levels in (0, 1].")
     for model in args.models:
         pipe = load_pipeline(model)
-        data = held_out(args.clips, pipe.config.num_frames, args.motion, pipe.config.height, args.seed)
+        data = held_out(args.clips, pipe.config.num_frames, args.motion, size=pipe.config.height, seed=args.seed)
         print(f"{model}\n{'level':10}" + "".join(f"{level:>9g}" for level in args.levels))
-        for strategy, losses in losses_by_scheme(pipe, data, args.levels).items():
+        for strategy, losses in losses_by_strategy(pipe, data, args.levels).items():
             print(f"{strategy:10}" + "".join(f"{loss:9.4f}" for loss in losses), flush=True)
     return 0

@@ -5,6 +5,7 @@ stdit model-table --size XL/2 --axes spatial temporal --frames 1 5 17 --latent 3
 """
 
 import argparse
+from collections.abc import Sequence
 
 from stdit.model.config import SIZES, size_arguments
 from stdit.model.cost import forward_cost
@@ -51,7 +52,8 @@ def video_table(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table."""
     parser = command_parser("model-table", __doc__)
     parser.add_argument("--size", help="a video model of this size, instead of the paper's table")
     parser.add_argument("--axes", nargs="+", default=["spatial", "temporal"])

@@ -4,7 +4,8 @@ stdit plan configs/video.yaml --gpu H100 --count 8
 stdit plan configs/video.yaml model.size=B/2 --gpu 4090 --utilisation 0.35 --refuse
 """
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
 
 from stdit.checkpoint.inflate import inflated_arguments
 from stdit.config import Config, load_typed
@@ -79,7 +80,32 @@ def largest(at: Callable[[int], Memory], room: float) -> int:
     return low
 
 
-def main(argv: list[str] | None = None) -> int:
+def check_arguments(args: argparse.Namespace) -> None:
+    """ValueError for numbers that describe no device."""
+    if not 0 < args.utilisation <= 1 or args.count < 1:
+        raise ValueError(
+            f"--utilisation {args.utilisation} is a share, 0 to 1, and --count must be >= 1, got {args.count}."
+        )
+    for name, value in (("--tflops", args.tflops), ("--memory", args.memory)):
+        if value is not None and not 0 < value < 1e6:
+            raise ValueError(f"{name} {value} is no size of a device; give Tflops and GiB above 0.")
+
+
+def speed_line(args: argparse.Namespace, config: Config, flops: float, peak: float) -> str:
+    """Steps and clips per second, and days. flops: multiply-adds of one forward of one clip; peak: Tflops of one device."""
+    train = config.train
+    passes = (
+        4 if config.model.gradient_checkpointing else 3
+    )  # a backward pass costs two forwards, checkpointing one more
+    seconds = 2 * passes * flops * train.batch_size / (peak * 1e12 * args.utilisation * args.count)
+    return (
+        f"speed         {1 / seconds:.2f} steps/s, {train.batch_size / seconds:.0f} clips/s on {args.count} x {args.gpu} at {args.utilisation:.0%} of {peak:.0f} Tflops; "
+        f"{train.steps:,} steps in {train.steps * seconds / 86400:.1f} days (the VAE not counted: cache latents)"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan; with --refuse exit code 1 if the run does not fit."""
     parser = command_parser("plan", __doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -90,11 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory", type=float, metavar="GIB", help="its memory, for a device not listed")
     parser.add_argument("--refuse", action="store_true", help="exit with 1 if the run does not fit")
     args = parser.parse_intermixed_args(argv)
-    if not 0 < args.utilisation <= 1 or args.count < 1:
-        raise ValueError(f"--utilisation {args.utilisation} is a share, 0 to 1, and --count {args.count} is 1 or more.")
-    for name, value in (("--tflops", args.tflops), ("--memory", args.memory)):
-        if value is not None and not 0 < value < 1e6:
-            raise ValueError(f"{name} {value} is no size of a device; give Tflops and GiB above 0.")
+    check_arguments(args)
     config = load_typed(Config, args.config, args.overrides)
     check_batch(config, args.count)
     vae = find_vae(config.vae.name)
@@ -110,11 +132,13 @@ def main(argv: list[str] | None = None) -> int:
 
     def memory(shape: Shape, clips: int, checkpointing: bool = config.model.gradient_checkpointing) -> Memory:
         fused = not (on_cpu and native_bf16() and bf16)
-        return training_memory(arguments, shape, clips, train.optimizer, bf16, checkpointing, fused)
+        return training_memory(
+            arguments, shape, clips, optimizer=train.optimizer, bf16=bf16, checkpointing=checkpointing, fused=fused
+        )
 
     cost = forward_cost(arguments, latent)
-    # Data parallel keeps gradients twice; the rest is the driver's.
-    beside = (4 * cost.parameters if args.count > 1 else 0) + (0 if on_cpu else RESERVED)
+    # DDP holds gradients twice; the rest is the driver's.
+    other = (4 * cost.parameters if args.count > 1 else 0) + (0 if on_cpu else RESERVED)
 
     print(
         f"{config.name}: {data.num_frames} frames of {data.height} x {data.width} -> latents {list(latent)}, {cost.tokens:,} tokens a clip"
@@ -137,19 +161,14 @@ def main(argv: list[str] | None = None) -> int:
     saving = (
         found.resting + found.optimizer if on_cpu else 0.0
     )  # a checkpoint's largest file is copied before it is written
-    need = max(found.peak + beside, saving)
+    need = max(found.peak + other, saving)
     print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))
     if peak:
-        passes = 4 if config.model.gradient_checkpointing else 3
-        seconds = 2 * passes * cost.total * train.batch_size / (peak * 1e12 * args.utilisation * args.count)
-        print(
-            f"speed         {1 / seconds:.2f} steps/s, {train.batch_size / seconds:.0f} clips/s on {args.count} x {args.gpu} at {args.utilisation:.0%} of {peak:.0f} Tflops; "
-            f"{train.steps:,} steps in {train.steps * seconds / 86400:.1f} days (the VAE not counted: cache latents)"
-        )
+        print(speed_line(args, config, cost.total, peak))
     if not room:
         return 0
-    clips = largest(lambda n: memory(latent, n), room - beside)
-    grown = patch[0] * largest(lambda n: memory((n * patch[0], *latent[1:]), 1), room - beside)
+    clips = largest(lambda n: memory(latent, n), room - other)
+    grown = patch[0] * largest(lambda n: memory((n * patch[0], *latent[1:]), 1), room - other)
     frames = vae.pixel_frames(grown) if grown else 0
     print(f"largest       micro-batch {clips} at {data.num_frames} frames; {frames} frames at micro-batch 1")
     if need > room:

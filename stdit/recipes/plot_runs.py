@@ -4,6 +4,7 @@ stdit plot-runs output/scratch output/inflated --output docs/inflation.png
 """
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -36,7 +37,8 @@ def _batch_size(run: Path) -> int:
     return OmegaConf.load(run / "config.yaml").train.batch_size
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the curves and the samples of all runs."""
     parser = command_parser("plot-runs", __doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)

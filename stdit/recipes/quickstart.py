@@ -1,11 +1,15 @@
-"""The first command: draw moving shapes, encode them, train a video diffusion transformer, sample clips, show the tasks.
+"""Draw moving shapes, encode them, train a video diffusion transformer, sample clips and show the tasks.
 
     make quickstart          (stdit quickstart once the package is installed)
 
-Run again, it keeps what is there and goes on where it stopped.
+The same command again resumes where it stopped.
 """
 
+import os
+import shutil
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,10 +25,10 @@ CONFIG = "quickstart"
 
 
 def show_tasks(pipe: STDiTPipeline, output: Path) -> None:
-    """One clip and one strip of each task, from drawn clips that training did not see."""
+    """Write one clip and one strip of frames for each task, from drawn clips that are not in the training data."""
     data = held_out(4, pipe.config.num_frames, "straight", pipe.config.height, seed=3)
     first, name, options = data.pixels[:1], data.names[0], {"progress": False, "num_inference_steps": 20}
-    made = {
+    results = {
         "extended": (pipe.extend(first[:, :, :5], after=12, class_labels=name, **options), slice(5, None)),
         "connected": (
             pipe.connect(data.pixels[1:2, :, :5], data.pixels[1:2, :, 13:], 8, data.names[1], **options), slice(5, 13)
@@ -33,17 +37,18 @@ def show_tasks(pipe: STDiTPipeline, output: Path) -> None:
         "animated": (pipe.animate(data.pixels[3:4, :, 0], class_labels=data.names[3], **options), slice(1, None)),
     }  # fmt: skip
     strips = []
-    for title, (clip, new) in made.items():
+    for title, (clip, new) in results.items():
         write_video(output / f"{title}.mp4", clip[0], fps=pipe.config.fps)
-        which = torch.zeros(clip.shape[2], dtype=torch.bool)
-        which[new] = True
-        strips.append(mark(to_uint8(clip[0]), which))
+        is_new = torch.zeros(clip.shape[2], dtype=torch.bool)
+        is_new[new] = True
+        strips.append(mark(to_uint8(clip[0]), is_new))
     write_contact_sheet(output / "tasks.png", strips, count=9)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw, encode, train, show."""
     parser = command_parser("quickstart", __doc__)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for tools/train.py")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training, as for stdit train")
     parser.add_argument("--num-clips", type=int, default=2400)
     args = parser.parse_args(argv)
     began = time.time()
@@ -57,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     print("3/4  training; samples appear in output/quickstart/samples as it goes")
     code = train.run([CONFIG, *args.overrides])
     if code == 0 and args.overrides:
-        print("4/4  tasks are shown of the model of the plain command; of another: tools/sample_video.py --task ...")
+        print("4/4  tasks are shown only without key=value; see stdit sample --task ...")
     elif code == 0:
         print("4/4  extending, connecting, looping and animating drawn clips")
         show_tasks(STDiTPipeline.from_pretrained("models/quickstart"), Path("output/quickstart"))
@@ -67,6 +72,12 @@ def main(argv: list[str] | None = None) -> int:
             f"done in {(time.time() - began) / 60:.1f} minutes. Look at output/quickstart/samples/contact_sheet.png, then try:"
         )
         print(
-            '  .venv/bin/stdit sample --model models/quickstart --class-label "triangle up" --frames 25 --guidance 3 --seed 1 --gif'
+            f'  {_command()} sample --model models/quickstart --class-label "triangle up" --frames 25 --guidance 3 --seed 1 --gif'
         )
     return code
+
+
+def _command() -> str:
+    """The stdit command as a person can type it: by its name, or by its path in an environment that is not active."""
+    script = Path(sys.executable).with_name("stdit")
+    return "stdit" if shutil.which("stdit") or not script.is_file() else os.path.relpath(script)

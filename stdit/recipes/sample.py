@@ -252,10 +252,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Call(NamedTuple):
-    """One call of the pipeline. count: its clips; labels (B,): their classes, if any; captions: one, or one per clip."""
+    """One call of the pipeline. num_clips: what it makes; labels (B,): their classes, if any; captions: one, or one per clip."""
 
     options: SamplingOptions
-    count: int
+    num_clips: int
     labels: torch.Tensor | None
     captions: list[str] | None
 
@@ -306,14 +306,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipe.transformer.set_pos_scaling(args.pos_scaling)
     inputs = read_inputs(args, pipe)
     call = build_call(args, pipe, options)
-    inputs = [clip._replace(pixels=clip.pixels.expand(call.count, *clip.pixels.shape[1:])) for clip in inputs]
+    inputs = [clip._replace(pixels=clip.pixels.expand(call.num_clips, *clip.pixels.shape[1:])) for clip in inputs]
     settings = describe_settings(args, pipe, model, call)
     task = TASKS[args.task]
     is_image = (
         settings["num_frames"] == 1 if args.task == "generate" else task.keeps_image and inputs[0].pixels.shape[2] == 1
     )
     suffix = ".png" if is_image else ".gif" if args.gif else ".mp4"
-    paths = output_paths(args, model, count=call.count, suffix=suffix, settings=settings)
+    paths = output_paths(args, model, count=call.num_clips, suffix=suffix, settings=settings)
     fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
     with warnings.catch_warnings(record=True) as caught:
         clips = task.call(pipe, inputs, args, call.keywords())
@@ -323,6 +323,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {text}")
     print(
-        f"{model}: {args.task}, {call.count} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {call.options.guidance_scale}: {paths[0].parent}"
+        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {call.options.guidance_scale}: {paths[0].parent}"
     )
     return 0

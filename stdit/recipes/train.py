@@ -100,7 +100,7 @@ def fit(run: Run) -> int:
     return 0
 
 
-def write_outcome(run: Run, code: int, seconds: float) -> None:
+def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
     """Write model, samples and summary.json after `fit` (in the main process); model and samples only of a finished run."""
     config, trainer = run.config, run.trainer
     accelerator, folders = trainer.accelerator, trainer.folders
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = build_run(config, accelerator)
     code = fit(run)
     if accelerator.is_main_process:
-        write_outcome(run, code, time.time() - began)
+        write_summary_and_results(run, code, time.time() - began)
     return code
 
 

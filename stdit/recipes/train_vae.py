@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = np.concatenate([read_idx(path) for path in config.data.images]) if config.data.images else None
         pool = ClipPool(clips, images, config.data)
         if args.export:
-            print(export(trainer, config, pool, held_out, args.export))
+            print(export(trainer, config, pool, held_out, folder=args.export))
             return 0
         return _train(trainer, config, pool, held_out)
     finally:

@@ -135,7 +135,7 @@ class TrainingLoop:
                 "config": self.resolved, "optimizers": [numbers for _, numbers in states], "skipped": self.skipped,
                 "seconds": self.seconds, "ema_step": self.ema.optimization_step,
             }  # fmt: skip
-            save_checkpoint(self.folders.checkpoints, self.step, tensors, info, self.config.keep_checkpoints)
+            save_checkpoint(self.folders.checkpoints, self.step, tensors, info, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def fit(self, batches: Iterator[Any], preview: Callable[[nn.Module, int], None] = _no_preview) -> None:
@@ -212,7 +212,8 @@ class TrainingLoop:
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.model.zero_grad()
-        return StepMetrics(self.step + 1, total, sums, lr, torch.as_tensor(norm), self.skipped), batch.total
+        metrics = StepMetrics(self.step + 1, total, sums, lr=lr, grad_norm=torch.as_tensor(norm), skipped=self.skipped)
+        return metrics, batch.total
 
     def _skip(self, batch: StepBatch) -> None:
         """Count a step whose gradient is not finite; it is never applied."""

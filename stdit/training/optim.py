@@ -1,4 +1,4 @@
-"""Optimizers and their schedule, for the transformer and for the VAE."""
+"""Optimizers and the learning-rate schedule, for diffusion models and the VAE."""
 
 import torch
 from torch import nn
@@ -32,12 +32,13 @@ def _matrix(kernel: nn.Parameter) -> nn.Parameter:
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int | None) -> float:
-    """Warm-up, then constant, or a straight line to zero at `decay_steps`."""
+    """Linear warm-up, then a constant rate, or one that falls linearly to zero at `decay_steps`."""
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     return lr * warm * (max(0.0, 1 - step / decay_steps) if decay_steps else 1.0)
 
 
 def set_learning_rate(optimizers: list, value: float) -> None:
+    """Set the learning rate of every parameter group."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = value

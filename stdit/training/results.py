@@ -1,7 +1,8 @@
-"""What a run leaves behind: the exported pipeline, samples beside their targets, pictures."""
+"""The results of a run: the exported pipeline, samples with real clips to compare, pictures."""
 
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from stdit.data.datasets import Dataset
 from stdit.data.video_io import VideoError
 from stdit.data.video_write import write_contact_sheet, write_video
+from stdit.files import atomic_write, write_text
 from stdit.model.stdit import STDiT
+from stdit.pixels import to_float
 from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
@@ -24,7 +27,7 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
     scheduler = STDiTScheduler(
         objective.name,
         objective.shift,
-        objective.shift_tokens,
+        shift_tokens=objective.shift_tokens,
         betas=objective.betas,
         learn_sigma=objective.learn_sigma,
     )
@@ -32,14 +35,14 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
         model,
         vae,
         scheduler,
-        data.num_frames,
-        data.height,
-        data.width,
-        data.fps or 8.0,
-        objective.name,
-        vae.fingerprint(),
-        sorted(objective.active_mask_probs),
-        config.text.encoder,
+        num_frames=data.num_frames,
+        height=data.height,
+        width=data.width,
+        fps=data.fps or 8.0,
+        objective=objective.name,
+        vae_fingerprint=vae.fingerprint(),
+        mask_strategies=sorted(objective.active_mask_probs),
+        text_encoder=config.text.encoder,
     )
 
 
@@ -51,58 +54,64 @@ def preview_conditions(model: STDiT, dataset: Dataset, count: int) -> dict[str, 
     return found
 
 
-def preview(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, step: int, dataset: Dataset) -> None:
-    """A contact sheet of a few clips, always of the same noise, in samples/."""
+def preview(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, step: int, dataset: Dataset) -> None:
+    """Write a contact sheet of a few clips, always from the same noise, to samples/."""
     count = min(12, config.train.samples) or 1
-    said = preview_conditions(model, dataset, count)
-    clips = _sample(model, vae, config, said, max(8, config.train.sample_steps // 2))
+    given = preview_conditions(model, dataset, count)
+    clips = _sample(model, vae, config, given, steps=max(8, config.train.sample_steps // 2))
     write_contact_sheet(folders.samples / f"step-{step:07d}.png", list(clips), columns=2)
 
 
-def _sample(model: STDiT, vae: VideoVAE, config: Any, said: dict[str, Any], steps: int) -> Tensor:
+def _sample(model: STDiT, vae: VideoVAE, config: Any, given: dict[str, Any], *, steps: int) -> Tensor:
     pipeline = build_pipeline(model, vae, config)
     return pipeline(
-        **said, num_inference_steps=steps, guidance_scale=config.train.guidance, seed=config.seed, progress=False,
+        **given, num_inference_steps=steps, guidance_scale=config.train.guidance, seed=config.seed, progress=False,
         precision=config.train.precision,
     )  # fmt: skip
 
 
 def export(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders) -> None:
-    """models/NAME as a pipeline folder; it takes the place of an earlier one of this run only when it is whole."""
-    beside = folders.model.with_name(f".{folders.name}-{os.getpid()}")
-    build_pipeline(model, vae, config).save_pretrained(beside, safe_serialization=True)
+    """Write models/NAME, a pipeline folder. A model of an earlier run is replaced only when the new one is complete."""
+    tmp = folders.model.with_name(f".{folders.name}-{os.getpid()}")
+    build_pipeline(model, vae, config).save_pretrained(tmp, safe_serialization=True)
     before = folders.model.with_name(f".{folders.name}-before-{os.getpid()}")
     if folders.model.exists():
         os.rename(folders.model, before)
-    os.rename(beside, folders.model)
+    os.rename(tmp, folders.model)
     shutil.rmtree(before, ignore_errors=True)
 
 
-def write_results(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, dataset: Dataset) -> None:
-    """generated_samples.pt, target_samples.pt (plain tensors (B, 3, F, H, W) in [-1, 1]), clips and a contact sheet."""
+def write_results(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, dataset: Dataset) -> None:
+    """Write generated_samples.pt, target_samples.pt (plain tensors (B, 3, F, H, W) in [-1, 1]), clips and a contact sheet."""
     if not config.train.samples:
         return
-    said = preview_conditions(model, dataset, config.train.samples)
-    clips = _sample(model, vae, config, said, config.train.sample_steps)
-    torch.save(clips, folders.output / "generated_samples.pt")
-    labels = said.get("class_labels")
-    targets = target_clips(dataset, vae, labels, len(clips), config.seed)
-    torch.save(targets, folders.output / "target_samples.pt")
+    given = preview_conditions(model, dataset, config.train.samples)
+    clips = _sample(model, vae, config, given, steps=config.train.sample_steps)
+    _save(clips, folders.output / "generated_samples.pt")
+    labels = given.get("class_labels")
+    targets = target_clips(dataset, vae, labels, count=len(clips), seed=config.seed)
+    _save(targets, folders.output / "target_samples.pt")
     suffix = "png" if clips.shape[2] == 1 else "mp4"
     for i, clip in enumerate(clips):
         label = f"-class-{labels[i]}" if labels else ""
         write_video(folders.samples / f"{i:03d}{label}.{suffix}", clip, fps=config.data.fps or 8)
     write_contact_sheet(folders.samples / "contact_sheet.png", list(clips), columns=2)
-    if "captions" in said:
-        (folders.samples / "captions.txt").write_text("\n".join(said["captions"]) + "\n")
+    if "captions" in given:
+        write_text(folders.samples / "captions.txt", "\n".join(given["captions"]) + "\n")
 
 
-def target_clips(dataset: Dataset, vae: VideoVAE, labels: list[int] | None, count: int, seed: int) -> Tensor:
-    """Real clips, of the given labels where the data has them, (B, 3, F, H, W) in [-1, 1]."""
+def _save(tensor: Tensor, path: Path) -> None:
+    with atomic_write(path) as tmp:
+        torch.save(tensor, tmp)
+
+
+def target_clips(dataset: Dataset, vae: VideoVAE, labels: list[int] | None, *, count: int, seed: int) -> Tensor:
+    """Real clips (B, 3, F, H, W) in [-1, 1], of the given labels as far as the data has them."""
+    # Clips are searched for a label in a random order; 4096 of them bound the time on large data sets.
     order = keyed_rng("preview", seed).permutation(len(dataset))[:4096].tolist()
     clips: list[Tensor] = []
     for i in range(count):
-        for place, index in enumerate(order):
+        for position, index in enumerate(order):
             if labels is not None and dataset.record(index)["label"] != labels[i]:
                 continue
             try:
@@ -111,13 +120,13 @@ def target_clips(dataset: Dataset, vae: VideoVAE, labels: list[int] | None, coun
                 continue
             clips.append(_pixels(sample, vae))
             if len(order) > count:
-                order.pop(place)
+                order.pop(position)
             break
     return torch.stack(clips) if clips else torch.zeros(0)
 
 
 def _pixels(sample: dict[str, Tensor], vae: VideoVAE) -> Tensor:
     if "pixels" in sample:
-        return sample["pixels"].permute(3, 0, 1, 2).float() / 127.5 - 1
+        return to_float(sample["pixels"])
     with torch.no_grad():
         return vae.decode(sample["latents"][None].to(vae.device, vae.dtype))[0].clamp(-1, 1).float().cpu()

@@ -21,7 +21,7 @@ def test_every_comparison_and_every_variant_of_it_loads(path, monkeypatch):
     spec = load_typed(Comparison, path)
     assert spec.name == path.stem
     for variant in spec.variants:
-        assert compare.read(spec, variant, 3, 7).name == f"{spec.name}-{variant}-3"
+        assert compare.read_variant(spec, variant, 3, 7).name == f"{spec.name}-{variant}-3"
     first, second = path.read_text().splitlines()[:2]
     assert first.startswith("# ") and second.startswith("#   ")
 

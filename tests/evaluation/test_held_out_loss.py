@@ -8,7 +8,7 @@ from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.evaluation.operations import held_out
 from stdit.model.stdit import STDiT
 from stdit.recipes import held_out_loss
-from stdit.recipes.held_out_loss import losses_by_scheme
+from stdit.recipes.held_out_loss import losses_by_strategy
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import load_vae
@@ -23,22 +23,22 @@ def pipe():
 
 
 def test_each_scheme_has_a_loss_at_each_level_and_the_same_again(pipe):
-    found = losses_by_scheme(pipe, DATA, [0.3, 0.9])
+    found = losses_by_strategy(pipe, DATA, [0.3, 0.9])
     assert set(found) == set(MASK_STRATEGIES) - {"per_frame", "teacher_forcing"}
     assert all(len(losses) == 2 and min(losses) > 0 for losses in found.values())
-    assert losses_by_scheme(pipe, DATA, [0.3, 0.9]) == found
-    assert losses_by_scheme(pipe, DATA, [0.3])["prefix"] == found["prefix"][:1]
+    assert losses_by_strategy(pipe, DATA, [0.3, 0.9]) == found
+    assert losses_by_strategy(pipe, DATA, [0.3])["prefix"] == found["prefix"][:1]
 
 
 def test_what_a_model_says_beside_known_frames_counts_in_their_rows_alone(pipe):
-    plain = losses_by_scheme(pipe, DATA, [0.5])
+    plain = losses_by_strategy(pipe, DATA, [0.5])
     say = type(pipe.transformer).forward
 
     def silent(self, x, timestep, **told):  # once any frame is known
         return say(self, x, timestep, **told) if timestep.ndim == 1 else torch.zeros_like(x)
 
     pipe.transformer.forward = silent.__get__(pipe.transformer)
-    other = losses_by_scheme(pipe, DATA, [0.5])
+    other = losses_by_strategy(pipe, DATA, [0.5])
     assert other["shared"] == plain["shared"]
     assert other["prefix"] != plain["prefix"]
 
