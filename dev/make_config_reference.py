@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,6 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 from stdit.config import Config  # noqa: E402
 from stdit.sampling.options import SamplingOptions  # noqa: E402
+from stdit.training.vae import VAEConfig  # noqa: E402
+
+COLUMNS = ("key", "type", "default", "meaning")
 
 HEAD = """# Config reference
 
@@ -40,6 +43,11 @@ python tools/train.py configs/video.yaml data.root=path/to/clips model.size=B/2 
 OPTIONS = """## Options of sampling
 
 Keywords of a pipeline's calls, and flags of `tools/sample_video.py`. They belong to a call, not to a config.
+"""
+
+VAE = """## Config of the tiny VAE
+
+What `tools/train_vae.py` reads, such as `configs/vae_tiny.yaml`.
 """
 
 # Meanings of the values of keys that name a row of a table, or one of a few words.
@@ -161,26 +169,35 @@ def shown(default: Any) -> str:
 
 def page() -> str:
     """The text of docs/config.md."""
-    sections: dict[str, list[str]] = {}
-    for key, kind, default, meaning in config_keys():
-        section = key.split(".")[0] if "." in key else "The run"
-        row = f"| `{key}` | {kind} | `{shown(default)}` | {meaning} |"
-        sections.setdefault(section, []).append(row)
     parts = [HEAD]
-    notes = meanings(Config)
-    for section, rows in sections.items():
-        title = f"`{section}`" if section in notes else section
-        parts.append(f"## {title}\n")
-        if section in notes:
-            parts.append(f"{notes[section][:1].upper()}{notes[section][1:]}.\n")
-        parts.append("\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows]) + "\n")
+    for section, rows in rows_by_section(Config).items():
+        note = meanings(Config).get(section)
+        parts.append(f"## `{section}`\n" if note else f"## {section}\n")
+        if note:
+            parts.append(f"{note[:1].upper()}{note[1:]}.\n")
+        parts.append(table(COLUMNS, rows))
         for key, values in CHOICES.items():
             if key.startswith(f"{section}."):
                 lines = "\n".join(f"- `{value}`: {meaning}" for value, meaning in values.items())
                 parts.append(f"### Values of `{key}`\n\n{lines}\n")
-    parts.append(OPTIONS)
-    parts.append("\n".join(["| option | flag | default | meaning |", "|---|---|---|---|", *option_rows()]) + "\n")
+    parts += [OPTIONS, table(("option", "flag", "default", "meaning"), option_rows())]
+    parts.append(VAE)
+    parts.append(table(COLUMNS, [row for rows in rows_by_section(VAEConfig).values() for row in rows]))
     return "\n".join(parts)
+
+
+def rows_by_section(schema: type) -> dict[str, list[str]]:
+    """Rows of the tables by the section of their keys."""
+    sections: dict[str, list[str]] = {}
+    for key, kind, default, meaning in config_keys(schema):
+        section = key.split(".")[0] if "." in key else "The run"
+        sections.setdefault(section, []).append(f"| `{key}` | {kind} | `{shown(default)}` | {meaning} |")
+    return sections
+
+
+def table(columns: Sequence[str], rows: Iterable[str]) -> str:
+    """A Markdown table."""
+    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows]) + "\n"
 
 
 def option_rows() -> Iterator[str]:
