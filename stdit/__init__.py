@@ -1,7 +1,7 @@
 """stdit: video diffusion transformers with spacetime patches, grown from DiT."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stdit import legacy
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["STDiT", "STDiTPipeline", "load_vae"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'stdit' has no attribute {name!r}")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from stdit.checkpoint.inflate import InitFrom
+from stdit.checkpoint.config import InitFrom
 from stdit.data.config import DataConfig
 from stdit.diffusion.config import ObjectiveConfig
 from stdit.legacy import renamed_config

@@ -6,6 +6,8 @@ import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from stdit.warn import warn_user
@@ -150,7 +152,7 @@ def accept_old_keywords(section: str) -> Callable:
 
     def decorate(init: Callable) -> Callable:
         @functools.wraps(init)
-        def wrapped(self, *args, **kwargs):
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
             return init(self, *args, **renamed_section(section, kwargs))
 
         return wrapped
@@ -174,14 +176,13 @@ def aliases(module: str) -> Callable[[str], Any]:
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports of modules that moved: the old path is another name of the module itself."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return importlib.util.spec_from_loader(name, self) if name in MODULES else None
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> None:
         warn_renamed((spec.name, MODULES[spec.name]))
-        return None
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
         sys.modules[module.__name__] = importlib.import_module(MODULES[module.__name__])
 
 

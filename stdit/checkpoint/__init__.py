@@ -1,1 +1,1 @@
-"""Other people's weights: read safely, renamed exactly, inflated to video."""
+"""Published weights: read safely, converted exactly, inflated to video."""

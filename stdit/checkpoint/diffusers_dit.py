@@ -1,7 +1,9 @@
-"""diffusers' `DiTTransformer2DModel`: DiT's weights under other names, one copy of the embedders in every block."""
+"""Key map of diffusers' `DiTTransformer2DModel`: DiT's weights under other names, with a copy of the embedders in every block."""
 
 import torch
 from torch import Tensor
+
+from stdit.model.stdit import STDiT
 
 Tensors = dict[str, Tensor]
 
@@ -16,7 +18,7 @@ _BLOCK = {
     "ff.net.0.proj": "mlp.fc1",
     "ff.net.2": "mlp.fc2",
 }
-_REST = {
+_ENDS = {
     "pos_embed.proj": "x_embedder.proj",
     "proj_out_1": "final_layer.adaLN_modulation.1",
     "proj_out_2": "final_layer.linear",
@@ -25,11 +27,14 @@ _QKV = ("to_q", "to_k", "to_v")
 
 
 def to_dit(tensors: Tensors) -> Tensors:
-    """DiT's names; ValueError if the blocks' embedders differ (fine-tuned apart), which one embedder cannot hold."""
+    """Rename to DiT's names.
+
+    Raises ValueError if the blocks' embedders differ (fine-tuned separately), since the model has one of each.
+    """
     rest, out = dict(tensors), Tensors()
     depth = 1 + max((int(key.split(".")[1]) for key in rest if key.startswith("transformer_blocks.")), default=-1)
     for kind in ("weight", "bias"):
-        for theirs, ours in _REST.items():
+        for theirs, ours in _ENDS.items():
             _move(rest, out, f"{theirs}.{kind}", f"{ours}.{kind}")
         for i in range(depth):
             block = f"transformer_blocks.{i}"
@@ -37,7 +42,8 @@ def to_dit(tensors: Tensors) -> Tensors:
                 key, name = f"{block}.norm1.emb.{theirs}.{kind}", f"{ours}.{kind}"
                 if key in rest and name in out and not torch.equal(rest[key], out[name]):
                     raise ValueError(
-                        f"{key!r} differs from block 0's: blocks with embedders of their own are not known."
+                        f"{key!r} differs from block 0's; embedders that differ between blocks are not supported: convert weights "
+                        "whose blocks share them."
                     )
                 _move(rest, out, key, name)
             for theirs, ours in _BLOCK.items():
@@ -45,17 +51,17 @@ def to_dit(tensors: Tensors) -> Tensors:
             parts = [f"{block}.attn1.{name}.{kind}" for name in _QKV]
             if all(part in rest for part in parts):
                 out[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([rest.pop(part) for part in parts])
-    rest.pop("pos_embed.pos_embed", None)  # the sin-cos table, where a version stored it
+    rest.pop("pos_embed.pos_embed", None)  # the sin-cos table, which some versions store
     return {**out, **rest}
 
 
 def from_dit(tensors: Tensors) -> Tensors:
-    """diffusers' names, the embedders copied into every block."""
+    """Rename to diffusers' names, copying the embedders into every block."""
     rest, out = dict(tensors), Tensors()
     depth = 1 + max(int(key.split(".")[1]) for key in rest if key.startswith("blocks."))
     rest.pop("pos_embed", None)
     for kind in ("weight", "bias"):
-        for theirs, ours in _REST.items():
+        for theirs, ours in _ENDS.items():
             _move(rest, out, f"{ours}.{kind}", f"{theirs}.{kind}")
         embedders = {theirs: rest.pop(f"{ours}.{kind}", None) for theirs, ours in _EMBEDDERS.items()}
         for i in range(depth):
@@ -71,8 +77,8 @@ def from_dit(tensors: Tensors) -> Tensors:
 
 
 def arguments(tensors: Tensors, config: dict) -> dict:
-    """What diffusers does otherwise than DiT, and what its config.json tells."""
-    found = {"frequency_shift": 1.0, "norm2_eps": config.get("norm_eps", 1e-5)}
+    """The arguments in which diffusers differs from DiT, and those its config.json gives."""
+    found: dict = {"frequency_shift": 1.0, "norm2_eps": config.get("norm_eps", 1e-5)}
     if "num_attention_heads" in config:
         found["num_heads"] = config["num_attention_heads"]
     if "sample_size" in config:
@@ -80,8 +86,8 @@ def arguments(tensors: Tensors, config: dict) -> dict:
     return found
 
 
-def config_of(model) -> dict:
-    """The arguments of `DiTTransformer2DModel` for a model of ours."""
+def config_of(model: STDiT) -> dict:
+    """The arguments of `DiTTransformer2DModel` for an STDiT."""
     config = model.config
     return {
         "num_attention_heads": config.num_heads,

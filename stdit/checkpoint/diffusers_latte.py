@@ -1,9 +1,11 @@
-"""diffusers' `LatteTransformer3DModel`: text to video, adaLN-single, captions looked at by the blocks of space alone."""
+"""Key map of diffusers' `LatteTransformer3DModel`: text to video, adaLN-single, cross-attention to captions in spatial blocks only."""
 
 import re
 
 import torch
 from torch import Tensor
+
+from stdit.model.stdit import STDiT
 
 Tensors = dict[str, Tensor]
 
@@ -23,40 +25,40 @@ _BLOCK = {
     "ff.net.0.proj": "mlp.fc1",
     "ff.net.2": "mlp.fc2",
 }
-_TOGETHER = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "cross_attn.kv": ("attn2.to_k", "attn2.to_v")}
-_PARTS = ("transformer_blocks", "temporal_transformer_blocks")
-_TABLE = "scale_shift_table"
-WIRED = {
+_FUSED = {"attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "cross_attn.kv": ("attn2.to_k", "attn2.to_v")}
+_BLOCK_LISTS = ("transformer_blocks", "temporal_transformer_blocks")
+_MODULATION_TABLE = "scale_shift_table"
+FIXED_CONFIG = {
     "conditioning": "adaln_single", "caption_axes": ["spatial"], "axes": ["spatial", "temporal"], "position_encoding": "latte",
 }  # fmt: skip
 
 
 def to_dit(tensors: Tensors) -> Tensors:
-    """DiT's names: block 2 i is their spatial, block 2 i + 1 their temporal block i."""
+    """Rename to DiT's names: block 2i is their spatial block i, block 2i + 1 their temporal block i."""
     rest, out = dict(tensors), Tensors()
-    if _TABLE in rest:
-        out["final_layer.adaLN_modulation.table"] = rest.pop(_TABLE)
+    if _MODULATION_TABLE in rest:
+        out["final_layer.adaLN_modulation.table"] = rest.pop(_MODULATION_TABLE)
     for theirs, ours in _NAMES.items():
         for kind in ("weight", "bias"):
             if f"{theirs}.{kind}" in rest:
                 out[f"{ours}.{kind}"] = rest.pop(f"{theirs}.{kind}")
     blocks = {match[0]: match for key in rest if (match := re.match(r"(\w*transformer_blocks)\.(\d+)\.", key))}
     for prefix, match in blocks.items():
-        name = f"blocks.{2 * int(match[2]) + _PARTS.index(match[1])}."
-        if prefix + _TABLE in rest:
-            out[f"{name}adaLN_modulation.table"] = rest.pop(prefix + _TABLE)
+        name = f"blocks.{2 * int(match[2]) + _BLOCK_LISTS.index(match[1])}."
+        if prefix + _MODULATION_TABLE in rest:
+            out[f"{name}adaLN_modulation.table"] = rest.pop(prefix + _MODULATION_TABLE)
         for kind in ("weight", "bias"):
             for theirs, ours in _BLOCK.items():
                 if f"{prefix}{theirs}.{kind}" in rest:
                     out[f"{name}{ours}.{kind}"] = rest.pop(f"{prefix}{theirs}.{kind}")
-            for ours, parts in _TOGETHER.items():
+            for ours, parts in _FUSED.items():
                 if all(f"{prefix}{part}.{kind}" in rest for part in parts):
                     out[f"{name}{ours}.{kind}"] = torch.cat([rest.pop(f"{prefix}{part}.{kind}") for part in parts])
     return {**out, **rest}
 
 
 def from_dit(tensors: Tensors) -> Tensors:
-    """The way back."""
+    """Rename DiT's names to diffusers' Latte's."""
     out = Tensors()
     names, block = ({ours: theirs for theirs, ours in table.items()} for table in (_NAMES, _BLOCK))
     for key, value in tensors.items():
@@ -64,31 +66,31 @@ def from_dit(tensors: Tensors) -> Tensors:
         if key == "pos_embed":
             continue
         if not (match := re.match(r"blocks\.(\d+)\.(.+)", head)):
-            out[_TABLE if kind == "table" else f"{names[head]}.{kind}"] = value
+            out[_MODULATION_TABLE if kind == "table" else f"{names[head]}.{kind}"] = value
             continue
-        prefix, part = f"{_PARTS[int(match[1]) % 2]}.{int(match[1]) // 2}", match[2]
+        prefix, part = f"{_BLOCK_LISTS[int(match[1]) % 2]}.{int(match[1]) // 2}", match[2]
         if kind == "table":
-            out[f"{prefix}.{_TABLE}"] = value
-        elif part in _TOGETHER:
-            split = value.chunk(len(_TOGETHER[part]))
-            out |= {f"{prefix}.{name}.{kind}": one.clone() for name, one in zip(_TOGETHER[part], split, strict=True)}
+            out[f"{prefix}.{_MODULATION_TABLE}"] = value
+        elif part in _FUSED:
+            chunks = value.chunk(len(_FUSED[part]))
+            out |= {f"{prefix}.{name}.{kind}": x.clone() for name, x in zip(_FUSED[part], chunks, strict=True)}
         else:
             out[f"{prefix}.{block[part]}.{kind}"] = value
     return out
 
 
 def arguments(tensors: Tensors, config: dict) -> dict:
-    """What config.json tells, and what DiT has not."""
+    """The arguments that config.json gives, and those in which Latte differs from DiT."""
     size = config.get("sample_size", 64)
     found = {
-        **WIRED, "caption_channels": tensors["caption_embedder.fc1.weight"].shape[1],
+        **FIXED_CONFIG, "caption_channels": tensors["caption_embedder.fc1.weight"].shape[1],
         "sample_size": (config.get("video_length", 16), size, size), "norm2_eps": config.get("norm_eps", 1e-6),
     }  # fmt: skip
     return {**found, "num_heads": config["num_attention_heads"]} if "num_attention_heads" in config else found
 
 
-def config_of(model) -> dict:
-    """The arguments of `LatteTransformer3DModel` for a model of ours."""
+def config_of(model: STDiT) -> dict:
+    """The arguments of `LatteTransformer3DModel` for an STDiT."""
     config = model.config
     return {
         "num_attention_heads": config.num_heads, "attention_head_dim": config.hidden_size // config.num_heads,

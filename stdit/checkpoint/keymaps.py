@@ -1,12 +1,13 @@
-"""What other people's weights are called, and what their configuration must have been.
+"""Key maps of published weights, and the configuration that each format implies.
 
-A format is two steps: its names to DiT's (`to_dit`) and what differs from DiT in meaning (`arguments`, `adapt`).
-DiT's names are ours, but that its patch embedding is a convolution and that its position table is stored.
+A format renames its parameters to DiT's (`to_dit`) and states what differs from DiT in meaning (`arguments`, `adapt`).
+STDiT has DiT's names, except that DiT's patch embedding is a convolution and that DiT stores its position table.
 """
 
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,33 +21,39 @@ Tensors = dict[str, Tensor]
 HEADS = {width: heads for _, width, heads in SIZES.values()}
 
 
-def same(tensors: Tensors) -> Tensors:
+def identity(tensors: Tensors) -> Tensors:
+    """The tensors as they are."""
     return dict(tensors)
 
 
 @dataclass(frozen=True)
 class Format:
-    """How one family's weights become ours and go back."""
+    """How the weights of one family are converted to STDiT and back.
+
+    objective: what its models predict. to_dit, from_dit: rename to DiT's names and back. arguments: what (DiT-named tensors,
+    config.json) say of the model. adapt, restore: change tensors where their meaning differs, and back. betas: the DDPM noise
+    schedule of training. mismatch: why a model cannot be written in this format, or "".
+    """
 
     name: str
     objective: str
-    to_dit: Callable[[Tensors], Tensors] = same
-    from_dit: Callable[[Tensors], Tensors] = same
+    to_dit: Callable[[Tensors], Tensors] = identity
+    from_dit: Callable[[Tensors], Tensors] = identity
     arguments: Callable[[Tensors, dict], dict] = lambda tensors, config: {}
     adapt: Callable[[Tensors, dict], Tensors] = lambda tensors, arguments: tensors
     restore: Callable[[Tensors, STDiT], Tensors] = lambda tensors, model: tensors
-    betas: str = "linear"  # of DDPM, in training
-    needs: Callable[[STDiT], str] = lambda model: ""  # why a model cannot be written so, or nothing
+    betas: str = "linear"
+    mismatch: Callable[[STDiT], str] = lambda model: ""
 
 
-def infer(tensors: Tensors, given: dict) -> dict:
-    """The arguments of STDiT that DiT-named tensors tell; ValueError naming what they cannot."""
+def infer(tensors: Tensors, settings: dict) -> dict:
+    """The arguments of STDiT that follow from DiT-named tensors; ValueError for what they leave open."""
     patch = tensors["x_embedder.proj.weight"]
     width, channels, size = patch.shape[0], patch.shape[1], patch.shape[-1]
-    heads = given.get("num_heads", HEADS.get(width))
+    heads = settings.get("num_heads", HEADS.get(width))
     if heads is None:
         raise ValueError(
-            f"the weights are {width} wide, which is none of {sorted(HEADS)}, so the number of heads cannot be told; "
+            f"the weights are {width} wide, which is none of {sorted(HEADS)}, so the number of heads cannot be inferred; "
             "give it with --set num_heads=N."
         )
     table = tensors.get("y_embedder.embedding_table.weight")
@@ -66,32 +73,35 @@ def infer(tensors: Tensors, given: dict) -> dict:
     }
 
 
-def table_matches(tensors: Tensors, key: str, ours: Callable[[int, int], Tensor]) -> None:
-    """Take a stored table out; ValueError if it is not the one we compute."""
+def pop_sincos_table(tensors: Tensors, key: str, make_table: Callable[[int, int], Tensor]) -> None:
+    """Remove a stored table. Raises ValueError if it is not the one that STDiT computes (`make_table(count, dim)`)."""
     table = tensors.pop(key, None)
     if table is None:
         return
-    expected = ours(table.shape[1], table.shape[2])
+    expected = make_table(table.shape[1], table.shape[2])
     if expected.shape != table.shape[1:] or (expected - table[0].float()).abs().max() > 1e-4:
-        raise ValueError(f"{key!r} is not the sin-cos table these weights are made with; learned tables are not known.")
+        raise ValueError(
+            f"{key!r} is not the sin-cos table of this format; learned tables are not supported here, convert weights without one."
+        )
 
 
-def square_positions(count: int, dim: int) -> Tensor:
+def square_pos_embed(count: int, dim: int) -> Tensor:
+    """The sin-cos table (count, dim) of a square grid."""
     side = round(count**0.5)
     return spatial_pos_embed(side, side, dim)
 
 
-def strip(tensors: Tensors) -> Tensors:
-    """DiT's tensors as ours: tables out, the convolution as a product."""
+def from_dit_layout(tensors: Tensors) -> Tensors:
+    """DiT's tensors as STDiT's: without sin-cos tables, the patch embedding as a matrix."""
     tensors = dict(tensors)
-    table_matches(tensors, "pos_embed", square_positions)
-    table_matches(tensors, "temp_embed", latte_pos_embed)
+    pop_sincos_table(tensors, "pos_embed", square_pos_embed)
+    pop_sincos_table(tensors, "temp_embed", latte_pos_embed)
     tensors["x_embedder.proj.weight"] = tensors["x_embedder.proj.weight"].flatten(1)
     return tensors
 
 
-def dress(tensors: Tensors, model: STDiT) -> Tensors:
-    """The way back: ours as DiT's."""
+def to_dit_layout(tensors: Tensors, model: STDiT) -> Tensors:
+    """STDiT's tensors as DiT's: the inverse of `from_dit_layout`."""
     tensors, (_, ph, pw) = dict(tensors), model.patch_size
     weight = tensors["x_embedder.proj.weight"]
     tensors["x_embedder.proj.weight"] = weight.unflatten(1, (model.in_channels, ph, pw))
@@ -100,8 +110,8 @@ def dress(tensors: Tensors, model: STDiT) -> Tensors:
     return tensors
 
 
-def head_rows(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> Tensors:
-    """Change the last layer's weight and bias, seen as (patch, channels, ...)."""
+def map_head(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> Tensors:
+    """Apply `change` to the last layer's weight and bias, whose rows are (patch, channels)."""
     return {
         **tensors,
         **{f"final_layer.linear.{k}": change(tensors[f"final_layer.linear.{k}"]) for k in ("weight", "bias")},
@@ -109,96 +119,111 @@ def head_rows(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> Tensors:
 
 
 def _sit_arguments(tensors: Tensors, config: dict) -> dict:
+    """SiT's times run from 0 (noise) to 1 (data)."""
     return {"timestep_scale": 1e-3, "timestep_reversed": True, "learn_sigma": False}
 
 
 def _sit_adapt(tensors: Tensors, arguments: dict) -> Tensors:
-    """Drop the unused half of the channels and turn the velocity around: ours is noise - data, SiT's data - noise."""
+    """Drop the unused half of the channels and negate the velocity: STDiT predicts noise - data, SiT data - noise."""
     channels, patch = arguments["in_channels"], arguments["patch_size"][1] ** 2
-    return head_rows(tensors, lambda x: -x.unflatten(0, (patch, -1))[:, :channels].flatten(0, 1))
+    return map_head(tensors, lambda x: -x.unflatten(0, (patch, -1))[:, :channels].flatten(0, 1))
 
 
 def _sit_restore(tensors: Tensors, model: STDiT) -> Tensors:
-    """The sign back, and the variance rows that SiT's code makes and throws away, as zeros."""
+    """Negate the velocity again, and add as zeros the variance rows that SiT's code computes and discards."""
 
     def rows(x: Tensor) -> Tensor:
         velocity = -x.unflatten(0, (-1, model.in_channels))
         return torch.cat([velocity, torch.zeros_like(velocity)], dim=1).flatten(0, 1)
 
-    return head_rows(tensors, rows)
+    return map_head(tensors, rows)
 
 
 def _latte_arguments(tensors: Tensors, config: dict) -> dict:
+    """Latte alternates spatial and temporal blocks."""
     frames = tensors["temp_embed"].shape[1] if "temp_embed" in tensors else 16
     _, height, width = infer(tensors, {"num_heads": 1})["sample_size"]
     return {"axes": ["spatial", "temporal"], "position_encoding": "latte", "sample_size": (frames, height, width)}
 
 
 def _latte_restore(tensors: Tensors, model: STDiT) -> Tensors:
+    """Add the temporal table that Latte stores."""
     frames, width = model.config.sample_size[0], model.config.hidden_size
     return {**tensors, "temp_embed": latte_pos_embed(frames, width)[None].clone()}
 
 
-def _is(model: STDiT, classes: bool = True, **wanted) -> str:
-    """What keeps a model from being one of these settings, or nothing."""
+def _mismatch(model: STDiT, needs_classes: bool = True, **required: Any) -> str:
+    """The settings in which a model differs from what a format requires, or ""."""
     values = {**dict(model.config), "axes": list(model.config.axes), "caption_axes": list(model.config.caption_axes)}
-    other = [f"{key}={values[key]!r} (not {value!r})" for key, value in wanted.items() if values[key] != value]
+    differing = [f"{key}={values[key]!r} (not {value!r})" for key, value in required.items() if values[key] != value]
     if model.patch_size[0] != 1 or model.patch_size[1] != model.patch_size[2]:
-        other.append(f"patch_size={list(model.patch_size)} (not square in space, 1 in time)")
+        differing.append(f"patch_size={list(model.patch_size)} (not square in space, 1 in time)")
     if model.config.sample_size[1] != model.config.sample_size[2]:
-        other.append(f"sample_size={list(model.config.sample_size)} (not square)")
-    if classes and not model.num_classes:
-        other.append("num_classes=0 (there is always a class table)")
-    if model.config.depth % len(wanted["axes"]):
-        other.append(f"depth={model.config.depth} (not whole pairs)")
-    return ", ".join(other)
+        differing.append(f"sample_size={list(model.config.sample_size)} (not square)")
+    if needs_classes and not model.num_classes:
+        differing.append("num_classes=0 (the format always has a class table)")
+    if model.config.depth % len(required["axes"]):
+        differing.append(f"depth={model.config.depth} (not a multiple of {len(required['axes'])})")
+    return ", ".join(differing)
 
 
-# What none of DiT's kin has: another conditioning, another trunk.
-_WIRED = {
+# The architecture that DiT, SiT, Latte and diffusers' DiT have in common.
+_DIT_CONFIG: dict[str, Any] = {
     "conditioning": "adaln_zero", "caption_channels": None, "trunk": "stack", "learned_pos_embed": False, "timestep_mlp": True,
     "output_conv": False, "gelu": "tanh", "relative_position_bias": False,
 }  # fmt: skip
-_PLAIN = {**_WIRED, "qk_norm": False, "frequency_shift": 0.0, "norm2_eps": 1e-6}
-_DIT_CLOCK = {"timestep_scale": 1.0, "timestep_reversed": False, "timestep_offset": 0.0}
+_DIT_NUMERICS: dict[str, Any] = {**_DIT_CONFIG, "qk_norm": False, "frequency_shift": 0.0, "norm2_eps": 1e-6}
+_DIT_TIMESTEPS: dict[str, Any] = {"timestep_scale": 1.0, "timestep_reversed": False, "timestep_offset": 0.0}
 
 FORMATS = {
     "dit": Format(
-        "dit", "ddpm", needs=lambda m: _is(m, axes=["spatial"], learn_sigma=True, **_PLAIN, **_DIT_CLOCK)
+        "dit", "ddpm",
+        mismatch=lambda m: _mismatch(m, axes=["spatial"], learn_sigma=True, **_DIT_NUMERICS, **_DIT_TIMESTEPS),
     ),
     "sit": Format(
-        "sit", "flow", arguments=_sit_arguments, adapt=_sit_adapt,
-        restore=_sit_restore,
-        needs=lambda m: _is(m, axes=["spatial"], learn_sigma=False, timestep_scale=1e-3, timestep_reversed=True, **_PLAIN),
+        "sit", "flow", arguments=_sit_arguments, adapt=_sit_adapt, restore=_sit_restore,
+        mismatch=lambda m: _mismatch(
+            m, axes=["spatial"], learn_sigma=False, timestep_scale=1e-3, timestep_reversed=True, **_DIT_NUMERICS
+        ),
     ),
     "latte": Format(
         "latte", "ddpm", arguments=_latte_arguments, restore=_latte_restore,
-        needs=lambda m: _is(m, False, axes=["spatial", "temporal"], position_encoding="latte", **_PLAIN, **_DIT_CLOCK),
+        mismatch=lambda m: _mismatch(
+            m, needs_classes=False, axes=["spatial", "temporal"], position_encoding="latte", **_DIT_NUMERICS, **_DIT_TIMESTEPS
+        ),
     ),
     "diffusers": Format(
-        "diffusers", "ddpm", diffusers_dit.to_dit, diffusers_dit.from_dit, diffusers_dit.arguments,
-        needs=lambda m: _is(m, axes=["spatial"], qk_norm=False, mlp_ratio=4.0, frequency_shift=1.0, **_WIRED, **_DIT_CLOCK),
+        "diffusers", "ddpm", to_dit=diffusers_dit.to_dit, from_dit=diffusers_dit.from_dit, arguments=diffusers_dit.arguments,
+        mismatch=lambda m: _mismatch(
+            m, axes=["spatial"], qk_norm=False, mlp_ratio=4.0, frequency_shift=1.0, **_DIT_CONFIG, **_DIT_TIMESTEPS
+        ),
     ),
     "diffusers_latte": Format(
-        "diffusers_latte", "ddpm", diffusers_latte.to_dit, diffusers_latte.from_dit, diffusers_latte.arguments,
-        needs=lambda m: _is(
-            m, False, qk_norm=False, mlp_ratio=4.0, num_classes=0,
-            **{**_WIRED, **_DIT_CLOCK, **diffusers_latte.WIRED, "caption_channels": m.config.caption_channels},
+        "diffusers_latte", "ddpm",
+        to_dit=diffusers_latte.to_dit, from_dit=diffusers_latte.from_dit, arguments=diffusers_latte.arguments,
+        mismatch=lambda m: _mismatch(
+            m, needs_classes=False, qk_norm=False, mlp_ratio=4.0, num_classes=0,
+            **{**_DIT_CONFIG, **_DIT_TIMESTEPS, **diffusers_latte.FIXED_CONFIG, "caption_channels": m.config.caption_channels},
         ),
     ),
     "uvit": Format(
-        "uvit", "ddpm", uvit.to_dit, uvit.from_dit, uvit.arguments, betas="scaled_linear",
-        needs=lambda m: _is(m, False, axes=["spatial"], learn_sigma=False, **{**_PLAIN, **_DIT_CLOCK, **uvit.WIRED, "output_conv": m.config.output_conv}),
+        "uvit", "ddpm", to_dit=uvit.to_dit, from_dit=uvit.from_dit, arguments=uvit.arguments, betas="scaled_linear",
+        mismatch=lambda m: _mismatch(
+            m, needs_classes=False, axes=["spatial"], learn_sigma=False,
+            **{**_DIT_NUMERICS, **_DIT_TIMESTEPS, **uvit.FIXED_CONFIG, "output_conv": m.config.output_conv},
+        ),
     ),
     "mdt": Format(
-        "mdt", "ddpm", mdt.to_dit, mdt.from_dit, mdt.arguments, restore=mdt.restore,
-        needs=lambda m: _is(m, axes=["spatial"], learn_sigma=True, **{**_PLAIN, **_DIT_CLOCK, **mdt.WIRED}),
+        "mdt", "ddpm", to_dit=mdt.to_dit, from_dit=mdt.from_dit, arguments=mdt.arguments, restore=mdt.restore,
+        mismatch=lambda m: _mismatch(
+            m, axes=["spatial"], learn_sigma=True, **{**_DIT_NUMERICS, **_DIT_TIMESTEPS, **mdt.FIXED_CONFIG}
+        ),
     ),
 }  # fmt: skip
 
 
 def recognise(names: Iterable[str]) -> str | None:
-    """The format that tensors of these names most likely are, or None."""
+    """The format to which tensors of these names most likely belong, or None."""
     names = set(names)
     if "transformer_blocks.0.norm1.linear.weight" in names:
         return "diffusers"

@@ -1,4 +1,4 @@
-"""U-ViT's names and ours (Bao et al., "All are Worth Words"): in-context tokens, long skips, learned places."""
+"""Key map of U-ViT (Bao et al., "All are Worth Words"): in-context tokens, long skip connections, learned positions."""
 
 import re
 
@@ -13,22 +13,25 @@ NAMES = {
     "decoder_pred": "final_layer.linear",
     "final_layer": "final_conv",
 }
-WIRED = {
+FIXED_CONFIG = {
     "conditioning": "in_context", "trunk": "long_skip", "learned_pos_embed": True, "timestep_mlp": False, "gelu": "exact",
-    "timestep_offset": 1.0,  # its chain counts from 1
+    "timestep_offset": 1.0,  # its first timestep is 1
 }  # fmt: skip
-HEADS = {512: 8}  # U-ViT-S; the other widths are DiT's
+HEADS = {512: 8}  # by width: U-ViT-S; its other widths have as many heads as DiT's
 
 
 def _count(tensors: Tensors, part: str) -> int:
+    """The number of blocks in a list of blocks."""
     found = [int(match[1]) for key in tensors if (match := re.match(rf"{part}\.(\d+)\.", key))]
     return 1 + max(found, default=-1)
 
 
 def to_dit(tensors: Tensors) -> Tensors:
-    """DiT's names; ValueError for a time embedding by an MLP, which no released weights have."""
+    """Rename to DiT's names. Raises ValueError for a timestep MLP, which no released weights have."""
     if any(key.startswith("time_embed.") for key in tensors):
-        raise ValueError("U-ViT with mlp_time_embed=True is not known; its time token must be the bare sinusoid.")
+        raise ValueError(
+            "U-ViT with mlp_time_embed=True is not supported; convert weights whose time token is the bare sinusoid."
+        )
     half, out = _count(tensors, "in_blocks"), {}
     for key, value in tensors.items():
         head, _, kind = key.rpartition(".")
@@ -38,9 +41,9 @@ def to_dit(tensors: Tensors) -> Tensors:
         elif key.startswith("mid_block."):
             out[key.replace("mid_block", f"blocks.{half}", 1)] = value
         elif key == "pos_embed":
-            extras = 2 if "label_emb.weight" in tensors else 1
-            out["pos_embed.prefix"] = value[0, :extras].flip(0)  # theirs: label, time; ours: time, label
-            out["pos_embed.patches"] = value[0, extras:]
+            num_prefix = 2 if "label_emb.weight" in tensors else 1
+            out["pos_embed.prefix"] = value[0, :num_prefix].flip(0)  # theirs: label, time; ours: time, label
+            out["pos_embed.patches"] = value[0, num_prefix:]
         else:
             out[f"{NAMES.get(head, head)}.{kind}"] = value
     for key in [key for key in out if key.endswith("attn.qkv.weight")]:
@@ -49,8 +52,9 @@ def to_dit(tensors: Tensors) -> Tensors:
 
 
 def from_dit(tensors: Tensors) -> Tensors:
-    """The way back; a bias of queries, keys and values that is zero everywhere is left out, as in what was released."""
-    out, half = {}, _count(tensors, "blocks") // 2
+    """Rename DiT's names to U-ViT's, leaving out a bias of queries, keys and values that is zero everywhere, as in the released weights."""
+    out: Tensors = {}
+    half = _count(tensors, "blocks") // 2
     tensors = {key: value for key, value in tensors.items() if key != "pos_embed"}
     back = {ours: theirs for theirs, ours in NAMES.items()}
     without_bias = not any(value.any() for key, value in tensors.items() if key.endswith("attn.qkv.bias"))
@@ -58,9 +62,9 @@ def from_dit(tensors: Tensors) -> Tensors:
         head, _, kind = key.rpartition(".")
         if match := re.match(r"blocks\.(\d+)\.(.*)", key):
             number = int(match[1])
-            place = f"in_blocks.{number}" if number < half else f"out_blocks.{number - half - 1}"
+            name = f"in_blocks.{number}" if number < half else f"out_blocks.{number - half - 1}"
             if not (without_bias and key.endswith("attn.qkv.bias")):
-                out[f"{'mid_block' if number == half else place}.{match[2]}"] = value
+                out[f"{'mid_block' if number == half else name}.{match[2]}"] = value
         elif not key.startswith("pos_embed."):
             out[f"{back.get(head, head)}.{kind}"] = value
     table = torch.cat([tensors["pos_embed.prefix"].flip(0), tensors["pos_embed.patches"]])
@@ -68,9 +72,10 @@ def from_dit(tensors: Tensors) -> Tensors:
 
 
 def arguments(tensors: Tensors, config: dict) -> dict:
+    """The arguments of STDiT in which U-ViT differs from DiT."""
     patch, side = tensors["x_embedder.proj.weight"], round(len(tensors["pos_embed.patches"]) ** 0.5)
     found = {
-        **WIRED, "output_conv": "final_conv.weight" in tensors, "learn_sigma": False,
+        **FIXED_CONFIG, "output_conv": "final_conv.weight" in tensors, "learn_sigma": False,
         "sample_size": (1, side * patch.shape[-1], side * patch.shape[-1]),
     }  # fmt: skip
     return {**found, "num_heads": HEADS[len(patch)]} if len(patch) in HEADS else found

@@ -82,7 +82,7 @@ class VideoClips(_TableDataset):
             picked = window(reader, size.frames, self.config.fps, rng)
             frames = reader.get_frames(picked, size=cover_size(reader.size, target))
             rate = self.config.fps or reader.fps
-        return self._finish(frames, size, rate, rng, picked)
+        return self._finish(frames, size, rate, rng, picked=picked)
 
     def shape(self, index: int) -> tuple[int, int, int]:
         path = self.rows[index].path

@@ -71,7 +71,7 @@ def read_manifest(path: Path, root: Path | None = None) -> Table:
                 f"{path}, line {number}: {entry['path']!r} leads outside data.root={str(allowed)!r}; "
                 "move the file, or set data.root to a folder that holds it."
             )
-        rows.append(_Entry(number, file, entry.get("label"), entry.get("caption") or "", _further(entry)))
+        rows.append(_Entry(number, file, entry.get("label"), entry.get("caption") or "", columns=_further(entry)))
     if not rows:
         raise ValueError(f"{path} has no rows; write one line per clip.")
     return _with_class_indices(path, rows)

@@ -119,7 +119,7 @@ class DDPMObjective(Objective):
         simple = (epsilon - noise).square().mean(dim=1)
         # The bound teaches the variance only: the mean is taken as it is.
         frozen = from_epsilon(epsilon.detach(), x, levels, self.path)._replace(variance=variance)
-        bound = variational_bound(self.path, x, clean, frozen, levels, 1 / self.chain.num_steps)
+        bound = variational_bound(self.path, x, clean, frozen, levels=levels, one_step=1 / self.chain.num_steps)
         return simple + bound.mean(dim=1).to(simple.dtype)
 
     def schedule(self, steps: int | str, tokens: int) -> Tensor:

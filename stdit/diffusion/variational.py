@@ -58,8 +58,8 @@ def variational_bound(
     estimate: an `Estimate` with variance; levels (B, T); one_step: the distance of neighbouring levels.
     """
     after = (levels - one_step).clamp(min=0)
-    true_mean, true_variance, largest = posterior(path, x, clean, levels, after)
-    mean = posterior(path, x, estimate.clean, levels, after)[0]
+    true_mean, true_variance, largest = posterior(path, x, clean, now=levels, after=after)
+    mean = posterior(path, x, estimate.clean, now=levels, after=after)[0]
     # The last step's posterior has no variance; its neighbour's stands in, as in DiT.
     _, floor, _ = posterior(path, x[:1, :1, :1, :1, :1], x[:1, :1, :1, :1, :1], *_second_step(one_step))
     smallest = torch.where(like(after, x) > 0, true_variance, floor)

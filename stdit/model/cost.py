@@ -1,6 +1,7 @@
-"""What a model costs before it is built: operations by kind, and the bytes training keeps."""
+"""What a model costs before it is built: operations by kind, and the bytes of training."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Cost:
         return sum(self.flops.values())
 
 
-def forward_cost(arguments: dict, latent: Shape) -> Cost:
+def forward_cost(arguments: dict[str, Any], latent: Shape) -> Cost:
     """Count one forward of one clip of `latent` (T, h, w) on the meta device, multiply-adds as DiT's paper counts.
 
     flops has "attention spatial", "attention temporal", "attention joint" (with their projections), "mlp", "modulation"
@@ -40,7 +41,7 @@ def forward_cost(arguments: dict, latent: Shape) -> Cost:
         model = STDiT(**arguments)
         inputs = _inputs(model, latent, 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs, **_words(model))
+        model(*inputs, **_example_conditions(model))
     counts = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
     flops: dict[str, float] = {}
     inside = 0.0
@@ -67,11 +68,11 @@ def forward_cost(arguments: dict, latent: Shape) -> Cost:
 def clip_flops(model: STDiT, latent: Shape) -> float:
     """Multiply-adds of one forward of one clip of `latent` (T, h, w), counted on the model itself."""
     with FlopCounterMode(display=False) as counter:
-        model(*_inputs(model, latent, 1), **_words(model))
+        model(*_inputs(model, latent, 1), **_example_conditions(model))
     return counter.get_total_flops() / 2
 
 
-def _words(model: STDiT, batch: int = 1) -> dict[str, Conditions]:
+def _example_conditions(model: STDiT, batch: int = 1) -> dict[str, Conditions]:
     """An example of every condition that has no default."""
     given = {
         name: conditioner.example(batch)
@@ -85,35 +86,42 @@ def _words(model: STDiT, batch: int = 1) -> dict[str, Conditions]:
 class Memory:
     """Bytes of training on one device, by part.
 
-    activations: what the forward pass of one micro-batch keeps. again: what checkpointing computes anew, one block at a
-    time. working: the largest short-lived part.
+    ema: the averaged weights. activations: what the forward pass of one micro-batch saves for the backward pass.
+    recomputed: what checkpointing computes again, one block at a time. working: the largest short-lived part.
     """
 
     weights: float
     gradients: float
     optimizer: float
-    average: float
+    ema: float
     activations: float
-    again: float
+    recomputed: float
     working: float
 
     @property
-    def resting(self) -> float:
-        """What lives from step to step."""
-        return self.weights + self.optimizer + self.average
+    def persistent(self) -> float:
+        """Bytes that live from step to step."""
+        return self.weights + self.optimizer + self.ema
 
     @property
     def peak(self) -> float:
         """The most that lives at once: when the backward pass begins, or when it ends and all gradients are there."""
-        return self.resting + max(self.activations, self.gradients) + self.again + self.working
+        return self.persistent + max(self.activations, self.gradients) + self.recomputed + self.working
 
 
 def training_memory(
-    arguments: dict, latent: Shape, micro_batch: int, optimizer: str, bf16: bool, checkpointing: bool, fused: bool
+    arguments: dict[str, Any],
+    latent: Shape,
+    micro_batch: int,
+    *,
+    optimizer: str,
+    bf16: bool,
+    checkpointing: bool,
+    fused: bool,
 ) -> Memory:
-    """What a training step of `micro_batch` clips holds, from a forward pass over tensors that have no storage.
+    """Bytes of a training step of `micro_batch` clips, from a forward pass over tensors that have no storage.
 
-    fused: attention never keeps its matrix (GPUs; on CPUs in float32). Weights, gradients and averages are float32.
+    fused: attention never saves its matrix (GPUs; on CPUs in float32). Weights, gradients and EMA are float32.
     """
     forward_cost(arguments, latent)  # fills the caches of position tables with real ones
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -121,11 +129,11 @@ def training_memory(
         if fused:
             for block in model.blocks:
                 block.attn.processor._attention_backend = "native"
-        kept, again = _saved_bytes(model, latent, micro_batch, bf16), 0.0
+        activations, recomputed = _saved_bytes(model, latent, micro_batch, bf16), 0.0
         if checkpointing:
             model.enable_gradient_checkpointing()
-            whole, kept = kept, _saved_bytes(model, latent, micro_batch, bf16)
-            again = (whole - kept) / len(model.blocks)
+            whole, activations = activations, _saved_bytes(model, latent, micro_batch, bf16)
+            recomputed = (whole - activations) / len(model.blocks)
         size = 4.0 * sum(p.numel() for p in model.parameters())
         matrices = 4.0 * sum(p.numel() for p in muon_parameters(model).values())
     moments = 2 * size - (matrices if optimizer == "muon" else 0)
@@ -133,7 +141,15 @@ def training_memory(
     widest = (
         micro_batch * tokens * arguments["hidden_size"] * max(4.0, arguments.get("mlp_ratio", 4.0)) * (2 if bf16 else 4)
     )
-    return Memory(size, size, moments, size, kept, again, 2 * widest)
+    return Memory(
+        weights=size,
+        gradients=size,
+        optimizer=moments,
+        ema=size,
+        activations=activations,
+        recomputed=recomputed,
+        working=2 * widest,
+    )
 
 
 def _inputs(model: STDiT, latent: Shape, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,16 +158,16 @@ def _inputs(model: STDiT, latent: Shape, batch: int) -> tuple[Tensor, Tensor, Te
 
 
 def _saved_bytes(model: STDiT, latent: Shape, batch: int, bf16: bool) -> float:
-    """Bytes that the forward pass keeps for the backward pass, parameters aside, each storage once."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    """Bytes that the forward pass saves for the backward pass, parameters aside, each storage once."""
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 
-    def keep(x: Tensor) -> Tensor:
+    def record(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in parameters:
             storages[storage._cdata] = storage
         return x
 
-    with saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        model(*_inputs(model, latent, batch), **_words(model, batch)).float().square().mean()
+    with saved_tensors_hooks(record, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(*_inputs(model, latent, batch), **_example_conditions(model, batch)).float().square().mean()
     return float(sum(storage.nbytes() for storage in storages.values()))

@@ -35,7 +35,7 @@ from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.config import BlockConfig
 from stdit.nn.context import cached_positions
 from stdit.nn.embedders import LearnedPosEmbed, PatchEmbed, TimestepEmbedder
-from stdit.nn.layout import DenseLayout, TeacherForcingLayout
+from stdit.nn.layout import DenseLayout, Layout, TeacherForcingLayout
 from stdit.nn.modulation import Condition
 from stdit.nn.packed import PackedLayout
 from stdit.nn.positions import spatial_pos_embed
@@ -279,9 +279,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
             num_prefix_tokens=num_prefix,
             prefix_mask=prefix_mask,
         )
-        ctx = TrunkContext(
-            list(self.blocks), self._call_block, self.trunk_config.block, condition, layout, cache, visible
-        )
+        ctx = self._trunk_context(condition, layout, cache=cache, visible=visible)
         tokens = self.trunk(tokens, ctx)[:, :, num_prefix:]
         if cache is not None and cache.writing:
             cache.finish(frames, cached_positions(ctx.of()))
@@ -359,13 +357,26 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         embedding, adaln = (None if x is None else x.reshape(1, 1, len(steps), -1) for x in condition[:2])
         assert embedding is not None
         condition = Condition(embedding, adaln)
-        ctx = TrunkContext(list(self.blocks), self._call_block, self.trunk_config.block, condition, layout)
+        ctx = self._trunk_context(condition, layout)
         tokens = self.final_layer(self.trunk(torch.cat(parts, dim=1)[:, None], ctx), condition, layout)
         pieces = tokens[:, 0].split([t * s for t, s in layout.counts], dim=1)
         return [
             self._output(unpatchify(piece.unflatten(1, count), self.patch_size, rows))[0]
             for piece, count, (_, rows, _) in zip(pieces, layout.counts, grids, strict=True)
         ]
+
+    def _trunk_context(
+        self, condition: Condition, layout: Layout, *, cache: FrameCache | None = None, visible: Tensor | None = None
+    ) -> TrunkContext:
+        return TrunkContext(
+            blocks=list(self.blocks),
+            call=self._call_block,
+            config=self.trunk_config.block,
+            condition=condition,
+            layout=layout,
+            cache=cache,
+            visible=visible,
+        )
 
     def _spatial_pos_embed(self, rows: int, columns: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
         if self.pos_embed is not None:

@@ -59,7 +59,7 @@ class AxialAttnProcessor:
         if attn.relative_position_bias is not None and tables.bias_index is not None:
             added = attn.relative_position_bias(tables.bias_index).to(query.dtype)
             mask = added if mask is None else added.masked_fill(~mask, float("-inf"))
-        out = layout.attend(query, key, value, axis, partial(self._kernel, attn_mask=mask))
+        out = layout.attend(query, key, value, axis=axis, kernel=partial(self._kernel, attn_mask=mask))
         return layout.unfold(attn.proj(out.flatten(2)), axis)
 
     def _kernel(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:

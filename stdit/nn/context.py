@@ -63,7 +63,10 @@ def make_context(
     """A context for blocks with these (axis, position encoding) pairs, its tables on the condition's device."""
     device = condition.embedding.device
     pairs = dict.fromkeys(attentions)
-    tables = {(axis, encoding): _axis_tables(config, axis, encoding, layout, cache, device) for axis, encoding in pairs}
+    tables = {
+        (axis, encoding): _axis_tables(config, axis, encoding, layout, cache=cache, device=device)
+        for axis, encoding in pairs
+    }
     return BlockContext(condition, layout, tables, cache)
 
 
@@ -99,7 +102,7 @@ def _axis_tables(
         query_rope, key_rope = (
             rope_freqs(at[:, :rope_axes], config.head_dim // 2, layout.scale).to(device) for at in (positions, rebased)
         )
-    mask = _attention_mask(config, axis, positions, key_positions, layout.is_noisy_copy(axis))
+    mask = _attention_mask(config, axis, positions, key_positions, noisy=layout.is_noisy_copy(axis))
     mask = None if mask is None else mask.to(device)
     padding = layout.padding_mask(axis)
     if padding is not None:

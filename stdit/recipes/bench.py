@@ -112,6 +112,7 @@ def _windows_rate(dataset, count: int) -> float:
         try:
             with VideoReader(path) as reader:
                 picked = window(reader, 17, None, rng)
+                assert reader._pts is not None
                 jobs.append((path, reader._pts[picked[0]], reader._pts[picked[-1]]))
         except VideoError:
             continue

@@ -75,7 +75,7 @@ class Probe:
         captions = build_captions(self.config, dataset, torch.device("cpu"), main=True)
         self.captions = captions
         self.model = build_model(
-            self.config, vae, dataset, self.objective, caption_channels=captions and captions.channels
+            self.config, vae, dataset, self.objective, caption_channels=None if captions is None else captions.channels
         )
         settings = self.config.train
         self.optimizers = build_optimizers(self.model, settings.optimizer, settings.lr, settings.weight_decay)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stdit.checkpoint.convert import (
-    beside,
+    atomic_output,
     describe,
     parse_settings,
     read_dit_pipeline,
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     source, settings = Path(args.source), parse_settings(args.settings)
-    with beside(args.output) as part:  # refuses a taken name before any work
+    with atomic_output(args.output) as part:  # refuses a taken name before any work
         if whole:
             folder = read_dit_pipeline(source)
             if folder.class_names:

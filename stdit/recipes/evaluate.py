@@ -162,7 +162,8 @@ def read_recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
             f"labels such as {unknown[0]!r} name no shape and direction, which is what is judged here; for shapes that bounce "
             "use stdit evaluate-tasks --bounce."
         )
-    return clips, [CLASS_NAMES.index(names[row.label]) if names else row.label for row in rows.rows]
+    labels = [row.label or 0 for row in rows.rows]
+    return clips, [CLASS_NAMES.index(names[label]) if names else label for label in labels]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

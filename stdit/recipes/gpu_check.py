@@ -187,6 +187,7 @@ def resume_is_exact() -> str:
             Path(folder), 10, {"model": dict(half.state_dict()), "optimizer": tensors}, {"numbers": numbers}
         )
         again, checkpoint = small_model().cuda(), load_checkpoint(Path(folder))
+        assert checkpoint is not None
         again.load_state_dict(checkpoint.tensors["model"])
         optimizers = build_optimizers(again, "adamw", 1e-3)
         restore_optimizer(optimizers[0], checkpoint.tensors["optimizer"], checkpoint.info["numbers"])

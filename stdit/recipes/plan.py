@@ -17,7 +17,7 @@ from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
 from stdit.recipes.entry import command_parser
 from stdit.text import load_text_encoder
-from stdit.vae import VAEGeometry, VideoVAE, load_vae
+from stdit.vae import VAEGeometry, load_vae
 from stdit.variants import pick
 
 GIB = 2**30
@@ -42,8 +42,8 @@ def find_vae(name: str) -> VAEGeometry:
     return load_vae(name)
 
 
-def arguments_of(config: Config, vae: VideoVAE) -> dict:
-    """The model's arguments, but for classes that only the data knows (a row a class: nothing that matters here)."""
+def arguments_of(config: Config, vae: VAEGeometry) -> dict:
+    """The model's arguments, but for classes that only the data knows (one embedding row per class, which hardly counts)."""
     chosen = model_arguments(config.model)
     if config.init_from.path:
         image = STDiT.from_pretrained(config.init_from.path)
@@ -59,21 +59,21 @@ def arguments_of(config: Config, vae: VideoVAE) -> dict:
 
 
 def largest(at: Callable[[int], Memory], room: float) -> int:
-    """How many (clips, or temporal patches) fit into `room` bytes: what a step keeps grows in a straight line."""
+    """How many (clips, or temporal patches) fit into `room` bytes: a step's memory grows linearly."""
     one, two = at(1), at(2)
     if one.peak > room:
         return 0
-    slopes = {part: getattr(two, part) - getattr(one, part) for part in ("activations", "again", "working")}
-    short_lived = slopes["again"] + slopes["working"]
+    slopes = {part: getattr(two, part) - getattr(one, part) for part in ("activations", "recomputed", "working")}
+    short_lived = slopes["recomputed"] + slopes["working"]
     # Whichever is larger at that size, activations or gradients, decides.
-    by_activations = (room - one.resting - one.activations - one.again - one.working) / (
+    by_activations = (room - one.persistent - one.activations - one.recomputed - one.working) / (
         slopes["activations"] + short_lived
     )
-    by_gradients = (room - one.resting - one.gradients - one.again - one.working) / short_lived
+    by_gradients = (room - one.persistent - one.gradients - one.recomputed - one.working) / short_lived
     most = 1 + int(min(by_activations, by_gradients))
     if at(most).peak <= room:
         return most
-    low = 1  # no straight line: short attention on CPUs keeps its matrix, long attention does not
+    low = 1  # not linear: short attention on CPUs saves its matrix, long attention does not
     while most - low > 1:
         middle = (low + most) // 2
         low, most = (middle, most) if at(middle).peak <= room else (low, middle)
@@ -88,7 +88,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     for name, value in (("--tflops", args.tflops), ("--memory", args.memory)):
         if value is not None and not 0 < value < 1e6:
-            raise ValueError(f"{name} {value} is no size of a device; give Tflops and GiB above 0.")
+            raise ValueError(f"{name} must be > 0 and < 1e6 (Tflops or GiB), got {value}.")
 
 
 def speed_line(args: argparse.Namespace, config: Config, flops: float, peak: float) -> str:
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"{config.name}: {data.num_frames} frames of {data.height} x {data.width} -> latents {list(latent)}, {cost.tokens:,} tokens a clip"
     )
-    uncounted = "" if arguments["num_classes"] else " (and a row for each class of the data)"
+    uncounted = "" if arguments["num_classes"] else " (and a row per class of the data)"
     print(f"parameters    {cost.parameters:,}{uncounted}")
     print(
         f"forward       {cost.total / 1e9:,.1f} Gflops a clip: "
@@ -152,14 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = {checkpointing: memory(latent, micro, checkpointing) for checkpointing in (False, True)}
     found = table[config.model.gradient_checkpointing]
     print(f"memory        micro-batch of {micro}, {'bf16' if bf16 else 'fp32'}, {train.optimizer}, on one device, GiB:")
-    for part in ("weights", "gradients", "optimizer", "average"):
+    for part in ("weights", "gradients", "optimizer", "ema"):
         print(f"  {part:<12}{getattr(found, part) / GIB:>8.2f}")
     for checkpointing, value in table.items():
         mark = "  <- as configured" if checkpointing == config.model.gradient_checkpointing else ""
-        kept = (value.activations + value.again) / GIB
-        print(f"  activations {kept:>8.2f}  {'with' if checkpointing else 'without'} checkpointing{mark}")
+        saved = (value.activations + value.recomputed) / GIB
+        print(f"  activations {saved:>8.2f}  {'with' if checkpointing else 'without'} checkpointing{mark}")
     saving = (
-        found.resting + found.optimizer if on_cpu else 0.0
+        found.persistent + found.optimizer if on_cpu else 0.0
     )  # a checkpoint's largest file is copied before it is written
     need = max(found.peak + other, saving)
     print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))

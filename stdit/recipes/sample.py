@@ -83,15 +83,15 @@ def write_clips(paths: list[Path], clips: torch.Tensor | Iterable[torch.Tensor],
         yield (frames, *size)
 
 
-def _generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+def _generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
     return pipe(num_frames=args.frames, height=args.height, width=args.width, num_videos=args.num_videos, **call)
 
 
-def _animate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+def _animate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
     return pipe.animate(inputs[0].pixels, args.frames, **call)
 
 
-def _extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+def _extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
     """All frames at once; or, by a causal model, as a stream of groups of frames, so that memory does not grow with length."""
     pixels = inputs[0].pixels
     if args.before or not pipe.can_stream(pixels, call["options"]):
@@ -100,30 +100,29 @@ def _extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, 
     return chain([pixels], tqdm(stream, "groups of frames", args.after // pipe.video_vae.stride[0]))
 
 
-def _connect(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+def _connect(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
     return pipe.connect(inputs[0].pixels, inputs[1].pixels, args.frames or NEW_FRAMES, **call)
 
 
-def _loop(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+def _loop(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
     return pipe.loop(inputs[0].pixels, args.frames or NEW_FRAMES, **call)
 
 
-def _interpolate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+def _interpolate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
     return pipe.interpolate(inputs[0].pixels, args.factor, **call)
 
 
-def _inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+def _inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
     (source,) = inputs
     if args.mask:
-        size, fps = tuple(source.pixels.shape[2:]), args.fps or pipe.config.fps
-        return pipe.inpaint(
-            source.pixels, read_mask(args.mask, source.source, clip=size, fps=fps, frames=args.frames), **call
-        )
+        (frames, height, width), fps = source.pixels.shape[2:], args.fps or pipe.config.fps
+        mask = read_mask(args.mask, source.source, clip=(frames, height, width), fps=fps, frames=args.frames)
+        return pipe.inpaint(source.pixels, mask, **call)
     pixels, mask = outpaint_canvas(source.pixels, args.height or pipe.config.height, args.width or pipe.config.width)
     return pipe.inpaint(pixels, mask, **call)
 
 
-def _edit(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict):
+def _edit(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
     return pipe.edit(inputs[0].pixels, args.strength, **call)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from stdit.config import load_typed, to_plain
@@ -141,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: list[np.ndarray]) -> int:
     """Train to the end or to a signal -> exit code."""
 
-    def preview(vae: nn.Module, step: int) -> None:
+    def preview(vae: TinyVAE, step: int) -> None:
         with trainer.accelerator.autocast():
             scores = evaluate(vae, held_out)
             write_preview(vae, held_out, trainer.folders.output / "reconstructions.png")

@@ -138,7 +138,7 @@ class TrainingLoop:
             save_checkpoint(self.folders.checkpoints, self.step, tensors, info, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def fit(self, batches: Iterator[Any], preview: Callable[[nn.Module, int], None] = _no_preview) -> None:
+    def fit(self, batches: Iterator[Any], preview: Callable[[Any, int], None] = _no_preview) -> None:
         """Train to `config.steps`; `preview(model, step)` is called with averaged weights every `preview_every` steps.
 
         Raises Stopped after a signal, ValueError when data or numbers are beyond use.
@@ -241,7 +241,7 @@ class TrainingLoop:
             for m, total, values in zip(metrics, totals, means, strict=True)
         ]  # fmt: skip
 
-    def _on_signal(self, number: int, _) -> None:
+    def _on_signal(self, number: int, _: Any) -> None:
         self._signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one does not wait
 
@@ -339,6 +339,6 @@ class swap_ema:
         self.ema.copy_to(self.model.parameters())
         self.model.eval()
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.ema.restore(self.model.parameters())
         self.model.train()

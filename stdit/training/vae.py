@@ -90,7 +90,7 @@ class ClipPool:
 
     def _real(self, rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
         while True:  # until a clip is drawn that is large and long enough
-            pyramid = self.clips[rng.integers(len(self.clips))]
+            pyramid = self.clips[int(rng.integers(len(self.clips)))]
             sides = [side for side in pyramid if side >= size]
             if sides and len(clip := pyramid[rng.choice(sides)]) >= frames:
                 break
@@ -113,6 +113,7 @@ class ClipPool:
         return crop
 
     def _image(self, rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
+        assert self.images is not None
         image = torch.from_numpy(self.images[rng.integers(len(self.images))]).float()[None, None]
         image = F.interpolate(image, (size, size), mode="bilinear", align_corners=False)[0, 0]
         shift = rng.integers(-2, 3, 2)

@@ -59,7 +59,7 @@ def test_weights_model_takes_the_other_half_of_a_training_checkpoint(dit, tmp_pa
     assert torch.equal(model.blocks[1].mlp.fc1.bias, dit["blocks.1.mlp.fc1.bias"] + 1)
 
 
-def test_the_way_back_writes_what_the_original_loads(dit, tmp_path):
+def test_exported_weights_load_in_the_original(dit, tmp_path):
     save_file(dit, tmp_path / "dit.safetensors")
     convert(tmp_path / "dit.safetensors", tmp_path / "out", *DIT)
     convert(tmp_path / "out", tmp_path / "back.pt", "--to", "dit")
@@ -74,7 +74,7 @@ def test_our_own_weights_need_no_conversion(dit, tmp_path):
         convert(tmp_path / "out", tmp_path / "again", *DIT)
 
 
-def test_what_another_format_cannot_say_is_not_written(dit, tmp_path):
+def test_a_model_that_a_format_cannot_express_is_not_written(dit, tmp_path):
     save_file(dit, tmp_path / "dit.safetensors")
     convert(tmp_path / "dit.safetensors", tmp_path / "out", *DIT)
     with pytest.raises(ValueError, match=r"cannot be written as 'diffusers'.*frequency_shift=0.0 \(not 1.0\)"):
@@ -194,16 +194,16 @@ def headless(folder, dit):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (poisoned, "holds (posix|os|nt).system, which is no tensor and could run code"),
-        (bare_pickle, "holds (posix|os|nt).system|no whole file"),
-        (truncated, "no whole file of torch weights"),
+        (poisoned, "holds (posix|os|nt).system, which is not a tensor and could run code"),
+        (bare_pickle, "holds (posix|os|nt).system|not a complete file"),
+        (truncated, "is not a complete file of torch weights"),
         (lora, "is a LoRA, not a model"),
         (not_finite, "1 of 32 tensors have NaN or infinite numbers, the first 'blocks.0.attn.qkv.weight'"),
         (missing, r"nothing was loaded. missing: blocks.1.attn.proj.bias; unexpected: blocks.1.extra; of another shape: final_layer.adaLN_modulation.1.bias \(3,\) \(expected \(64,\)\)"),
-        (latte, "are no 'dit' weights: they look like 'latte'. Use --from latte"),
+        (latte, "are not 'dit' weights: they look like 'latte'. Use --from latte"),
         (learned_table, "'pos_embed' is not the sin-cos table"),
-        (numbers, "holds no state dict but list"),
-        (headless, "are no 'dit' weights"),
+        (numbers, "holds list, not a state dict"),
+        (headless, "are not 'dit' weights"),
     ],
 )  # fmt: skip
 def test_bad_files_are_refused_in_one_line_and_nothing_runs_or_is_written(make, message, dit, tmp_path):
@@ -222,7 +222,7 @@ def test_the_number_of_heads_is_asked_for_by_name(dit, tmp_path):
         convert(tmp_path / "dit.safetensors", tmp_path / "out", "--from", "dit")
     with pytest.raises(ValueError, match="Unknown setting of a model 'num_head'. Did you mean 'num_heads'"):
         convert(tmp_path / "dit.safetensors", tmp_path / "out", "--from", "dit", "--set", "num_head=4")
-    with pytest.raises(ValueError, match="'4' is no setting"):
+    with pytest.raises(ValueError, match="--set '4' must be key=value"):
         convert(tmp_path / "dit.safetensors", tmp_path / "out", "--from", "dit", "--set", "4")
 
 
@@ -273,13 +273,13 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("file", "form"), WRONG)
-def test_every_wrong_from_that_tensors_can_tell_is_refused(file, form, tmp_path):
+def test_every_wrong_format_that_tensors_reveal_is_refused(file, form, tmp_path):
     tensors = load_file(REFERENCE / f"{file}.safetensors")
     save_file(
         {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")},
         tmp_path / "a.safetensors",
     )
-    with pytest.raises(ValueError, match=f"are no '{form}' weights: they look like '{file}'. Use --from {file}"):
+    with pytest.raises(ValueError, match=f"are not '{form}' weights: they look like '{file}'. Use --from {file}"):
         convert(tmp_path / "a.safetensors", tmp_path / "out", "--from", form, "--set", "num_heads=4")
 
 
@@ -288,14 +288,14 @@ def test_every_wrong_from_that_tensors_can_tell_is_refused(file, form, tmp_path)
     ["sample_size=64", "sample_size=[1,64]", "num_heads=0", "num_heads=-4", "num_heads=four", "num_heads=4.0", "patch_size=2", "axes=5",
      "class_names=3", "depth=x", "learn_sigma=maybe", "timestep_scale=x", "norm2_eps=x", "in_channels=true"],
 )  # fmt: skip
-def test_a_setting_of_another_kind_is_refused_before_anything_is_written(setting, dit, tmp_path):
+def test_a_setting_of_the_wrong_type_is_refused_before_anything_is_written(setting, dit, tmp_path):
     save_file(dit, tmp_path / "dit.safetensors")
-    with pytest.raises(ValueError, match=f"--set {setting.split('=')[0]}=.* is not of its kind"):
+    with pytest.raises(ValueError, match=f"--set {setting.split('=')[0]}=.* has the wrong type or range"):
         convert(tmp_path / "dit.safetensors", tmp_path / "new" / "out", *DIT, "--set", setting)
     assert not (tmp_path / "new").exists()
 
 
-def test_settings_given_apart_add_up(dit, tmp_path):
+def test_repeated_settings_add_up(dit, tmp_path):
     save_file(dit, tmp_path / "dit.safetensors")
     convert(
         tmp_path / "dit.safetensors",
@@ -310,7 +310,7 @@ def test_settings_given_apart_add_up(dit, tmp_path):
     assert list(STDiT.from_pretrained(tmp_path / "out").config.sample_size) == [1, 16, 16]
 
 
-def test_what_is_beside_a_single_file_counts(tmp_path):
+def test_the_config_next_to_a_single_file_is_read(tmp_path):
     dit_pipeline(tmp_path / "theirs")
     folder = tmp_path / "theirs" / "transformer"
     config = json.loads((folder / "config.json").read_text())
@@ -336,10 +336,10 @@ def test_an_index_that_lists_what_is_not_there_is_refused(dit, tmp_path):
         convert(tmp_path, tmp_path / "out", *DIT)
 
 
-def test_the_way_back_names_a_file_and_keeps_nan_out(dit, tmp_path):
+def test_an_export_needs_a_file_name_and_finite_weights(dit, tmp_path):
     save_file(dit, tmp_path / "dit.safetensors")
     convert(tmp_path / "dit.safetensors", tmp_path / "out", *DIT)
-    with pytest.raises(ValueError, match="is no file name for 'dit' weights; end it in .pt"):
+    with pytest.raises(ValueError, match="is not a file name for 'dit' weights; end it in .pt"):
         convert(tmp_path / "out", tmp_path / "back", "--to", "dit")
     model = STDiT.from_pretrained(tmp_path / "out")
     with torch.no_grad():

@@ -55,7 +55,15 @@ def test_joint_attention_grows_with_the_square_of_the_frames_and_factorized_does
 
 
 def memory(micro_batch=4, optimizer="adamw", bf16=False, checkpointing=False, fused=True):
-    return training_memory(small(["joint"]), (3, 16, 16), micro_batch, optimizer, bf16, checkpointing, fused)
+    return training_memory(
+        small(["joint"]),
+        (3, 16, 16),
+        micro_batch,
+        optimizer=optimizer,
+        bf16=bf16,
+        checkpointing=checkpointing,
+        fused=fused,
+    )
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing_and_16_bits():
@@ -81,7 +89,9 @@ def test_saved_activations_are_those_of_a_real_forward_pass():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model(torch.randn(2, 4, 3, 16, 16), torch.rand(2)).square().mean()
     real = sum(size for size, _ in kept.values())
-    planned = training_memory(arguments, (3, 16, 16), 2, "adamw", False, False, True).activations
+    planned = training_memory(
+        arguments, (3, 16, 16), 2, optimizer="adamw", bf16=False, checkpointing=False, fused=True
+    ).activations
     assert planned == pytest.approx(real, rel=0.05)
 
 
@@ -114,7 +124,7 @@ def test_a_plan_says_tokens_memory_speed_and_what_fits_without_weights_or_networ
         "weights",
         "gradients",
         "optimizer",
-        "average",
+        "ema",
         "with checkpointing",
         "peak",
         "steps/s",
@@ -138,7 +148,9 @@ def test_a_device_of_ones_own_needs_no_entry(config, capsys):
 
 def test_what_fits_is_found_where_memory_grows_in_no_straight_line():
     def at(frames):
-        return training_memory(small(["joint"]), (frames, 16, 16), 1, "adamw", True, False, False)
+        return training_memory(
+            small(["joint"]), (frames, 16, 16), 1, optimizer="adamw", bf16=True, checkpointing=False, fused=False
+        )
 
     room = at(6).peak + 1
     assert at(plan.largest(at, room)).peak <= room
@@ -155,7 +167,7 @@ def test_what_is_said_to_fit_does_and_one_more_does_not():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--memory", "nan"], "--memory nan is no size"), (["train.micro_batch=7"], "train.batch_size=64 is not a multiple"), (["--gpu", "H1000"], "Unknown GPU 'H1000'. Did you mean 'H100'"), (["--utilisation", "40"], "is a share, 0 to 1"), (["data.num_frames=18"], "num_frames=18 does not fit VAE")],
+    [(["--memory", "nan"], "--memory must be > 0 .* got nan"), (["train.micro_batch=7"], "train.batch_size=64 is not a multiple"), (["--gpu", "H1000"], "Unknown GPU 'H1000'. Did you mean 'H100'"), (["--utilisation", "40"], "is a share, 0 to 1"), (["data.num_frames=18"], "num_frames=18 does not fit VAE")],
 )  # fmt: skip
 def test_a_bad_question_is_answered_in_one_line(config, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,32 @@
+"""The config of starting a run from other weights. Reading it imports no torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+# Parts of a model outside its blocks that may start afresh, by their attribute's name.
+PARTS = ("x_embedder", "t_embedder", "y_embedder", "caption_embedder", "final_layer")
+
+
+@dataclass
+class InitFrom:
+    """Weights to start from, and how they become the weights of this model.
+
+    path: a folder that `STDiT.from_pretrained` loads. temporal: "insert" new blocks wherever `model.axes` has a temporal one
+    (they start as the identity), or "convert" the image model's own blocks. patch: the frame of a temporal patch that an
+    image kernel is applied to. classes: keep the class table, or replace all of it but its null row. restart: parts to
+    initialise afresh (one of PARTS each).
+    """
+
+    path: str | None = None
+    temporal: Literal["insert", "convert"] = "insert"
+    patch: Literal["first", "centre", "mean"] = "mean"
+    classes: Literal["keep", "replace"] = "keep"
+    restart: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.restart if part not in PARTS]
+        if unknown:
+            raise ValueError(
+                f"init_from.restart={self.restart}: {unknown[0]!r} is not a part of a model. "
+                f"Choose from: {', '.join(PARTS)}."
+            )
