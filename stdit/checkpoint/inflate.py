@@ -14,30 +14,6 @@ from stdit.nn.embedders import LearnedPosEmbed
 
 __all__ = ["PARTS", "Inflation", "InitFrom", "inflate", "inflated_arguments", "plan_blocks"]
 
-<<<<<<< HEAD
-
-@dataclass
-class InitFrom:
-    """Weights to start from: a folder that `STDiT.from_pretrained` loads, and how they become this model.
-
-    temporal: "insert" new blocks wherever `model.axes` has a temporal one (they start as the identity), or "convert" the
-    image model's own blocks in place. patch: which frame of a temporal patch an image kernel looks at. classes: keep the
-    class table, or replace it (its null row stays). restart: parts to start afresh (x_embedder, final_layer, ...).
-    """
-
-    path: str | None = None  # folder that STDiT.from_pretrained loads; null: start from random weights
-    temporal: Literal["insert", "convert"] = "insert"  # insert new temporal blocks, or convert old ones
-    patch: Literal["first", "centre", "mean"] = "mean"  # frame of a temporal patch that an image kernel looks at
-    classes: Literal["keep", "replace"] = "keep"  # keep the class table, or replace all but its null row
-    restart: list[str] = field(default_factory=list)  # parts that start afresh, such as x_embedder, final_layer
-
-    def __post_init__(self) -> None:
-        unknown = [part for part in self.restart if part not in PARTS]
-        if unknown:
-            raise ValueError(
-                f"init_from.restart={self.restart}: {unknown[0]!r} is no part. Choose from: {', '.join(PARTS)}."
-            )
-=======
 # Arguments that the weights decide and a config cannot choose: the timestep convention, and an epsilon.
 _TAKEN = ("timestep_scale", "timestep_reversed", "timestep_offset", "frequency_shift", "norm2_eps")
 # Arguments that decide which parameters there are, or what they mean; the video model must have the image model's.
@@ -47,7 +23,6 @@ _MUST_AGREE = (
     "relative_position_bias", "timestep_mlp", "output_conv", "gelu",
 )  # fmt: skip
 _CLASS_TABLE = "y_embedder.embedding_table.weight"
->>>>>>> main
 
 
 class Inflation(NamedTuple):
