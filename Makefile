@@ -1,6 +1,7 @@
 # The two commands of the README. Both make .venv first, and both may be run again at any time.
 #   make quickstart    draw moving shapes, train a video diffusion transformer on them, sample clips (CPU or GPU)
 #   make test          install the development tools and run the tests
+# Besides: make lint, and make docs, which builds the documentation into site/.
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ CONSTRAINTS := constraints/cpu.txt
 INDEX = $(shell curl -fsI -m 5 $(TORCH_CPU_INDEX)/ >/dev/null 2>&1 && echo --extra-index-url $(TORCH_CPU_INDEX))
 endif
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint docs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,3 +36,7 @@ lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+docs: $(VENV)/.installed-docs
+	$(RUN) dev/make_config_reference.py
+	$(RUN) -m mkdocs build --strict

@@ -23,30 +23,30 @@ T = TypeVar("T")
 class VAEChoice:
     """`name`: "tiny", a folder of diffusers weights, or a hub id."""
 
-    name: str = "tiny"
+    name: str = "tiny"  # "tiny", a folder of diffusers weights, or a hub id
 
 
 @dataclass
 class TextChoice:
     """`encoder`: null for no captions, "words" (built in), or a folder or hub id of T5, umT5 or CLIP; `cache`: where tokens are kept."""
 
-    encoder: str | None = None
-    cache: str = "data/captions"
+    encoder: str | None = None  # null: no captions; "words" (built in), or a folder or hub id of T5, umT5 or CLIP
+    cache: str = "data/captions"  # folder in which tokens of captions are kept
 
 
 @dataclass
 class Config:
     """The config of `stdit train`."""
 
-    name: str = "run"
-    seed: int = 0
-    data: DataConfig = field(default_factory=DataConfig)
-    vae: VAEChoice = field(default_factory=VAEChoice)
-    text: TextChoice = field(default_factory=TextChoice)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    init_from: InitFrom = field(default_factory=InitFrom)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    name: str = "run"  # name of the run: checkpoints/, models/ and output/ get a folder of it
+    seed: int = 0  # seed of weights, data, noise and dropout
+    data: DataConfig = field(default_factory=DataConfig)  # clips, their size and how they are read
+    vae: VAEChoice = field(default_factory=VAEChoice)  # the VAE whose latents are modelled
+    text: TextChoice = field(default_factory=TextChoice)  # the text encoder of captions
+    model: ModelConfig = field(default_factory=ModelConfig)  # the network
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # what is predicted, and at which noise levels
+    init_from: InitFrom = field(default_factory=InitFrom)  # weights to start from
+    train: TrainConfig = field(default_factory=TrainConfig)  # steps, optimizer, checkpoints, previews
 
     def __post_init__(self) -> None:
         if self.model.caption_channels is not None:

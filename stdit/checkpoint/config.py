@@ -17,11 +17,11 @@ class InitFrom:
     initialise afresh (one of PARTS each).
     """
 
-    path: str | None = None
-    temporal: Literal["insert", "convert"] = "insert"
-    patch: Literal["first", "centre", "mean"] = "mean"
-    classes: Literal["keep", "replace"] = "keep"
-    restart: list[str] = field(default_factory=list)
+    path: str | None = None  # folder that STDiT.from_pretrained loads; null: start from random weights
+    temporal: Literal["insert", "convert"] = "insert"  # insert new temporal blocks, or convert old ones
+    patch: Literal["first", "centre", "mean"] = "mean"  # frame of a temporal patch that an image kernel looks at
+    classes: Literal["keep", "replace"] = "keep"  # keep the class table, or replace all but its null row
+    restart: list[str] = field(default_factory=list)  # parts that start afresh, such as x_embedder, final_layer
 
     def __post_init__(self) -> None:
         unknown = [part for part in self.restart if part not in PARTS]

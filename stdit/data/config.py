@@ -8,21 +8,21 @@ from typing import Literal
 class DataConfig:
     """`fps` null takes neighbouring frames whatever their rate; otherwise frames are picked by time stamps."""
 
-    root: str = "data/clips"
-    manifest: str | None = None
-    source: Literal["auto", "videos", "images", "idx", "latents", "shapes"] = "auto"
-    num_frames: int = 17
-    height: int = 64
-    width: int = 64
+    root: str = "data/clips"  # folder (or idx file) of the data
+    manifest: str | None = None  # CSV or JSON lines: path, label, caption, further columns; null: scan root
+    source: Literal["auto", "videos", "images", "idx", "latents", "shapes"] = "auto"  # kind of data; values below
+    num_frames: int = 17  # pixel frames of a clip; 1 for images
+    height: int = 64  # height in pixels
+    width: int = 64  # width in pixels
     sizes: list[list[int]] = field(default_factory=list)  # buckets: [frames, height, width] each; needs train.tokens
     packing: bool = False  # clips of all sizes in one sequence without padding, instead of a batch of one size
-    fps: float | None = None
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False
-    backend: str = "pyav"
-    workers: int = 2
+    fps: float | None = None  # pick frames at this rate by time stamps; null: neighbouring frames, at any rate
+    crop: Literal["center", "random"] = "center"  # where a clip is cut to the size
+    flip: bool = False  # mirror half of the clips
+    backend: str = "pyav"  # video decoder: pyav, decord or torchcodec
+    workers: int = 2  # loader processes; 0: none
     num_shapes: int = 3000  # for source=shapes: how many clips are drawn
-    motion: Literal["straight", "bounce"] = "straight"
+    motion: Literal["straight", "bounce"] = "straight"  # for source=shapes: how shapes move
     max_bad_fraction: float = 0.1  # training stops when more of the files than this cannot be read
 
     def __post_init__(self) -> None:

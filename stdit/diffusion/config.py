@@ -21,20 +21,16 @@ class ObjectiveConfig:
     mask_strategy: str = "shared"  # which frames are known in training; "mixed": each clip draws one from mask_probs
     mask_probs: dict[str, float] = field(
         default_factory=lambda: dict(DEFAULT_MASK_PROBS)
-    )  # of "mixed": the probability of each strategy
-    mask_warmup_steps: int = 0  # the step at which "mixed" begins; before it all frames share a level and none is known
-    cond_noise_max: float = 0.0  # known frames stand at a level drawn from 0 to this one (conditioning augmentation)
-    cond_timestep_shift: float = (
-        1.0  # flow: further shift to noise of clips with known frames, where these decide the layout
-    )
+    )  # mixed: probability of each strategy
+    mask_warmup_steps: int = 0  # mixed begins at this step; before it no frame is known
+    cond_noise_max: float = 0.0  # known frames get a noise level from 0 to this (conditioning augmentation)
+    cond_timestep_shift: float = 1.0  # flow: further shift to noise of clips with known frames
     mask_ratio: float = 0.0  # share of patches hidden from a masked trunk's encoder in a second pass (MDT v2: 0.3)
-    betas: Betas = "linear"  # of DDPM: linear (DiT), or scaled_linear (Stable Diffusion, U-ViT)
-    learn_sigma: bool = True  # of DDPM: the variance is learned
-    distribution: Distribution = "logit_normal"  # of flow's levels in training
-    shift: float = 1.0  # moves flow's levels toward noise, in training and in sampling
-    shift_tokens: int = (
-        0  # latent positions at which `shift` holds, growing with the square root of the size; 0: everywhere
-    )
+    betas: Betas = "linear"  # ddpm: linear (DiT), or scaled_linear (Stable Diffusion, U-ViT)
+    learn_sigma: bool = True  # ddpm: the variance is learned
+    distribution: Distribution = "logit_normal"  # flow: distribution of levels in training
+    shift: float = 1.0  # flow: moves levels toward noise, in training and sampling
+    shift_tokens: int = 0  # flow: latent positions for which shift holds, else scaled by the root of the size; 0: all
 
     def __post_init__(self) -> None:
         for name in ("shift", "cond_timestep_shift"):

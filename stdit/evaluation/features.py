@@ -41,7 +41,7 @@ def _vae(path: str) -> Extractor:
     """Statistics of a VAE's latent channels: mean, standard deviation, mean difference of neighbours in y, x and time.
 
     The differences measure edges and motion: by mean and deviation alone, noise of the right colours is nearer to real clips
-    than objects are (docs/comparison.md).
+    than objects are (dev/LOG.md).
     """
     vae = load_vae(path or "tiny")
 

@@ -19,47 +19,37 @@ class ModelConfig:
     all blocks; `axes` is cycled over them.
     """
 
-    network: Literal["transformer", "unet"] = (
-        "transformer"  # unet: diffusers' own, to compare with; takes the two below
-    )
-    unet_channels: list[int] = field(
-        default_factory=lambda: [64, 128]
-    )  # of each resolution, halved from one to the next
-    unet_layers: int = 1
-    size: str = "S/2"
-    axes: list[str] = field(default_factory=lambda: ["joint"])
-    patch_size: list[int] | None = None
-    depth: int | None = None
-    hidden_size: int | None = None
-    num_heads: int | None = None
-    mlp_ratio: float = 4.0
-    qk_norm: bool = False
-    num_classes: int | None = None  # null: as many as the data has
-    position_encoding: Literal["sincos", "rope", "rope_3d", "sincos+rope_3d", "latte"] = (
-        "sincos"  # sincos (a table added), rope, rope_3d (space too), sincos+rope_3d, latte
-    )
-    causal: bool = False  # a frame sees itself and earlier frames; needs position_encoding=rope
-    window: int | None = None  # of a causal model: how many latent frames a frame sees, itself included
-    sink: int = 0  # and how many of the clip's first ones besides, however long ago
-    pos_scaling: Literal["none", "interpolate"] = (
-        "none"  # of sizes never trained: count on, or squeeze into the trained grid
-    )
-    micro_conditions: list[str] = field(default_factory=list)  # told of each clip: fps, seconds, height, width
+    network: Literal["transformer", "unet"] = "transformer"  # unet: diffusers', to compare with
+    unet_channels: list[int] = field(default_factory=lambda: [64, 128])  # network=unet: channels of each resolution
+    unet_layers: int = 1  # network=unet: residual layers per resolution
+    size: str = "S/2"  # S, B, L or XL, a slash, the spatial patch: depth, width, heads
+    axes: list[str] = field(default_factory=lambda: ["joint"])  # attention of the blocks, cycled over the depth
+    patch_size: list[int] | None = None  # [frames, rows, columns] in latents; null: from size
+    depth: int | None = None  # number of blocks; null: from size
+    hidden_size: int | None = None  # width; null: from size
+    num_heads: int | None = None  # attention heads; null: from size
+    mlp_ratio: float = 4.0  # hidden over model width of the feed-forward branch
+    qk_norm: bool = False  # RMS norm of queries and keys
+    num_classes: int | None = None  # null: as many as the data has; 0: no labels
+    position_encoding: Literal["sincos", "rope", "rope_3d", "sincos+rope_3d", "latte"] = "sincos"  # see the values
+    causal: bool = False  # frames attend to themselves and earlier frames; needs rope or rope_3d
+    window: int | None = None  # causal: latent frames that a frame attends to, itself included; null: all
+    sink: int = 0  # causal: first latent frames that stay attended to beyond the window
+    pos_scaling: Literal["none", "interpolate"] = "none"  # positions at sizes not trained
+    micro_conditions: list[str] = field(default_factory=list)  # of fps, seconds, height, width
     conditioning: str = "adaln_zero"  # how labels and levels enter: a row of nn/conditioning.py
-    caption_channels: int | None = None  # the width of a text encoder's tokens; null: told no captions
-    caption_axes: list[str] = field(
-        default_factory=list
-    )  # whose blocks look at captions; empty: all (Latte: [spatial])
-    trunk: str = "stack"  # how blocks are wired: stack (DiT), long_skip (U-ViT), masked (MDT v2), joint (SD3, FLUX), u_shape (DiffiT)
-    learned_pos_embed: bool = False  # positions in space are learned, from sin-cos on
+    caption_channels: int | None = None  # set by the text encoder; leave it out
+    caption_axes: list[str] = field(default_factory=list)  # blocks that attend to captions; empty: all
+    trunk: str = "stack"  # how blocks are connected: a row of model/trunks
+    learned_pos_embed: bool = False  # spatial position embedding is learned, initialised with sin-cos
     timestep_mlp: bool = True  # false: levels as the bare sinusoid (U-ViT)
     output_conv: bool = False  # a 3 x 3 convolution over every frame at the end (U-ViT)
     gelu: Literal["tanh", "exact"] = "tanh"  # the form of GELU: tanh (DiT), or exact (U-ViT)
-    relative_position_bias: bool = False  # a learned number for each distance in space, in every attention (MDT)
-    num_decoder_blocks: int = 4  # of a masked trunk: the blocks that always see all patches
-    num_single_blocks: int = 0  # of a joint trunk: its last blocks, where text and video share layers (FLUX)
-    gradient_checkpointing: bool = False
-    extra_conditions: dict[str, Any] = field(default_factory=dict)  # further conditioners: name -> their arguments
+    relative_position_bias: bool = False  # learned bias per spatial distance in every attention (MDT)
+    num_decoder_blocks: int = 4  # trunk=masked: blocks at the end that see all patches
+    num_single_blocks: int = 0  # trunk=dual_stream: last blocks, in which text and video share weights (FLUX)
+    gradient_checkpointing: bool = False  # less memory for about a third more time
+    extra_conditions: dict[str, Any] = field(default_factory=dict)  # name -> arguments of its class
 
     def __post_init__(self) -> None:
         for name in ("axes", "caption_axes"):

@@ -10,22 +10,22 @@ _POSITIVE = ("steps", "checkpoint_every", "log_every", "preview_every", "max_ski
 class LoopConfig:
     """Settings of the training loop, whatever it trains. Schedules end at `decay_steps` (null: constant rate)."""
 
-    steps: int = 400_000
-    decay_steps: int | None = None
-    warmup_steps: int = 0
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-4
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    ema_decay: float = 0.9999
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    steps: int = 400_000  # optimizer steps
+    decay_steps: int | None = None  # step at which the learning rate has fallen to zero; null: constant
+    warmup_steps: int = 0  # steps in which the rate rises from zero
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices by Muon, the rest by AdamW
+    lr: float = 1e-4  # learning rate
+    weight_decay: float = 0.0  # decoupled weight decay
+    clip_norm: float = 1.0  # largest norm of the gradient
+    ema_decay: float = 0.9999  # decay of the averaged weights, which are exported
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where the device has it, fp32, or auto
     resume: str = "auto"  # auto, never, or the path of a checkpoint or of a folder of them
-    allow_changes: bool = False  # resume although the config is different
-    checkpoint_every: int = 5000
-    keep_checkpoints: int = 2
-    log_every: int = 50
-    preview_every: int = 5000
-    max_skipped: int = 20  # steps in a row with a loss or gradient that is not finite
+    allow_changes: bool = False  # resume although the config differs
+    checkpoint_every: int = 5000  # steps between checkpoints
+    keep_checkpoints: int = 2  # newest checkpoints kept, 2 or more
+    log_every: int = 50  # steps between lines of the log
+    preview_every: int = 5000  # steps between sampled previews
+    max_skipped: int = 20  # steps in a row with a non-finite loss or gradient, after which a run stops
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -51,13 +51,13 @@ class LoopConfig:
 class TrainConfig(LoopConfig):
     """Settings of diffusion training. `batch_size` counts clips per optimizer step over all processes."""
 
-    batch_size: int = 256
-    tokens: int | None = None  # with data.sizes: patches per step over all processes, instead of batch_size
-    micro_batch: int | None = None  # clips at a time on one process; fewer take less memory
-    label_dropout: float = 0.1
+    batch_size: int = 256  # clips per optimizer step over all processes
+    tokens: int | None = None  # with data.sizes, in place of batch_size: patches per step over all processes
+    micro_batch: int | None = None  # clips at a time on one process; fewer take less memory; null: all
+    label_dropout: float = 0.1  # share of clips trained without their condition, for guidance
     samples: int = 16  # clips sampled at the end
-    sample_steps: int = 30
-    guidance: float = 2.0
+    sample_steps: int = 30  # solver steps of previews and samples
+    guidance: float = 2.0  # guidance scale of previews and samples
 
     def __post_init__(self) -> None:
         super().__post_init__()

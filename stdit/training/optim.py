@@ -9,7 +9,7 @@ from stdit.nn.muon import muon_parameters
 def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
     """AdamW; or Muon for the hidden matrices and AdamW for the rest (embeddings, modulation, head, tables, vectors).
 
-    Muon at the root-mean-square of AdamW's updates learnt faster in the short runs tried (docs/benchmarks.md).
+    Muon at the root-mean-square of AdamW's updates learnt faster in the short runs tried (dev/LOG.md).
     """
     learnt = [p for p in model.parameters() if p.requires_grad]
     if name == "adamw":

@@ -21,13 +21,13 @@ from stdit.vae.tiny import TinyVAE, TinyVAEConfig
 class VAEDataConfig:
     """Clips to train on: a manifest (CSV with `path` and `group`), grey images, and drawn shapes as shares of the batches."""
 
-    root: str = "data/clips"
-    manifest: str = "clips.csv"
+    root: str = "data/clips"  # folder of the clips
+    manifest: str = "clips.csv"  # CSV in it with path and group
     images: list[str] = field(default_factory=list)  # idx files of grey images
-    hold_out: list[str] = field(default_factory=list)  # values of the manifest's `group` column that are not trained on
-    short_sides: list[int] = field(default_factory=lambda: [64, 80, 96, 128, 160])
-    share_shapes: float = 0.15
-    share_images: float = 0.05
+    hold_out: list[str] = field(default_factory=list)  # values of the manifest's column group that are not trained on
+    short_sides: list[int] = field(default_factory=lambda: [64, 80, 96, 128, 160])  # short sides of the clips in pixels
+    share_shapes: float = 0.15  # share of the batches that are drawn shapes
+    share_images: float = 0.05  # share of the batches that are grey images
 
 
 @dataclass
@@ -38,15 +38,15 @@ class VAETrainConfig(LoopConfig):
     decay_steps: int | None = 18300
     warmup_steps: int = 100
     lr: float = 4e-3
-    optimizer: Literal["adamw", "muon"] = "muon"  # 3.9 dB ahead after 300 steps, one rate each
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: 3.9 dB ahead after 300 steps, one rate each
     ema_decay: float = 0.999
     checkpoint_every: int = 500
     preview_every: int = 1000
-    latent_noise: float = 0.05  # the decoder learns to tolerate noise, so that latents stay smooth
+    latent_noise: float = 0.05  # noise on latents in training, so that the decoder tolerates it
     # Latents at half size decode to pixels at half size (EQ-VAE), which makes them easier to generate.
-    scale_weight: float = 0.5
+    scale_weight: float = 0.5  # latents at half size decode to pixels at half size (EQ-VAE)
     latent_weight: float = 1e-4  # keeps raw latents near unit size (a KL term of fixed variance)
-    l1_weight: float = 0.02
+    l1_weight: float = 0.02  # absolute error
     flicker_weight: float = 0.25  # squared error of frame differences
 
 
@@ -54,11 +54,11 @@ class VAETrainConfig(LoopConfig):
 class VAEConfig:
     """The config of `stdit train-vae`."""
 
-    name: str = "vae_tiny"
-    seed: int = 0
-    data: VAEDataConfig = field(default_factory=VAEDataConfig)
-    model: TinyVAEConfig = field(default_factory=TinyVAEConfig)
-    train: VAETrainConfig = field(default_factory=VAETrainConfig)
+    name: str = "vae_tiny"  # name of the run
+    seed: int = 0  # seed of weights and data
+    data: VAEDataConfig = field(default_factory=VAEDataConfig)  # clips, images and drawn shapes
+    model: TinyVAEConfig = field(default_factory=TinyVAEConfig)  # sizes of the VAE
+    train: VAETrainConfig = field(default_factory=VAETrainConfig)  # steps, optimizer and weights of the loss
 
 
 # ((frames, size, clips) of a batch, probability): mostly small and short, with about as many pixels in each.

@@ -23,11 +23,11 @@ from stdit.vae.base import VideoVAE, split_frames
 class TinyVAEConfig:
     """Latent channels, and for each resolution the width (`*_widths`) and number of residual blocks (`*_blocks`)."""
 
-    channels: int = 16
-    encoder_widths: list[int] = field(default_factory=lambda: [64, 96])  # at strides of 4 and 8 pixels
-    encoder_blocks: list[int] = field(default_factory=lambda: [1, 1])
-    decoder_widths: list[int] = field(default_factory=lambda: [144, 80, 32])  # at strides of 8, 4 and 2 pixels
-    decoder_blocks: list[int] = field(default_factory=lambda: [2, 3, 1])
+    channels: int = 16  # latent channels
+    encoder_widths: list[int] = field(default_factory=lambda: [64, 96])  # widths at strides of 4 and 8 pixels
+    encoder_blocks: list[int] = field(default_factory=lambda: [1, 1])  # residual blocks per resolution
+    decoder_widths: list[int] = field(default_factory=lambda: [144, 80, 32])  # widths at strides of 8, 4 and 2
+    decoder_blocks: list[int] = field(default_factory=lambda: [2, 3, 1])  # residual blocks per resolution
 
 
 class CausalConvCache(dict[nn.Module, Tensor]):

@@ -272,7 +272,7 @@ def test_diffusers_latte_with_captions_is_ours_to_its_numbers_and_back_to_the_bi
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in theirs.state_dict().items())
 
 
-if __name__ == "__main__":  # python tests/checkpoint/test_exactness.py: the table of docs/weights.md
+if __name__ == "__main__":  # python tests/checkpoint/test_exactness.py: the table of dev/LOG.md
     import tempfile
 
     for name, form in CASES:
