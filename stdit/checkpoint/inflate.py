@@ -299,7 +299,8 @@ def _preserved(image: STDiT, video: STDiT, init_from: InitFrom, sources: Sequenc
     if "temporal" in copied:
         return "every block's weights; blocks that turned from spatial to temporal compute something else"
     if "joint" in copied:
-        return "on one frame as the image model; on several, its blocks attend to all frames at once"
+        attended = "earlier frames too" if video.config.causal else "all frames at once"
+        return f"on one frame as the image model; on several, its blocks attend to {attended}"
     if video.patch_size[0] > 1:
         return "on still clips every frame as the image model"
     return "on every frame as the image model"

@@ -208,6 +208,15 @@ def test_an_image_model_becomes_a_causal_video_model(tiny_model, encoding):
     assert not torch.allclose(before[:, :, 2], after[:, :, 2], atol=1e-3)
 
 
+@torch.no_grad()
+def test_blocks_made_joint_and_causal_keep_the_first_frame_and_say_what_they_attend_to(tiny_model):
+    image = tiny_model(axes=["spatial"])
+    video, inflation = to_video(image, axes=["joint"], position_encoding="rope", causal=True)
+    x = torch.randn(2, 4, 3, 8, 8)
+    assert (video(x, *CASE)[:, :, :1] - image(x[:, :, :1], *CASE)).abs().max() < 1e-6
+    assert "on one frame as the image model; on several, its blocks attend to earlier frames too" in inflation.keeps
+
+
 def test_causal_without_rope_is_refused_as_for_any_model(tiny_model):
     with pytest.raises(ValueError, match="a causal model needs position_encoding='rope'"):
         to_video(tiny_model(axes=["spatial"]), causal=True)
