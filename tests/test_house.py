@@ -82,7 +82,23 @@ def test_no_module_imports_itself_by_a_detour():
 
 
 def test_no_call_has_more_than_four_positional_arguments():
-    varying = set(["max", "min", "zip", "print", "set", "range", "isinstance", "Path", "cat", "keyed_rng", "zeros", "expand", "view"])
+    varying = set(
+        [
+            "max",
+            "min",
+            "zip",
+            "print",
+            "set",
+            "range",
+            "isinstance",
+            "Path",
+            "cat",
+            "keyed_rng",
+            "zeros",
+            "expand",
+            "view",
+        ]
+    )
     many = [
         f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call.func)}"
         for path, call in package_calls()

@@ -1,6 +1,8 @@
 """Tools by their main, in an empty folder."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +25,18 @@ train: {steps: 2, batch_size: 2, lr: 1.0e-3, samples: 2, sample_steps: 2, precis
 """
 
 
+@pytest.fixture(scope="module")
+def drawn_shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn") / "shapes"
+    assert make_shapes.main(["--output", str(folder), "--num-clips", "24", "--frames", "5", "--size", "48"]) == 0
+    return folder
+
+
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(tmp_path, monkeypatch, drawn_shapes):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.yaml").write_text(TINY)
-    assert make_shapes.main(["--output", "shapes", "--num-clips", "24", "--frames", "5", "--size", "48"]) == 0
+    shutil.copytree(drawn_shapes, "shapes")
     return tmp_path
 
 
@@ -178,9 +187,22 @@ def test_an_image_model_is_trained_and_inflated_by_config_alone(home, capsys):
     assert (config["depth"], config["block_sources"]) == (2, [0, None])
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, drawn_shapes):
+    folder, before = tmp_path_factory.mktemp("trained"), Path.cwd()
+    (folder / "t.yaml").write_text(TINY)
+    shutil.copytree(drawn_shapes, folder / "shapes")
+    os.chdir(folder)
+    try:
+        assert train.run(["t.yaml", "objective.mask_strategy=mixed"]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
 @pytest.fixture
-def model(home):
-    assert train.run(["t.yaml", "objective.mask_strategy=mixed"]) == 0
+def model(home, trained):
+    shutil.copytree(trained, home, dirs_exist_ok=True)
     return home
 
 

@@ -1,7 +1,7 @@
 """Batches whose content is a pure function of (seed, step, slot), whatever the number of workers and processes."""
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -106,11 +106,11 @@ def batches(
     processes: int = 1,
     workers: int = 0,
     order: BatchSampler | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Endless micro-batches of this process, from `start_step` on.
 
     `batch_size` counts clips per step over all processes, unless an `order` says otherwise; process p takes every slot
-    equal to p modulo `processes`, `micro_batch` slots at a time.
+    equal to p modulo `processes`, `micro_batch` slots at a time. `close()` ends the worker processes.
     """
     order = order or UniformSampler(seed, len(dataset), batch_size)
     samples = KeyedSamples(dataset, seed, order)
@@ -134,7 +134,16 @@ def batches(
         worker_init_fn=_quiet_worker,
         timeout=300 if workers else 0,
     )
-    return iter(loader)
+    return _iterate(loader)
+
+
+def _iterate(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
+    """Batches of a loader whose workers end when this is closed, not when the garbage collector comes."""
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        del iterator
 
 
 class _Endless:

@@ -8,6 +8,7 @@ accelerate launch -m stdit train video          (several processes; or accelerat
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -91,9 +92,10 @@ def fit(run: Run) -> int:
         process=accelerator.process_index, processes=accelerator.num_processes, workers=config.data.workers, order=run.order,
     )  # fmt: skip
     try:
-        trainer.fit(
-            loader, lambda m, step: preview(m, trainer.vae, config, trainer.folders, step=step, dataset=run.dataset)
-        )
+        with closing(loader):
+            trainer.fit(
+                loader, lambda m, step: preview(m, trainer.vae, config, trainer.folders, step=step, dataset=run.dataset)
+            )
     except Stopped as stopped:
         accelerator.print(str(stopped))
         return stopped.code

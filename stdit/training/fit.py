@@ -172,7 +172,7 @@ class TrainingLoop:
                 if saving:
                     self.save()
                     if logger is not None:
-                        logger.curves()
+                        logger.curves(last=stopping or self.step == config.steps)
                 if stopping:
                     raise Stopped(128 + self._signal if self._signal else 143, self.step)
                 if self.step % config.preview_every == 0 and self.step < config.steps:
@@ -183,6 +183,8 @@ class TrainingLoop:
                     self.accelerator.wait_for_everyone()
         finally:
             progress.close()
+            if logger is not None:
+                logger.close()
             for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
                 signal.signal(number, handler)
 

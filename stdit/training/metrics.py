@@ -1,6 +1,7 @@
 """Metrics of a run: a CSV file with one row per step, a picture of the curves, and TensorBoard if it is installed."""
 
 import csv
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from stdit.legacy import aliases
 
 __getattr__ = aliases(__name__)
 
+REDRAW_SECONDS = 30.0  # a drawing takes half a second, as long as many steps of a small model
 BINS = 4  # loss by noise level: [0, 1/4), [1/4, 1/2), ...
 
 
@@ -60,6 +62,7 @@ class MetricsLogger:
             writer.writeheader()
             writer.writerows(rows)
         self._tensorboard = _tensorboard(output)
+        self._drawn = time.monotonic()
 
     def write(self, rows: list[dict]) -> None:
         """Append rows to the CSV file, and the last of them to TensorBoard."""
@@ -69,9 +72,17 @@ class MetricsLogger:
             for key in ("loss", "lr", "grad_norm", "clips_per_second"):
                 self._tensorboard.add_scalar(f"train/{key}", float(rows[-1][key]), rows[-1]["step"])
 
-    def curves(self) -> None:
-        """Draw the curves anew."""
-        plot_curves(self.path, self.output / "training_curves.png", self.breakdown)
+    def close(self) -> None:
+        """End TensorBoard's writer, which holds a file and a thread."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def curves(self, last: bool) -> None:
+        """Draw the curves. Unless these are the last ones, a drawing of the past `REDRAW_SECONDS` is left as it is."""
+        now = time.monotonic()
+        if last or now - self._drawn >= REDRAW_SECONDS:
+            plot_curves(self.path, self.output / "training_curves.png", self.breakdown)
+            self._drawn = now
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -1,3 +1,4 @@
+import multiprocessing
 from itertools import islice
 
 import numpy as np
@@ -55,9 +56,13 @@ def test_batches_depend_on_seed_and_step_alone(folder):
     assert not torch.equal(other.pixels, whole[0].pixels)
 
 
-def test_workers_change_nothing(folder):
+def test_workers_change_nothing_and_end_with_the_batches(folder):
     dataset = build_dataset(config(folder))
-    assert all(same(a, b) for a, b in zip(take(dataset, 3, workers=2), take(dataset, 3), strict=True))
+    stream = batches(dataset, 7, 4, workers=2)
+    assert all(same(a, b) for a, b in zip(islice(stream, 3), take(dataset, 3), strict=True))
+    assert len(multiprocessing.active_children()) == 2
+    stream.close()
+    assert not multiprocessing.active_children()
 
 
 def test_two_processes_share_the_same_batch(folder):
