@@ -142,8 +142,8 @@ def test_a_run_that_cannot_fit_is_refused_only_when_asked(config, capsys):
 
 
 def test_a_device_of_ones_own_needs_no_entry(config, capsys):
-    assert plan.main([config, "--gpu", "H300", "--tflops", "3000", "--memory", "300"]) == 0
-    assert "of 300 on H300" in capsys.readouterr().out
+    assert plan.main([config, "--gpu", "H300", "--tflops", "3000", "--memory", "3"]) == 0
+    assert "of 3 on H300" in capsys.readouterr().out
 
 
 def test_what_fits_is_found_where_memory_grows_in_no_straight_line():

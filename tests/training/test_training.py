@@ -82,12 +82,17 @@ def test_a_run_leaves_the_record_that_was_promised(home):
     assert len(list_checkpoints(home / "checkpoints" / "t")) == 2
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize(
-    "extra", [[], ["objective.name=ddpm"], ["objective.mask_strategy=per_frame", "train.micro_batch=2"]]
+    "extra",
+    [
+        ["train.optimizer=muon"],
+        ["train.optimizer=adamw"],
+        ["train.optimizer=adamw", "objective.name=ddpm"],
+        ["train.optimizer=muon", "objective.mask_strategy=per_frame", "train.micro_batch=2"],
+    ],
 )
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, optimizer, extra):
-    extra = [*extra, f"train.optimizer={optimizer}", "train.samples=0"]
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, extra):
+    extra = [*extra, "train.samples=0"]
     assert go("name=whole", *extra) == 0
     for steps in (2, 5, 6):  # stopped off and on the checkpoint rhythm
         assert go("name=parts", f"train.steps={steps}", *extra) == 0
