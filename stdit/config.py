@@ -198,7 +198,8 @@ def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ())
         merged = OmegaConf.merge(OmegaConf.structured(schema), *renamed)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(key + str(error).splitlines()[0]) from error  # the lines after it name Python's types
     except OSError as error:
         raise ValueError(f"The config {str(path)!r} cannot be read: {error}.") from error
     except ValueError:
