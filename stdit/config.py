@@ -186,7 +186,7 @@ def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ())
     path = find_config(path)
     for override in overrides:
         if "=" not in override or override.startswith("="):
-            raise ValueError(f"{override!r} is no override; write key=value, for example train.steps=1000.")
+            raise ValueError(f"{override!r} is not an override; write key=value, for example train.steps=1000.")
     try:
         given = OmegaConf.load(path)
         if not isinstance(given, DictConfig):

@@ -27,7 +27,7 @@ def resolve_source(name: str, what: str) -> tuple[str, dict[str, str]]:
         return str(path), {}
     hub = _HUB.fullmatch(name)
     if hub is None or path.is_absolute() or path.parts[0] in _LOCAL:
-        raise ValueError(f"{what} {name!r} is no folder; give one, or a hub id owner/name.")
+        raise ValueError(f"{what} {name!r} is not a folder; give one, or a hub id owner/name.")
     return hub[1], {key: value for key, value in (("subfolder", hub[2]), ("revision", hub[3])) if value}
 
 

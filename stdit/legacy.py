@@ -113,6 +113,10 @@ def renamed_section(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         name = keys.get(key, key)
         if name != key:
+            if name in given:
+                raise ValueError(
+                    f"{prefix}{key} and {prefix}{name} are two names of one setting, and both are given; leave out {prefix}{key}."
+                )
             renames.append((f"{prefix}{key}", f"{prefix}{name}"))
         found[name] = _renamed_value(values.get(name, {}), value, f"{prefix}{name}", renames)
     warn_renamed(*renames)

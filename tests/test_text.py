@@ -103,7 +103,7 @@ def test_the_null_caption_is_padded_to_the_length_of_the_captions():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("no/such/folder/here", "cannot be loaded"), ("/nowhere", "is no folder")]
+    ("name", "message"), [("no/such/folder/here", "cannot be loaded"), ("/nowhere", "is not a folder")]
 )
 def test_an_encoder_that_is_not_there_is_one_line(name, message):
     with pytest.raises(ValueError, match=message):

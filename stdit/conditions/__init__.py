@@ -11,6 +11,7 @@ from stdit.conditions.caption import Caption
 from stdit.conditions.label import Label
 from stdit.conditions.micro import Micro
 from stdit.conditions.values import Conditions, Guided, Tokens
+from stdit.variants import pick
 
 CONDITIONERS: dict[str, type[Conditioner]] = {"label": Label, "micro": Micro, "caption": Caption}
 
@@ -24,6 +25,7 @@ __all__ = [
     "Label",
     "Micro",
     "Tokens",
+    "check_extra_conditions",
     "collate_conditions",
     "conditioners_of",
     "read_conditions",
@@ -34,6 +36,18 @@ def conditioners_of(config: Mapping[str, Any]) -> dict[str, Conditioner]:
     """The conditioners that a model's config asks for, by name, in the order of the table."""
     found = {name: kind.from_config(config) for name, kind in CONDITIONERS.items()}
     return {name: conditioner for name, conditioner in found.items() if conditioner is not None}
+
+
+def check_extra_conditions(extra: Mapping[str, Any], key: str = "extra_conditions") -> None:
+    """Raise ValueError for a condition that is not in the table, that has a config key of its own, or whose arguments are wrong."""
+    for name, arguments in extra.items():
+        kind = pick(CONDITIONERS, name, f"condition in {key}")
+        if "from_config" in vars(kind):
+            raise ValueError(f"{key} has {name!r}, which a model's own config keys turn on; leave it out of {key}.")
+        try:
+            kind.from_config({"extra_conditions": {name: arguments}})
+        except TypeError as error:
+            raise ValueError(f"{key}.{name}={arguments}: {error}; give the arguments of {kind.__name__}.") from error
 
 
 def read_conditions(record: Mapping[str, Any], clip: ClipFacts) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class DataConfig:
     fps: float | None = None  # pick frames at this rate by time stamps; null: neighbouring frames, at any rate
     crop: Literal["center", "random"] = "center"  # where a clip is cut to the size
     flip: bool = False  # mirror half of the clips
-    backend: str = "pyav"  # video decoder: pyav, decord or torchcodec
+    backend: Literal["pyav", "decord", "torchcodec"] = "pyav"  # video decoder
     workers: int = 2  # loader processes; 0: none
     num_shapes: int = 3000  # for source=shapes: how many clips are drawn
     motion: Literal["straight", "bounce"] = "straight"  # for source=shapes: how shapes move

@@ -58,11 +58,10 @@ class ModelConfig:
         if not self.axes:
             raise ValueError("model.axes is empty; give at least one of joint, spatial, temporal.")
         if self.micro_conditions or self.extra_conditions:
-            from stdit.conditions import CONDITIONERS, Micro  # on use: reading a config imports no torch
+            from stdit.conditions import Micro, check_extra_conditions  # on use: reading a config imports no torch
 
             Micro(self.micro_conditions)
-            for name in self.extra_conditions:
-                pick(CONDITIONERS, name, "condition in model.extra_conditions")
+            check_extra_conditions(self.extra_conditions, "model.extra_conditions")
 
 
 def size_arguments(name: str) -> dict:

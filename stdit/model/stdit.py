@@ -13,7 +13,7 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from stdit.conditions import CONDITIONERS, Conditions, conditioners_of
+from stdit.conditions import CONDITIONERS, Conditions, check_extra_conditions, conditioners_of
 from stdit.conditions.values import map_tensors, repeat_frames
 from stdit.legacy import accept_old_keywords
 from stdit.model.capabilities import check_trunk_options, supported
@@ -157,8 +157,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         )
         check_conditioning(c.conditioning, c.caption_channels, c.causal, c.relative_position_bias)
         pick(TRUNKS, c.trunk, "trunk")
-        for name in c.extra_conditions or {}:
-            pick(CONDITIONERS, name, "condition in extra_conditions")
+        check_extra_conditions(c.extra_conditions or {})
         defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
         check_trunk_options(c.trunk, dict(c), defaults)
 

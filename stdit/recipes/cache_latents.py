@@ -1,6 +1,6 @@
 """Encode a config's clips once, so that training reads latents instead of video.
 
-    stdit cache-latents quickstart data.root=data/shapes data.source=auto --output data/shapes_latents
+    stdit cache-latents quickstart data.root=data/shapes data.manifest=data/shapes/manifest.jsonl data.source=videos --output data/shapes_latents
 
 Several processes may share the work (torchrun, or the same command started twice): every shard is written under a
 temporary name, hashed and renamed; finished shards are not encoded again when the command is run again.

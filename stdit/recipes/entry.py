@@ -19,7 +19,10 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     try:
         return main(argv)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        message = str(error)
+        if message.startswith("Caught "):  # a loader's worker: its whole traceback, which ends in the message
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        print(message, file=sys.stderr)
     except RuntimeError as error:
         torch = sys.modules.get("torch")  # a recipe that never imported torch cannot run out of its memory
         if torch is None or not isinstance(error, torch.OutOfMemoryError):

@@ -118,7 +118,7 @@ def evaluate_captions(args: argparse.Namespace) -> int:
     every = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
     unknown = [pair for pair in args.captions if pair not in every]
     if unknown:
-        raise ValueError(f"--captions {unknown[0]!r} is no colour and shape, such as 'red circle'.")
+        raise ValueError(f"--captions {unknown[0]!r} is not a colour and a shape, such as 'red circle'.")
     results = {}
     for name, pairs in (("seen pairs", sorted(every - set(args.captions))), ("pairs left out", args.captions)):
         if pairs:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {getattr(args, name)}.")
     for pair in args.without:
         if pair not in OBJECT_NAMES:
-            raise ValueError(f"--without {pair!r} is no colour and shape; colours: {', '.join(COLORS)}.")
+            raise ValueError(f"--without {pair!r} is not a colour and a shape; colours: {', '.join(COLORS)}.")
     output = Path(args.output)
     manifest, settings_file = output / "manifest.jsonl", output / "settings.json"
     settings = {key: value for key, value in vars(args).items() if key != "output" and (value or key != "without")}

@@ -86,7 +86,7 @@ def test_a_folder_without_weights_is_refused_in_one_line(make, tmp_path):
     next((tmp_path / "transformer").glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match="has no weights"):
         STDiTPipeline.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         STDiTPipeline.from_pretrained("models/none")
 
 

@@ -185,8 +185,8 @@ def test_diffusers_folders_load_behind_the_interface(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("checkpoints/none", "vae.name 'checkpoints/none' is no folder"),
-        ("tinny", "is no folder"),
+        ("checkpoints/none", "vae.name 'checkpoints/none' is not a folder"),
+        ("tinny", "is not a folder"),
         ("nobody/nothing", "vae.name=tiny works without any download"),
     ],
 )
