@@ -4,8 +4,8 @@ import os
 import sys
 import warnings
 
-# Decorators such as `torch.no_grad` and base classes of diffusers put frames of these packages between a caller and stdit.
-_PASSED_THROUGH = ("torch", "diffusers")
+# Decorators such as `torch.no_grad` and base classes put frames of these packages between a caller and stdit.
+_PASSED_THROUGH = ("torch", "diffusers", "huggingface_hub", "accelerate")
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
@@ -30,4 +30,4 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
 
 def _inner_folders() -> tuple[str, ...]:
     files = [__file__, *(sys.modules[name].__file__ for name in _PASSED_THROUGH if name in sys.modules)]
-    return tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in files if file)
+    return (*(os.path.dirname(os.path.abspath(file)) + os.sep for file in files if file), "<frozen importlib")

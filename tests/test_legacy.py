@@ -71,7 +71,7 @@ def test_an_old_module_path_warns_once_at_the_line_that_imports_it():
     code = "import warnings; warnings.simplefilter('always'); import stdit.keys; import stdit.keys; print(stdit.keys.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "stdit.rng"
-    assert done.stderr.count("'stdit.keys' is now called 'stdit.rng'") == 1
+    assert done.stderr.count("<string>:1: UserWarning: 'stdit.keys' is now called 'stdit.rng'") == 1
 
 
 def test_old_keys_and_values_of_configs_are_read_with_one_warning_that_names_the_new(monkeypatch):
