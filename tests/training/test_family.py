@@ -84,7 +84,7 @@ def test_clips_are_measured_against_clips_and_captions_are_judged(tmp_path, monk
     assert evaluate.main(["--reference", "s1", "--clips", "4", "--steps", "1", "--frames", "5", "--size", "32"]) == 0
     with pytest.raises(ValueError, match="name both"):
         evaluate.main(["--paired"])
-    with pytest.raises(ValueError, match="no colour and shape"):
+    with pytest.raises(ValueError, match="not a colour and a shape"):
         evaluate.main(["--captions", "red cat"])
 
 
@@ -98,5 +98,5 @@ def test_shapes_leave_out_the_pairs_they_are_told_to(tmp_path, monkeypatch):
     captions = [row.caption for row in read_manifest(Path("s/manifest.jsonl")).rows]
     assert not any(pair in caption for pair in gone for caption in captions)
     assert any("red" in caption for caption in captions) and any("circle" in caption for caption in captions)
-    with pytest.raises(ValueError, match="no colour and shape"):
+    with pytest.raises(ValueError, match="not a colour and a shape"):
         make_shapes.main(["--output", "t", "--without", "red cat"])
