@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from stdit.conditions.base import ClipFacts, Conditioner
-from stdit.conditions.camera import Camera
 from stdit.conditions.caption import Caption
 from stdit.conditions.label import Label
 from stdit.conditions.micro import Micro
 from stdit.conditions.values import Conditions, Guided, Tokens
 from stdit.variants import pick
 
-CONDITIONERS: dict[str, type[Conditioner]] = {"label": Label, "micro": Micro, "caption": Caption, "camera": Camera}
+CONDITIONERS: dict[str, type[Conditioner]] = {"label": Label, "micro": Micro, "caption": Caption}
 
 __all__ = [
     "CONDITIONERS",
