@@ -12,8 +12,7 @@ from typing import Any, Literal, get_args
 from stdit.legacy import warn_renamed
 from stdit.variants import pick
 
-# Names of the rows of `solvers.SOLVERS` and `schedule.ARRANGEMENTS`, and of `precision.Precision`; those files import torch.
-SolverName = Literal["euler", "heun", "ddim", "ddpm"]
+# Names of the rows of `schedule.ARRANGEMENTS`, and of `precision.Precision`; those files import torch.
 Arrangement = Literal["together", "autoregressive", "pyramid"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -86,8 +85,11 @@ class SamplingOptions:
         remedy="; 1 is no guidance",
     )
     seed: int = _option(0, "seed of the noise; clip i depends on (seed, i) alone", flag="--seed", type=int, least=0)
-    solver: SolverName | None = _option(  # noqa: RUF009
-        None, "solver, by default the model's", flag="--solver", type=str, choices=get_args(SolverName)
+    solver: str | None = _option(
+        None,
+        "solver, a row of solvers.SOLVERS (euler, heun, ddim, ddpm); by default the model's",
+        flag="--solver",
+        type=str,
     )
     arrangement: Arrangement = _option(  # noqa: RUF009
         "together",
@@ -136,6 +138,10 @@ class SamplingOptions:
         for name in _FIELDS:
             _check_value(name, getattr(self, name))
         _check_steps(self.num_inference_steps)
+        if self.solver is not None:
+            from stdit.sampling.solvers import SOLVERS  # on use: options import no torch
+
+            pick(SOLVERS, self.solver, "solver")
         interval = tuple(self.guidance_interval)
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
             values = ", ".join(f"{value:g}" for value in interval)

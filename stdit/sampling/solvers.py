@@ -1,7 +1,7 @@
 """Solvers: one step from the levels t to the levels t_next, with a level per latent frame.
 
 A solver is a class; an instance lives for one run and may keep what it needs of earlier steps, so a multistep solver is a
-class and a row of the table (and a name in `options.SolverName`).
+class and a row of the table.
 """
 
 from abc import ABC, abstractmethod

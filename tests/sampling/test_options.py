@@ -16,7 +16,6 @@ from stdit.sampling import options
 from stdit.sampling.labels import read_labels
 from stdit.sampling.options import SamplingOptions, add_flags, make_options, options_from
 from stdit.sampling.schedule import ARRANGEMENTS
-from stdit.sampling.solvers import SOLVERS
 
 
 def parse(*arguments: str) -> SamplingOptions:
@@ -35,7 +34,6 @@ def test_options_and_labels_import_neither_torch_nor_diffusers_nor_accelerate():
 
 
 def test_names_are_those_of_the_tables():
-    assert get_args(options.SolverName) == tuple(SOLVERS)
     assert get_args(options.Arrangement) == tuple(ARRANGEMENTS)
     assert get_args(options.Precision) == get_args(Precision)
 

@@ -6,6 +6,7 @@ from conftest import from_noise
 
 from stdit.diffusion.paths import DDPMPath, FlowPath, like
 from stdit.diffusion.predictions import Estimate
+from stdit.sampling.options import SamplingOptions
 from stdit.sampling.schedule import Schedule, check, make_schedule
 from stdit.sampling.solvers import SOLVERS, Solver, solve
 
@@ -68,6 +69,7 @@ class AdamsBashforth(Solver):
 
 def test_a_multistep_solver_is_one_class_and_one_row_and_of_second_order(monkeypatch):
     monkeypatch.setitem(SOLVERS, "ab2", AdamsBashforth)
+    assert SamplingOptions(solver="ab2").solver == "ab2"
     noise, path = torch.randn(1, 1, 2, 4, 4, dtype=torch.float64), FlowPath()
 
     def predict(x, levels):
