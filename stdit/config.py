@@ -85,7 +85,7 @@ class Config:
             )
         if self.objective.mask_ratio and set(self.objective.active_mask_probs) - {"shared", "per_frame"}:
             raise ValueError(
-                "objective.mask_ratio hides patches, and known frames must be seen; set objective.mask_strategy=shared, or "
+                "objective.mask_ratio hides patches, and known frames must be visible; set objective.mask_strategy=shared, or "
                 "objective.mask_ratio=0."
             )
         what = f"model.trunk={model.trunk} with model.conditioning={model.conditioning}"

@@ -10,18 +10,18 @@ from stdit.conditions.base import ClipFacts, Conditioner, Key
 from stdit.nn.embedders import MicroConditionEmbedder
 from stdit.variants import pick
 
-# What can be said of a clip: frames per second, seconds, height and width in pixels.
+# Numbers that describe a clip: frames per second, seconds, height and width in pixels.
 MICRO_CONDITIONS = ("fps", "seconds", "height", "width")
 
 
 class Micro(Conditioner):
-    """Numbers about a clip, added to the conditioning vector; nan where nothing is said."""
+    """Numbers about a clip, added to the conditioning vector; nan where unknown."""
 
     name = "micro"
     keywords = ("micro_conditions",)
     module = "micro_embedder"
     clip_ndim = 2
-    guided = False  # both branches of guidance are told the size and rate that are made
+    guided = False  # both branches of guidance get the size and rate that are generated
     stored = False  # it follows from the clip
     dropout_salt = (1,)
 
@@ -41,7 +41,7 @@ class Micro(Conditioner):
         return torch.full((count, 1, len(self.names)), float("nan"))
 
     def default(self, count: int) -> None:
-        return None  # a model that is told nothing adds nothing, not even the embedder's bias
+        return None  # without numbers nothing is added, not even the embedder's bias
 
     @classmethod
     def read(cls, record: Mapping[str, Any], clip: ClipFacts) -> Any:

@@ -84,7 +84,7 @@ class MaskStrategy(NamedTuple):
     """How a clip of training is masked.
 
     draw_mask: (generator, grid) -> mask. level_per_frame: generated frames have a level each (Chen et al., "Diffusion
-    Forcing"), otherwise they share one. teacher_forcing: each frame is predicted beside the clean frames before it, all
+    Forcing"), otherwise they share one. teacher_forcing: each frame is predicted from the clean frames before it, all
     frames of a clip at once. per_patch: patches of a frame have levels of their own.
     """
 

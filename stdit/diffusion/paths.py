@@ -23,7 +23,7 @@ def like(levels: Tensor, x: Tensor) -> Tensor:
 
 
 class FlowPath:
-    """Rectified flow: alpha = 1 - t, sigma = t. The model's clock is 1000 t."""
+    """Rectified flow: alpha = 1 - t, sigma = t. The model's timestep is 1000 t."""
 
     name = "flow"
 
@@ -31,11 +31,11 @@ class FlowPath:
         return 1 - levels, levels
 
     def timestep(self, levels: Tensor) -> Tensor:
-        """Levels to the model's clock, float32 on 0..1000."""
+        """Levels to the model's timesteps, float32 on 0..1000."""
         return 1000 * levels.float()
 
     def levels(self, timestep: Tensor) -> Tensor:
-        """The model's clock to levels."""
+        """The model's timesteps to levels."""
         return timestep.float() / 1000
 
     def quantize(self, levels: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class DDPMPath:
         return bar.sqrt().to(levels.dtype), (1 - bar).sqrt().to(levels.dtype)
 
     def timestep(self, levels: Tensor) -> Tensor:
-        """Levels to the model's clock: i in 0..999."""
+        """Levels to the model's timesteps: i in 0..999."""
         return (self.index(levels) - 1).clamp(min=0).float()
 
     def levels(self, timestep: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Loading, adapters and the hub as diffusers has them, but strict and without pickle; and what its caches must be told."""
+"""Loading, adapters and the hub as diffusers has them, but strict and without pickle; and the registration that its caches need."""
 
 import inspect
 from collections.abc import Iterable, Mapping

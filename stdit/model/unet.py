@@ -52,9 +52,7 @@ class UNet(TakesConditions, ModelMixin, ConfigMixin):
         if len(channels) < 2 or any(width % 8 for width in channels):
             raise ValueError(f"unet_channels={list(channels)}: give two widths or more, each a multiple of 8.")
         if causal or micro_conditions:
-            raise ValueError(
-                "a U-Net is not causal and is told labels and captions alone; use model.network=transformer."
-            )
+            raise ValueError("a U-Net is not causal and takes labels and captions only; use model.network=transformer.")
         self.conditioners = conditioners_of(self.config)
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -129,8 +127,8 @@ class UNet(TakesConditions, ModelMixin, ConfigMixin):
             caption = conditions["caption"]
             assert isinstance(caption, Tokens)
             words = self.caption_embedder(caption.tokens)
-            seen = words.new_ones(words.shape[:2]) if caption.mask is None else caption.mask.to(words)
-            parts.append((words * seen[..., None]).sum(1, keepdim=True) / seen.sum(1)[:, None, None].clamp(min=1))
+            mask = words.new_ones(words.shape[:2]) if caption.mask is None else caption.mask.to(words)
+            parts.append((words * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None].clamp(min=1))
         if self.nothing is not None:
             parts.append(self.nothing.expand(batch, -1, -1))
         return torch.cat(parts, 1)

@@ -69,10 +69,10 @@ def one(overrides: list[str]) -> int:
 
 def planned(overrides: list[str]) -> float:
     """`plan.py`'s figure for the same run, in bytes."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         plan.main(["memory.yaml", *overrides, "--gpu", "cpu"])
-    line = next(line for line in said.getvalue().splitlines() if line.strip().startswith("peak"))
+    line = next(line for line in printed.getvalue().splitlines() if line.strip().startswith("peak"))
     return float(line.split()[1]) * GIB
 
 
@@ -94,10 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             source = ["data.root=shapes", "data.manifest=shapes/manifest.jsonl", "data.source=videos"]
             cache_latents.main(["memory.yaml", *source, "--output", "latents"])
         for name, overrides in CASES.items():
-            seen, said = measured(overrides), planned(overrides)
-            worst = max(worst, abs(said / seen - 1))
+            real, plan = measured(overrides), planned(overrides)
+            worst = max(worst, abs(plan / real - 1))
             print(
-                f"{name:<38} measured {seen / GIB:6.2f} GiB   planned {said / GIB:6.2f} GiB   {said / seen - 1:+.1%}",
+                f"{name:<38} measured {real / GIB:6.2f} GiB   planned {plan / GIB:6.2f} GiB   {plan / real - 1:+.1%}",
                 flush=True,
             )
     print(f"largest difference {worst:.1%}")

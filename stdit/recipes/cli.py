@@ -36,7 +36,7 @@ def usage() -> str:
     commands = "\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items())
     return (
         f"usage: stdit COMMAND ...\n\n{stdit.__doc__}\n\ncommands:\n{commands}\n\n"
-        "stdit COMMAND --help tells the options of a command. A config is a path or the name of one in the package, as in:\n"
+        "stdit COMMAND --help lists the options of a command. A config is a path or the name of one in the package, as in:\n"
         "  stdit train quickstart data.root=data/shapes train.steps=100"
     )
 

@@ -171,8 +171,8 @@ def measure(spec: Comparison, variant: str, seed: int, *, about: dict, folder: P
     clips = sample_clips(pipe, spec, config)
     names = [f"{shape} {direction}" for _, shape, direction in wanted(spec, config)]
     if sorted(pipe.transformer.config.class_names or []) == sorted(CLASS_NAMES) or config.text.encoder:
-        judged = report([to_uint8(clip) for clip in clips], [CLASS_NAMES.index(name) for name in names])
-        run.shape, run.direction, run.both = judged.shape, judged.direction, judged.both
+        measured = report([to_uint8(clip) for clip in clips], [CLASS_NAMES.index(name) for name in names])
+        run.shape, run.direction, run.both = measured.shape, measured.direction, measured.both
     if spec.reference:
         real = target_clips(build_dataset(config.data), pipe.video_vae, None, count=spec.reference, seed=1)
         run.frechet = distances(clips.split(32), real.split(32), load_extractor(spec.features)).frechet

@@ -155,11 +155,11 @@ def read_recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
         for name, m, w in zip(
             ("start, px", "speed, px a frame", "size, px", "colour, 0..1"), median, worst, strict=True
         ):
-            print(f"truth against judge, {name}: median error {m:.3f}, largest {w:.3f}")
+            print(f"truth against measurement, {name}: median error {m:.3f}, largest {w:.3f}")
     names = rows.class_names or []
     if unknown := sorted(set(names) - set(CLASS_NAMES)):
         raise ValueError(
-            f"labels such as {unknown[0]!r} name no shape and direction, which is what is judged here; for shapes that bounce "
+            f"labels such as {unknown[0]!r} name no shape and direction, which is what is measured here; for shapes that bounce "
             "use stdit evaluate-tasks --bounce."
         )
     labels = [row.label or 0 for row in rows.rows]

@@ -68,19 +68,19 @@ def forward_matches_cpu() -> str:
 def attention_backends_agree() -> str:
     model, (x, t, y) = small_model().eval().cuda().bfloat16(), inputs()
     x, t, y = x.cuda().bfloat16(), t.cuda(), y.cuda()
-    expected, said = model(x, t, y), []
+    expected, results = model(x, t, y), []
     for name in ("_native_flash", "_native_efficient", "_native_cudnn", "flash"):
         try:
             model.set_attention_backend(name)
             difference = relative(model(x, t, y), expected)
         except (RuntimeError, ValueError, ImportError) as error:
-            said.append(f"{name} not here ({str(error).splitlines()[0][:50]})")
+            results.append(f"{name} not here ({str(error).splitlines()[0][:50]})")
             continue
         finally:
             model.set_attention_backend("native")
         assert difference < 2e-2, f"{name} differs by {difference:.1e}"
-        said.append(f"{name} {difference:.1e}")
-    return ", ".join(said)
+        results.append(f"{name} {difference:.1e}")
+    return ", ".join(results)
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def vae_matches_cpu() -> str:
 def originals_numbers_come_out() -> str:
     """DiT, SiT and Latte against the numbers of their own code (tests/checkpoint/reference)."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    folder, said = Path(__file__).resolve().parents[2] / "tests/checkpoint/reference", []
+    folder, results = Path(__file__).resolve().parents[2] / "tests/checkpoint/reference", []
     assert folder.is_dir(), f"{folder} is missing; run this from a checkout of the repository"
     for name in ("dit", "sit", "latte"):
         tensors = load_file(folder / f"{name}.safetensors")
@@ -112,14 +112,14 @@ def originals_numbers_come_out() -> str:
         out = out.transpose(1, 2) if name == "latte" else out[:, :, 0]
         difference = relative(-out if name == "sit" else out, tensors["out"])
         assert difference < 1e-5, f"{name} differs by {difference:.1e}"
-        said.append(f"{name} {difference:.1e}")
-    return ", ".join(said)
+        results.append(f"{name} {difference:.1e}")
+    return ", ".join(results)
 
 
 def planned_memory_is_right() -> str:
     """`tools/plan.py`'s peak against CUDA's own count, with and without checkpointing."""
     arguments = {**size_arguments("B/2"), "in_channels": 16, "num_classes": 12, "axes": ["spatial", "temporal"], "learn_sigma": False}  # fmt: skip
-    said = []
+    results = []
     for checkpointing in (False, True):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -142,14 +142,14 @@ def planned_memory_is_right() -> str:
             losses.clips.mean().backward()
             optimizer.step()
             model.zero_grad()
-        seen = torch.cuda.max_memory_allocated() - before
+        measured = torch.cuda.max_memory_allocated() - before
         del model, average, optimizer, losses
         planned = training_memory(
             arguments, (5, 32, 32), 16, optimizer="adamw", bf16=True, checkpointing=checkpointing, fused=True
         ).peak
-        assert abs(planned / seen - 1) < 0.2, f"planned {planned / 2**30:.2f} GiB, seen {seen / 2**30:.2f}"
-        said.append(f"{'with' if checkpointing else 'without'} checkpointing {planned / seen - 1:+.1%}")
-    return ", ".join(said)
+        assert abs(planned / measured - 1) < 0.2, f"planned {planned / 2**30:.2f} GiB, measured {measured / 2**30:.2f}"
+        results.append(f"{'with' if checkpointing else 'without'} checkpointing {planned / measured - 1:+.1%}")
+    return ", ".join(results)
 
 
 def train_steps(model, optimizers, first: int, last: int) -> list[float]:

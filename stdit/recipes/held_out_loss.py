@@ -1,4 +1,4 @@
-"""How well models have learnt each scheme of known frames: their loss on held-out moving shapes, by noise level, in seconds.
+"""The loss of models on held-out moving shapes, for each mask strategy and noise level, in seconds.
 
 stdit held-out-loss models/quickstart models/other --clips 96
 
@@ -23,7 +23,7 @@ from stdit.training.step import diffusion_losses, to_latents
 
 @torch.no_grad()
 def losses_by_strategy(pipe: Any, data: HeldOut, levels: list[float], seed: int = 0) -> dict[str, list[float]]:
-    """The mean loss of what is to be predicted at each of `levels` (0..1), for each scheme that takes frames as known."""
+    """The mean loss of what is to be predicted at each of `levels` (0..1), for each mask strategy with known frames."""
     keys = [(seed, 0, slot) for slot in range(len(data.pixels))]
     clips = to_latents(
         Batch(to_bytes(data.pixels), None, None, conditions={}, keys=keys, bad={}, total=len(keys)), pipe.video_vae

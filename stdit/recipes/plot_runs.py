@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 
 
 def minutes_and_loss(run: Path, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Minutes since the start, and the loss averaged over `window` steps; batch sizes are told by clips and rate."""
+    """Minutes since the start, and the loss averaged over `window` steps; the batch size follows from clips and rate."""
     path = run / "training_metrics.csv"
     if not path.is_file():
         raise ValueError(f"{str(run)!r} has no training_metrics.csv; give folders of runs, such as output/quickstart.")

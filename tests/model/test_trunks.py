@@ -218,7 +218,7 @@ def test_muon_takes_matrices_and_no_tables(name):
         (["objective.mask_ratio=0.3"], "set model.trunk=masked"),
         (
             ["objective.mask_ratio=0.3", "model.trunk=masked", "objective.mask_strategy=prefix"],
-            "known frames must be seen",
+            "known frames must be visible",
         ),
         (
             ["model.conditioning=in_context", "objective.mask_strategy=mixed", "objective.mask_probs.region=0.1"],

@@ -1,4 +1,4 @@
-"""What any trunk (the wiring of the blocks) is asked: which blocks, in which order, and what it supports."""
+"""The interface of a trunk, which connects the blocks: which blocks, in which order, and what it supports."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -95,7 +95,7 @@ class TrunkContext:
 
 
 class Trunk(nn.Module, ABC):
-    """How blocks are connected, and what it owns beside them. The blocks themselves are the model's `blocks`.
+    """How blocks are connected, and the parameters it owns in addition. The blocks themselves are the model's `blocks`.
 
     supports: capabilities (`model.capabilities`) that a model with this trunk may have; requires: what it needs.
     options: constructor arguments of the model that only this trunk reads. block_classes: classes of its blocks, for diffusers (compilation, caches) and device maps. has_unused_parameters: in
