@@ -1,7 +1,6 @@
 """Alternative video decoders, chosen by name. The default is PyAV, which was exact on every file measured."""
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from stdit.data.video_io import VideoError, VideoReader, frames_at
 from stdit.variants import pick
+from stdit.warn import warn_user
 
 
 class LibraryReader:
@@ -145,7 +145,7 @@ _warned: set[str] = set()
 def _warn_once(message: str) -> None:
     if message not in _warned:  # `warnings` itself would repeat it for every caller
         _warned.add(message)
-        warnings.warn(message, stacklevel=4)
+        warn_user(message)
 
 
 def open_video(path: str | os.PathLike, backend: str = "pyav") -> Reader:
