@@ -132,7 +132,7 @@ FORMER_WORDS = {
     "told", "seen", "kept", "places", "spots", "todo", "partly", "wiring", "way", "taught", "nearer", "turns", "unmodulated",
     "sockets", "skipping", "shown", "silent", "behind", "settled", "surround", "foreign", "forgotten", "blind", "restarted",
     "restarts", "obeyed", "verdict", "outcome", "beside", "claim", "dear", "crowd", "crowded", "mixture", "shares", "scheme",
-    "schemes", "looking", "resting", "judge",
+    "schemes", "looking", "resting", "judge", "slope", "coordinates",
 }  # fmt: skip
 
 

@@ -56,7 +56,7 @@ class Conditioner(ABC):
 
     @abstractmethod
     def null(self, count: int) -> Value:
-        """The value that says nothing, for `count` clips."""
+        """The null value, for `count` clips."""
 
     def default(self, count: int) -> Value | None:
         """What a model takes where nothing is given: the null; None adds nothing. May raise ValueError."""

@@ -1,4 +1,4 @@
-"""From clean to noise: x_t = alpha(t) data + sigma(t) noise. The only file that converts clocks.
+"""From clean to noise: x_t = alpha(t) data + sigma(t) noise. The only file that converts between levels and timesteps.
 
 Levels are t in [0, 1], 0 = clean, of shape (B,), (B, T) or, by patches, (B, T, rows, columns); `like` spreads them over
 (B, C, T, h, w).
@@ -49,11 +49,11 @@ class FlowPath:
         steps = int(steps)
         return torch.linspace(1, 0, steps + 1)
 
-    def coordinates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, time) in which the flow is dy/dtime = slope, x = scale * y."""
+    def ode_scale_time(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, time) in which the flow is dy/dtime = velocity, x = scale * y."""
         return torch.ones_like(levels), levels
 
-    def slope(self, clean: Tensor, noise: Tensor) -> Tensor:
+    def velocity(self, clean: Tensor, noise: Tensor) -> Tensor:
         return noise - clean
 
 
@@ -130,11 +130,11 @@ class DDPMPath:
             at += gap
         return steps_kept
 
-    def coordinates(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+    def ode_scale_time(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha_sigma(levels.double())
         return alpha.to(levels.dtype), (sigma / alpha).to(levels.dtype)
 
-    def slope(self, clean: Tensor, noise: Tensor) -> Tensor:
+    def velocity(self, clean: Tensor, noise: Tensor) -> Tensor:
         return noise
 
 

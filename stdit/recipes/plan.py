@@ -141,12 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     other = (4 * cost.parameters if args.count > 1 else 0) + (0 if on_cpu else RESERVED)
 
     print(
-        f"{config.name}: {data.num_frames} frames of {data.height} x {data.width} -> latents {list(latent)}, {cost.tokens:,} tokens a clip"
+        f"{config.name}: {data.num_frames} frames of {data.height} x {data.width} -> latents {list(latent)}, {cost.tokens:,} tokens per clip"
     )
     uncounted = "" if arguments["num_classes"] else " (and a row per class of the data)"
     print(f"parameters    {cost.parameters:,}{uncounted}")
     print(
-        f"forward       {cost.total / 1e9:,.1f} Gflops a clip: "
+        f"forward       {cost.total / 1e9:,.1f} Gflops per clip: "
         + ", ".join(f"{kind} {value / cost.total:.0%}" for kind, value in cost.flops.items())
     )
     table = {checkpointing: memory(latent, micro, checkpointing) for checkpointing in (False, True)}

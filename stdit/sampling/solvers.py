@@ -33,11 +33,11 @@ class Solver(ABC):
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
         """x (B, C, T, h, w) at levels t -> x at levels t_next; levels are (1, T) or (1, T, rows, columns)."""
 
-    def along(self, x: Tensor, t: Tensor, t_next: Tensor, slope: Tensor) -> Tensor:
-        """A straight step in the coordinates in which the path's flow is dy/dtime = slope."""
-        scale, time = self.path.coordinates(like(t, x))
-        scale_next, time_next = self.path.coordinates(like(t_next, x))
-        return scale_next * (x / scale + (time_next - time) * slope)
+    def along(self, x: Tensor, t: Tensor, t_next: Tensor, velocity: Tensor) -> Tensor:
+        """A straight step in the coordinates in which the path's flow is dy/dtime = velocity."""
+        scale, time = self.path.ode_scale_time(like(t, x))
+        scale_next, time_next = self.path.ode_scale_time(like(t_next, x))
+        return scale_next * (x / scale + (time_next - time) * velocity)
 
 
 class Euler(Solver):
@@ -45,7 +45,7 @@ class Euler(Solver):
 
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
         estimate = predict(x, t)
-        return self.along(x, t, t_next, self.path.slope(estimate.clean, estimate.noise))
+        return self.along(x, t, t_next, self.path.velocity(estimate.clean, estimate.noise))
 
 
 class Heun(Solver):
@@ -53,12 +53,12 @@ class Heun(Solver):
 
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
         estimate = predict(x, t)
-        slope = self.path.slope(estimate.clean, estimate.noise)
-        euler = self.along(x, t, t_next, slope)
+        velocity = self.path.velocity(estimate.clean, estimate.noise)
+        euler = self.along(x, t, t_next, velocity)
         if not bool((t_next > 0).any()):  # the last step: training has no level 0 of generated frames
             return euler
         second = predict(euler, t_next)
-        mean = 0.5 * (slope + self.path.slope(second.clean, second.noise))
+        mean = 0.5 * (velocity + self.path.velocity(second.clean, second.noise))
         return torch.where(like(t_next, x) > 0, self.along(x, t, t_next, mean), euler)
 
 

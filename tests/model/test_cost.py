@@ -119,7 +119,7 @@ def config(tmp_path):
 def test_a_plan_says_tokens_memory_speed_and_what_fits_without_weights_or_network(config, capsys):
     assert plan.main([config, "--gpu", "A100", "--count", "2"]) == 0
     said = capsys.readouterr().out
-    assert "latents [5, 8, 8], 80 tokens a clip" in said
+    assert "latents [5, 8, 8], 80 tokens per clip" in said
     for word in (
         "weights",
         "gradients",

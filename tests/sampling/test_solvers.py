@@ -48,7 +48,7 @@ def test_heun_is_of_second_order_and_euler_of_first():
 
 
 class AdamsBashforth(Solver):
-    """Second order with one call per step: the slope before is remembered, per frame with the step that it was of."""
+    """Second order with one call per step: the velocity before is remembered, per frame with the step that it was of."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -56,14 +56,14 @@ class AdamsBashforth(Solver):
 
     def step(self, x, t, t_next, predict, draw):
         estimate = predict(x, t)
-        slope = self.path.slope(estimate.clean, estimate.noise)
-        width = self.path.coordinates(like(t_next, x))[1] - self.path.coordinates(like(t, x))[1]
-        mean = slope
+        velocity = self.path.velocity(estimate.clean, estimate.noise)
+        width = self.path.ode_scale_time(like(t_next, x))[1] - self.path.ode_scale_time(like(t, x))[1]
+        mean = velocity
         if self.before is not None:
-            slope_before, width_before = self.before
+            velocity_before, width_before = self.before
             ratio = torch.where(width_before != 0, width / (2 * width_before), 0)  # 0: the frame begins with this step
-            mean = slope + ratio * (slope - slope_before)
-        self.before = slope, width
+            mean = velocity + ratio * (velocity - velocity_before)
+        self.before = velocity, width
         return self.along(x, t, t_next, mean)
 
 
@@ -73,7 +73,7 @@ def test_a_multistep_solver_is_one_class_and_one_row_and_of_second_order(monkeyp
     noise, path = torch.randn(1, 1, 2, 4, 4, dtype=torch.float64), FlowPath()
 
     def predict(x, levels):
-        return Estimate(torch.zeros_like(x), -2 * x)  # slope -2 x: a linear equation, x(0) = e^2 x(1)
+        return Estimate(torch.zeros_like(x), -2 * x)  # velocity -2 x: a linear equation, x(0) = e^2 x(1)
 
     def error(n, delay=0):
         levels = torch.linspace(1, 0, n + 1, dtype=torch.float64)
