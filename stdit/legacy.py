@@ -105,7 +105,7 @@ def warn_renamed(*renames: tuple[str, str]) -> None:
 
 
 def renamed_section(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of a config under today's keys and values."""
+    """A section of a config under the current keys and values."""
     keys, values = CONFIG_KEYS.get(section, {}), CONFIG_VALUES.get(section, {})
     prefix = "" if section == "pipeline" else f"{section}."
     found: dict[str, Any] = {}
@@ -135,7 +135,7 @@ def _renamed_value(table: Mapping[str, str], value: Any, key: str, renames: list
 
 
 def renamed_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole config of a run (nested mappings) under today's keys and values."""
+    """A whole config of a run (nested mappings) under the current keys and values."""
     sections = {**CONFIG_KEYS, **CONFIG_VALUES}
     return {
         key: renamed_section(key, value) if key in sections and isinstance(value, Mapping) else value
@@ -144,7 +144,7 @@ def renamed_config(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed_parameter(name: str) -> str:
-    """A parameter's name of today."""
+    """The current name of a parameter."""
     for old, new in PARAMETERS:
         if old in name and (old.startswith(".") or name.startswith(old)):
             name = name.replace(old, new, 1)

@@ -51,7 +51,7 @@ def check_extra_conditions(extra: Mapping[str, Any], key: str = "extra_condition
 
 
 def read_conditions(record: Mapping[str, Any], clip: ClipFacts) -> dict[str, Any]:
-    """What every conditioner of the table reads from a clip's record; None where the data has nothing to say."""
+    """What every conditioner of the table reads from a clip's record; None where the data has none."""
     return {name: kind.read(record, clip) for name, kind in CONDITIONERS.items()}
 
 

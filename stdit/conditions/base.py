@@ -1,4 +1,4 @@
-"""What a conditioner is asked, from a row of the data to a vector or tokens in every block."""
+"""The interface of a conditioner, from a row of the data to a vector or tokens in every block."""
 
 import zlib
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""The variational bound that teaches the variance (Nichol and Dhariwal, "Improved DDPM"; DiT's L_vlb)."""
+"""The variational bound that trains the variance (Nichol and Dhariwal, "Improved DDPM"; DiT's L_vlb)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The U-Net to compare with: diffusers' own, for images and for video, behind a transformer's face."""
+"""The U-Net to compare with: diffusers' own, for images and for video, with STDiT's interface."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -19,7 +19,7 @@ AXES = {
 
 
 class Layout(Protocol):
-    """What attention must know of its tokens. scale: the distance of neighbours in time, y and x.
+    """Interface of a token layout. scale: the distance of neighbours in time, y and x.
 
     positions: (L, 3) frame, row and column of each token of a folded sequence. spatial_positions: (N|1, L, 2) row and
     column. is_noisy_copy: (L,) true for tokens of a noisy copy of the clip (teacher forcing). padding_mask:
@@ -104,7 +104,7 @@ class DenseLayout:
         return np.zeros(len(self.positions(axis)), dtype=bool)
 
     def padding_mask(self, axis: str) -> Tensor | None:
-        if self.prefix_mask is None or axis == "temporal":  # in time a token meets itself alone
+        if self.prefix_mask is None or axis == "temporal":  # in time a prefix token attends only to itself
             return None
         patches = self.prefix_mask.new_ones(*self.prefix_mask.shape[:2], self.patches_per_frame)
         folded = rearrange(torch.cat([self.prefix_mask, patches], 2)[..., None], AXES[axis][0])

@@ -208,14 +208,14 @@ def _packs(shapes: list[Grid], budget: int) -> list[list[Grid]]:
 
 
 def bench_packing(args: argparse.Namespace) -> None:
-    """Clips of many shapes: packed, padded to the largest, in buckets. Tokens that count, a second; forward and backward."""
+    """Clips of many shapes: packed, padded to the largest, in buckets. Useful tokens per second; forward and backward."""
     # A mix as real folders have it: pictures and clips of 1 to 4 seconds, three aspects (latent frames, rows, columns).
     grids = [(t, *space) for t in (1, 3, 5, 9) for space in ((8, 8), (6, 10), (10, 6))]
     shapes = [grids[i] for i in keyed_rng("order", 0).integers(len(grids), size=64)]
     axes = [args.axes] if args.axes else ["spatial", "temporal"]
     model = STDiT(depth=6, hidden_size=192, num_heads=6, in_channels=16, axes=axes)
     largest = tuple(max(shape[i] for shape in shapes) for i in range(3))
-    budget = 8 * _tokens(largest)  # tokens a step, the same for all three
+    budget = 8 * _tokens(largest)  # tokens per step, the same for all three
 
     def dense(grid: Grid, count: int) -> None:
         model(torch.randn(count, 16, *grid), torch.full((count,), 500.0)).square().mean().backward()

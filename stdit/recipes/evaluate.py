@@ -153,7 +153,7 @@ def read_recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
     if errors:
         median, worst = np.median(errors, axis=0), np.max(errors, axis=0)
         for name, m, w in zip(
-            ("start, px", "speed, px a frame", "size, px", "colour, 0..1"), median, worst, strict=True
+            ("start, px", "speed, px per frame", "size, px", "colour, 0..1"), median, worst, strict=True
         ):
             print(f"truth against measurement, {name}: median error {m:.3f}, largest {w:.3f}")
     names = rows.class_names or []

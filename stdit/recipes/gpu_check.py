@@ -1,6 +1,6 @@
 """Prove the CUDA paths in one run: exactness against the CPU, precision, attention back ends, training, exact resume, sampling.
 
-stdit gpu-check            prints one line a check; exit code 1 if any fails
+stdit gpu-check            prints one line per check; exit code 1 if any fails
 """
 
 import tempfile

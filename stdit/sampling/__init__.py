@@ -1,1 +1,1 @@
-"""From noise to clips: plans, solvers, guidance, the pipeline."""
+"""From noise to clips: schedules, solvers, guidance, the pipeline."""

@@ -26,7 +26,7 @@ class ModelLabels(NamedTuple):
 
 
 def read_labels(folder: str | Path) -> ModelLabels:
-    """The labels, sizes and rates of a pipeline folder; ValueError in one line if it holds no model."""
+    """The labels, sizes and rates of a pipeline folder; ValueError in one line if it contains no model."""
     folder = Path(folder)
     pipeline = renamed_section("pipeline", _read(folder, "model_index.json"))
     model = renamed_section("model", _read(folder, "transformer/config.json"))
@@ -47,7 +47,7 @@ def read_labels(folder: str | Path) -> ModelLabels:
 def _read(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
-        raise ValueError(f"{str(folder)!r} holds no model (no {name}); give a folder that training wrote.")
+        raise ValueError(f"{str(folder)!r} contains no model (no {name}); give a folder that training wrote.")
     try:
         found = json.loads(path.read_text())
     except ValueError as error:

@@ -35,7 +35,7 @@ __getattr__ = aliases(__name__)
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; its state is saved. `code` is the exit code to use."""
+    """Raised when a signal stopped the run; its state is saved. `code` is the exit code to use."""
 
     def __init__(self, code: int, step: int):
         super().__init__(f"stopped at step {step}, everything is saved; run the same command again to go on")

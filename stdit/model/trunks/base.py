@@ -19,7 +19,7 @@ from stdit.nn.modulation import Condition
 
 @dataclass(frozen=True)
 class TrunkConfig:
-    """What a model asks of its trunk.
+    """Configuration of a trunk.
 
     axes: of every block. grid: rows and columns of patches the model is made for. caption_axes: axes whose blocks
     cross-attend to captions (empty: all).
@@ -50,7 +50,7 @@ class TrunkConfig:
         return block_position_encodings(self.position_encoding, self.axes)
 
     def make_block(self, i: int, *, skip: bool = False) -> STDiTBlock:
-        """The plain block of place `i`."""
+        """The block `i`."""
         axis = self.axes[i]
         return STDiTBlock(
             self.block,
@@ -63,7 +63,7 @@ class TrunkConfig:
 
 @dataclass
 class TrunkContext:
-    """What goes with the tokens from block to block in one forward pass.
+    """What the blocks of one forward pass share in one forward pass.
 
     call: runs a block, checkpointed where that is asked for. visible: (B, n) patches that the encoder of a masked trunk
     sees, None for all. Blocks stand here, not among a trunk's arguments, since accelerate's hooks move modules that are
