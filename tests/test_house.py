@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from stdit.conditions.base import Conditioner
 from stdit.config import Config, load_typed
+from stdit.data.backends import LibraryReader
+from stdit.model.trunks.base import Trunk
+from stdit.sampling.solvers import Solver
+from stdit.training.fit import TrainingLoop
 from stdit.training.vae import VAEConfig
+from stdit.vae import VideoVAE
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
@@ -224,3 +230,9 @@ def test_the_users_folders_are_ignored_and_the_code_is_not():
         if code not in (0, 1):
             pytest.skip("this is no git checkout")
         assert (code == 0) == ignored, name
+
+
+@pytest.mark.parametrize("contract", [LibraryReader, TrainingLoop, Trunk, Conditioner, Solver, VideoVAE])
+def test_a_contract_is_abstract(contract):
+    with pytest.raises(TypeError, match="abstract"):
+        contract()

@@ -1,6 +1,7 @@
 """Alternative video decoders, chosen by name. The default is PyAV, which was exact on every file measured."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ from stdit.variants import pick
 from stdit.warn import warn_user
 
 
-class LibraryReader:
+class LibraryReader(ABC):
     """The interface of `VideoReader` over a library that indexes and rotates frames by itself.
 
     A subclass opens `_reader`, sets `timestamps` (seconds, the first at 0) and implements `_decode`.
@@ -73,9 +74,9 @@ class LibraryReader:
         """The frame displayed at each time, as `VideoReader.indices_at`."""
         return frames_at(self.timestamps, times)
 
+    @abstractmethod
     def _decode(self, indices: list[int]) -> np.ndarray:
         """Frames (N, H, W, 3) uint8 RGB of indices that are within the clip."""
-        raise NotImplementedError
 
 
 class DecordReader(LibraryReader):

@@ -6,6 +6,7 @@
 import math
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ def _no_preview(model: nn.Module, step: int) -> None:
 
 
 @dataclass
-class TrainingLoop:
+class TrainingLoop(ABC):
     """A training run of any model. Subclasses say what a batch costs (`losses`). Build it, `restore` perhaps, then `fit`."""
 
     accelerator: Accelerator
@@ -95,18 +96,18 @@ class TrainingLoop:
         self._skipped_in_a_row = 0
 
     @property
+    @abstractmethod
     def breakdown(self) -> Breakdown:
         """The parts of the loss that are logged in columns of their own."""
-        raise NotImplementedError
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches per step on this process."""
         return 1
 
+    @abstractmethod
     def losses(self, model: nn.Module, batch: Any) -> StepLosses:
         """Losses of one micro-batch. `model` is `self.model` as prepared by Accelerate (DDP)."""
-        raise NotImplementedError
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint: weights, their moving average, optimizers, step."""
