@@ -1,5 +1,7 @@
-"""Which arithmetic a machine does natively, and a context that uses it."""
+"""The arithmetic of a model: float32, or bfloat16 where the device computes it in hardware."""
 
+import os
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
@@ -11,26 +13,36 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 def native_bf16(device: "torch.device | str" = "cpu") -> bool:
     """Whether bfloat16 products run in hardware; in software they are slower than float32."""
-    import torch  # on use: configs import this module and no torch
+    import torch  # imported on use, since configs import this module without torch
 
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+        in_hardware = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return in_hardware and not _cpu_limited(torch.backends.cpu.get_cpu_capability())
     return False
 
 
+def _cpu_limited(kernels: str) -> bool:
+    """Whether torch's own kernels or oneDNN's are held to instructions older than the processor's, as by
+    ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA; bfloat16 then runs in software."""
+    if kernels in ("AVX2", "DEFAULT") and platform.machine() in ("x86_64", "AMD64"):
+        return True
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    return limit.upper().startswith(("SSE", "AVX2")) or limit.upper() in ("AVX", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
 def resolve(precision: Precision, device: "torch.device | str" = "cpu") -> Literal["fp32", "bf16"]:
-    """`auto` becomes what the device does natively."""
+    """Replace "auto" by "bf16" if the device computes it in hardware, else by "fp32"."""
     if precision == "auto":
         return "bf16" if native_bf16(device) else "fp32"
     return precision
 
 
 def autocast(precision: Precision, device: "torch.device | str") -> AbstractContextManager[None]:
-    """Products in bfloat16 where `precision` says so; weights stay as they are."""
+    """A context in which matrix products use bfloat16 if `precision` resolves to it; weights keep their data type."""
     import torch
 
     kind = torch.device(device).type

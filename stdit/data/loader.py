@@ -1,17 +1,17 @@
 """Batches whose content is a pure function of (seed, step, slot), whatever the number of workers and processes."""
 
-import signal
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from stdit.conditions import ClipFacts, collate_conditions, read_conditions
 from stdit.data.datasets import Dataset
 from stdit.data.samplers import BatchSampler, SampleRef, UniformSampler
 from stdit.data.video_io import VideoError
+from stdit.data.workers import WorkerPool
 from stdit.rng import keyed_rng
 
 _ATTEMPTS = 64  # unreadable files in a row before the data as a whole is taken for broken
@@ -34,12 +34,12 @@ class Batch(NamedTuple):
     total: int
 
 
-class KeyedSamples(torch.utils.data.Dataset):
+class KeyedSamples:
     """Samples by (step, slot). An unreadable file is replaced by another of its size, the same one in every run."""
 
     def __init__(self, dataset: Dataset, seed: int, order: BatchSampler):
         self.dataset, self.seed, self.order = dataset, seed, order
-        self._bad: dict[int, str] = {}
+        self._bad: dict[str, str] = {}
         self._last: tuple[int, list[SampleRef]] = (-1, [])
 
     def slots(self, step: int) -> list[SampleRef]:
@@ -49,6 +49,16 @@ class KeyedSamples(torch.utils.data.Dataset):
         return self._last[1]
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """The sample of (step, slot)."""
+        return self.load(key, {}, lambda name: None)
+
+    def load(
+        self, key: tuple[int, int], set_aside: Mapping[str, str], reading: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """The sample of (step, slot), never from the files in `set_aside` (name -> reason).
+
+        `reading(name)` is called before each file that is opened. ValueError if one file after another cannot be read.
+        """
         step, slot = key
         slots, bad = self.slots(step), {}
         index, size = slots[slot]
@@ -56,12 +66,15 @@ class KeyedSamples(torch.utils.data.Dataset):
             if attempt:
                 candidates = self.order.candidates(size)
                 index = candidates[int(keyed_rng("sample", self.seed, step, slot, attempt).integers(len(candidates)))]
+            name = self.dataset.name(index)
             try:
-                if index in self._bad:  # found before by this worker: same outcome, no second try
-                    raise VideoError(self._bad[index])
+                known = set_aside.get(name) or self._bad.get(name)
+                if known:  # found before: the same outcome, no second try
+                    raise VideoError(known)
+                reading(name)
                 sample = self.dataset.load(index, keyed_rng("sample", self.seed, step, slot), size)
             except VideoError as error:
-                self._bad[index] = bad[self.dataset.name(index)] = str(error)
+                self._bad[name] = bad[name] = str(error)
                 continue
             conditions = conditions_of_sample(self.dataset, index, sample)
             return {**sample, "conditions": conditions, "key": (self.seed, step, slot), "bad": bad, "total": len(slots)}
@@ -106,14 +119,18 @@ def batches(
     processes: int = 1,
     workers: int = 0,
     order: BatchSampler | None = None,
+    timeout: float = 60.0,
+    set_aside: dict[str, str] | None = None,
 ) -> Generator[Batch, None, None]:
     """Endless micro-batches of this process, from `start_step` on.
 
     `batch_size` counts clips per step over all processes, unless an `order` says otherwise; process p takes every slot
-    equal to p modulo `processes`, `micro_batch` slots at a time. `close()` ends the worker processes.
+    equal to p modulo `processes`, `micro_batch` slots at a time. `close()` ends the worker processes. timeout, set_aside:
+    see `WorkerPool`.
     """
     order = order or UniformSampler(seed, len(dataset), batch_size)
     samples = KeyedSamples(dataset, seed, order)
+    set_aside = {} if set_aside is None else set_aside
 
     def keys() -> Iterator[list[tuple[int, int]]]:
         step = start_step
@@ -124,39 +141,10 @@ def batches(
                 yield [(step, slot) for slot in slots[first : first + size]]
             step += 1
 
-    loader: Iterable[Batch] = DataLoader(
-        samples,
-        batch_sampler=_Endless(keys),  # type: ignore[arg-type]
-        collate_fn=collate,
-        num_workers=workers,
-        # A live decoder does not survive fork.
-        multiprocessing_context="spawn" if workers else None,
-        worker_init_fn=_quiet_worker,
-        timeout=300 if workers else 0,
-    )
-    return _iterate(loader)
-
-
-def _iterate(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
-    """Batches of a loader whose workers end when this is closed, not when the garbage collector comes."""
-    iterator = iter(loader)
-    try:
-        yield from iterator
-    finally:
-        del iterator
-
-
-class _Endless:
-    """A batch sampler without an end or a length."""
-
-    def __init__(self, keys: Callable[[], Iterator[list[tuple[int, int]]]]):
-        self.keys = keys
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.keys()
-
-
-def _quiet_worker(_: int) -> None:
-    """The main process decides what an interrupt means; one thread per worker, so that many do not compete."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
+    if workers:
+        pool = WorkerPool(samples, workers, timeout, set_aside)
+        with closing(pool):
+            for group in pool.batches(keys()):
+                yield collate(group)
+    for group_of_keys in keys():
+        yield collate([samples.load(key, set_aside, lambda name: None) for key in group_of_keys])

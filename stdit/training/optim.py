@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from stdit.nn.muon import muon_parameters
+from stdit.training.muon import Muon
 
 
 def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
@@ -16,19 +17,8 @@ def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float
         return [torch.optim.AdamW(learnt, lr=lr, weight_decay=weight_decay)]
     hidden = muon_parameters(model).values()
     rest = [p for p in learnt if all(p is not h for h in hidden)]
-    muon = torch.optim.Muon(
-        [_matrix(p) for p in hidden], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = Muon(hidden, lr=lr, weight_decay=weight_decay)
     return [muon, torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)]
-
-
-def _matrix(kernel: nn.Parameter) -> nn.Parameter:
-    """A convolution's kernel as the matrix Muon takes: shared storage, shared gradient."""
-    if kernel.ndim == 2:
-        return kernel
-    view = nn.Parameter(kernel.data.view(kernel.shape[0], -1))
-    kernel.register_post_accumulate_grad_hook(lambda p: setattr(view, "grad", p.grad.reshape_as(view)))
-    return view
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int | None) -> float:

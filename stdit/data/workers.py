@@ -1,0 +1,261 @@
+"""Loader processes that are replaced when they die or stall, so that one bad file or one kill does not end a run.
+
+torch's DataLoader notices a dead worker but cannot go on without it. Samples come back through pipes and not through shared
+memory, which is small in containers and left behind by killed processes.
+"""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from io import BytesIO
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+# Times that a file is given to a process of its own after it ended or stalled one, before it is set aside.
+FRESH_TRIES = 2
+# Processes that end before they read anything: the machine's fault (memory, imports), not that of a file.
+MAX_FAILED_STARTS = 3
+
+
+class Loadable(Protocol):
+    """What processes load: a sample by key, never from the files in `set_aside` (name -> reason)."""
+
+    def load(self, key: Any, set_aside: dict[str, str], reading: Callable[[str], None]) -> Any:
+        """The sample of a key. `reading(name)` is called before each file that is opened."""
+
+
+class _Job(NamedTuple):
+    number: int
+    key: Any
+
+
+class _Worker:
+    """One process, the job it does, the file it reads and since when."""
+
+    def __init__(self, samples: Loadable):
+        context = multiprocessing.get_context("spawn")  # a live decoder does not survive fork
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, samples), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.job: _Job | None = None
+        self.since = 0.0  # when the last sign of life came
+        self.file: str | None = None
+        self.jobs_done = 0
+        self.ready = False
+
+    def give(self, job: _Job, set_aside: dict[str, str]) -> None:
+        self.job, self.file, self.since = job, None, time.monotonic()
+        self.connection.send((job.key, set_aside))
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+class WorkerPool:
+    """Samples made by `workers` processes and given out in the order of their keys.
+
+    timeout: seconds after which a file that is still being read has stalled. set_aside: name -> reason of files that ended
+    or stalled their process, and did so again in two fresh ones; it grows while the pool runs. What stands in it is never
+    opened.
+    """
+
+    def __init__(self, samples: Loadable, workers: int, timeout: float, set_aside: dict[str, str]):
+        self.samples, self.timeout, self.set_aside = samples, timeout, set_aside
+        self._lock = threading.Condition()
+        self._waiting: list[_Job] = []  # not given out yet, by number
+        self._done: dict[int, Any] = {}
+        self._failure: Exception | None = None
+        self._failed_fresh: dict[str, int] = {}
+        self._failed_starts = 0
+        self._closed = False
+        self._wake, self._woken = multiprocessing.get_context("spawn").Pipe()
+        self._workers = [_Worker(samples) for _ in range(workers)]
+        self._thread = threading.Thread(target=self._run, name="stdit-loader", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # before multiprocessing waits for its children, which ignore its signal
+
+    def batches(self, keys: Iterator[Sequence[Any]]) -> Generator[list[Any], None, None]:
+        """The samples of each group of keys, in order; the groups after it are loaded meanwhile."""
+        groups: list[range] = []
+        number = 0
+        ahead = 2 * len(self._workers)
+        try:
+            while True:
+                while not groups or len(groups) < 3 or number - groups[0].start < len(groups[0]) + ahead:
+                    group = next(keys, None)
+                    if group is None:
+                        break
+                    groups.append(range(number, number + len(group)))
+                    with self._lock:
+                        self._waiting += [_Job(number + i, key) for i, key in enumerate(group)]
+                    number += len(group)
+                    self._wake.send(None)
+                if not groups:
+                    return
+                yield [self._take(n) for n in groups.pop(0)]
+        finally:
+            self.close()
+
+    def _take(self, number: int) -> Any:
+        with self._lock:
+            self._lock.wait_for(lambda: number in self._done or self._failure is not None)
+            if number in self._done:
+                return self._done.pop(number)
+            assert self._failure is not None
+            raise self._failure
+
+    def close(self) -> None:
+        """End the processes."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if not closed:
+            self._wake.send(None)
+            self._thread.join()
+            atexit.unregister(self.close)
+
+    def _run(self) -> None:
+        """The thread that hands out jobs, takes results and replaces processes."""
+        try:
+            while not self._closed:
+                self._hand_out()
+                busy = [w for w in self._workers if w.job is not None and w.ready]
+                deadline = min((w.since + self.timeout for w in busy), default=None)
+                patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+                ready = wait([self._woken, *(w.connection for w in self._workers)], patience)
+                if self._woken in ready:
+                    self._woken.recv()
+                for worker in list(self._workers):
+                    if worker.connection in ready:
+                        self._receive(worker)
+                    elif worker.job and worker.ready and time.monotonic() - worker.since > self.timeout:
+                        self._replace(worker, f"its reading took more than data.timeout={self.timeout:g} seconds")
+        except Exception as error:
+            self._fail(error)
+        finally:
+            for worker in self._workers:
+                worker.end()
+
+    def _hand_out(self) -> None:
+        for worker in self._workers:
+            with self._lock:
+                if worker.job is not None or not self._waiting:
+                    continue
+                job = self._waiting.pop(0)
+            try:
+                worker.give(job, self.set_aside)
+            except OSError:
+                pass  # it has died; its connection says so next
+
+    def _receive(self, worker: _Worker) -> None:
+        try:
+            kind, value = ForkingPickler.loads(worker.connection.recv_bytes())
+        except (EOFError, OSError):
+            worker.process.join(5)
+            self._replace(worker, _death(worker.process.exitcode))
+            return
+        worker.since, worker.ready = time.monotonic(), True
+        if kind == "reading":
+            worker.file = value
+        elif kind == "error":
+            self._fail(value)
+        elif kind == "sample":
+            assert worker.job is not None
+            self._failed_starts = 0
+            with self._lock:
+                self._done[worker.job.number] = value
+                self._lock.notify_all()
+            self._failed_fresh.pop(worker.file or "", None)
+            worker.job, worker.file = None, None
+            worker.jobs_done += 1
+
+    def _replace(self, worker: _Worker, reason: str) -> None:
+        """A new process in place of one that died or stalled; its job is done again."""
+        if worker.file is None and not worker.jobs_done:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                raise ValueError(
+                    f"a loader process {reason} before it read a file, {self._failed_starts} times in a row; lower "
+                    "data.workers (each needs memory of its own), or load in the main process with data.workers=0."
+                )
+        if worker.file is not None and not worker.jobs_done:
+            tries = self._failed_fresh[worker.file] = self._failed_fresh.get(worker.file, 0) + 1
+            if tries >= FRESH_TRIES:
+                self.set_aside[worker.file] = f"{worker.file!r} is set aside: {tries} loader processes in a row {reason}"
+        worker.end()
+        fresh = _Worker(self.samples)
+        self._workers[self._workers.index(worker)] = fresh
+        if worker.job is not None:
+            fresh.give(worker.job, self.set_aside)
+
+    def _fail(self, error: Exception) -> None:
+        with self._lock:
+            self._failure = error
+            self._lock.notify_all()
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+        hint = " (often: out of memory)" if -code == getattr(signal, "SIGKILL", 9) else ""
+        return f"was ended by {name}{hint}"
+    return f"ended with exit code {code}"
+
+
+def _work(connection: Connection, samples: Loadable) -> None:
+    """A loader process: one sample for each key that comes, until the connection closes."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process decides what a signal to all means
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    torch.set_num_threads(1)  # many processes must not compete for the cores
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+
+    def send(kind: str, value: Any) -> None:
+        buffer = BytesIO()
+        _ByValue(buffer, 5).dump((kind, value))
+        connection.send_bytes(buffer.getbuffer())
+
+    send("ready", None)
+    while True:
+        try:
+            key, set_aside = connection.recv()
+        except EOFError:
+            return
+        try:
+            sample = samples.load(key, set_aside, lambda name: send("reading", name))
+        except Exception as error:
+            send("error", error if isinstance(error, (ValueError, OSError, MemoryError)) else _with_trace(error))
+        else:
+            send("sample", sample)
+
+
+def _with_trace(error: Exception) -> RuntimeError:
+    import traceback
+
+    return RuntimeError("".join(traceback.format_exception(error)))
+
+
+class _ByValue(ForkingPickler):
+    """Sends tensors as bytes; torch's own way is a file descriptor that dies with the process."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            flat = value.detach().contiguous().flatten().view(torch.uint8)
+            return _tensor, (flat.numpy(), value.dtype, tuple(value.shape))
+        return NotImplemented
+
+
+def _tensor(data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(data).view(dtype).reshape(shape)
