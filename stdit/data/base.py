@@ -1,4 +1,4 @@
-"""What every dataset offers."""
+"""The interface of every dataset."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -9,18 +9,29 @@ from stdit.data.samplers import ClipSize
 
 
 class Dataset(Protocol):
-    """Samples by number, at the config's size or another.
+    """A dataset of clips, whose samples are numbered from 0.
 
-    `load` gives pixels (F, H, W, 3) uint8 and what the clip is (`ClipFacts`), or latents (C, T, h, w) and raw conditions.
-    `record` gives what the data says of a sample: label (a number or None), caption, further columns of a manifest.
-    `shape`: frames, height and width that there are.
+    num_classes: 0 for data without labels. class_names: the names of the classes, None if they have none. A
+    dataset whose samples need no decoding has `decodes = False`; loader processes would only slow it down.
     """
 
     num_classes: int
     class_names: list[str] | None
 
     def __len__(self) -> int: ...
-    def record(self, index: int) -> Mapping[str, Any]: ...
-    def name(self, index: int) -> str: ...
-    def shape(self, index: int) -> tuple[int, int, int]: ...
-    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]: ...
+
+    def record(self, index: int) -> Mapping[str, Any]:
+        """The annotations of a sample: label (a number or None), caption, further columns of a manifest."""
+
+    def name(self, index: int) -> str:
+        """The name of a sample in messages, such as the path of its file."""
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """The (frames, height, width) that a sample has before it is cut to a size."""
+
+    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
+        """Load a sample, with random choices drawn from `rng`, at `size` (None: the size of the config).
+
+        The result has "pixels" (F, H, W, 3) uint8 and "clip" (`ClipFacts`), or latents (C, T, h, w) and raw conditions.
+        Raises VideoError if the file cannot be read.
+        """

@@ -1,4 +1,4 @@
-"""Latents encoded once, read as they are."""
+"""A dataset of latents that `cache_latents` encoded in advance."""
 
 import json
 from functools import cached_property
@@ -14,16 +14,18 @@ from stdit.data.config import DataConfig
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
 
-# Tensors of caches that version 0.1.0 wrote, and what they are called now.
+# Tensor names in caches of version 0.1.0, and their current names.
 _RENAMED = {"restarts": "reencoded"}
 
 
 class CachedLatents:
-    """What `cache_latents` wrote: shards of normalised latents, with the fingerprint of their VAE.
+    """Normalised latents in shards, as `cache_latents` writes them, with the fingerprint of their VAE.
 
-    Beside each clip's latents (C, T, h, w) stands `reencoded`: every frame encoded without those before it. A shard's
-    record holds labels, captions and the raw values of further conditions.
+    Each clip has `latents` (C, T, h, w), and `reencoded` (C, T, h, w), in which every latent frame is encoded without
+    the frames before it. cache.json holds labels, captions and the raw values of further conditions.
     """
+
+    decodes = False
 
     def __init__(self, root: Path, config: DataConfig):
         self.root, self.info = root, json.loads((root / "cache.json").read_text())
@@ -32,8 +34,8 @@ class CachedLatents:
         asked = (config.num_frames, config.height, config.width)
         if size != asked:
             raise ValueError(
-                f"the latents in {str(root)!r} are of (frames, height, width) {size}, the config asks for {asked}; set "
-                "data.num_frames, height and width to theirs, or cache again."
+                f"the latents in {str(root)!r} are of (frames, height, width) {size}, but the config asks for {asked}; set "
+                "data.num_frames, height and width to those of the latents, or cache again."
             )
         self._starts = np.cumsum([0] + [shard["count"] for shard in self.info["shards"]])
         self._records = [record for shard in self.info["shards"] for record in _records(shard)]
@@ -42,27 +44,30 @@ class CachedLatents:
         return int(self._starts[-1])
 
     def record(self, index: int) -> dict[str, Any]:
+        """Label, caption and further conditions of a clip, from cache.json."""
         return self._records[index]
 
     def name(self, index: int) -> str:
+        """The folder of the cache and the number of the clip."""
         return f"{self.root}[{index}]"
 
     def shape(self, index: int) -> tuple[int, int, int]:
+        """The (frames, height, width) in pixels that all clips were encoded at."""
         return (self.info["num_frames"], self.info["height"], self.info["width"])
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
-        """Latents (C, T, h, w), reencoded (C, T, h, w) and raw conditions of one clip."""
+        """Read the latents (C, T, h, w), reencoded (C, T, h, w) and raw conditions of one clip."""
         cached = ClipSize(*self.shape(index))
         if size is not None and size != cached:
             raise ValueError(
-                f"{self.root} holds latents of {tuple(cached)} alone; train buckets from the clips themselves."
+                f"{self.root} holds latents of size {tuple(cached)} only, got {tuple(size)}; train buckets from the clips themselves."
             )
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         file = self._shard(shard)
         row = index - int(self._starts[shard])
         sample = {_RENAMED.get(name, name): file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (no mapping)
         if not all(torch.isfinite(value).all() for value in sample.values()):
-            raise VideoError(f"{self.name(index)} is not finite; cache the latents again.")
+            raise VideoError(f"{self.name(index)} has values that are not finite; cache the latents again.")
         record = self._records[index]
         read = read_conditions(record, ClipFacts(cached, self.info["fps"] or 8.0))
         return {**sample, "conditions": {**read, **record.get("conditions", {})}}
@@ -84,7 +89,7 @@ class CachedLatents:
 
 
 def _records(shard: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of a shard's clips; caches made before captions were kept have none."""
+    """The records of a shard's clips; caches of early versions have neither captions nor conditions."""
     count = shard["count"]
     captions = shard.get("captions", [""] * count)
     further = shard.get("conditions", [{}] * count)

@@ -1,4 +1,4 @@
-"""What of the data a person chooses."""
+"""The config of the training data."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,37 +6,38 @@ from typing import Literal
 
 @dataclass
 class DataConfig:
-    """`fps` null takes neighbouring frames whatever their rate; otherwise frames are picked by time stamps."""
+    """The clips to train on, their size, and how they are read."""
 
     root: str = "data/clips"  # folder (or idx file) of the data
     manifest: str | None = None  # CSV or JSON lines: path, label, caption, further columns; null: scan root
-    source: Literal["auto", "videos", "images", "idx", "latents", "shapes"] = "auto"  # kind of data; values below
+    source: Literal["auto", "videos", "images", "idx", "latents", "shapes"] = "auto"  # kind of data; auto: inferred from the contents of root
     num_frames: int = 17  # pixel frames of a clip; 1 for images
     height: int = 64  # height in pixels
     width: int = 64  # width in pixels
-    sizes: list[list[int]] = field(default_factory=list)  # buckets: [frames, height, width] each; needs train.tokens
-    packing: bool = False  # clips of all sizes in one sequence without padding, instead of a batch of one size
-    fps: float | None = None  # pick frames at this rate by time stamps; null: neighbouring frames, at any rate
-    crop: Literal["center", "random"] = "center"  # where a clip is cut to the size
-    flip: bool = False  # mirror half of the clips
+    sizes: list[list[int]] = field(default_factory=list)  # sizes of buckets, [frames, height, width] each; needs train.tokens
+    packing: bool = False  # pack clips of all sizes into one sequence without padding, instead of batches of one size
+    fps: float | None = None  # pick frames at this rate by their time stamps; null: take consecutive frames, whatever the rate
+    crop: Literal["center", "random"] = "center"  # position of the crop
+    flip: bool = False  # mirror half of the clips, drawn at random, left to right
     backend: Literal["pyav", "decord", "torchcodec"] = "pyav"  # video decoder
-    workers: int = 2  # loader processes; 0: none
-    num_shapes: int = 3000  # for source=shapes: how many clips are drawn
-    motion: Literal["straight", "bounce"] = "straight"  # for source=shapes: how shapes move
-    max_bad_fraction: float = 0.1  # training stops when more of the files than this cannot be read
+    workers: int | None = None  # processes that load data; 0: the main process loads it; null: as many as the machine has cores for
+    timeout: float = 60.0  # seconds that reading one clip may take in such a process before it is replaced
+    num_shapes: int = 3000  # number of clips with source=shapes
+    motion: Literal["straight", "bounce"] = "straight"  # motion of the shapes with source=shapes
+    max_bad_fraction: float = 0.1  # fraction of unreadable files above which training stops
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "height", "width"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} is not a size; use 1 or more.")
+                raise ValueError(f"data.{name} must be >= 1, got {getattr(self, name)}.")
         for size in self.sizes:
             if len(size) != 3 or min(size) < 1:
-                raise ValueError(f"data.sizes holds {size}; a size is [frames, height, width], each 1 or more.")
+                raise ValueError(f"data.sizes has {size}; write each size as [frames, height, width], each 1 or more.")
         if self.packing and not self.sizes:
             raise ValueError("data.packing=true needs data.sizes, the shapes that clips may have.")
         if self.fps is not None and self.fps <= 0:
-            raise ValueError(
-                f"data.fps={self.fps} is not a frame rate; use a positive number, or null for each file's own."
-            )
-        if self.workers < 0:
-            raise ValueError(f"data.workers={self.workers} is negative; use 0 to load in the main process.")
+            raise ValueError(f"data.fps must be > 0, got {self.fps}; use null to take consecutive frames at any rate.")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"data.workers must be >= 0 or null, got {self.workers}; use 0 to load in the main process.")
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"data.timeout must be a number of seconds > 0, got {self.timeout}.")

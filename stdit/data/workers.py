@@ -25,6 +25,18 @@ FRESH_TRIES = 2
 MAX_FAILED_STARTS = 3
 
 
+def num_workers(asked: int | None, decodes: bool, processes: int = 1) -> int:
+    """How many processes load the data of one of `processes` training processes on this machine.
+
+    asked: the number in the config, or None for one core less than there are, at most 8; none where samples are not decoded
+    (`decodes` is false), which takes less time than sending them.
+    """
+    if asked is not None:
+        return asked
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // processes - 1)) if decodes else 0
+
+
 class Loadable(Protocol):
     """What processes load: a sample by key, never from the files in `set_aside` (name -> reason)."""
 

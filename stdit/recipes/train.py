@@ -21,6 +21,7 @@ from stdit.config import Config, load_typed, to_plain
 from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.loader import batches
 from stdit.data.samplers import BatchSampler
+from stdit.data.workers import num_workers
 from stdit.diffusion.objective import build_objective
 from stdit.model.trunks import TRUNKS
 from stdit.recipes import entry
@@ -69,6 +70,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
         config=config.train, resolved=resolved, objective=objective, vae=vae,
         bad_files=BadFiles(len(dataset), config.data.max_bad_fraction), captions=captions,
+        preview=lambda m, step: preview(m, vae, config, folders, step=step, dataset=dataset),
     )  # fmt: skip
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -87,15 +89,15 @@ def fit(run: Run) -> int:
         f"{model.num_classes} classes, {accelerator.num_processes} process(es) on {accelerator.device}, "
         f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}; step {trainer.step} of {config.train.steps}"
     )
+    workers = num_workers(config.data.workers, getattr(run.dataset, "decodes", True), accelerator.num_processes)
     loader = batches(
         run.dataset, config.seed, config.train.batch_size, trainer.step, micro_batch=config.train.micro_batch,
-        process=accelerator.process_index, processes=accelerator.num_processes, workers=config.data.workers, order=run.order,
+        process=accelerator.process_index, processes=accelerator.num_processes, order=run.order,
+        workers=workers, timeout=config.data.timeout, set_aside=trainer.set_aside,
     )  # fmt: skip
     try:
         with closing(loader):
-            trainer.fit(
-                loader, lambda m, step: preview(m, trainer.vae, config, trainer.folders, step=step, dataset=run.dataset)
-            )
+            trainer.fit(loader)
     except Stopped as stopped:
         accelerator.print(str(stopped))
         return stopped.code

@@ -148,7 +148,8 @@ def _train(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: lis
 
     trainer.folders.write_config(config)
     try:
-        trainer.fit(vae_batches(pool, trainer.model, config.seed, trainer.step), preview)
+        trainer.preview = preview
+        trainer.fit(vae_batches(pool, trainer.model, config.seed, trainer.step))
     except Stopped as stopped:
         print(stopped)
         return stopped.code

@@ -1,1 +1,1 @@
-"""From data to weights: one pure step, the loop around it, and what survives a kill."""
+"""Training: one step as a pure function, the loop around it, checkpoints, and resuming."""

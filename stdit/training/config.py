@@ -1,4 +1,4 @@
-"""Settings of a training run: what every loop needs, and what diffusion training adds."""
+"""Settings of a training run: those of every training loop, and those of diffusion training."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,10 +8,10 @@ _POSITIVE = ("steps", "checkpoint_every", "log_every", "preview_every", "max_ski
 
 @dataclass
 class LoopConfig:
-    """Settings of the training loop, whatever it trains. Schedules end at `decay_steps` (null: constant rate)."""
+    """Settings of the training loop, whatever it trains."""
 
     steps: int = 400_000  # optimizer steps
-    decay_steps: int | None = None  # step at which the learning rate has fallen to zero; null: constant
+    decay_steps: int | None = None  # step at which the learning rate reaches zero; null: a constant rate
     warmup_steps: int = 0  # steps in which the rate rises from zero
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices by Muon, the rest by AdamW
     lr: float = 1e-4  # learning rate
@@ -43,7 +43,7 @@ class LoopConfig:
             raise ValueError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}.")
         if self.keep_checkpoints < 2:
             raise ValueError(
-                f"train.keep_checkpoints must be >= 2, got {self.keep_checkpoints}: at least 2 are kept, as the newest may be damaged."
+                f"train.keep_checkpoints must be >= 2, got {self.keep_checkpoints}, since the newest checkpoint may be damaged."
             )
 
 
@@ -54,7 +54,7 @@ class TrainConfig(LoopConfig):
     batch_size: int = 256  # clips per optimizer step over all processes
     tokens: int | None = None  # with data.sizes, in place of batch_size: patches per step over all processes
     micro_batch: int | None = None  # clips at a time on one process; fewer take less memory; null: all
-    label_dropout: float = 0.1  # share of clips trained without their condition, for guidance
+    label_dropout: float = 0.1  # probability that a clip is trained without a condition, for guidance
     samples: int = 16  # clips sampled at the end
     sample_steps: int = 30  # solver steps of previews and samples
     guidance: float = 2.0  # guidance scale of previews and samples

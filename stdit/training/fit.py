@@ -1,10 +1,13 @@
-"""The training loop: accumulate, clip, step, average, log, save. It receives finished objects and builds none.
+"""The training loop: accumulate gradients, clip, step, average weights, log, save.
 
-`TrainingLoop` is the loop itself, which the VAE's training uses too (stdit/training/vae.py); `Trainer` is that of diffusion models.
+`TrainingLoop` is the loop itself, which the VAE's training uses too (stdit/training/vae.py); `Trainer` trains diffusion
+models. Both receive finished objects and build none.
 """
 
 import math
 import signal
+import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -36,32 +40,40 @@ __getattr__ = aliases(__name__)
 
 
 class Stopped(Exception):
-    """Raised when a signal stopped the run; its state is saved. `code` is the exit code to use."""
+    """Raised after a signal stopped the run, whose state is saved; `code` is the exit code to use."""
 
     def __init__(self, code: int, step: int):
-        super().__init__(f"stopped at step {step}, everything is saved; run the same command again to go on")
+        super().__init__(f"stopped at step {step} by a signal, and saved; run the same command again to resume")
         self.code = code
 
 
 class StepBatch(Protocol):
-    """What the loop itself reads of a batch. keys: (seed, step, slot) per sample; total: samples of the step on all processes."""
+    """The interface of a batch, as the training loop uses it."""
 
     @property
-    def keys(self) -> list[tuple[int, int, int]]: ...
+    def keys(self) -> list[tuple[int, int, int]]:
+        """The (seed, step, slot) of each sample."""
 
     @property
-    def total(self) -> int: ...
+    def total(self) -> int:
+        """The number of samples of the step, over all processes."""
 
 
 class StepLosses(NamedTuple):
-    """clips (B,): losses to be averaged and minimised; sums (2, n): sums and counts for the n columns of the breakdown."""
+    """The losses of a micro-batch.
+
+    clips: (B,) losses, whose mean is minimised. sums: (2, n) sums and counts for the n columns of the breakdown.
+    """
 
     clips: Tensor
     sums: Tensor
 
 
 class StepMetrics(NamedTuple):
-    """What is logged of one optimizer step, still on the device. loss: of this process; sums (2, n): see `StepLosses`."""
+    """The metrics of one optimizer step, still on the device.
+
+    loss: the part of this process. sums: (2, n), as in `StepLosses`.
+    """
 
     step: int
     loss: Tensor
@@ -71,13 +83,27 @@ class StepMetrics(NamedTuple):
     skipped: int
 
 
+# Signals after which a run saves its state and stops: of a person, a scheduler (SLURM warns with USR1), a closed terminal.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+# The time a run takes is told after so many steps, or so many seconds; the first steps are slower and do not count.
+ESTIMATE_STEPS, ESTIMATE_SECONDS, WARM_UP_STEPS = 20, 30.0, 2
+
+
+class _Interrupted(Exception):
+    """Raised by the signal handler while the loop waits for data, so that it does not wait on."""
+
+
 def _no_preview(model: nn.Module, step: int) -> None:
     pass
 
 
 @dataclass
 class TrainingLoop(ABC):
-    """A training run of any model. Subclasses say what a batch costs (`losses`). Build it, `restore` perhaps, then `fit`."""
+    """The training loop of any model; a subclass defines the loss of a batch (`losses`).
+
+    Build it, call `restore` to resume from a checkpoint, then call `fit`.
+    """
 
     accelerator: Accelerator
     folders: RunFolders
@@ -85,6 +111,7 @@ class TrainingLoop(ABC):
     optimizers: list
     config: LoopConfig
     resolved: dict  # the whole config, kept in checkpoints
+    preview: Callable[[Any, int], None] = field(default=_no_preview, kw_only=True)  # (model, step), with averaged weights
     step: int = field(default=0, init=False)
     skipped: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
@@ -93,12 +120,14 @@ class TrainingLoop(ABC):
         self.ema = EMAModel(self.model.parameters(), decay=self.config.ema_decay, foreach=True)
         self.ema.to(self.accelerator.device)
         self._signal: int | None = None
+        self._waiting = False  # for data
+        self._origin: str | None = None  # of the checkpoint that the run began with, see stdit/training/resume.py
         self._skipped_in_a_row = 0
 
     @property
     @abstractmethod
     def breakdown(self) -> Breakdown:
-        """The parts of the loss that are logged in columns of their own."""
+        """The parts of the loss that are logged in separate columns."""
 
     @property
     def micro_batches(self) -> int:
@@ -107,7 +136,11 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any) -> StepLosses:
-        """Losses of one micro-batch. `model` is `self.model` as prepared by Accelerate (DDP)."""
+        """Compute the losses of one micro-batch; `model` is `self.model` as prepared by Accelerate (DDP)."""
+
+    def further_info(self) -> dict[str, Any]:
+        """What else of a run's state a checkpoint holds, as plain values."""
+        return {}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint: weights, their moving average, optimizers, step."""
@@ -119,11 +152,13 @@ class TrainingLoop(ABC):
         for shadow, name in zip(self.ema.shadow_params, names, strict=True):
             shadow.data.copy_(averages[name])
         self.ema.optimization_step = info["ema_step"]
+        self._origin = info.get("origin")
         for i, optimizer in enumerate(self.optimizers):
             restore_optimizer(optimizer, tensors.get(f"optimizer_{i}", {}), info["optimizers"][i])
 
     def save(self) -> None:
-        """Write a checkpoint (one process does)."""
+        """Write a checkpoint from the main process."""
+        further = self.further_info()
         if self.accelerator.is_main_process:
             states = [flatten_optimizer(optimizer) for optimizer in self.optimizers]
             names = [name for name, _ in self.model.named_parameters()]
@@ -134,34 +169,48 @@ class TrainingLoop(ABC):
             tensors |= {f"optimizer_{i}": state for i, (state, _) in enumerate(states)}
             info = {
                 "config": self.resolved, "optimizers": [numbers for _, numbers in states], "skipped": self.skipped,
-                "seconds": self.seconds, "ema_step": self.ema.optimization_step,
+                "seconds": self.seconds, "ema_step": self.ema.optimization_step, "origin": self._origin, **further,
             }  # fmt: skip
             save_checkpoint(self.folders.checkpoints, self.step, tensors, info, keep=self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def fit(self, batches: Iterator[Any], preview: Callable[[Any, int], None] = _no_preview) -> None:
-        """Train to `config.steps`; `preview(model, step)` is called with averaged weights every `preview_every` steps.
+    def fit(self, batches: Iterator[Any]) -> None:
+        """Train to `config.steps`; `preview` is called with averaged weights every `preview_every` steps.
 
-        Raises Stopped after a signal, ValueError when data or numbers are beyond use.
+        Raises Stopped after a signal, and ValueError if too many files are unreadable or too many gradients are not finite.
         """
         config, main = self.config, self.accelerator.is_main_process
         wrapped, *optimizers = self.accelerator.prepare(self.model, *self.optimizers)
         logger = MetricsLogger(self.folders.output, self.step, self.breakdown) if main else None
         metrics: list[StepMetrics] = []
         clips = 0
-        before = [signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)]
+        in_main_thread = threading.current_thread() is threading.main_thread()  # only there may a handler be set
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS if in_main_thread}
         progress = tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, dynamic_ncols=True)
         began, mark = time.perf_counter() - self.seconds, time.perf_counter()
+        estimate = _Estimate(self.step, config.steps)
         try:
             while self.step < config.steps:
-                measured, count = self._one_step(wrapped, optimizers, batches)
-                metrics.append(measured)
-                clips += count
-                self.step += 1
-                self.seconds = time.perf_counter() - began
-                stopping = self._stopping()
-                saving = self.step % config.checkpoint_every == 0 or self.step == config.steps or stopping
-                if self.step % config.log_every == 0 or saving:
+                try:
+                    measured, count = self._one_step(wrapped, optimizers, batches)
+                except _Interrupted:  # nothing of this step was applied
+                    stopping = saving = True
+                else:
+                    metrics.append(measured)
+                    clips += count
+                    self.step += 1
+                    self.seconds = time.perf_counter() - began
+                    stopping = self._stopping()
+                    saving = self.step % config.checkpoint_every == 0 or self.step == config.steps or stopping
+                    if main and (said := estimate.after(self.step)):
+                        tqdm.write(said, file=sys.stderr)
+                if self.step == config.steps and self._skipped_in_a_row:
+                    raise ValueError(
+                        f"the last {self._skipped_in_a_row} steps up to step {self.step} had a gradient that is not finite, so "
+                        "the run is not finished. Lower train.lr, or use train.precision=fp32, and run again: it resumes from "
+                        "the last checkpoint."
+                    )
+                if metrics and (self.step % config.log_every == 0 or saving):
                     rate = clips / (time.perf_counter() - mark)
                     mark, clips = time.perf_counter(), 0
                     rows = self._gather(metrics, rate)
@@ -178,24 +227,23 @@ class TrainingLoop(ABC):
                     raise Stopped(128 + self._signal if self._signal else 143, self.step)
                 if self.step % config.preview_every == 0 and self.step < config.steps:
                     if main:
-                        with swap_ema(self.model, self.ema):
-                            preview(self.model, self.step)
+                        self._preview()
                     mark, clips = time.perf_counter(), 0
                     self.accelerator.wait_for_everyone()
         finally:
             progress.close()
             if logger is not None:
                 logger.close()
-            for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _one_step(self, model: nn.Module, optimizers: list, batches: Iterator[Any]) -> tuple[StepMetrics, int]:
-        """One optimizer step -> its metrics and the number of its clips."""
+        """Take one optimizer step -> its metrics and the number of its clips."""
         config, device = self.config, self.accelerator.device
         total, sums = torch.zeros((), device=device), torch.zeros(2, len(self.breakdown.columns), device=device)
         for part in range(self.micro_batches):
-            batch: StepBatch = next(batches)
-            share = self.accelerator.num_processes / batch.total  # each process gives its part of the mean over clips
+            batch = self._next(batches)
+            share = self.accelerator.num_processes / batch.total  # each process adds its part of the mean over clips
             last = part == self.micro_batches - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
                 losses = self.losses(model, batch)
@@ -218,8 +266,33 @@ class TrainingLoop(ABC):
         metrics = StepMetrics(self.step + 1, total, sums, lr=lr, grad_norm=torch.as_tensor(norm), skipped=self.skipped)
         return metrics, batch.total
 
+    def _next(self, batches: Iterator[Any]) -> StepBatch:
+        """The next batch. A signal ends the wait for it, where no other process has to stop after the same step."""
+        self._waiting = self.accelerator.num_processes == 1
+        try:
+            if self._waiting and self._signal is not None:
+                raise _Interrupted
+            return next(batches)
+        finally:
+            self._waiting = False
+
+    def _preview(self) -> None:
+        """Call `preview`; the run goes on without it if it fails, as it does when memory suffices for training alone."""
+        try:
+            with swap_ema(self.model, self.ema):
+                self.preview(self.model, self.step)
+        except (RuntimeError, MemoryError, OSError, ValueError) as error:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            tqdm.write(
+                f"the preview of step {self.step} failed ({reason}); training goes on. Lower train.samples if it was memory, or "
+                "set train.preview_every higher than train.steps.",
+                file=sys.stderr,
+            )
+
     def _skip(self, batch: StepBatch) -> None:
-        """Count a step whose gradient is not finite; it is never applied."""
+        """Count a step that is not applied because its gradient is not finite."""
         self.skipped += 1
         self._skipped_in_a_row += 1
         self.accelerator.print(
@@ -227,15 +300,15 @@ class TrainingLoop(ABC):
         )
         if self._skipped_in_a_row >= self.config.max_skipped:
             raise ValueError(
-                f"{self._skipped_in_a_row} steps in a row up to step {self.step + 1} had a gradient that is not finite; nothing of them "
-                "was applied. Lower train.lr, or use train.precision=fp32, and run again: it resumes from the last checkpoint."
+                f"{self._skipped_in_a_row} steps in a row up to step {self.step + 1} had a gradient that is not finite, and were not "
+                "applied. Lower train.lr, or use train.precision=fp32, and run again: it resumes from the last checkpoint."
             )
 
     def _gather(self, metrics: list[StepMetrics], rate: float) -> list[dict]:
         """Rows of the CSV file, losses averaged over processes."""
         totals = self.accelerator.reduce(torch.stack([m.loss for m in metrics]), "mean").tolist()
         sums = self.accelerator.reduce(torch.stack([m.sums for m in metrics]), "sum")
-        means = (sums[:, 0] / sums[:, 1]).tolist()  # nan where no clip counted, as for a noise level that none had
+        means = (sums[:, 0] / sums[:, 1]).tolist()  # nan where no clip counted, such as for a noise level that no clip had
         return [
             {
                 "step": m.step, "loss": total, "lr": m.lr, "grad_norm": float(m.grad_norm), "skipped": m.skipped,
@@ -246,32 +319,67 @@ class TrainingLoop(ABC):
 
     def _on_signal(self, number: int, _: Any) -> None:
         self._signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+        if self._waiting:
+            self._waiting = False
+            raise _Interrupted
 
     def _stopping(self) -> bool:
-        """Whether any process was asked to stop: all stop after the same step."""
+        """Whether any process was asked to stop, so that all stop after the same step."""
         asked = self._signal is not None
         if self.accelerator.num_processes == 1:
             return asked
         return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum") > 0)
 
 
+class _Estimate:
+    """Says once how long a run will take, from its first steps."""
+
+    def __init__(self, step: int, steps: int):
+        self.first, self.steps = step + WARM_UP_STEPS, steps
+        self.began: float | None = None
+        self.said = False
+
+    def after(self, step: int) -> str | None:
+        """The sentence to print after a step, or None."""
+        now = time.perf_counter()
+        if step <= self.first:
+            self.began = now
+            return None
+        assert self.began is not None
+        done, elapsed = step - self.first, now - self.began
+        if self.said or (done < ESTIMATE_STEPS and elapsed < ESTIMATE_SECONDS):
+            return None
+        self.said = True
+        rest = (self.steps - step) * elapsed / done
+        until = time.strftime("%H:%M" if rest < 12 * 3600 else "%Y-%m-%d %H:%M", time.localtime(time.time() + rest))
+        return f"{done / elapsed:.2f} steps/s: the {self.steps - step} steps that are left take about {duration(rest)}, until {until}"
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: "40 s", "12 min", "3.5 h", "27 days"."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.1f} {name}" if name == "h" else f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 86400:.0f} days"
+
+
 @dataclass
 class BadFiles:
-    """Files that could not be read, and how many are too many: more than `max_fraction` of `dataset_size`."""
+    """The files that could not be read, and the fraction of `dataset_size` that may be unreadable."""
 
     dataset_size: int
     max_fraction: float
     found: dict[str, str] = field(default_factory=dict)  # name -> reason
 
     def add(self, bad: dict[str, str]) -> list[str]:
-        """Record the unreadable files of a batch -> reasons not met before."""
+        """Record the unreadable files of a batch -> the reasons of those that are new."""
         new = {name: reason for name, reason in bad.items() if name not in self.found}
         self.found |= new
         return list(new.values())
 
     def check(self) -> None:
-        """ValueError when there are too many."""
+        """Raise ValueError if there are too many."""
         if len(self.found) > self.max_fraction * self.dataset_size:
             raise ValueError(
                 f"{len(self.found)} of {self.dataset_size} files cannot be read, more than data.max_bad_fraction="
@@ -288,12 +396,28 @@ class Trainer(TrainingLoop):
     vae: VideoVAE
     bad_files: BadFiles
     captions: CaptionCache | None = None
+    set_aside: dict[str, str] = field(default_factory=dict)  # files that ended their loader process: name -> reason
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.conditioners = conditioners_of(self.model.config)
         if self.captions is not None:
             self.conditioners["caption"].tokenize = self.captions  # type: ignore[attr-defined]
+
+    def further_info(self) -> dict[str, Any]:
+        """Files that are set aside, of all processes, and the model's config."""
+        set_aside = [self.set_aside]
+        if self.accelerator.num_processes > 1:
+            set_aside = gather_object(set_aside)
+        return {
+            "set_aside": {name: reason for found in set_aside for name, reason in found.items()},
+            "model": dict(self.model.config),
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Load a checkpoint, and which files were set aside."""
+        super().restore(checkpoint)
+        self.set_aside |= checkpoint.info.get("set_aside", {})
 
     @property
     def breakdown(self) -> Breakdown:
@@ -302,29 +426,30 @@ class Trainer(TrainingLoop):
 
     @property
     def micro_batches(self) -> int:
-        """One with a budget of tokens, else as many as `micro_batch` asks for."""
+        """One with a budget of tokens, else the number that `micro_batch` implies."""
         per_process = self.config.batch_size // self.accelerator.num_processes
         return 1 if self.config.tokens else per_process // (self.config.micro_batch or per_process)
 
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
-        """The diffusion loss of each clip of a batch."""
+        """Compute the diffusion loss of each clip of a batch."""
         for reason in self.bad_files.add(batch.bad):
             self.accelerator.print(f"skipped a file: {reason}")
         self.bad_files.check()
         conditions, clips = self._conditions(batch), to_latents(batch, self.vae)
         with self.accelerator.autocast():
-            step = (model, self.objective, clips, conditions, batch.keys)
-            losses = diffusion_losses(*step, patch=self.model.patch_size)
+            losses = diffusion_losses(
+                model, self.objective, clips, conditions, keys=batch.keys, patch=self.model.patch_size
+            )
         return StepLosses(losses.clips, level_sums(losses.clips, losses.levels))
 
     def _conditions(self, batch: Batch) -> Conditions:
-        """What the model is conditioned on: the batch's conditions, each dropped with probability `label_dropout`."""
+        """The conditions of a batch for the model, each dropped with probability `label_dropout`."""
         found: Conditions = {}
         for name, conditioner in self.conditioners.items():
             if name not in batch.conditions:
                 raise ValueError(
                     f"the model takes {name!r}, which the data does not have; give a manifest with it (and cache latents "
-                    "again), or train a model without."
+                    "again), or train a model without it."
                 )
             values = conditioner.drop(batch.conditions[name], batch.keys, self.config.label_dropout)
             found[name] = conditioner.encode(values, self.vae.stride[0])
@@ -332,7 +457,7 @@ class Trainer(TrainingLoop):
 
 
 class swap_ema:
-    """`with swap_ema(model, ema):` the model holds the averaged weights, in evaluation mode."""
+    """A context manager in which the model has the averaged weights and is in evaluation mode."""
 
     def __init__(self, model: nn.Module, ema: EMAModel):
         self.model, self.ema = model, ema

@@ -20,7 +20,10 @@ BINS = 4  # loss by noise level: [0, 1/4), [1/4, 1/2), ...
 
 
 class Breakdown(NamedTuple):
-    """Parts of a loss with columns of their own. title: of the plot; columns: in the CSV file; labels: in the plot's legend."""
+    """The parts of a loss that are logged in separate columns.
+
+    title: of the plot. columns: in the CSV file. labels: in the legend of the plot.
+    """
 
     title: str
     columns: Sequence[str]
@@ -40,7 +43,7 @@ def columns(breakdown: Breakdown) -> list[str]:
 
 
 def level_sums(losses: Tensor, levels: Tensor) -> Tensor:
-    """(2, BINS): sums of losses and counts by noise level."""
+    """Sums of losses and counts of clips by noise level, (2, BINS)."""
     which = (levels * BINS).long().clamp(0, BINS - 1)
     sums = torch.zeros(2, BINS, device=losses.device)
     sums[0].index_add_(0, which, losses.detach().float())
@@ -51,7 +54,7 @@ def level_sums(losses: Tensor, levels: Tensor) -> Tensor:
 class MetricsLogger:
     """Writes training_metrics.csv and training_curves.png to a run's output folder.
 
-    Rows after `start_step` are removed: the steps behind the checkpoint are taken again.
+    Rows after `start_step` are removed, since those steps are taken again.
     """
 
     def __init__(self, output: Path, start_step: int, breakdown: Breakdown = LEVELS):
@@ -73,12 +76,12 @@ class MetricsLogger:
                 self._tensorboard.add_scalar(f"train/{key}", float(rows[-1][key]), rows[-1]["step"])
 
     def close(self) -> None:
-        """End TensorBoard's writer, which holds a file and a thread."""
+        """Close TensorBoard's writer, which holds a file and a thread."""
         if self._tensorboard is not None:
             self._tensorboard.close()
 
     def curves(self, last: bool) -> None:
-        """Draw the curves. Unless these are the last ones, a drawing of the past `REDRAW_SECONDS` is left as it is."""
+        """Draw the curves, unless they were drawn in the past `REDRAW_SECONDS`; `last`: draw them in any case."""
         now = time.monotonic()
         if last or now - self._drawn >= REDRAW_SECONDS:
             plot_curves(self.path, self.output / "training_curves.png", self.breakdown)
@@ -86,7 +89,7 @@ class MetricsLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Rows of a training_metrics.csv; none if there is no such file."""
+    """Read the rows of a training_metrics.csv; none if there is no such file."""
     if not path.is_file():
         return []
     with open(path, newline="") as stream:
@@ -96,7 +99,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 def _tensorboard(output: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # an extra
+    except ImportError:  # TensorBoard is optional
         return None
     return SummaryWriter(str(output / "tensorboard"))
 
@@ -142,7 +145,7 @@ def plot_curves(metrics: Path, picture: Path, breakdown: Breakdown = LEVELS) -> 
 
 
 def _smooth(x: np.ndarray, y: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over windows of `width` values; what is not finite is left out."""
+    """Means over windows of `width` values; values that are not finite are left out."""
     have = np.isfinite(y)
     x, y = x[have], y[have]
     if len(y) < 2 * width or width < 2:

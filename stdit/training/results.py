@@ -1,4 +1,4 @@
-"""The results of a run: the exported pipeline, samples with real clips to compare, pictures."""
+"""The results of a run: the exported pipeline, samples, real clips to compare them with, and pictures."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ from stdit.vae import VideoVAE
 
 
 def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
-    """The pipeline of a model in training; `config` is a `stdit.config.Config`."""
+    """Build the pipeline of a model in training; `config` is a `stdit.config.Config`."""
     data, objective = config.data, config.objective
     scheduler = STDiTScheduler(
         objective.name,
@@ -47,7 +47,7 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
 
 
 def preview_conditions(model: STDiT, dataset: Dataset, count: int) -> dict[str, Any]:
-    """Arguments of a pipeline for `count` clips: labels spread over the classes, captions of the data, or only a number."""
+    """Arguments of a pipeline call for `count` clips: labels spread over the classes, captions of the data, their number."""
     found: dict[str, Any] = {"num_videos": count}
     for conditioner in model.conditioners.values():
         found |= conditioner.preview(dataset.record, len(dataset), count)
@@ -106,8 +106,8 @@ def _save(tensor: Tensor, path: Path) -> None:
 
 
 def target_clips(dataset: Dataset, vae: VideoVAE, labels: list[int] | None, *, count: int, seed: int) -> Tensor:
-    """Real clips (B, 3, F, H, W) in [-1, 1], of the given labels as far as the data has them."""
-    # Clips are searched for a label in a random order; 4096 of them bound the time on large data sets.
+    """Real clips (B, 3, F, H, W) in [-1, 1], of the given labels if the data has them."""
+    # The clips of a label are searched in random order; a limit of 4096 clips bounds the time on large data sets.
     order = keyed_rng("preview", seed).permutation(len(dataset))[:4096].tolist()
     clips: list[Tensor] = []
     for i in range(count):

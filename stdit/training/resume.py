@@ -1,5 +1,6 @@
-"""Find the checkpoint a run resumes from, and refuse one that was made with a different config."""
+"""Find the checkpoint that a run resumes from, and refuse one of a different config."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -7,13 +8,13 @@ from pathlib import Path
 from stdit.legacy import renamed_config
 from stdit.training.config import LoopConfig
 from stdit.training.run import RunFolders, differences
-from stdit.training.state import Checkpoint, damage, list_checkpoints, load_checkpoint, read_checkpoint
+from stdit.training.state import Checkpoint, damage, list_checkpoints, load_checkpoint, manifest_hash, read_checkpoint
 
-# What may change between two parts of a run without changing what any step computes.
+# Keys that may change when a run resumes, since they do not change what a training step computes.
 _FREE = (
     "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.preview_every",
     "train.resume", "train.allow_changes", "train.samples", "train.sample_steps", "train.guidance", "train.max_skipped",
-    "train.micro_batch", "data.workers", "data.max_bad_fraction", "data.root", "data.manifest", "data.images", "name", "vae.name",
+    "train.micro_batch", "data.workers", "data.timeout", "data.max_bad_fraction", "data.root", "data.manifest", "data.images", "name", "vae.name",
     "model.gradient_checkpointing", "init_from.path",
 )  # fmt: skip
 
@@ -27,13 +28,13 @@ def find_checkpoint(
     main: whether this is the main process, which moves old checkpoints away with resume=never.
     """
     if config.resume == "never":
-        if main and list_checkpoints(folders.checkpoints):
-            _archive(folders.checkpoints)
+        for kept in folders.archive() if main else ():
+            print(f"train.resume=never: what an earlier run left is kept in {kept}", file=sys.stderr)
         return None
     if config.resume == "auto":
         checkpoint = load_checkpoint(folders.checkpoints)
     else:
-        checkpoint = _read(Path(config.resume))
+        checkpoint = _from_path(Path(config.resume), folders, main=main)
     if checkpoint is None:
         return None
     saved = renamed_config(checkpoint.info["config"])
@@ -48,6 +49,37 @@ def find_checkpoint(
             "start again with train.resume=never, or resume all the same with train.allow_changes=true."
         )
     return checkpoint
+
+
+def _from_path(path: Path, folders: RunFolders, *, main: bool) -> Checkpoint:
+    """The checkpoint at a path, or the newest one of this run that was trained on from it.
+
+    The same command run again therefore goes on. Checkpoints of this run that are newer than the one at the path and were
+    not trained on from it are moved aside, since they would take the place of those that follow.
+    """
+    source = _read(path)
+    origin = manifest_hash(source.path)
+    own = list_checkpoints(folders.checkpoints)
+    for candidate in own:
+        if _origin(candidate) == origin and damage(candidate) is None:
+            checkpoint = read_checkpoint(candidate)
+            if checkpoint.step > source.step:
+                return checkpoint
+    newer = [p for p in own if int(p.name.removeprefix("step-")) > source.step]
+    if main and newer:
+        aside = folders.new_archive(folders.checkpoints)
+        for checkpoint_folder in newer:
+            os.rename(checkpoint_folder, aside / checkpoint_folder.name)
+        print(f"train.resume={path}: newer checkpoints are kept in {aside}", file=sys.stderr)
+    return source._replace(info={**source.info, "origin": origin})
+
+
+def _origin(path: Path) -> str | None:
+    """The manifest hash of the checkpoint that `train.resume=PATH` began with, for a checkpoint that came from it."""
+    try:
+        return json.loads((path / "info.json").read_text()).get("origin")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _canonicalize(config: dict, given: dict | None = None) -> dict:
@@ -74,11 +106,11 @@ def _merge(defaults: dict, given: dict) -> dict:
 
 
 def _read(path: Path) -> Checkpoint:
-    """The checkpoint at a path that the user gave: one of them, or a folder of them."""
+    """Read the checkpoint at a path that the user gave: a checkpoint, or the newest one of a folder."""
     if path.name.startswith("step-"):
         reason = damage(path)
         if reason:
-            raise ValueError(f"train.resume={str(path)!r} is damaged or no checkpoint ({reason}); choose another.")
+            raise ValueError(f"train.resume={str(path)!r} is damaged or not a checkpoint ({reason}); choose another.")
         return read_checkpoint(path)
     checkpoint = load_checkpoint(path)
     if checkpoint is None:
@@ -86,13 +118,3 @@ def _read(path: Path) -> Checkpoint:
             f"train.resume={str(path)!r} holds no checkpoints; use auto, never, or a folder of step-N folders."
         )
     return checkpoint
-
-
-def _archive(folder: Path) -> None:
-    """Rename the checkpoints of an earlier run, so that nothing is overwritten."""
-    number = 1
-    while (archive := folder.with_name(f"{folder.name}.before-{number}")).exists():
-        number += 1
-    os.rename(folder, archive)
-    folder.mkdir()
-    print(f"train.resume=never: earlier checkpoints are kept in {archive}", file=sys.stderr)

@@ -1,12 +1,14 @@
 """The folders of a run, the lock that keeps two runs out of one folder, and the files written into it."""
 
-import fcntl
 import os
+import re
+import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from stdit.files import write_json, write_text
@@ -15,7 +17,7 @@ __all__ = ["RunFolders", "differences", "write_text"]
 
 
 class RunFolders:
-    """output/NAME, checkpoints/NAME, models/NAME below the current folder."""
+    """The folders of a run: output/NAME, checkpoints/NAME and models/NAME in the current folder."""
 
     def __init__(self, name: str):
         if not name or name != Path(name).name or name.startswith("."):
@@ -23,52 +25,94 @@ class RunFolders:
         self.name = name
         self.output, self.checkpoints, self.model = (Path(kind) / name for kind in ("output", "checkpoints", "models"))
         self.samples = self.output / "samples"
-        self._lock: IO | None = None
+        self._lock = FileLock(self.output / ".lock")
 
     def lock(self) -> None:
-        """Make the folders and lock them. ValueError if they cannot be written or another run has locked them."""
+        """Create the folders and lock them. ValueError if they cannot be written or another run has locked them."""
         try:
             for folder in (self.samples, self.checkpoints, self.model.parent):
                 folder.mkdir(parents=True, exist_ok=True)
                 probe = folder / f".probe-{os.getpid()}"
                 probe.touch()
                 probe.unlink()
-            lock = open(self.output / ".lock", "a+")  # noqa: SIM115 (open as long as the run lasts)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ValueError(
+                f"output/{self.name} is in use by {self._holder()}; wait for it, or choose another name=."
+            ) from error
         except OSError as error:
             raise ValueError(
-                f"{error.filename!r} cannot be written ({error.strerror}); free it, or start from another folder."
+                f"{error.filename!r} cannot be written ({error.strerror}); make it writable, or start from another folder."
             ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
-            lock.close()
-            raise ValueError(
-                f"output/{self.name} is in use by {holder}; wait for it, or choose another name=."
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        self._lock = lock
+        write_text(self._holder_file, f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._clear()
 
     def unlock(self) -> None:
         """Let other runs use the folders."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
+
+    @property
+    def _holder_file(self) -> Path:
+        return self.output / ".lock-holder"  # beside the lock, which other systems do not let anyone read
+
+    def _holder(self) -> str:
+        try:
+            return self._holder_file.read_text().strip() or "another process"
+        except OSError:
+            return "another process"
+
+    def _clear(self) -> None:
+        """Remove what killed writers left, and give back a model that was moved aside when its replacement was killed."""
+        name = re.escape(self.name)
+        for before in _matching(self.model.parent, rf"\.{name}-before-\d+"):
+            if not self.model.exists():
+                os.rename(before, self.model)
+        left = _matching(self.model.parent, rf"\.{name}-(before-)?\d+")
+        for path in [*left, *_matching(self.output, r"\.\d+-.+"), *_matching(self.samples, r"\.\d+-.+")]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    def archive(self) -> list[Path]:
+        """Move everything that an earlier run of this name left to NAME.before-N -> the new folders."""
+        moved = []
+        for folder in (self.output, self.checkpoints, self.model):
+            entries = [path for path in folder.glob("*") if not path.name.startswith(".lock")]
+            if any(path.is_file() or any(path.iterdir()) for path in entries):
+                target = self.new_archive(folder)
+                for path in entries:
+                    os.rename(path, target / path.name)
+                moved.append(target)
+        self.samples.mkdir(exist_ok=True)
+        if self.model.is_dir() and not any(self.model.iterdir()):
+            self.model.rmdir()
+        return moved
+
+    def new_archive(self, folder: Path) -> Path:
+        """Make the first folder FOLDER.before-N that is not there yet."""
+        number = 1
+        while (archive := folder.with_name(f"{folder.name}.before-{number}")).exists():
+            number += 1
+        archive.mkdir()
+        return archive
 
     def write_config(self, config: Any) -> None:
         """Write the config of the run to config.yaml."""
         write_text(self.output / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
 
     def write_summary(self, summary: Mapping) -> None:
-        """Write how the run went to summary.json."""
+        """Write the summary of the run to summary.json."""
         write_json(self.output / "summary.json", summary)
 
 
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """The entries of a folder whose whole name matches a regular expression."""
+    return [path for path in folder.iterdir() if re.fullmatch(pattern, path.name)]
+
+
 def differences(before: Mapping, now: Mapping, prefix: str = "") -> list[str]:
-    """Keys whose values differ, as "train.lr: 0.0001 -> 0.0002"."""
+    """List the keys whose values differ, such as "train.lr: 0.0001 -> 0.0002"."""
     found = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)

@@ -15,9 +15,15 @@ from torch import Tensor
 
 MANIFEST = "MANIFEST.json"
 
+# Checkpoints that this process wrote, or read and found whole: they are not hashed again at every save.
+_verified: set[tuple] = set()
+
 
 class Checkpoint(NamedTuple):
-    """All that is needed to resume. tensors: group name -> key -> tensor; info: plain JSON."""
+    """The state that a run resumes from.
+
+    tensors: group name -> key -> tensor. info: plain JSON.
+    """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -26,11 +32,12 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], info: dict, keep: int = 2) -> Path:
-    """Write `folder/step-N`, then prune to the newest `keep` (at least two) whole ones.
+    """Write `folder/step-N`, then remove all but the newest `keep` (at least two) complete ones.
 
     A checkpoint appears under its name only when complete and on disk; no older one is touched before that.
-    Raises OSError naming the space needed when the disk is full; what was there before stays whole.
+    Raises OSError naming the space needed when the disk is full; earlier checkpoints stay intact.
     """
+    _check_finite(tensors, f"the state after step {step}", "nothing was written; resume from the last checkpoint with a lower train.lr, or with train.precision=fp32")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step}"
@@ -46,7 +53,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
         (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _sync(tmp / MANIFEST)
         _sync(tmp)
-        if final.exists():  # left by a run that went on from an older checkpoint
+        if final.exists():  # written by a run that resumed from an older checkpoint
             shutil.rmtree(final)
         os.rename(tmp, final)
         _sync(folder)
@@ -58,32 +65,36 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
             f"Checkpoint of step {step} could not be written to {folder}: {error}. It takes {size / 1e6:.1f} MB, "
             f"{free / 1e6:.1f} MB are free; earlier checkpoints are untouched, free some space and run again to resume."
         ) from error
+    _verified.add(_identity(final))
     _prune(folder, max(2, keep))
     return final
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint of `folder`, or of a run; None if there is none at all.
+    """Load the newest undamaged checkpoint of `folder`; None if there are no checkpoints.
 
-    A damaged one is reported on stderr and the one before it is tried. ValueError if all are damaged.
+    A damaged one is reported on stderr, and the one before it is tried. Raises ValueError if all are damaged.
     """
     reasons = []
     for path in list_checkpoints(folder):
         reason = damage(path)
         if reason is None:
-            return read_checkpoint(path)
+            try:
+                return read_checkpoint(path)
+            except ValueError as error:
+                reason = str(error)
         reasons.append(f"{path}: {reason}")
         print(f"Checkpoint {path} is damaged ({reason}); trying the one before it.", file=sys.stderr)
     if reasons:
         raise ValueError(
-            f"No whole checkpoint in {folder} ({'; '.join(reasons)}). "
-            "Restore one from a backup, or start afresh with train.resume=never."
+            f"No undamaged checkpoint in {folder} ({'; '.join(reasons)}). "
+            "Restore one from a backup, or start again with train.resume=never."
         )
     return None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints by step, newest first (never by time stamp: clocks go back)."""
+    """List checkpoints by step, newest first (not by time stamp, since clocks can go back)."""
     found = [p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
@@ -102,18 +113,25 @@ def damage(path: Path) -> str | None:
                 return f"{name} does not match its hash"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
-    return None if "info.json" in manifest else "info.json is not listed"
+    unlisted = sorted(file.name for file in path.glob("*.safetensors") if file.name not in manifest)
+    if unlisted:
+        return f"{unlisted[0]} is not listed in {MANIFEST}"
+    if "info.json" not in manifest:
+        return "info.json is not listed"
+    _verified.add(_identity(path))
+    return None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Load one checkpoint folder without checking its hashes."""
+    """Load one checkpoint folder without checking its hashes. ValueError if a number in it is not finite."""
     info = json.loads((path / "info.json").read_text())
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    _check_finite(tensors, str(path), "use an older checkpoint")
     return Checkpoint(info["step"], tensors, info, path)
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state as safetensors holds it: tensors "<parameter index>.<name>", and plain numbers."""
+    """Flatten an optimizer's state for safetensors: tensors named "<parameter index>.<name>", and plain values."""
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict] = {}
@@ -127,7 +145,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], info: dict) -> None:
-    """Inverse of `flatten_optimizer`."""
+    """Restore an optimizer's state, the inverse of `flatten_optimizer`."""
     state: dict[int, dict] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
@@ -137,8 +155,26 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": info["param_groups"]})
 
 
+def _check_finite(tensors: dict[str, dict[str, Tensor]], what: str, remedy: str) -> None:
+    for group, named in tensors.items():
+        for name, value in named.items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(f"{what} has a number that is not finite in {group}/{name}; {remedy}.")
+
+
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().clone()
+
+
+def _identity(path: Path) -> tuple:
+    """What changes when a checkpoint's files do: names, sizes and times of change."""
+    files = sorted(path.iterdir()) if path.is_dir() else []
+    return (str(path.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+def manifest_hash(path: Path) -> str:
+    """The hash of a checkpoint's manifest, which identifies all of its content."""
+    return _hash(path / MANIFEST)
 
 
 def _hash(file: Path) -> str:
@@ -152,6 +188,8 @@ def _hash_and_sync(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders; its renames are journalled
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -160,12 +198,15 @@ def _sync(path: Path) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` whole checkpoints, and what killed writers left behind."""
+    """Remove what is older than the newest `keep` whole checkpoints, and what killed writers left behind.
+
+    Only files that match their hashes make a checkpoint whole, so that damaged ones never push out the last good one.
+    """
     whole = 0
     for path in list_checkpoints(folder):
         if whole >= keep:
             shutil.rmtree(path, ignore_errors=True)
-        elif (path / MANIFEST).is_file():
+        elif _identity(path) in _verified or damage(path) is None:
             whole += 1
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)

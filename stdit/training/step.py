@@ -18,7 +18,10 @@ from stdit.vae import VideoVAE
 
 
 class Losses(NamedTuple):
-    """clips (B,): the mean over frames to be predicted; levels (B,): their mean noise level."""
+    """The loss of each clip.
+
+    clips: (B,), means over the frames to predict. levels: (B,), mean noise levels.
+    """
 
     clips: Tensor
     levels: Tensor
@@ -32,17 +35,21 @@ def _not_cached(mask: Tensor) -> Tensor:
 
 
 class LatentBatch(NamedTuple):
-    """latents (B, C, T, h, w); reencode: from a mask (B, T), latents (n, C, h, w) of those frames encoded as the start of a
-    segment (behind their own first pixel frame, without the frames before), as sampling encodes known frames inside a clip."""
+    """The latents (B, C, T, h, w) of a batch, and a function that encodes some of its frames again.
+
+    reencode: from a mask (B, T), latents (n, C, h, w) of the marked frames, encoded as the start of a segment: after a copy
+    of their first pixel frame, without the frames before. Sampling encodes known frames inside a clip in this way.
+    """
 
     latents: Tensor
     reencode: Callable[[Tensor], Tensor] = _not_cached
 
 
 class NoisyBatch(NamedTuple):
-    """A batch on its way through the model: mask (B, T) or (B, T, rows, columns), true where the loss counts.
+    """A noised batch, and what its loss needs.
 
-    history: the same clips and timesteps (B, T) as each frame sees the frames before it (teacher forcing), or None.
+    mask: (B, T) or (B, T, rows, columns), true where the loss counts. history: for teacher forcing, the latents and the
+    timesteps (B, T) of the earlier frames that each frame attends to, else None.
     """
 
     clean: Tensor
@@ -55,9 +62,9 @@ class NoisyBatch(NamedTuple):
 
 
 def to_latents(batch: Batch, vae: VideoVAE) -> list[LatentBatch]:
-    """Cached latents as they are, or pixels (B, F, H, W, 3) uint8 through the VAE; float32, on the VAE's device.
+    """The latents of a batch, cached or encoded from pixels (B, F, H, W, 3) uint8; float32, on the VAE's device.
 
-    One entry, or one for each clip of a batch of many shapes.
+    Returns one entry, or one for each clip of a batch of many shapes.
     """
     if batch.latents is not None:
         cached = batch.reencoded
@@ -94,10 +101,10 @@ def diffusion_losses(
     level: float | None = None,
     strategy: str | None = None,
 ) -> Losses:
-    """Noise latents (B, C, T, h, w) at levels drawn by key, predict under conditions, compare where the mask is true.
+    """The diffusion loss of each clip: noise at levels drawn by key, predict, and compare where the mask is true.
 
-    Each clip has a mask strategy of its own, so that every step shows some of each. Clips of many shapes go through the
-    model in one packed sequence. level, strategy: in place of drawn ones, for the loss at a given noise level.
+    The mask strategy is drawn for each clip, so that a step has clips of several strategies. Clips of many shapes go through
+    the model in one packed sequence. level, strategy: used in place of drawn ones, for the loss at a given noise level.
     """
     counts = [len(part.latents) for part in clips]
     begins = [sum(counts[:i]) for i in range(len(counts))]
@@ -124,11 +131,10 @@ def diffusion_losses(
 
 
 def _visible_patches(ratio: float, keys: Sequence[Key], one: NoisyBatch, patch: tuple[int, int, int]) -> Tensor:
-    """(B, n) patches of a frame that the encoder sees: as many in every clip of a step, which ones by each clip's key."""
+    """Draw the patches (B, n) of a frame that the encoder sees: n by the key of the step, which ones by that of the clip."""
     patches = (one.noisy.shape[3] // patch[1]) * (one.noisy.shape[4] // patch[2])
-    ratio += 0.2 * float(
-        torch.rand((), generator=keyed_generator("mask", *keys[0][:2]))
-    )  # MDT v2 draws from 0.3 to 0.5
+    # MDT v2 draws the ratio from 0.3 to 0.5.
+    ratio += 0.2 * float(torch.rand((), generator=keyed_generator("mask", *keys[0][:2])))
     count = max(1, int(patches * (1 - ratio)))
     drawn = [torch.randperm(patches, generator=keyed_generator("mask", *key))[:count] for key in keys]
     return torch.stack(drawn).to(one.noisy.device)
@@ -179,12 +185,12 @@ def _add_noise(
 
 
 def _per_patch(frames: Tensor, grid: Grid) -> Tensor:
-    """(T,) or (T, rows, columns) -> (T, rows, columns)."""
+    """Expand (T,) or (T, rows, columns) to (T, rows, columns)."""
     return frames if frames.ndim > 1 else frames[:, None, None].expand(grid)
 
 
 def _compare(objective: Objective, output: Tensor, one: NoisyBatch) -> Losses:
-    """The mean over the masked positions of each frame, then over the frames that have any."""
+    """The mean loss over the masked positions of each frame, then over the frames that have any."""
     loss = objective.loss(output, one.noisy, one.clean, noise=one.noise, levels=one.levels)
     counted = like(one.mask, one.clean)[:, 0].expand_as(loss)
     frames = (loss * counted).sum((2, 3)) / counted.sum((2, 3)).clamp(min=1)
@@ -194,13 +200,13 @@ def _compare(objective: Objective, output: Tensor, one: NoisyBatch) -> Losses:
 
 
 def _with_segments_reencoded(clips: LatentBatch, mask: Tensor) -> Tensor:
-    """Latents in which every segment of known frames inside a clip is what a task can encode of it.
+    """Latents in which segments of known frames inside a clip are encoded without the frames before, as in sampling.
 
     mask: (B, T) or (B, T, rows, columns), true = to be generated.
     """
     known = ~mask.flatten(2).all(2) if mask.ndim > 2 else ~mask
     starts = known.clone()
-    starts[:, 0] = False  # a clip's own beginning
+    starts[:, 0] = False  # the first frame of a clip is encoded alone anyway
     starts[:, 1:] &= ~known[:, :-1]
     if not starts.any():
         return clips.latents

@@ -1,4 +1,4 @@
-"""Training the tiny VAE: clips in memory at several sizes, batches as a pure function of (seed, step), the loss, the loop."""
+"""Training of the tiny VAE: its config, batches as a pure function of (seed, step), the loss, and the loop."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,35 +19,34 @@ from stdit.vae.tiny import TinyVAE, TinyVAEConfig
 
 @dataclass
 class VAEDataConfig:
-    """Clips to train on: a manifest (CSV with `path` and `group`), grey images, and drawn shapes as shares of the batches."""
+    """The training data of the VAE: clips of a manifest (CSV with `path` and `group`), grey images, and drawn shapes."""
 
     root: str = "data/clips"  # folder of the clips
-    manifest: str = "clips.csv"  # CSV in it with path and group
+    manifest: str = "clips.csv"  # CSV file in it, with the columns path and group
     images: list[str] = field(default_factory=list)  # idx files of grey images
-    hold_out: list[str] = field(default_factory=list)  # values of the manifest's column group that are not trained on
+    hold_out: list[str] = field(default_factory=list)  # values of the column group whose clips are not trained on
     short_sides: list[int] = field(default_factory=lambda: [64, 80, 96, 128, 160])  # short sides of the clips in pixels
-    share_shapes: float = 0.15  # share of the batches that are drawn shapes
-    share_images: float = 0.05  # share of the batches that are grey images
+    share_shapes: float = 0.15  # fraction of the clips that are drawn shapes
+    share_images: float = 0.05  # fraction of the clips that are grey images
 
 
 @dataclass
 class VAETrainConfig(LoopConfig):
-    """Settings of the VAE's training: those of any loop, and the weights of the loss's terms."""
+    """Settings of the VAE's training: those of every training loop, and the weights of the terms of its loss."""
 
     steps: int = 18300
     decay_steps: int | None = 18300
     warmup_steps: int = 100
     lr: float = 4e-3
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon: 3.9 dB ahead after 300 steps, one rate each
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: 3.9 dB ahead of adamw after 300 steps, each at one learning rate
     ema_decay: float = 0.999
     checkpoint_every: int = 500
     preview_every: int = 1000
-    latent_noise: float = 0.05  # noise on latents in training, so that the decoder tolerates it
-    # Latents at half size decode to pixels at half size (EQ-VAE), which makes them easier to generate.
-    scale_weight: float = 0.5  # latents at half size decode to pixels at half size (EQ-VAE)
-    latent_weight: float = 1e-4  # keeps raw latents near unit size (a KL term of fixed variance)
-    l1_weight: float = 0.02  # absolute error
-    flicker_weight: float = 0.25  # squared error of frame differences
+    latent_noise: float = 0.05  # standard deviation of noise on latents in training, so that the decoder tolerates it
+    scale_weight: float = 0.5  # weight of the error at half size, which makes latents easier to generate (EQ-VAE)
+    latent_weight: float = 1e-4  # weight of squared latents, which keeps them near unit size (KL of fixed variance)
+    l1_weight: float = 0.02  # weight of the absolute error
+    flicker_weight: float = 0.25  # weight of the squared error of frame differences
 
 
 @dataclass
@@ -61,18 +60,18 @@ class VAEConfig:
     train: VAETrainConfig = field(default_factory=VAETrainConfig)  # steps, optimizer and weights of the loss
 
 
-# ((frames, size, clips) of a batch, probability): mostly small and short, with about as many pixels in each.
+# ((frames, size, clips) of a batch, probability): mostly small and short; batches have similar numbers of pixels.
 BATCH_SHAPES = (((9, 64, 16), 0.55), ((17, 64, 8), 0.2), ((17, 128, 2), 0.15), ((9, 96, 7), 0.1))
 
 
 class ClipPool:
-    """Real clips as uint8 (F, H, W, 3), each at several sizes; plus grey images (N, 28, 28)."""
+    """The training data in memory: clips (F, H, W, 3) uint8, each at several sizes, and grey images (N, 28, 28)."""
 
     def __init__(self, clips: Sequence[dict[int, np.ndarray]], images: np.ndarray | None, config: VAEDataConfig):
         self.clips, self.images, self.config = clips, images, config
 
     def batch(self, seed: int, step: int) -> Tensor:
-        """(B, 3, F, S, S) in [-1, 1], a pure function of seed and step."""
+        """Draw a batch (B, 3, F, S, S) in [-1, 1], a pure function of seed and step."""
         rng = np.random.default_rng((seed, step))
         shares = np.array([share for _, share in BATCH_SHAPES])
         frames, size, count = BATCH_SHAPES[rng.choice(len(BATCH_SHAPES), p=shares / shares.sum())][0]
@@ -89,7 +88,7 @@ class ClipPool:
         return self._real(rng, frames, size)
 
     def _real(self, rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
-        while True:  # until a clip is drawn that is large and long enough
+        while True:  # repeat until a clip is large and long enough
             pyramid = self.clips[int(rng.integers(len(self.clips)))]
             sides = [side for side in pyramid if side >= size]
             if sides and len(clip := pyramid[rng.choice(sides)]) >= frames:
@@ -130,12 +129,13 @@ TERMS = Breakdown(
 
 
 def vae_loss(vae: TinyVAE, pixels: Tensor, noise: Tensor, config: VAETrainConfig) -> tuple[Tensor, Tensor]:
-    """The loss, and its `TERMS` (4,) without their weights.
+    """Compute the loss, and its `TERMS` (4,) without their weights.
 
-    Squared error, a little absolute error (flat areas stay flat), flicker, agreement at half size, the size of latents.
+    The loss has the squared error, a little absolute error (so that flat areas stay flat), the error of frame differences,
+    the error at half size, and the size of latents.
     """
     raw = vae.encode_raw(pixels)
-    # Statistics in raw space, so that noise keeps its share whatever the scale of the latents becomes.
+    # Noise is added to raw latents, whose size `latent_weight` keeps near 1.
     decoded = vae.decode_raw(raw + config.latent_noise * noise).float()
     error = decoded - pixels
     mse = error.square().mean()
@@ -148,12 +148,15 @@ def vae_loss(vae: TinyVAE, pixels: Tensor, noise: Tensor, config: VAETrainConfig
 
 
 def decoded_half(vae: TinyVAE, raw: Tensor) -> Tensor:
-    """Pixels at half the height and width, decoded from latents averaged over 2 x 2."""
+    """Decode latents averaged over 2 x 2 to pixels at half the height and width."""
     return vae.decode_raw(F.avg_pool3d(raw, (1, 2, 2))).float()
 
 
 class VAEBatch(NamedTuple):
-    """pixels (B, 3, F, S, S) in [-1, 1]; noise: for the latents; keys, total: see `stdit.training.fit.StepBatch`."""
+    """A batch of the VAE's training.
+
+    pixels: (B, 3, F, S, S) in [-1, 1]. noise: for the latents. keys, total: as in `stdit.training.fit.StepBatch`.
+    """
 
     pixels: Tensor
     noise: Tensor
@@ -162,13 +165,13 @@ class VAEBatch(NamedTuple):
 
 
 def vae_batches(pool: ClipPool, vae: TinyVAE, seed: int, start_step: int) -> Iterator[VAEBatch]:
-    """Endless batches from `start_step` on, each a pure function of (seed, step)."""
+    """Yield endless batches from `start_step` on, each a pure function of (seed, step)."""
     step = start_step
     while True:
         pixels = pool.batch(seed, step)
         count = len(pixels)
         shape = (count, vae.channels, vae.latent_frames(pixels.shape[2]), *vae.latent_size(*pixels.shape[3:]))
-        # 1 000 003 is prime: seeds of neighbouring runs share no step's noise.
+        # With a factor that exceeds any number of steps, runs of different seeds share no noise.
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
         yield VAEBatch(pixels, noise, [(seed, step, slot) for slot in range(count)], count)
         step += 1
@@ -176,7 +179,7 @@ def vae_batches(pool: ClipPool, vae: TinyVAE, seed: int, start_step: int) -> Ite
 
 @dataclass
 class VAETrainer(TrainingLoop):
-    """A training run of the tiny VAE, in one process: the loss does not go through the module's forward, as DDP needs."""
+    """The training run of the tiny VAE, in one process, since its loss bypasses the module's forward, which DDP needs."""
 
     config: VAETrainConfig
 
@@ -184,7 +187,7 @@ class VAETrainer(TrainingLoop):
         super().__post_init__()
         if self.accelerator.num_processes > 1:
             raise ValueError(
-                f"The VAE is trained by 1 process, got {self.accelerator.num_processes}; start it without a launcher."
+                f"The VAE is trained in 1 process, got {self.accelerator.num_processes}; start it without a launcher."
             )
 
     @property
@@ -193,7 +196,7 @@ class VAETrainer(TrainingLoop):
         return TERMS
 
     def losses(self, model: nn.Module, batch: VAEBatch) -> StepLosses:
-        """The loss of a batch, for each of its clips the same."""
+        """Compute the loss of a batch, which is the same for each of its clips."""
         device = self.accelerator.device
         with self.accelerator.autocast():
             loss, terms = vae_loss(self.model, batch.pixels.to(device), batch.noise.to(device), self.config)
@@ -201,6 +204,6 @@ class VAETrainer(TrainingLoop):
 
 
 def psnr(clips: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """PSNR in dB of the squared error averaged over clips; pixels in [-1, 1]."""
+    """The PSNR in dB of the squared error, averaged over pairs of clips with pixels in [-1, 1]."""
     errors = [(a.float().clamp(-1, 1) - b.float()).square().mean().item() for a, b in clips]
     return 10 * float(np.log10(4 / np.mean(errors)))

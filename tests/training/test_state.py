@@ -89,7 +89,7 @@ def test_every_single_flipped_byte_is_found(folder):
 def test_when_all_are_damaged_nothing_starts_afresh_silently(folder):
     for path in folder.iterdir():
         (path / "MANIFEST.json").unlink()
-    with pytest.raises(ValueError, match=r"No whole checkpoint .*step-3.*step-2.*step-1.*train.resume=never"):
+    with pytest.raises(ValueError, match=r"No undamaged checkpoint .*step-3.*step-2.*step-1.*train.resume=never"):
         load_checkpoint(folder)
 
 

@@ -136,10 +136,82 @@ def test_a_step_that_is_not_finite_is_never_applied(home, monkeypatch):
 
     assert go("name=clean", "train.steps=3", "train.samples=0") == 0
     monkeypatch.setattr(fit, "diffusion_losses", poisoned)
-    assert go("name=bad", "train.steps=4", "train.samples=0", "train.checkpoint_every=1") == 0
+    assert go("name=bad", "train.steps=5", "train.samples=0", "train.checkpoint_every=1") == 0
     before, after = tensors("clean", 3), tensors("bad", 4)
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert json.loads((home / "output/bad/summary.json").read_text())["skipped_steps"] == 1
+
+
+def test_a_run_whose_last_step_was_skipped_is_not_finished(home, monkeypatch, capsys):
+    import stdit.training.fit as fit
+
+    real = fit.diffusion_losses
+
+    def poisoned(model, objective, clips, conditions, keys, **options):
+        result = real(model, objective, clips, conditions, keys, **options)
+        return result._replace(clips=result.clips * float("nan")) if keys[0][1] == 3 else result
+
+    monkeypatch.setattr(fit, "diffusion_losses", poisoned)
+    assert go("train.steps=4", "train.samples=0", "train.checkpoint_every=3") == 1
+    assert "not finished" in capsys.readouterr().err
+    assert not (home / "models" / "t").exists()
+    assert list_checkpoints(home / "checkpoints" / "t")[0].name == "step-3"
+
+
+def test_weights_that_are_not_finite_are_never_saved(home, monkeypatch, capsys):
+    import stdit.training.fit as fit
+
+    assert go("train.steps=3", "train.samples=0") == 0
+    real = fit.TrainingLoop._one_step
+
+    def broken(self, *args):
+        measured = real(self, *args)
+        if self.step == 5:
+            next(self.model.parameters()).data[0] = float("inf")
+        return measured
+
+    monkeypatch.setattr(fit.TrainingLoop, "_one_step", broken)
+    assert go("train.steps=6", "train.samples=0") == 1
+    assert "not finite in" in capsys.readouterr().err
+    assert [path.name for path in list_checkpoints(home / "checkpoints" / "t")] == ["step-3"]
+
+
+def test_a_preview_that_fails_does_not_end_the_run(home, monkeypatch, capsys):
+    import stdit.recipes.train as recipe
+
+    def broken(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(recipe, "preview", broken)
+    assert go("train.steps=6", "train.samples=0", "train.preview_every=2") == 0
+    assert "the preview of step 2 failed (CUDA out of memory.); training goes on" in capsys.readouterr().err
+
+
+def test_the_same_command_with_a_checkpoint_to_resume_from_goes_on_from_what_it_made(home, capsys):
+    options = ["train.samples=0", "train.checkpoint_every=2"]
+    assert go("train.steps=2", *options) == 0
+    (home / "checkpoints/t/step-2").rename(home / "start")
+    (home / "start").rename(home / "step-2")
+    assert go("train.steps=4", "train.resume=step-2", *options) == 0
+    capsys.readouterr()
+    assert go("train.steps=6", "train.resume=step-2", *options) == 0
+    assert "resumed from checkpoints/t/step-4" in capsys.readouterr().out
+
+
+def test_going_back_to_an_older_checkpoint_keeps_the_newer_ones_and_what_follows(home, capsys):
+    options = ["train.samples=0", "train.checkpoint_every=2"]
+    assert go("train.steps=6", "train.keep_checkpoints=3", *options) == 0
+    assert go("train.steps=4", "train.resume=checkpoints/t/step-2", *options) == 0
+    assert [path.name for path in list_checkpoints(home / "checkpoints" / "t")] == ["step-4", "step-2"]
+    assert sorted(path.name for path in (home / "checkpoints/t.before-1").iterdir()) == ["step-4", "step-6"]
+    assert "t.before-1" in capsys.readouterr().err
+
+
+def test_starting_afresh_keeps_samples_and_model_of_the_run_before(home):
+    assert go("train.steps=3", "train.samples=1") == 0
+    assert go("train.steps=3", "train.samples=1", "train.resume=never") == 0
+    for kind, file in (("output", "samples/contact_sheet.png"), ("models", "model_index.json"), ("checkpoints", "step-3")):
+        assert (home / kind / "t" / file).exists() and (home / kind / "t.before-1" / file).exists()
 
 
 def test_too_many_bad_steps_stop_the_run_in_one_line(home, monkeypatch, capsys):
