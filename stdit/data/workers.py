@@ -5,6 +5,7 @@ memory, which is small in containers and left behind by killed processes.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -164,10 +165,8 @@ class WorkerPool:
                 if worker.job is not None or not self._waiting:
                     continue
                 job = self._waiting.pop(0)
-            try:
+            with contextlib.suppress(OSError):  # it has died; its connection says so next
                 worker.give(job, self.set_aside)
-            except OSError:
-                pass  # it has died; its connection says so next
 
     def _receive(self, worker: _Worker) -> None:
         try:

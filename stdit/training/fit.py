@@ -11,7 +11,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -177,19 +177,18 @@ class TrainingLoop(ABC):
     def fit(self, batches: Iterator[Any]) -> None:
         """Train to `config.steps`; `preview` is called with averaged weights every `preview_every` steps.
 
-        Raises Stopped after a signal, and ValueError if too many files are unreadable or too many gradients are not finite.
+        Raises Stopped after a signal, and ValueError if too many files are unreadable or too many gradients are not
+        finite.
         """
         config, main = self.config, self.accelerator.is_main_process
         wrapped, *optimizers = self.accelerator.prepare(self.model, *self.optimizers)
         logger = MetricsLogger(self.folders.output, self.step, self.breakdown) if main else None
         metrics: list[StepMetrics] = []
         clips = 0
-        in_main_thread = threading.current_thread() is threading.main_thread()  # only there may a handler be set
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS if in_main_thread}
         progress = tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, dynamic_ncols=True)
         began, mark = time.perf_counter() - self.seconds, time.perf_counter()
         estimate = _Estimate(self.step, config.steps)
-        try:
+        with self._signals_caught(), closing(progress), closing(logger) if logger else nullcontext():
             while self.step < config.steps:
                 try:
                     measured, count = self._one_step(wrapped, optimizers, batches)
@@ -204,12 +203,6 @@ class TrainingLoop(ABC):
                     saving = self.step % config.checkpoint_every == 0 or self.step == config.steps or stopping
                     if main and (said := estimate.after(self.step)):
                         tqdm.write(said, file=sys.stderr)
-                if self.step == config.steps and self._skipped_in_a_row:
-                    raise ValueError(
-                        f"the last {self._skipped_in_a_row} steps up to step {self.step} had a gradient that is not finite, so "
-                        "the run is not finished. Lower train.lr, or use train.precision=fp32, and run again: it resumes from "
-                        "the last checkpoint."
-                    )
                 if metrics and (self.step % config.log_every == 0 or saving):
                     rate = clips / (time.perf_counter() - mark)
                     mark, clips = time.perf_counter(), 0
@@ -230,12 +223,6 @@ class TrainingLoop(ABC):
                         self._preview()
                     mark, clips = time.perf_counter(), 0
                     self.accelerator.wait_for_everyone()
-        finally:
-            progress.close()
-            if logger is not None:
-                logger.close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _one_step(self, model: nn.Module, optimizers: list, batches: Iterator[Any]) -> tuple[StepMetrics, int]:
         """Take one optimizer step -> its metrics and the number of its clips."""
@@ -265,6 +252,17 @@ class TrainingLoop(ABC):
         self.model.zero_grad()
         metrics = StepMetrics(self.step + 1, total, sums, lr=lr, grad_norm=torch.as_tensor(norm), skipped=self.skipped)
         return metrics, batch.total
+
+    @contextmanager
+    def _signals_caught(self) -> Iterator[None]:
+        """Within it, signals are noted and end the run after the step; handlers can be set in the main thread only."""
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS if in_main_thread}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _next(self, batches: Iterator[Any]) -> StepBatch:
         """The next batch. A signal ends the wait for it, where no other process has to stop after the same step."""
@@ -302,6 +300,11 @@ class TrainingLoop(ABC):
             raise ValueError(
                 f"{self._skipped_in_a_row} steps in a row up to step {self.step + 1} had a gradient that is not finite, and were not "
                 "applied. Lower train.lr, or use train.precision=fp32, and run again: it resumes from the last checkpoint."
+            )
+        if self.step + 1 == self.config.steps:
+            raise ValueError(
+                f"the last step, {self.step + 1}, had a gradient that is not finite, so the run is not finished. Lower train.lr, or "
+                "use train.precision=fp32, and run again: it resumes from the last checkpoint."
             )
 
     def _gather(self, metrics: list[StepMetrics], rate: float) -> list[dict]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         directions = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov's look ahead
         if weight_decay:
-            torch._foreach_mul_(params, 1 - lr * weight_decay)
+            torch._foreach_mul_(list[Tensor](params), 1 - lr * weight_decay)
         for chunk in _chunks(directions):
             rows, columns = directions[chunk[0]].shape
             wide = torch.stack([directions[i] if rows <= columns else directions[i].mT for i in chunk])
@@ -94,7 +94,7 @@ class Muon(torch.optim.Optimizer):
                 params[i].add_(update.reshape(params[i].shape), alpha=-lr * 0.2 * math.sqrt(max(rows, columns)))
 
 
-def _chunks(matrices: list[Tensor]) -> list[list[int]]:
+def _chunks(matrices: Sequence[Tensor]) -> list[list[int]]:
     """Indices of matrices of one shape and device, in groups of at most CHUNK numbers (or one matrix)."""
     groups = defaultdict(list)
     for i, matrix in enumerate(matrices):

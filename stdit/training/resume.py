@@ -24,8 +24,8 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """The checkpoint that `train.resume` asks for, or None to start from step 0. ValueError if its config differs.
 
-    resolved: the config of this run; defaults: the default config, for keys that did not exist when the checkpoint was written;
-    main: whether this is the main process, which moves old checkpoints away with resume=never.
+    resolved: the config of this run; defaults: the default config, for keys that did not exist when the checkpoint was
+    written; main: whether this is the main process, which moves old checkpoints away with resume=never.
     """
     if config.resume == "never":
         for kept in folders.archive() if main else ():
@@ -54,8 +54,8 @@ def find_checkpoint(
 def _from_path(path: Path, folders: RunFolders, *, main: bool) -> Checkpoint:
     """The checkpoint at a path, or the newest one of this run that was trained on from it.
 
-    The same command run again therefore goes on. Checkpoints of this run that are newer than the one at the path and were
-    not trained on from it are moved aside, since they would take the place of those that follow.
+    The same command run again therefore goes on. Checkpoints of this run that are newer than the one at the path and
+    were not trained on from it are moved aside, since they would take the place of those that follow.
     """
     source = _read(path)
     origin = manifest_hash(source.path)

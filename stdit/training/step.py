@@ -37,8 +37,8 @@ def _not_cached(mask: Tensor) -> Tensor:
 class LatentBatch(NamedTuple):
     """The latents (B, C, T, h, w) of a batch, and a function that encodes some of its frames again.
 
-    reencode: from a mask (B, T), latents (n, C, h, w) of the marked frames, encoded as the start of a segment: after a copy
-    of their first pixel frame, without the frames before. Sampling encodes known frames inside a clip in this way.
+    reencode: from a mask (B, T), latents (n, C, h, w) of the marked frames, encoded as the start of a segment: after a
+    copy of their first pixel frame, without the frames before. Sampling encodes known frames inside a clip in this way.
     """
 
     latents: Tensor
@@ -103,8 +103,9 @@ def diffusion_losses(
 ) -> Losses:
     """The diffusion loss of each clip: noise at levels drawn by key, predict, and compare where the mask is true.
 
-    The mask strategy is drawn for each clip, so that a step has clips of several strategies. Clips of many shapes go through
-    the model in one packed sequence. level, strategy: used in place of drawn ones, for the loss at a given noise level.
+    The mask strategy is drawn for each clip, so that a step has clips of several strategies. Clips of many shapes go
+    through the model in one packed sequence. level, strategy: used in place of drawn ones, for the loss at a given
+    noise level.
     """
     counts = [len(part.latents) for part in clips]
     begins = [sum(counts[:i]) for i in range(len(counts))]

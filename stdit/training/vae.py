@@ -131,8 +131,8 @@ TERMS = Breakdown(
 def vae_loss(vae: TinyVAE, pixels: Tensor, noise: Tensor, config: VAETrainConfig) -> tuple[Tensor, Tensor]:
     """Compute the loss, and its `TERMS` (4,) without their weights.
 
-    The loss has the squared error, a little absolute error (so that flat areas stay flat), the error of frame differences,
-    the error at half size, and the size of latents.
+    The loss has the squared error, a little absolute error (so that flat areas stay flat), the error of frame
+    differences, the error at half size, and the size of latents.
     """
     raw = vae.encode_raw(pixels)
     # Noise is added to raw latents, whose size `latent_weight` keeps near 1.
