@@ -83,15 +83,15 @@ class StepMetrics(NamedTuple):
     skipped: int
 
 
-# Signals after which a run saves its state and stops: of a person, a scheduler (SLURM warns with USR1), a closed terminal.
+# Signals after which a run saves its state and stops: from a user, a scheduler (SLURM sends USR1), a closed terminal.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
-# The time a run takes is told after so many steps, or so many seconds; the first steps are slower and do not count.
+# The remaining time is estimated after this many steps or seconds, without the first steps, which are slower.
 ESTIMATE_STEPS, ESTIMATE_SECONDS, WARM_UP_STEPS = 20, 30.0, 2
 
 
 class _Interrupted(Exception):
-    """Raised by the signal handler while the loop waits for data, so that it does not wait on."""
+    """Raised by the signal handler while the loop waits for data, to end the wait."""
 
 
 def _no_preview(model: nn.Module, step: int) -> None:
@@ -111,7 +111,7 @@ class TrainingLoop(ABC):
     optimizers: list
     config: LoopConfig
     resolved: dict  # the whole config, kept in checkpoints
-    preview: Callable[[Any, int], None] = field(default=_no_preview, kw_only=True)  # (model, step), with averaged weights
+    preview: Callable[[Any, int], None] = field(default=_no_preview, kw_only=True)  # of (model, step)
     step: int = field(default=0, init=False)
     skipped: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
@@ -120,8 +120,10 @@ class TrainingLoop(ABC):
         self.ema = EMAModel(self.model.parameters(), decay=self.config.ema_decay, foreach=True)
         self.ema.to(self.accelerator.device)
         self._signal: int | None = None
-        self._waiting = False  # for data
-        self._origin: str | None = None  # of the checkpoint that the run began with, see stdit/training/resume.py
+        self._waiting = False  # whether the loop waits for data
+        self._origin: str | None = (
+            None  # manifest hash of the checkpoint that the run began with, see training/resume.py
+        )
         self._skipped_in_a_row = 0
 
     @property
@@ -139,7 +141,7 @@ class TrainingLoop(ABC):
         """Compute the losses of one micro-batch; `model` is `self.model` as prepared by Accelerate (DDP)."""
 
     def further_info(self) -> dict[str, Any]:
-        """What else of a run's state a checkpoint holds, as plain values."""
+        """Further state of the run for the checkpoint, as plain values."""
         return {}
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -192,7 +194,7 @@ class TrainingLoop(ABC):
             while self.step < config.steps:
                 try:
                     measured, count = self._one_step(wrapped, optimizers, batches)
-                except _Interrupted:  # nothing of this step was applied
+                except _Interrupted:  # this step was not applied
                     stopping = saving = True
                 else:
                     metrics.append(measured)
@@ -201,8 +203,8 @@ class TrainingLoop(ABC):
                     self.seconds = time.perf_counter() - began
                     stopping = self._stopping()
                     saving = self.step % config.checkpoint_every == 0 or self.step == config.steps or stopping
-                    if main and (said := estimate.after(self.step)):
-                        tqdm.write(said, file=sys.stderr)
+                    if main and (message := estimate.after(self.step)):
+                        tqdm.write(message, file=sys.stderr)
                 if metrics and (self.step % config.log_every == 0 or saving):
                     rate = clips / (time.perf_counter() - mark)
                     mark, clips = time.perf_counter(), 0
@@ -255,7 +257,7 @@ class TrainingLoop(ABC):
 
     @contextmanager
     def _signals_caught(self) -> Iterator[None]:
-        """Within it, signals are noted and end the run after the step; handlers can be set in the main thread only."""
+        """Record signals, which end the run after the current step; handlers can be set in the main thread only."""
         in_main_thread = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS if in_main_thread}
         try:
@@ -265,7 +267,7 @@ class TrainingLoop(ABC):
                 signal.signal(number, handler)
 
     def _next(self, batches: Iterator[Any]) -> StepBatch:
-        """The next batch. A signal ends the wait for it, where no other process has to stop after the same step."""
+        """The next batch; in a run of one process a signal ends the wait for it, else all stop after the same step."""
         self._waiting = self.accelerator.num_processes == 1
         try:
             if self._waiting and self._signal is not None:
@@ -275,7 +277,7 @@ class TrainingLoop(ABC):
             self._waiting = False
 
     def _preview(self) -> None:
-        """Call `preview`; the run goes on without it if it fails, as it does when memory suffices for training alone."""
+        """Call `preview`; if it fails, for example because memory suffices for training alone, the run continues."""
         try:
             with swap_ema(self.model, self.ema):
                 self.preview(self.model, self.step)
@@ -284,7 +286,7 @@ class TrainingLoop(ABC):
                 torch.cuda.empty_cache()
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             tqdm.write(
-                f"the preview of step {self.step} failed ({reason}); training goes on. Lower train.samples if it was memory, or "
+                f"the preview of step {self.step} failed ({reason}); training goes on. Lower train.samples if memory ran out, or "
                 "set train.preview_every higher than train.steps.",
                 file=sys.stderr,
             )
@@ -311,7 +313,9 @@ class TrainingLoop(ABC):
         """Rows of the CSV file, losses averaged over processes."""
         totals = self.accelerator.reduce(torch.stack([m.loss for m in metrics]), "mean").tolist()
         sums = self.accelerator.reduce(torch.stack([m.sums for m in metrics]), "sum")
-        means = (sums[:, 0] / sums[:, 1]).tolist()  # nan where no clip counted, such as for a noise level that no clip had
+        means = (
+            sums[:, 0] / sums[:, 1]
+        ).tolist()  # nan where no clip counted, such as for a noise level that no clip had
         return [
             {
                 "step": m.step, "loss": total, "lr": m.lr, "grad_norm": float(m.grad_norm), "skipped": m.skipped,
@@ -336,31 +340,31 @@ class TrainingLoop(ABC):
 
 
 class _Estimate:
-    """Says once how long a run will take, from its first steps."""
+    """Estimates once, from the first steps, how long the run will take."""
 
     def __init__(self, step: int, steps: int):
         self.first, self.steps = step + WARM_UP_STEPS, steps
         self.began: float | None = None
-        self.said = False
+        self.reported = False
 
     def after(self, step: int) -> str | None:
-        """The sentence to print after a step, or None."""
+        """The message to print after a step, or None."""
         now = time.perf_counter()
         if step <= self.first:
             self.began = now
             return None
         assert self.began is not None
         done, elapsed = step - self.first, now - self.began
-        if self.said or (done < ESTIMATE_STEPS and elapsed < ESTIMATE_SECONDS):
+        if self.reported or (done < ESTIMATE_STEPS and elapsed < ESTIMATE_SECONDS):
             return None
-        self.said = True
+        self.reported = True
         rest = (self.steps - step) * elapsed / done
         until = time.strftime("%H:%M" if rest < 12 * 3600 else "%Y-%m-%d %H:%M", time.localtime(time.time() + rest))
-        return f"{done / elapsed:.2f} steps/s: the {self.steps - step} steps that are left take about {duration(rest)}, until {until}"
+        return f"{done / elapsed:.2f} steps/s: the remaining {self.steps - step} steps take about {duration(rest)}, until {until}"
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it: "40 s", "12 min", "3.5 h", "27 days"."""
+    """Format a duration in a suitable unit: "40 s", "12 min", "3.5 h", "27 days"."""
     for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
         if seconds < limit:
             return f"{seconds / unit:.1f} {name}" if name == "h" else f"{seconds / unit:.0f} {name}"
@@ -399,7 +403,9 @@ class Trainer(TrainingLoop):
     vae: VideoVAE
     bad_files: BadFiles
     captions: CaptionCache | None = None
-    set_aside: dict[str, str] = field(default_factory=dict)  # files that ended their loader process: name -> reason
+    set_aside: dict[str, str] = field(
+        default_factory=dict
+    )  # files that crashed or stalled their loader process: name -> reason
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -408,7 +414,7 @@ class Trainer(TrainingLoop):
             self.conditioners["caption"].tokenize = self.captions  # type: ignore[attr-defined]
 
     def further_info(self) -> dict[str, Any]:
-        """Files that are set aside, of all processes, and the model's config."""
+        """The files that any process has set aside, and the config of the model."""
         set_aside = [self.set_aside]
         if self.accelerator.num_processes > 1:
             set_aside = gather_object(set_aside)
@@ -440,9 +446,8 @@ class Trainer(TrainingLoop):
         self.bad_files.check()
         conditions, clips = self._conditions(batch), to_latents(batch, self.vae)
         with self.accelerator.autocast():
-            losses = diffusion_losses(
-                model, self.objective, clips, conditions, keys=batch.keys, patch=self.model.patch_size
-            )
+            given = (clips, conditions, batch.keys)
+            losses = diffusion_losses(model, self.objective, *given, patch=self.model.patch_size)
         return StepLosses(losses.clips, level_sums(losses.clips, losses.levels))
 
     def _conditions(self, batch: Batch) -> Conditions:

@@ -64,7 +64,7 @@ class MetricsLogger:
             writer = csv.DictWriter(stream, columns(breakdown), extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        self._tensorboard = _tensorboard(output)
+        self._tensorboard = _tensorboard(output, start_step)
         self._drawn = time.monotonic()
 
     def write(self, rows: list[dict]) -> None:
@@ -89,19 +89,34 @@ class MetricsLogger:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a training_metrics.csv; none if there is no such file."""
+    """Read the rows of a training_metrics.csv; none if there is no such file.
+
+    Rows that a crash or a power cut damaged are left out: the file is a record, and no run depends on it.
+    """
     if not path.is_file():
         return []
-    with open(path, newline="") as stream:
-        return [row for row in csv.DictReader(stream) if row.get("step") and row.get("skipped") is not None]
+    lines = path.read_bytes().decode(errors="replace").splitlines()
+    rows = csv.DictReader(line for line in lines if "\0" not in line and len(line) < 4096)
+    return [row for row in rows if _is_whole(row)]
 
 
-def _tensorboard(output: Path) -> Any:
+def _is_whole(row: dict) -> bool:
+    """Whether a row has a step and a number in each of its columns."""
+    try:
+        for value in row.values():
+            float(value or "nan")
+        return int(row["step"]) > 0
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _tensorboard(output: Path, start_step: int) -> Any:
+    """TensorBoard's writer, which hides what an earlier process wrote of steps after `start_step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # TensorBoard is optional
+    except ImportError:  # an extra
         return None
-    return SummaryWriter(str(output / "tensorboard"))
+    return SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
 
 def plot_curves(metrics: Path, picture: Path, breakdown: Breakdown = LEVELS) -> None:

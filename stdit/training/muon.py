@@ -13,7 +13,7 @@ from stdit.precision import native_bf16
 # The quintic iteration of Jordan et al., "Muon" (2024): five steps bring singular values to between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-# Matrices that are iterated together have at most so many numbers, so that their copies take little memory.
+# The largest number of values in matrices that are iterated together, which bounds the memory of their copies.
 CHUNK = 1 << 22
 
 
@@ -60,11 +60,13 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim < 2:
-                    raise ValueError(f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}; give it to AdamW.")
+                    raise ValueError(
+                        f"Muon takes matrices, got a parameter of shape {tuple(p.shape)}; give it to AdamW."
+                    )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Apply one update."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

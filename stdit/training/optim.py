@@ -8,9 +8,9 @@ from stdit.training.muon import Muon
 
 
 def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float = 0.0) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the hidden matrices and AdamW for the rest (embeddings, modulation, head, tables, vectors).
+    """Build AdamW; or Muon for the hidden matrices and AdamW for embeddings, modulation, head, tables and vectors.
 
-    Muon at the root-mean-square of AdamW's updates learnt faster in the short runs tried (dev/LOG.md).
+    Muon, with the root mean square of its updates equal to AdamW's, learned faster in short runs (dev/LOG.md).
     """
     learnt = [p for p in model.parameters() if p.requires_grad]
     if name == "adamw":
@@ -22,7 +22,7 @@ def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float
 
 
 def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int | None) -> float:
-    """Linear warm-up, then a constant rate, or one that falls linearly to zero at `decay_steps`."""
+    """The learning rate of a step: linear warm-up, then constant, or falling linearly to zero at `decay_steps`."""
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     return lr * warm * (max(0.0, 1 - step / decay_steps) if decay_steps else 1.0)
 

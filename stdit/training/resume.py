@@ -29,7 +29,7 @@ def find_checkpoint(
     """
     if config.resume == "never":
         for kept in folders.archive() if main else ():
-            print(f"train.resume=never: what an earlier run left is kept in {kept}", file=sys.stderr)
+            print(f"train.resume=never: the files of an earlier run are now in {kept}", file=sys.stderr)
         return None
     if config.resume == "auto":
         checkpoint = load_checkpoint(folders.checkpoints)
@@ -52,10 +52,10 @@ def find_checkpoint(
 
 
 def _from_path(path: Path, folders: RunFolders, *, main: bool) -> Checkpoint:
-    """The checkpoint at a path, or the newest one of this run that was trained on from it.
+    """The checkpoint at a path, or the newest checkpoint of this run that continues it.
 
-    The same command run again therefore goes on. Checkpoints of this run that are newer than the one at the path and
-    were not trained on from it are moved aside, since they would take the place of those that follow.
+    The same command therefore resumes when it is run again. Checkpoints of this run that are newer than the one at the
+    path but do not continue it are moved aside, since they would be taken for later ones of this run.
     """
     source = _read(path)
     origin = manifest_hash(source.path)
@@ -70,12 +70,12 @@ def _from_path(path: Path, folders: RunFolders, *, main: bool) -> Checkpoint:
         aside = folders.new_archive(folders.checkpoints)
         for checkpoint_folder in newer:
             os.rename(checkpoint_folder, aside / checkpoint_folder.name)
-        print(f"train.resume={path}: newer checkpoints are kept in {aside}", file=sys.stderr)
+        print(f"train.resume={path}: newer checkpoints are now in {aside}", file=sys.stderr)
     return source._replace(info={**source.info, "origin": origin})
 
 
 def _origin(path: Path) -> str | None:
-    """The manifest hash of the checkpoint that `train.resume=PATH` began with, for a checkpoint that came from it."""
+    """The manifest hash of the checkpoint that `train.resume=PATH` began with, or None."""
     try:
         return json.loads((path / "info.json").read_text()).get("origin")
     except (OSError, ValueError, AttributeError):
@@ -87,7 +87,7 @@ def _canonicalize(config: dict, given: dict | None = None) -> dict:
 
     given: the config as written; mask strategies that did not exist then had probability 0.
     """
-    if "objective" not in config:  # the VAE's
+    if "objective" not in config:  # the config of the VAE
         return config
     objective = config["objective"]
     probs = (given or {}).get("objective", {}).get("mask_probs", objective["mask_probs"])

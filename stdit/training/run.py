@@ -53,7 +53,9 @@ class RunFolders:
 
     @property
     def _holder_file(self) -> Path:
-        return self.output / ".lock-holder"  # beside the lock, which other systems do not let anyone read
+        return (
+            self.output / ".lock-holder"
+        )  # a file of its own, since some systems do not let others read a locked file
 
     def _holder(self) -> str:
         try:
@@ -62,7 +64,7 @@ class RunFolders:
             return "another process"
 
     def _clear(self) -> None:
-        """Remove what killed writers left, and give back a model that was moved aside when its replacement was killed."""
+        """Remove temporary files of killed processes, and restore a model that was moved aside before its replacement."""
         name = re.escape(self.name)
         for before in _matching(self.model.parent, rf"\.{name}-before-\d+"):
             if not self.model.exists():
@@ -75,7 +77,7 @@ class RunFolders:
                 path.unlink(missing_ok=True)
 
     def archive(self) -> list[Path]:
-        """Move everything that an earlier run of this name left to NAME.before-N -> the new folders."""
+        """Move the files of an earlier run of this name to NAME.before-N -> the new folders."""
         moved = []
         for folder in (self.output, self.checkpoints, self.model):
             entries = [path for path in folder.glob("*") if not path.name.startswith(".lock")]
@@ -90,7 +92,7 @@ class RunFolders:
         return moved
 
     def new_archive(self, folder: Path) -> Path:
-        """Make the first folder FOLDER.before-N that is not there yet."""
+        """Create the first folder FOLDER.before-N that does not exist yet."""
         number = 1
         while (archive := folder.with_name(f"{folder.name}.before-{number}")).exists():
             number += 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 MANIFEST = "MANIFEST.json"
 
-# Checkpoints that this process wrote, or read and found whole: they are not hashed again at every save.
+# Checkpoints that this process wrote, or read and found undamaged; they are not hashed again at every save.
 _verified: set[tuple] = set()
 
 
@@ -37,7 +37,11 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     A checkpoint appears under its name only when complete and on disk; no older one is touched before that.
     Raises OSError naming the space needed when the disk is full; earlier checkpoints stay intact.
     """
-    _check_finite(tensors, f"the state after step {step}", "nothing was written; resume from the last checkpoint with a lower train.lr, or with train.precision=fp32")
+    _check_finite(
+        tensors,
+        f"the state after step {step}",
+        "nothing was written; resume from the last checkpoint with a lower train.lr, or with train.precision=fp32",
+    )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{step}"
@@ -167,7 +171,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _identity(path: Path) -> tuple:
-    """What changes when a checkpoint's files do: names, sizes and times of change."""
+    """A key that changes with the files of a checkpoint: their names, sizes and times of change."""
     files = sorted(path.iterdir()) if path.is_dir() else []
     return (str(path.resolve()), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
@@ -198,9 +202,9 @@ def _sync(path: Path) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` whole checkpoints, and what killed writers left behind.
+    """Remove checkpoints older than the newest `keep` undamaged ones, and temporary folders of killed processes.
 
-    Only files that match their hashes make a checkpoint whole, so that damaged ones never push out the last good one.
+    Damaged checkpoints, whose files do not match their hashes, do not count.
     """
     whole = 0
     for path in list_checkpoints(folder):

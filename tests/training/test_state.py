@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from stdit.config import Config, to_plain
+from stdit.training import metrics
 from stdit.training.config import TrainConfig
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
@@ -212,3 +214,56 @@ def test_shares_are_compared_as_they_count(tmp_path, monkeypatch):
     assert found("mixed", {**none, "shared": 0.25, "prefix": 0.75}) is not None
     with pytest.raises(ValueError, match=r"objective\.mask_probs\.motion"):
         found("mixed", {**none, "shared": 0.25, "prefix": 0.75, "motion": 0.1})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole[:-5],
+        lambda whole: whole + bytes(200),
+        lambda whole: whole + b"hello,1,2,3,4,5,6,7,8,9,10,11,12,13\n",
+        lambda whole: bytes(range(256)) * 10,
+        lambda whole: b"",
+        lambda whole: b"a,b\n1,2\n",
+        lambda whole: whole + b"x" * 200_000 + b"\n",
+    ],
+)
+def test_a_damaged_record_of_metrics_stops_no_run(tmp_path, damage):
+    row = {name: 1 for name in metrics.columns(metrics.LEVELS)}
+    logger = metrics.MetricsLogger(tmp_path, 0)
+    logger.write([row, {**row, "step": 2}])
+    logger.close()
+    file = tmp_path / "training_metrics.csv"
+    file.write_bytes(damage(file.read_bytes()))
+    again = metrics.MetricsLogger(tmp_path, 2)
+    again.write([{**row, "step": 3}])
+    again.close()
+    steps = [int(row["step"]) for row in metrics.read_metrics(file)]
+    assert steps[-1] == 3 and steps == sorted(set(steps))
+
+
+def test_damaged_newer_checkpoints_do_not_push_out_the_last_whole_one(tmp_path):
+    for step in (100, 200, 300):
+        save_checkpoint(tmp_path, step, {"model": {"w": torch.full((10,), float(step))}}, {}, keep=3)
+    for step in (200, 300):
+        file = tmp_path / f"step-{step}" / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    save_checkpoint(tmp_path, 150, {"model": {"w": torch.zeros(10)}}, {}, keep=2)
+    assert {path.name for path in list_checkpoints(tmp_path)} == {"step-300", "step-200", "step-150", "step-100"}
+    assert load_checkpoint(tmp_path).step == 150
+
+
+def test_a_checkpoint_with_a_number_that_is_not_finite_is_passed_over(tmp_path):
+    from safetensors.torch import save_file
+
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(3)}}, {})
+    path = tmp_path / "step-2"
+    save_file({"w": torch.tensor([1.0, float("nan")])}, path / "model.safetensors")
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    data = (path / "model.safetensors").read_bytes()
+    manifest["model.safetensors"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert load_checkpoint(tmp_path).step == 1

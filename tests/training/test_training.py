@@ -210,7 +210,11 @@ def test_going_back_to_an_older_checkpoint_keeps_the_newer_ones_and_what_follows
 def test_starting_afresh_keeps_samples_and_model_of_the_run_before(home):
     assert go("train.steps=3", "train.samples=1") == 0
     assert go("train.steps=3", "train.samples=1", "train.resume=never") == 0
-    for kind, file in (("output", "samples/contact_sheet.png"), ("models", "model_index.json"), ("checkpoints", "step-3")):
+    for kind, file in (
+        ("output", "samples/contact_sheet.png"),
+        ("models", "model_index.json"),
+        ("checkpoints", "step-3"),
+    ):
         assert (home / kind / "t" / file).exists() and (home / kind / "t.before-1" / file).exists()
 
 
@@ -291,7 +295,7 @@ def test_unreadable_files_are_named_in_the_summary_and_too_many_stop_the_run(hom
         ),
         (["data.height=33", "data.width=33"], "Use 32 or 40"),
         (["data.num_frames=6"], "Use 5 or 9"),
-        (["data.num_frames=-1"], "data.num_frames=-1"),
+        (["data.num_frames=-1"], "data.num_frames must be >= 1, got -1"),
         (["train.batch_size=0"], "train.batch_size must be >= 1, got 0"),
         (["train.batch_size=5", "train.micro_batch=2"], "train.batch_size=5 is not a multiple"),
         (["model.num_classes=3"], "the data has labels up to 11"),
@@ -305,7 +309,7 @@ def test_unreadable_files_are_named_in_the_summary_and_too_many_stop_the_run(hom
         (["model.axes=[spacial]"], "'spacial'"),
         (["model.caption_axes=[spacial]", "text.encoder=words"], "Did you mean 'spatial'?"),
         (["model.micro_conditions=[fsp]"], "Did you mean 'fps'?"),
-        (["model.extra_conditions={label: {}}"], "which a model's own config keys turn on"),
+        (["model.extra_conditions={label: {}}"], "which other config keys turn on"),
         (["model.extra_conditions={camra: {}}"], "Unknown condition in model.extra_conditions 'camra'"),
         (["model.trunk=joint", "model.time_entry=rotary", "model.position_encoding=rope"], "two names of one setting"),
         (["model.gelu=exat"], "model.gelu: Invalid value 'exat', expected one of ['tanh', 'exact']"),
@@ -314,7 +318,7 @@ def test_unreadable_files_are_named_in_the_summary_and_too_many_stop_the_run(hom
         (["text.encoder=wrds"], "'wrds'"),
         (["objective.name=edm"], "edm"),
         (["name=${oc.env:HOME}"], "interpolation"),
-        (["train.keep_checkpoints=1"], "at least 2 are kept"),
+        (["train.keep_checkpoints=1"], "train.keep_checkpoints must be >= 2, got 1"),
     ],
 )
 def test_bad_settings_end_in_one_line_before_training(home, capsys, overrides, message):
