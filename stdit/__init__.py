@@ -9,7 +9,7 @@ __version__ = "0.2.0.dev0"
 
 legacy.install()
 
-# Loaded when first asked for, so that `import stdit` stays light.
+# Loaded at the first access, so that `import stdit` stays light.
 _PUBLIC = {"STDiT": "stdit.model.stdit", "STDiTPipeline": "stdit.sampling.pipeline", "load_vae": "stdit.vae"}
 
 if TYPE_CHECKING:

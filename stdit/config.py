@@ -1,4 +1,4 @@
-"""The config of a training run, composed of its parts. Defaults <- YAML file <- command line."""
+"""The config of a training run: the defaults, overridden by a YAML file, overridden by the command line."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,24 +21,24 @@ T = TypeVar("T")
 
 @dataclass
 class VAEChoice:
-    """`name`: "tiny", a folder of diffusers weights, or a hub id."""
+    """The VAE of a run."""
 
     name: str = "tiny"  # "tiny", a folder of diffusers weights, or a hub id
 
 
 @dataclass
 class TextChoice:
-    """`encoder`: null for no captions, "words" (built in), or a folder or hub id of T5, umT5 or CLIP; `cache`: where tokens are kept."""
+    """The text encoder of a run's captions, and the cache of their tokens."""
 
     encoder: str | None = None  # null: no captions; "words" (built in), or a folder or hub id of T5, umT5 or CLIP
-    cache: str = "data/captions"  # folder in which tokens of captions are kept
+    cache: str = "data/captions"  # folder in which the tokens of captions are cached
 
 
 @dataclass
 class Config:
     """The config of `stdit train`."""
 
-    name: str = "run"  # name of the run: checkpoints/, models/ and output/ get a folder of it
+    name: str = "run"  # name of the run, and of its folders in checkpoints/, models/ and output/
     seed: int = 0  # seed of weights, data, noise and dropout
     data: DataConfig = field(default_factory=DataConfig)  # clips, their size and how they are read
     vae: VAEChoice = field(default_factory=VAEChoice)  # the VAE whose latents are modelled
@@ -51,25 +51,26 @@ class Config:
     def __post_init__(self) -> None:
         if self.model.caption_channels is not None:
             raise ValueError(
-                "model.caption_channels is the text encoder's; leave it out, and name the encoder by text.encoder."
+                f"model.caption_channels={self.model.caption_channels} is decided by the text encoder; leave it out, and set "
+                "text.encoder instead."
             )
         objective = self.objective
         if objective.name == "ddpm" and (objective.shift, objective.shift_tokens) != (1.0, 0):
             raise ValueError(
-                f"objective.shift={objective.shift} and shift_tokens={objective.shift_tokens} move flow's levels; DDPM's are "
-                "fixed by its betas: set objective.shift=1 and shift_tokens=0, or objective.name=flow."
+                f"objective.shift={objective.shift} and shift_tokens={objective.shift_tokens} move the levels of flow, but "
+                "DDPM's are fixed by its betas; set objective.shift=1 and shift_tokens=0, or objective.name=flow."
             )
         longest = max((size[0] for size in self.data.sizes), default=0)
         if self.model.sink and longest > self.data.num_frames:
             raise ValueError(
-                f"model.sink={self.model.sink} counts from data.num_frames={self.data.num_frames}, and data.sizes has "
-                f"{longest}; set data.num_frames={longest}."
+                f"model.sink={self.model.sink} counts from data.num_frames={self.data.num_frames}, but data.sizes has "
+                f"clips of {longest} frames; set data.num_frames={longest}."
             )
         self._check_capabilities()
 
     def _check_capabilities(self) -> None:
-        """Raise ValueError where data or objective need what the model cannot do."""
-        # On use: reading the schema imports no torch.
+        """Raise ValueError if the data or the objective need a capability that the model lacks."""
+        # Imported on use, since the schema must be readable without torch.
         from stdit.diffusion.masks import MASK_STRATEGIES
         from stdit.model.capabilities import check_supported, supported
         from stdit.model.trunks import TRUNKS
@@ -81,11 +82,11 @@ class Config:
         text = self.text.encoder is not None
         if "text" in trunk.requires and not text:
             raise ValueError(
-                f"model.trunk={model.trunk} has a stream of text; set text.encoder=words (or a folder of T5), or model.trunk=stack."
+                f"model.trunk={model.trunk} needs captions; set text.encoder=words (or a folder of T5), or model.trunk=stack."
             )
         if self.objective.mask_ratio and set(self.objective.active_mask_probs) - {"shared", "per_frame"}:
             raise ValueError(
-                "objective.mask_ratio hides patches, and known frames must be visible; set objective.mask_strategy=shared, or "
+                "objective.mask_ratio hides patches, but known frames must be visible; set objective.mask_strategy=shared, or "
                 "objective.mask_ratio=0."
             )
         what = f"model.trunk={model.trunk} with model.conditioning={model.conditioning}"
@@ -98,7 +99,7 @@ class Config:
             self._check_unet()
 
     def _needs(self, strategies: Mapping[str, Any]) -> Iterator[Any]:
-        """What data and objective need of the model."""
+        """Yield the capabilities that the data and the objective need of the model."""
         from stdit.model.capabilities import Need, trunks_that_support
 
         objective = self.objective
@@ -127,10 +128,13 @@ class Config:
             )
             yield Need("packing", "data.packing=true", remedy)
             if any(strategy.per_patch for strategy in strategies.values()):
-                raise ValueError("data.packing=true takes levels per frame; set objective.mask_probs.region=0.")
+                raise ValueError(
+                    "data.packing=true takes noise levels per frame, but mask strategy region has levels per patch; set "
+                    "objective.mask_probs.region=0."
+                )
 
     def _check_unet(self) -> None:
-        """Raise ValueError for choices that only a transformer has."""
+        """Raise ValueError for settings that only a transformer supports."""
         plain = ModelConfig()
         keys = (
             "causal",
@@ -153,22 +157,23 @@ class Config:
 
 
 def config_folder() -> Path:
-    """Where the package's configs are: in the wheel stdit/configs, in a checkout the folder configs/ of the repository."""
+    """The folder of the package's configs: stdit/configs in a wheel, configs/ of the repository in a checkout."""
     packaged = Path(__file__).parent / "configs"
     return packaged if packaged.is_dir() else Path(__file__).resolve().parents[1] / "configs"
 
 
 def find_config(name: str | Path, subfolder: str = "") -> Path:
-    """The file of a config: a path; or a name in the package with or without "configs/" and ".yaml", such as "quickstart".
+    """Find the file of a config by its path, or by a name in the package such as "quickstart".
 
-    subfolder: of the package's configs, searched first. ValueError with what there is, if there is no such file.
+    name: a name may have the prefix "configs/" and the suffix ".yaml". subfolder: the subfolder of the package's
+    configs that is searched first. Raises ValueError that lists the configs if there is no such file.
     """
     if Path(name).is_file():
         return Path(name)
     folder, bare = config_folder(), str(name).removeprefix("configs/").removesuffix(".yaml")
     for root in (folder / subfolder, folder):
         found = root / f"{bare}.yaml"
-        if found.is_file() and found.resolve().is_relative_to(folder.resolve()):  # a name, no way out of the folder
+        if found.is_file() and found.resolve().is_relative_to(folder.resolve()):  # a name must stay in the folder
             return found
     here = [str(path) for path in sorted(Path("configs").glob("*.yaml"))]
     packaged = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
@@ -181,7 +186,7 @@ def find_config(name: str | Path, subfolder: str = "") -> Path:
 def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Read a config (see `find_config`) and `key=value` overrides into the dataclass `schema`.
 
-    Raises ValueError in one line: the key, what was expected, the nearest name.
+    Raises ValueError, in one line, with the key, what was expected, and the nearest name of a misspelled key.
     """
     path = find_config(path)
     for override in overrides:
@@ -199,7 +204,7 @@ def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ())
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
-        raise ValueError(key + str(error).splitlines()[0]) from error  # the lines after it name Python's types
+        raise ValueError(key + str(error).splitlines()[0]) from error  # its further lines name Python's types
     except OSError as error:
         raise ValueError(f"The config {str(path)!r} cannot be read: {error}.") from error
     except ValueError:
@@ -209,16 +214,16 @@ def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ())
 
 
 def _refuse_interpolation(node: Any, key: str) -> None:
-    """A config is data: `${...}` could read the environment."""
+    """Raise ValueError for `${...}` in a config, since an interpolation could read the environment."""
     if isinstance(node, DictConfig):
         for name in node:
             if OmegaConf.is_interpolation(node, name):
                 raise ValueError(
-                    f"{key}{name} holds an interpolation (${{...}}), which configs may not; write the value."
+                    f"{key}{name} is an interpolation (${{...}}), which is not allowed in a config; write the value."
                 )
             _refuse_interpolation(node._get_node(name), f"{key}{name}.")
 
 
 def to_plain(config: Any) -> dict:
-    """A config as plain dictionaries and numbers."""
+    """Convert a config to plain dictionaries, lists, texts and numbers."""
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name beside their own, then renamed."""
+"""Write files atomically: under a temporary name in the same folder, then renamed."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from typing import Any
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """`with atomic_write(path) as tmp:` write to `tmp`; it takes the place of `path` when the block ends without an error.
+    """A context manager that yields a temporary path, and renames it to `path` if the block ends without an error.
 
-    The temporary file keeps the suffix, since writers choose a format by it, and is removed after an error.
+    The temporary file has the suffix of `path`, since writers choose a format by it. After an error it is removed.
     """
     path = Path(path)
     tmp = path.with_name(f".{os.getpid()}-{path.name}")
@@ -24,11 +24,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8 atomically."""
     with atomic_write(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write plain values as JSON, whole or not at all."""
+    """Write plain values as a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Resolve a name of weights to a local folder or a hub id. Only a hub id ever touches the network."""
+"""Resolve the name of weights to a local folder or a hub id. The network is used for hub ids only."""
 
 import os
 import re
@@ -7,20 +7,15 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+?))?(?:@([\w.-]+))?")
-_LOCAL = {
-    ".",
-    "..",
-    "checkpoints",
-    "models",
-    "data",
-    "output",
-}  # folders of a run, mistyped more often than owners of repositories
+# Folders of a run: a name that begins with one of them is a mistyped path rather than the owner of a repository.
+_LOCAL = {".", "..", "checkpoints", "models", "data", "output"}
 
 
 def resolve_source(name: str, what: str) -> tuple[str, dict[str, str]]:
-    """(folder or hub id, {"subfolder", "revision"}) of a name; ValueError if it is neither.
+    """Resolve a name to (folder or hub id, options); ValueError if it is neither.
 
-    A hub id is "owner/name" or "owner/name/subfolder", with "@revision" if wanted; a folder of that name comes first.
+    A hub id is "owner/name" or "owner/name/subfolder", optionally with "@revision"; a local folder of that name takes
+    precedence. The options are the "subfolder" and "revision" of a hub id. what: the noun for the name in messages.
     """
     path = Path(name)
     if path.is_dir():
@@ -32,7 +27,10 @@ def resolve_source(name: str, what: str) -> tuple[str, dict[str, str]]:
 
 
 def check_reachable(source: str, filename: str, options: dict[str, str]) -> None:
-    """Raise OSError at once if a hub id is neither cached nor reachable; the hub's client would retry for half a minute."""
+    """Raise OSError at once if a hub id is neither cached nor reachable.
+
+    The hub's client would retry for half a minute. options: those of `resolve_source`.
+    """
     from huggingface_hub import constants, try_to_load_from_cache
 
     if Path(source).is_dir():

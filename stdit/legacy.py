@@ -1,4 +1,4 @@
-"""Names of version 0.1.0 and what they are called now. They are read for one more version, with one warning each."""
+"""Names of version 0.1.0 and their current names. Old names work for one more version, with one warning each."""
 
 import functools
 import importlib
@@ -30,7 +30,7 @@ MODULES = {
     "stdit.data.order": "stdit.data.samplers",
 }
 
-# Names that changed inside a module (its present path), found by the `__getattr__` that `aliases` makes.
+# Names that changed inside a module (under its current path), resolved by the `__getattr__` that `aliases` makes.
 NAMES = {
     "stdit.text": {"Words": "HashedWordEncoder", "Pretrained": "TransformersTextEncoder"},
     "stdit.training.metrics": {"Record": "MetricsLogger"},
@@ -47,7 +47,7 @@ NAMES = {
     "stdit.vae.tiny": {"Past": "CausalConvCache", "each_group": "per_group"},
 }  # fmt: skip
 
-# Keys of configs (a run's YAML, its overrides, a checkpoint's record) and of a model's config.json, without the section.
+# Keys of configs (a run's YAML and overrides, the config in a checkpoint) and of a model's config.json, by section.
 CONFIG_KEYS = {
     "model": {
         "time_entry": "position_encoding", "positions": "pos_scaling", "learned_places": "learned_pos_embed",
@@ -78,7 +78,7 @@ CONFIG_VALUES: dict[str, dict[str, dict[str, str]]] = {
     "pipeline": {"mask_strategies": _STRATEGIES},
 }  # fmt: skip
 
-# Beginnings and parts of parameter names, in the order in which they are replaced.
+# Prefixes and parts of parameter names, in the order in which they are replaced.
 PARAMETERS = (
     ("wiring.side.", "trunk.side_interpolater."),
     ("wiring.places.", "trunk.decoder_pos_embed."),
@@ -96,16 +96,19 @@ _warned: set[str] = set()
 
 
 def warn_renamed(*renames: tuple[str, str]) -> None:
-    """Say once of each (old name, new name) that the old one is read for one more version."""
+    """Warn, once for each (old name, new name), that the old name works for one more version only."""
     new = {old: name for old, name in renames if old not in _warned}
     _warned.update(new)
     if new:
         listed = ", ".join(f"{old!r} is now called {name!r}" for old, name in new.items())
-        warn_user(f"{listed}; old names are read for one more version.")
+        warn_user(f"{listed}; old names work for one more version.")
 
 
 def renamed_section(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of a config under the current keys and values."""
+    """Convert a section of a config to the current keys and values, with a warning for each old one.
+
+    Raises ValueError if a setting is given under both its old and its new key.
+    """
     keys, values = CONFIG_KEYS.get(section, {}), CONFIG_VALUES.get(section, {})
     prefix = "" if section == "pipeline" else f"{section}."
     found: dict[str, Any] = {}
@@ -115,7 +118,7 @@ def renamed_section(section: str, given: Mapping[str, Any]) -> dict[str, Any]:
         if name != key:
             if name in given:
                 raise ValueError(
-                    f"{prefix}{key} and {prefix}{name} are two names of one setting, and both are given; leave out {prefix}{key}."
+                    f"{prefix}{key} and {prefix}{name} are two names of one setting, but both are given; leave out {prefix}{key}."
                 )
             renames.append((f"{prefix}{key}", f"{prefix}{name}"))
         found[name] = _renamed_value(values.get(name, {}), value, f"{prefix}{name}", renames)
@@ -135,7 +138,7 @@ def _renamed_value(table: Mapping[str, str], value: Any, key: str, renames: list
 
 
 def renamed_config(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole config of a run (nested mappings) under the current keys and values."""
+    """Convert a whole config of a run (nested mappings) to the current keys and values."""
     sections = {**CONFIG_KEYS, **CONFIG_VALUES}
     return {
         key: renamed_section(key, value) if key in sections and isinstance(value, Mapping) else value
@@ -144,7 +147,7 @@ def renamed_config(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed_parameter(name: str) -> str:
-    """The current name of a parameter."""
+    """The current name of a parameter, given its old or its current name."""
     for old, new in PARAMETERS:
         if old in name and (old.startswith(".") or name.startswith(old)):
             name = name.replace(old, new, 1)
@@ -152,7 +155,7 @@ def renamed_parameter(name: str) -> str:
 
 
 def accept_old_keywords(section: str) -> Callable:
-    """Decorate a constructor so that it takes the keywords and values of version 0.1.0, too."""
+    """A decorator for a constructor, which then accepts the keywords and values of version 0.1.0 too."""
 
     def decorate(init: Callable) -> Callable:
         @functools.wraps(init)
@@ -165,7 +168,7 @@ def accept_old_keywords(section: str) -> Callable:
 
 
 def aliases(module: str) -> Callable[[str], Any]:
-    """A module's `__getattr__` that finds what `NAMES` says was renamed in it."""
+    """Make the `__getattr__` of a module, which resolves its old names in `NAMES` with a warning."""
 
     def find(name: str) -> Any:
         new = NAMES.get(module, {}).get(name)
@@ -178,19 +181,22 @@ def aliases(module: str) -> Callable[[str], Any]:
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports of modules that moved: the old path is another name of the module itself."""
+    """Imports modules that moved: an old path gives the same module object as the new one."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find the old paths of `MODULES` only."""
         return importlib.util.spec_from_loader(name, self) if name in MODULES else None
 
     def create_module(self, spec: ModuleSpec) -> None:
+        """Warn that the module moved; Python then creates an empty module, which `exec_module` replaces."""
         warn_renamed((spec.name, MODULES[spec.name]))
 
     def exec_module(self, module: ModuleType) -> None:
+        """Import the module under its new path, and register it under the old path."""
         sys.modules[module.__name__] = importlib.import_module(MODULES[module.__name__])
 
 
 def install() -> None:
-    """Let old module paths be imported."""
+    """Make the old module paths importable."""
     if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(_MovedModules())

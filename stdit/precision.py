@@ -26,8 +26,10 @@ def native_bf16(device: "torch.device | str" = "cpu") -> bool:
 
 
 def _cpu_limited(kernels: str) -> bool:
-    """Whether torch's own kernels or oneDNN's are held to instructions older than the processor's, as by
-    ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA; bfloat16 then runs in software."""
+    """Whether the kernels of torch or oneDNN are limited to older instructions, so that bfloat16 runs in software.
+
+    The environment variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA set such limits.
+    """
     if kernels in ("AVX2", "DEFAULT") and platform.machine() in ("x86_64", "AMD64"):
         return True
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""

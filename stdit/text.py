@@ -1,4 +1,4 @@
-"""Captions to tokens: transformers' models or hashed words that need no weights, and their tokens on disk."""
+"""Text encoders of captions, from transformers or without any weights, and a cache of their tokens on disk."""
 
 import hashlib
 import json
@@ -23,35 +23,47 @@ __getattr__ = aliases(__name__)
 
 
 class Encoded(NamedTuple):
-    """tokens (B, L, C) float32, mask (B, L) bool, true for tokens of the text (or its end), false for padding."""
+    """Encoded texts.
+
+    tokens: (B, L, C) float32. mask: (B, L) bool, true for tokens of the text (with its end token), false for padding.
+    """
 
     tokens: Tensor
     mask: Tensor
 
 
 class TextEncoder(Protocol):
-    """name: as `load_text_encoder` takes it. channels: of a token. fingerprint: a digest of what decides the output."""
+    """The interface of a text encoder.
+
+    name: the name by which `load_text_encoder` loads it. channels: the size C of its tokens.
+    """
 
     name: str
     channels: int
 
-    def fingerprint(self) -> str: ...
-    def encode(self, texts: Sequence[str]) -> Encoded: ...
+    def fingerprint(self) -> str:
+        """A digest of everything that decides the output."""
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode a batch of texts."""
 
 
 class HashedWordEncoder:
-    """Each word as a fixed random vector plus its position: no weights, no network, no meaning or grammar.
+    """A text encoder that needs no weights: each word is a fixed random vector plus a position embedding.
 
-    Enough for captions of few words; the model learns what the words mean (`caption_embedder`).
+    It knows neither meaning nor grammar. That is enough for captions of few words, whose meaning the model learns
+    (`caption_embedder`).
     """
 
     name, channels, max_length = "words", 64, 32
 
     def fingerprint(self) -> str:
+        """The sizes, since there are no weights."""
         return f"words-{self.channels}-{self.max_length}"
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        # An end token, so that no caption is empty.
+        """Encode the words of each text, in lower case and without punctuation, and an end token."""
+        # The end token is there so that no caption is empty.
         lists = [[*_words(text)[: self.max_length - 1], "\0"] for text in texts]
         longest = max(len(words) for words in lists)
         tokens = torch.zeros(len(lists), longest, self.channels)
@@ -75,9 +87,9 @@ def _word_vector(word: str, channels: int) -> Tensor:
 
 
 class TransformersTextEncoder:
-    """T5, umT5 or CLIP's text model with its tokenizer, from a folder or a hub id: the last layer's tokens."""
+    """T5, umT5 or CLIP's text model with its tokenizer, from a folder or a hub id; it returns tokens of the last layer."""
 
-    # The lengths the models were trained at: PixArt's and Latte's for T5, Wan's for umT5, CLIP's own.
+    # Token counts: of PixArt and Latte for T5, of Wan for umT5, of CLIP's training.
     LENGTHS = {"t5": 120, "umt5": 512, "clip": 77, "clip_text_model": 77}
 
     def __init__(self, name: str, device: torch.device | str = "cpu", max_length: int | None = None):
@@ -102,6 +114,7 @@ class TransformersTextEncoder:
         self.channels: int = self.model.config.hidden_size
 
     def fingerprint(self) -> str:
+        """A digest of the length, and of the shape and the first values of every weight."""
         digest = hashlib.sha256(f"{self.max_length}".encode())
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(f"{key}{tuple(value.shape)}".encode())
@@ -110,6 +123,7 @@ class TransformersTextEncoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Encoded:
+        """Encode texts, padded to the longest and truncated to `max_length` tokens."""
         inputs = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.model.device)
@@ -118,20 +132,25 @@ class TransformersTextEncoder:
 
 
 def load_text_encoder(name: str, device: torch.device | str = "cpu") -> TextEncoder:
-    """ "words" (built in), or a folder or hub id of T5, umT5 or CLIP; ValueError if it cannot be loaded."""
+    """Load a text encoder: "words" (built in), or a folder or hub id of T5, umT5 or CLIP.
+
+    Raises ValueError if it cannot be loaded.
+    """
     return HashedWordEncoder() if name == "words" else TransformersTextEncoder(name, device)
 
 
 class CaptionCache:
-    """Tokens of captions in a folder, encoded once: shards of half precision, found by their text.
+    """A cache of caption tokens in a folder, looked up by text, so that every caption is encoded once.
 
-    One folder belongs to one encoder. New captions are added in further shards; existing ones are never written again.
+    Tokens are stored in float16, in shards of many captions. Each encoder has a subfolder of its own. New captions are
+    added in further shards; existing shards are never rewritten.
     """
 
     SHARD = 1024  # captions per file
 
     def __init__(self, folder: Path, encoder: TextEncoder):
-        self.folder, self.channels = folder / encoder.fingerprint(), encoder.channels  # the encoder itself may be freed
+        # The encoder itself is not stored, so that its memory can be freed.
+        self.folder, self.channels = folder / encoder.fingerprint(), encoder.channels
         self._open: dict[str, Any] = {}
         self._index: dict[str, tuple[str, int]] = {}
         for index in sorted(self.folder.glob("captions-*.json")):
@@ -139,7 +158,7 @@ class CaptionCache:
             self._index |= {text: (file, row) for row, text in enumerate(json.loads(index.read_text()))}
 
     def add(self, encoder: TextEncoder, texts: Sequence[str], progress: bool = True) -> None:
-        """Encode those of `texts`, and the empty text, that are not in the cache yet."""
+        """Encode and store those of `texts`, and the empty text, that are not in the cache yet."""
         new = [text for text in dict.fromkeys(["", *texts]) if text not in self._index]
         self.folder.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=len(new), desc=f"captions ({encoder.name})", unit="caption", disable=not progress or not new)
@@ -157,21 +176,21 @@ class CaptionCache:
         file = self.folder / f"captions-{digest}.safetensors"
         with atomic_write(file) as tmp:
             save_file({"tokens": encoded.tokens.half(), "mask": encoded.mask}, tmp)
-        write_text(file.with_suffix(".json"), json.dumps(texts))  # last: a shard without an index is ignored
+        write_text(file.with_suffix(".json"), json.dumps(texts))  # last, since a shard without an index is ignored
         self._index |= {text: (file.name, row) for row, text in enumerate(texts)}
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
-        """Tokens and masks of captions that were added, padded to the longest."""
+        """Look up the tokens and masks of captions that were added, padded to the longest."""
         return _pad_and_concatenate(list(self._read(texts)))
 
     def _read(self, texts: Sequence[str]) -> Iterator[Encoded]:
         for text in texts:
             if text not in self._index:
                 raise ValueError(
-                    f"the caption {text[:60]!r} was never encoded into {self.folder}; encode the data again."
+                    f"the caption {text[:60]!r} was never encoded into {self.folder}; add the captions of the data again."
                 )
             name, row = self._index[text]
             if name not in self._open:
@@ -183,7 +202,7 @@ class CaptionCache:
 
 
 def _pad_and_concatenate(parts: list[Encoded]) -> Encoded:
-    """One batch, padded to the longest with tokens that the mask hides."""
+    """Concatenate to one batch, padded to the longest with tokens that the mask hides."""
     longest = max(part.mask.shape[1] for part in parts)
     tokens = [torch.nn.functional.pad(part.tokens, (0, 0, 0, longest - part.mask.shape[1])) for part in parts]
     masks = [torch.nn.functional.pad(part.mask, (0, longest - part.mask.shape[1])) for part in parts]

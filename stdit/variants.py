@@ -8,7 +8,10 @@ T = TypeVar("T")
 
 
 def pick(table: Mapping[str, T], name: str, what: str) -> T:
-    """The entry of a table; ValueError that names the nearest entry for an unknown name."""
+    """Look up an entry of a table; ValueError, with the nearest name, for an unknown name.
+
+    what: the noun for the name in the message.
+    """
     if name in table:
         return table[name]
     close = difflib.get_close_matches(name, list(table), n=1)

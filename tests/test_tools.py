@@ -182,7 +182,7 @@ def test_an_image_model_is_trained_and_inflated_by_config_alone(home, capsys):
     with pytest.raises(ValueError, match="model.depth=1 but init_from makes 2 blocks of 1; leave model.depth out"):
         train.main(video)
     assert train.main([*video, "model.depth=null"]) == 0
-    assert "on every frame as the image model" in capsys.readouterr().out
+    assert "preserved of the image model: the output on every frame." in capsys.readouterr().out
     config = json.loads((home / "models/video/transformer/config.json").read_text())
     assert (config["depth"], config["block_sources"]) == (2, [0, None])
 

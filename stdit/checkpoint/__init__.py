@@ -1,1 +1,1 @@
-"""Published weights: read safely, converted exactly, inflated to video."""
+"""Read published weights safely, convert them to STDiT and back, and inflate image models to video models."""

@@ -43,8 +43,8 @@ class Converted(NamedTuple):
 def to_stdit(weights: Weights, name: str, settings: dict[str, Any] | None = None) -> Converted:
     """Build an STDiT from the weights of a format.
 
-    settings: arguments that the tensors leave open (num_heads=4). Raises ValueError for weights of another format than
-    `name`, and with the list of keys that are missing, unexpected or of another shape.
+    settings: arguments that cannot be inferred from the tensors (num_heads=4). Raises ValueError for weights of another
+    format than `name`, and with the list of keys that are missing, unexpected or of another shape.
     """
     fmt, settings = pick(FORMATS, name, "format"), check_settings(settings or {})
     likely = recognise(weights.tensors)
@@ -124,10 +124,10 @@ def write_original(model: STDiT, name: str, output: Path) -> None:
 
 @contextmanager
 def atomic_output(output: Path) -> Iterator[Path]:
-    """`with atomic_output(output) as tmp:` write a file or folder `tmp`, which becomes `output` when the block ends.
+    """A context manager that yields a temporary path for a file or folder, and renames it to `output` at its end.
 
-    Raises FileExistsError, before the block runs, rather than overwrite anything. After an error neither `tmp` nor the
-    parent folders made for it are left.
+    Raises FileExistsError, before the block runs, rather than overwrite anything. After an error the temporary path and
+    the parent folders that were created for it are removed.
     """
     exists = any(output.iterdir()) if output.is_dir() else output.exists()
     if exists:
@@ -174,7 +174,7 @@ def read_dit_pipeline(folder: Path) -> DiTFolder:
 
 
 def describe(converted: Converted) -> str:
-    """The inferred configuration in one line, for a person to check."""
+    """Describe the inferred configuration in one line, for the user to check."""
     a, model = converted.arguments, converted.model
     parts = [
         f"depth {a['depth']}", f"width {a['hidden_size']}", f"{a['num_heads']} heads", f"patch {list(a['patch_size'])}",
@@ -186,7 +186,7 @@ def describe(converted: Converted) -> str:
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
-    """["num_heads=4"] -> {"num_heads": 4}; ValueError for anything else than key=value."""
+    """Parse settings such as ["num_heads=4"] to {"num_heads": 4}; ValueError for anything other than key=value."""
     parsed = {}
     for setting in settings:
         key, sign, value = setting.partition("=")
@@ -200,7 +200,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
 
 
 def check_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as they are. Raises ValueError in one line for a key that is not an argument of STDiT, or a wrong type."""
+    """Return settings unchanged; ValueError for a key that is not an argument of STDiT, or a value of a wrong type."""
     defaults = {
         name: parameter.default for name, parameter in signature(STDiT.__init__).parameters.items() if name != "self"
     }

@@ -29,7 +29,7 @@ _QKV = ("to_q", "to_k", "to_v")
 def to_dit(tensors: Tensors) -> Tensors:
     """Rename to DiT's names.
 
-    Raises ValueError if the blocks' embedders differ (fine-tuned separately), since the model has one of each.
+    Raises ValueError if the embedders of the blocks differ (fine-tuned separately), since STDiT has one for all blocks.
     """
     rest, out = dict(tensors), Tensors()
     depth = 1 + max((int(key.split(".")[1]) for key in rest if key.startswith("transformer_blocks.")), default=-1)
@@ -42,7 +42,7 @@ def to_dit(tensors: Tensors) -> Tensors:
                 key, name = f"{block}.norm1.emb.{theirs}.{kind}", f"{ours}.{kind}"
                 if key in rest and name in out and not torch.equal(rest[key], out[name]):
                     raise ValueError(
-                        f"{key!r} differs from block 0's; embedders that differ between blocks are not supported: convert weights "
+                        f"{key!r} differs from block 0's; embedders that differ between blocks are not supported; convert weights "
                         "whose blocks share them."
                     )
                 _move(rest, out, key, name)
@@ -77,7 +77,7 @@ def from_dit(tensors: Tensors) -> Tensors:
 
 
 def arguments(tensors: Tensors, config: dict) -> dict:
-    """The arguments in which diffusers differs from DiT, and those its config.json gives."""
+    """The arguments of STDiT in which diffusers differs from DiT, and those that its config.json gives."""
     found: dict = {"frequency_shift": 1.0, "norm2_eps": config.get("norm_eps", 1e-5)}
     if "num_attention_heads" in config:
         found["num_heads"] = config["num_attention_heads"]

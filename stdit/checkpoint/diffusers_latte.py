@@ -34,7 +34,7 @@ FIXED_CONFIG = {
 
 
 def to_dit(tensors: Tensors) -> Tensors:
-    """Rename to DiT's names: block 2i is their spatial block i, block 2i + 1 their temporal block i."""
+    """Rename to DiT's names: block 2i is Latte's spatial block i, block 2i + 1 its temporal block i."""
     rest, out = dict(tensors), Tensors()
     if _MODULATION_TABLE in rest:
         out["final_layer.adaLN_modulation.table"] = rest.pop(_MODULATION_TABLE)
@@ -58,7 +58,7 @@ def to_dit(tensors: Tensors) -> Tensors:
 
 
 def from_dit(tensors: Tensors) -> Tensors:
-    """Rename DiT's names to diffusers' Latte's."""
+    """Rename DiT's names to those of diffusers' Latte."""
     out = Tensors()
     names, block = ({ours: theirs for theirs, ours in table.items()} for table in (_NAMES, _BLOCK))
     for key, value in tensors.items():
@@ -80,7 +80,7 @@ def from_dit(tensors: Tensors) -> Tensors:
 
 
 def arguments(tensors: Tensors, config: dict) -> dict:
-    """The arguments that config.json gives, and those in which Latte differs from DiT."""
+    """The arguments of STDiT in which Latte differs from DiT, and those that its config.json gives."""
     size = config.get("sample_size", 64)
     found = {
         **FIXED_CONFIG, "caption_channels": tensors["caption_embedder.fc1.weight"].shape[1],

@@ -1,4 +1,4 @@
-"""Read weights from files without running anything that is in them."""
+"""Read weights from files without executing any code in them."""
 
 import argparse
 import json
@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 class Weights(NamedTuple):
-    """Tensors by name. config: the config.json next to them, {} if there is none; origin: their path, for messages."""
+    """The tensors of a model by name.
+
+    config: the config.json next to them, {} if there is none. origin: their path, for messages.
+    """
 
     tensors: dict[str, Tensor]
     config: dict
@@ -39,16 +42,16 @@ def read_weights(path: str | Path, which: str = "ema") -> Weights:
 
 
 def _read_torch(path: Path) -> object:
-    """What a file of torch.save holds, with tensors and plain containers allowed only."""
+    """Load a file of torch.save, in which only tensors and plain containers are allowed."""
     try:
-        # DiT and Latte save their command line with the weights: a plain record, which runs nothing.
+        # DiT and Latte save their command line with the weights: a plain record, which executes nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds
+    except Exception as error:  # torch raises errors of many types
         found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"class ([\w.]+)", str(error))
         if found:
             raise ValueError(
-                f"{str(path)!r} holds {found[1]}, which is not a tensor and could run code; nothing of it was loaded. "
+                f"{str(path)!r} holds {found[1]}, which is not a tensor and could run code, so nothing was loaded. "
                 "Ask its author for safetensors, or for a bare state dict."
             ) from error
         raise ValueError(
@@ -57,7 +60,7 @@ def _read_torch(path: Path) -> object:
 
 
 def _pick(loaded: object, which: str, path: Path) -> dict[str, Tensor]:
-    """The state dict that a training checkpoint holds, or the file's content if that is one."""
+    """The state dict in a training checkpoint, or the content of the file if that is a state dict."""
     present = [
         key for key in ("ema", "model", "state_dict") if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)
     ]
@@ -106,7 +109,7 @@ def _read_folder(folder: Path) -> Weights:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object, {} where there is no file. Raises ValueError for anything else."""
+    """Read a JSON object; {} if there is no file. Raises ValueError for anything else."""
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
@@ -117,7 +120,7 @@ def read_json(path: Path) -> dict:
 
 
 def check_tensors(tensors: dict[str, Tensor], origin: str) -> None:
-    """Raise ValueError in one line if these are a LoRA's, or not dense and finite."""
+    """Raise ValueError, in one line, if the tensors belong to a LoRA, or are not dense and finite."""
     if any("lora_" in key for key in tensors):
         raise ValueError(
             f"{origin!r} is a LoRA, not a model; load the model, then model.load_lora_adapter({origin!r})."

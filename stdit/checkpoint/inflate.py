@@ -1,4 +1,4 @@
-"""Inflate an image model to a video model: which weights are copied, which are new, and what the result still computes."""
+"""Inflate an image model to a video model: copy its weights, add temporal blocks, and report what is preserved."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from stdit.nn.embedders import LearnedPosEmbed
 
 __all__ = ["PARTS", "Inflation", "InitFrom", "inflate", "inflated_arguments", "plan_blocks"]
 
-# Arguments that the weights decide and a config cannot choose: the timestep convention, and an epsilon.
-_TAKEN = ("timestep_scale", "timestep_reversed", "timestep_offset", "frequency_shift", "norm2_eps")
+# Arguments that the weights decide and a config cannot set: the timestep convention, and an epsilon.
+_FROM_WEIGHTS = ("timestep_scale", "timestep_reversed", "timestep_offset", "frequency_shift", "norm2_eps")
 # Arguments that decide which parameters there are, or what they mean; the video model must have the image model's.
 _SIZES = ("hidden_size", "num_heads")
 _MUST_AGREE = (
@@ -28,8 +28,8 @@ _CLASS_TABLE = "y_embedder.embedding_table.weight"
 class Inflation(NamedTuple):
     """The result of `inflate`.
 
-    sources: for each block, the index of the image model's block it started from (None: new). keeps: a sentence that says
-    what of the image model's output is preserved.
+    sources: for each block, the index of the image model's block it started from (None: new). keeps: a sentence on
+    what is preserved of the image model's output.
     """
 
     sources: list[int | None]
@@ -46,7 +46,7 @@ def plan_blocks(image: STDiT, axes: Sequence[str], init_from: InitFrom) -> list[
         if image_axes != axes or init_from.temporal == "insert":
             raise ValueError(
                 f"init_from: the weights in {init_from.path!r} have temporal blocks already (axes {image_axes}); use "
-                f"model.axes={image_axes} and init_from.temporal=convert to go on from them.".replace("'", "")
+                f"model.axes={image_axes} and init_from.temporal=convert to continue from them.".replace("'", "")
             )
         return list(range(depth))
     if init_from.temporal == "convert" or "temporal" not in axes:
@@ -58,7 +58,7 @@ def plan_blocks(image: STDiT, axes: Sequence[str], init_from: InitFrom) -> list[
         )
     sources: list[int | None] = []
     used = 0
-    while used < depth or len(sources) % len(axes):  # whole cycles, so that every image block has its new ones
+    while used < depth or len(sources) % len(axes):  # whole cycles, so that all image blocks get their new ones
         inserted = axes[len(sources) % len(axes)] == "temporal"
         if not inserted and used == depth:
             raise ValueError(
@@ -75,8 +75,8 @@ def inflated_arguments(
 ) -> dict[str, Any]:
     """Constructor arguments that the image model decides: its timestep convention, its epsilon, and the depth.
 
-    chosen: the arguments that the config chooses; depth: the depth it gives, if any. Position encoding and causality stay
-    as chosen. Raises ValueError where a choice does not fit the weights.
+    chosen: the arguments that the config chooses; depth: the depth it gives, if any. Position encoding and causality
+    stay as chosen. Raises ValueError where a choice does not fit the weights.
     """
     _check_agreement(image, chosen, init_from)
     _check_position_encoding(image, chosen, init_from)
@@ -91,11 +91,11 @@ def inflated_arguments(
             f"trunk={image.config.trunk}, which connects blocks by their position; use init_from.temporal=convert, or "
             "model.axes=[joint]."
         )
-    return {**{key: image.config[key] for key in _TAKEN}, "depth": len(sources), "block_sources": sources}
+    return {**{key: image.config[key] for key in _FROM_WEIGHTS}, "depth": len(sources), "block_sources": sources}
 
 
 def _check_agreement(image: STDiT, chosen: Mapping[str, Any], init_from: InitFrom) -> None:
-    """Raise ValueError for the first argument in which the choice and the weights must agree and do not."""
+    """Raise ValueError for the first argument in which the config and the weights must agree but do not."""
     defaults = {name: p.default for name, p in inspect.signature(STDiT.__init__).parameters.items()}
     pairs: dict[str, tuple[Any, Any]] = {
         key: (chosen.get(key, defaults[key]), image.config[key]) for key in _MUST_AGREE
@@ -107,14 +107,14 @@ def _check_agreement(image: STDiT, chosen: Mapping[str, Any], init_from: InitFro
     for key, (ours, theirs) in pairs.items():
         if ours != theirs:
             here, there = (str(value).lower() if isinstance(value, bool) else value for value in (ours, theirs))
-            remedy = f"model.size or model.{key} to that" if key in (*_SIZES, "patch_size") else f"model.{key}={there}"
+            remedy = f"model.size or model.{key} to match" if key in (*_SIZES, "patch_size") else f"model.{key}={there}"
             raise ValueError(
                 f"model.{key}={here} but the weights of init_from.path={init_from.path!r} have {there}; set {remedy}."
             )
 
 
 def _check_position_encoding(image: STDiT, chosen: Mapping[str, Any], init_from: InitFrom) -> None:
-    """Raise ValueError where the weights need a position encoding that was not chosen.
+    """Raise ValueError if the weights need another position encoding than the config has.
 
     On one frame the encodings differ in two ways only: Latte's table is not zero there, and rope_3d rotates queries and
     keys by rows and columns.
@@ -123,7 +123,7 @@ def _check_position_encoding(image: STDiT, chosen: Mapping[str, Any], init_from:
     problem = f"model.position_encoding={ours} but the weights of init_from.path={init_from.path!r} have {theirs}"
     if theirs == "latte" != ours and set(image.config.axes) != {"spatial"}:
         causal = " and model.causal=false (a causal model needs rope)" if chosen.get("causal") else ""
-        raise ValueError(f"{problem}, whose table they need; set model.position_encoding=latte{causal}.")
+        raise ValueError(f"{problem}, whose table the weights need; set model.position_encoding=latte{causal}.")
     if _rotates_in_space(theirs) and not _rotates_in_space(ours):
         raise ValueError(f"{problem}, which rotates spatial attention; set model.position_encoding=rope_3d.")
 
@@ -136,9 +136,9 @@ def _rotates_in_space(position_encoding: str) -> bool:
 def inflate(image: STDiT, video: STDiT, init_from: InitFrom) -> Inflation:
     """Copy the image model's weights into a fresh video model.
 
-    With inserted temporal blocks and a temporal patch of 1 the video model's output on T frames is the image model's output
-    on each; with a larger patch that holds for still clips. Raises ValueError, before anything is written, for parts that do
-    not fit and are not named in `restart`.
+    With inserted temporal blocks and a temporal patch of 1 the video model's output on T frames is the image model's
+    output on each; with a larger patch this holds for still clips. Raises ValueError, before anything is written, for
+    parts that do not fit and are not named in `restart`.
     """
     sources = list(video.config.block_sources or range(video.config.depth))
     weights = image.state_dict()
@@ -170,8 +170,9 @@ def inflate(image: STDiT, video: STDiT, init_from: InitFrom) -> Inflation:
 def _identity_block(video: STDiT, state: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
     """Weights that make an inserted block the identity.
 
-    adaLN-Zero's own start does it. Other conditionings have no gate, or share one that the image model has opened, so the
-    last layer of each branch is zero instead (never both: nothing would get a gradient).
+    With adaLN-Zero a new block is the identity already. Other conditionings have no gate, or share one whose weights
+    come from the image model, so the last layer of each branch is zero instead (never both: nothing would get a
+    gradient).
     """
     if video.config.conditioning == "adaln_zero":
         return {}
@@ -180,7 +181,7 @@ def _identity_block(video: STDiT, state: Mapping[str, Tensor], i: int) -> dict[s
 
 
 def _check_fit(state: Mapping[str, Tensor], new: Mapping[str, Tensor], sources: Sequence[int | None]) -> None:
-    """Raise ValueError for weights that the video model lacks or has in another shape, and for those it would miss."""
+    """Raise ValueError for weights that the video model lacks or has in another shape, and for missing ones."""
     wrong = {
         key: f"{key} {tuple(value.shape)} here {tuple(state[key].shape) if key in state else 'absent'}"
         for key, value in new.items() if key not in state or state[key].shape != value.shape
@@ -194,7 +195,7 @@ def _check_fit(state: Mapping[str, Tensor], new: Mapping[str, Tensor], sources: 
     }
     if wrong:
         parts = sorted({key.split(".")[0] for key in wrong} & set(PARTS))
-        remedy = "choose the model.size these weights have"
+        remedy = "set model.size to that of the weights"
         if parts:
             remedy = f"add init_from.restart={parts}".replace("'", "")
         elif any("relative_position_bias" in key for key in wrong):
@@ -207,9 +208,9 @@ def _convert_class_table(image: STDiT, video: STDiT, init_from: InitFrom, new: d
     if "y_embedder" in init_from.restart:
         return
     if image.y_embedder is None:
-        if video.y_embedder is not None:  # zero, so that a class changes nothing until it is learnt
+        if video.y_embedder is not None:  # zero, so that a class has no effect until it is learned
             new[_CLASS_TABLE] = torch.zeros_like(video.y_embedder.embedding_table.weight)
-    elif video.y_embedder is None:  # unconditional: the null vector moves into the bias it was always added to
+    elif video.y_embedder is None:  # unconditional: the null vector is added to the bias of the timestep embedding
         if video.conditioning.by_tokens or not video.config.timestep_mlp:
             raise ValueError(
                 f"init_from: the null class of the weights cannot be folded into the timestep's bias with conditioning="
@@ -257,24 +258,24 @@ def _resize_pos_embeds(image: STDiT, video: STDiT, state: Mapping[str, Tensor], 
         if not isinstance(module, LearnedPosEmbed) or f"{name}.patches" not in new:
             continue
         new[f"{name}.patches"] = image.get_submodule(name)(*module.grid)
-        if (key := f"{name}.prefix") in new and key in state:  # (timestep, label): one of them may have no label
+        if (key := f"{name}.prefix") in new and key in state:  # (timestep, label); one of the models may have no label
             common = min(len(new[key]), len(state[key]))
             new[key] = torch.cat([new[key][:common], state[key][common:]])
 
 
 def _describe_preserved(image: STDiT, video: STDiT, init_from: InitFrom, sources: Sequence[int | None]) -> str:
-    """What the video model computes at the start of training, as a sentence."""
+    """Describe, in a sentence, what the video model computes at the start of training."""
     inserted = sum(source is None for source in sources)
     preserved = _preserved(image, video, init_from, sources)
     fresh = list(init_from.restart)
     if init_from.classes == "replace" and video.y_embedder is not None and image.y_embedder is not None:
-        fresh.append("classes but for the null class (what is preserved holds without a label)")
+        fresh.append("all classes except the null class (so what is preserved holds without a label)")
     if video.y_embedder is not None and image.y_embedder is None:
-        fresh.append("classes, all zero")
+        fresh.append("classes, initialised to zero")
     if video.config.caption_channels and not image.config.caption_channels:
         fresh.append("captions")
     ending = f" New: {', '.join(fresh)}." if fresh else ""
-    return f"{inserted} of {len(sources)} blocks are new; preserved: {preserved}.{ending}"
+    return f"{inserted} of {len(sources)} blocks are new; preserved of the image model: {preserved}.{ending}"
 
 
 def _preserved(image: STDiT, video: STDiT, init_from: InitFrom, sources: Sequence[int | None]) -> str:
@@ -283,27 +284,33 @@ def _preserved(image: STDiT, video: STDiT, init_from: InitFrom, sources: Sequenc
     encoding, image_encoding = video.config.position_encoding, image.config.position_encoding
     latte_differs = encoding == "latte" and (image_encoding != "latte" or None in sources) and set(axes) != {"spatial"}
     if init_from.restart:
-        return "the blocks' weights are the image model's, what is new decides the output"
+        return "the weights of the blocks; the output depends on the new parts"
     if _rotates_in_space(encoding) != _rotates_in_space(image_encoding):
-        return f"every block's weights; position_encoding={encoding} also rotates spatial attention, so no frame is as the image model's"
+        return (
+            f"the weights of every copied block; position_encoding={encoding} also rotates spatial attention, so no frame's "
+            "output is preserved"
+        )
     if latte_differs:
-        return "every block's weights; position_encoding=latte adds its table to all tokens, so no frame is as the image model's"
+        return (
+            "the weights of every copied block; position_encoding=latte adds its table to all tokens, so no frame's output "
+            "is preserved"
+        )
     if video.conditioning.by_tokens and _condition_names(video) != _condition_names(image):
-        return "every block's weights; other conditions are other tokens, so no frame is as the image model's"
+        return "the weights of every copied block; other conditions are other tokens, so no frame's output is preserved"
     if list(video.config.axes) == list(image.config.axes) and image.patch_size == video.patch_size:
         keys = ("position_encoding", "causal", "window", "sink")
         changed = [f"{key}={video.config[key]}" for key in keys if video.config[key] != image.config[key]]
         if changed and copied != {"spatial"}:
-            return f"on one frame as the image model; on several, attention over time differs ({', '.join(changed)})"
-        return "everything, it is the same model"
+            return f"the output on one frame; on several frames attention over time differs ({', '.join(changed)})"
+        return "the whole output, since it is the same model"
     if "temporal" in copied:
-        return "every block's weights; blocks that turned from spatial to temporal compute something else"
+        return "the weights of every block; blocks converted from spatial to temporal compute something else"
     if "joint" in copied:
         attended = "earlier frames too" if video.config.causal else "all frames at once"
-        return f"on one frame as the image model; on several, its blocks attend to {attended}"
+        return f"the output on one frame; on several frames the blocks attend to {attended}"
     if video.patch_size[0] > 1:
-        return "on still clips every frame as the image model"
-    return "on every frame as the image model"
+        return "the output on every frame of a still clip"
+    return "the output on every frame"
 
 
 def _condition_names(model: STDiT) -> set[str]:

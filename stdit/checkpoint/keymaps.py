@@ -1,6 +1,6 @@
 """Key maps of published weights, and the configuration that each format implies.
 
-A format renames its parameters to DiT's (`to_dit`) and states what differs from DiT in meaning (`arguments`, `adapt`).
+A format renames its parameters to DiT's (`to_dit`) and states where their meaning differs (`arguments`, `adapt`).
 STDiT has DiT's names, except that DiT's patch embedding is a convolution and that DiT stores its position table.
 """
 
@@ -22,7 +22,7 @@ HEADS = {width: heads for _, width, heads in SIZES.values()}
 
 
 def identity(tensors: Tensors) -> Tensors:
-    """The tensors as they are."""
+    """Return the tensors unchanged."""
     return dict(tensors)
 
 
@@ -30,9 +30,9 @@ def identity(tensors: Tensors) -> Tensors:
 class Format:
     """How the weights of one family are converted to STDiT and back.
 
-    objective: what its models predict. to_dit, from_dit: rename to DiT's names and back. arguments: what (DiT-named tensors,
-    config.json) say of the model. adapt, restore: change tensors where their meaning differs, and back. betas: the DDPM noise
-    schedule of training. mismatch: why a model cannot be written in this format, or "".
+    objective: what its models predict. to_dit, from_dit: rename to DiT's names and back. arguments: from DiT-named
+    tensors and config.json, arguments of the model. adapt, restore: change tensors where their meaning differs, and
+    back. betas: the DDPM noise schedule of training. mismatch: why a model cannot be written in this format, or "".
     """
 
     name: str
@@ -47,13 +47,13 @@ class Format:
 
 
 def infer(tensors: Tensors, settings: dict) -> dict:
-    """The arguments of STDiT that follow from DiT-named tensors; ValueError for what they leave open."""
+    """Infer the arguments of STDiT from DiT-named tensors; ValueError if the number of heads is unknown."""
     patch = tensors["x_embedder.proj.weight"]
     width, channels, size = patch.shape[0], patch.shape[1], patch.shape[-1]
     heads = settings.get("num_heads", HEADS.get(width))
     if heads is None:
         raise ValueError(
-            f"the weights are {width} wide, which is none of {sorted(HEADS)}, so the number of heads cannot be inferred; "
+            f"the weights are {width} wide, not one of {sorted(HEADS)}, so the number of heads cannot be inferred; "
             "give it with --set num_heads=N."
         )
     table = tensors.get("y_embedder.embedding_table.weight")
@@ -74,7 +74,7 @@ def infer(tensors: Tensors, settings: dict) -> dict:
 
 
 def pop_sincos_table(tensors: Tensors, key: str, make_table: Callable[[int, int], Tensor]) -> None:
-    """Remove a stored table. Raises ValueError if it is not the one that STDiT computes (`make_table(count, dim)`)."""
+    """Remove a stored table; ValueError unless it is the one that STDiT computes with `make_table(count, dim)`."""
     table = tensors.pop(key, None)
     if table is None:
         return
@@ -92,7 +92,7 @@ def square_pos_embed(count: int, dim: int) -> Tensor:
 
 
 def from_dit_layout(tensors: Tensors) -> Tensors:
-    """DiT's tensors as STDiT's: without sin-cos tables, the patch embedding as a matrix."""
+    """Convert DiT's tensors to STDiT's: drop the sin-cos tables, and make the patch embedding a matrix."""
     tensors = dict(tensors)
     pop_sincos_table(tensors, "pos_embed", square_pos_embed)
     pop_sincos_table(tensors, "temp_embed", latte_pos_embed)
@@ -101,7 +101,7 @@ def from_dit_layout(tensors: Tensors) -> Tensors:
 
 
 def to_dit_layout(tensors: Tensors, model: STDiT) -> Tensors:
-    """STDiT's tensors as DiT's: the inverse of `from_dit_layout`."""
+    """Convert STDiT's tensors to DiT's, the inverse of `from_dit_layout`."""
     tensors, (_, ph, pw) = dict(tensors), model.patch_size
     weight = tensors["x_embedder.proj.weight"]
     tensors["x_embedder.proj.weight"] = weight.unflatten(1, (model.in_channels, ph, pw))
@@ -153,7 +153,7 @@ def _latte_restore(tensors: Tensors, model: STDiT) -> Tensors:
 
 
 def _mismatch(model: STDiT, needs_classes: bool = True, **required: Any) -> str:
-    """The settings in which a model differs from what a format requires, or ""."""
+    """Describe the settings in which a model differs from what a format requires; "" if there are none."""
     values = {**dict(model.config), "axes": list(model.config.axes), "caption_axes": list(model.config.caption_axes)}
     differing = [f"{key}={values[key]!r} (not {value!r})" for key, value in required.items() if values[key] != value]
     if model.patch_size[0] != 1 or model.patch_size[1] != model.patch_size[2]:
@@ -223,7 +223,7 @@ FORMATS = {
 
 
 def recognise(names: Iterable[str]) -> str | None:
-    """The format to which tensors of these names most likely belong, or None."""
+    """Guess the format of tensors from their names; None if no format fits."""
     names = set(names)
     if "transformer_blocks.0.norm1.linear.weight" in names:
         return "diffusers"

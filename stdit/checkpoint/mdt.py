@@ -39,7 +39,7 @@ def to_dit(tensors: Tensors) -> Tensors:
 
 
 def from_dit(tensors: Tensors) -> Tensors:
-    """Rename DiT's names to MDT's; `restore` has added the decoder's depth, which no tensor holds."""
+    """Rename DiT's names to MDT's; the decoder's depth, which no tensor holds, comes from `restore`."""
     tensors = dict(tensors)
     decoder = int(tensors.pop("num_decoder_blocks"))
     depth = 1 + max(int(key.split(".")[1]) for key in tensors if key.startswith("blocks."))

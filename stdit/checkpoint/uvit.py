@@ -42,7 +42,7 @@ def to_dit(tensors: Tensors) -> Tensors:
             out[key.replace("mid_block", f"blocks.{half}", 1)] = value
         elif key == "pos_embed":
             num_prefix = 2 if "label_emb.weight" in tensors else 1
-            out["pos_embed.prefix"] = value[0, :num_prefix].flip(0)  # theirs: label, time; ours: time, label
+            out["pos_embed.prefix"] = value[0, :num_prefix].flip(0)  # U-ViT: label, time; STDiT: time, label
             out["pos_embed.patches"] = value[0, num_prefix:]
         else:
             out[f"{NAMES.get(head, head)}.{kind}"] = value
@@ -52,7 +52,10 @@ def to_dit(tensors: Tensors) -> Tensors:
 
 
 def from_dit(tensors: Tensors) -> Tensors:
-    """Rename DiT's names to U-ViT's, leaving out a bias of queries, keys and values that is zero everywhere, as in the released weights."""
+    """Rename DiT's names to U-ViT's.
+
+    A bias of queries, keys and values that is zero everywhere is left out, since the released weights have none.
+    """
     out: Tensors = {}
     half = _count(tensors, "blocks") // 2
     tensors = {key: value for key, value in tensors.items() if key != "pos_embed"}

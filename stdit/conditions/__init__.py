@@ -1,6 +1,6 @@
-"""What a model may be conditioned on, one conditioner per file. A new condition is its file and a row here.
+"""Conditions of a model, one conditioner per file. A new condition needs its file and a row here.
 
-The order of the table is the order in which embedders are made and summed: append new rows.
+The order of the table is the order in which embedders are made and summed, so append new rows at the end.
 """
 
 from collections.abc import Mapping
@@ -33,17 +33,20 @@ __all__ = [
 
 
 def conditioners_of(config: Mapping[str, Any]) -> dict[str, Conditioner]:
-    """The conditioners that a model's config asks for, by name, in the order of the table."""
+    """Conditioners of a model's config by name, in the order of the table."""
     found = {name: kind.from_config(config) for name, kind in CONDITIONERS.items()}
     return {name: conditioner for name, conditioner in found.items() if conditioner is not None}
 
 
 def check_extra_conditions(extra: Mapping[str, Any], key: str = "extra_conditions") -> None:
-    """Raise ValueError for a condition that is not in the table, that has a config key of its own, or whose arguments are wrong."""
+    """Raise ValueError for extra conditions that are unknown or invalid.
+
+    A condition is invalid if its arguments are wrong, or if other config keys turn it on (such as num_classes).
+    """
     for name, arguments in extra.items():
         kind = pick(CONDITIONERS, name, f"condition in {key}")
         if "from_config" in vars(kind):
-            raise ValueError(f"{key} has {name!r}, which a model's own config keys turn on; leave it out of {key}.")
+            raise ValueError(f"{key} has {name!r}, which other config keys turn on; leave it out of {key}.")
         try:
             kind.from_config({"extra_conditions": {name: arguments}})
         except TypeError as error:
@@ -51,12 +54,12 @@ def check_extra_conditions(extra: Mapping[str, Any], key: str = "extra_condition
 
 
 def read_conditions(record: Mapping[str, Any], clip: ClipFacts) -> dict[str, Any]:
-    """What every conditioner of the table reads from a clip's record; None where the data has none."""
+    """Raw value of every condition from a clip's record; None where the data has none."""
     return {name: kind.read(record, clip) for name, kind in CONDITIONERS.items()}
 
 
 def collate_conditions(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Conditions of samples as those of a batch; what no sample has is left out."""
+    """Collate the conditions of samples to those of a batch, without conditions that no sample has."""
     batch = {}
     for name, kind in CONDITIONERS.items():
         raws = [sample.get(name) for sample in samples]

@@ -1,4 +1,4 @@
-"""Captions: the tokens of a text encoder, attended to or joined with the patches."""
+"""Captions: tokens of a text encoder, to which blocks attend or which join the patches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -14,9 +14,9 @@ from stdit.text import Encoded
 
 
 class Caption(Conditioner):
-    """A text encoder's tokens of `channels` numbers; the null is the encoder's own empty text.
+    """Tokens of a text encoder with `channels` channels; the null is the encoded empty text.
 
-    tokenize: texts -> tokens; a `CaptionCache` in training, the encoder itself in sampling.
+    tokenize: texts -> tokens; a `CaptionCache` in training, the text encoder in sampling.
     """
 
     name = "caption"
@@ -24,7 +24,7 @@ class Caption(Conditioner):
     module = "caption_embedder"
     joins = "tokens"
     clip_ndim = 3
-    stored = False  # a cache has a column of captions
+    stored = False  # a latent cache has its own column of captions
     dropout_salt = ()  # shared with labels
 
     def __init__(self, channels: int):
@@ -33,53 +33,65 @@ class Caption(Conditioner):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self | None:
+        """Make it if the config has `caption_channels`."""
         return cls(config["caption_channels"]) if config.get("caption_channels") else None
 
     def embedder(self, dim: int) -> nn.Module:
+        """Make the MLP that projects the tokens."""
         return CaptionEmbedder(self.channels, dim)
 
     def null(self, count: int) -> Tokens:
+        """Encode the empty text."""
         return self.encode([""] * count, 1)
 
     def default(self, count: int) -> Tokens:
+        """Raise ValueError, since the model cannot encode the empty text itself."""
         raise ValueError("this model needs `captions`; for unconditional use pass the text encoder's tokens of ''.")
 
     def value(self, given: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Make tokens from captions (B, L, C) or (B, T, L, C) and their mask."""
         mask = None if mask is None else with_frames(mask.bool(), self.clip_ndim - 1)
         return Tokens(with_frames(given, self.clip_ndim), mask)
 
     def example(self, count: int) -> Tokens:
+        """16 zero tokens per clip."""
         return Tokens(torch.zeros(count, 1, 16, self.channels))
 
     @classmethod
     def read(cls, record: Mapping[str, Any], clip: ClipFacts) -> Any:
+        """The record's caption; the empty text if it has none."""
         return record.get("caption") or ""
 
     @classmethod
     def collate(cls, raws: Sequence[Any]) -> Any:
+        """List of texts, with the empty text for missing ones."""
         return ["" if raw is None else raw for raw in raws]
 
     def drop(self, values: Any, keys: Sequence[Key], rate: float) -> Any:
+        """Replace the texts of dropped clips by the empty text."""
         return ["" if gone else text for text, gone in zip(values, self.dropped(keys, rate), strict=True)]
 
     def encode(self, values: Any, stride: int) -> Tokens:
+        """Encode texts with `tokenize`; ValueError if no text encoder is set."""
         if self.tokenize is None:
             raise ValueError(
-                "captions need a text encoder; build the pipeline with text_encoder=FOLDER of the one in training."
+                "captions need a text encoder; build the pipeline with text_encoder=FOLDER of the one used in training."
             )
         return self.value(*self.tokenize(values))
 
     def parse(self, given: Any, count: int) -> Tokens:
-        """Texts, one for each clip or one for all; None is the empty text."""
+        """Encode texts, one per clip or one for all; None is the empty text."""
         return self.encode(self._texts(given, count), 1)
 
     def pair(self, given: Any, count: int) -> tuple[Tokens, Tokens]:
+        """The encoded texts and the encoded empty text, padded to one length."""
         texts = self._texts(given, count)
-        both = self.encode([*texts, ""], 1)  # together, so that both are padded to one length
+        both = self.encode([*texts, ""], 1)  # encoded together, so that both are padded to one length
         null = map_value(both, lambda x: x[count:].expand(count, *x.shape[1:]))
         return map_value(both, lambda x: x[:count]), null  # type: ignore[return-value]
 
     def preview(self, records: Callable[[int], Mapping[str, Any]], samples: int, count: int) -> dict[str, Any]:
+        """Captions of random samples of the data."""
         spread = keyed_rng("preview", 0).integers(samples, size=count)
         return {"captions": [records(int(i)).get("caption") or "" for i in spread], "class_labels": None}
 

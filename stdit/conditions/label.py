@@ -1,4 +1,4 @@
-"""Class labels: numbers or names, with a null class for guidance."""
+"""Class labels, as numbers or names, with a null class for guidance."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
@@ -11,13 +11,13 @@ from stdit.nn.embedders import LabelEmbedder
 
 
 class Label(Conditioner):
-    """One of `num_classes` labels, added to the conditioning vector; label `num_classes` is null (DiT, section 3.2)."""
+    """One of `num_classes` labels, added to the conditioning vector; label `num_classes` is the null (DiT)."""
 
     name = "label"
     keywords = ("class_labels",)
     module = "y_embedder"
     clip_ndim = 1
-    stored = False  # a cache has a column of labels
+    stored = False  # a latent cache has its own column of labels
     dropout_salt = ()  # shared with captions: a clip loses its label and its caption together
 
     def __init__(self, num_classes: int, class_names: Sequence[str] | None = None):
@@ -25,27 +25,33 @@ class Label(Conditioner):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self | None:
+        """Make it if the config has `num_classes`."""
         return cls(config["num_classes"], config.get("class_names")) if config.get("num_classes") else None
 
     def embedder(self, dim: int) -> nn.Module:
+        """Make the embedding table."""
         return LabelEmbedder(self.num_classes, dim)
 
     def null(self, count: int) -> Tensor:
+        """Label `num_classes` (count, 1)."""
         return torch.full((count, 1), self.num_classes)
 
     @classmethod
     def read(cls, record: Mapping[str, Any], clip: ClipFacts) -> Any:
+        """The record's label."""
         return record.get("label")
 
     @classmethod
     def collate(cls, raws: Sequence[Any]) -> Any:
+        """Integer tensor (B,), with -1 for missing labels."""
         return torch.tensor([-1 if raw is None else raw for raw in raws])
 
     def drop(self, values: Any, keys: Sequence[Key], rate: float) -> Any:
+        """Replace the labels of dropped clips by `num_classes`."""
         return torch.where(torch.tensor(self.dropped(keys, rate)), self.num_classes, values)
 
     def parse(self, given: Any, count: int) -> Tensor:
-        """Numbers or names, one for each clip or one for all, as (count, 1); (count, T) per latent frame."""
+        """Convert numbers or names, one per clip or one for all, to (count, 1); (B, T) tensors are per latent frame."""
         if given is None:
             return self.null(count)
         if isinstance(given, Tensor) and given.ndim > 1:
@@ -59,15 +65,16 @@ class Label(Conditioner):
         return labels.expand(count, -1)
 
     def preview(self, records: Callable[[int], Mapping[str, Any]], samples: int, count: int) -> dict[str, Any]:
+        """Labels that cycle through the classes."""
         return {"class_labels": [i % self.num_classes for i in range(count)]}
 
     def number(self, value: int | str) -> int:
-        """A label's number; ValueError if it is unknown or out of range."""
+        """Number of a label of this model; ValueError if it is unknown or out of range."""
         return label_number(value, self.num_classes, self.class_names)
 
 
 def label_number(value: int | str, num_classes: int, names: Sequence[str] | None) -> int:
-    """The number of a label given as number or name; ValueError if it is unknown or out of range."""
+    """Number of a label that is given as number or name; ValueError if it is unknown or out of range."""
     if isinstance(value, str) and names:
         for i, name in enumerate(names):  # ImageNet's names are lists: "tench, Tinca tinca"
             if value == name or value in name.split(", "):

@@ -1,7 +1,7 @@
-"""Values of conditions on their way into a model, and what is done to all of them alike.
+"""Values of conditions as a model takes them, and operations on all conditions of a batch.
 
-Every tensor is (B|1, T|1, ...): a frame axis of length 1 holds for the whole clip, one of length T gives each latent frame
-its own value; a batch axis of length 1 holds for all clips.
+Every tensor is (B|1, T|1, ...). A frame axis of length 1 holds one value for the whole clip, one of length T a value
+per latent frame; a batch axis of length 1 holds one value for all clips.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Tokens(NamedTuple):
-    """A sequence per clip or frame: tokens (B, T|1, L, C), mask (B, T|1, L) bool, true for tokens, false for padding."""
+    """Tokens (B, T|1, L, C) per clip or frame; mask: (B, T|1, L) bool, true for tokens, false for padding."""
 
     tokens: Tensor
     mask: Tensor | None = None
@@ -35,22 +35,22 @@ def map_tensors(conditions: Mapping[str, Value], change: Callable[[Tensor], Tens
 
 
 def rows(conditions: Mapping[str, Value], which: slice) -> Conditions:
-    """The conditions of some clips of a batch."""
+    """Select the conditions of some clips of a batch."""
     return map_tensors(conditions, lambda x: x if len(x) == 1 else x[which])
 
 
 def frames(conditions: Mapping[str, Value], which: Sequence[int]) -> Conditions:
-    """The conditions of some latent frames; what holds for the whole clip stays as it is."""
+    """Select the conditions of some latent frames; conditions of whole clips stay unchanged."""
     return map_tensors(conditions, lambda x: x if x.shape[1] == 1 else x[:, list(which)])
 
 
 def repeat_frames(conditions: Mapping[str, Value], times: int) -> Conditions:
-    """Conditions per latent frame, `times` times over; what holds for the whole clip stays as it is."""
+    """Repeat conditions per latent frame along time; conditions of whole clips stay unchanged."""
     return map_tensors(conditions, lambda x: x if x.shape[1] == 1 else torch.cat([x] * times, dim=1))
 
 
 def concatenate(first: Mapping[str, Value], second: Mapping[str, Value]) -> Conditions:
-    """The batch of `first`, then that of `second`; both have the same names, and tokens of one length."""
+    """Concatenate two batches of conditions, which have the same names and tokens of one length."""
     found: Conditions = {}
     for name, a in first.items():
         b = second[name]
@@ -67,12 +67,12 @@ def concatenate(first: Mapping[str, Value], second: Mapping[str, Value]) -> Cond
 
 
 def equal(first: Mapping[str, Value], second: Mapping[str, Value]) -> bool:
-    """Whether two batches of conditions are the same, number by number."""
+    """Whether two batches of conditions are equal; nan equals nan."""
 
     def same(a: Tensor | None, b: Tensor | None) -> bool:
         if a is None or b is None or a.shape != b.shape:
             return a is b
-        return bool(((a == b) | ((a != a) & (b != b))).all())  # nan stands for "unknown" and equals itself
+        return bool(((a == b) | ((a != a) & (b != b))).all())  # nan stands for "unknown"
 
     for name, a in first.items():
         b = second[name]
@@ -83,16 +83,16 @@ def equal(first: Mapping[str, Value], second: Mapping[str, Value]) -> bool:
 
 
 class Guided(NamedTuple):
-    """What a batch of clips is conditioned on, and what guidance leads away from; `null` None if there is nothing to guide."""
+    """Conditions of a batch of clips and the null conditions for guidance (None: no guidance)."""
 
     conditions: Conditions
     null: Conditions | None = None
 
     def change(self, function: Callable[[Conditions], Conditions]) -> "Guided":
-        """The same function applied to both."""
+        """Apply the same function to both."""
         return Guided(function(self.conditions), None if self.null is None else function(self.null))
 
     @property
     def unconditional(self) -> bool:
-        """Whether guidance would change nothing."""
+        """Whether guidance would have no effect."""
         return self.null is None or equal(self.conditions, self.null)

@@ -1,9 +1,9 @@
-"""Clips in and out: reading and writing video, datasets, the loader, drawn shapes."""
+"""Reading and writing video, datasets, the loader, and drawn clips of moving shapes."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Loaded when first asked for, so that `stdit.data.config` imports neither torch nor a decoder.
+# Loaded at the first access, so that `stdit.data.config` imports neither torch nor a decoder.
 _PUBLIC = {
     "VideoError": "stdit.data.video_io", "VideoReader": "stdit.data.video_io", "write_video": "stdit.data.video_write",
 }  # fmt: skip

@@ -44,17 +44,17 @@ class LibraryReader(ABC):
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) as displayed."""
+        """The frame size (H, W) as displayed."""
         height, width = self[0].shape[:2]
         return height, width
 
     @property
     def fps(self) -> float:
-        """Mean frame rate by time stamps."""
+        """The mean frame rate, computed from the time stamps."""
         return (len(self) - 1) / float(self.timestamps[-1]) if len(self) > 1 else 1.0
 
     def get_frames(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> np.ndarray:
-        """Frames by number, in the order requested -> (N, H, W, 3) uint8 RGB, resized to `size` (H, W) if given."""
+        """Decode frames by number, in the order requested -> (N, H, W, 3) uint8 RGB, resized to `size` (H, W)."""
         indices = [int(i) for i in indices]
         for i in indices:
             if not -len(self) <= i < len(self):
@@ -76,11 +76,11 @@ class LibraryReader(ABC):
 
     @abstractmethod
     def _decode(self, indices: list[int]) -> np.ndarray:
-        """Frames (N, H, W, 3) uint8 RGB of indices that are within the clip."""
+        """Decode the frames (N, H, W, 3) uint8 RGB of indices that are within the clip."""
 
 
 class DecordReader(LibraryReader):
-    """decord 0.6: fast, but returns wrong frames on open-GOP H.264 and HEVC and misreads edit lists."""
+    """Reads with decord 0.6: fast, but it returns wrong frames of open-GOP H.264 and HEVC and misreads edit lists."""
 
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
@@ -108,7 +108,7 @@ class DecordReader(LibraryReader):
 
 
 class TorchcodecReader(LibraryReader):
-    """torchcodec in its exact mode, which scans the file once."""
+    """Reads with torchcodec in its exact mode, which scans the file once."""
 
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
@@ -121,7 +121,7 @@ class TorchcodecReader(LibraryReader):
         try:
             self._reader = VideoDecoder(self.path, seek_mode="exact", dimension_order="NHWC", num_ffmpeg_threads=1)
             count = len(self._reader)
-            # Time stamps come with decoded frames only: 16 at a time bound the memory.
+            # Time stamps come with decoded frames only; decoding 16 at a time bounds the memory.
             ranges = [(i, min(i + 16, count)) for i in range(0, count, 16)]
             times = np.concatenate([self._reader.get_frames_in_range(*r).pts_seconds.numpy() for r in ranges])
         except Exception as error:
@@ -144,7 +144,7 @@ _warned: set[str] = set()
 
 
 def _warn_once(message: str) -> None:
-    if message not in _warned:  # `warnings` itself would repeat it for every caller
+    if message not in _warned:  # `warnings` would repeat it for every caller
         _warned.add(message)
         warn_user(message)
 

@@ -10,17 +10,19 @@ class DataConfig:
 
     root: str = "data/clips"  # folder (or idx file) of the data
     manifest: str | None = None  # CSV or JSON lines: path, label, caption, further columns; null: scan root
-    source: Literal["auto", "videos", "images", "idx", "latents", "shapes"] = "auto"  # kind of data; auto: inferred from the contents of root
+    source: Literal["auto", "videos", "images", "idx", "latents", "shapes"] = "auto"  # kind of data; auto: inferred
     num_frames: int = 17  # pixel frames of a clip; 1 for images
     height: int = 64  # height in pixels
     width: int = 64  # width in pixels
-    sizes: list[list[int]] = field(default_factory=list)  # sizes of buckets, [frames, height, width] each; needs train.tokens
+    sizes: list[list[int]] = field(
+        default_factory=list
+    )  # bucket sizes, [frames, height, width] each; needs train.tokens
     packing: bool = False  # pack clips of all sizes into one sequence without padding, instead of batches of one size
-    fps: float | None = None  # pick frames at this rate by their time stamps; null: take consecutive frames, whatever the rate
+    fps: float | None = None  # pick frames at this rate by their time stamps; null: consecutive frames, at any rate
     crop: Literal["center", "random"] = "center"  # position of the crop
     flip: bool = False  # mirror half of the clips, drawn at random, left to right
     backend: Literal["pyav", "decord", "torchcodec"] = "pyav"  # video decoder
-    workers: int | None = None  # processes that load data; 0: the main process loads it; null: as many as the machine has cores for
+    workers: int | None = None  # processes that load data; 0: the main process; null: by the number of cores
     timeout: float = 60.0  # seconds that reading one clip may take in such a process before it is replaced
     num_shapes: int = 3000  # number of clips with source=shapes
     motion: Literal["straight", "bounce"] = "straight"  # motion of the shapes with source=shapes
@@ -38,6 +40,8 @@ class DataConfig:
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"data.fps must be > 0, got {self.fps}; use null to take consecutive frames at any rate.")
         if self.workers is not None and self.workers < 0:
-            raise ValueError(f"data.workers must be >= 0 or null, got {self.workers}; use 0 to load in the main process.")
+            raise ValueError(
+                f"data.workers must be >= 0 or null, got {self.workers}; use 0 to load in the main process."
+            )
         if not 0 < self.timeout < float("inf"):
             raise ValueError(f"data.timeout must be a number of seconds > 0, got {self.timeout}.")

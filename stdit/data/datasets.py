@@ -24,12 +24,12 @@ from stdit.data.video_io import VideoError, VideoReader
 from stdit.rng import keyed_rng
 from stdit.variants import pick
 
-# Readers that a worker keeps open, so that its memory stays bounded however many files there are.
+# The most readers that a worker keeps, which bounds its memory however many files there are.
 MAX_READERS = 4096
 
 
 class _TableDataset:
-    """What datasets of files have in common: a table of rows, resizing and cropping."""
+    """The common part of datasets of files: a table of rows, resizing and cropping."""
 
     def __init__(self, table: Table, config: DataConfig):
         self.rows, self.num_classes, self.class_names = table
@@ -39,10 +39,12 @@ class _TableDataset:
         return len(self.rows)
 
     def record(self, index: int) -> dict[str, Any]:
+        """Label, caption and further columns of a row."""
         row = self.rows[index]
         return {**row.columns, "label": row.label, "caption": row.caption}
 
     def name(self, index: int) -> str:
+        """The path of the file."""
         return str(self.rows[index].path)
 
     def _size(self, size: ClipSize | None) -> ClipSize:
@@ -63,18 +65,20 @@ class _TableDataset:
 
 
 class VideoClips(_TableDataset):
-    """Windows of `num_frames` from video files, at `fps` by time stamps, scaled to cover the size and cropped.
+    """Random windows of video files, scaled to cover the size and cropped.
 
-    Pictures among them are clips of one frame.
+    With `fps`, frames are picked by their time stamps. Images among the files are clips of one frame.
     """
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
+        """Decode a window at a random position of a video, or an image as a clip of one frame."""
         size, path = self._size(size), self.rows[index].path
         target = (size.height, size.width)
         if path.suffix.lower() in IMAGE_SUFFIXES:
             if size.frames > 1:
                 raise VideoError(
-                    f"{str(path)!r} is a picture, not a clip of {size.frames} frames; give it a size of 1 frame."
+                    f"{str(path)!r} is an image, but a clip of {size.frames} frames is needed; leave it out, or give images a "
+                    "size of 1 frame."
                 )
             frames, rate = read_picture(path)[None], self.config.fps or 1.0
             return self._finish(resize(frames, cover_size(frames.shape[1:3], target)), size, rate, rng)
@@ -85,6 +89,7 @@ class VideoClips(_TableDataset):
         return self._finish(frames, size, rate, rng, picked=picked)
 
     def shape(self, index: int) -> tuple[int, int, int]:
+        """The frames of a file, counted at `fps`, and the size of its frames."""
         path = self.rows[index].path
         if path.suffix.lower() in IMAGE_SUFFIXES:
             return (1, *read_picture(path).shape[:2])
@@ -95,7 +100,7 @@ class VideoClips(_TableDataset):
             return (frames, *reader.size)
 
     def _open(self, path: Path) -> Reader:
-        """A reader of a file; PyAV's are cached with their index of packets, so that a worker scans a file once."""
+        """A reader of a file; PyAV's are cached with their index of packets, so that a worker scans each file once."""
         if self.config.backend != "pyav":
             return open_video(path, self.config.backend)
         readers = self._readers
@@ -114,36 +119,38 @@ class VideoClips(_TableDataset):
 
 
 def window(reader: Reader, num_frames: int, fps: float | None, rng: np.random.Generator) -> list[int]:
-    """Frame numbers of one window, anywhere in the clip; VideoError if the clip is too short for it."""
+    """Draw the frame numbers of a window at a random position; VideoError if the clip is too short for it."""
     if fps is None:
         if len(reader) < num_frames:
             raise VideoError(
-                f"{str(reader.path)!r} has {len(reader)} frames of the {num_frames} needed; lower data.num_frames or leave it out."
+                f"{str(reader.path)!r} has {len(reader)} frames, but {num_frames} are needed; lower data.num_frames or leave it out."
             )
         start = int(rng.integers(len(reader) - num_frames + 1))
         return list(range(start, start + num_frames))
     needed, has = (num_frames - 1) / fps, float(reader.timestamps[-1])
     if has + 0.5 / fps < needed:
         raise VideoError(
-            f"{str(reader.path)!r} lasts {has:.2f} s of the {needed:.2f} s needed; raise data.fps, lower data.num_frames or leave it out."
+            f"{str(reader.path)!r} lasts {has:.2f} s, but {needed:.2f} s are needed; raise data.fps, lower data.num_frames or leave it out."
         )
     begin = rng.uniform(0, max(0.0, has - needed))
     return reader.indices_at(begin + np.arange(num_frames) / fps)
 
 
 class Images(_TableDataset):
-    """Image files as one-frame clips."""
+    """Image files as clips of one frame."""
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
+        """Read an image, scale it to cover the size, and crop it."""
         size, frames = self._size(size), read_picture(self.rows[index].path)[None]
         return self._finish(resize(frames, cover_size(frames.shape[1:3], (size.height, size.width))), size, 1.0, rng)
 
     def shape(self, index: int) -> tuple[int, int, int]:
+        """One frame of the size of the file."""
         return (1, *read_picture(self.rows[index].path).shape[:2])
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8; VideoError if it cannot be read."""
+    """Read an image file as (H, W, 3) uint8; VideoError if it cannot be read."""
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
@@ -152,9 +159,10 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 class IdxImages:
-    """Grey images of an idx file (digits) with the labels beside it, as one-frame clips."""
+    """Grey images of idx files (digits) as clips of one frame, with the labels of the idx files next to them."""
 
     class_names: list[str] | None = None
+    decodes = False
 
     def __init__(self, root: Path, config: DataConfig):
         images = sorted(p for p in ([root] if root.is_file() else root.iterdir()) if "images-idx3" in p.name)
@@ -174,15 +182,19 @@ class IdxImages:
         return len(self.images)
 
     def record(self, index: int) -> dict[str, Any]:
+        """The label of an image, None without a file of labels; the caption is empty."""
         return {"label": None if self.labels is None else int(self.labels[index]), "caption": ""}
 
     def name(self, index: int) -> str:
+        """The path of the data and the number of the image."""
         return f"{self.root}[{index}]"
 
     def shape(self, index: int) -> tuple[int, int, int]:
+        """One frame of the size that all images have."""
         return (1, *self.images.shape[1:3])
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
+        """Resize an image and repeat its grey values as RGB."""
         size = size or ClipSize(1, self.config.height, self.config.width)
         frame = resize(self.images[index][None], (size.height, size.width))
         if self.config.flip and rng.random() < 0.5:
@@ -194,35 +206,39 @@ class IdxImages:
 
 
 class MovingShapes:
-    """Moving shapes, drawn on demand; clip `index` is always the same."""
+    """Clips of moving shapes, drawn on demand; the clip of an index is always the same."""
 
     def __init__(self, config: DataConfig):
         self.class_names: list[str] | None = list(OBJECT_NAMES if config.motion == "bounce" else CLASS_NAMES)
         self.num_classes = len(self.class_names)
         for _, height, width in [*config.sizes, (config.num_frames, config.height, config.width)]:
             if height != width:
-                raise ValueError(f"shapes are drawn on squares; height {height} and width {width} differ.")
+                raise ValueError(f"moving shapes need square frames, got {height} x {width}; use one side for both.")
         self.config = config
 
     def __len__(self) -> int:
         return self.config.num_shapes
 
     def label(self, index: int) -> int:
+        """The class index of a clip."""
         assert self.class_names is not None
         return self.class_names.index(self._clip(index, self._size).class_name)
 
     def record(self, index: int) -> dict[str, Any]:
+        """The label and the caption of a clip."""
         return {"label": self.label(index), "caption": self._clip(index, self._size).caption}
 
     def name(self, index: int) -> str:
+        """The word "shape" and the number of the clip."""
         return f"shape {index}"
 
     def shape(self, index: int) -> tuple[int, int, int]:
-        """The largest size asked for: shapes are drawn at any size."""
+        """The longest duration of the config, since shapes can be drawn at any size."""
         longest = max((size[0] for size in self.config.sizes), default=self.config.num_frames)
         return (longest, self.config.height, self.config.width)
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
+        """Draw a clip; it depends on `index` and `size` alone."""
         size = size or self._size
         drawn = draw(self._clip(index, size))
         return {"pixels": torch.from_numpy(drawn), "clip": ClipFacts(size, self.config.fps or 8.0)}
@@ -268,7 +284,7 @@ SOURCES: dict[str, Callable[[Path, DataConfig], Dataset]] = {
 
 
 def build_dataset(config: DataConfig) -> Dataset:
-    """The dataset a config names; with `source: auto`, by looking into the folder."""
+    """Build the dataset of a config; with `source: auto` its kind is inferred from the contents of the folder."""
     root = Path(config.root)
     source = _guess(root, config) if config.source == "auto" else config.source
     if source == "latents" and not (root / "cache.json").is_file():

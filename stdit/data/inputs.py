@@ -17,7 +17,10 @@ from stdit.pixels import to_float
 
 
 class Input(NamedTuple):
-    """pixels (1, 3, F, H, W) in [-1, 1]; note: what was changed to fit, "" if nothing; source: (H, W) of the file."""
+    """A user's file, converted to the size and frame rate of a model.
+
+    pixels: (1, 3, F, H, W) in [-1, 1]. note: what was changed to fit, "" if nothing. source: (H, W) of the file.
+    """
 
     pixels: Tensor
     note: str
@@ -43,7 +46,7 @@ def read_input(
     size = size(source) if callable(size) else size
     covering = cover_size(source, size)
     size_note = "" if source == size else f"{source[0]} x {source[1]} -> {size[0]} x {size[1]}"
-    # One pixel is rounding, no crop that a user would see.
+    # A difference of one pixel is rounding, not a crop that a user would notice.
     if max(covering[0] - size[0], covering[1] - size[1]) > 1:
         size_note += f" (cropped from {covering[0]} x {covering[1]})"
     pixels = to_float(crop(resize(original, covering), size))[None]
@@ -55,8 +58,9 @@ def read_mask(
 ) -> Tensor:
     """Read a mask from an image -> (H, W) bool, or from a clip -> (F, H, W) bool; white (true) is to be generated.
 
-    source: (H, W) of the clip's file. clip: (F, H, W) of the clip as the model takes it. The mask must have one of these
-    two sizes, and if it is a clip itself, as many frames at `fps` as the clip. frames: read only the first `frames`.
+    source: (H, W) of the clip's file. clip: (F, H, W) of the clip at the size and rate of the model. The mask must have
+    one of these two sizes, and if it is a clip itself, as many frames at `fps` as the clip. frames: read only the first
+    `frames`.
     """
     path, size = Path(path), clip[1:]
     is_image = path.suffix.lower() in IMAGE_SUFFIXES
@@ -111,7 +115,7 @@ def _read_image(path: Path, mode: str) -> np.ndarray:
     """An image file as an array, converted to a mode of PIL ("RGB", or "L" for grey)."""
     try:
         with Image.open(path) as image:
-            return np.array(image.convert(mode))  # a copy, since the view of PIL is read-only
+            return np.array(image.convert(mode))  # a copy, since PIL's view is read-only
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{str(path)!r} is not an image that can be read ({error}); give another file.") from error
 

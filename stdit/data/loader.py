@@ -14,15 +14,16 @@ from stdit.data.video_io import VideoError
 from stdit.data.workers import WorkerPool
 from stdit.rng import keyed_rng
 
-_ATTEMPTS = 64  # unreadable files in a row before the data as a whole is taken for broken
+_ATTEMPTS = 64  # unreadable files in a row, after which loading fails
 
 
 class Batch(NamedTuple):
-    """pixels (B, F, H, W, 3) uint8 or latents (B, C, T, h, w), the other None; lists where clips have different shapes.
+    """A micro-batch of clips, as pixels or as cached latents.
 
-    reencoded: beside cached latents, every frame encoded without those before it (see `VideoVAE.encode_segment`), or None.
-    conditions: collated values by the name of their conditioner. keys: (seed, step, slot) of each sample. bad: names of
-    files that could not be read, with the reason. total: clips per step over all processes.
+    pixels: (B, F, H, W, 3) uint8, or None. latents: (B, C, T, h, w), or None. Both are lists if clips have different
+    shapes. reencoded: with cached latents, every frame encoded without those before it (see `VideoVAE.encode_segment`),
+    or None. conditions: collated values by the name of their conditioner. keys: (seed, step, slot) of each sample. bad:
+    names of files that could not be read, with the reason. total: clips per step over all processes.
     """
 
     pixels: Tensor | list[Tensor] | None
@@ -89,7 +90,7 @@ def conditions_of_sample(dataset: Dataset, index: int, sample: dict[str, Any]) -
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
-    """Samples of one step as a batch."""
+    """Collate samples of one step to a batch."""
 
     def stack(name: str) -> Tensor | list[Tensor] | None:
         if name not in samples[0]:
@@ -125,8 +126,8 @@ def batches(
     """Endless micro-batches of this process, from `start_step` on.
 
     `batch_size` counts clips per step over all processes, unless an `order` says otherwise; process p takes every slot
-    equal to p modulo `processes`, `micro_batch` slots at a time. `close()` ends the worker processes. timeout, set_aside:
-    see `WorkerPool`.
+    equal to p modulo `processes`, `micro_batch` slots at a time. `close()` ends the worker processes. timeout,
+    set_aside: see `WorkerPool`.
     """
     order = order or UniformSampler(seed, len(dataset), batch_size)
     samples = KeyedSamples(dataset, seed, order)

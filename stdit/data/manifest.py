@@ -14,7 +14,10 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class Row(NamedTuple):
-    """One file; the label is a class index, None without classes; columns: what else the manifest says of it."""
+    """One media file of a table.
+
+    label: a class index, None without classes. columns: the further columns of the manifest.
+    """
 
     path: Path
     label: int | None
@@ -23,7 +26,10 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Rows, the number of classes (0: unconditional) and the classes' names (None if labels are numbers)."""
+    """A table of media files.
+
+    num_classes: 0 for data without labels. class_names: None if the labels are numbers.
+    """
 
     rows: list[Row]
     num_classes: int
@@ -31,7 +37,7 @@ class Table(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A row of a manifest, the label as written there."""
+    """A row of a manifest, with the label as written there."""
 
     line: int
     path: Path
@@ -40,7 +46,7 @@ class _Entry(NamedTuple):
     columns: Mapping[str, Any] = {}
 
     def row(self, label: int | None) -> Row:
-        """The row of a table, under a class index."""
+        """The row of a table, with a class index as its label."""
         return Row(self.path, label, self.caption, self.columns)
 
 
@@ -78,7 +84,7 @@ def read_manifest(path: Path, root: Path | None = None) -> Table:
 
 
 def _further(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that are neither path, label nor caption."""
+    """The columns other than path, label and caption."""
     return {name: value for name, value in entry.items() if name not in ("path", "label", "caption")}
 
 
@@ -161,7 +167,7 @@ def _with_class_indices(path: Path, entries: list[_Entry]) -> Table:
         return Table([entry.row(None) for entry in entries], 0, None)
     if not all(labelled):
         line = entries[labelled.index(False)].line
-        raise ValueError(f"{path}, line {line} has no label though others have; label every row, or none.")
+        raise ValueError(f"{path}, line {line} has no label, but other rows have one; label every row, or none.")
     for entry in entries:
         if isinstance(entry.label, bool | float | list | dict):
             raise ValueError(
@@ -172,7 +178,7 @@ def _with_class_indices(path: Path, entries: list[_Entry]) -> Table:
         numbers = [int(value) for value in values]
         if min(numbers) < 0:
             line = entries[numbers.index(min(numbers))].line
-            raise ValueError(f"{path}, line {line}: label {min(numbers)} is negative; labels begin at 0.")
+            raise ValueError(f"{path}, line {line}: label {min(numbers)} is negative; number the classes from 0.")
         rows = [entry.row(number) for number, entry in zip(numbers, entries, strict=True)]
         return Table(rows, max(numbers) + 1, None)
     names = sorted(set(values))

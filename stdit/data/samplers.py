@@ -52,18 +52,18 @@ def _shuffled(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 class UniformSampler:
-    """`batch_size` clips per step, all of the config's size."""
+    """Batches of `batch_size` clips, all of the config's size."""
 
     def __init__(self, seed: int, num_samples: int, batch_size: int):
         self.seed, self.num_samples, self.batch_size = seed, num_samples, batch_size
 
     def batch(self, step: int) -> list[SampleRef]:
-        """The samples of a step, by their position in the sequence of shuffled epochs."""
+        """The next `batch_size` samples of the endless sequence of shuffled epochs."""
         first = step * self.batch_size
         return [SampleRef(sample_index(self.seed, first + i, self.num_samples), None) for i in range(self.batch_size)]
 
     def candidates(self, size: ClipSize | None) -> Sequence[int]:
-        """Every sample."""
+        """All samples, since they have one size."""
         return range(self.num_samples)
 
 
@@ -87,11 +87,11 @@ def assign_buckets(shapes: Sequence[tuple[int, int, int]], sizes: Sequence[ClipS
 
 def _check_any_assigned(buckets: Sequence[int | None]) -> None:
     if all(bucket is None for bucket in buckets):
-        raise ValueError("none of the clips is long enough for any of data.sizes; add a shorter one.")
+        raise ValueError("none of the clips is long enough for any of data.sizes; add a size with fewer frames.")
 
 
 class BucketSampler:
-    """One size per step; a batch has as many clips as fit into `tokens`, a multiple of `processes`.
+    """Batches of one size each, of as many clips as fit into `tokens`, in multiples of `processes`.
 
     buckets: for each sample its index into `sizes`, or None to leave it out (`assign_buckets`). costs: tokens of one
     clip of each size. An epoch covers every clip; the last batch of a bucket is filled up with clips from its start.
@@ -134,9 +134,10 @@ class BucketSampler:
 
 
 class PackedSampler:
-    """Clips of all sizes packed without padding: one sequence of at most `tokens` / `processes` tokens per process.
+    """Batches of clips of all sizes, packed without padding.
 
-    Arguments are those of `BucketSampler`. An epoch covers every clip once.
+    Each process has one sequence of at most `tokens` / `processes` tokens per step. The arguments are those of
+    `BucketSampler`. An epoch covers every clip once.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class PackedSampler:
         self._samples = tuple(self.buckets)
         self._costs = tuple(costs[bucket] for bucket in self.buckets.values())
         self.tokens, self.processes = tokens // processes, processes
-        self._epoch_starts = [0]  # the step at which each epoch begins; grows as later steps are asked for
+        self._epoch_starts = [0]  # the first step of each epoch; grows when later steps are asked for
         if max(costs) > self.tokens:
             raise ValueError(
                 f"a clip of {max(costs)} tokens does not fit into a pack of {self.tokens} (train.tokens over "
@@ -184,7 +185,7 @@ class PackedSampler:
         return [i for i, bucket in self.buckets.items() if self.sizes[bucket] == size]
 
 
-@lru_cache(maxsize=2)  # the loader asks for one epoch step after step
+@lru_cache(maxsize=2)  # the loader asks for the steps of one epoch in turn
 def _packed(seed: int, epoch: int, samples: tuple[int, ...], costs: tuple[int, ...], tokens: int) -> list[list[int]]:
     """An epoch's samples in shuffled order; a new pack begins whenever the next clip does not fit into the last."""
     packs: list[list[int]] = [[]]

@@ -76,12 +76,12 @@ class ShapeClip:
         return f"{article} {self.object_name} {verb}"
 
     def truth(self) -> dict:
-        """The parameters that a manifest records."""
+        """The parameters that a manifest records, as a dictionary."""
         keys = ("shape", "direction", "speed", "start", "size", "color", "background")
         return {key: value for key, value in asdict(self).items() if key in keys}
 
     def centers(self) -> np.ndarray:
-        """(F, 2) centroid of the object in each frame."""
+        """The centroid of the object in each frame, (F, 2) as x and y in pixels."""
         steps = np.arange(self.frames)[:, None] * self.speed * np.array(DIRECTIONS[self.direction])
         path = np.array(self.start) + steps
         if self.motion == "bounce":
@@ -111,7 +111,7 @@ def random_clip(
 ) -> ShapeClip:
     """Draw the parameters of one clip at random; the object stays clear of the border in every frame.
 
-    With `motion="straight"` start and speed are chosen for that, with `motion="bounce"` the object is reflected.
+    With `motion="straight"` start and speed are chosen accordingly; with `motion="bounce"` the object is reflected.
     """
     label = int(rng.integers(len(CLASS_NAMES))) if label is None else label
     shape, direction = CLASS_NAMES[label].split()
@@ -149,14 +149,17 @@ def _two_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     while True:
         grey = rng.uniform(0.05, 0.30) if rng.random() < 0.5 else rng.uniform(0.70, 0.95)
         background = np.clip(grey + rng.uniform(-0.1, 0.1, 3), 0, 1)
-        # Rec. 601 luma: shapes stay visible in grey, too. The thresholds keep colour and background clearly different.
+        # Rec. 601 luma: shapes stay visible in grey too. The thresholds keep colour and background clearly different.
         luma = abs(np.dot(color - background, [0.299, 0.587, 0.114]))
         if np.linalg.norm(color - background) > 0.5 and luma > 0.15:
             return color, background
 
 
 def signed_distance(shape: str, size: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """Distance in pixels to the outline, negative inside, exact except outside of corners; dx, dy from the centroid."""
+    """The signed distance in pixels to the outline of a shape, negative inside; exact except outside of corners.
+
+    dx, dy: positions relative to the centroid.
+    """
     if shape == "circle":
         return np.hypot(dx, dy) - size
     if shape == "square":

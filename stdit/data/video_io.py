@@ -41,7 +41,7 @@ class VideoReader:
         self.path, self.salvage, self.max_pixels = os.fspath(path), salvage, max_pixels
         self._container: Any = None  # PyAV's, opened in the process `_process`
         self._process = -1
-        # Where decoding stands: the frames to come, and the number of the first of them.
+        # The position of decoding: the frames to come, and the number of the first of them.
         self._cursor: Iterator[tuple[int, av.VideoFrame]] | None = None
         self._next = 0
         try:
@@ -84,25 +84,25 @@ class VideoReader:
 
     @property
     def fps(self) -> float:
-        """Mean frame rate, computed from the time stamps, since headers are often wrong."""
+        """The mean frame rate, computed from the time stamps, since headers are often wrong."""
         times = self.timestamps
         return (len(times) - 1) / float(times[-1]) if len(times) > 1 and times[-1] > 0 else self._header_fps
 
     @cached_property
     def timestamps(self) -> np.ndarray:
-        """(N,) time of each frame in seconds, the first at 0."""
+        """The time (N,) of each frame in seconds; the first is at 0."""
         if self._pts is None:
             return np.arange(len(self)) / self._header_fps
         return (np.array(self._pts) - self._pts[0]) * self._time_base
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """(H, W) as displayed, with rotation applied."""
+        """The frame size (H, W) as displayed, with rotation applied."""
         height, width = self[0].shape[:2]
         return height, width
 
     def get_frames(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> np.ndarray:
-        """Frames by number, in the order requested, with repeats -> (N, H, W, 3) uint8 RGB.
+        """Decode frames by number, in the order requested, with repeats -> (N, H, W, 3) uint8 RGB.
 
         size: (H, W) as displayed, to which frames are resized by area averaging while they are converted, which is
         cheaper than resizing afterwards. Raises IndexError for a number outside the clip, VideoError if a frame cannot
@@ -137,13 +137,12 @@ class VideoReader:
         return VideoError(f"{self.path!r} {' '.join(reason.split())}; {remedy}.")
 
     def _open(self) -> tuple[Any, Any]:
-        """Open the file anew: PyAV's container, at the beginning, and its video stream."""
+        """Open the file again: PyAV's container, at the beginning, and its video stream."""
         self._release()
         self._process = os.getpid()
         try:
-            flags = (
-                os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-            )  # opening a FIFO must not block
+            # Opening a FIFO must not block.
+            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
             descriptor = os.open(self.path, flags)
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.close(descriptor)
@@ -207,14 +206,14 @@ class VideoReader:
             raise self._error("holds no frames")
 
     def _count_by_decoding(self) -> None:
-        """Decode the whole file: its frames and, if they are usable, their time stamps."""
+        """Decode the whole file to count its frames and, if they increase, take their time stamps."""
         times = [frame.pts for _, frame in self._decode(None)]
         self._count = len(times)
         increasing = all(t is not None for t in times) and all(a < b for a, b in pairwise(times))
         self._pts = times if increasing else None
 
     def _frame(self, index: int) -> "av.VideoFrame":
-        """Decode one frame by number, from the present position if no key frame is nearer."""
+        """Decode one frame by number, from the current position if no key frame is nearer."""
         if self._number is None or self._pts is None:
             return self._frame_in_order(index)
         # Key frames at or before the frame, nearest first, and finally the beginning of the file.
@@ -238,7 +237,7 @@ class VideoReader:
     def _advance(
         self, index: int, cursor: Iterator[tuple[int, "av.VideoFrame"]], numbers: dict[int, int]
     ) -> "av.VideoFrame | None":
-        """Decode up to frame `index`; None if the frames before it are not consecutive, or it does not come."""
+        """Decode up to frame `index`; None if the frames before it are not consecutive, or it is not found."""
         self._cursor = cursor
         for _, frame in cursor:
             number = numbers.get(frame.pts)
@@ -251,7 +250,7 @@ class VideoReader:
         return None
 
     def _frame_in_order(self, index: int) -> "av.VideoFrame":
-        """Decode one frame by counting from the beginning, or from the present position if that is before it."""
+        """Decode one frame by counting from the beginning, or from the current position if that is before it."""
         if self._cursor is None or self._process != os.getpid() or self._next > index:
             self._cursor = self._decode(None)
         for number, frame in self._cursor:
@@ -298,7 +297,7 @@ class VideoReader:
 
 def frames_at(timestamps: np.ndarray, times: Sequence[float] | np.ndarray) -> list[int]:
     """The index of the frame displayed at each time, for frames at increasing `timestamps` in seconds."""
-    # 0.1 ms more, so that a time that is a frame's own time stamp but for rounding gives that frame.
+    # 0.1 ms is added, so that a time that equals a frame's time stamp up to rounding gives that frame.
     indices = np.searchsorted(timestamps, np.asarray(times, dtype=float) + 1e-4, side="right") - 1
     return [int(i) for i in indices.clip(0, len(timestamps) - 1)]
 
@@ -323,7 +322,7 @@ def _is_displayed(packet: "av.Packet", codec: str) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """The text of an error, for FFmpeg's and the system's without number and path."""
+    """The text of an error, without the number and path in those of FFmpeg and the system."""
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -20,7 +20,11 @@ Frames = np.ndarray | Tensor
 
 
 def to_uint8(frames: Frames) -> np.ndarray:
-    """(N, H, W, 3) uint8 unchanged, or (3, F, H, W) floats in [-1, 1] -> (F, H, W, 3) uint8, values outside clipped."""
+    """Convert frames to (F, H, W, 3) uint8.
+
+    frames: (F, H, W, 3) uint8, which is returned unchanged, or (3, F, H, W) floats in [-1, 1]; values outside are
+    clipped. Raises ValueError for any other shape or type.
+    """
     shape = tuple(frames.shape)
     if isinstance(frames, Tensor):
         if frames.is_floating_point() and len(shape) == 4 and shape[0] == 3:
@@ -72,7 +76,7 @@ class _Mp4Encoder:
         return self
 
     def add(self, frames: np.ndarray) -> None:
-        """Encode (N, H, W, 3) uint8."""
+        """Encode frames (N, H, W, 3) uint8."""
         height, width = frames.shape[1:3]
         padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         for frame in padded:
@@ -90,7 +94,7 @@ class _Mp4Encoder:
 
 
 class VideoStream:
-    """An mp4 file that is written part by part: `with VideoStream(path, fps) as video: video.add(frames)`.
+    """An mp4 file that is written in parts: `with VideoStream(path, fps) as video: video.add(frames)`.
 
     The file appears when the block ends; after an error, or if no frames were added, there is none.
     """
@@ -98,7 +102,7 @@ class VideoStream:
     def __init__(self, path: str | os.PathLike, fps: float = 8):
         self.path, self.fps = Path(path), fps
         self._stack = ExitStack()
-        self._encoder: _Mp4Encoder | None = None  # made at the first frames, whose size it takes
+        self._encoder: _Mp4Encoder | None = None  # created with the first frames, since it needs their size
 
     def __enter__(self) -> "VideoStream":
         return self
@@ -138,7 +142,7 @@ WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
 
 
 def contact_sheet(clips: Sequence[Frames], columns: int = 1, count: int = 5, gap: int = 2) -> np.ndarray:
-    """An overview image (H, W, 3) uint8: per clip a strip of `count` frames spread evenly over its length.
+    """An overview image (H, W, 3) uint8: for each clip a strip of `count` frames, spread evenly over its length.
 
     columns: strips per row; gap: white pixels between frames.
     """

@@ -20,17 +20,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# Times that a file is given to a process of its own after it ended or stalled one, before it is set aside.
+# The number of new processes that a file may crash or stall before it is set aside.
 FRESH_TRIES = 2
-# Processes that end before they read anything: the machine's fault (memory, imports), not that of a file.
+# Processes in a row that end before they read a file, which is due to the machine (memory, imports), not to a file.
 MAX_FAILED_STARTS = 3
 
 
 def num_workers(asked: int | None, decodes: bool, processes: int = 1) -> int:
-    """How many processes load the data of one of `processes` training processes on this machine.
+    """The number of processes that load the data of one of `processes` training processes on this machine.
 
-    asked: the number in the config, or None for one core less than there are, at most 8; none where samples are not decoded
-    (`decodes` is false), which takes less time than sending them.
+    asked: the number in the config, or None for one less than the cores, at most 8. decodes: whether samples are decoded;
+    if not, there are no processes, since sending a sample takes longer than reading it.
     """
     if asked is not None:
         return asked
@@ -39,10 +39,10 @@ def num_workers(asked: int | None, decodes: bool, processes: int = 1) -> int:
 
 
 class Loadable(Protocol):
-    """What processes load: a sample by key, never from the files in `set_aside` (name -> reason)."""
+    """The interface of samples that processes load by key, without the files in `set_aside` (name -> reason)."""
 
     def load(self, key: Any, set_aside: dict[str, str], reading: Callable[[str], None]) -> Any:
-        """The sample of a key. `reading(name)` is called before each file that is opened."""
+        """Load the sample of a key; `reading(name)` is called before each file that is opened."""
 
 
 class _Job(NamedTuple):
@@ -51,7 +51,7 @@ class _Job(NamedTuple):
 
 
 class _Worker:
-    """One process, the job it does, the file it reads and since when."""
+    """A loader process, its job, the file that it reads, and the time of its last message."""
 
     def __init__(self, samples: Loadable):
         context = multiprocessing.get_context("spawn")  # a live decoder does not survive fork
@@ -60,33 +60,34 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
-        self.since = 0.0  # when the last sign of life came
+        self.since = 0.0  # time of the last message
         self.file: str | None = None
         self.jobs_done = 0
         self.ready = False
 
     def give(self, job: _Job, set_aside: dict[str, str]) -> None:
+        """Send a job to the process."""
         self.job, self.file, self.since = job, None, time.monotonic()
         self.connection.send((job.key, set_aside))
 
     def end(self) -> None:
+        """Kill the process."""
         self.process.kill()
         self.process.join()
         self.connection.close()
 
 
 class WorkerPool:
-    """Samples made by `workers` processes and given out in the order of their keys.
+    """Samples that `workers` processes load, in the order of their keys.
 
-    timeout: seconds after which a file that is still being read has stalled. set_aside: name -> reason of files that ended
-    or stalled their process, and did so again in two fresh ones; it grows while the pool runs. What stands in it is never
-    opened.
+    timeout: seconds after which a file that is still being read has stalled. set_aside: name -> reason of files that
+    crashed or stalled their process, and then two new ones; it grows while the pool runs. Its files are never opened.
     """
 
     def __init__(self, samples: Loadable, workers: int, timeout: float, set_aside: dict[str, str]):
         self.samples, self.timeout, self.set_aside = samples, timeout, set_aside
         self._lock = threading.Condition()
-        self._waiting: list[_Job] = []  # not given out yet, by number
+        self._waiting: list[_Job] = []  # not assigned to a process yet, by number
         self._done: dict[int, Any] = {}
         self._failure: Exception | None = None
         self._failed_fresh: dict[str, int] = {}
@@ -99,7 +100,7 @@ class WorkerPool:
         atexit.register(self.close)  # before multiprocessing waits for its children, which ignore its signal
 
     def batches(self, keys: Iterator[Sequence[Any]]) -> Generator[list[Any], None, None]:
-        """The samples of each group of keys, in order; the groups after it are loaded meanwhile."""
+        """Yield the samples of each group of keys, in order, while the next groups are loaded."""
         groups: list[range] = []
         number = 0
         ahead = 2 * len(self._workers)
@@ -138,7 +139,7 @@ class WorkerPool:
             atexit.unregister(self.close)
 
     def _run(self) -> None:
-        """The thread that hands out jobs, takes results and replaces processes."""
+        """The thread that assigns jobs, receives results and replaces processes."""
         try:
             while not self._closed:
                 self._hand_out()
@@ -165,7 +166,7 @@ class WorkerPool:
                 if worker.job is not None or not self._waiting:
                     continue
                 job = self._waiting.pop(0)
-            with contextlib.suppress(OSError):  # it has died; its connection says so next
+            with contextlib.suppress(OSError):  # it has died, which the next read of its connection shows
                 worker.give(job, self.set_aside)
 
     def _receive(self, worker: _Worker) -> None:
@@ -191,7 +192,7 @@ class WorkerPool:
             worker.jobs_done += 1
 
     def _replace(self, worker: _Worker, reason: str) -> None:
-        """A new process in place of one that died or stalled; its job is done again."""
+        """Replace a process that died or stalled by a new one, which repeats its job."""
         if worker.file is None and not worker.jobs_done:
             self._failed_starts += 1
             if self._failed_starts >= MAX_FAILED_STARTS:
@@ -202,7 +203,9 @@ class WorkerPool:
         if worker.file is not None and not worker.jobs_done:
             tries = self._failed_fresh[worker.file] = self._failed_fresh.get(worker.file, 0) + 1
             if tries >= FRESH_TRIES:
-                self.set_aside[worker.file] = f"{worker.file!r} is set aside: {tries} loader processes in a row {reason}"
+                self.set_aside[worker.file] = (
+                    f"{worker.file!r} is set aside: {tries} loader processes in a row {reason}"
+                )
         worker.end()
         fresh = _Worker(self.samples)
         self._workers[self._workers.index(worker)] = fresh
@@ -224,8 +227,8 @@ def _death(code: int | None) -> str:
 
 
 def _work(connection: Connection, samples: Loadable) -> None:
-    """A loader process: one sample for each key that comes, until the connection closes."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process decides what a signal to all means
+    """The main function of a loader process: load a sample for each key that arrives, until the connection closes."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process handles signals to all
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     torch.set_num_threads(1)  # many processes must not compete for the cores
@@ -259,9 +262,10 @@ def _with_trace(error: Exception) -> RuntimeError:
 
 
 class _ByValue(ForkingPickler):
-    """Sends tensors as bytes; torch's own way is a file descriptor that dies with the process."""
+    """Pickles tensors as bytes; torch would send a file descriptor, which is closed when the process dies."""
 
     def reducer_override(self, value: Any) -> Any:
+        """Reduce tensors to bytes, shape and type, and everything else as usual."""
         if isinstance(value, Tensor):
             flat = value.detach().contiguous().flatten().view(torch.uint8)
             return _tensor, (flat.numpy(), value.dtype, tuple(value.shape))

@@ -1,1 +1,4 @@
-"""Mathematics of diffusion; knows no network. A level is t in [0, 1]: 0 is clean, 1 is noise, whatever the objective."""
+"""The mathematics of diffusion, independent of the network.
+
+A level is t in [0, 1] for every objective: 0 is clean data, 1 is noise.
+"""

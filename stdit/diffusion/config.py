@@ -1,4 +1,4 @@
-"""What of the training objective a person chooses."""
+"""The training objective's section of a config."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 Distribution = Literal["logit_normal", "uniform"]
 Betas = Literal["linear", "scaled_linear"]
 
-# Seven clips in eight are generated whole: they lose little by it, and of a batch of 16 two have known frames (dev/LOG.md).
+# Seven clips in eight have no known frames, which costs little quality in generating whole clips (dev/LOG.md).
 DEFAULT_MASK_PROBS = {
     "shared": 0.875, "prefix": 0.04, "motion": 0.015, "suffix": 0.025, "ends": 0.02, "region": 0.015, "every_kth": 0.005,
     "per_frame": 0.0025, "random": 0.0025,
@@ -15,22 +15,22 @@ DEFAULT_MASK_PROBS = {
 
 @dataclass
 class ObjectiveConfig:
-    """The objective of training: what is predicted, which frames are known, how noise levels are drawn."""
+    """The training objective: what the network predicts, which frames are known, how noise levels are drawn."""
 
-    name: Literal["flow", "ddpm"] = "flow"  # rectified flow, or DDPM as in DiT
-    mask_strategy: str = "shared"  # which frames are known in training; "mixed": each clip draws one from mask_probs
+    name: Literal["flow", "ddpm"] = "flow"  # flow: rectified flow; ddpm: DDPM as in DiT
+    mask_strategy: str = "shared"  # which frames are known in training; mixed: each clip draws a strategy by mask_probs
     mask_probs: dict[str, float] = field(
         default_factory=lambda: dict(DEFAULT_MASK_PROBS)
     )  # mixed: probability of each strategy
-    mask_warmup_steps: int = 0  # mixed begins at this step; before it no frame is known
-    cond_noise_max: float = 0.0  # known frames get a noise level from 0 to this (conditioning augmentation)
-    cond_timestep_shift: float = 1.0  # flow: further shift to noise of clips with known frames
-    mask_ratio: float = 0.0  # share of patches hidden from a masked trunk's encoder in a second pass (MDT v2: 0.3)
+    mask_warmup_steps: int = 0  # mixed: before this step no frame is known
+    cond_noise_max: float = 0.0  # known frames get a random noise level up to this (conditioning augmentation)
+    cond_timestep_shift: float = 1.0  # flow: additional shift toward noise for clips with known frames
+    mask_ratio: float = 0.0  # trunk=masked: share of patches hidden from the encoder in a second pass (MDT v2: 0.3)
     betas: Betas = "linear"  # ddpm: linear (DiT), or scaled_linear (Stable Diffusion, U-ViT)
-    learn_sigma: bool = True  # ddpm: the variance is learned
+    learn_sigma: bool = True  # ddpm: the network also predicts the variance
     distribution: Distribution = "logit_normal"  # flow: distribution of levels in training
-    shift: float = 1.0  # flow: moves levels toward noise, in training and sampling
-    shift_tokens: int = 0  # flow: latent positions for which shift holds, else scaled by the root of the size; 0: all
+    shift: float = 1.0  # flow: shifts levels toward noise, in training and sampling
+    shift_tokens: int = 0  # flow: latent positions at which shift holds; it scales with the root of the size; 0: off
 
     def __post_init__(self) -> None:
         for name in ("shift", "cond_timestep_shift"):
@@ -42,7 +42,7 @@ class ObjectiveConfig:
             _check_strategy(name, "strategy in objective.mask_probs")
         for name, probability in self.mask_probs.items():
             if not 0 <= probability < float("inf"):
-                raise ValueError(f"objective.mask_probs.{name} must be >= 0 and finite, got {probability}.")
+                raise ValueError(f"objective.mask_probs.{name} must be >= 0 and finite, got {probability}; 0: never.")
         _check_strategy(self.mask_strategy, "objective.mask_strategy", mixed=True)
         if not any(self.mask_probs.values()):
             raise ValueError("objective.mask_probs are all 0; give at least one strategy a probability.")
@@ -52,7 +52,7 @@ class ObjectiveConfig:
                 "set it to 0, or use objective.mask_strategy=teacher_forcing."
             )
         if self.mask_warmup_steps < 0:
-            raise ValueError(f"objective.mask_warmup_steps must be >= 0, got {self.mask_warmup_steps}.")
+            raise ValueError(f"objective.mask_warmup_steps must be >= 0, got {self.mask_warmup_steps}; 0: no warmup.")
         if not 0 <= self.mask_ratio <= 0.75:
             raise ValueError(f"objective.mask_ratio must lie in [0, 0.75], got {self.mask_ratio}; MDT v2 uses 0.3.")
         if not 0 <= self.cond_noise_max < 1:
@@ -62,20 +62,20 @@ class ObjectiveConfig:
 
     @property
     def active_mask_probs(self) -> dict[str, float]:
-        """The strategies that training draws from, with their probabilities."""
+        """Strategies that training draws from, with their probabilities, which sum to 1."""
         if self.mask_strategy != "mixed":
             return {self.mask_strategy: 1.0}
         total = sum(self.mask_probs.values())
         return {name: probability / total for name, probability in self.mask_probs.items() if probability}
 
     def mask_probs_at(self, step: int) -> dict[str, float]:
-        """The strategies, with their probabilities, that the clips of one training step draw from."""
+        """Strategies that the clips of one training step draw from, with their probabilities."""
         warming_up = self.mask_strategy == "mixed" and step < self.mask_warmup_steps
         return {"shared": 1.0} if warming_up else self.active_mask_probs
 
 
 def _check_strategy(name: str, what: str, mixed: bool = False) -> None:
-    from stdit.diffusion.masks import MASK_STRATEGIES  # on use: reading a config needs no torch before it is checked
+    from stdit.diffusion.masks import MASK_STRATEGIES  # imported on use, so that this module needs no torch
     from stdit.variants import pick
 
     pick({**MASK_STRATEGIES, **({"mixed": None} if mixed else {})}, name, what)

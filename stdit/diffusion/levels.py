@@ -10,9 +10,10 @@ from stdit.diffusion.config import Distribution
 
 
 class LevelSample(NamedTuple):
-    """Levels of one clip and its generation mask, (T,) or per patch (T, rows, columns); the loss counts where mask is true.
+    """Noise levels and generation mask of one clip, (T,) or per patch (T, rows, columns).
 
-    history: the level () at which each frame sees the frames before it (teacher forcing), or None.
+    The loss counts where the mask is true. history: the level () of the earlier frames that each frame attends to
+    (teacher forcing), or None.
     """
 
     levels: Tensor
@@ -21,17 +22,17 @@ class LevelSample(NamedTuple):
 
 
 def sample_levels(generator: torch.Generator, count: int, distribution: Distribution) -> Tensor:
-    """(count,) independent levels in (0, 1)."""
+    """Draw (count,) independent levels in (0, 1)."""
     if distribution == "logit_normal":  # Esser et al., "Scaling Rectified Flow Transformers", section 3.1
         return torch.sigmoid(torch.randn(count, generator=generator))
     return torch.rand(count, generator=generator)
 
 
 def shift_levels(levels: Tensor, shift: float) -> Tensor:
-    """shift * t / (1 + (shift - 1) t): more noise for shift > 1; 0 and 1 stay (Esser et al., equation 23)."""
+    """Shift levels to shift * t / (1 + (shift - 1) t): toward noise for shift > 1 (Esser et al., equation 23)."""
     return shift * levels / (1 + (shift - 1) * levels)
 
 
 def size_shift(shift: float, tokens: int, base_tokens: int) -> float:
-    """The shift for a clip of `tokens` latent positions when `shift` holds at `base_tokens` (0: everywhere)."""
+    """Shift of a clip of `tokens` latent positions if `shift` holds at `base_tokens` (0: at every size)."""
     return shift * math.sqrt(tokens / base_tokens) if base_tokens else shift

@@ -27,7 +27,7 @@ def _prefix(generator: torch.Generator, grid: Grid) -> Tensor:
 
 
 def _motion(generator: torch.Generator, grid: Grid) -> Tensor:
-    """The first frames are known, at least two: one does not show how things move."""
+    """The first frames are known, at least two, since a single frame shows no motion."""
     if grid[0] < 3:
         return _prefix(generator, grid)
     mask = _everything(generator, grid)
@@ -41,7 +41,7 @@ def _suffix(generator: torch.Generator, grid: Grid) -> Tensor:
 
 
 def _ends(generator: torch.Generator, grid: Grid) -> Tensor:
-    """All frames are known but a gap that touches neither end."""
+    """All frames are known except a gap that touches neither end."""
     frames = grid[0]
     if frames < 3:
         return _prefix(generator, grid)
@@ -60,14 +60,14 @@ def _random(generator: torch.Generator, grid: Grid) -> Tensor:
 
 
 def _every_kth(generator: torch.Generator, grid: Grid) -> Tensor:
-    """Every k-th frame is known, from the first, k drawn from 2 on."""
+    """Every k-th frame is known, starting with the first; k >= 2 is drawn at random."""
     mask = _everything(generator, grid)
     mask[:: 2 + _below(generator, grid[0] - 1)] = grid[0] == 1
     return mask
 
 
 def _region(generator: torch.Generator, grid: Grid) -> Tensor:
-    """A box of patches, or all but a box, over all frames or a stretch of them, is to be generated: (T, rows, columns)."""
+    """A box of patches, or everything outside a box, is to be generated, in all frames or in a range of frames."""
     frames, rows, columns = grid
     box = torch.zeros(grid, dtype=torch.bool)
     spans = [_span(generator, size) for size in (rows, columns)]
@@ -81,11 +81,11 @@ def _region(generator: torch.Generator, grid: Grid) -> Tensor:
 
 
 class MaskStrategy(NamedTuple):
-    """How a clip of training is masked.
+    """How a training clip is masked.
 
-    draw_mask: (generator, grid) -> mask. level_per_frame: generated frames have a level each (Chen et al., "Diffusion
-    Forcing"), otherwise they share one. teacher_forcing: each frame is predicted from the clean frames before it, all
-    frames of a clip at once. per_patch: patches of a frame have levels of their own.
+    draw_mask: (generator, grid) -> mask. level_per_frame: every generated frame has its own noise level (Chen et al.,
+    "Diffusion Forcing"); otherwise they share one. teacher_forcing: each frame is predicted from the clean frames
+    before it, for all frames of a clip at once. per_patch: patches of a frame have different noise levels.
     """
 
     draw_mask: Callable[[torch.Generator, Grid], Tensor] = _everything
@@ -109,17 +109,17 @@ MASK_STRATEGIES: dict[str, MaskStrategy] = {
 
 
 def choose(generator: torch.Generator, probabilities: Mapping[str, float]) -> str:
-    """A name, with probability proportional to its entry."""
+    """Draw a name with probability proportional to its entry."""
     names = sorted(probabilities)
     weights = torch.tensor([probabilities[name] for name in names], dtype=torch.float64)
     return names[int(torch.multinomial(weights, 1, generator=generator))]
 
 
 def choose_strategy(key: tuple[int, int, int], probabilities: Mapping[str, float]) -> str:
-    """The mask strategy of one clip of training, a function of its key (seed, step, slot).
+    """Choose the mask strategy of one training clip as a function of its key (seed, step, slot).
 
-    Per-patch levels force per-patch modulation on the whole batch, so they are concentrated: a step drawn for them has 25 %
-    such clips (all steps are, where their probability is above 1/4), and other steps have none.
+    A clip with per-patch levels needs per-patch modulation of its whole batch, so such clips are grouped: in some steps
+    they are a quarter of the clips, in the others there are none. With a probability above 1/4 they occur in all steps.
     """
     generator = keyed_generator("strategy", *key)
     per_patch = {name: p for name, p in probabilities.items() if MASK_STRATEGIES[name].per_patch}
@@ -141,7 +141,7 @@ def _below(generator: torch.Generator, high: int) -> int:
 
 
 def _span(generator: torch.Generator, size: int) -> tuple[int, int]:
-    """First and end of a random stretch of 1 to `size`."""
+    """Start and end of a random range of length 1 to `size`."""
     length = 1 + _below(generator, size)
     start = _below(generator, size - length + 1)
     return start, start + length

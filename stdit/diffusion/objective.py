@@ -17,7 +17,7 @@ __all__ = ["OBJECTIVES", "DDPMObjective", "FlowObjective", "Objective", "Objecti
 
 
 class Objective(ABC):
-    """Noise for training, a loss per position, and what the network's output means for a solver."""
+    """Interface of a training objective: noise levels, the loss, and how to read the network's output."""
 
     path: Path
     learns_sigma: bool = False
@@ -28,9 +28,9 @@ class Objective(ABC):
     def sample(
         self, generator: torch.Generator, strategy: str, grid: Grid, tokens: int, level: float | None = None
     ) -> LevelSample:
-        """Levels and generation mask of one clip of `tokens` latent positions: (T,), or per patch of `grid`.
+        """Draw levels and generation mask of one clip of `tokens` latent positions: (T,), or per patch of `grid`.
 
-        level: the level of what is to be generated, in place of a random one (held-out losses).
+        level: a fixed level of the generated frames, in place of a random one (for held-out losses).
         """
         frames, kind = grid[0], MASK_STRATEGIES[strategy]
         levels = self.sample_levels(generator, frames if kind.level_per_frame else 1, tokens).expand(frames)
@@ -45,35 +45,35 @@ class Objective(ABC):
 
     @abstractmethod
     def sample_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:
-        """(count,) independent levels for a clip of `tokens` latent positions."""
+        """Draw (count,) independent levels for a clip of `tokens` latent positions."""
 
     @abstractmethod
     def estimate(self, output: Tensor, x: Tensor, levels: Tensor) -> Estimate:
-        """Clean data and noise that the network's output (B, C_out, T, h, w) means at noisy x.
+        """Convert the network's output (B, C_out, T, h, w) for noisy x to estimates of clean data and noise.
 
         levels: (B, T|1) or (B, T, rows, columns).
         """
 
     @abstractmethod
     def loss(self, output: Tensor, x: Tensor, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        """(B, T, h, w): the mean over channels."""
+        """Training loss (B, T, h, w), the mean over channels."""
 
     def noisy(self, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        """x_t (B, C, T, h, w) at levels (B, T|1) or (B, T, rows, columns)."""
+        """Add noise to clean data: x_t (B, C, T, h, w) at levels (B, T|1) or (B, T, rows, columns)."""
         alpha, sigma = self.path.alpha_sigma(like(levels, clean))
         return alpha * clean + sigma * noise
 
     def timestep(self, levels: Tensor) -> Tensor:
-        """Levels as the model's timesteps, same shape."""
+        """Convert levels to the model's timesteps, of the same shape."""
         return self.path.timestep(levels)
 
     @abstractmethod
     def schedule(self, steps: int | str, tokens: int) -> Tensor:
-        """(steps + 1,) levels from noise to 0 for sampling a clip of `tokens` latent positions."""
+        """Levels (steps + 1,) from noise to 0 for sampling a clip of `tokens` latent positions."""
 
 
 class FlowObjective(Objective):
-    """Rectified flow: the network predicts the velocity noise - clean, squared error."""
+    """Rectified flow: the network predicts the velocity noise - clean, with a squared error."""
 
     def __init__(self, config: ObjectiveConfig):
         super().__init__(config)
@@ -83,20 +83,27 @@ class FlowObjective(Objective):
         return shift_levels(levels, size_shift(self.config.shift, tokens, self.config.shift_tokens))
 
     def sample_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:
+        """Draw levels from `config.distribution` and shift them for the clip's size."""
         return self._shift(sample_levels(generator, count, self.config.distribution), tokens)
 
     def estimate(self, output: Tensor, x: Tensor, levels: Tensor) -> Estimate:
+        """Read the output as velocity."""
         return from_velocity(output.to(x.dtype), x, levels)
 
     def loss(self, output: Tensor, x: Tensor, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+        """Squared error of the velocity."""
         return (output.float() - (noise - clean)).square().mean(dim=1)
 
     def schedule(self, steps: int | str, tokens: int) -> Tensor:
+        """Evenly spaced levels from 1 to 0, shifted for the clip's size."""
         return self._shift(self.path.schedule(steps), tokens)
 
 
 class DDPMObjective(Objective):
-    """DDPM as in DiT: the network predicts epsilon and a learned range variance (simple loss plus variational bound in bits), or epsilon alone."""
+    """DDPM as in DiT: the network predicts epsilon, and the variance if it is learned.
+
+    The loss is the squared error of epsilon, plus the variational bound in bits if the variance is learned.
+    """
 
     def __init__(self, config: ObjectiveConfig):
         super().__init__(config)
@@ -104,25 +111,29 @@ class DDPMObjective(Objective):
         self.learns_sigma = config.learn_sigma
 
     def sample_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:
+        """Draw levels uniformly from the 1000 steps."""
         return ((sample_levels(generator, count, "uniform") * self.chain.num_steps).floor() + 1) / self.chain.num_steps
 
     def estimate(self, output: Tensor, x: Tensor, levels: Tensor) -> Estimate:
+        """Read the output as epsilon, followed by the interpolation between the variances if they are learned."""
         if not self.learns_sigma:
             return from_epsilon(output.to(x.dtype), x, levels, self.path)
         epsilon, variance = output.to(x.dtype).chunk(2, dim=1)
         return from_epsilon(epsilon, x, levels, self.path)._replace(variance=variance)
 
     def loss(self, output: Tensor, x: Tensor, clean: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+        """Squared error of epsilon, plus the variational bound if the variance is learned."""
         if not self.learns_sigma:
             return (output.float() - noise).square().mean(dim=1)
         epsilon, variance = output.float().chunk(2, dim=1)
         simple = (epsilon - noise).square().mean(dim=1)
-        # The bound teaches the variance only: the mean is taken as it is.
+        # The bound trains only the variance, so no gradient flows through the mean.
         frozen = from_epsilon(epsilon.detach(), x, levels, self.path)._replace(variance=variance)
         bound = variational_bound(self.path, x, clean, frozen, levels=levels, one_step=1 / self.chain.num_steps)
         return simple + bound.mean(dim=1).to(simple.dtype)
 
     def schedule(self, steps: int | str, tokens: int) -> Tensor:
+        """Levels of the chain's steps that `steps` selects; the clip's size has no influence."""
         return self.path.schedule(steps)
 
 
@@ -130,5 +141,5 @@ OBJECTIVES: dict[str, type[Objective]] = {"flow": FlowObjective, "ddpm": DDPMObj
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
-    """The objective that a config names."""
+    """Make the objective that a config names."""
     return pick(OBJECTIVES, config.name, "objective")(config)

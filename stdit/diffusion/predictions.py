@@ -1,4 +1,4 @@
-"""What a network's output says about clean data and noise."""
+"""Converts a network's output to estimates of clean data and noise."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,10 @@ from stdit.diffusion.paths import Path, like
 
 
 class Estimate(NamedTuple):
-    """Clean data and noise (B, C, T, h, w); `variance`: in [-1, 1], between the smallest and largest, or None."""
+    """Estimates of clean data and noise, (B, C, T, h, w) each.
+
+    variance: the network's interpolation between the smallest (-1) and the largest (1) log variance, or None.
+    """
 
     clean: Tensor
     noise: Tensor
@@ -16,12 +19,12 @@ class Estimate(NamedTuple):
 
 
 def from_velocity(velocity: Tensor, x: Tensor, levels: Tensor) -> Estimate:
-    """Flow: velocity = noise - clean, x = (1 - t) clean + t noise."""
+    """Estimate from a flow model's velocity = noise - clean, with x = (1 - t) clean + t noise."""
     t = like(levels, x)
     return Estimate(x - t * velocity, x + (1 - t) * velocity)
 
 
 def from_epsilon(epsilon: Tensor, x: Tensor, levels: Tensor, path: Path) -> Estimate:
-    """DDPM: the network names the noise."""
+    """Estimate from the noise (epsilon) that a DDPM model predicts."""
     alpha, sigma = path.alpha_sigma(like(levels, x).double())
     return Estimate(((x.double() - sigma * epsilon.double()) / alpha).to(x.dtype), epsilon)

@@ -10,7 +10,7 @@ from stdit.diffusion.predictions import Estimate
 
 
 def posterior(path: Path, x: Tensor, clean: Tensor, now: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q(x_after | x_now, clean) for after < now: its mean, its variance, and the largest sensible variance.
+    """Mean and variance of q(x_after | x_now, clean) for after < now, and the largest sensible variance.
 
     All (B, C, T, h, w) or broadcastable, float64. For DDPM the largest is beta. Where after is 0 the variance is 0.
     """
@@ -24,7 +24,7 @@ def posterior(path: Path, x: Tensor, clean: Tensor, now: Tensor, after: Tensor) 
 
 
 def learned_log_variance(variance: Tensor, smallest: Tensor, largest: Tensor) -> Tensor:
-    """Interpolate in the logarithm: -1 is the posterior's variance, 1 is beta."""
+    """Interpolate log variances: at -1 the smallest (the posterior's), at 1 the largest (beta)."""
     fraction = (variance.double() + 1) / 2
     return fraction * largest.log() + (1 - fraction) * smallest.log()
 
@@ -46,21 +46,21 @@ def discretized_normal_log_likelihood(x: Tensor, means: Tensor, log_scales: Tens
 
 
 def _cdf(x: Tensor) -> Tensor:
-    # The tanh approximation that DiT's loss was defined with.
+    # The tanh approximation in which DiT's loss is defined.
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def variational_bound(
     path: Path, x: Tensor, clean: Tensor, estimate: Estimate, levels: Tensor, one_step: float
 ) -> Tensor:
-    """One term of the bound in bits per number, (B, C, T, h, w): KL to the posterior; at the last step the likelihood.
+    """One term of the bound in bits per element, (B, C, T, h, w): KL to the posterior; at the last step the likelihood.
 
-    estimate: an `Estimate` with variance; levels (B, T); one_step: the distance of neighbouring levels.
+    estimate: an `Estimate` with variance. levels: (B, T). one_step: the distance of neighbouring levels.
     """
     after = (levels - one_step).clamp(min=0)
     true_mean, true_variance, largest = posterior(path, x, clean, now=levels, after=after)
     mean = posterior(path, x, estimate.clean, now=levels, after=after)[0]
-    # The last step's posterior has no variance; its neighbour's stands in, as in DiT.
+    # The posterior of the last step has variance 0; the next step's is used instead, as in DiT.
     _, floor, _ = posterior(path, x[:1, :1, :1, :1, :1], x[:1, :1, :1, :1, :1], *_second_step(one_step))
     smallest = torch.where(like(after, x) > 0, true_variance, floor)
     assert estimate.variance is not None

@@ -1,1 +1,1 @@
-"""Evaluation of generated clips."""
+"""Evaluation of generated clips, and comparisons of training runs."""

@@ -14,7 +14,10 @@ Combination = tuple[str, str, str]  # colour, shape, direction
 
 
 class CaptionAccuracy(NamedTuple):
-    """Shares of clips that show their caption's colour, shape, direction, and all three with its 95 % interval."""
+    """Shares of clips with the colour, shape and direction of their caption, and with all three.
+
+    interval: the 95 % interval of the share with all three.
+    """
 
     clips: int
     color: float
@@ -32,7 +35,7 @@ class CaptionAccuracy(NamedTuple):
 
 
 def caption_grid(pairs: Sequence[str] | None, count: int) -> list[Combination]:
-    """`count` combinations, evenly over all, or over those of `pairs` of colour and shape ("red circle")."""
+    """List `count` combinations, evenly over all, or over those with a colour and shape in `pairs` ("red circle")."""
     grid = [(c, s, d) for d in DIRECTIONS for s in SHAPES for c in COLORS if pairs is None or f"{c} {s}" in pairs]
     return [grid[i % len(grid)] for i in range(count)]
 

@@ -12,10 +12,10 @@ import numpy as np
 
 @dataclass
 class Budget:
-    """What every run may spend; exactly one is given.
+    """The budget of every run, of which exactly one field is given.
 
-    minutes: of training on this machine; tokens, gflops: over the whole run, forward and backward (three times a forward);
-    steps: of training.
+    minutes: of training on this machine. tokens, gflops: over the whole run, gflops of forward and backward passes
+    (three times a forward pass). steps: of training.
     """
 
     minutes: float | None = None
@@ -25,20 +25,18 @@ class Budget:
 
     @property
     def kind(self) -> str:
-        """Which of the four is given; ValueError unless exactly one is, above 0."""
+        """The name of the field that is given; ValueError unless there is exactly one, above 0."""
         given = [name for name in ("minutes", "tokens", "gflops", "steps") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"budget gives {', '.join(given) or 'nothing'}; give one of minutes, tokens, gflops, steps."
             )
         if getattr(self, given[0]) <= 0:
-            raise ValueError(
-                f"budget.{given[0]} must be > 0, got {getattr(self, given[0])}; give the runs something to spend."
-            )
+            raise ValueError(f"budget.{given[0]} must be > 0, got {getattr(self, given[0])}; use a positive number.")
         return given[0]
 
     def steps_for(self, *, seconds_per_step: float, tokens_per_step: float, gflops_per_step: float) -> int:
-        """How many steps the budget pays for, at least 1."""
+        """The number of steps within the budget, at least 1."""
         if self.steps is not None:
             return int(self.steps)
         price = {"minutes": seconds_per_step / 60, "tokens": tokens_per_step, "gflops": gflops_per_step}[self.kind]
@@ -50,9 +48,11 @@ class Budget:
 
 @dataclass
 class Comparison:
-    """What to compare. base: a config of `tools/train.py`; overrides: changes of it in all runs; variants: by name, changes of one.
+    """The specification of a comparison of training runs.
 
-    clips: how many are sampled of every run to be measured; reference: real clips they are compared with (0: no distance).
+    base: a config of `tools/train.py`. overrides: changes of it in all runs. variants: by name, the changes of each
+    variant. clips: the number of clips that are sampled from each run and measured. reference: the number of real clips
+    they are compared with (0: no distance).
     """
 
     name: str = "comparison"
@@ -70,9 +70,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if not self.variants:
-            raise ValueError(
-                "variants is empty; a comparison needs variants: a name for each, and what it changes ({} for the base)."
-            )
+            raise ValueError("variants is empty; give each variant a name and its changes of the base ({} for none).")
         self.budget.kind  # noqa: B018 (raises ValueError)
         if not self.seeds:
             raise ValueError("seeds is empty; give one number or more.")
@@ -103,7 +101,7 @@ class Run:
 
     @property
     def loss(self) -> float:
-        """The mean over the measured levels."""
+        """The mean of the losses at the measured levels."""
         return float(np.mean(list(self.losses.values())))
 
 
@@ -135,7 +133,10 @@ def by_variant(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def order(runs: Sequence[Run], key: str = "frechet") -> str:
-    """Variants from best to worst by the mean over seeds; "<" where neighbours differ by more than their deviations, else "~"."""
+    """Order the variants from best to worst by the mean over seeds.
+
+    "<" stands between neighbours that differ by more than the sum of their standard deviations, "~" between others.
+    """
     sign = -1 if key in ("shape", "direction", "both") else 1
     groups = {name: [getattr(run, key) for run in group] for name, group in by_variant(runs).items()}
     ranked = sorted(groups, key=lambda name: sign * float(np.mean(groups[name])))
@@ -148,13 +149,13 @@ def order(runs: Sequence[Run], key: str = "frechet") -> str:
 
 
 def differences(changes: Mapping[str, Any]) -> str:
-    """What a variant changes, in words, with a note if it is more than one thing."""
+    """Describe the changes of a variant, with a note if there is more than one."""
     words = ", ".join(f"`{key}={value}`" for key, value in changes.items())
     return words if len(changes) < 2 else f"{words} (differs in {len(changes)} things)"
 
 
 def _spread(values: Sequence[float], form: str, unit: str = "") -> str:
-    """Mean and standard deviation as text; "-" for what was not measured."""
+    """Mean and standard deviation as text; "-" for values that were not measured."""
     mean = float(np.mean(values))
     if math.isnan(mean):
         return "-"
@@ -162,7 +163,7 @@ def _spread(values: Sequence[float], form: str, unit: str = "") -> str:
 
 
 def page(spec: Comparison, runs: Sequence[Run], command: str, pictures: Sequence[Path], distance: str) -> str:
-    """The report in markdown: what was done, the table, the orders, pictures, and what each variant changes."""
+    """The report in markdown: the setup, the table, the orders, pictures, and the changes of each variant."""
     seeds = ", ".join(map(str, spec.seeds))
     lines = [
         f"# {spec.title or spec.name}",

@@ -1,4 +1,4 @@
-"""Feature extractors, and distances between distributions of clips; a distance is named with its extractor."""
+"""Feature extractors, and distances between distributions of clips, which are named after their extractor."""
 
 import hashlib
 from collections.abc import Callable, Iterable
@@ -14,7 +14,10 @@ from stdit.vae import load_vae
 
 
 class Extractor(NamedTuple):
-    """A function from pixels (B, 3, F, H, W) in [-1, 1] to features (N, D), and the names of its distances."""
+    """A feature extractor, from pixels (B, 3, F, H, W) in [-1, 1] to features (N, D).
+
+    frechet, kernel: the names of its distances.
+    """
 
     name: str
     run: Callable[[Tensor], Tensor]
@@ -23,7 +26,10 @@ class Extractor(NamedTuple):
 
 
 class Distances(NamedTuple):
-    """Distances of generated clips from real ones; clips: features of the generated ones; names: of the two distances."""
+    """Distances of generated clips from real ones.
+
+    clips: the number of features of generated clips. names: those of the two distances.
+    """
 
     frechet: float
     kernel: float
@@ -40,8 +46,8 @@ def _frames(pixels: Tensor) -> Tensor:
 def _vae(path: str) -> Extractor:
     """Statistics of a VAE's latent channels: mean, standard deviation, mean difference of neighbours in y, x and time.
 
-    The differences measure edges and motion: by mean and deviation alone, noise of the right colours is nearer to real clips
-    than objects are (dev/LOG.md).
+    The differences measure edges and motion: by mean and deviation alone, noise of the right colours is nearer to real
+    clips than objects are (dev/LOG.md).
     """
     vae = load_vae(path or "tiny")
 
@@ -57,7 +63,7 @@ def _vae(path: str) -> Extractor:
 
 
 def _scripted(path: str, call: Callable[[Any, Tensor], Tensor], **names: str) -> Extractor:
-    """A TorchScript file on the CPU, called by `call`; ValueError if it is none, or does not return (N, D)."""
+    """A TorchScript file on the CPU, called by `call`; ValueError if it is not one, or does not return (N, D)."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"the extractor {path!r} does not exist; give the path of a TorchScript file.")
@@ -82,7 +88,7 @@ def _scripted(path: str, call: Callable[[Any, Tensor], Tensor], **names: str) ->
 
 
 EXTRACTORS: dict[str, Callable[[str], Extractor]] = {
-    # The files of StyleGAN's and StyleGAN-V's metrics, called with the arguments these use.
+    # The files of the metrics of StyleGAN and StyleGAN-V, called with the same arguments as there.
     "inception": lambda path: _scripted(
         path, lambda net, x: net(_frames(x), return_features=True), frechet="FID", kernel="KID"
     ),
@@ -98,9 +104,10 @@ EXTRACTORS: dict[str, Callable[[str], Extractor]] = {
 
 
 def load_extractor(choice: str = "vae") -> Extractor:
-    """Load `vae` (the tiny VAE), `vae=PATH`, `inception=FILE`, `i3d=FILE`, or `script=FILE`, which takes (B, 3, F, H, W).
+    """Load an extractor: `vae` (the tiny VAE), `vae=PATH`, `inception=FILE`, `i3d=FILE`, or `script=FILE`.
 
-    Raises ValueError for an unknown choice or a missing file. No weights are downloaded.
+    A script takes pixels (B, 3, F, H, W). Raises ValueError for an unknown choice or a missing file. Nothing is
+    downloaded.
     """
     kind, _, path = choice.partition("=")
     if kind not in EXTRACTORS or (kind != "vae" and not path):
@@ -111,7 +118,7 @@ def load_extractor(choice: str = "vae") -> Extractor:
 
 
 def extract_features(clips: Iterable[Tensor], extractor: Extractor) -> tuple[Gaussian, Features]:
-    """Features of batches (B, 3, F, H, W): their Gaussian for the Fréchet distance, and all of them for the kernel distance."""
+    """Extract the features of batches (B, 3, F, H, W): their Gaussian, and all of them for the kernel distance."""
     gaussian, collected = Gaussian(), Features()
     for batch in clips:
         features = extractor.run(batch)
@@ -121,7 +128,7 @@ def extract_features(clips: Iterable[Tensor], extractor: Extractor) -> tuple[Gau
 
 
 def distances(generated: Iterable[Tensor], real: Iterable[Tensor], extractor: Extractor) -> Distances:
-    """Distances between the distributions of generated and real clips, batches (B, 3, F, H, W) in [-1, 1]."""
+    """Measure the distances of generated from real clips, both given in batches (B, 3, F, H, W) in [-1, 1]."""
     gaussian, features = extract_features(generated, extractor)
     real_gaussian, real_features = extract_features(real, extractor)
     return Distances(

@@ -1,4 +1,4 @@
-"""Fréchet and kernel distance between distributions of features; with the extractors of FID and FVD, these."""
+"""Fréchet and kernel distances between distributions of features, such as FID and KID, FVD and KVD."""
 
 from dataclasses import dataclass, field
 from typing import Self
@@ -11,7 +11,7 @@ from torch import Tensor
 class Gaussian:
     """Mean and covariance of features (N, D), accumulated in parts as float64 sums that merge over processes.
 
-    Sums are taken about the first feature (`origin`), so that a large mean costs no digits.
+    Sums are relative to the first feature (`origin`), so that a large mean costs no precision.
     """
 
     count: int = 0
@@ -20,10 +20,10 @@ class Gaussian:
     outer: Tensor | None = None
 
     def add(self, features: Tensor) -> Self:
-        """Accumulate (N, D); ValueError for numbers that are not finite."""
+        """Accumulate features (N, D); ValueError for numbers that are not finite."""
         features = features.detach().cpu().double()
         if not features.isfinite().all():
-            raise ValueError("features have numbers that are not finite; look at the clips they were extracted from.")
+            raise ValueError("features have numbers that are not finite; check the clips they were extracted from.")
         if self.origin is None or self.total is None or self.outer is None:
             self.origin = features[0].clone()
             self.total = torch.zeros_like(self.origin)
@@ -35,7 +35,7 @@ class Gaussian:
         return self
 
     def merge(self, other: "Gaussian") -> "Gaussian":
-        """The Gaussian of the features of both."""
+        """The Gaussian of the features of both together."""
         if other.origin is None or other.total is None or other.outer is None:
             return self
         if self.origin is None or self.total is None or self.outer is None:
@@ -51,23 +51,23 @@ class Gaussian:
 
     @property
     def mean(self) -> Tensor:
-        """(D,)"""
+        """The mean (D,) of the features."""
         assert self.origin is not None and self.total is not None
         return self.origin + self.total / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """(D, D), divided by N - 1 as in numpy.cov and the published scores; ValueError for fewer than 2 features."""
+        """The covariance (D, D), divided by N - 1 as in numpy.cov and published scores; ValueError below 2 features."""
         if self.count < 2 or self.total is None or self.outer is None:
             raise ValueError(f"a covariance needs 2 clips, got {self.count}; give 2 or more.")
         return (self.outer - torch.outer(self.total, self.total) / self.count) / (self.count - 1)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)), by eigenvalues of symmetric matrices in float64.
+    """The Fréchet distance of two Gaussians, by eigenvalues of symmetric matrices in float64.
 
-    Dowson and Landau, "The Fréchet distance between multivariate normal distributions". With fewer clips than features
-    it is biased upward: compare only at equal counts.
+    It is |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)) (Dowson and Landau, "The Fréchet distance between multivariate
+    normal distributions"). With fewer clips than features it is biased upward: compare it at equal counts only.
     """
     root = _root(a.covariance)
     # C C' and root C' root have the same eigenvalues, and the latter is symmetric.
@@ -84,28 +84,29 @@ def _root(matrix: Tensor) -> Tensor:
 
 @dataclass
 class Features:
-    """All features, for the kernel distance; parts of several processes are concatenated."""
+    """All features, for the kernel distance; those of several processes can be merged."""
 
     parts: list[Tensor] = field(default_factory=list)
 
     def add(self, features: Tensor) -> Self:
-        """Append (N, D) as float64 on the CPU."""
+        """Append features (N, D) as float64 on the CPU."""
         self.parts.append(features.detach().cpu().double())
         return self
 
     def merge(self, other: "Features") -> "Features":
-        """The features of both."""
+        """The features of both together."""
         return Features([*self.parts, *other.parts])
 
     def concatenated(self) -> Tensor:
-        """(N, D)"""
+        """All features as one tensor (N, D)."""
         return torch.cat(self.parts)
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Squared maximum mean discrepancy, unbiased, kernel (x.y / D + 1)^3, of all features (N, D), (M, D) at once.
+    """The squared maximum mean discrepancy of features (N, D) and (M, D), an unbiased estimate.
 
-    Binkowski et al., "Demystifying MMD GANs" (KID with Inception's features, KVD with I3D's). May fall below 0.
+    The kernel is (x.y / D + 1)^3. Binkowski et al., "Demystifying MMD GANs" (KID with Inception's features, KVD with
+    I3D's). It may be below 0.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(f"the kernel distance needs 2 or more clips of each, got {len(a)} and {len(b)}; give more.")

@@ -1,4 +1,4 @@
-"""Held-out moving shapes, and metrics of what a model makes of them."""
+"""Held-out clips of moving shapes, and the metrics of tasks on them."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,10 @@ _SAME_COLOR = 0.15  # largest difference of a channel, in [0, 1]; the colours of
 
 
 class Metric(NamedTuple):
-    """One measured number; least or most: its target; interval: the 95 % interval of a share."""
+    """One measured number.
+
+    least, most: its target. interval: the 95 % interval of a share.
+    """
 
     name: str
     value: float
@@ -42,7 +45,7 @@ class Metric(NamedTuple):
 
 
 class EvalResult(NamedTuple):
-    """Metrics of a task, and clips (F, H, W, 3) uint8 to look at."""
+    """The metrics of a task, and clips (F, H, W, 3) uint8 to look at."""
 
     metrics: list[Metric]
     clips: list[np.ndarray]
@@ -66,7 +69,7 @@ class HeldOut(NamedTuple):
 
 
 def held_out(count: int, frames: int, motion: str, size: int, *, seed: int) -> HeldOut:
-    """Draw `count` clips that no training run draws, since the keys of their random numbers are longer."""
+    """Draw `count` clips that no training run draws, since their random numbers have longer keys."""
     truths = [
         random_clip(
             keyed_rng("sample", seed, 1, i), label=i % len(CLASS_NAMES), frames=frames, frame_size=size, motion=motion
@@ -78,7 +81,7 @@ def held_out(count: int, frames: int, motion: str, size: int, *, seed: int) -> H
 
 
 def label_kwargs(pipe: STDiTPipeline, data: HeldOut) -> dict[str, Any]:
-    """`class_labels` of a pipeline call, or nothing for a model that does not know all classes of the data."""
+    """The `class_labels` of a pipeline call; none for a model that does not have all classes of the data."""
     known = set(pipe.transformer.config.class_names or ())
     return {"class_labels": data.class_names} if set(data.class_names) <= known else {}
 

@@ -8,19 +8,20 @@ from torch.nn import functional as F
 
 
 def psnr(generated: Tensor, original: Tensor) -> float:
-    """Peak signal-to-noise ratio of all pixels together, in dB; pixels in [-1, 1]."""
+    """The peak signal-to-noise ratio of all pixels together, in dB; pixels in [-1, 1]."""
     return decibel((generated.float() - original.float()).square().mean())
 
 
 def decibel(mean_square: Tensor) -> float:
-    """PSNR from a mean squared error; the peak-to-peak range of [-1, 1] is 2."""
+    """The PSNR, in dB, of a mean squared error; the peak-to-peak range of [-1, 1] is 2."""
     return 10 * math.log10(4 / max(float(mean_square), 1e-12))  # equal clips: 126 dB, not infinity
 
 
 def ssim(generated: Tensor, original: Tensor) -> float:
-    """Structural similarity, mean over frames: (B, 3, F, H, W) in [-1, 1], Gaussian window of 11 pixels, sigma 1.5.
+    """The mean structural similarity (SSIM) of frames, with a Gaussian window of 11 pixels and sigma 1.5.
 
-    Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity". ValueError for frames smaller than the window.
+    Both clips are (B, 3, F, H, W) in [-1, 1]. Wang et al., "Image Quality Assessment: From Error Visibility to
+    Structural Similarity". Raises ValueError for frames smaller than the window.
     """
     if min(generated.shape[3:]) < 11:
         raise ValueError(

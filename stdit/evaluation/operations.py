@@ -1,6 +1,6 @@
 """Sampling tasks on moving shapes, measured against the truth: each function returns metrics, and clips to look at.
 
-`options` are those of the pipeline's task. Lengths are in pixel frames, positions in pixels.
+`options` are those of the task of the pipeline. Lengths are in pixel frames, positions in pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +20,14 @@ from stdit.sampling.tasks import Canvas
 
 __all__ = ["EvalResult", "HeldOut", "Metric", "held_out", "label_kwargs"]
 
-_MIN_STEP = 0.15  # pixels per frame; a loop that moves less stands still
+_MIN_STEP = 0.15  # pixels per frame; an object that moves less stands still
 _ORANGE = (240, 120, 0)
 
 
 def extension(
     pipe: STDiTPipeline, data: HeldOut, known: int, *, backward: bool, max_error: float, **options: Any
 ) -> EvalResult:
-    """Extend the first (backward: the last) `known` frames to the whole clip: is the object where the truth is?"""
+    """Extend the first (backward: the last) `known` frames to the whole clip; measure the position at its end."""
     frames = data.pixels.shape[2]
     new = frames - known
     clip = data.pixels[:, :, new:] if backward else data.pixels[:, :, :known]
@@ -50,7 +50,7 @@ def extension(
 def connection(
     pipe: STDiTPipeline, data: HeldOut, first: int, last: int, *, max_error: float, **options: Any
 ) -> EvalResult:
-    """Connect the two ends of one trajectory: is the object where the truth is in between?"""
+    """Connect the two ends of one clip; measure the position of the object in between."""
     frames = data.pixels.shape[2]
     new = frames - first - last
     gap = slice(first, frames - last)
@@ -67,7 +67,7 @@ def connection(
 
 
 def loops(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options: Any) -> EvalResult:
-    """Close a clip into a loop: is the jump from the last frame to the first no larger than a step?"""
+    """Close a clip to a loop; measure the jump from the last frame to the first against the mean step."""
     generated = pipe.loop(data.pixels[:, :, :known], new, **label_kwargs(pipe, data), **options)
     centers = np.stack([measure_shape(to_uint8(c)).centers for c in generated])
     steps = _distance(centers[:, 1:], centers[:, :-1]).mean(1)
@@ -86,7 +86,7 @@ def loops(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options: A
 
 
 def interpolation(pipe: STDiTPipeline, data: HeldOut, factor: int, **options: Any) -> EvalResult:
-    """Interpolate every `factor`-th frame: are withheld frames nearer to the truth than linear blending?"""
+    """Interpolate every `factor`-th frame; measure withheld frames against the truth and against linear blending."""
     generated = pipe.interpolate(data.pixels[:, :, ::factor], factor, class_labels=data.class_names, **options)
     frames = torch.arange(data.pixels.shape[2])
     withheld = frames % factor != 0
@@ -99,15 +99,14 @@ def interpolation(pipe: STDiTPipeline, data: HeldOut, factor: int, **options: An
         Metric(f"interpolate x{factor}: PSNR above linear blending", model - linear, "dB", least=3.0),
         Metric(f"interpolate x{factor}: PSNR of withheld frames", model, "dB"),
     ]
-    shown = slice(
-        0, 9
-    )  # consecutive frames: those that a contact sheet picks over the whole clip could all be given ones
+    # Consecutive frames, since those that a contact sheet picks over the whole clip could all be known ones.
+    shown = slice(0, 9)
     few = HeldOut(data.truths, data.pixels[:, :, shown])
     return EvalResult(metrics, _comparison_rows(generated[:, :, shown], few, withheld[shown]))
 
 
 def inpainting(pipe: STDiTPipeline, data: HeldOut, **options: Any) -> EvalResult:
-    """Inpaint a quarter of every frame: is it nearer to the truth than the median colour of the rest of the frame?"""
+    """Inpaint a quarter of every frame; measure it against the truth and against the median colour of the rest."""
     frames, height, width = data.pixels.shape[2:]
     rows: list[np.ndarray] = []
     model_errors, median_errors = [], []
@@ -133,8 +132,12 @@ def inpainting(pipe: STDiTPipeline, data: HeldOut, **options: Any) -> EvalResult
 def editing(
     pipe: STDiTPipeline, data: HeldOut, strength: float, *, min_share: float, new_label: bool, **options: Any
 ) -> EvalResult:
-    """Edit with a label of another shape and direction: is it obeyed (new_label), or are shape and colour preserved?"""
-    labels = [CLASS_NAMES[(truth.label + 5) % len(CLASS_NAMES)] for truth in data.truths]  # 5: both change
+    """Edit with a label of another shape and direction; measure how often the label is followed.
+
+    new_label: false measures how often shape and colour are preserved instead.
+    """
+    # Five classes further, shape and direction both differ.
+    labels = [CLASS_NAMES[(truth.label + 5) % len(CLASS_NAMES)] for truth in data.truths]
     generated = pipe.edit(data.pixels, strength, class_labels=labels, **options)
     measurements = [measure_shape(to_uint8(clip)) for clip in generated]
     if new_label:
@@ -148,7 +151,7 @@ def editing(
 
 
 def animation(pipe: STDiTPipeline, data: HeldOut, **options: Any) -> EvalResult:
-    """Animate a first frame under its label: does the clip begin with it, and move as the label says?"""
+    """Animate a first frame under its label; measure the first frame before pasting, and the direction."""
     frames = data.pixels.shape[2]
     image = data.pixels[:, :, 0]
     raw = pipe.animate(image, frames, class_labels=data.class_names, paste=False, **options)
@@ -173,7 +176,10 @@ def animation(pipe: STDiTPipeline, data: HeldOut, **options: Any) -> EvalResult:
 
 
 def known_frames(pipe: STDiTPipeline, data: HeldOut, **options: Any) -> EvalResult:
-    """PSNR of known frames at the start, middle and end before pasting, against a round trip of the whole clip by the VAE."""
+    """Measure the PSNR of known frames before pasting, and of a round trip of the whole clip through the VAE.
+
+    The known frames are at the start, in the middle, or at the end.
+    """
     frames, stride = data.pixels.shape[2], pipe.video_vae.stride[0]
     whole = _round_trip(pipe, data.pixels)
     middle = 1 + stride * ((frames - 1) // stride // 2)
@@ -192,7 +198,7 @@ def known_frames(pipe: STDiTPipeline, data: HeldOut, **options: Any) -> EvalResu
 
 
 def sizes(pipe: STDiTPipeline, count: int, **options: Any) -> EvalResult:
-    """Sample by label at sizes and durations that training did not have: are shape and direction right?"""
+    """Sample by label at sizes and durations that training did not have; measure shape and direction."""
     labels = [i % len(CLASS_NAMES) for i in range(count)]
     class_names = [CLASS_NAMES[i] for i in labels]
     metrics: list[Metric] = []
@@ -209,7 +215,7 @@ def sizes(pipe: STDiTPipeline, count: int, **options: Any) -> EvalResult:
 
 
 def mark_generated(clip: np.ndarray, generated: Tensor) -> np.ndarray:
-    """Draw an orange line above the frames of a clip (F, H, W, 3) uint8 of which `generated` (F,) bool says so."""
+    """Draw an orange line above the generated frames of a clip (F, H, W, 3) uint8; generated: (F,) bool."""
     clip = np.pad(clip, ((0, 0), (3, 0), (0, 0), (0, 0)), constant_values=255)
     clip[generated.numpy(), :2] = _ORANGE
     return clip
@@ -236,7 +242,7 @@ def _frame_mask(total: int, part: slice) -> Tensor:
 def _preserved(
     name: str, measurements: Sequence[ShapeMeasurement], data: HeldOut, *, min_direction: float | None
 ) -> list[Metric]:
-    """How often direction (not of shapes that bounce, which turn round) and object are those of the truth."""
+    """How often direction and object are those of the truth; the direction of bouncing shapes is left out."""
     checks: list[tuple[str, Callable[[ShapeMeasurement, ShapeClip], bool], float | None]] = [
         ("shape and colour kept", same_object, 0.9)
     ]
@@ -250,7 +256,7 @@ def _preserved(
 
 
 def _comparison_rows(generated: Tensor, data: HeldOut, marked: Tensor, count: int = 6) -> list[np.ndarray]:
-    """The true clip and the generated one in turn; `marked` (F,) frames of the latter were generated."""
+    """Alternate true and generated clips; `marked` (F,): the frames of the latter that were generated."""
     none = torch.zeros_like(marked)
     pairs = zip(data.pixels[:count], generated[:count], strict=True)
     return [

@@ -1,4 +1,4 @@
-"""Long rollouts of a causal model on moving shapes: what is left of the object, and what a frame costs."""
+"""Long rollouts of a causal model on moving shapes: the object at the end, and time and memory per frame."""
 
 import time
 from collections import deque
@@ -14,17 +14,18 @@ from stdit.evaluation.held_out import EvalResult, HeldOut, Metric, label_kwargs,
 from stdit.evaluation.shapes import measure_shape, wilson
 from stdit.sampling.pipeline import STDiTPipeline
 
-_MIN_STEP = 0.3  # pixels per frame; an object that moves less has stopped (bouncing shapes of 64 pixels are drawn at 0.77 or more)
+# Pixels per frame; an object that moves less has stopped. Shapes in frames of 64 pixels are drawn at 0.77 or more.
+_MIN_STEP = 0.3
 
 
 def rollout(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options: Any) -> EvalResult:
-    """Stream `new` frames after the first `known`: the object in the last 17 frames, time and memory per frame.
+    """Stream `new` frames after the first `known`; measure the object in the last 17, and time and memory per frame.
 
     `options` are those of `pipe.stream`.
     """
     seconds, memory, shown = [], [], [data.pixels[:8, :, :known]]
-    last_parts: deque[Tensor] = deque(maxlen=5)  # no more is held, since the memory of the process is measured
-    every = max(1, new // 4 // 12)  # about 12 frames of the sheet; a part has 4 frames
+    last_parts: deque[Tensor] = deque(maxlen=5)  # the others are dropped, since the memory of the process is measured
+    every = max(1, new // 4 // 12)  # shows about 12 frames in the contact sheet; a part has 4 frames
     stream = pipe.stream(data.pixels[:, :, :known], new, **label_kwargs(pipe, data), **options)
     while True:
         started = time.perf_counter()
@@ -41,7 +42,7 @@ def rollout(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options:
     end = [measure_shape(to_uint8(clip)[-17:]) for clip in generated]
     size = generated.shape[3]
     correct = np.array([same_object(m, t) for m, t in zip(end, data.truths, strict=True)])
-    # A bounce may turn the object round, so the length of the path counts, not the distance from start to end.
+    # A bounce reverses the object, so the length of the path counts, not the distance from start to end.
     paths = np.array([np.linalg.norm(np.diff(m.centers, axis=0), axis=1).mean() for m in end])
     inside = np.array([bool(((m.centers > 0) & (m.centers < size)).all()) and m.shape is not None for m in end])
     moving = inside & (paths > _MIN_STEP)
@@ -64,7 +65,7 @@ def rollout(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options:
 
 
 def _resident() -> float:
-    """Bytes of this process in memory (Linux; otherwise 1)."""
+    """The resident memory of this process in bytes (on Linux; elsewhere 1)."""
     path = Path("/proc/self/statm")
-    page = 4096  # bytes, of the pages that statm counts
+    page = 4096  # bytes of a page; statm counts pages
     return float(path.read_text().split()[1]) * page if path.is_file() else 1.0

@@ -1,4 +1,4 @@
-"""Object, shape, colour and path of moving shapes, measured in pixels without a trained network."""
+"""Measurements of moving shapes in pixels, without a trained network: object, shape, colour and path."""
 
 import math
 from collections.abc import Sequence
@@ -8,16 +8,22 @@ import numpy as np
 
 from stdit.data.shapes import CLASS_NAMES, DIRECTIONS, SHAPES, signed_distance
 
-_MIN_AREA = 12.0  # pixels; a smaller region is no object
-_STRANGE = 0.3  # distance of a colour from the line between object and background, on which blurred edges lie
-_CLEAN = 0.15  # a clip is clean if its strange area is below this share of its object's: there is no second object
+_MIN_AREA = 12.0  # pixels; a smaller region is not an object
+# A colour is strange if it is further than this from the line between the colours of object and background, on which
+# blurred edges lie.
+_MAX_COLOR_DISTANCE = 0.3
+# A clip has a second object if its area in strange colours is at least this share of the area of its object.
+_MAX_STRANGE_AREA = 0.15
 _MIN_SPEED = 0.15  # pixels per frame; a slower object stands still
 _MIN_COVER = 0.25  # of a pixel; less is noise of the background
 _MIN_CONTRAST = 0.01  # squared distance of the colours of object and background; with less there is no object
 
 
 class ShapeMeasurement(NamedTuple):
-    """What a clip shows; shape and direction are None without an object or motion. Pixels, pixels per frame, colours in [0, 1]."""
+    """The measurement of one clip: lengths in pixels, speed in pixels per frame, colours in [0, 1].
+
+    shape: None without an object. direction: None without an object or motion.
+    """
 
     shape: str | None
     direction: str | None
@@ -29,11 +35,11 @@ class ShapeMeasurement(NamedTuple):
     bend: float  # pixels: root mean square distance of the centres from a straight line
     unevenness: float  # standard deviation of the steps over their mean
     misfit: float  # mean error of the best outline, as a share of the object's area
-    strange: float  # area in colours that are neither object nor background nor between, as a share of the object's
+    strange: float  # area in colours of neither object, background nor blurred edges, as a share of the object's area
 
 
 def measure_shape(frames: np.ndarray) -> ShapeMeasurement:
-    """Measure one clip of (F, H, W, 3) uint8."""
+    """Measure a clip (F, H, W, 3) uint8."""
     pixels = frames.astype(np.float64) / 255
     background = _background(pixels)
     difference = pixels - background
@@ -47,13 +53,12 @@ def measure_shape(frames: np.ndarray) -> ShapeMeasurement:
     if strength < _MIN_CONTRAST:
         return nothing
     along = difference @ axis / strength
-    strange = np.linalg.norm(difference - np.clip(along, 0, 1)[..., None] * axis, axis=-1) > _STRANGE
+    strange = np.linalg.norm(difference - np.clip(along, 0, 1)[..., None] * axis, axis=-1) > _MAX_COLOR_DISTANCE
     cover = np.clip(along, 0, 1)
     cover[cover < _MIN_COVER] = 0
     areas = cover.sum(axis=(1, 2))
-    if (
-        areas.min() < _MIN_AREA or np.median(areas) > 0.5 * cover[0].size
-    ):  # an object of half the frame is a change of background
+    # A difference in half the frame is a change of the background, not an object.
+    if areas.min() < _MIN_AREA or np.median(areas) > 0.5 * cover[0].size:
         return nothing
     centers = _centers(cover, areas)
     size = float(np.sqrt(np.median(areas) / np.pi))
@@ -79,7 +84,7 @@ def _background(pixels: np.ndarray) -> np.ndarray:
 
 
 def _object_color(pixels: np.ndarray, difference: np.ndarray) -> np.ndarray:
-    """The median colour of what differs most from the background."""
+    """The median colour of the pixels that differ most from the background."""
     distance = np.linalg.norm(difference, axis=-1)
     core = distance >= 0.7 * np.quantile(distance, 0.995)  # without blurred edges, and robust to single pixels
     return np.median(pixels[core], axis=0)
@@ -97,7 +102,7 @@ def _misfit(cover: np.ndarray, centers: np.ndarray, size: float, shape: str) -> 
     dx = grid_x[None, None, :] - centers[:, 0, None, None]
     dy = grid_y[None, :, None] - centers[:, 1, None, None]
     distance = signed_distance(shape, size, dx, dy)
-    # A decoder may blur edges: widths of 1 to 3 pixels are tried.
+    # A decoder may blur edges, so edges of 1 to 3 pixels are tried.
     errors = [np.abs(cover - np.clip(0.5 - distance / width, 0, 1)).sum() for width in (1, 2, 3)]
     return float(min(errors) / cover.sum())
 
@@ -162,7 +167,7 @@ def report(clips: Sequence[np.ndarray], labels: Sequence[int]) -> Report:
     bend, unevenness, misfit = (
         float(np.median([getattr(m, k) for m in with_object])) for k in ("bend", "unevenness", "misfit")
     )
-    clean = float(np.mean([m.shape is not None and m.strange < _CLEAN for m in measurements]))
+    clean = float(np.mean([m.shape is not None and m.strange < _MAX_STRANGE_AREA for m in measurements]))
     return Report(
         clips=len(clips), shape=float(shape.mean()), direction=float(direction.mean()), both=float(both.mean()),
         intervals={"shape": wilson(shape), "direction": wilson(direction), "both": wilson(both)}, by_class=by_class,
@@ -178,7 +183,7 @@ def wilson(successes: np.ndarray) -> tuple[float, float]:
 
 
 def table(result: Report) -> str:
-    """A report as text, one line per class and one per share."""
+    """Format a report as text, with one line per class and one per share."""
     lines = [f"{'class':<16} {'clips':>5} {'shape':>7} {'direction':>9}"]
     lines += [
         f"{name:<16} {row['clips']:>5} {row['shape']:>7.1%} {row['direction']:>9.1%}"

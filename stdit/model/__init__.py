@@ -1,1 +1,1 @@
-"""The networks."""
+"""The networks: STDiT, and a U-Net for comparison."""

@@ -1,8 +1,9 @@
-"""What a model can do beyond one clip shape at one noise level, and the one place that checks it.
+"""Capabilities of models beyond clips of one shape at one noise level, and the checks that a model has them.
 
-packing: clips of many shapes in one row. patch_levels: a noise level per patch. frame_levels: a noise level per latent
-frame. masking: training with patches hidden from the encoder. causal: frames see earlier frames alone. text: captions. block_caching:
-blocks are one residual stream, so that diffusers' caches may skip all but the first.
+packing: clips of many shapes in one sequence. patch_levels: a noise level per patch. frame_levels: a noise level per
+latent frame. masking: training with patches hidden from the encoder. causal: frames attend only to themselves and
+earlier frames. text: captions. block_caching: blocks form one residual stream, so that diffusers' caches may skip all
+but the first.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from stdit.nn.conditioning import CONDITIONINGS
 
 
 class Need(NamedTuple):
-    """A capability that a choice needs: the choice as the user wrote it, and what to set in its place."""
+    """A capability that a choice needs, with the choice as the user wrote it and the setting that avoids it."""
 
     capability: str
     choice: str
@@ -21,18 +22,18 @@ class Need(NamedTuple):
 
 
 WHAT = {
-    "packing": "clips of many shapes in one row",
+    "packing": "packed sequences of clips of many shapes",
     "patch_levels": "a noise level per patch",
     "frame_levels": "a noise level per latent frame",
-    "masking": "patches hidden from an encoder",
-    "causal": "frames that see earlier frames alone",
+    "masking": "training with hidden patches",
+    "causal": "causal attention over frames",
     "text": "captions",
-    "block_caching": "blocks of one residual stream",
+    "block_caching": "blocks that form one residual stream",
 }
 
 
 def supported(trunk: str, conditioning: str, *, causal: bool = False, text: bool = False) -> frozenset[str]:
-    """The capabilities of a transformer with these choices."""
+    """Capabilities of a transformer with this trunk and conditioning."""
     both = TRUNKS[trunk].supports & CONDITIONINGS[conditioning].supports
     found = (
         (both & {"packing", "patch_levels"})
@@ -44,7 +45,7 @@ def supported(trunk: str, conditioning: str, *, causal: bool = False, text: bool
 
 
 def check_supported(needs: list[Need], supports: frozenset[str], model: str) -> None:
-    """Raise ValueError for the first need that a model lacks: the choice, the reason, the remedy."""
+    """Raise ValueError for the first need that the model does not support."""
     for need in needs:
         if need.capability not in supports:
             raise ValueError(
@@ -53,12 +54,12 @@ def check_supported(needs: list[Need], supports: frozenset[str], model: str) -> 
 
 
 def trunks_that_support(capability: str) -> list[str]:
-    """Names of the trunks that a model may have for a capability."""
+    """Names of the trunks that support a capability."""
     return [name for name, trunk in TRUNKS.items() if capability in trunk.supports]
 
 
 def check_trunk_options(trunk: str, given: Mapping[str, object], defaults: Mapping[str, object]) -> None:
-    """Raise ValueError for an option of another trunk."""
+    """Raise ValueError for an option that only another trunk reads and that differs from its default."""
     for option, value in given.items():
         owners = [name for name, kind in TRUNKS.items() if option in kind.options]
         if owners and trunk not in owners and value != defaults[option]:

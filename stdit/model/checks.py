@@ -1,18 +1,50 @@
 """Argument validation for STDiT, before anything is built."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from stdit.conditions import check_extra_conditions
+from stdit.model.capabilities import check_trunk_options
+from stdit.model.trunks import TRUNKS
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.layout import AXES
 from stdit.variants import pick
 
+POS_SCALINGS = ("none", "interpolate")
+
+
+def check_arguments(config: Any, defaults: Mapping[str, object]) -> None:
+    """Raise ValueError for constructor arguments of STDiT that are invalid or do not go together.
+
+    config: the arguments, by attribute and by key (a diffusers config); defaults: those of the constructor.
+    """
+    check_shape(config.depth, config.hidden_size, config.num_heads, config.patch_size)
+    check_classes(config.num_classes, config.class_names)
+    check_axes(config.axes)
+    check_axes(config.caption_axes, "caption_axes", may_be_empty=True)
+    check_choice("pos_scaling", config.pos_scaling, POS_SCALINGS)
+    check_choice("gelu", config.gelu, ("tanh", "exact"))
+    check_causal(
+        config.position_encoding,
+        config.axes,
+        config.patch_size,
+        config.sample_size[0],
+        causal=config.causal,
+        window=config.window,
+        sink=config.sink,
+    )
+    check_conditioning(config.conditioning, config.caption_channels, config.causal, config.relative_position_bias)
+    pick(TRUNKS, config.trunk, "trunk")
+    check_extra_conditions(config.extra_conditions or {})
+    check_trunk_options(config.trunk, dict(config), defaults)
+
 
 def check_shape(depth: int, hidden_size: int, num_heads: int, patch_size: Sequence[int]) -> None:
-    """Raise ValueError for sizes that make no transformer."""
+    """Raise ValueError for sizes from which no transformer can be built."""
     if depth < 1:
         raise ValueError(f"depth must be >= 1, got {depth}; a model has at least one block.")
     if num_heads < 1 or hidden_size < 1:
-        raise ValueError(f"hidden_size and num_heads must be >= 1, got {hidden_size} and {num_heads}.")
+        raise ValueError(f"hidden_size and num_heads must be >= 1, got {hidden_size} and {num_heads}; use 384 and 6.")
     if hidden_size % num_heads:
         raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}; change one of them.")
     if hidden_size % 4:
@@ -22,7 +54,7 @@ def check_shape(depth: int, hidden_size: int, num_heads: int, patch_size: Sequen
 
 
 def check_classes(num_classes: int, class_names: Sequence[str] | None) -> None:
-    """Raise ValueError for a negative number of classes, or names that are not one per class."""
+    """Raise ValueError for a negative number of classes, or for class names that are not one per class."""
     if num_classes < 0:
         raise ValueError(f"num_classes must be >= 0, got {num_classes}; 0 makes an unconditional model.")
     if class_names is not None and len(class_names) != num_classes:
@@ -35,9 +67,8 @@ def check_axes(axes: Sequence[str], name: str = "axes", may_be_empty: bool = Fal
     """Raise ValueError for an unknown axis of attention."""
     unknown = [axis for axis in axes if axis not in AXES]
     if unknown or not (axes or may_be_empty):
-        raise ValueError(
-            f"{name}={list(axes)}: {unknown or 'an empty list'} is unknown. Choose from: {', '.join(AXES)}."
-        )
+        reason = f"{unknown} is unknown" if unknown else "the list is empty"
+        raise ValueError(f"{name}={list(axes)}: {reason}. Choose from: {', '.join(AXES)}.")
 
 
 def check_causal(
@@ -50,15 +81,19 @@ def check_causal(
     window: int | None,
     sink: int,
 ) -> None:
-    """Raise ValueError for a causal model that a cache could not serve; train_frames: latent frames of its training clips."""
+    """Raise ValueError for a causal model that cannot run with a key-value cache.
+
+    train_frames: latent frames of its training clips.
+    """
     if window is not None and (window < 2 or not causal):
         raise ValueError(
-            f"window={window} with causal={causal}: a window is 2 latent frames or more, of a causal model."
+            f"window={window} with causal={causal}: a window is 2 latent frames or more, and needs causal=true."
         )
     if sink < 0 or (sink and (window is None or sink + window > train_frames)):
         raise ValueError(
-            f"sink={sink} with window={window} and sample_size of {train_frames} latent frames: sink frames are attended to "
-            "beside a window, learnt where clips hold both; set a window, and train on sink + window latent frames or more."
+            f"sink={sink} with window={window} and {train_frames} latent frames in sample_size: sink frames are "
+            "attended to in addition to a window, which is learnt only from clips that contain both; set a window, and "
+            "train on sink + window latent frames or more."
         )
     rotary = position_encoding in ("rope", "rope_3d")  # a table added to the tokens would run out as the clip grows
     if causal and (not rotary or patch_size[0] != 1 or set(axes) == {"spatial"}):
@@ -72,7 +107,7 @@ def check_causal(
 def check_conditioning(
     conditioning: str, caption_channels: int | None, causal: bool, relative_position_bias: bool
 ) -> None:
-    """Raise ValueError for a way of conditioning that is unknown or does not go with the other choices."""
+    """Raise ValueError for a conditioning that is unknown or conflicts with the other choices."""
     kind = pick(CONDITIONINGS, conditioning, "conditioning")
     if caption_channels is not None and caption_channels < 1:
         raise ValueError(
@@ -80,16 +115,16 @@ def check_conditioning(
         )
     if kind.in_context and caption_channels and causal:
         raise ValueError(
-            "conditioning='in_context' repeats a caption in every frame, which a causal model's cache does not hold; use "
-            "conditioning='cross_attention' or 'adaln_zero'."
+            "conditioning='in_context' repeats a caption in every frame, which a causal model's cache does not "
+            "support; use conditioning='cross_attention' or 'adaln_zero'."
         )
     if relative_position_bias and (causal or kind.in_context):
         raise ValueError(
-            f"relative_position_bias=true with causal={causal} and conditioning={conditioning!r}: it is for patches of whole "
-            "clips alone; use causal=false and adaln_zero, or relative_position_bias=false."
+            f"relative_position_bias=true with causal={causal} and conditioning={conditioning!r}: the bias needs "
+            "whole clips and only patches; use causal=false and adaln_zero, or relative_position_bias=false."
         )
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise ValueError for a value that is not among the choices, naming the nearest."""
+    """Raise ValueError, which names the nearest choice, for a value that is not among the choices."""
     pick(dict.fromkeys(choices), value, name)

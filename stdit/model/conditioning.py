@@ -1,4 +1,4 @@
-"""From a timestep and conditions to what the blocks are given: one vector per frame, or tokens."""
+"""Embeds a timestep and conditions for the blocks, as one vector per frame or as tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,16 +14,16 @@ from stdit.nn.modulation import Condition
 
 
 class TakesConditions:
-    """The conditions of a model's call, whichever way they are given."""
+    """Mixin that gathers the conditions of a model's call, given by name or by keyword."""
 
     conditioners: dict[str, Conditioner]
 
     def gather_conditions(
         self, batch: int, conditions: Mapping[str, Value] | None = None, **keywords: Any
     ) -> Conditions:
-        """`conditions` by name, or by the keywords of their conditioners (class_labels=, captions=, ...), completed by defaults.
+        """Collect conditions by name (`conditions`) and by keyword (class_labels=, captions=, ...), and add defaults.
 
-        Raises ValueError for a condition that the model was not made for, and for one that has no default and is missing.
+        Raises ValueError for a condition that the model does not have, and for a missing one without default.
         """
         found, given = dict(conditions or {}), {key: value for key, value in keywords.items() if value is not None}
         for name, conditioner in self.conditioners.items():
@@ -32,7 +32,7 @@ class TakesConditions:
                 found[name] = conditioner.value(*arguments)
             if name not in found and (default := conditioner.default(batch)) is not None:
                 found[name] = default
-        given.pop("class_labels", None)  # labels of an unconditional model were always passed over
+        given.pop("class_labels", None)  # an unconditional model ignores labels
         unknown = [*(name for name in found if name not in self.conditioners), *given]
         if unknown:
             has = ", ".join(self.conditioners) or "none"
@@ -43,7 +43,7 @@ class TakesConditions:
 
 
 class ConditionEmbedder(TakesConditions):
-    """Embeds timestep and conditions; a mixin of the model, which owns the embedders under DiT's names."""
+    """Mixin that embeds timestep and conditions with the model's embedders, which have DiT's names."""
 
     config: Any
     conditioning: Conditioning
@@ -53,7 +53,7 @@ class ConditionEmbedder(TakesConditions):
     adaLN_single: nn.Sequential | None
 
     def condition(self, timestep: Tensor, conditions: Conditions, batch: int) -> Condition:
-        """What blocks are given: embeddings of timestep and conditions, summed to a vector, or as tokens.
+        """Embed timestep and conditions, summed to a vector or as tokens.
 
         timestep: (), (B,), (B, T) or (B, T, S); conditions: completed by `gather_conditions`.
         """
@@ -71,9 +71,7 @@ class ConditionEmbedder(TakesConditions):
             if conditioner.joins == "vector":
                 vectors.append(embedder(_on(value, time.device))[:, :, None])
             else:
-                assert isinstance(value, Tokens) and tokens is None, (
-                    "one sequence of tokens is all that blocks attend to"
-                )
+                assert isinstance(value, Tokens) and tokens is None, "blocks attend to one sequence of tokens only"
                 tokens, mask = embedder(_on(value.tokens, time.device).to(time.dtype)), _on(value.mask, time.device)
         pooled = self.trunk.pooled_text_embedding(conditions, time.dtype)
         vectors += [] if pooled is None else [pooled]
@@ -84,8 +82,9 @@ class ConditionEmbedder(TakesConditions):
             )
         if time.shape[2] > 1:
             raise ValueError(
-                f"levels per patch need a vector per patch; conditioning={self.config.conditioning!r} has one token per frame. "
-                "Use conditioning='adaln_zero', or levels per frame (masks of whole frames; in training objective.mask_probs.region=0)."
+                f"levels per patch need a vector per patch, but conditioning={self.config.conditioning!r} has one "
+                "token per frame. Use conditioning='adaln_zero', or levels per frame (masks of whole frames; in "
+                "training objective.mask_probs.region=0)."
             )
         parts = vectors if tokens is None else [*vectors, tokens]
         frames = max(part.shape[1] for part in parts)

@@ -1,4 +1,4 @@
-"""Sizes by name, as in DiT: "XL/2" is depth 28, hidden size 1152, 16 heads, patches of 2 x 2."""
+"""The model section of a config, and DiT's sizes: "XL/2" is depth 28, hidden size 1152, 16 heads, 2 x 2 patches."""
 
 import difflib
 from dataclasses import dataclass, field, fields
@@ -13,43 +13,43 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 
 @dataclass
 class ModelConfig:
-    """What of a model a person chooses; channels, classes and size come from the VAE and the data.
+    """Choices of a model; its channels, classes and latent size come from the VAE and the data.
 
-    `size` gives depth, hidden_size, num_heads and the spatial patch; each may be overridden. A size's depth counts
-    all blocks; `axes` is cycled over them.
+    `size` gives depth, hidden_size, num_heads and the spatial patch; each may be overridden. The depth of a size counts
+    all blocks, and `axes` is cycled over them.
     """
 
-    network: Literal["transformer", "unet"] = "transformer"  # unet: diffusers', to compare with
+    network: Literal["transformer", "unet"] = "transformer"  # unet: diffusers' U-Net, for comparison
     unet_channels: list[int] = field(default_factory=lambda: [64, 128])  # network=unet: channels of each resolution
     unet_layers: int = 1  # network=unet: residual layers per resolution
-    size: str = "S/2"  # S, B, L or XL, a slash, the spatial patch: depth, width, heads
-    axes: list[str] = field(default_factory=lambda: ["joint"])  # attention of the blocks, cycled over the depth
+    size: str = "S/2"  # S, B, L or XL (depth, width and heads), a slash, and the spatial patch
+    axes: list[str] = field(default_factory=lambda: ["joint"])  # attention axis of each block, cycled over the depth
     patch_size: list[int] | None = None  # [frames, rows, columns] in latents; null: from size
     depth: int | None = None  # number of blocks; null: from size
     hidden_size: int | None = None  # width; null: from size
     num_heads: int | None = None  # attention heads; null: from size
-    mlp_ratio: float = 4.0  # hidden over model width of the feed-forward branch
+    mlp_ratio: float = 4.0  # width of the MLP's hidden layer, in multiples of hidden_size
     qk_norm: bool = False  # RMS norm of queries and keys
-    num_classes: int | None = None  # null: as many as the data has; 0: no labels
+    num_classes: int | None = None  # number of labels; null: as many as the data has; 0: no labels
     position_encoding: Literal["sincos", "rope", "rope_3d", "sincos+rope_3d", "latte"] = "sincos"  # see the values
     causal: bool = False  # frames attend to themselves and earlier frames; needs rope or rope_3d
-    window: int | None = None  # causal: latent frames that a frame attends to, itself included; null: all
-    sink: int = 0  # causal: first latent frames that stay attended to beyond the window
-    pos_scaling: Literal["none", "interpolate"] = "none"  # positions at sizes not trained
-    micro_conditions: list[str] = field(default_factory=list)  # of fps, seconds, height, width
-    conditioning: str = "adaln_zero"  # how labels and levels enter: a row of nn/conditioning.py
+    window: int | None = None  # causal: latent frames that a frame attends to, including itself; null: all
+    sink: int = 0  # causal: first latent frames that later frames attend to beyond the window
+    pos_scaling: Literal["none", "interpolate"] = "none"  # positions at sizes that were not trained
+    micro_conditions: list[str] = field(default_factory=list)  # numbers to condition on, of fps, seconds, height, width
+    conditioning: str = "adaln_zero"  # how labels and noise levels enter: a row of nn/conditioning.py
     caption_channels: int | None = None  # set by the text encoder; leave it out
     caption_axes: list[str] = field(default_factory=list)  # blocks that attend to captions; empty: all
     trunk: str = "stack"  # how blocks are connected: a row of model/trunks
     learned_pos_embed: bool = False  # spatial position embedding is learned, initialised with sin-cos
-    timestep_mlp: bool = True  # false: levels as the bare sinusoid (U-ViT)
+    timestep_mlp: bool = True  # false: the timestep embedding is the sinusoid without an MLP (U-ViT)
     output_conv: bool = False  # a 3 x 3 convolution over every frame at the end (U-ViT)
     gelu: Literal["tanh", "exact"] = "tanh"  # the form of GELU: tanh (DiT), or exact (U-ViT)
     relative_position_bias: bool = False  # learned bias per spatial distance in every attention (MDT)
     num_decoder_blocks: int = 4  # trunk=masked: blocks at the end that see all patches
     num_single_blocks: int = 0  # trunk=dual_stream: last blocks, in which text and video share weights (FLUX)
-    gradient_checkpointing: bool = False  # less memory for about a third more time
-    extra_conditions: dict[str, Any] = field(default_factory=dict)  # name -> arguments of its class
+    gradient_checkpointing: bool = False  # saves memory, and takes about a third more time
+    extra_conditions: dict[str, Any] = field(default_factory=dict)  # more conditions: name -> its arguments
 
     def __post_init__(self) -> None:
         for name in ("axes", "caption_axes"):
@@ -65,13 +65,13 @@ class ModelConfig:
 
 
 def size_arguments(name: str) -> dict:
-    """ "XL/2" -> the arguments of STDiT that the name stands for; ValueError with the nearest name."""
+    """Arguments of STDiT for a size such as "XL/2"; ValueError with the nearest name for an unknown one."""
     letters, _, patch = name.partition("/")
     if letters not in SIZES or not patch.isdecimal() or int(patch) == 0:
         names = [f"{size}/{p}" for size in SIZES for p in (2, 4, 8)]
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"Unknown model size {name!r}.{hint} A size is one of {', '.join(SIZES)}, a slash, a patch.")
+        raise ValueError(f"Unknown model size {name!r}.{hint} Use one of {', '.join(SIZES)}, a slash and the patch.")
     depth, hidden_size, num_heads = SIZES[letters]
     return {
         "depth": depth,
@@ -81,7 +81,7 @@ def size_arguments(name: str) -> dict:
     }
 
 
-# Fields of ModelConfig that are not arguments of STDiT by themselves: they choose the network, or are handled apart.
+# Fields of ModelConfig that `model_arguments` does not copy: they choose the network, or are handled separately.
 _APART = {
     "network", "unet_channels", "unet_layers", "size", "num_classes", "gradient_checkpointing", "depth", "hidden_size",
     "num_heads", "patch_size",
@@ -89,7 +89,7 @@ _APART = {
 
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
-    """The constructor arguments of STDiT that a config chooses: its size, and what it overrides."""
+    """Constructor arguments of STDiT from a config: those of its size, overridden by the other keys."""
     arguments = size_arguments(config.size)
     for key in ("depth", "hidden_size", "num_heads"):
         if getattr(config, key) is not None:

@@ -1,4 +1,4 @@
-"""What a model costs before it is built: operations by kind, and the bytes of training."""
+"""Estimates the cost of a model before it is built: operations by kind, and the memory of training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,11 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Cost:
-    """parameters: all but position tables; table: numbers in DiT's table; flops: multiply-adds of one forward, by kind."""
+    """Size of a model and operations of one forward pass.
+
+    parameters: all parameters, without fixed position tables; table: numbers in DiT's position table, which DiT counts
+    as parameters. tokens: of one clip. flops: multiply-adds of one forward pass, by kind.
+    """
 
     parameters: int
     table: int
@@ -28,14 +32,15 @@ class Cost:
 
     @property
     def total(self) -> float:
+        """Multiply-adds of one forward pass, of all kinds."""
         return sum(self.flops.values())
 
 
 def forward_cost(arguments: dict[str, Any], latent: Shape) -> Cost:
-    """Count one forward of one clip of `latent` (T, h, w) on the meta device, multiply-adds as DiT's paper counts.
+    """Count one forward pass of a clip of `latent` (T, h, w) on the meta device, in multiply-adds as in DiT's paper.
 
-    flops has "attention spatial", "attention temporal", "attention joint" (with their projections), "mlp", "modulation"
-    and "embedding and head".
+    flops has the keys "attention spatial", "attention temporal", "attention joint" (with their projections),
+    "attention to the condition", "mlp", "modulation" and "embedding and head".
     """
     with torch.device("meta"):
         model = STDiT(**arguments)
@@ -66,7 +71,7 @@ def forward_cost(arguments: dict[str, Any], latent: Shape) -> Cost:
 
 @torch.no_grad()
 def clip_flops(model: STDiT, latent: Shape) -> float:
-    """Multiply-adds of one forward of one clip of `latent` (T, h, w), counted on the model itself."""
+    """Multiply-adds of one forward pass of a clip of `latent` (T, h, w), counted by running the model."""
     with FlopCounterMode(display=False) as counter:
         model(*_inputs(model, latent, 1), **_example_conditions(model))
     return counter.get_total_flops() / 2
@@ -84,10 +89,10 @@ def _example_conditions(model: STDiT, batch: int = 1) -> dict[str, Conditions]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of training on one device, by part.
+    """Memory of training on one device in bytes, by part.
 
     ema: the averaged weights. activations: what the forward pass of one micro-batch saves for the backward pass.
-    recomputed: what checkpointing computes again, one block at a time. working: the largest short-lived part.
+    recomputed: activations that checkpointing computes again, one block at a time. working: temporary tensors.
     """
 
     weights: float
@@ -100,12 +105,12 @@ class Memory:
 
     @property
     def persistent(self) -> float:
-        """Bytes that live from step to step."""
+        """Bytes that are allocated throughout training."""
         return self.weights + self.optimizer + self.ema
 
     @property
     def peak(self) -> float:
-        """The most that lives at once: when the backward pass begins, or when it ends and all gradients are there."""
+        """Largest use of memory: when the backward pass begins, or when it ends and all gradients exist."""
         return self.persistent + max(self.activations, self.gradients) + self.recomputed + self.working
 
 
@@ -119,9 +124,9 @@ def training_memory(
     checkpointing: bool,
     fused: bool,
 ) -> Memory:
-    """Bytes of a training step of `micro_batch` clips, from a forward pass over tensors that have no storage.
+    """Estimate the memory of a training step of `micro_batch` clips, from a forward pass over fake tensors.
 
-    fused: attention never saves its matrix (GPUs; on CPUs in float32). Weights, gradients and EMA are float32.
+    fused: attention does not save its matrix (GPUs; CPUs in float32). Weights, gradients and EMA are float32.
     """
     forward_cost(arguments, latent)  # fills the caches of position tables with real ones
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -158,7 +163,7 @@ def _inputs(model: STDiT, latent: Shape, batch: int) -> tuple[Tensor, Tensor, Te
 
 
 def _saved_bytes(model: STDiT, latent: Shape, batch: int, bf16: bool) -> float:
-    """Bytes that the forward pass saves for the backward pass, parameters aside, each storage once."""
+    """Bytes that the forward pass saves for the backward pass, without parameters; each storage counts once."""
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
 

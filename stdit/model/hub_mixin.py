@@ -1,4 +1,4 @@
-"""Loading, adapters and the hub as diffusers has them, but strict and without pickle; and the registration that its caches need."""
+"""diffusers' loading, adapters and hub methods, made strict and free of pickle, and registration for its caches."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -11,9 +11,9 @@ from stdit.legacy import renamed_parameter, renamed_section
 
 
 def register_cacheable_blocks(classes: Iterable[type]) -> None:
-    """Let FirstBlockCache and MagCache see our blocks, which give hidden states, or those and the text's.
+    """Register block classes with diffusers, so that FirstBlockCache and MagCache know which outputs they return.
 
-    The registry is private: without it these caches refuse, nothing else breaks.
+    The registry is private to diffusers. If it is missing, only these caches fail.
     """
     try:
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -28,7 +28,7 @@ def register_cacheable_blocks(classes: Iterable[type]) -> None:
 
 
 def model_card(config: dict, parameters: int) -> ModelCard:
-    """What a person who finds the folder needs: what it is, how it is loaded, how its axes run."""
+    """Model card with the model's size, attention axes and classes, and the code that loads it."""
     names = config.get("class_names")
     classes = f"{config['num_classes']} classes" if config["num_classes"] else "no classes"
     listed = f"\n\nClasses: {', '.join(names[:50])}{' ...' if len(names) > 50 else ''}." if names else ""
@@ -43,12 +43,12 @@ def model_card(config: dict, parameters: int) -> ModelCard:
 
 
 def is_folder(repo_id: str) -> bool:
-    """Whether a place to push to is on this machine: an existing folder, or a path written as one."""
+    """Whether a push target is a local folder: an existing one, or a path such as ./mine."""
     return repo_id.startswith(("/", "./", "../", "~")) or Path(repo_id).is_dir()
 
 
 class HubMixin:
-    """What a model does otherwise than diffusers' mixins, which come after it."""
+    """Overrides of methods of diffusers' mixins, which follow it in the model's base classes."""
 
     config: Any
     supports: Any
@@ -57,9 +57,9 @@ class HubMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """Load safetensors and config.json, of a pipeline's folder its transformer.
+        """Load a model from safetensors and config.json, or from the transformer of a pipeline's folder.
 
-        ValueError if a key is missing or unexpected (nothing is half loaded).
+        Raises ValueError if weights are missing or unexpected: a model is never loaded in part.
         """
         if (Path(pretrained_model_name_or_path) / "model_index.json").is_file():
             kwargs.setdefault("subfolder", "transformer")
@@ -79,25 +79,25 @@ class HubMixin:
         return loaded if wants_info else model
 
     def __getattr__(self, name: str) -> Any:
-        """Submodules first: diffusers answers with the config's entry where a module has the same name (`trunk`)."""
+        """Look up submodules first, since diffusers would return the config entry of the same name (`trunk`)."""
         modules = self.__dict__.get("_modules", {})
         return modules[name] if name in modules else super().__getattr__(name)  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As diffusers', for configurations of version 0.1.0 too."""
+        """Make a model from a config, which may have the names of stdit 0.1.0."""
         if isinstance(config, Mapping):
             config = renamed_section("model", config)
         return super().from_config(config, return_unused_kwargs, **kwargs)  # type: ignore[misc]
 
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Any]) -> Any:
-        """diffusers' hook for keys that were renamed: the dictionary is changed in place."""
+        """Rename weights of stdit 0.1.0 in place; diffusers calls this hook when it loads."""
         for name in list(state_dict):
             state_dict[renamed_parameter(name)] = state_dict.pop(name)
         return super()._fix_state_dict_keys_on_load(state_dict)  # type: ignore[misc]
 
     def enable_cache(self, config: Any) -> None:
-        """As diffusers'; ValueError for a cache that skips blocks on a trunk where that gives another result."""
+        """Enable one of diffusers' caches; ValueError for one that skips blocks if the trunk does not support it."""
         skips_blocks = type(config).__name__ in ("FirstBlockCacheConfig", "MagCacheConfig")
         if skips_blocks and "block_caching" not in self.supports:
             raise ValueError(
@@ -109,7 +109,7 @@ class HubMixin:
     def load_lora_adapter(
         self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = None, **kwargs: Any
     ) -> Any:
-        """As diffusers', for adapters of this model alone, and from safetensors only."""
+        """Load a LoRA adapter of this model, by default from pytorch_lora_weights.safetensors only."""
         kwargs.setdefault("use_safetensors", True)
         kwargs.setdefault("weight_name", "pytorch_lora_weights.safetensors")
         return super().load_lora_adapter(  # type: ignore[misc]
@@ -117,7 +117,7 @@ class HubMixin:
         )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """As diffusers', with a model card; a path to a folder (./mine) writes there and touches no network."""
+        """Push the model with a model card; a path to a folder (./mine) is written locally, without network."""
         card = model_card(dict(self.config), self.num_parameters())
         if not is_folder(str(repo_id)):
             url = super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""STDiT: a diffusion transformer over (B, T, S, D) tokens; DiT is its single-frame case."""
+"""STDiT: a diffusion transformer over tokens (B, T, S, D). DiT is the case of a single frame."""
 
 import inspect
 import math
@@ -13,18 +13,11 @@ from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from stdit.conditions import CONDITIONERS, Conditions, check_extra_conditions, conditioners_of
+from stdit.conditions import CONDITIONERS, Conditions, conditioners_of
 from stdit.conditions.values import map_tensors, repeat_frames
 from stdit.legacy import accept_old_keywords
-from stdit.model.capabilities import check_trunk_options, supported
-from stdit.model.checks import (
-    check_axes,
-    check_causal,
-    check_choice,
-    check_classes,
-    check_conditioning,
-    check_shape,
-)
+from stdit.model.capabilities import supported
+from stdit.model.checks import POS_SCALINGS, check_arguments, check_choice
 from stdit.model.conditioning import ConditionEmbedder
 from stdit.model.config import size_arguments
 from stdit.model.hub_mixin import HubMixin, register_cacheable_blocks
@@ -32,7 +25,6 @@ from stdit.model.trunks import TRUNKS, TrunkConfig, TrunkContext
 from stdit.nn.blocks import FinalLayer
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
-from stdit.nn.config import BlockConfig
 from stdit.nn.context import cached_positions
 from stdit.nn.embedders import LearnedPosEmbed, PatchEmbed, TimestepEmbedder
 from stdit.nn.layout import DenseLayout, Layout, TeacherForcingLayout
@@ -40,28 +32,26 @@ from stdit.nn.modulation import Condition
 from stdit.nn.packed import PackedLayout
 from stdit.nn.positions import spatial_pos_embed
 from stdit.nn.tokens import token_grid, unpatchify
-from stdit.variants import pick
 
 BLOCK_CLASSES = tuple(dict.fromkeys(kind for trunk in TRUNKS.values() for kind in trunk.block_classes))
-POS_SCALINGS = ("none", "interpolate")
 
 
 class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin, CacheMixin, PeftAdapterMixin):
     """Spacetime diffusion transformer (Peebles and Xie, "Scalable Diffusion Models with Transformers", extended in time).
 
-    Sizes: depth, hidden_size, num_heads, patch_size (time, height, width), mlp_ratio; sample_size (T, H, W), the latent size
-    trained on, which is also the largest distance of a sink frame.
-    Attention: axes, cycled over the depth; qk_norm; position_encoding (`nn.config.PositionEncoding`); pos_scaling, "none"
-    (sizes never trained go on counting) or "interpolate" (they are squeezed into the trained grid); causal, window and sink
-    in latent frames (`nn.config.BlockConfig`); learned_pos_embed and relative_position_bias (U-ViT, MDT).
+    Sizes: depth, hidden_size, num_heads, patch_size (time, height, width), mlp_ratio; sample_size (T, H, W), the latent
+    size of the training clips, whose T is also the largest distance of a sink frame.
+    Attention: axes, cycled over the depth; qk_norm; position_encoding (`nn.config.PositionEncoding`); pos_scaling (see
+    `set_pos_scaling`); causal, window and sink in latent frames (`nn.config.BlockConfig`); learned_pos_embed and
+    relative_position_bias (U-ViT, MDT).
     Conditions: num_classes with class_names, micro_conditions (`conditions.micro`), caption_channels with caption_axes,
     extra_conditions (name of a conditioner -> its arguments); conditioning, a row of `nn.conditioning.CONDITIONINGS`.
     Trunk: a row of `model.trunks.TRUNKS`, with num_decoder_blocks (masked) and num_single_blocks (dual_stream).
-    For weights from elsewhere: timestep_scale, timestep_reversed, timestep_offset, timestep_mlp and frequency_shift
-    (`nn.embedders.TimestepEmbedder`), norm2_eps, gelu ("tanh" or "exact"), output_conv, and block_sources, the image model's
-    block that each block started from (None: inserted).
+    For other models' weights: timestep_scale, timestep_reversed, timestep_offset, timestep_mlp and frequency_shift
+    (`nn.embedders.TimestepEmbedder`), norm2_eps, gelu ("tanh" or "exact"), output_conv, and block_sources, the block of
+    an image model from which each block was initialised (None: a new block).
 
-    Raises ValueError for widths that do not divide, and for choices that are unknown or do not go together.
+    Raises ValueError for sizes that are not divisible, and for choices that are unknown or conflict.
     """
 
     _supports_gradient_checkpointing = True
@@ -111,14 +101,15 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         extra_conditions: dict[str, dict[str, Any]] | None = None,
     ):
         super().__init__()
-        self._check_arguments()
+        defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
+        check_arguments(self.config, defaults)
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))  # JSON gives lists
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
         self.conditioning = CONDITIONINGS[conditioning]
         self.conditioners = conditioners_of(self.config)
-        self.trunk_config = self._trunk_config()
+        self.trunk_config = TrunkConfig.from_model_config(self.config)
         grid = self.trunk_config.grid
 
         self.x_embedder = PatchEmbed(self.patch_size, in_channels, hidden_size)
@@ -144,60 +135,14 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         self.final_conv = nn.Conv2d(self.out_channels, self.out_channels, 3, padding=1) if output_conv else None
         self.initialize_weights()
 
-    def _check_arguments(self) -> None:
-        c = self.config
-        check_shape(c.depth, c.hidden_size, c.num_heads, c.patch_size)
-        check_classes(c.num_classes, c.class_names)
-        check_axes(c.axes)
-        check_axes(c.caption_axes, "caption_axes", may_be_empty=True)
-        check_choice("pos_scaling", c.pos_scaling, POS_SCALINGS)
-        check_choice("gelu", c.gelu, ("tanh", "exact"))
-        check_causal(
-            c.position_encoding, c.axes, c.patch_size, c.sample_size[0], causal=c.causal, window=c.window, sink=c.sink
-        )
-        check_conditioning(c.conditioning, c.caption_channels, c.causal, c.relative_position_bias)
-        pick(TRUNKS, c.trunk, "trunk")
-        check_extra_conditions(c.extra_conditions or {})
-        defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
-        check_trunk_options(c.trunk, dict(c), defaults)
-
-    def _trunk_config(self) -> TrunkConfig:
-        """The nested configuration of trunk and blocks, from the flat one."""
-        c = self.config
-        grid = (c.sample_size[1] // self.patch_size[1], c.sample_size[2] // self.patch_size[2])
-        block = BlockConfig(
-            dim=c.hidden_size,
-            num_heads=c.num_heads,
-            mlp_ratio=c.mlp_ratio,
-            qk_norm=c.qk_norm,
-            conditioning=c.conditioning,
-            norm2_eps=c.norm2_eps,
-            gelu=c.gelu,
-            causal=c.causal,
-            window=c.window,
-            sink=c.sink,
-            max_train_frames=c.sample_size[0] // self.patch_size[0],
-            bias_grid=grid if c.relative_position_bias else None,
-        )
-        return TrunkConfig(
-            block=block,
-            axes=[c.axes[i % len(c.axes)] for i in range(c.depth)],
-            grid=grid,
-            position_encoding=c.position_encoding,
-            caption_channels=c.caption_channels,
-            caption_axes=list(c.caption_axes),
-            num_decoder_blocks=c.num_decoder_blocks,
-            num_single_blocks=c.num_single_blocks,
-        )
-
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "STDiT":
-        """A fresh model by name ("S/2" ... "XL/8"); keyword arguments as for the constructor, overriding the name's."""
+        """Make a new model of a named size ("S/2" ... "XL/8"); keyword arguments are the constructor's."""
         return cls(**{**size_arguments(size), **kwargs})
 
     @property
     def supports(self) -> frozenset[str]:
-        """What this model can do (`model.capabilities`)."""
+        """Capabilities of this model (`model.capabilities`)."""
         c = self.config
         text = any(conditioner.joins == "tokens" for conditioner in self.conditioners.values())
         found = supported(c.trunk, c.conditioning, causal=c.causal, text=text)
@@ -206,16 +151,19 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
 
     @property
     def supports_patch_levels(self) -> bool:
-        """Whether patches of a frame may have noise levels of their own."""
+        """Whether every patch of a frame may have its own noise level."""
         return "patch_levels" in self.supports
 
     def set_pos_scaling(self, pos_scaling: str) -> None:
-        """How positions of sizes never trained are scaled: "none" goes on counting, "interpolate" squeezes into the trained grid."""
+        """Set how positions are scaled at sizes that were not trained.
+
+        "none" counts on beyond the trained grid; "interpolate" squeezes the positions into it.
+        """
         check_choice("pos_scaling", pos_scaling, POS_SCALINGS)
         self.register_to_config(pos_scaling=pos_scaling)
 
     def initialize_weights(self) -> None:
-        """DiT's initialisation: xavier for linear layers, 0.02 for embeddings, zero for modulation and head."""
+        """Initialise as DiT: Xavier for linear layers, std 0.02 for embeddings, zero for modulation and final layer."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -244,15 +192,16 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         visible: Tensor | None = None,
         **keywords: Tensor | None,
     ) -> Tensor:
-        """Predict from noisy latents -> (B, C_out, T, H, W), with C_out = 2 C if the variance is learned.
+        """Predict from noisy latents: (B, C, T, H, W) -> (B, C_out, T, H, W).
 
-        hidden_states: (B, C, T, H, W); timestep: (B,), per latent frame (B, T) or per token (B, T, S), on 0..1000.
-        Conditions come by name (`conditions`) or by keyword: class_labels (B,) or per latent frame (B, T), label num_classes
-        is null; captions (B, L, C) or (B, T, L, C) with caption_mask (B, L) or (B, T, L), true for tokens;
-        micro_conditions (B|1, N), nan where unknown. cache: keys and values of earlier frames, for a causal model.
-        history: the same clips and their timesteps (B, T) as each frame sees those before it (teacher forcing of causal
-        models). visible: (B, n) patches that a masked trunk's encoder sees. Lists of latents and timesteps go through as one
-        packed sequence (see `packed`).
+        C_out is 2 C if the variance is learned. timestep: (B,), per latent frame (B, T) or per token (B, T, S), on
+        0..1000. Conditions are given by name (`conditions`) or by keyword: class_labels (B,) or per latent frame
+        (B, T), where label num_classes is the null; captions (B, L, C) or (B, T, L, C) with caption_mask (B, L) or
+        (B, T, L), true for tokens; micro_conditions (B|1, N), nan where unknown. cache: keys and values of earlier
+        frames, for a causal model. history: clean (or slightly noisy) latents of the same clips and their timesteps
+        (B, T), to which each frame attends in place of the noisy earlier frames (teacher forcing of causal models).
+        visible: (B, n) indices of the patches that a masked trunk's encoder sees. Lists of latents and timesteps run as
+        one packed sequence (see `packed`).
         """
         if not isinstance(hidden_states, Tensor):
             return self.packed(  # type: ignore[return-value]
@@ -288,24 +237,24 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         return self._output(unpatchify(self.final_layer(tokens, condition), self.patch_size, rows))
 
     def _check_call(self, frames: int, cache: FrameCache | None, has_history: bool, visible: Tensor | None) -> None:
-        """Raise ValueError for a cache of another model, a clip longer than a sink allows at once, hidden patches."""
+        """Raise ValueError for another model's cache, a clip too long for a sink, or unsupported hidden patches."""
         c = self.config
         if cache is not None and (cache.window, cache.sink) != (c.window, c.sink):
             raise ValueError(
-                f"the cache has window={cache.window} and sink={cache.sink}, this model was trained with window={c.window} "
-                f"and sink={c.sink}; make the cache with these."
+                f"the cache has window={cache.window} and sink={cache.sink}, but this model was trained with "
+                f"window={c.window} and sink={c.sink}; make the cache with these."
             )
         total = frames + (0 if cache is None else cache.frames)
         if c.sink and frames > 1 and total > c.sample_size[0] and not has_history:
             raise ValueError(
-                f"a model with sink={c.sink} goes on frame by frame beyond the {c.sample_size[0]} latent frames of its "
-                "training; use pipe.stream, or a cache and one frame per call."
+                f"a model with sink={c.sink} runs frame by frame beyond the {c.sample_size[0]} latent frames of its "
+                "training clips; use pipe.stream, or a cache and one frame per call."
             )
         if visible is not None and "masking" not in self.supports:
             raise ValueError(f"trunk={c.trunk!r} sees every patch; leave `visible` out, or use trunk='masked'.")
 
     def _with_prefix(self, tokens: Tensor, condition: Condition) -> tuple[Tensor, int, Tensor | None]:
-        """Patches behind the condition's tokens where these join them (in-context), the number of these, their mask."""
+        """Put the condition's tokens before the patches (in-context), and return their number and mask, too."""
         if not self.conditioning.in_context:
             return tokens, 0, None
         assert condition.tokens is not None
@@ -325,16 +274,16 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         conditions: Conditions | None = None,
         **keywords: Tensor | None,
     ) -> list[Tensor]:
-        """Clips of different shapes in one sequence, without padding (Dehghani et al., "Patch n' Pack").
+        """Predict for clips of different shapes in one sequence without padding (Dehghani et al., "Patch n' Pack").
 
-        latents: (C, T, H, W) each; timesteps: () or (T,) each; class_labels: (N,). Returns (C_out, T, H, W) each, what
-        `forward` gives for each alone. Not for causal models, nor with positions squeezed into the trained grid.
+        latents: (C, T, H, W) each; timesteps: () or (T,) each; class_labels: (N,). Returns (C_out, T, H, W) each, which
+        equals the result of `forward` for each clip alone. Raises ValueError if the model does not support packing.
         """
         if "packing" not in self.supports:
             raise ValueError(
-                "packed sequences take models with causal=false, pos_scaling='none', patches of one frame, a trunk of blocks "
-                "alone without relative_position_bias (such as stack) and a condition that is a vector (such as adaln_zero, "
-                "and no captions); use batches of one shape instead."
+                "packed sequences take models with causal=false, pos_scaling='none', patches of one frame, no "
+                "relative_position_bias, trunk='stack' or 'long_skip', and conditions that form a vector (such as "
+                "adaln_zero, without captions); use batches of one shape instead."
             )
         grids = [token_grid(x.shape[1:], self.patch_size) for x in latents]
         layout, parts = PackedLayout(grids), []
@@ -383,14 +332,14 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         return spatial_pos_embed(rows, columns, self.config.hidden_size, scale)
 
     def _position_scale(self, grid: tuple[int, int, int]) -> tuple[float, float, float]:
-        """Distances of neighbours in time, y and x: 1, or trained size over this size."""
+        """Distances of neighbouring tokens in time, y and x: 1, or the trained size over this size."""
         if self.config.pos_scaling == "none":
             return (1.0, 1.0, 1.0)
         t, y, x = (size // patch for size, patch in zip(self.config.sample_size, self.patch_size, strict=True))
-        return (1.0 if self.config.causal else t / grid[0], y / grid[1], x / grid[2])  # a cache goes on counting
+        return (1.0 if self.config.causal else t / grid[0], y / grid[1], x / grid[2])  # with a cache, frames count on
 
     def _output(self, prediction: Tensor) -> Tensor:
-        """The prediction, through the convolution over every frame if there is one (U-ViT)."""
+        """Apply the final convolution to every frame if there is one (U-ViT)."""
         if self.final_conv is None:
             return prediction
         frames = prediction.shape[2]

@@ -1,4 +1,4 @@
-"""The U-Net to compare with: diffusers' own, for images and for video, with STDiT's interface."""
+"""A U-Net for comparison: diffusers' networks for images and for video, with STDiT's interface."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,19 +17,20 @@ from stdit.nn.embedders import CaptionEmbedder, LabelEmbedder
 
 
 class UNet(TakesConditions, ModelMixin, ConfigMixin):
-    """`UNet2DModel` for images (sample_size[0] = 1), `UNet3DConditionModel` (convolutions and attention in space and in
-    time) for video; it takes and gives what an STDiT does.
+    """diffusers' U-Net with the inputs and outputs of STDiT: all frames share one noise level.
 
-    channels: of every resolution, halved from one to the next; layers: residual blocks of each. Labels and captions are
-    tokens that video attends to; an image's label joins its time embedding, and it takes no captions. All frames share a
-    noise level. causal, window, sink, conditions are there because a pipeline asks for them.
+    Images (sample_size[0] = 1) use `UNet2DModel`; video uses `UNet3DConditionModel` (convolutions and attention in
+    space and time). channels: of every resolution, which halve height and width. layers: residual blocks of each.
+    Video attends to labels and captions as tokens; an image's label is added to its time embedding, and images take no
+    captions. causal, window, sink and micro_conditions exist because pipelines read them from the config.
     """
 
     supports: frozenset[str] = frozenset()  # one noise level for all frames
     supports_patch_levels = False
 
     def set_pos_scaling(self, pos_scaling: str) -> None:
-        raise ValueError("a U-Net's convolutions know no positions; leave pos_scaling out.")
+        """Raise ValueError, since a U-Net has no position encoding to scale."""
+        raise ValueError(f"pos_scaling={pos_scaling!r}: a U-Net has no position encoding; leave pos_scaling out.")
 
     @accept_old_keywords("model")
     @register_to_config
@@ -58,7 +59,7 @@ class UNet(TakesConditions, ModelMixin, ConfigMixin):
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.video = sample_size[0] > 1
         factor = 2 ** (len(channels) - 1)
-        self.patch_size = (1, factor, factor)  # what height and width must be whole times of
+        self.patch_size = (1, factor, factor)  # height and width must be multiples of it
         size = {
             "in_channels": in_channels, "out_channels": self.out_channels, "block_out_channels": tuple(channels),
             "layers_per_block": layers, "norm_num_groups": 8,
@@ -92,9 +93,9 @@ class UNet(TakesConditions, ModelMixin, ConfigMixin):
         conditions: Conditions | None = None,
         **keywords: Tensor | None,
     ) -> Tensor:
-        """(B, C, T, H, W), timestep (B,), or (B, T) where all frames share one -> (B, C_out, T, H, W).
+        """Predict from noisy latents: (B, C, T, H, W) -> (B, C_out, T, H, W).
 
-        ValueError for frames at levels of their own.
+        timestep: (B,), or (B, T) with the same value for all frames; ValueError for frames at different noise levels.
         """
         batch = len(hidden_states)
         timestep = timestep.expand(batch) if timestep.ndim == 0 else timestep
@@ -110,7 +111,9 @@ class UNet(TakesConditions, ModelMixin, ConfigMixin):
         given = map_tensors(given, lambda x: x[:, 0].to(hidden_states.device))  # one value per clip
         if not self.video:
             if hidden_states.shape[2] != 1:
-                raise ValueError(f"this U-Net was made for images and got {hidden_states.shape[2]} latent frames.")
+                raise ValueError(
+                    f"this U-Net is for images, but got {hidden_states.shape[2]} latent frames; use one frame."
+                )
             return self.unet(hidden_states[:, :, 0], timestep, class_labels=given.get("label")).sample[:, :, None]
         tokens = self._tokens(batch, given)
         # On CPUs in bfloat16 the weights' gradients of its convolutions in time are not finite (torch 2.13, oneDNN).
@@ -119,7 +122,7 @@ class UNet(TakesConditions, ModelMixin, ConfigMixin):
             return self.unet(hidden_states.to(dtype), timestep, tokens.to(dtype)).sample
 
     def _tokens(self, batch: int, conditions: Conditions) -> Tensor:
-        """(B, N, D): the label, and the mean of the caption's words (diffusers' blocks take no mask for tokens)."""
+        """Tokens (B, N, D): the label, and the mean of the caption's tokens, since diffusers' blocks take no mask."""
         parts = []
         if self.y_embedder is not None:
             parts.append(self.y_embedder(conditions["label"])[:, None])

@@ -1,6 +1,6 @@
 """Self-attention among the tokens of an axis, and cross-attention to a condition's tokens.
 
-The kernel is diffusers' to choose (`set_attention_backend`).
+diffusers chooses the attention kernel (`set_attention_backend`).
 """
 
 from functools import partial
@@ -19,14 +19,15 @@ from stdit.nn.positions import apply_rope
 
 
 def _short_in_16_bits(query: Tensor, key: Tensor) -> bool:
-    """Where plain products beat CPUs' fused kernel, whose backward pass is slow in bfloat16 (`stdit bench attention`)."""
+    """Whether plain products beat the CPU's fused kernel, which is slow in bfloat16 (`stdit bench attention`)."""
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and max(query.shape[1], key.shape[1]) <= 256
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v on (B, L, H, D) -> (B, L, H, D), the softmax in float32.
+    """Attention as plain matrix products: softmax(q k^T / sqrt(D)) v, with the softmax in float32.
 
-    attn_mask: bool, true where a query may attend, or floats to be added.
+    query, key, value: (B, L, H, D) -> (B, L, H, D). attn_mask: bool, true where a query may attend, or floats that are
+    added to the logits.
     """
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
@@ -37,7 +38,10 @@ def explicit_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Ten
 
 
 class AxialAttnProcessor:
-    """Fold, project, attend, unfold. The class attributes are where diffusers puts back end and parallelism."""
+    """Folds tokens along the layer's axis, projects them, attends and unfolds them again.
+
+    diffusers sets the class attributes to choose the attention backend and context parallelism.
+    """
 
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -71,12 +75,12 @@ class AxialAttnProcessor:
 
 
 def add_time(tokens: Tensor, tables: AxisTables) -> Tensor:
-    """Tokens (N, L, D) plus the temporal table of their frames, where the position encoding has one."""
+    """Add the temporal table of their frames to tokens (N, L, D) if the position encoding has one."""
     return tokens if tables.time is None else tokens + tables.time.to(tokens.dtype)
 
 
 class CrossAttnProcessor(AxialAttnProcessor):
-    """Patches attend to the condition's tokens: those of their frame, or those of their clip."""
+    """Cross-attention of patches to the condition's tokens, which belong to their frame or to the whole clip."""
 
     def __call__(  # type: ignore[override]
         self, attn: "CrossAttention", hidden_states: Tensor, tokens: Tensor, token_mask: Tensor | None = None
@@ -91,21 +95,22 @@ class CrossAttnProcessor(AxialAttnProcessor):
 
 
 class QKNorm(nn.RMSNorm):
-    """Root-mean-square norm of queries or keys, in the precision of its weight: keeps logits bounded in 16 bits."""
+    """RMS norm of queries or keys in the precision of its weight, which keeps the logits bounded in 16 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise over the last dimension; the result has the dtype of `x`."""
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def qk_norm(config: BlockConfig) -> nn.Module:
-    """The norm of queries or keys that a config asks for."""
+    """Norm of queries or keys: `QKNorm` if the config has qk_norm, else the identity."""
     return QKNorm(config.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
 
 
 class RelativePositionBias(nn.Module):
     """A learned bias for every head and distance in rows and columns (BEiT's relative position bias, as in MDT).
 
-    The table is BEiT's: its last three rows were for a class token and are never read.
+    The table has BEiT's shape: BEiT's last three rows belong to the class token and are never read here.
     """
 
     def __init__(self, rows: int, columns: int, heads: int):
@@ -120,13 +125,13 @@ class RelativePositionBias(nn.Module):
 class Attention(nn.Module, AttentionModuleMixin):
     """Multi-head self-attention along `axis` of (B, T, S, D).
 
-    Where the conditioning is `time_attention`, the conditioning vector, through a layer of its own, is added to queries,
-    keys and values (DiffiT's TMSA).
+    With the conditioning `time_attention`, a linear layer maps the conditioning vector to a bias of queries, keys and
+    values (DiffiT's TMSA).
     """
 
     _default_processor_cls = AxialAttnProcessor
     _available_processors = [AxialAttnProcessor]
-    _supports_qkv_fusion = False  # DiT's projection is one already
+    _supports_qkv_fusion = False  # DiT's qkv projection is fused already
     is_cross_attention = False
     processor: Any
     set_processor: Any  # diffusers'
@@ -151,11 +156,15 @@ class Attention(nn.Module, AttentionModuleMixin):
         self.set_processor(AxialAttnProcessor())
 
     def forward(self, hidden_states: Tensor, ctx: BlockContext) -> Tensor:
+        """Attend along the layer's axis: (B, T, S, D) -> (B, T, S, D), without the residual."""
         return self.processor(self, hidden_states, ctx)
 
 
 class CrossAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention from (B, T, S, D) to tokens (B, T|1, N, D); token_mask: (B, T|1, N) bool, false for padding."""
+    """Multi-head attention from patches (B, T, S, D) to the condition's tokens (B, T|1, N, D).
+
+    token_mask: (B, T|1, N) bool, false for padding.
+    """
 
     _default_processor_cls = CrossAttnProcessor
     _available_processors = [CrossAttnProcessor]
@@ -173,4 +182,5 @@ class CrossAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(CrossAttnProcessor())
 
     def forward(self, hidden_states: Tensor, tokens: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Attend to the tokens: (B, T, S, D) -> (B, T, S, D), without the residual."""
         return self.processor(self, hidden_states, tokens, token_mask)

@@ -1,4 +1,4 @@
-"""Transformer blocks and the head."""
+"""The transformer block and the final layer."""
 
 from typing import Any
 
@@ -16,11 +16,12 @@ from stdit.nn.positions import latte_pos_embed
 
 
 class STDiTBlock(nn.Module):
-    """Pre-norm transformer block with adaLN-Zero, the identity when fresh (DiT, section 3.2), or another conditioning.
+    """Pre-norm transformer block with adaLN-Zero (DiT, section 3.2) or another way of conditioning.
 
-    hidden_states: (B, T, S, D). axis: which tokens attend to each other; position_encoding: how this block knows positions
-    ("latte": its table is added to the stream here). captions: cross-attend to the condition's tokens in any case.
-    skip: take an earlier block's output through a linear layer of both (U-ViT).
+    With adaLN-Zero a newly initialised block is the identity. axis: the axis along which tokens attend to each other.
+    position_encoding: the encoding of this block; "latte" adds Latte's table to the hidden states here. captions: also
+    cross-attend to the caption's tokens, unless these join the patches (in_context). skip: merge an earlier block's
+    output through a linear layer (U-ViT).
     """
 
     def __init__(
@@ -47,12 +48,13 @@ class STDiTBlock(nn.Module):
         self.adaLN_modulation: Any = conditioning.modulation(dim)
 
     def reset(self) -> None:
-        """Zero-initialise modulation and the captions' cross-attention output, as in DiT."""
+        """Zero-initialise the modulation, as in DiT, and the output of cross-attention to captions."""
         self.adaLN_modulation.reset()
         if self.cross_attn is not None and self.norm_cross is None:
             nn.init.zeros_(self.cross_attn.proj.weight)
 
     def forward(self, hidden_states: Tensor, ctx: BlockContext, skip: Tensor | None = None) -> Tensor:
+        """Run the block: (B, T, S, D) -> (B, T, S, D); `skip` is an earlier block's output of the same shape."""
         if self.skip_linear is not None:
             assert skip is not None
             hidden_states = self.skip_linear(torch.cat([hidden_states, skip], dim=-1))
@@ -69,7 +71,10 @@ class STDiTBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """(B, T, S, D) -> (B, T, S, patch volume * out_channels), channel-last inside a patch; zero when fresh."""
+    """DiT's final layer: modulated layer norm, then a linear layer from tokens to the latents of their patches.
+
+    The output is zero at initialisation.
+    """
 
     def __init__(self, dim: int, out_features: int, conditioning: str = "adaln_zero"):
         super().__init__()
@@ -79,10 +84,11 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation: Any = kind.final(dim)
 
     def reset(self) -> None:
-        """Zero-initialise modulation and projection, as in DiT."""
+        """Zero-initialise the modulation and the linear layer, as in DiT."""
         self.adaLN_modulation.reset()
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, hidden_states: Tensor, condition: Condition, layout: Layout | None = None) -> Tensor:
+        """Project (B, T, S, D) to (B, T, S, patch volume * out_channels), channel-last inside a patch."""
         (modulation,) = self.adaLN_modulation(condition, layout)
         return self.linear(modulation(self.norm_final(hidden_states)))

@@ -1,4 +1,4 @@
-"""The ways a condition enters a block.
+"""The ways in which a condition enters a block.
 
 ===================  ==================================================================================
 adaln_zero, adaln    shift, scale (and gate) from the conditioning vector (DiT, section 3.2)
@@ -9,7 +9,7 @@ in_context           the condition's tokens join the patches of every frame (DiT
 time_attention       the conditioning vector biases queries, keys and values (DiffiT)
 ===================  ==================================================================================
 
-A caption is always tokens: with the ways that use a vector, blocks cross-attend to the caption alone.
+A caption always consists of tokens. Where the other conditions form a vector, blocks cross-attend to the caption.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,11 @@ from stdit.nn.modulation import AdaLN, AdaLNLora, AdaLNSingle, NoModulation
 
 
 class Conditioning(NamedTuple):
-    """How a condition enters. modulation: of a block, final: of the head, both built from a width.
+    """One way of conditioning: a row of `CONDITIONINGS`.
 
-    cross_attention, in_context, qkv_bias_from_cond: as in the table of the module; shared_adaln: all blocks start from one
-    modulation.
+    modulation, final: make the modulation of a block and of the final layer from the hidden size. cross_attention,
+    in_context, qkv_bias_from_cond (time_attention): see the table of the module. shared_adaln: all blocks start from
+    one shared modulation.
     """
 
     modulation: Callable[[int], nn.Module]
@@ -37,17 +38,17 @@ class Conditioning(NamedTuple):
 
     @property
     def by_tokens(self) -> bool:
-        """Whether all conditions are tokens; otherwise all but captions are one vector."""
+        """Whether all conditions are tokens; otherwise all but captions are summed to one vector."""
         return self.cross_attention or self.in_context
 
     @property
     def affine_norms(self) -> bool:
-        """Layer norms have weights of their own where nothing modulates them."""
+        """Whether layer norms have learned weights, which they need where nothing modulates them."""
         return self.modulation is NoModulation
 
     @property
     def eps(self) -> float:
-        """Epsilon of layer norms: DiT's where they are modulated, ViT's where they have weights of their own."""
+        """Epsilon of layer norms: DiT's where they are modulated, ViT's where they have learned weights."""
         return 1e-5 if self.affine_norms else 1e-6
 
     @property

@@ -1,11 +1,11 @@
-"""What all transformer blocks of a model have in common."""
+"""Settings that all transformer blocks of a model share."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Axis = Literal["joint", "spatial", "temporal"]
 # sincos: a temporal table, zero at frame 0, added inside attention. rope, rope_3d: rotary by frame, or by frame, row and
-# column. none: no position encoding; latte: Latte's table, added to the residual stream.
+# column. latte: Latte's table, added to the hidden states. none: no position encoding.
 PositionEncoding = Literal["sincos", "rope", "rope_3d", "sincos+rope_3d", "latte", "none"]
 
 
@@ -13,9 +13,10 @@ PositionEncoding = Literal["sincos", "rope", "rope_3d", "sincos+rope_3d", "latte
 class BlockConfig:
     """Sizes and choices that every block of a model shares.
 
-    conditioning: a row of `nn.conditioning.CONDITIONINGS`. causal: attend to the last `window` frames (including the
-    frame itself; None: all) and to the first `sink` frames, whose distance is clamped to `max_train_frames` (Xiao et al.,
-    "StreamingLLM"). bias_grid: rows and columns of a learned relative position bias (BEiT), or None.
+    conditioning: a row of `nn.conditioning.CONDITIONINGS`. causal: a frame attends to the last `window` frames
+    (including itself; None: all earlier ones) and to the first `sink` frames, whose distance is clamped to
+    `max_train_frames` (Xiao et al., "StreamingLLM"). bias_grid: rows and columns of a learned relative position bias
+    (BEiT), or None.
     """
 
     dim: int

@@ -1,4 +1,4 @@
-"""What every block of one forward pass shares: the condition, the layout, and position tables made once per axis."""
+"""The inputs that all blocks of one forward pass share: condition, layout, and position tables made once per axis."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -26,11 +26,11 @@ POSITION_ENCODINGS = {
 
 
 class AxisTables(NamedTuple):
-    """What attention along one axis needs besides its tokens; None where it needs nothing.
+    """Position tables and masks of attention along one axis; a field is None where attention does not need it.
 
     time: (L, D), added to the tokens. query_rope, key_rope: complex (L, 1, pairs). mask: (L, keys) or (N, 1, 1, keys)
     bool, true where a query may attend. bias_index: (N|1, L, L) rows of the relative position bias. retained: indices of
-    the keys that a cache keeps.
+    the keys that are cached for the next call.
     """
 
     time: Tensor | None = None
@@ -42,9 +42,9 @@ class AxisTables(NamedTuple):
 
 
 class BlockContext(NamedTuple):
-    """The arguments of every block besides the tokens. tables: by axis and position encoding.
+    """The arguments of a block besides the hidden states; `tables` has an entry for each (axis, position encoding).
 
-    A named tuple, so that accelerate's hooks move its tensors to the block's device.
+    It is a named tuple so that accelerate's hooks move its tensors to the block's device.
     """
 
     condition: Condition
@@ -60,7 +60,7 @@ def make_context(
     layout: Layout,
     cache: FrameCache | None = None,
 ) -> BlockContext:
-    """A context for blocks with these (axis, position encoding) pairs, its tables on the condition's device."""
+    """Make the context of blocks with these (axis, position encoding) pairs, with tables on the condition's device."""
     device = condition.embedding.device
     pairs = dict.fromkeys(attentions)
     tables = {
@@ -71,7 +71,7 @@ def make_context(
 
 
 def cached_positions(context: BlockContext) -> dict[str, np.ndarray]:
-    """By axis, the positions of the keys that a writing pass has cached."""
+    """Positions (L, 3) of the keys, by axis, that the cache holds after a writing pass."""
     cache, layout = context.cache, context.layout
     assert cache is not None
     found = {}
@@ -89,7 +89,7 @@ def _axis_tables(
     adds_time, rope_axes = POSITION_ENCODINGS[encoding]
     rope_axes = 0 if axis == "spatial" and rope_axes == 1 else rope_axes
     time = None
-    if adds_time and axis != "spatial" and positions[:, 0].max() > 0:  # nothing is added at frame 0
+    if adds_time and axis != "spatial" and positions[:, 0].max() > 0:  # the table is zero at frame 0
         table = temporal_pos_embed(int(positions[:, 0].max()) + 1, config.dim, layout.scale[0])
         time = table[torch.from_numpy(positions[:, 0])].to(device)
     key_positions, retained = positions, None
@@ -114,7 +114,7 @@ def _axis_tables(
 
 
 def rebase_sink_positions(config: BlockConfig, key_positions: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Key positions (L, 3), with sink frames moved so that no distance exceeds the length of training."""
+    """Move the sink frames among key positions (L, 3), so that no distance exceeds the frames of a training clip."""
     beyond = int(positions[:, 0].min()) + 1 - config.max_train_frames
     if not config.sink or beyond <= 0:
         return key_positions
@@ -124,7 +124,10 @@ def rebase_sink_positions(config: BlockConfig, key_positions: np.ndarray, positi
 
 
 def relative_position_index(spatial_positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(N, L, 2) rows and columns -> (N, L, L) rows of a relative position bias of `grid`; larger distances are clamped."""
+    """Indices (N, L, L) into the relative position bias of `grid`, from rows and columns (N, L, 2).
+
+    Distances that exceed the grid are clamped.
+    """
     rows, columns = grid
     distance = spatial_positions[:, :, None] - spatial_positions[:, None]
     y = distance[..., 0].clamp(1 - rows, rows - 1) + rows - 1
@@ -135,13 +138,14 @@ def relative_position_index(spatial_positions: Tensor, grid: tuple[int, int]) ->
 def _attention_mask(
     config: BlockConfig, axis: str, positions: np.ndarray, key_positions: np.ndarray, noisy: np.ndarray
 ) -> Tensor | None:
-    """(queries, keys) bool, true where a query may attend; None where it may attend everywhere."""
+    """(queries, keys) bool, true where a query may attend; None if every query may attend to every key."""
     if not config.causal or axis == "spatial":
         return None
     frames, key_frames = positions[:, 0], key_positions[:, 0]
     distance = frames[:, None] - key_frames[None]
     allowed = (distance >= 0) & ((distance < (config.window or len(key_frames) + 1)) | (key_frames < config.sink))
-    if noisy.any():  # of noisy frames a noisy copy sees itself alone, and nothing sees the copy of another frame
-        one_of_each, both = noisy[:, None] ^ noisy[None], noisy[:, None] & noisy[None]
-        allowed &= np.where(both, distance == 0, ~one_of_each | (noisy[:, None] & (distance > 0)))
+    if noisy.any():
+        # Teacher forcing: noisy frames attend to themselves and earlier clean frames, clean frames to clean frames.
+        noisy_query, noisy_key = noisy[:, None], noisy[None]
+        allowed &= np.where(noisy_query, np.where(noisy_key, distance == 0, distance > 0), ~noisy_key)
     return None if allowed.all() else torch.from_numpy(allowed)

@@ -1,4 +1,4 @@
-"""Text and video side by side: SD3's dual-stream and FLUX's single-stream blocks, for any number of frames."""
+"""SD3's dual-stream and FLUX's single-stream blocks for text and video of any number of frames."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from stdit.nn.positions import apply_rope
 
 
 class JointAttnProcessor(AxialAttnProcessor):
-    """All video tokens of a clip and all text tokens of its caption attend to each other, padding aside."""
+    """Joint attention among all video tokens of a clip and all text tokens of its caption; padding is masked."""
 
     def __call__(  # type: ignore[override]
         self, attn: "JointAttention", video: Tensor, text: Tensor, ctx: BlockContext
@@ -40,7 +40,10 @@ class JointAttnProcessor(AxialAttnProcessor):
 
 
 class JointAttention(nn.Module, AttentionModuleMixin):
-    """Attention among video (B, T, S, D) and text (B, N, D). shared: one set of layers for both, no output projection."""
+    """Multi-head attention among video tokens (B, T, S, D) and text tokens (B, N, D).
+
+    shared: both streams use one set of layers, without output projection (FLUX).
+    """
 
     _default_processor_cls = JointAttnProcessor
     _available_processors = [JointAttnProcessor]
@@ -65,25 +68,26 @@ class JointAttention(nn.Module, AttentionModuleMixin):
     def project(
         self, layer: nn.Module, x: Tensor, q_norm: nn.Module, k_norm: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, L, heads, d)."""
+        """Queries and keys after their norms, and values, (B, L, heads, d) each, of tokens (B, L, D)."""
         q, k, v = rearrange(layer(x), "b l (three h d) -> three b l h d", three=3, h=self.heads)
         return q_norm(q), k_norm(k), v
 
     def forward(self, video: Tensor, text: Tensor, ctx: BlockContext) -> tuple[Tensor, Tensor]:
+        """Attend jointly; the results have the shapes of `video` and `text` and contain no residual."""
         return self.processor(self, video, text, ctx)
 
 
 def _text_modulation(modulate: nn.Module, condition: Condition) -> list[Modulation]:
-    """Modulations (B, 1, D) of text, from the mean over frames, since words belong to none of them."""
+    """Modulations (B, 1, D) of text, from the mean over frames, because words belong to no single frame."""
     mean = condition.embedding.mean((1, 2), keepdim=True)
     modulations = modulate(condition._replace(embedding=mean))
     return [Modulation(*(None if part is None else part[:, 0] for part in one)) for one in modulations]
 
 
 class DualStreamBlock(nn.Module):
-    """SD3's block: two streams with layers and adaLN-Zero of their own, that meet in attention (Esser et al., figure 2).
+    """SD3's block: video and text have their own layers and adaLN-Zero, and attend jointly (Esser et al., figure 2).
 
-    hidden_states: video (B, T, S, D), encoder_hidden_states: text (B, N, D) -> both; the identity when fresh.
+    It is the identity at initialisation.
     """
 
     def __init__(self, config: BlockConfig, position_encoding: str = "sincos"):
@@ -99,6 +103,7 @@ class DualStreamBlock(nn.Module):
         self.text_adaLN.reset()
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, ctx: BlockContext) -> tuple[Tensor, Tensor]:
+        """Run the block on video (B, T, S, D) and text `encoder_hidden_states` (B, N, D), and return both."""
         video, text = hidden_states, encoder_hidden_states
         attn_mod, mlp_mod = self.adaLN_modulation(ctx.condition)
         text_attn, text_mlp = _text_modulation(self.text_adaLN, ctx.condition)
@@ -110,7 +115,10 @@ class DualStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """FLUX's block: both streams through the same layers, attention and MLP in parallel. The identity when fresh."""
+    """FLUX's block: both streams use the same layers, with attention and MLP in parallel.
+
+    It is the identity at initialisation.
+    """
 
     def __init__(self, config: BlockConfig, position_encoding: str = "sincos"):
         super().__init__()
@@ -127,6 +135,7 @@ class SingleStreamBlock(nn.Module):
         self.adaLN_modulation.reset()
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, ctx: BlockContext) -> tuple[Tensor, Tensor]:
+        """Run the block on video (B, T, S, D) and text `encoder_hidden_states` (B, N, D), and return both."""
         video, text = hidden_states, encoder_hidden_states
         (mod,), (text_mod,) = (
             self.adaLN_modulation(ctx.condition),

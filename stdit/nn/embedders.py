@@ -1,4 +1,4 @@
-"""Embedders of patches, timesteps, labels, numbers and captions. Names and layouts are DiT's."""
+"""Embedders of patches, timesteps, labels, numbers and captions. Names and weight shapes are DiT's."""
 
 import math
 
@@ -10,7 +10,10 @@ from stdit.nn.tokens import Patch, patchify
 
 
 class PatchEmbed(nn.Module):
-    """(B, C, T*pt, H*ph, W*pw) latents -> (B, T, H*W, D). A convolution whose stride is its kernel, as a matrix product."""
+    """Embeds the patches of latents, as a convolution whose stride equals its kernel size.
+
+    The convolution is computed as a matrix product.
+    """
 
     def __init__(self, patch_size: Patch, in_channels: int, dim: int):
         super().__init__()
@@ -18,15 +21,16 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(in_channels * math.prod(patch_size), dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Latents (B, C, T*pt, H*ph, W*pw) -> tokens (B, T, H*W, D)."""
         return self.proj(patchify(x, self.patch_size))
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps of any shape (...), on 0..1000 -> (..., D): a sinusoid of 256 numbers, then an MLP.
+    """Embeds timesteps on 0..1000 as a sinusoid of 256 numbers, followed by an MLP.
 
-    Weights from elsewhere may expect another convention: `scale` and `reverse` convert ours to theirs (SiT: 0.001,
-    reversed), `offset` is added (U-ViT's first step is 1), `frequency_shift` spreads the frequencies as diffusers' DiT does
-    (1.0). mlp: false returns the sinusoid itself, of D numbers (U-ViT).
+    Weights of other repositories may expect another convention: `scale` and `reverse` convert our timesteps to theirs
+    (SiT: 0.001, reversed), `offset` is added (U-ViT's first step is 1), `frequency_shift` spreads the frequencies as in
+    diffusers' DiT (1.0). mlp=False returns the sinusoid itself, of D numbers (U-ViT).
     """
 
     def __init__(
@@ -47,7 +51,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp: nn.Sequential | None = hidden
 
     def forward(self, timestep: Tensor) -> Tensor:
-        # Always float32: bfloat16 would fold a thousand timesteps into 507.
+        """Timesteps (...) of any shape -> vectors (..., D)."""
+        # Always float32: in bfloat16 only 507 of a thousand timesteps differ.
         half = self.frequency_dim // 2
         exponents = torch.arange(half, dtype=torch.float32, device=timestep.device)
         frequencies = torch.exp(-math.log(10000) * exponents / (half - self.shift))
@@ -58,24 +63,26 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels (...) in 0..num_classes -> (..., D); label `num_classes` is null, for classifier-free guidance."""
+    """Embeds labels 0..num_classes; label `num_classes` is the null label for classifier-free guidance."""
 
     def __init__(self, num_classes: int, dim: int):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
 
     def reset(self) -> None:
-        """DiT's initialisation."""
+        """Initialise the table as DiT does, with standard deviation 0.02."""
         nn.init.normal_(self.embedding_table.weight, std=0.02)
 
     def forward(self, labels: Tensor) -> Tensor:
+        """Labels (...) -> vectors (..., D)."""
         return self.embedding_table(labels)
 
 
 class MicroConditionEmbedder(nn.Module):
-    """Numbers about a clip (..., N), such as its frame rate -> (..., D); nan where unknown. Zero when fresh.
+    """Embeds numbers about a clip, such as its frame rate; nan stands for an unknown number.
 
-    Each number is embedded on a logarithmic scale as a timestep would be (SDXL's size conditioning).
+    Each number is embedded like a timestep, on a logarithmic scale (SDXL's size conditioning). The output is zero at
+    initialisation.
     """
 
     def __init__(self, count: int, dim: int):
@@ -84,10 +91,11 @@ class MicroConditionEmbedder(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def reset(self) -> None:
-        """Zero-initialise the output, so that a fresh condition changes nothing."""
+        """Zero-initialise the output, so that the condition has no effect at first."""
         nn.init.zeros_(self.out.weight)
 
     def forward(self, numbers: Tensor) -> Tensor:
+        """Numbers (..., N) -> vectors (..., D)."""
         known = ~numbers.isnan()
         timesteps = 100 * torch.log2(numbers.nan_to_num(1.0).clamp(min=2.0**-5)) + 500  # 1/32 to 32768 on 0..2000
         parts = [embed(timesteps[..., i]) * known[..., i, None] for i, embed in enumerate(self.embedders)]
@@ -95,7 +103,7 @@ class MicroConditionEmbedder(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """A text encoder's tokens (..., L, C) -> (..., L, D): an MLP, as PixArt's and Latte's `caption_projection`."""
+    """Projects a text encoder's tokens with an MLP, as PixArt's and Latte's `caption_projection`."""
 
     def __init__(self, channels: int, dim: int):
         super().__init__()
@@ -104,14 +112,15 @@ class CaptionEmbedder(nn.Module):
         self.fc2 = nn.Linear(dim, dim)
 
     def forward(self, captions: Tensor) -> Tensor:
+        """Tokens (..., L, C) -> tokens (..., L, D)."""
         return self.fc2(self.act(self.fc1(captions)))
 
 
 class LearnedPosEmbed(nn.Module):
     """Learned position embedding of a (rows, columns) grid, bicubically resized for other grids.
 
-    num_prefix: as many vectors more, for tokens before the patches. Fresh, the grid holds DiT's sin-cos positions and the
-    prefix zeros.
+    num_prefix: number of further vectors, for tokens before the patches. The grid is initialised with DiT's sin-cos
+    positions and the prefix with zeros.
     """
 
     def __init__(self, rows: int, columns: int, dim: int, num_prefix: int = 0):
@@ -122,12 +131,12 @@ class LearnedPosEmbed(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Start from DiT's sin-cos table."""
+        """Initialise the grid with DiT's sin-cos table."""
         with torch.no_grad():
             self.patches.copy_(spatial_pos_embed(*self.grid, self.patches.shape[1]))
 
     def forward(self, rows: int, columns: int) -> Tensor:
-        """(rows * columns, D) for a grid of any size."""
+        """Position embedding (rows * columns, D) of a grid of any size."""
         if (rows, columns) == self.grid:
             return self.patches
         table = self.patches.T.unflatten(1, self.grid)[None]
@@ -135,7 +144,7 @@ class LearnedPosEmbed(nn.Module):
         return resized[0].flatten(1).T
 
     def add_to_prefix(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, T, N, D) whose first `num_prefix` get their positions; later ones (captions) have their own."""
+        """Add positions to the first `num_prefix` of tokens (B, T, N, D); caption tokens after them carry their own."""
         if self.prefix is None:
             return tokens
         count = len(self.prefix)

@@ -1,10 +1,10 @@
-"""The feed-forward branch."""
+"""The MLP of a transformer block."""
 
 from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """fc2(gelu(fc1(x))), GELU in its tanh form as in DiT, or exact as in U-ViT."""
+    """Two linear layers with GELU between them, in its tanh form (DiT) or exact (U-ViT)."""
 
     def __init__(self, dim: int, hidden: int, gelu: str = "tanh"):
         super().__init__()
@@ -13,4 +13,5 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute fc2(gelu(fc1(x))) over the last dimension."""
         return self.fc2(self.act(self.fc1(x)))

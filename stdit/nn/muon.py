@@ -1,13 +1,16 @@
-"""Which parameters Muon optimises: the hidden weight matrices."""
+"""Chooses the parameters that Muon optimises: the hidden weight matrices."""
 
 from torch import nn
 
-# Parts of names of layers that read in, modulate and read out; the Muon recipe leaves these to AdamW.
+# Name parts of embeddings, modulation and the final layer, which the Muon recipe leaves to AdamW.
 EXCLUDED = ("embed", "adaLN", "final")
 
 
 def muon_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every trainable weight of a Linear or Conv layer but embeddings, modulation and the head (Jordan et al., "Muon")."""
+    """The trainable weights of Linear and Conv layers, except embeddings, modulation and final layer.
+
+    Jordan et al., "Muon: An optimizer for hidden layers in neural networks".
+    """
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     names = {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, layers)}
     found = {name: p for name, p in model.named_parameters(remove_duplicate=False) if name in names and p.requires_grad}

@@ -1,4 +1,4 @@
-"""Clips of many shapes in one row without padding (Dehghani et al., "Patch n' Pack")."""
+"""Layout of clips of many shapes in one sequence without padding (Dehghani et al., "Patch n' Pack")."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,7 +11,7 @@ from stdit.nn.layout import Kernel, grid_positions
 
 
 class PackedLayout:
-    """Clips of many shapes in one row (1, 1, L, D), frame after frame, clip after clip.
+    """Layout of clips of many shapes in one sequence (1, 1, L, D), clip after clip and frame after frame.
 
     grids: (T, rows, columns) of each clip in patches. Sequences of equal length attend in one kernel call.
     """
@@ -23,11 +23,11 @@ class PackedLayout:
 
     @property
     def counts(self) -> list[tuple[int, int]]:
-        """Frames, and patches per frame, of each clip."""
+        """Number of frames and of patches per frame of each clip."""
         return [(t, rows * columns) for t, rows, columns in self.grids]
 
     def lengths(self, axis: str) -> list[int]:
-        """Tokens of every sequence, in the order in which `fold` leaves them."""
+        """Number of tokens of every sequence, in the order of `fold`."""
         per_clip = {
             "joint": lambda t, s: [t * s],
             "spatial": lambda t, s: [s] * t,
@@ -37,7 +37,7 @@ class PackedLayout:
 
     @cached_property
     def temporal_order(self) -> Tensor:
-        """(L,) the order in which the frames of one patch follow each other."""
+        """Indices (L,) that sort the tokens clip by clip, then patch by patch, then by frame."""
         parts, begin = [], 0
         for t, s in self.counts:
             parts.append(begin + torch.arange(t * s).view(t, s).T.flatten())
@@ -46,36 +46,44 @@ class PackedLayout:
 
     @cached_property
     def frame_of_token(self) -> Tensor:
-        """(L,) for each token, the number of its frame among the frames of all clips."""
+        """Index (L,) of each token's frame among the frames of all clips."""
         patches = torch.tensor([s for t, s in self.counts for _ in range(t)])
         return torch.arange(len(patches)).repeat_interleave(patches)
 
     def fold(self, x: Tensor, axis: str) -> Tensor:
+        """Fold tokens (1, 1, L, D) to (1, L, D), in which the sequences of `axis` follow each other."""
         x = x[:, 0]
         return x.index_select(1, self.temporal_order.to(x.device)) if axis == "temporal" else x
 
     def unfold(self, x: Tensor, axis: str) -> Tensor:
+        """Undo `fold`: (1, L, D) -> (1, 1, L, D)."""
         if axis == "temporal":
             x = x.index_select(1, self.temporal_order.argsort().to(x.device))
         return x[:, None]
 
     def positions(self, axis: str) -> np.ndarray:
+        """Frame, row and column (L, 3) of each token within its clip."""
         positions = np.concatenate([grid_positions(*grid) for grid in self.grids])
         return positions[self.temporal_order.numpy()] if axis == "temporal" else positions
 
     def spatial_positions(self, axis: str) -> Tensor:
+        """Row and column (1, L, 2) of each token within its clip."""
         return torch.from_numpy(self.positions(axis)[None, :, 1:])
 
     def is_noisy_copy(self, axis: str) -> np.ndarray:
+        """All false (L,): no frame is a noisy copy."""
         return np.zeros(len(self.positions(axis)), dtype=bool)
 
     def padding_mask(self, axis: str) -> Tensor | None:
+        """None, because there is no padding."""
         return None
 
     def expand_to_tokens(self, x: Tensor) -> Tensor:
-        return x.index_select(2, self.frame_of_token.to(x.device))  # (1, 1, frames of all clips, D)
+        """Repeat values of frames (1, 1, frames of all clips, D) for the tokens of each frame: (1, 1, L, D)."""
+        return x.index_select(2, self.frame_of_token.to(x.device))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, axis: str, kernel: Kernel) -> Tensor:
+        """Run the kernel once per sequence length, or torch's varlen attention once (CUDA, 16 bits)."""
         lengths = torch.tensor(self.lengths(axis))
         if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
             return _varlen_attention(query, key, value, lengths)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def sincos(positions: Tensor, dim: int) -> Tensor:
-    """(N,) positions -> (N, dim) on the CPU: sines, then cosines, of positions times 10000^(-2i/dim). Float64."""
+    """Sin-cos table (N, dim), float64 on the CPU: sines, then cosines, of positions (N,) times 10000^(-2i/dim)."""
     omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim / 2))
     angles = positions.double()[:, None] * omega
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -16,11 +16,11 @@ def sincos(positions: Tensor, dim: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def spatial_pos_embed(height: int, width: int, dim: int, scale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """(height * width, dim) float32, row by row; the first half of the channels holds x, the second y, as in DiT.
+    """DiT's sin-cos table (height * width, dim) in float32, row by row; half of the channels hold x, then half y.
 
-    scale: (y, x) distance of neighbours; trained size over this size squeezes a grid into the range that was trained.
+    scale: distance of neighbours in y and x; the trained size over this size squeezes a grid into the trained range.
     """
-    # The device is explicit: what is cached must not be of the device that happens to be the default (meta).
+    # The device is explicit because the table is cached: the default device may be "meta" at the first call.
     rows, columns = (torch.arange(n, device="cpu") * s for n, s in zip((height, width), scale, strict=True))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
     return torch.cat([sincos(x.flatten(), dim // 2), sincos(y.flatten(), dim // 2)], dim=1).float()
@@ -28,28 +28,28 @@ def spatial_pos_embed(height: int, width: int, dim: int, scale: tuple[float, flo
 
 @lru_cache(maxsize=64)
 def latte_pos_embed(frames: int, dim: int) -> Tensor:
-    """(frames, dim) float32: Latte's temporal table, whose frame 0 is not zero."""
+    """Latte's temporal table (frames, dim) in float32, which is not zero at frame 0."""
     return sincos(torch.arange(frames, device="cpu"), dim).float()
 
 
 @lru_cache(maxsize=64)
 def temporal_pos_embed(frames: int, dim: int, scale: float = 1.0) -> Tensor:
-    """(frames, dim) float32, zero at frame 0: an image, or a still first frame, carries no trace of time."""
+    """Temporal sin-cos table (frames, dim) in float32, zero at frame 0, so that it leaves an image unchanged."""
     table = sincos(torch.arange(frames, device="cpu") * scale, dim)
     return (table - table[:1]).float()
 
 
 def rope_freqs(positions: np.ndarray, pairs: int, scale: tuple[float, ...] = (1.0, 1.0, 1.0)) -> Tensor:
-    """Rotary factors (L, 1, pairs), complex64 of length 1, for whole positions (L, 1) or (L, 3).
+    """Rotary factors (L, 1, pairs), complex64 of length 1, for integer positions (L, 1) or (L, 3).
 
     One axis (time) takes all channel pairs; of three (time, y, x), y and x take a third each and time the rest. Pair i of
-    an axis with n pairs turns by position * scale * 10000^(-i/n) (Su et al., "RoFormer"). Position 0 leaves x as it is.
+    an axis with n pairs is rotated by position * scale * 10000^(-i/n) (Su et al., "RoFormer"). Position 0 does nothing.
     """
     axes = positions.shape[1]
     counts = [pairs] if axes == 1 else [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
     parts = []
     for axis, count in enumerate(counts):
-        # A table of the few values that occur, then a lookup: a long clip has many tokens, but few rows and columns.
+        # A table of the values that occur, then a lookup: a long clip has many tokens, but few rows and columns.
         low, high = int(positions[:, axis].min()), int(positions[:, axis].max())
         table = _rope_table(low, high, count, scale[axis])
         parts.append(table[torch.from_numpy(positions[:, axis] - low)])
@@ -66,6 +66,6 @@ def _rope_table(low: int, high: int, pairs: int, scale: float) -> Tensor:
 
 
 def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
-    """Turn the channel pairs of (N, L, H, D) by factors (L, 1, D/2): products then depend on distances alone."""
+    """Rotate channel pairs of (N, L, H, D) by factors (L, 1, D/2): dot products then depend only on distances."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * freqs).flatten(-2).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Latents to tokens and back."""
+"""Converts latents to tokens and back."""
 
 from collections.abc import Sequence
 
@@ -9,22 +9,22 @@ Patch = tuple[int, int, int]
 
 
 def patchify(x: Tensor, patch: Patch) -> Tensor:
-    """(B, C, T*pt, H*ph, W*pw) latents -> (B, T, H*W, C*pt*ph*pw) tokens, channel-first inside a patch."""
+    """Split latents (B, C, T*pt, H*ph, W*pw) into tokens (B, T, H*W, C*pt*ph*pw), channel-first inside a patch."""
     pt, ph, pw = patch
     return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t (h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
 
 
 def unpatchify(x: Tensor, patch: Patch, height: int) -> Tensor:
-    """(B, T, H*W, pt*ph*pw*C) -> (B, C, T*pt, H*ph, W*pw); `height` is H in patches.
+    """Join tokens (B, T, H*W, pt*ph*pw*C) to latents (B, C, T*pt, H*ph, W*pw); `height` is H in patches.
 
-    DiT's head is channel-last inside a patch, unlike its embedding, and so are its released weights.
+    Inside a patch DiT's final layer is channel-last, unlike its embedding; its released weights depend on it.
     """
     pt, ph, pw = patch
     return rearrange(x, "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", h=height, pt=pt, ph=ph, pw=pw)
 
 
 def token_grid(shape: Sequence[int], patch: Patch) -> tuple[int, int, int]:
-    """(T, H, W) of a latent in patches; ValueError naming the nearest size where one does not divide."""
+    """Size (T, H, W) of a latent in patches; ValueError with the nearest valid size if one does not divide."""
     for name, value, size in zip(("frames", "height", "width"), shape, patch, strict=True):
         if value < 1 or value % size:
             nearest = max(size, round(value / size) * size)

@@ -1,1 +1,1 @@
-"""From noise to clips: schedules, solvers, guidance, the pipeline."""
+"""Sampling: schedules, solvers, guidance, tasks, and the pipeline."""

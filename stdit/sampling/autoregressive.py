@@ -21,13 +21,13 @@ from stdit.sampling.solvers import solve
 
 @dataclass(frozen=True)
 class AutoregressiveSampler:
-    """Latent frame after latent frame, each from noise to clean; time and memory per frame stay constant."""
+    """Generates one latent frame after another, each from noise to clean; time and memory per frame stay constant."""
 
     engine: Engine
     options: SamplingOptions
 
     def fill(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
-        """A canvas of known first frames and frames to generate after them (`groups.is_continuation`): all its pixels."""
+        """Fill a canvas whose known frames come first (`groups.is_continuation`); returns all its pixels."""
         known = canvas.pixels[:, :, : int((~canvas.mask).sum())]
         frames, height, width = canvas.pixels.shape[2:]
         parts = self.stream(known, (frames, height, width), given, keys, output=canvas.output_frames)
@@ -36,10 +36,11 @@ class AutoregressiveSampler:
     def stream(
         self, known: Tensor, size: Size, given: Guided, keys: Keys, *, output: range | None = None
     ) -> Iterator[Tensor]:
-        """The generated groups of pixels (B, 3, f, H, W) as they are finished.
+        """Yield groups of generated pixels (B, 3, f, H, W) as soon as each is finished.
 
-        known: (B, 3, F, H, W), F = 0 or whole groups of the VAE. size: frames, height and width of the whole clip. given:
-        conditions, those per latent frame for the latent frames of the pixel frames `output` (None: of the whole clip).
+        known: (B, 3, F, H, W), F = 0 or whole groups of the VAE. size: frames, height and width of the whole clip.
+        given: conditions, those per latent frame for the latent frames of the pixel frames `output` (None: of the whole
+        clip).
         """
         engine, vae = self.engine, self.engine.vae
         output = output or range(size[0])
@@ -55,7 +56,7 @@ class AutoregressiveSampler:
     def _latent_frames(
         self, known: Tensor, size: Size, given: Guided, keys: Keys, *, condition_index: list[int]
     ) -> Iterator[Tensor]:
-        """Latents (B, C, 1, h, w): those of the known frames, then each of the others when it is finished.
+        """Yield latents (B, C, 1, h, w): those of the known frames, then each generated one when it is finished.
 
         condition_index: per latent frame, the index of its conditions.
         """
@@ -66,7 +67,7 @@ class AutoregressiveSampler:
         trained_frames = engine.trained_on.num_frames  # the duration that a model conditioned on it saw in training
         given = engine.with_clip_facts(given, (trained_frames, size[1], size[2]), options.fps)
         cache = FrameCache(config.window, config.sink)
-        # The cache needs the same branches at every level, those of finished frames too.
+        # Every call must run the same branches of guidance, since each branch has its own keys and values in the cache.
         guidance = Guidance.of(options)._replace(interval=(0.0, 1.0), history=1.0)
 
         def denoiser(frame: int) -> Denoiser:
@@ -74,7 +75,7 @@ class AutoregressiveSampler:
             return engine.denoiser(conditions, guidance, cache=cache)
 
         def finish(frame: int, latents: Tensor) -> Tensor:
-            """A finished frame enters the cache at level 0."""
+            """Write a finished frame into the cache, at level 0."""
             cache.writing = True
             denoiser(frame)(latents, torch.zeros(1, latents.shape[2], device=latents.device))
             cache.writing = False
@@ -99,6 +100,6 @@ class AutoregressiveSampler:
                 engine.predictor(denoiser(frame)),
                 path,
                 options.solver or engine.default_solver,
-                draw=lambda step, draw=draw: draw(step + 1),  # type: ignore[misc]  # bound, as the loop goes on
+                draw=lambda step, draw=draw: draw(step + 1),  # type: ignore[misc]  # bound now: the loop rebinds it
             )
             yield finish(frame, latents)

@@ -1,4 +1,4 @@
-"""A canvas: a clip of which some pixels are known and the others are to be generated. Every task is one."""
+"""The canvas, a clip of which some pixels are known and the others are to be generated: the input of every task."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,12 @@ from torch import Tensor
 
 
 class Canvas(NamedTuple):
-    """pixels: (B, 3, F, H, W) in [-1, 1]; mask: (F, 1, 1) or (F, H, W) bool, true = to be generated.
+    """Clips of which some pixels are known and the others are to be generated.
 
-    strength: the noise level at which generation starts; below 1 it starts from `pixels`. output: the frames that are
-    returned. bounds: (2, B, 3, F, H, W), lower and upper bounds of generated pixels that known neighbours in time imply
-    (see `conditioning.clamp_to_bounds`), or None.
+    pixels: (B, 3, F, H, W) in [-1, 1]. mask: (F, 1, 1) or (F, H, W) bool, true = to be generated. strength: the noise
+    level at which generation starts; below 1 it starts from `pixels`. output: the frames that are returned. bounds: (2,
+    B, 3, F, H, W), lower and upper bounds of generated pixels that known neighbours in time imply (see
+    `conditioning.clamp_to_bounds`), or None.
     """
 
     pixels: Tensor
@@ -22,12 +23,12 @@ class Canvas(NamedTuple):
 
     @property
     def frames_to_generate(self) -> Tensor:
-        """(F,) bool: frames of which anything is to be generated."""
+        """The frames, as (F,) bool, in which anything is to be generated."""
         return self.mask.flatten(1).any(1)
 
     @property
     def output_frames(self) -> range:
-        """Numbers of the frames that are returned."""
+        """The numbers of the frames that are returned."""
         return range(self.pixels.shape[2])[self.output]
 
     def lengthened(self, frames: int) -> "Canvas":

@@ -11,14 +11,17 @@ from stdit.warn import warn_user
 
 
 def check(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: int) -> None:
-    """ValueError in one line for what this model cannot do; frames: of a window, or of a whole stream."""
+    """Raise ValueError, in one line, if this model cannot fill this canvas with these options.
+
+    frames: the frames of a window, or of a whole stream.
+    """
     height, width = canvas.pixels.shape[3:]
     engine.latent_shape((frames, height, width))
     _check_channels(engine, options)
     _check_scheduler(engine, canvas, options)
     if canvas.mask.shape[1] > 1 and not engine.model.supports_patch_levels:
         raise ValueError(
-            "a spatial mask needs a noise level per patch, and this model takes levels per frame; mask whole frames, or use a "
+            "a spatial mask needs a noise level per patch, but this model takes levels per frame; mask whole frames, or use a "
             "model of conditioning adaln_zero and trunk stack."
         )
     known, causal = ~canvas.frames_to_generate, bool(engine.model.config.causal)
@@ -33,9 +36,7 @@ def check(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: i
             _warn_of_length(engine, max(frames, canvas.pixels.shape[2]))
     _warn_of_strategies(engine.trained_on.mask_strategies, canvas, known, causal=causal)
     if options.history_guidance != 1 and not known.any():
-        warn_user(
-            "history_guidance leads toward known frames, and there are none here: it has no effect; leave it out."
-        )
+        warn_user(f"history_guidance={options.history_guidance} has no effect without known frames; leave it out.")
 
 
 def streams(engine: Engine, canvas: Canvas, options: SamplingOptions) -> bool:
@@ -45,16 +46,16 @@ def streams(engine: Engine, canvas: Canvas, options: SamplingOptions) -> bool:
 
 
 def check_conditions(conditions: Conditions, frames: int, stride: int) -> None:
-    """ValueError for a condition per latent frame that has not one value for every latent frame of the output.
+    """Raise ValueError unless each condition has one value per clip, or one per latent frame of the output.
 
     frames: pixel frames of the output; stride: pixel frames per latent frame.
     """
-    wanted = -(-(frames - 1) // stride) + 1
+    expected = -(-(frames - 1) // stride) + 1
     for name, value in conditions.items():
         given = (value.tokens if isinstance(value, Tokens) else value).shape[1]
-        if given not in (1, wanted):
+        if given not in (1, expected):
             raise ValueError(
-                f"condition {name!r} has {given} values per clip, its {frames} frames are {wanted} latent frames; give one value "
+                f"condition {name!r} has {given} values per clip, but its {frames} frames are {expected} latent frames; give one value "
                 "per latent frame, or one per clip."
             )
 
@@ -76,20 +77,22 @@ def _check_scheduler(engine: Engine, canvas: Canvas, options: SamplingOptions) -
         )
     if isinstance(options.num_inference_steps, str):
         raise ValueError(
-            f"num_inference_steps={options.num_inference_steps!r} is for stdit's solvers, this model has scheduler {name}; "
+            f"num_inference_steps={options.num_inference_steps!r} is for stdit's solvers, but this model has scheduler {name}; "
             "use a number, or add solver='ddim' (--solver ddim)."
         )
 
 
 def _check_stream(options: SamplingOptions) -> None:
-    """Options that have no meaning frame by frame with a cache."""
+    """Raise ValueError for options that do not apply when frames are generated one by one with a cache."""
     defaults = SamplingOptions()
     names = ("history_guidance", "guidance_interval", "arrangement", "tile")
-    unmet = [f"{name}={getattr(options, name)}" for name in names if getattr(options, name) != getattr(defaults, name)]
-    if unmet:
+    changed = [
+        f"{name}={getattr(options, name)}" for name in names if getattr(options, name) != getattr(defaults, name)
+    ]
+    if changed:
         raise ValueError(
-            f"a causal model generates frame by frame, each alike: leave out {', '.join(unmet)}, or use a model trained "
-            "without model.causal."
+            f"a causal model generates frame by frame, to which these options do not apply: leave out {', '.join(changed)}, or "
+            "use a model trained without model.causal."
         )
 
 
@@ -103,7 +106,7 @@ def _warn_of_length(engine: Engine, frames: int) -> None:
 
 
 def _warn_of_strategies(trained: tuple[str, ...], canvas: Canvas, known: Tensor, *, causal: bool) -> None:
-    """Warn about known frames or patches where no mask strategy of training had any."""
+    """Warn if frames or patches are known where no mask strategy of training had known ones."""
     if canvas.mask.all() or not canvas.mask.any():
         return
     gaps = int((known[:-1] & ~known[1:]).sum())
@@ -118,7 +121,7 @@ def _warn_of_strategies(trained: tuple[str, ...], canvas: Canvas, known: Tensor,
     else:
         fitting = ["ends" if gaps == 1 else "every_kth", "random"]
     if canvas.mask.shape[1] == 1:
-        fitting.append("per_frame")  # there any frame may be cleaner than any other
+        fitting.append("per_frame")  # in training with it, any frame may be cleaner than any other
     if not set(fitting) & set(trained):
         warn_user(
             f"this model was trained with objective.mask_strategy={', '.join(trained)} but never with known frames where this "

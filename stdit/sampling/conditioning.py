@@ -15,10 +15,10 @@ from stdit.vae import VideoVAE
 
 
 def latent_masks(mask: Tensor, vae: VideoVAE, patch: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """A pixel mask (F, 1, 1) or (F, H, W) -> (latent_mask, boundary_mask), both (T, 1, 1) or (T, rows, columns) bool.
+    """Reduce a pixel mask (F, 1, 1) or (F, H, W) to two masks of latents, each (T, 1, 1) or (T, rows, columns) bool.
 
-    latent_mask: latent frames, or patches of them, that are to be generated, because any of their pixels is.
-    boundary_mask: those of which some pixels are known.
+    latent_mask: latent frames, or patches of them, that are to be generated because any of their pixels is.
+    boundary_mask: those of them of which some pixels are known.
     """
     strides = [s * p for s, p in zip(vae.stride, patch, strict=True)]
     first = mask[:1].expand(vae.stride[0] - 1, -1, -1)  # the first frame fills a group alone
@@ -33,9 +33,9 @@ def latent_masks(mask: Tensor, vae: VideoVAE, patch: tuple[int, int, int]) -> tu
 
 
 def encode_known(pixels: Tensor, mask: Tensor, latent_mask: Tensor, vae: VideoVAE) -> Tensor:
-    """Latents (B, C, T, h, w) of the known runs of a canvas, zero in frames of which nothing is known.
+    """Encode the known frames of a canvas to latents (B, C, T, h, w), zero in frames of which nothing is known.
 
-    Each run is encoded alone, as in training: after its repeated first frame if it does not begin the clip.
+    Each run of known frames is encoded alone, as in training; a run inside the clip follows a copy of its first frame.
     """
     frames, height, width = pixels.shape[2:]
     shape = (vae.latent_frames(frames), *vae.latent_size(height, width))
@@ -58,7 +58,10 @@ def encode_known(pixels: Tensor, mask: Tensor, latent_mask: Tensor, vae: VideoVA
 def initial_schedule(
     known: Tensor, noise: Tensor, *, latent_mask: Tensor, levels: Tensor, path: Path, base: Tensor | None = None
 ) -> Schedule:
-    """Known latents, and noise where `latent_mask` is true; from `base` latents where the first level is below 1."""
+    """The start of sampling: known latents, and noise where `latent_mask` is true.
+
+    base: latents that are noised to the first level, for sampling that starts below level 1.
+    """
     start = noise
     if base is not None:
         alpha, sigma = path.alpha_sigma(like(levels[:1], noise))
@@ -69,7 +72,7 @@ def initial_schedule(
 def clamp_to_bounds(decoded: Tensor, bounds: Tensor | None, tolerance: float = 0.4) -> Tensor:
     """Clamp generated pixels to the range of their known temporal neighbours if they exceed it by less than `tolerance`.
 
-    Pixels are in [-1, 1]. A VAE blurs by far less than the tolerance; what is new between frames differs by more.
+    Pixels are in [-1, 1]. A VAE blurs by far less than the tolerance; new content between frames differs by more.
     """
     if bounds is None:
         return decoded
@@ -86,7 +89,7 @@ def pixel_guided(
     path: Path,
     decode: Callable[[Tensor], Tensor],
 ) -> Predict:
-    """Guide patches of which some pixels are known: decode the estimate, insert the known pixels, encode again.
+    """Guide patches of which some pixels are known: decode the estimate, insert the known pixels, and encode again.
 
     canvas: on the device of x; boundary_mask: (T, 1, 1) or (T, rows, columns); decode: latents to pixels.
     """
@@ -107,7 +110,10 @@ def pixel_guided(
 
 
 def paste(decoded: Tensor, pixels: Tensor, mask: Tensor, blend: int = 0) -> Tensor:
-    """Known pixels as given, generated ones as decoded; known ones fade within `blend` frames and pixels of generated ones."""
+    """Paste known pixels over decoded ones.
+
+    blend: the distance, in frames and pixels, from generated pixels within which known ones fade into decoded ones.
+    """
     masks = [mask[None, None].float()]
     window = tuple(3 if size > 1 else 1 for size in mask.shape)
     for _ in range(blend):
@@ -117,9 +123,10 @@ def paste(decoded: Tensor, pixels: Tensor, mask: Tensor, blend: int = 0) -> Tens
 
 
 def condition_frames(begin: int, count: int, *, output: range, stride: int) -> list[int]:
-    """For `count` latent frames of a window that begins at frame `begin`: the latent frames of the output they show.
+    """The latent frame of the output that each of `count` latent frames of a window shows, to select its conditions.
 
-    Latent frame j shows pixel frame begin + j * stride. Frames outside the output take its first or last condition.
+    begin: the pixel frame at which the window begins. output: the pixel frames of the output. Latent frame j of the
+    window shows pixel frame begin + j * stride. Frames outside the output take its first or last condition.
     """
     pixels = (begin + j * stride - output.start for j in range(count))
     return [-(-min(max(pixel, 0), len(output) - 1) // stride) for pixel in pixels]

@@ -1,4 +1,4 @@
-"""What sampling needs of a trained model: the model, its VAE, objective and scheduler, and what it was trained on."""
+"""A trained model ready to sample: the network, its VAE, objective and scheduler, and the clips of its training."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from stdit.sampling.solvers import Predict
 from stdit.vae import VideoVAE
 from stdit.vae.tiling import decode
 
-Keys = Sequence[tuple[int, ...]]  # (seed, clip, ...) of every clip of a batch: what its noise is a function of
+Keys = Sequence[tuple[int, ...]]  # (seed, clip, ...) of every clip of a batch, which decides its noise
 Size = tuple[int, int, int]  # frames, height, width
 
 
 class TrainedOn(NamedTuple):
-    """Sizes and rate of the clips of training, and the names of the mask strategies that drew their known frames."""
+    """Size and rate of the clips of training, and the names of the mask strategies that chose known frames."""
 
     num_frames: int
     height: int
@@ -38,9 +38,9 @@ class TrainedOn(NamedTuple):
 
 @dataclass(frozen=True)
 class Engine:
-    """A trained model ready to sample; strategies (`windowed`, `autoregressive`) say in which order frames are generated.
+    """A trained model ready to sample, for the samplers in `windowed` and `autoregressive`.
 
-    scheduler: stdit's, or one of diffusers. objective: the one of training, whatever the scheduler.
+    scheduler: stdit's, or one of diffusers. objective: that of training, whatever the scheduler.
     """
 
     model: STDiT | UNet
@@ -51,7 +51,7 @@ class Engine:
     device: torch.device
 
     def uses_diffusers(self, solver: str | None) -> bool:
-        """Whether a diffusers scheduler takes the steps; a solver asked for by name is one of stdit's."""
+        """Whether a diffusers scheduler takes the steps; a solver given by name is one of stdit's."""
         return solver is None and not isinstance(self.scheduler, STDiTScheduler)
 
     @property
@@ -62,21 +62,21 @@ class Engine:
         return ours.solver
 
     def latent_shape(self, size: Size) -> Size:
-        """(T, h, w) of a clip's latents; ValueError if VAE or patches cannot hold the clip."""
+        """The shape (T, h, w) of a clip's latents; ValueError if the clip does not fit the VAE or the patches."""
         return self.vae.latent_shape(*size, self.model.patch_size)
 
     def schedule(self, steps: int | str, latent_shape: Size) -> Tensor:
-        """(steps + 1,) levels from 1 to 0 for a clip of so many latents."""
+        """The noise levels (steps + 1,), from 1 to 0, for a clip of this latent shape."""
         frames, height, width = latent_shape
         return self.objective.schedule(steps, frames * height * width)
 
     def draw(self, keys: Keys, step: int, latent_shape: Size) -> Tensor:
-        """Noise (B, C, T, h, w) that is a function of each clip's key and `step` alone."""
+        """Draw noise (B, C, T, h, w) that is a function of each clip's key and `step` alone."""
         shape = (self.vae.channels, *latent_shape)
         return keyed_normal("noise", [(*key, step) for key in keys], shape).to(self.device)
 
     def with_clip_facts(self, given: Guided, size: Size, fps: float | None) -> Guided:
-        """Conditions that follow from the clip to be generated (frame rate, duration, size), in both branches of guidance."""
+        """Add the conditions that follow from the clip (rate, duration, size) to both branches of guidance."""
         clip = ClipFacts(size, fps or self.trained_on.fps)
         found: Conditions = {}
         for name, conditioner in self.model.conditioners.items():
@@ -93,11 +93,11 @@ class Engine:
         noised_context: Tensor | None = None,
         cache: FrameCache | None = None,
     ) -> Denoiser:
-        """The guided model as a function (x, levels) -> output."""
+        """Make a function (x, levels) -> output of the guided model."""
         return guided(self.model, self.objective, given, guidance, noised_context=noised_context, cache=cache)
 
     def predictor(self, output: Denoiser) -> Predict:
-        """A function (x, levels) -> estimate of clean data and noise."""
+        """Make a function (x, levels) -> estimate of clean data and noise, from a denoiser."""
 
         def predict(x: Tensor, levels: Tensor) -> Estimate:
             return self.objective.estimate(output(x, levels), x, levels)
@@ -105,9 +105,9 @@ class Engine:
         return predict
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Latents to pixels on the CPU, a few clips at a time; `tile`: in tiles of so many latents."""
+        """Decode latents to pixels on the CPU, a few clips at a time; `tile`: the side of tiles in latents."""
         return decode(self.vae, latents, tile)
 
     def progress(self, iterable: Iterable, show: bool = True) -> Iterable:
-        """The iterable, with a progress bar."""
+        """Wrap an iterable with a progress bar."""
         return tqdm(iterable, disable=not show, leave=False)

@@ -7,7 +7,7 @@ from stdit.vae import VideoVAE
 
 
 def fits(vae: VideoVAE, frames: int) -> bool:
-    """Whether a VAE can encode a clip of so many frames."""
+    """Whether a VAE can encode a clip of this many frames."""
     try:
         vae.latent_frames(frames)
     except ValueError:
@@ -18,8 +18,8 @@ def fits(vae: VideoVAE, frames: int) -> bool:
 def pad_to_groups(canvas: Canvas, vae: VideoVAE) -> Canvas:
     """Repeat the outermost known frame next to a gap until the known frames there fill a group of the VAE.
 
-    The model sees known frames only as whole latents: without padding it would see neither the motion before the gap nor
-    the goal after it. Known frames before the gap that fill a group need no padding. Where nothing is known before
+    The model sees known frames only as whole latents: without padding it would see neither the motion before the gap
+    nor the goal after it. Known frames before the gap that fill a group need no padding. Where nothing is known before
     the gap, or a mask is spatial, the canvas stays as it is.
     """
     mask, stride, frames = canvas.mask[:, 0, 0], vae.stride[0], len(canvas.mask)
@@ -42,17 +42,18 @@ def pad_to_groups(canvas: Canvas, vae: VideoVAE) -> Canvas:
 
 
 def is_continuation(canvas: Canvas, vae: VideoVAE) -> bool:
-    """Whether a canvas is known first frames in whole groups (or none), and after them frames to generate from noise."""
+    """Whether the known frames of a canvas, if any, come first in whole groups, and the rest starts from noise."""
     known = int((~canvas.mask[:, 0, 0]).sum())
     whole = known == 0 or (known - 1) % vae.stride[0] == 0
     return canvas.mask.shape[1] == 1 and whole and bool(canvas.mask[known:].all()) and canvas.strength == 1
 
 
 def check_gap(vae: VideoVAE, *, total: int, new: int, name: str, begins_clip: bool = False) -> None:
-    """ValueError, with the nearest numbers that fit, unless new frames (or the whole clip) are whole groups of the VAE.
+    """Raise ValueError unless the new frames, or the whole clip, are whole groups of the VAE.
 
-    total: frames of the whole clip; new: frames to be generated, called `name` in the message. begins_clip: whether the
-    new frames come first, where one frame stands alone.
+    total: frames of the whole clip; new: frames to generate, called `name` in the message, which has the
+    nearest numbers that fit. begins_clip: whether the
+    new frames come first, where one frame is a group alone.
     """
     step, first = vae.stride[0], int(begins_clip)
 

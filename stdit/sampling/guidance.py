@@ -18,11 +18,12 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x, levels) -> the model's outp
 
 
 class Guidance(NamedTuple):
-    """How strongly to guide, where, and by what.
+    """The strength of guidance, and the levels and channels at which it is applied.
 
     scale: classifier-free guidance, 1 is none. interval: levels of the noisiest frame at which it is applied
-    (Kynkaanniemi et al.). channels: only the first so many latent channels (DiT's published samples: three of four), None
-    is all. history: guidance toward known frames (Song et al., "History-Guided Video Diffusion"), 1 is none.
+    (Kynkaanniemi et al.). channels: the number of latent channels that are guided, from the first (DiT's published
+    samples: three of four), None is all. history: guidance toward known frames (Song et al., "History-Guided Video
+    Diffusion"), 1 is none.
     """
 
     scale: float = 1.0
@@ -32,7 +33,7 @@ class Guidance(NamedTuple):
 
     @classmethod
     def of(cls, options: SamplingOptions) -> Self:
-        """The guidance that the options ask for."""
+        """The guidance of sampling options."""
         return cls(
             scale=options.guidance_scale,
             interval=options.guidance_interval,
@@ -50,11 +51,11 @@ def guided(
     noised_context: Tensor | None = None,
     cache: FrameCache | None = None,
 ) -> Denoiser:
-    """A function (x, levels (B|1, T) or per patch (B|1, T, rows, columns)) -> the model's output, guided.
+    """Make a function (x, levels) -> the model's output, guided.
 
-    Outside the interval, and at scale 1, the model runs once. A learned variance is the conditional branch's.
-    noised_context: noise like x; in the branch that history guidance leads away from, it replaces the known frames. cache:
-    keys and values of earlier frames, for a causal model.
+    levels: (B|1, T), or per patch (B|1, T, rows, columns). Outside the interval, and at scale 1, the model runs once. A
+    learned variance is the conditional branch's. noised_context: noise like x; in the branch that history guidance
+    leads away from, it replaces the known frames. cache: keys and values of earlier frames, for a causal model.
     """
     extra: dict[str, Any] = {} if cache is None else {"cache": cache}
     null = None if guidance.scale == 1.0 or given.unconditional else given.null
@@ -75,7 +76,7 @@ def guided(
             conditional = mean = run(x, levels, given.conditions, "cond")
         else:
             both_levels = torch.cat([levels.expand(len(x), *[-1] * (levels.ndim - 1))] * 2)
-            # Named, and the unconditional half first: what diffusers' FasterCache expects.
+            # By keyword and with the unconditional half first, as diffusers' FasterCache expects.
             both = run(torch.cat([x, x]), both_levels, concatenate(null, given.conditions), "cond_uncond")
             unconditional, conditional = both.chunk(2)
             mean = unconditional + guidance.scale * (conditional - unconditional)

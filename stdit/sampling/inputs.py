@@ -1,4 +1,4 @@
-"""What a person gives a pipeline by keyword: options, and conditions of the clips."""
+"""The keywords of a pipeline call: options of sampling, and conditions of the clips."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ _REFUSALS = {
 
 
 def split(options: SamplingOptions | None, choices: Mapping[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
-    """Options with `choices` applied, and those of `choices` that are keywords of conditions."""
+    """Split the keywords of a call into sampling options, applied to `options`, and conditions."""
     keywords = {kind.keywords[0] for kind in CONDITIONERS.values()}
     given = {name: value for name, value in choices.items() if name in keywords}
     return make_options(options, {name: value for name, value in choices.items() if name not in given}), given
@@ -34,10 +34,10 @@ def pair_conditions(
     *,
     encode: Callable[[], Callable[[Sequence[str]], Encoded]],
 ) -> Guided:
-    """The conditions of `count` clips, and the nulls that guidance leads away from.
+    """The conditions of `count` clips, and the null conditions that guidance leads away from.
 
     given: by keyword, one value per clip or one for all, None for the default. encode: gives a function from texts to
-    tokens, called if the model takes captions. ValueError for a condition that the model does not have.
+    tokens, called if the model takes captions. Raises ValueError for a condition that the model does not have.
     """
     rest = {keyword: value for keyword, value in given.items() if value is not None}
     conditions: Conditions = {}
@@ -45,7 +45,7 @@ def pair_conditions(
     for name, conditioner in conditioners.items():
         value = rest.pop(keyword := conditioner.keywords[0], None)
         if value is not None and type(conditioner).of_clip is not Conditioner.of_clip:
-            raise ValueError(f"{keyword} follow from the clip to be generated and from fps; leave them out.")
+            raise ValueError(f"{keyword} follow from the clip to generate and from fps; leave them out.")
         if isinstance(conditioner, Caption):  # a copy, because a model in training keeps its cache of tokens
             conditioner = copy.copy(conditioner)
             conditioner.tokenize = encode()
@@ -63,7 +63,7 @@ def refusal(keyword: str, value: Any) -> str:
 
 
 def count_clips(class_labels: Labels, captions: Captions, num_videos: int | None, given: Mapping[str, Any]) -> int:
-    """How many clips are asked for: as many as labels, captions or other values; else `num_videos`, or 1."""
+    """The number of clips of a call: as many as labels, captions or other values; else `num_videos`, or 1."""
     texts = 1 if captions is None or isinstance(captions, str) else len(captions)
     counts = [texts, *(_count(keyword, value) for keyword, value in given.items() if value is not None)]
     if class_labels is None:

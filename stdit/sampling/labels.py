@@ -1,4 +1,4 @@
-"""What a model folder says of its labels, sizes and rates, read from its JSON without loading the model. Imports no torch."""
+"""Read the labels, sizes and rates of a model folder without loading the model. This module imports no torch."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ from stdit.legacy import renamed_section
 
 
 class ModelLabels(NamedTuple):
-    """What a person may ask a saved pipeline for.
+    """The labels, captions and sizes that a saved pipeline accepts.
 
-    num_classes: 0 for a model without labels. captions: whether it takes them. num_frames, height, width, fps: those of
-    its training. causal: whether it can stream. mask_strategies: how known frames were drawn in training.
+    num_classes: 0 for a model without labels. captions: whether it takes captions. num_frames, height, width, fps:
+    those of its training. causal: whether it can stream. mask_strategies: how known frames were chosen in training.
     """
 
     num_classes: int
@@ -26,7 +26,7 @@ class ModelLabels(NamedTuple):
 
 
 def read_labels(folder: str | Path) -> ModelLabels:
-    """The labels, sizes and rates of a pipeline folder; ValueError in one line if it contains no model."""
+    """Read the labels, sizes and rates of a pipeline folder; ValueError, in one line, if it contains no model."""
     folder = Path(folder)
     pipeline = renamed_section("pipeline", _read(folder, "model_index.json"))
     model = renamed_section("model", _read(folder, "transformer/config.json"))
@@ -51,5 +51,5 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy it there again, or export the model again.") from error
+        raise ValueError(f"{path} is not JSON ({error}); copy the folder again, or export the model again.") from error
     return found

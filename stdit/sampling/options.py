@@ -1,4 +1,4 @@
-"""The options of sampling: a record that validates itself, and from which command-line flags are made. Imports no torch."""
+"""The options of sampling, their validation, and their command-line flags. This module imports no torch."""
 
 import argparse
 import dataclasses
@@ -31,8 +31,8 @@ def _option(
 ) -> Any:
     """A field with what is needed to document, validate and parse it.
 
-    flag: its command-line flag. choices: the values it may have. least, above: bounds of a number. remedy: how a refusal
-    of a number ends. argument: further arguments of `ArgumentParser.add_argument`.
+    flag: its command-line flag. choices: the values it may have. least, above: bounds of a number. remedy: the end of
+    the message for a number out of bounds. argument: further arguments of `ArgumentParser.add_argument`.
     """
     metadata = {
         "help": help, "flag": flag, "type": type, "choices": choices, "least": least, "above": above, "remedy": remedy,
@@ -47,7 +47,10 @@ def _steps(text: str) -> int | str:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How clips are sampled. ValueError in one line for a value that no model could use; see `checks` for one model."""
+    """The options of sampling.
+
+    Raises ValueError, in one line, for a value that no model can use; `checks` validates options against one model.
+    """
 
     num_inference_steps: int | str = _option(
         30, "solver steps, a number; for DDPM also ddim50: 50 steps of DiT's spacing", flag="--steps", type=_steps
@@ -70,7 +73,7 @@ class SamplingOptions:
     )
     guidance_channels: int | None = _option(
         None,
-        "guide only the first so many latent channels (DiT's published samples: 3); default: all",
+        "number of latent channels that are guided, from the first (DiT's published samples: 3); default: all",
         flag="--guidance-channels",
         type=int,
         least=1,
@@ -108,20 +111,20 @@ class SamplingOptions:
         None, "frames per sampling window; default: as trained", flag="--window", type=int, least=1
     )
     overlap: int | None = _option(
-        None, "known frames in a window, at most; default: half a window", flag="--overlap", type=int, least=1
+        None, "largest number of known frames in a window; default: half a window", flag="--overlap", type=int, least=1
     )
     blend: int = _option(
         0,
-        "fade known pixels over so many frames and pixels next to generated ones",
+        "distance, in frames and pixels, over which known pixels fade into generated ones",
         flag="--blend",
         type=int,
         least=0,
         remedy="; 0 leaves known pixels as they are",
     )
-    paste: bool = _option(True, "put known pixels back; false leaves them as the VAE decodes them")
+    paste: bool = _option(True, "paste known pixels over decoded ones; false leaves them as the VAE decodes them")
     tile: int | None = _option(
         None,
-        "decode in tiles of so many latents, to bound memory",
+        "side of the tiles in which latents are decoded, to bound memory",
         flag="--tile",
         type=int,
         least=3,
@@ -139,7 +142,7 @@ class SamplingOptions:
             _check_value(name, getattr(self, name))
         _check_steps(self.num_inference_steps)
         if self.solver is not None:
-            from stdit.sampling.solvers import SOLVERS  # on use: options import no torch
+            from stdit.sampling.solvers import SOLVERS  # imported on use, since options import no torch
 
             pick(SOLVERS, self.solver, "solver")
         interval = tuple(self.guidance_interval)
@@ -160,7 +163,7 @@ _FIELDS = {one.name: one for one in dataclasses.fields(SamplingOptions)}
 
 
 def _check_value(name: str, value: Any) -> None:
-    """ValueError unless a value is one of its field's choices and within its bounds."""
+    """Raise ValueError unless a value is one of its field's choices and within its bounds."""
     metadata = _FIELDS[name].metadata
     if value is None and _FIELDS[name].default is None:
         return
@@ -182,9 +185,9 @@ def _check_steps(steps: int | str) -> None:
 
 
 def make_options(options: SamplingOptions | None = None, choices: Mapping[str, Any] | None = None) -> SamplingOptions:
-    """`options` (or the defaults) with `choices` by name in place of its values; TypeError for an unknown name.
+    """Replace fields of `options` (None: of the defaults) by `choices`; TypeError for an unknown name.
 
-    `every` of version 0.1.0 is taken as `chunk_size` or `stagger`, by the arrangement.
+    `every` of version 0.1.0 is accepted as `chunk_size` or `stagger`, by the arrangement.
     """
     options, changes = options or SamplingOptions(), dict(choices or {})
     every = changes.pop("every", None)
@@ -219,7 +222,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def options_from(args: argparse.Namespace, **choices: Any) -> SamplingOptions:
-    """The options of parsed flags, and `choices` that have none; a ValueError names the flag."""
+    """Make options from parsed flags, and from `choices` for options without a flag; ValueError names the flag."""
     flags = {name: one.metadata["flag"] for name, one in _FIELDS.items() if one.metadata["flag"]}
     values = {name: getattr(args, flag.removeprefix("--").replace("-", "_")) for name, flag in flags.items()}
     if getattr(args, "every", None) is not None:

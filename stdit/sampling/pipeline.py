@@ -1,4 +1,4 @@
-"""STDiTPipeline: labels, captions, images and clips in, clips out."""
+"""STDiTPipeline, which samples clips from labels, captions, images and clips."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ from stdit.text import TextEncoder, load_text_encoder
 from stdit.vae import as_video_vae
 from stdit.vae.tiling import decode
 
-# Options that `stream` has no use for, because it holds neither windows nor the whole clip.
+# Options that `stream` does not support, because it has neither windows nor the whole clip.
 _NOT_STREAMED = ("window", "overlap", "blend", "paste")
 
 
@@ -42,9 +42,9 @@ class STDiTPipeline(DiffusionPipeline):
     """Sample clips from a trained STDiT. Saved and loaded like any diffusers pipeline.
 
     num_frames, height, width, fps: those of training, used where a call gives none. objective: what the transformer's
-    output means, whatever the scheduler. mask_strategies: how known frames were drawn in training
-    (`objective.mask_strategy`), for warnings about others. text_encoder: name of the encoder of captions
-    (`text.load_text_encoder`).
+    output means, whatever the scheduler. mask_strategies: how known frames were chosen in training
+    (`objective.mask_strategy`), for warnings about tasks that need others. text_encoder: name of the encoder of
+    captions (`text.load_text_encoder`).
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class STDiTPipeline(DiffusionPipeline):
         video_vae = as_video_vae(vae)
         if transformer.in_channels != video_vae.channels:
             raise ValueError(
-                f"The model takes latents of {transformer.in_channels} channels, VAE {video_vae.name!r} makes "
+                f"The model takes latents of {transformer.in_channels} channels, but VAE {video_vae.name!r} makes "
                 f"{video_vae.channels}; load the VAE it was trained with."
             )
         if not isinstance(scheduler, STDiTScheduler):
             check_compatible(scheduler, objective)
-        # The component is the bare model, which diffusers can save; `video_vae` wraps it in the VideoVAE contract.
+        # The component is the bare model, which diffusers can save; `video_vae` wraps it in the interface of VideoVAE.
         component = getattr(vae, "vae", vae)
         self.register_modules(transformer=transformer, vae=component, scheduler=scheduler)
         self.register_to_config(
@@ -110,16 +110,16 @@ class STDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers', for a model_index.json of version 0.1.0 too."""
+        """Load the config as diffusers does, with old names in a model_index.json of version 0.1.0 converted."""
         config = super().load_config(*args, **kwargs)
         if isinstance(config, tuple):
             return (renamed_section("pipeline", config[0]), *config[1:])
         return renamed_section("pipeline", config)
 
     def labels(self, given: Labels, count: int | None = None) -> Tensor | None:
-        """Numbers or names -> (B,) labels; None for an unconditional model. ValueError if a label is unknown.
+        """Convert class numbers or names to labels (B,); None for an unconditional model. ValueError for unknown ones.
 
-        count: how many null labels to return if none is given.
+        count: the number of null labels to return if no label is given.
         """
         label = self.transformer.conditioners.get("label")
         if given is None:
@@ -148,16 +148,16 @@ class STDiTPipeline(DiffusionPipeline):
         return self._encoder
 
     def conditions(self, count: int, **given: Any) -> Guided:
-        """The conditions of `count` clips, and the nulls that guidance leads away from.
+        """The conditions of `count` clips, and the null conditions that guidance leads away from.
 
-        given: class_labels, captions, or the keyword of another condition; one value per clip, or one for all. ValueError
-        for a condition that the model does not have.
+        given: class_labels, captions, or the keyword of another condition; one value per clip, or one for all.
+        ValueError for a condition that the model does not have.
         """
         return pair_conditions(self.transformer.conditioners, given, count, encode=lambda: self.encoder.encode)
 
     @property
     def engine(self) -> Engine:
-        """What the strategies of sampling need of this pipeline."""
+        """The parts of this pipeline that samplers need."""
         scheduler, config = self.scheduler, self.config
         ours = scheduler if isinstance(scheduler, STDiTScheduler) else STDiTScheduler(config.objective)
         trained_on = TrainedOn(
@@ -190,13 +190,13 @@ class STDiTPipeline(DiffusionPipeline):
         options: SamplingOptions | None = None,
         **choices: Any,
     ) -> Tensor:
-        """Clips (B, 3, F, H, W) in [-1, 1], one per label or caption (`num_videos` where neither is given).
+        """Sample clips (B, 3, F, H, W) in [-1, 1], one per label or caption (`num_videos` if neither is given).
 
-        Clip i depends on (seed, i) alone, not on its neighbours. Any frame count and size that VAE and patch hold, all
-        frames at once unless `window` is given. Options: those of `fill`.
+        Clip i depends on (seed, i) alone, not on the other clips. Frame count and size may be any that fit the VAE and
+        the patch. All frames are sampled at once unless `window` is given. Options: those of `fill`.
         """
-        by_place = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        choices |= {name: value for name, value in by_place.items() if value is not None}
+        positional = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        choices |= {name: value for name, value in positional.items() if value is not None}
         options, given = split(options, choices)
         size = (num_frames or self.config.num_frames, height or self.config.height, width or self.config.width)
         self.video_vae.latent_shape(*size, self.transformer.patch_size)
@@ -208,15 +208,15 @@ class STDiTPipeline(DiffusionPipeline):
     def animate(
         self, image: Tensor, num_frames: int | None = None, class_labels: Labels = None, **choices: Any
     ) -> Tensor:
-        """An image (B, 3, H, W) in [-1, 1] becomes the first of `num_frames`. Options: those of `fill`."""
+        """Generate `num_frames` frames, the first of which is an image (B, 3, H, W). Options: those of `fill`."""
         return self.fill(tasks.animate(image, num_frames or self.config.num_frames), class_labels, **choices)
 
     def extend(
         self, clip: Tensor, after: int = 0, before: int = 0, class_labels: Labels = None, **choices: Any
     ) -> Tensor:
-        """`before` new frames, the clip, `after` new frames. Options: those of `fill`.
+        """Extend a clip by `before` frames at its start and `after` frames at its end. Options: those of `fill`.
 
-        Beyond the length of training, window by window, each with up to `overlap` frames before it.
+        Beyond the length of training, frames are generated window by window, each with up to `overlap` known frames.
         """
         return self.fill(tasks.extend(clip, after, before, self.video_vae), class_labels, **choices)
 
@@ -230,7 +230,7 @@ class STDiTPipeline(DiffusionPipeline):
         options: SamplingOptions | None = None,
         **choices: Any,
     ) -> Iterator[Tensor]:
-        """`after` new frames that continue a clip, by a causal model, group by group as they are generated: (B, 3, f, H, W).
+        """Continue a clip by `after` frames with a causal model; yields groups (B, 3, f, H, W) as they are generated.
 
         Time and memory per new frame stay constant however long it runs: the cache holds the model's window (and its
         sink), and pixels are decoded as a stream. Options: those of `fill`, without windows, blend and paste.
@@ -242,7 +242,7 @@ class STDiTPipeline(DiffusionPipeline):
         if changed:
             raise ValueError(f"a stream takes no {' and no '.join(changed)}; leave them out, or use extend.")
         step = self.video_vae.temporal_granularity or self.video_vae.stride[0]
-        # The canvas of one group is checked in place of the whole, which would not fit into memory.
+        # The canvas of one group is checked in place of the whole one, which may not fit into memory.
         canvas = tasks.extend(clip, after if after % step else min(after, step), 0, self.video_vae)
         engine, total = self.engine, clip.shape[2] + after
         with torch.no_grad():
@@ -256,17 +256,17 @@ class STDiTPipeline(DiffusionPipeline):
         return self._one_by_one(parts, options)
 
     def can_stream(self, clip: Tensor, options: SamplingOptions | None = None) -> bool:
-        """Whether `stream` gives what `extend` gives for new frames after this clip."""
+        """Whether `stream` gives the same result as `extend` for new frames after this clip."""
         options = options or SamplingOptions()
         plain = all(getattr(options, name) == getattr(SamplingOptions(), name) for name in _NOT_STREAMED)
         return bool(self.transformer.config.causal) and plain and fits(self.video_vae, clip.shape[2])
 
     def connect(self, first: Tensor, last: Tensor, frames: int, class_labels: Labels = None, **choices: Any) -> Tensor:
-        """`first`, `frames` new frames, `last`: clips, or images (B, 3, H, W). Options: those of `fill`."""
+        """Connect two clips, or images (B, 3, H, W), by `frames` new frames. Options: those of `fill`."""
         return self.fill(tasks.connect(first, last, frames, self.video_vae), class_labels, **choices)
 
     def loop(self, clip: Tensor, frames: int, class_labels: Labels = None, **choices: Any) -> Tensor:
-        """A clip and `frames` new frames whose last flows into the clip's first. Options: those of `fill`."""
+        """Close a clip to a loop by `frames` new frames that lead back to its start. Options: those of `fill`."""
         return self.fill(tasks.loop(clip, frames, self.video_vae), class_labels, **choices)
 
     def interpolate(
@@ -279,9 +279,9 @@ class STDiTPipeline(DiffusionPipeline):
         options: SamplingOptions | None = None,
         **choices: Any,
     ) -> Tensor:
-        """`factor` times as many frames per second: (F - 1) * factor + 1 frames. Options: those of `fill`.
+        """Multiply the frame rate by `factor`, to (F - 1) * factor + 1 frames. Options: those of `fill`.
 
-        New frames begin as the blend of their neighbours at noise level `strength`; more for motion that a blend misses.
+        New frames start as the blend of their neighbours at noise level `strength`; raise it for fast motion.
         fps: the clip's rate (None: as trained); a model conditioned on rates gets `factor` times that.
         """
         options, given = split(options, choices)
@@ -290,7 +290,7 @@ class STDiTPipeline(DiffusionPipeline):
         return self.fill(canvas, class_labels, options=options, **given)
 
     def inpaint(self, clip: Tensor, mask: Tensor, class_labels: Labels = None, **choices: Any) -> Tensor:
-        """Generate anew where mask (F, H, W), bool, is true. Options: those of `fill`."""
+        """Regenerate the pixels where mask (F, H, W), bool, is true. Options: those of `fill`."""
         return self.fill(tasks.inpaint(clip, mask), class_labels, **choices)
 
     def edit(self, clip: Tensor, strength: float = 0.6, class_labels: Labels = None, **choices: Any) -> Tensor:
@@ -306,10 +306,11 @@ class STDiTPipeline(DiffusionPipeline):
         options: SamplingOptions | None = None,
         **choices: Any,
     ) -> Tensor:
-        """Generate what a canvas's mask asks for -> (B, 3, F, H, W) in [-1, 1]; known pixels come back as they were.
+        """Generate the pixels that a canvas's mask marks -> (B, 3, F, H, W) in [-1, 1]; known pixels are unchanged.
 
-        class_labels: numbers or names; captions: texts; one per clip, or one for all, None is no label and the empty
-        text. Other conditions of the model go by their keyword. options: a `SamplingOptions`, and fields of it by name.
+        class_labels: numbers or names. captions: texts. Both have one value per clip, or one for all; None stands for
+        no label and for the empty text. Other conditions are given by their keyword. options: a `SamplingOptions`;
+        choices: its fields.
         """
         options, given = split(options, choices)
         with torch.no_grad():
@@ -342,11 +343,11 @@ class STDiTPipeline(DiffusionPipeline):
         return torch.cat(filled)[:, :, canvas.output]
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Latents to pixels on the CPU, a few clips at a time; `tile`: in tiles of so many latents (`vae.tiling`)."""
+        """Decode latents to pixels on the CPU, a few clips at a time; `tile`: the side of tiles in latents."""
         return decode(self.video_vae, latents, tile)
 
     def _one_by_one(self, parts: Iterator[Tensor], options: SamplingOptions) -> Iterator[Tensor]:
-        while True:  # a generator must not hold contexts open between its parts
+        while True:  # not a for loop: a generator must not keep contexts open between its parts
             with torch.no_grad(), autocast(options.precision, self.device):
                 part = next(parts, None)
             if part is None:

@@ -1,4 +1,4 @@
-"""Noise level of every latent frame at every step of sampling."""
+"""The noise level of every latent frame at every step of sampling."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,8 +10,9 @@ from stdit.variants import pick
 
 
 class Schedule(NamedTuple):
-    """x: (B, C, T, h, w) noise and known latents; levels: (steps + 1, T), or per patch (steps + 1, T, rows, columns).
+    """The start of sampling, and the noise level of every frame at every step.
 
+    x: (B, C, T, h, w) noise and known latents. levels: (steps + 1, T), or per patch (steps + 1, T, rows, columns).
     Every level falls to 0. Known frames or patches are at level 0 in every row, so no step changes them.
     """
 
@@ -19,8 +20,8 @@ class Schedule(NamedTuple):
     levels: Tensor
 
 
-# Delays, in rows of the schedule, of the generated frames: from the index of each among them (T,), the number of steps,
-# `chunk_size` and `stagger`.
+# A function of (index (T,) of each frame among the generated ones, number of steps, `chunk_size`, `stagger`) that
+# returns the delay (T,) of each frame in rows of the schedule.
 Delays = Callable[[Tensor, int, int, int], Tensor]
 ARRANGEMENTS: dict[str, Delays] = {
     "together": lambda index, steps, chunk_size, stagger: torch.zeros_like(index),
@@ -32,11 +33,12 @@ ARRANGEMENTS: dict[str, Delays] = {
 def make_schedule(
     levels: Tensor, mask: Tensor, arrangement: str = "together", *, chunk_size: int = 1, stagger: int = 1
 ) -> Tensor:
-    """Levels (steps + 1,) of one frame -> levels (rows, T) or (rows, T, rows of patches, columns) of all frames.
+    """Make the levels of all frames from the levels (steps + 1,) of one frame.
 
-    mask: (T,) or (T, rows, columns) bool, true = to be generated. chunk_size: frames per chunk of `autoregressive`.
-    stagger: steps between the starts of neighbours of `pyramid` (Ruhe et al., "Rolling Diffusion"; Chen et al.,
-    "Diffusion Forcing", section 3.3).
+    Returns (rows, T), or (rows, T, rows of patches, columns) for a mask of patches. mask: (T,) or (T, rows, columns)
+    bool, true = to be generated. chunk_size: frames per chunk with `autoregressive`. stagger: steps between the starts
+    of neighbouring frames with `pyramid` (Ruhe et al., "Rolling Diffusion"; Chen et al., "Diffusion Forcing", section
+    3.3).
     """
     delays = pick(ARRANGEMENTS, arrangement, "arrangement")
     for name, value in (("chunk_size", chunk_size), ("stagger", stagger)):
@@ -47,18 +49,18 @@ def make_schedule(
 
 
 def delayed(levels: Tensor, delays: Tensor) -> Tensor:
-    """(steps + 1,) levels and a delay per frame (T,) -> (steps + max(delays) + 1, T): frame t starts delays[t] rows late."""
+    """Delay the levels (steps + 1,) of frame t by delays[t] rows -> (steps + max(delays) + 1, T)."""
     rows = torch.arange(len(levels) + int(delays.max()))
     return levels[(rows[:, None] - delays).clamp(0, len(levels) - 1)]
 
 
 def mask_schedule(levels: Tensor, mask: Tensor) -> Tensor:
-    """(rows, T) levels, set to 0 where `mask`, (T,) or (T, rows, columns), is false."""
+    """Set levels (rows, T) to 0 where `mask`, (T,) or (T, rows, columns), is false."""
     return levels.view(*levels.shape, *[1] * (mask.ndim - 1)) * mask
 
 
 def check(schedule: Schedule) -> None:
-    """AssertionError unless levels lie in [0, 1], never rise, and end at 0."""
+    """Assert that levels lie in [0, 1], never rise, and end at 0."""
     levels = schedule.levels
     assert levels.ndim in (2, 4) and levels.shape[1] == schedule.x.shape[2], "one column of levels per latent frame"
     assert bool((levels.diff(dim=0) <= 0).all()) and bool((levels[-1] == 0).all()) and levels.max() <= 1

@@ -1,4 +1,4 @@
-"""What a pipeline stores about diffusion: the objective of its training, and its default solver."""
+"""The scheduler that a pipeline stores: the objective of its training, and its default solver."""
 
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -7,7 +7,7 @@ from stdit.diffusion.objective import Objective, ObjectiveConfig, build_objectiv
 
 
 class STDiTScheduler(SchedulerMixin, ConfigMixin):
-    """stdit's solvers, with a noise level per frame. Any diffusers scheduler may take its place in a pipeline.
+    """Selects stdit's solvers, with a noise level per frame; any diffusers scheduler may take its place in a pipeline.
 
     solver: euler, heun, ddim or ddpm; by default euler for flow, ddpm for DDPM.
     """
@@ -31,16 +31,16 @@ class STDiTScheduler(SchedulerMixin, ConfigMixin):
 
 
 def check_compatible(scheduler: SchedulerMixin, objective: str) -> None:
-    """ValueError if a diffusers scheduler takes the model's output for something else than it is."""
+    """Raise ValueError if a diffusers scheduler expects another prediction than the model was trained for."""
     name = type(scheduler).__name__
     predicts = scheduler.config.get("prediction_type", "flow_prediction" if "FlowMatch" in name else "epsilon")
-    wanted = {"flow": "flow_prediction", "ddpm": "epsilon"}[objective]
-    if predicts != wanted:
+    expected = {"flow": "flow_prediction", "ddpm": "epsilon"}[objective]
+    if predicts != expected:
         remedy = (
             "prediction_type='flow_prediction', use_flow_sigmas=True"
             if objective == "flow"
             else "prediction_type='epsilon'"
         )
         raise ValueError(
-            f"{name} expects prediction_type={predicts!r}, this model was trained for {objective!r}; build it with {remedy}."
+            f"{name} expects prediction_type={predicts!r}, but this model was trained for {objective!r}; build it with {remedy}."
         )

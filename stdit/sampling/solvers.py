@@ -1,7 +1,6 @@
 """Solvers: one step from the levels t to the levels t_next, with a level per latent frame.
 
-A solver is a class; an instance lives for one run and may keep what it needs of earlier steps, so a multistep solver is a
-class and a row of the table.
+A solver is a class in `SOLVERS`. An instance lives for one run, so a multistep solver can store its earlier steps.
 """
 
 from abc import ABC, abstractmethod
@@ -24,34 +23,36 @@ Draw = Callable[[], Tensor]  # noise like x for this step
 
 
 class Solver(ABC):
-    """One run of a solver along a path. Frames whose level does not change are put back by `solve` after every step."""
+    """One run of a solver along a path; `solve` restores frames whose level does not change after every step."""
 
     def __init__(self, path: Path):
         self.path = path
 
     @abstractmethod
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
-        """x (B, C, T, h, w) at levels t -> x at levels t_next; levels are (1, T) or (1, T, rows, columns)."""
+        """Move x (B, C, T, h, w) from levels t to levels t_next; levels are (1, T) or (1, T, rows, columns)."""
 
     def along(self, x: Tensor, t: Tensor, t_next: Tensor, velocity: Tensor) -> Tensor:
-        """A straight step in the coordinates in which the path's flow is dy/dtime = velocity."""
+        """Take a straight step in the coordinates in which the flow of the path is dy/dtime = velocity."""
         scale, time = self.path.ode_scale_time(like(t, x))
         scale_next, time_next = self.path.ode_scale_time(like(t_next, x))
         return scale_next * (x / scale + (time_next - time) * velocity)
 
 
 class Euler(Solver):
-    """First order in the path's coordinates; for flow, x + (t_next - t) * velocity."""
+    """Euler's method in the coordinates of the path; for flow, x + (t_next - t) * velocity."""
 
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        """Step along the velocity at the current levels."""
         estimate = predict(x, t)
         return self.along(x, t, t_next, self.path.velocity(estimate.clean, estimate.noise))
 
 
 class Heun(Solver):
-    """Second order: Euler, then again with the mean of both slopes (Karras et al., algorithm 1). Two calls per step."""
+    """Heun's method, of second order, with two model calls per step (Karras et al., algorithm 1)."""
 
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        """Step by Euler, then again with the mean of the velocities at both ends; by Euler alone to level 0."""
         estimate = predict(x, t)
         velocity = self.path.velocity(estimate.clean, estimate.noise)
         euler = self.along(x, t, t_next, velocity)
@@ -66,15 +67,17 @@ class DDIM(Solver):
     """Deterministic DDIM (Song et al., equation 12 with sigma = 0)."""
 
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        """Noise the estimate of clean data to the next levels with the estimate of the noise."""
         estimate = predict(x, t)
         alpha, sigma = self.path.alpha_sigma(like(t_next, x))
         return alpha * estimate.clean + sigma * estimate.noise
 
 
 class DDPM(Solver):
-    """Ancestral step: a draw from q(x_next | x, clean), with the learned variance where the model has one."""
+    """Ancestral sampling from q(x_next | x, clean), with the learned variance if the model has one (Ho et al.)."""
 
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        """Draw from the posterior of the next levels; at level 0 without noise."""
         estimate = predict(x, t)
         mean, smallest, largest = posterior(self.path, x, estimate.clean, now=t, after=t_next)
         noisy = like(t_next, x) > 0
@@ -98,9 +101,9 @@ def solve(
     draw: DrawStep | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Tensor:
-    """Run a schedule to its end with a fresh solver: latents (B, C, T, h, w).
+    """Run a schedule to its end with a new solver; returns latents (B, C, T, h, w).
 
-    Frames or patches whose level does not change in a step do not change by a bit.
+    Frames or patches whose level does not change in a step stay exactly the same.
     """
     run = pick(SOLVERS, solver, "solver")(path)
     x = schedule.x

@@ -1,4 +1,4 @@
-"""Sora's video tasks as canvases: animate, extend, connect, loop, interpolate, inpaint, edit."""
+"""The canvases of Sora's video tasks: animate, extend, connect, loop, interpolate, inpaint, edit."""
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ __all__ = [
 
 
 def blank(count: int, frames: int, height: int, width: int) -> Canvas:
-    """A canvas on which nothing is known."""
+    """A canvas of which all pixels are to be generated."""
     return Canvas(torch.zeros((count, 3, frames, height, width)), torch.ones(frames, 1, 1, dtype=torch.bool))
 
 
 def animate(image: Tensor, frames: int) -> Canvas:
-    """An image (B, 3, H, W) or (B, 3, 1, H, W) as the first of `frames`."""
+    """A canvas of `frames` frames, the first of which is an image (B, 3, H, W) or (B, 3, 1, H, W)."""
     image = image.unsqueeze(2) if image.ndim == 4 else image
     check_clip(image, "image")
     if image.shape[2] != 1:
@@ -30,7 +30,7 @@ def animate(image: Tensor, frames: int) -> Canvas:
 
 
 def extend(clip: Tensor, after: int, before: int, vae: VideoVAE) -> Canvas:
-    """`before` new frames, the clip, `after` new frames."""
+    """A canvas of `before` new frames, the clip, and `after` new frames."""
     check_clip(clip, "clip")
     if after < 0 or before < 0 or after + before == 0:
         raise ValueError(f"after={after} and before={before} add no frames; give one of them 1 or more, none below 0.")
@@ -43,13 +43,13 @@ def extend(clip: Tensor, after: int, before: int, vae: VideoVAE) -> Canvas:
 
 
 def connect(first: Tensor, last: Tensor, frames: int, vae: VideoVAE) -> Canvas:
-    """Two clips, or images (one frame each), with `frames` new frames between."""
+    """A canvas of two clips, or images (one frame each), with `frames` new frames between them."""
     first, last = (x.unsqueeze(2) if x.ndim == 4 else x for x in (first, last))
     check_clip(first, "first")
     check_clip(last, "last")
     if first.shape[3:] != last.shape[3:] or len(first) != len(last):
         raise ValueError(
-            f"clips to be connected must be equally many and of one size: first is {_size(first)}, last is {_size(last)}; "
+            f"clips to be connected must be equal in number and size: first is {_size(first)}, last is {_size(last)}; "
             "resize one of them."
         )
     if frames < 1:
@@ -59,9 +59,9 @@ def connect(first: Tensor, last: Tensor, frames: int, vae: VideoVAE) -> Canvas:
 
 
 def loop(clip: Tensor, frames: int, vae: VideoVAE) -> Canvas:
-    """A clip and `frames` new frames that lead from its last frame to its first.
+    """A canvas of a clip and `frames` new frames that lead from its last frame to its first.
 
-    Its first frames are repeated after the gap as the goal; they are not part of the output.
+    The first frames of the clip are repeated after the gap as the goal; they are not part of the output.
     """
     check_clip(clip, "clip")
     length = clip.shape[2]
@@ -74,9 +74,10 @@ def loop(clip: Tensor, frames: int, vae: VideoVAE) -> Canvas:
 
 
 def interpolate(clip: Tensor, factor: int, vae: VideoVAE, strength: float = 0.4) -> Canvas:
-    """`factor` times the frame rate: factor - 1 new frames between neighbours.
+    """A canvas of `factor` times the frame rate, with factor - 1 new frames between neighbours.
 
-    New frames start as the linear blend of their neighbours at noise level `strength`, and are bounded by them.
+    New frames start as the linear blend of their neighbours at noise level `strength`, and their
+    pixels are bounded by them.
     """
     check_clip(clip, "clip")
     _check_strength(strength)
@@ -98,7 +99,10 @@ def interpolate(clip: Tensor, factor: int, vae: VideoVAE, strength: float = 0.4)
 
 
 def inpaint(clip: Tensor, mask: Tensor) -> Canvas:
-    """Generate anew where `mask`, bool (F, H, W) or (H, W) for all frames, is true: holes, or new room around a clip."""
+    """A canvas of a clip, of which the pixels where `mask` is true are to be generated: holes, or an outer border.
+
+    mask: bool (F, H, W), or (H, W) for all frames.
+    """
     check_clip(clip, "clip")
     frames, height, width = clip.shape[2:]
     if mask.dtype != torch.bool or tuple(mask.shape) not in ((frames, height, width), (height, width)):
@@ -108,7 +112,7 @@ def inpaint(clip: Tensor, mask: Tensor) -> Canvas:
         )
     if not mask.any():
         raise ValueError(
-            "mask is false everywhere, so nothing is to be generated; set it true where pixels shall be new."
+            "mask is false everywhere, so nothing is to be generated; set it to true where pixels are to be generated."
         )
     mask = mask.expand(frames, height, width)
     per_frame = mask[:, :1, :1]  # a mask of whole frames needs no noise level per patch
@@ -116,14 +120,17 @@ def inpaint(clip: Tensor, mask: Tensor) -> Canvas:
 
 
 def edit(clip: Tensor, strength: float) -> Canvas:
-    """Start from the clip itself at level `strength` (Meng et al., "SDEdit"): near 0 little changes, 1 is a new clip."""
+    """A canvas that starts from the clip itself at noise level `strength` (Meng et al., "SDEdit").
+
+    Near 0 little changes; at 1 the clip is new.
+    """
     check_clip(clip, "clip")
     _check_strength(strength)
     return Canvas(clip, torch.full((clip.shape[2], 1, 1), strength > 0), strength)
 
 
 def outpaint_canvas(clip: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """A clip in the middle of a larger frame, and the mask (F, height, width) of the room around it (outpainting)."""
+    """Place a clip in the middle of larger frames for outpainting -> pixels, mask (F, height, width) of the border."""
     check_clip(clip, "clip")
     inner = clip.shape[3:]
     if height < inner[0] or width < inner[1] or (height, width) == tuple(inner):
@@ -139,7 +146,7 @@ def outpaint_canvas(clip: Tensor, height: int, width: int) -> tuple[Tensor, Tens
 
 
 def check_clip(clip: Tensor, name: str) -> None:
-    """ValueError unless it is (B, 3, F, H, W) of floats in [-1, 1]."""
+    """Raise ValueError unless a clip is (B, 3, F, H, W) of floats in [-1, 1]."""
     if clip.ndim != 5 or clip.shape[1] != 3 or not clip.is_floating_point() or not clip.shape[2]:
         raise ValueError(
             f"{name} is {clip.dtype} of shape {tuple(clip.shape)}; pixels are (B, 3, F, H, W) floats in [-1, 1]."

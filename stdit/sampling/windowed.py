@@ -1,4 +1,4 @@
-"""Fill a canvas window by window; what one window generates is known to the next."""
+"""Fill a canvas window by window; frames that one window generates are known frames of the next."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -27,20 +27,20 @@ from stdit.sampling.windows import WindowSize, next_window
 
 __getattr__ = legacy.aliases(__name__)
 
-# Key of the noise that replaces known frames in history guidance; keys below are those of the solver's steps.
+# Key of the noise that replaces known frames in history guidance; smaller keys are those of solver steps.
 _NOISED_CONTEXT = 2**31
 
 
 @dataclass(frozen=True)
 class WindowedSampler:
-    """All frames of a window at once. Long canvases take several windows, which overlap."""
+    """Generates all frames of a window at once, and long canvases in several windows that overlap."""
 
     engine: Engine
     options: SamplingOptions
     window: WindowSize
 
     def fill(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
-        """Generate what `canvas.mask` asks for: pixels (B, 3, F, H, W) of the whole canvas.
+        """Generate the pixels that `canvas.mask` marks; returns pixels (B, 3, F, H, W) of the whole canvas.
 
         given: conditions of the clips, those per latent frame for the latent frames of `canvas.output`.
         """
@@ -58,7 +58,7 @@ class WindowedSampler:
             part = canvas._replace(pixels=pixels[:, :, view], mask=mask[view], bounds=bounds)
             latent_frames = (window.end - window.begin - 1) // stride + 1
             condition_index = condition_frames(window.begin, latent_frames, output=output, stride=stride)
-            # The first window's keys are those of a canvas that needs only one window.
+            # The first window has the keys of a canvas that needs one window only.
             done = self.fill_window(
                 part,
                 given.change(partial(select_frames, which=condition_index)),
@@ -71,7 +71,7 @@ class WindowedSampler:
         return pixels[:, :, :frames]
 
     def fill_window(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
-        """Generate one window: pixels (B, 3, F, H, W), known ones as they were unless options say otherwise."""
+        """Generate one window -> pixels (B, 3, F, H, W); known ones are unchanged unless `paste` or `blend` is set."""
         engine, options, vae, path = self.engine, self.options, self.engine.vae, self.engine.objective.path
         frames, height, width = canvas.pixels.shape[2:]
         size = (frames, height, width)
@@ -114,12 +114,12 @@ class WindowedSampler:
         return paste(decoded, canvas.pixels.cpu(), canvas.mask.cpu(), options.blend) if options.paste else decoded
 
     def _levels(self, strength: float, shape: Size) -> Tensor:
-        """(steps + 1,) levels of one frame, scaled to begin at `strength`."""
+        """The levels (steps + 1,) of one frame, scaled to begin at `strength`."""
         levels = self.engine.schedule(self.options.num_inference_steps, shape)
         return levels if strength == 1 else self.engine.objective.path.quantize(levels / levels[0] * strength)
 
     def _run_diffusers(self, output: Denoiser, x: Tensor) -> Tensor:
-        """The same with a diffusers scheduler: one level for all frames, from noise x to latents."""
+        """Sample latents from noise x with a diffusers scheduler, which has one level for all frames."""
         engine, scheduler = self.engine, self.engine.scheduler
         scheduler.set_timesteps(self.options.num_inference_steps, device=engine.device)
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)

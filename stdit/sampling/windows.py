@@ -1,4 +1,4 @@
-"""Long canvases in windows of limited length: which frames a window covers, and which of them it writes back."""
+"""Windows over long canvases: the frames that a window samples, and those of them that it writes back."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,10 @@ from stdit.vae import VideoVAE
 
 
 class Window(NamedTuple):
-    """Sample frames [begin, end) of a canvas; write back those of [keep_from, keep_to) that were to be generated."""
+    """A window over a canvas.
+
+    Frames [begin, end) are sampled; those of [keep_from, keep_to) that are to be generated are written back.
+    """
 
     begin: int
     end: int
@@ -19,7 +22,10 @@ class Window(NamedTuple):
 
 
 class WindowSize(NamedTuple):
-    """length: frames per window; overlap: of these, known frames before the generated ones, at most."""
+    """The size of windows.
+
+    length: frames per window. overlap: the largest number of known frames in a window before the generated ones.
+    """
 
     length: int
     overlap: int
@@ -30,7 +36,7 @@ def window_size(
 ) -> WindowSize:
     """Length and overlap of windows over a canvas; ValueError for a window or overlap that cannot work.
 
-    window, overlap: as asked for, None: the trained length, and half a window.
+    window, overlap: the options; None stands for the trained length, and for half a window.
     """
     frames, stride = canvas.pixels.shape[2], vae.stride[0]
     if window is not None:
@@ -40,15 +46,15 @@ def window_size(
         raise ValueError(
             f"overlap={overlap} leaves nothing to be generated in a window of {length} frames; use 1 to {length - stride}."
         )
-    if frames < length:  # one window; frames that do not fill a group are padded and cut off again
+    if frames < length:  # one window; the canvas is padded to whole groups, and the padding is cut off again
         length = next(n for n in range(frames, length + 1) if fits(vae, n))
     return WindowSize(length, length // 2 // stride * stride + 1 if overlap is None else overlap)
 
 
 def check_window(window: int, canvas: Canvas, vae: VideoVAE) -> None:
-    """ValueError for a window (in frames) that is no whole number of the VAE's groups, or too short to make progress."""
+    """Raise ValueError for a window (in frames) that is not whole groups of the VAE, or too short to make progress."""
     step, known = vae.temporal_granularity or vae.stride[0], ~canvas.frames_to_generate
-    first = int(known.int().argmax()) if known.any() else 0  # a head before known frames is generated backward
+    first = int(known.int().argmax()) if known.any() else 0  # frames before the first known ones are generated backward
     least = 1 + (2 if first or bool((known[1:] & ~known[:-1]).any()) else 1) * step
     if not fits(vae, max(window, 1)) or window < min(len(known), least):
         near = next(n for n in range(max(window, least), max(window, least) + step + 1) if fits(vae, n))
@@ -59,11 +65,11 @@ def check_window(window: int, canvas: Canvas, vae: VideoVAE) -> None:
 
 
 def next_window(to_generate: Tensor, length: int, *, overlap: int, stride: int) -> Window | None:
-    """The next window over a canvas whose frames `to_generate` (F,) bool are not there yet; None when all are.
+    """The next window over a canvas; None when no frame is left to generate.
 
-    length: 1 + k * stride frames; overlap: 1 + j * stride known frames before the generated ones, at most. Known frames
-    after a gap are in the window that closes it. Windows begin so that runs of known frames fill whole groups of the
-    VAE wherever the canvas allows it.
+    to_generate: (F,) bool. length: 1 + k * stride frames. overlap: at most 1 + j * stride known frames before the
+    generated ones. Known frames after a gap are in the window that closes it. Windows begin so that runs of known
+    frames fill whole groups of the VAE wherever the canvas allows it.
     """
     frames = len(to_generate)
     if not to_generate.any():
@@ -90,9 +96,9 @@ def next_window(to_generate: Tensor, length: int, *, overlap: int, stride: int) 
 
 
 def _backward(end_of_gap: int, frames: int, *, length: int, overlap: int, stride: int) -> Window:
-    """The head of a canvas is to be generated: from the known frames after it toward the first frame."""
+    """A window that generates frames before the first known ones, from these toward the first frame."""
     known = max(stride, (overlap - 1) // stride * stride)
     end = min(frames, end_of_gap + known)
     begin = max(0, end - length)
-    # A window's first frame stands alone in the VAE, but inside the canvas it belongs to a group: a later window has it.
+    # In the VAE a window's first frame is alone, but inside the canvas it belongs to a group: a later window writes it.
     return Window(begin, begin + length, begin + (begin > 0), begin + length)

@@ -53,9 +53,8 @@ class RunFolders:
 
     @property
     def _holder_file(self) -> Path:
-        return (
-            self.output / ".lock-holder"
-        )  # a file of its own, since some systems do not let others read a locked file
+        # Not the lock file itself, which some systems do not let other processes read.
+        return self.output / ".lock-holder"
 
     def _holder(self) -> str:
         try:

@@ -18,7 +18,10 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 class VAESpec(NamedTuple):
-    """Description of one diffusers class. The functions take the autoencoder; the flags are those of `VideoVAE`."""
+    """How to use one autoencoder class of diffusers as a `VideoVAE`.
+
+    The functions take the autoencoder. The flags are those of `VideoVAE`.
+    """
 
     stride: Callable[[Any], tuple[int, int, int]]
     channels: Callable[[Any], int]
@@ -108,7 +111,7 @@ class DiffusersVAE(VideoVAE):
         return (raw.float() - _per_channel(self.latent_mean)) / _per_channel(self.latent_std)
 
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        """As `VideoVAE.decode_stream`; an image VAE yields frame by frame, the others yield the whole clip."""
+        """Decode as `VideoVAE.decode_stream`: an image VAE yields single frames, the others yield the whole clip."""
         if not self.spec.per_frame:
             yield from super().decode_stream(latents)
             return
@@ -135,7 +138,7 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 def as_video_vae(vae: nn.Module) -> VideoVAE:
-    """Wrap a diffusers autoencoder as a `VideoVAE`; a `VideoVAE` is returned as it is."""
+    """Wrap a diffusers autoencoder as a `VideoVAE`; a `VideoVAE` is returned unchanged."""
     return vae if isinstance(vae, VideoVAE) else DiffusersVAE(vae)
 
 

@@ -1,4 +1,4 @@
-"""The interface of every video VAE: pixels to normalised latents and back, and the arithmetic of their shapes."""
+"""The interface of every video VAE, from pixels to normalised latents and back, and the arithmetic of their shapes."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -45,7 +45,7 @@ class VAEGeometry:
         return self.stride[0] * (latent_frames - 1) + 1
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H, W) in pixels -> (h, w) in latents; ValueError with the nearest sizes that are multiples of the stride."""
+        """The size (h, w) of the latents of (H, W) pixels; ValueError with the nearest sizes that fit."""
         for name, value, stride in (("height", height, self.stride[1]), ("width", width, self.stride[2])):
             if value < 1 or value % stride:
                 lower = max(stride, value // stride * stride)
@@ -59,7 +59,7 @@ class VAEGeometry:
     def latent_shape(
         self, num_frames: int, height: int, width: int, patch: tuple[int, int, int] = (1, 1, 1)
     ) -> tuple[int, int, int]:
-        """The latents' (T, h, w) of a clip; ValueError with the nearest fitting values.
+        """The shape (T, h, w) of a clip's latents; ValueError with the nearest values that fit.
 
         patch: the model's patch size, by which T, h and w must be divisible.
         """
@@ -77,7 +77,7 @@ class VAEGeometry:
 
 
 class VideoVAE(nn.Module, VAEGeometry, ABC):
-    """A video VAE: pixels (B, 3, F, H, W) in [-1, 1] <-> latents (B, C, T, h, w).
+    """A video VAE, which maps pixels (B, 3, F, H, W) in [-1, 1] to latents (B, C, T, h, w) and back.
 
     Latents are normalised to about zero mean and unit variance per channel on natural clips. A subclass sets `stride`
     and `channels` and implements `_encode` and `_decode`; its shapes are those of `VAEGeometry`.
@@ -105,7 +105,7 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
         """Decode latents whose shape `decode` has checked."""
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, 3, F, H, W) pixels in [-1, 1] -> (B, C, T, h, w) normalised latents (the mean of the posterior).
+        """Encode pixels (B, 3, F, H, W) in [-1, 1] to normalised latents (B, C, T, h, w), the mean of the posterior.
 
         Raises ValueError for a frame count or a size that the VAE would crop.
         """
@@ -121,8 +121,9 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
     def encode_segment(self, pixels: Tensor) -> Tensor:
         """Encode a segment from the middle of a clip independently of the frames before it.
 
-        (B, 3, n * stride[0], H, W), whole groups -> (B, C, n, h, w). The segment's first frame is repeated in front as
-        the start of a clip, and the latent of that copy is dropped. Training encodes known frames in the same way.
+        pixels: (B, 3, n * stride[0], H, W), whole groups -> (B, C, n, h, w). The segment's first frame is repeated in
+        front as the start of a clip, and the latent of that copy is dropped. Training encodes known frames in the same
+        way.
         """
         groups = pixels.shape[2] // self.stride[0]
         padding = -pixels.shape[2] % (self.temporal_granularity or self.stride[0])
@@ -135,7 +136,7 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
         return pixels[:, :, max(0, end - self.stride[0]) : end]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, T, h, w) normalised latents -> (B, 3, F, H, W) pixels, about [-1, 1]."""
+        """Decode normalised latents (B, C, T, h, w) to pixels (B, 3, F, H, W) in about [-1, 1]."""
         if latents.ndim != 5 or latents.shape[1] != self.channels:
             raise ValueError(
                 f"decode got a tensor of shape {tuple(latents.shape)}: the latents of VAE {self.name!r} are "
@@ -144,7 +145,7 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
         return self._decode(latents)
 
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode group by group: yields (B, 3, f, H, W), first 1 frame, then `stride[0]` at a time.
+        """Decode group by group: yield pixels (B, 3, f, H, W), first 1 frame, then `stride[0]` at a time.
 
         latents: (B, C, T, h, w), or an iterable of its frames (B, C, 1, h, w). A VAE whose decoder cannot be resumed
         between groups yields the whole clip once, at the end.
@@ -152,7 +153,7 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
         yield self.decode(torch.cat(list(split_frames(latents)), dim=2))
 
     def fingerprint(self) -> str:
-        """A hash of class name and weights, 16 hexadecimal digits: latents of equal fingerprints are interchangeable."""
+        """A hash of class name and weights, 16 hexadecimal digits: VAEs of equal fingerprints have the same latents."""
         digest = hashlib.sha256(type(self).__name__.encode())
         for key, value in sorted(self.state_dict().items()):
             digest.update(key.encode() + str(tuple(value.shape)).encode())
@@ -161,7 +162,7 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
 
 
 def split_frames(latents: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    """Latents (B, C, T, h, w) as single frames (B, C, 1, h, w); an iterable of such frames is returned as it is."""
+    """Split latents (B, C, T, h, w) into frames (B, C, 1, h, w); an iterable of such frames is returned unchanged."""
     return latents.split(1, dim=2) if isinstance(latents, Tensor) else latents
 
 

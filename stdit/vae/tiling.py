@@ -29,7 +29,7 @@ def ramp(begin: int, end: int, size: int, overlap: int) -> Tensor:
 
 
 def decode_tiled(vae: VideoVAE, latents: Tensor, tile: int = 32, overlap: int = 8) -> Tensor:
-    """Decode (B, C, T, h, w) in tiles of `tile` x `tile` latents -> (B, 3, F, H, W) on the CPU.
+    """Decode latents (B, C, T, h, w) in tiles of `tile` x `tile` latents -> (B, 3, F, H, W) on the CPU.
 
     Neighbouring tiles overlap by `overlap` latents and are blended there. If the overlap is twice the decoder's
     receptive radius, the result equals decoding without tiles. Raises ValueError unless tile > 2 * overlap.
@@ -63,8 +63,8 @@ def overlap_of(tile: int) -> int:
 def decode(vae: VideoVAE, latents: Tensor, tile: int | None = None) -> Tensor:
     """Decode latents (B, C, T, h, w) to pixels (B, 3, F, H, W) in [-1, 1] on the CPU.
 
-    tile: decode in tiles of this many latents per side, which overlap by a quarter. Seams are visible where that is
-    less than the decoder's receptive field.
+    tile: decode in tiles of this many latents per side, which overlap by a quarter. Seams are visible if the overlap
+    is less than the receptive field of the decoder.
     """
     # Eight clips at a time bound the memory of the decoder, which is larger than that of its output.
     parts = (part.to(vae.dtype) for part in latents.split(8))

@@ -2,7 +2,7 @@
 
 A clip is divided into groups of four frames; the first frame is a group by itself, repeated four times. The four frames
 of a group are stacked as channels, so that every convolution is two-dimensional and wide, which is fast on CPUs.
-Between groups information flows forward only, through convolutions over the present and the previous group.
+Information flows between groups forward in time only, through convolutions over a group and the previous one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ from stdit.vae.base import VideoVAE, split_frames
 
 @dataclass
 class TinyVAEConfig:
-    """Latent channels, and for each resolution the width (`*_widths`) and number of residual blocks (`*_blocks`)."""
+    """The sizes of `TinyVAE`: for each resolution a width (`*_widths`) and a number of residual blocks (`*_blocks`)."""
 
     channels: int = 16  # latent channels
     encoder_widths: list[int] = field(default_factory=lambda: [64, 96])  # widths at strides of 4 and 8 pixels
@@ -31,20 +31,20 @@ class TinyVAEConfig:
 
 
 class CausalConvCache(dict[nn.Module, Tensor]):
-    """The last input group of every `CausalConv`, by module: the complete state of a stream."""
+    """The cache of a stream: the last input group of every `CausalConv`, by module."""
 
 
 class CausalConv(nn.Conv2d):
-    """A (2, k, k) convolution over time and space: its inputs are a group and the previous one, never a later one.
+    """A (2, k, k) convolution over time and space, whose inputs are a group and the previous one, never a later one.
 
-    x: (B, T, C, h, w). The first group of a clip takes its own copy as the previous one (replicate padding in time).
+    x: (B, T, C, h, w). For the first group of a clip the previous one is a copy of itself (replicate padding in time).
     """
 
     def __init__(self, dim_in: int, dim_out: int, kernel: int = 3):
         super().__init__(2 * dim_in, dim_out, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:  # type: ignore[override]
-        """x (B, T, C, h, w); the cache's group of this module is read and replaced."""
+        """Convolve groups x (B, T, C, h, w); the cache has the group before them, and the last of them afterwards."""
         previous = torch.cat([cache.get(self, x[:, :1]), x[:, :-1]], dim=1)
         cache[self] = x[:, -1:]
         return per_group(super().forward, torch.cat([previous, x], dim=2))
@@ -56,7 +56,10 @@ def per_group(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))); with `causal` the first convolution is a `CausalConv`. The identity at first."""
+    """A residual block x + conv(silu(conv(silu(x)))), which is the identity at initialisation.
+
+    causal: whether the first convolution is a `CausalConv`.
+    """
 
     def __init__(self, dim: int, causal: bool):
         super().__init__()
@@ -67,7 +70,7 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:
-        """x (B, T, C, h, w) -> the same shape."""
+        """Apply the block to x (B, T, C, h, w), whose shape it keeps."""
         h = F.silu(x)
         h = self.conv1(h, cache) if isinstance(self.conv1, CausalConv) else per_group(self.conv1, h)
         return x + per_group(self.conv2, F.silu(h))
@@ -79,7 +82,7 @@ def stage(dim: int, blocks: int) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """(B, T, 12, H, W) groups of four RGB frames -> (B, T, C, H/8, W/8)."""
+    """The encoder of groups of four RGB frames (B, T, 12, H, W) to (B, T, C, H/8, W/8)."""
 
     def __init__(self, config: TinyVAEConfig):
         super().__init__()
@@ -91,7 +94,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width8, config.channels, 1)
 
     def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:
-        """Encode groups; the cache carries those before them."""
+        """Encode groups; the cache carries the state of the groups before them."""
         x = per_group(self.conv_in, F.pixel_unshuffle(x, 4))
         for block in self.stride4:
             x = block(x, cache)
@@ -102,7 +105,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, T, C, h, w) -> (B, T, 12, 8h, 8w) groups of four RGB frames."""
+    """The decoder of (B, T, C, h, w) to groups of four RGB frames (B, T, 12, 8h, 8w)."""
 
     def __init__(self, config: TinyVAEConfig):
         super().__init__()
@@ -116,7 +119,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width2, 12 * 4, 3, padding=1)
 
     def forward(self, x: Tensor, cache: CausalConvCache) -> Tensor:
-        """Decode groups; the cache carries those before them."""
+        """Decode groups; the cache carries the state of the groups before them."""
         x = self.conv_in(x, cache)
         for block in self.stride8:
             x = block(x, cache)
@@ -132,7 +135,10 @@ class Decoder(nn.Module):
 # ModelMixin comes first, since its `device` and `dtype` know of the hooks that diffusers attaches; ConfigMixin comes last,
 # since its `__getattr__` finds no modules.
 class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
-    """The `tiny` VAE. An image is exactly its clip's first latent frame; encoder and decoder are causal."""
+    """The `tiny` VAE, whose encoder and decoder are causal.
+
+    The latent of an image equals, to the last bit, the first latent frame of a clip that begins with that image.
+    """
 
     stride = (4, 8, 8)
     causal = True
@@ -175,15 +181,15 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
         return frames[:, :, 3:] if clip_start else frames
 
     def encode_raw(self, pixels: Tensor) -> Tensor:
-        """(B, 3, F, H, W) -> latents (B, C, T, h, w) before normalisation, all groups in one pass (used in training)."""
+        """Encode pixels (B, 3, F, H, W) to latents (B, C, T, h, w) before normalisation in one pass, as in training."""
         return self.encoder(self._to_groups(pixels), CausalConvCache()).transpose(1, 2)
 
     def decode_raw(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, T, h, w) before normalisation -> (B, 3, F, H, W)."""
+        """Decode latents (B, C, T, h, w) before normalisation to pixels (B, 3, F, H, W)."""
         return self._to_frames(self.decoder(latents.transpose(1, 2), CausalConvCache()), clip_start=True)
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        # The first group is encoded by itself: with the shapes of an image, it gives an image's latents to the last bit.
+        # The first group is encoded by itself, as an image is, which gives the latents of an image to the last bit.
         cache, groups = CausalConvCache(), self._to_groups(pixels)
         parts = [self.encoder(part, cache) for part in (groups[:, :1], groups[:, 1:]) if part.shape[1]]
         raw = torch.cat(parts, dim=1).transpose(1, 2)
@@ -196,7 +202,7 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
         return self.decode_raw(self._denormalise(latents))
 
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        """As `VideoVAE.decode_stream`, in constant memory: each group is decoded with the cache of the one before it."""
+        """Decode as `VideoVAE.decode_stream`, in constant memory: each group with the cache of the one before it."""
         cache = CausalConvCache()
         for t, frame in enumerate(split_frames(latents)):
             group = self._denormalise(frame).transpose(1, 2)

@@ -47,7 +47,7 @@ def test_with_inserted_blocks_every_frame_is_the_image_models(tiny_model, axes, 
     assert [s for s in inflation.sources if s is not None] == [0, 1]
     assert (video(x, *CASE) - each_frame(image, x, *CASE)).abs().max() < 1e-6
     assert (video(x[:, :, :1], *CASE) - image(x[:, :, :1], *CASE)).abs().max() < 1e-6
-    assert "on every frame as the image model" in inflation.keeps
+    assert "preserved of the image model: the output on every frame." in inflation.keeps
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def test_with_a_temporal_patch_still_clips_are_the_image_models(tiny_model, kern
     video, inflation = to_video(image, InitFrom(path="image", patch=kernel), patch=3)
     still = torch.randn(2, 4, 1, 8, 8).expand(-1, -1, 6, -1, -1)
     assert (video(still, *CASE) - each_frame(image, still, *CASE)).abs().max() < 1e-6
-    assert "on still clips" in inflation.keeps
+    assert "preserved of the image model: the output on every frame of a still clip." in inflation.keeps
     moving = torch.randn(2, 4, 6, 8, 8)
     assert not torch.allclose(video(moving, *CASE), each_frame(image, moving, *CASE), atol=1e-3)
 
@@ -68,7 +68,7 @@ def test_joint_blocks_preserve_one_frame_and_say_so(tiny_model):
     video, inflation = to_video(image, axes=["joint"])
     x = torch.randn(2, 4, 1, 8, 8)
     assert torch.equal(video(x, *CASE), image(x, *CASE))
-    assert "on one frame as the image model" in inflation.keeps
+    assert "preserved of the image model: the output on one frame" in inflation.keeps
 
 
 def test_converted_temporal_blocks_preserve_weights_alone(tiny_model):
@@ -150,7 +150,7 @@ def test_a_video_model_is_not_inflated_again_but_loaded_whole(tiny_model):
     again, inflation = to_video(video, InitFrom(path="image", temporal="convert"))
     x = torch.randn(2, 4, 3, 8, 8)
     assert torch.equal(again(x, *CASE), video(x, *CASE))
-    assert "everything, it is the same model" in inflation.keeps
+    assert "preserved of the image model: the whole output, since it is the same model" in inflation.keeps
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def test_classes_added_to_an_unconditional_model_change_nothing_at_first(tiny_mo
     video, inflation = to_video(image, num_classes=5)
     x = torch.randn(2, 4, 3, 8, 8)
     assert (video(x, *CASE) - each_frame(image, x, CASE[0], None)).abs().max() < 1e-6
-    assert "New: classes, all zero" in inflation.keeps
+    assert "New: classes, initialised to zero" in inflation.keeps
 
 
 def test_a_replaced_class_table_is_reported(tiny_model):
@@ -176,7 +176,7 @@ def test_the_chosen_position_encoding_is_the_video_models(tiny_model, encoding):
     x = torch.randn(2, 4, 3, 8, 8)
     assert {block.attn.position_encoding for block in video.blocks} == {video.config.position_encoding} == {encoding}
     assert (video(x, *CASE) - each_frame(image, x, *CASE)).abs().max() < 1e-6
-    assert "on every frame as the image model" in inflation.keeps
+    assert "preserved of the image model: the output on every frame." in inflation.keeps
 
 
 @torch.no_grad()
@@ -186,11 +186,11 @@ def test_rope_3d_is_honoured_and_what_it_changes_is_reported(tiny_model):
     x = torch.randn(2, 4, 3, 8, 8)
     assert video.config.position_encoding == "rope_3d"
     assert not torch.allclose(video(x, *CASE), each_frame(image, x, *CASE), atol=1e-3)
-    assert "also rotates spatial attention, so no frame is as the image model's" in inflation.keeps
+    assert "also rotates spatial attention, so no frame's output is preserved" in inflation.keeps
     rotated = tiny_model(axes=["spatial"], position_encoding="rope_3d")
     video, inflation = to_video(rotated, position_encoding="rope_3d")
     assert (video(x, *CASE) - each_frame(rotated, x, *CASE)).abs().max() < 1e-6
-    assert "on every frame as the image model" in inflation.keeps
+    assert "preserved of the image model: the output on every frame." in inflation.keeps
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def test_an_image_model_becomes_a_causal_video_model(tiny_model, encoding):
     image = tiny_model(axes=["spatial"], position_encoding="rope_3d" if encoding == "rope_3d" else "sincos")
     video, inflation = to_video(image, position_encoding=encoding, causal=True)
     x = torch.randn(2, 4, 3, 8, 8)
-    assert video.config.causal and "on every frame as the image model" in inflation.keeps
+    assert video.config.causal and "preserved of the image model: the output on every frame." in inflation.keeps
     assert (video(x, *CASE) - each_frame(image, x, *CASE)).abs().max() < 1e-6
     trained, changed = fill(video, 0.2), x.clone()
     changed[:, :, 2] += 1
@@ -214,7 +214,7 @@ def test_blocks_made_joint_and_causal_keep_the_first_frame_and_say_what_they_att
     video, inflation = to_video(image, axes=["joint"], position_encoding="rope", causal=True)
     x = torch.randn(2, 4, 3, 8, 8)
     assert (video(x, *CASE)[:, :, :1] - image(x[:, :, :1], *CASE)).abs().max() < 1e-6
-    assert "on one frame as the image model; on several, its blocks attend to earlier frames too" in inflation.keeps
+    assert "the output on one frame; on several frames the blocks attend to earlier frames too" in inflation.keeps
 
 
 def test_causal_without_rope_is_refused_as_for_any_model(tiny_model):
@@ -230,7 +230,9 @@ def test_a_video_model_made_causal_preserves_one_frame_and_says_so(tiny_model):
     x = torch.randn(2, 4, 3, 8, 8)
     assert torch.equal(causal(x[:, :, :1], *CASE), video(x[:, :, :1], *CASE))
     assert not torch.allclose(causal(x, *CASE), video(x, *CASE), atol=1e-3)
-    assert "on one frame as the image model" in inflation.keeps and "causal=True" in inflation.keeps
+    assert (
+        "preserved of the image model: the output on one frame" in inflation.keeps and "causal=True" in inflation.keeps
+    )
 
 
 @torch.no_grad()
@@ -266,7 +268,7 @@ def test_arguments_that_the_weights_decide_must_agree(tiny_model, key):
 @pytest.mark.parametrize(
     ("encoding", "axes", "chosen", "message"),
     [
-        ("latte", ["spatial", "temporal"], {}, "sincos but .* have latte, whose table they need; set model.position_encoding=latte."),
+        ("latte", ["spatial", "temporal"], {}, "sincos but .* have latte, whose table the weights need; set model.position_encoding=latte."),
         ("latte", ["spatial", "temporal"], {"position_encoding": "rope", "causal": True}, "set model.position_encoding=latte and model.causal=false"),
         ("rope_3d", ["spatial"], {"position_encoding": "rope"}, "rope but .* have rope_3d, which rotates spatial attention; set"),
     ],
@@ -283,7 +285,7 @@ def test_latte_weights_are_loaded_whole(tiny_model):
     again, inflation = to_video(latte, InitFrom(path="image", temporal="convert"), position_encoding="latte")
     x = torch.randn(2, 4, 3, 8, 8)
     assert torch.equal(again(x, *CASE), latte(x, *CASE))
-    assert "everything, it is the same model" in inflation.keeps
+    assert "preserved of the image model: the whole output, since it is the same model" in inflation.keeps
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
@@ -293,7 +295,7 @@ def test_inserted_blocks_are_the_identity_with_every_conditioning_and_learn(tiny
     x = torch.randn(2, 4, 3, 8, 8)
     with torch.no_grad():
         assert (video(x, *CASE) - each_frame(image, x, *CASE)).abs().max() < 1e-5
-    assert "on every frame as the image model" in inflation.keeps
+    assert "preserved of the image model: the output on every frame." in inflation.keeps
     video.train()
     optimizer = torch.optim.SGD(video.parameters(), lr=0.1)
     for _ in range(2):
@@ -318,7 +320,7 @@ def test_everything_outside_the_blocks_is_copied_too(tiny_model, choices):
     video, inflation = to_video(image, axes=["joint"], sample_size=(3, 8, 8), **choices)
     x = torch.randn(2, 4, 1, 8, 8)
     assert (video(x, *CASE) - image(x, *CASE)).abs().max() < 1e-6
-    assert "on one frame as the image model" in inflation.keeps
+    assert "preserved of the image model: the output on one frame" in inflation.keeps
 
 
 @torch.no_grad()

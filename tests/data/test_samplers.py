@@ -84,7 +84,7 @@ def test_a_pack_fills_its_budget_and_an_epoch_covers_every_clip_once():
 def test_budgets_and_sizes_that_cannot_hold_a_clip_are_refused():
     with pytest.raises(ValueError, match=r"a clip of 12 tokens does not fit into a pack of 10 .* use train.tokens=12"):
         PackedSampler(0, [0, 2], SIZES, COSTS, tokens=10)
-    with pytest.raises(ValueError, match="add a shorter one"):
+    with pytest.raises(ValueError, match="add a size with fewer frames"):
         BucketSampler(0, [None], SIZES, COSTS, tokens=10)
 
 

@@ -54,7 +54,7 @@ def test_a_variant_that_changes_more_than_one_thing_says_so():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"variants": {}}, "needs variants"),
+        ({"variants": {}}, "variants is empty; give each variant a name"),
         ({"seeds": []}, "seeds is empty"),
         ({"budget": Budget()}, "gives nothing; give one of"),
         ({"budget": Budget(minutes=1, steps=3)}, "give one of minutes"),

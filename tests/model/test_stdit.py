@@ -109,7 +109,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(tiny_model, tmp_path):
     [
         ({"hidden_size": 30}, "hidden_size=30 is not a multiple of num_heads=4"),
         ({"axes": ["spacial"]}, "'spacial'.* is unknown. Choose from: joint, spatial, temporal"),
-        ({"axes": []}, "an empty list is unknown"),
+        ({"axes": []}, "the list is empty. Choose from: joint, spatial, temporal"),
         ({"patch_size": (0, 2, 2)}, "Use \\[1, 2, 2\\]"),
         ({"class_names": ["one"]}, "1 class_names for num_classes=5"),
         ({"depth": 0}, "at least one block"),

@@ -135,7 +135,7 @@ def test_packing_folds_and_unfolds_to_where_it_was(axis):
     [
         ({"causal": True}, "needs position_encoding='rope' or"),
         ({"causal": True, "position_encoding": "rope", "axes": ["spatial"]}, "joint or temporal attention"),
-        ({"window": 3}, "of a causal model"),
+        ({"window": 3}, "and needs causal=true"),
         ({"causal": True, "position_encoding": "rope", "window": 1}, "a window is 2 latent frames or more"),
         ({"pos_scaling": "interpolat"}, "Did you mean 'interpolate'"),
     ],

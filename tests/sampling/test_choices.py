@@ -283,5 +283,5 @@ def test_a_model_does_not_warn_of_what_it_was_trained_for(make):
 
 
 def test_guidance_toward_history_says_when_there_is_none(make):
-    with pytest.warns(UserWarning, match="there are none here"):
+    with pytest.warns(UserWarning, match="history_guidance=2.0 has no effect without known frames"):
         make().edit(clip(5), 0.5, history_guidance=2.0, **FAST)

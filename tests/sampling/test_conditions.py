@@ -83,7 +83,7 @@ def test_conditions_that_a_model_does_not_have_are_refused(make, call, message):
 
 
 def test_what_follows_from_the_clip_cannot_be_given(make):
-    with pytest.raises(ValueError, match="micro_conditions follow from the clip to be generated and from fps"):
+    with pytest.raises(ValueError, match="micro_conditions follow from the clip to generate and from fps"):
         make(micro_conditions=["fps"]).extend(clip(5), after=4, micro_conditions=[[8.0]], **FAST)
 
 

@@ -95,7 +95,7 @@ def test_the_wrong_vae_is_refused(make):
     other = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)), 0.1)
     with pytest.raises(ValueError, match="has other weights"):
         STDiTPipeline(pipe.transformer, other, STDiTScheduler(), vae_fingerprint=pipe.config.vae_fingerprint)
-    with pytest.raises(ValueError, match="takes latents of 16 channels, VAE 'tiny' makes 4"):
+    with pytest.raises(ValueError, match="takes latents of 16 channels, but VAE 'tiny' makes 4"):
         STDiTPipeline(pipe.transformer, TinyVAE(channels=4), STDiTScheduler())
 
 
@@ -129,7 +129,7 @@ def test_diffusers_euler_on_the_same_levels_gives_our_clip(make):
 
 def test_a_solver_asked_for_by_name_takes_the_place_of_the_folders_scheduler(make):
     theirs = make("ddpm", diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False))
-    with pytest.raises(ValueError, match="'ddim50' is for stdit's solvers, this model has scheduler DDIMScheduler"):
+    with pytest.raises(ValueError, match="'ddim50' is for stdit's solvers, but this model has scheduler DDIMScheduler"):
         sample(theirs, num_inference_steps="ddim50")
     ours = make("ddpm")
     same = {"num_inference_steps": "ddim10", "solver": "ddim"}
@@ -144,7 +144,7 @@ def test_class_names_that_are_lists_answer_to_each_name(make):
 
 
 def test_a_scheduler_for_another_prediction_is_refused(make):
-    with pytest.raises(ValueError, match="expects prediction_type='epsilon', this model was trained for 'flow'"):
+    with pytest.raises(ValueError, match="expects prediction_type='epsilon', but this model was trained for 'flow'"):
         make("flow", diffusers.DDIMScheduler())
 
 

@@ -319,7 +319,10 @@ def test_outpainting_keeps_the_picture_in_the_middle(make):
         (lambda p: p.extend(clip(5), after=4, overlap=9), "overlap=9 leaves nothing to be generated"),
         (lambda p: p.connect(clip(5), clip(4), 5), r"frames=5 is not whole groups .* Use frames=4 or 8"),
         (lambda p: p.connect(clip(5), clip(4), 0), "frames must be >= 1, got 0"),
-        (lambda p: p.connect(clip(5), clip(4, height=16), 4), "of one size: .*last is 2 clip.s. of 16 x 32"),
+        (
+            lambda p: p.connect(clip(5), clip(4, height=16), 4),
+            "equal in number and size: .*last is 2 clip.s. of 16 x 32",
+        ),
         (lambda p: p.loop(clip(5), 6), r"frames=6 is not whole groups .* Use frames=4 or 8"),
         (lambda p: p.animate(clip(5)), "takes one image, got 5 frames"),
         (lambda p: p.animate(clip(1), 1), "num_frames must be >= 2, got 1"),

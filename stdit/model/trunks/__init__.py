@@ -1,4 +1,4 @@
-"""Trunks: ways to connect blocks, one per file. A new one is its file and a row here."""
+"""Trunks: ways to connect blocks, one per file. A new trunk needs its file and a row here."""
 
 from stdit.model.trunks.base import Trunk, TrunkConfig, TrunkContext, block_position_encodings
 from stdit.model.trunks.dual_stream import DualStream

@@ -1,4 +1,4 @@
-"""The interface of a trunk, which connects the blocks: which blocks, in which order, and what it supports."""
+"""The interface of a trunk, which makes the blocks and runs them in order."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +19,10 @@ from stdit.nn.modulation import Condition
 
 @dataclass(frozen=True)
 class TrunkConfig:
-    """Configuration of a trunk.
+    """Configuration of a trunk and its blocks.
 
-    axes: of every block. grid: rows and columns of patches the model is made for. caption_axes: axes whose blocks
-    cross-attend to captions (empty: all).
+    axes: the attention axis of every block. grid: rows and columns of patches of the training clips. caption_axes: axes
+    whose blocks cross-attend to captions (empty: all).
     """
 
     block: BlockConfig
@@ -33,6 +33,37 @@ class TrunkConfig:
     caption_axes: Sequence[str] = ()
     num_decoder_blocks: int = 4
     num_single_blocks: int = 0
+
+    @classmethod
+    def from_model_config(cls, config: Any) -> "TrunkConfig":
+        """Collect the trunk's and the blocks' part of the flat config of STDiT."""
+        patch_frames, patch_rows, patch_columns = config.patch_size
+        frames, rows, columns = config.sample_size
+        grid = (rows // patch_rows, columns // patch_columns)
+        block = BlockConfig(
+            dim=config.hidden_size,
+            num_heads=config.num_heads,
+            mlp_ratio=config.mlp_ratio,
+            qk_norm=config.qk_norm,
+            conditioning=config.conditioning,
+            norm2_eps=config.norm2_eps,
+            gelu=config.gelu,
+            causal=config.causal,
+            window=config.window,
+            sink=config.sink,
+            max_train_frames=frames // patch_frames,
+            bias_grid=grid if config.relative_position_bias else None,
+        )
+        return cls(
+            block=block,
+            axes=[config.axes[i % len(config.axes)] for i in range(config.depth)],
+            grid=grid,
+            position_encoding=config.position_encoding,
+            caption_channels=config.caption_channels,
+            caption_axes=list(config.caption_axes),
+            num_decoder_blocks=config.num_decoder_blocks,
+            num_single_blocks=config.num_single_blocks,
+        )
 
     @property
     def depth(self) -> int:
@@ -50,7 +81,7 @@ class TrunkConfig:
         return block_position_encodings(self.position_encoding, self.axes)
 
     def make_block(self, i: int, *, skip: bool = False) -> STDiTBlock:
-        """The block `i`."""
+        """Make block `i` of the depth; skip: with a linear layer that merges an earlier block's output."""
         axis = self.axes[i]
         return STDiTBlock(
             self.block,
@@ -63,11 +94,11 @@ class TrunkConfig:
 
 @dataclass
 class TrunkContext:
-    """What the blocks of one forward pass share in one forward pass.
+    """The blocks of a model and their inputs in one forward pass.
 
-    call: runs a block, checkpointed where that is asked for. visible: (B, n) patches that the encoder of a masked trunk
-    sees, None for all. Blocks stand here, not among a trunk's arguments, since accelerate's hooks move modules that are
-    given to a module.
+    call: runs a block, with gradient checkpointing if it is enabled. visible: (B, n) indices of the patches that the
+    encoder of a masked trunk sees, None for all. The blocks are passed here and not as arguments of a trunk, because
+    accelerate's hooks move modules that are arguments of a module.
     """
 
     blocks: Sequence[Any]
@@ -80,7 +111,7 @@ class TrunkContext:
     _contexts: dict[int, BlockContext] = field(default_factory=dict)
 
     def of(self, layout: Layout | None = None) -> BlockContext:
-        """The blocks' context for a layout (None: the trunk's own), its position tables made once."""
+        """The blocks' context for a layout (None: `self.layout`); its position tables are made once."""
         layout = layout or self.layout
         if id(layout) not in self._contexts:
             attentions = [(block.attn.axis, block.attn.position_encoding) for block in self.blocks]
@@ -90,16 +121,17 @@ class TrunkContext:
     def __call__(
         self, block: nn.Module, tokens: Tensor, skip: Tensor | None = None, layout: Layout | None = None
     ) -> Tensor:
-        """Tokens (B, T, S, D) through one plain block."""
+        """Run an `STDiTBlock` on tokens (B, T, S, D)."""
         return self.call(block, tokens, self.of(layout), skip)
 
 
 class Trunk(nn.Module, ABC):
-    """How blocks are connected, and the parameters it owns in addition. The blocks themselves are the model's `blocks`.
+    """Connects the blocks of a model, and owns parameters that belong to no block. The model owns the blocks.
 
-    supports: capabilities (`model.capabilities`) that a model with this trunk may have; requires: what it needs.
-    options: constructor arguments of the model that only this trunk reads. block_classes: classes of its blocks, for diffusers (compilation, caches) and device maps. has_unused_parameters: in
-    some steps some parameters get no gradient, so that DDP needs find_unused_parameters.
+    supports: capabilities (`model.capabilities`) that a model with this trunk may have; requires: capabilities that it
+    must have. options: constructor arguments of the model that only this trunk reads. block_classes: classes of its
+    blocks, for diffusers (compilation, caches) and device maps. has_unused_parameters: some parameters get no gradient
+    in some steps, so that DDP needs find_unused_parameters.
     """
 
     supports: ClassVar[frozenset[str]] = frozenset({"patch_levels", "block_caching"})
@@ -114,26 +146,30 @@ class Trunk(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: TrunkConfig) -> None:
-        """Raise ValueError for an invalid depth or an unsupported combination."""
+        """Raise ValueError for an invalid depth or an unsupported combination of choices."""
 
     def make_blocks(self, config: TrunkConfig) -> list[nn.Module]:
-        """The blocks of a model."""
+        """Make the blocks of a model, by default `config.depth` plain blocks."""
         return [config.make_block(i) for i in range(config.depth)]
 
     def reset(self) -> None:
-        """Initialise what a linear layer's own initialisation does not fit."""
+        """Initialise the trunk's own parameters after the model has initialised all linear layers."""
 
     def pooled_text_embedding(self, conditions: Mapping[str, Any], dtype: torch.dtype) -> Tensor | None:
-        """(B, 1, 1, D) that the trunk adds to the conditioning vector, or None."""
+        """Embedding of the whole caption (B, 1, 1, D) that is added to the conditioning vector; by default None."""
         return None
 
     @abstractmethod
     def forward(self, tokens: Tensor, ctx: TrunkContext) -> Tensor:
-        """Tokens (B, T, S, D) through all blocks."""
+        """Run tokens (B, T, S, D) through all blocks."""
 
 
 def block_position_encodings(encoding: str, axes: Sequence[str]) -> list[str]:
-    """The position encoding of each block: the model's in every attention; Latte's once, in the first block of time."""
+    """The position encoding of each block.
+
+    All blocks have the model's encoding, except that Latte's table is added once, in the first block that attends along
+    time.
+    """
     if encoding not in POSITION_ENCODINGS or encoding == "none":
         known = [name for name in POSITION_ENCODINGS if name != "none"]
         raise ValueError(f"position_encoding={encoding!r} is unknown. Choose one of: {', '.join(known)}.")

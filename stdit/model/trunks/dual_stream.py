@@ -1,4 +1,4 @@
-"""SD3's and FLUX's trunk: video and text side by side through every block."""
+"""SD3's and FLUX's trunk: a video stream and a text stream pass through every block."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from stdit.nn.embedders import CaptionEmbedder
 class DualStream(Trunk):
     """Dual-stream blocks (Esser et al., figure 2), of which the last `num_single_blocks` are single-stream (FLUX).
 
-    The mean of the caption's tokens is added to the conditioning vector. What the last block makes of the text is unused.
+    The mean of the caption's tokens is added to the conditioning vector. The text output of the last block is unused.
     """
 
     requires = frozenset({"text"})
@@ -30,6 +30,7 @@ class DualStream(Trunk):
 
     @classmethod
     def check(cls, config: TrunkConfig) -> None:
+        """Raise ValueError without captions, and for choices that its blocks do not support."""
         if not config.caption_channels:
             raise ValueError(
                 "trunk='dual_stream' needs captions: name a text encoder (text.encoder=words), or use trunk='stack'."
@@ -43,17 +44,18 @@ class DualStream(Trunk):
         if block.causal or block.conditioning != "adaln_zero" or set(config.axes) != {"joint"}:
             raise ValueError(
                 f"trunk='dual_stream' with conditioning={block.conditioning!r}, causal={block.causal} and "
-                f"axes={sorted(set(config.axes))}: its blocks have adaln_zero and attention over all tokens; use "
+                f"axes={sorted(set(config.axes))}: its blocks support only adaln_zero and joint attention; use "
                 "conditioning=adaln_zero, causal=false, axes=[joint]."
             )
         if block.bias_grid is not None or config.position_encoding == "latte":
             raise ValueError(
                 f"trunk='dual_stream' with relative_position_bias={block.bias_grid is not None} and "
-                f"position_encoding={config.position_encoding!r}: its blocks have neither a bias nor Latte's table; use "
+                f"position_encoding={config.position_encoding!r}: its blocks support neither; use "
                 "relative_position_bias=false and position_encoding='sincos' or 'rope_3d'."
             )
 
     def make_blocks(self, config: TrunkConfig) -> list[nn.Module]:
+        """Make the dual-stream blocks, followed by the single-stream blocks."""
         first_single = config.depth - config.num_single_blocks
         return [
             (SingleStreamBlock if i >= first_single else DualStreamBlock)(config.block, encoding)
@@ -61,6 +63,7 @@ class DualStream(Trunk):
         ]
 
     def pooled_text_embedding(self, conditions: Mapping[str, Any], dtype: torch.dtype) -> Tensor | None:
+        """Embed the mean of the caption's tokens: (B, 1, 1, D)."""
         caption = conditions["caption"]
         assert isinstance(caption, Tokens)
         if caption.tokens.shape[1] > 1:
@@ -73,6 +76,7 @@ class DualStream(Trunk):
         return self.pooled_embedder(mean.to(dtype))[:, None, None]
 
     def forward(self, tokens: Tensor, ctx: TrunkContext) -> Tensor:
+        """Run video and text through all blocks, and return the video tokens."""
         assert ctx.condition.tokens is not None
         text, block_ctx = ctx.condition.tokens[:, 0], ctx.of()
         for block in ctx.blocks:

@@ -1,4 +1,4 @@
-"""U-ViT's trunk: blocks of the first half are connected to those of the second."""
+"""U-ViT's trunk: long skip connections from the first half of the blocks to the second."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from stdit.model.trunks.base import Trunk, TrunkConfig, TrunkContext
 
 
 class LongSkip(Trunk):
-    """Long skip connections from the first half of the blocks to the second, last to first; a middle block has none.
+    """Long skip connections that pair the first block with the last, and so on inwards; a middle block has none.
 
     Bao et al., "All are Worth Words: A ViT Backbone for Diffusion Models", figure 1.
     """
@@ -16,15 +16,17 @@ class LongSkip(Trunk):
     supports = frozenset({"packing", "patch_levels", "block_caching"})
 
     def make_blocks(self, config: TrunkConfig) -> list[nn.Module]:
+        """Make the blocks, of which the second half merge a skip connection."""
         depth = config.depth
         return [config.make_block(i, skip=i >= depth - depth // 2) for i in range(depth)]
 
     def forward(self, tokens: Tensor, ctx: TrunkContext) -> Tensor:
+        """Run the tokens through the blocks, with their skip connections."""
         return forward_with_long_skips(ctx.blocks, tokens, ctx)
 
 
 def forward_with_long_skips(blocks: Sequence[nn.Module], tokens: Tensor, run: Callable[..., Tensor]) -> Tensor:
-    """Tokens through blocks of which the last half take `skip`; run: (block, tokens, skip=) -> tokens."""
+    """Run tokens through blocks, of which the second half take `skip`; run: (block, tokens, skip=) -> tokens."""
     half, skips = len(blocks) // 2, []
     for block in blocks[:half]:
         tokens = run(block, tokens)

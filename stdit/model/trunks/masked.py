@@ -1,4 +1,4 @@
-"""MDT v2's trunk: an encoder that sees some patches in training, a side-interpolater for the others, a decoder that sees all."""
+"""MDT v2's trunk: an encoder with hidden patches in training, a side-interpolater for these, and a decoder."""
 
 from dataclasses import replace
 
@@ -12,10 +12,10 @@ from stdit.nn.layout import DenseLayout
 
 
 class Masked(Trunk):
-    """Long skips in the encoder, the first tokens handed to every block of the decoder, and what masking needs.
+    """An encoder with long skips, and a decoder whose blocks all take the embedded patches as skip (MDT v2).
 
-    Gao et al., "MDTv2", section 3: a mask token, the decoder's positions, one side-interpolater block. The same patches
-    are hidden in all frames of a clip, so that tokens keep their layout and an image is one frame.
+    Masking needs a mask token, position embeddings of the decoder and one side-interpolater block (Gao et al., "MDTv2",
+    section 3). The same patches are hidden in all frames of a clip, so that every frame has the same number of tokens.
     """
 
     supports = frozenset({"patch_levels", "masking"})
@@ -29,11 +29,12 @@ class Masked(Trunk):
 
     @classmethod
     def check(cls, config: TrunkConfig) -> None:
+        """Raise ValueError if the encoder has no two equal halves, and for choices that masking does not support."""
         depth, decoder = config.depth, config.num_decoder_blocks
         if decoder < 1 or depth <= decoder or (depth - decoder) % 2:
             raise ValueError(
-                f"trunk='masked' with depth={depth} and num_decoder_blocks={decoder}: the encoder has two equal halves; use a "
-                f"depth of num_decoder_blocks plus an even number, such as depth={decoder + 2}."
+                f"trunk='masked' with depth={depth} and num_decoder_blocks={decoder}: the encoder has two equal "
+                f"halves; use a depth of num_decoder_blocks plus an even number, such as depth={decoder + 2}."
             )
         in_context, encoding = config.conditioning.in_context, config.position_encoding
         if config.block.causal or in_context or encoding in ("rope_3d", "sincos+rope_3d"):
@@ -43,14 +44,17 @@ class Masked(Trunk):
             )
 
     def make_blocks(self, config: TrunkConfig) -> list[nn.Module]:
+        """Make encoder and decoder blocks; all but the first half of the encoder take a skip connection."""
         half = (config.depth - config.num_decoder_blocks) // 2
         return [config.make_block(i, skip=i >= half) for i in range(config.depth)]
 
     def reset(self) -> None:
+        """Initialise the mask token and the side-interpolater."""
         nn.init.normal_(self.mask_token, std=0.02)
         self.side_interpolater.reset()
 
     def forward(self, tokens: Tensor, ctx: TrunkContext) -> Tensor:
+        """Run encoder, side-interpolater (if patches are hidden) and decoder."""
         assert isinstance(ctx.layout, DenseLayout)
         blocks, first_tokens, (_, rows, columns) = ctx.blocks, tokens, ctx.layout.grid
         encoder, decoder = (
@@ -69,7 +73,7 @@ class Masked(Trunk):
         return tokens
 
     def _interpolate(self, tokens: Tensor, ctx: TrunkContext, pos_embed: Tensor) -> Tensor:
-        """All patches again: the hidden ones from the side-interpolater, the visible ones as they were."""
+        """Fill in the hidden patches with the side-interpolater; the visible patches stay unchanged."""
         batch, frames, _, dim = tokens.shape
         assert ctx.visible is not None
         index = ctx.visible[:, None, :, None].expand(-1, frames, -1, dim)
@@ -83,6 +87,6 @@ class Masked(Trunk):
 
 
 def _gather(tokens: Tensor, visible: Tensor) -> Tensor:
-    """(B, T, S, D), (B, n) -> (B, T, n, D)."""
+    """Select the visible patches (B, n) of every frame: (B, T, S, D) -> (B, T, n, D)."""
     index = visible[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[-1])
     return tokens.gather(2, index)

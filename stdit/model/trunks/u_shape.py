@@ -1,4 +1,4 @@
-"""DiffiT's U: blocks behind convolutions, the middle third on a grid of half the rows and columns."""
+"""DiffiT's U-shaped trunk: a convolution before every block, and the middle blocks at half resolution."""
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +8,10 @@ from stdit.nn.layout import DenseLayout
 
 
 class UShape(Trunk):
-    """A convolution over each frame before every block, down- and upsampling, and skips from encoder to decoder.
+    """A convolution before every block, down- and upsampling, and skip connections from encoder to decoder.
 
     Hatamizadeh et al., "DiffiT: Diffusion Vision Transformers for Image Generation", the image-space model. Convolutions
-    see one frame; frames exchange information by the blocks' attention.
+    run on single frames; frames exchange information through the blocks' attention.
     """
 
     supports = frozenset()
@@ -19,7 +19,7 @@ class UShape(Trunk):
     def __init__(self, config: TrunkConfig):
         super().__init__(config)
         depth, dim = config.depth, config.block.dim
-        self.outer = depth // 3  # blocks of each arm
+        self.outer = depth // 3  # blocks of the encoder, and of the decoder
         groups = next(n for n in (32, 16, 8, 4, 2, 1) if dim % n == 0)
         self.convs = nn.ModuleList(
             nn.Sequential(nn.GroupNorm(groups, dim), nn.SiLU(), nn.Conv2d(dim, dim, 3, padding=1)) for _ in range(depth)
@@ -30,14 +30,15 @@ class UShape(Trunk):
 
     @classmethod
     def check(cls, config: TrunkConfig) -> None:
+        """Raise ValueError for fewer than 3 blocks and for in-context conditioning."""
         if config.depth < 3 or config.conditioning.in_context:
             raise ValueError(
                 f"trunk='u_shape' with depth={config.depth} and conditioning={config.block.conditioning!r}: it takes 3 blocks "
-                "or more, and patches alone; use depth=3 and conditioning='time_attention' (DiffiT) or 'adaln_zero'."
+                "or more, and only patches; use depth=3 and conditioning='time_attention' (DiffiT) or 'adaln_zero'."
             )
 
     def forward(self, tokens: Tensor, ctx: TrunkContext) -> Tensor:
-        """Tokens (B, T, rows * columns, D) down and up again; ValueError for a grid that cannot be halved."""
+        """Run tokens (B, T, rows * columns, D) through the U; ValueError for a grid that cannot be halved."""
         blocks, layout = ctx.blocks, ctx.layout
         assert isinstance(layout, DenseLayout)
         frames, rows, columns = layout.grid
@@ -71,7 +72,7 @@ class UShape(Trunk):
 
 
 def _per_frame(convolution: nn.Module, tokens: Tensor, rows: int) -> Tensor:
-    """(B, T, rows * columns, D) through a convolution over each frame."""
+    """Apply a convolution to each frame of tokens (B, T, rows * columns, D)."""
     batch, frames, count, dim = tokens.shape
     images = tokens.reshape(batch * frames, rows, count // rows, dim).permute(0, 3, 1, 2)
     return convolution(images).flatten(2).transpose(1, 2).unflatten(0, (batch, frames))
