@@ -89,6 +89,12 @@ def fit(run: Run) -> int:
         f"{model.num_classes} classes, {accelerator.num_processes} process(es) on {accelerator.device}, "
         f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}; step {trainer.step} of {config.train.steps}"
     )
+    train = config.train
+    if train.decay_steps is not None and trainer.step < train.steps > train.decay_steps:
+        accelerator.print(
+            f"train.steps={train.steps} goes beyond train.decay_steps={train.decay_steps}, where the learning rate becomes 0: later "
+            "steps change nothing. Set both to one number, or train.decay_steps=null for a constant rate."
+        )
     workers = num_workers(config.data.workers, getattr(run.dataset, "decodes", True), accelerator.num_processes)
     loader = batches(
         run.dataset, config.seed, config.train.batch_size, trainer.step, micro_batch=config.train.micro_batch,
