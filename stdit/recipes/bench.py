@@ -2,6 +2,7 @@
 
 stdit bench loader --root path/to/clips      our loader against PyAV alone on the same clips
 stdit bench step                             training steps of small models
+stdit bench floor                            the quickstart's step against the products it consists of
 stdit bench attention                        plain products against the fused kernel
 stdit bench vae                              the tiny VAE
 stdit bench packing                          clips of many shapes: packed, padded, in buckets
@@ -18,16 +19,19 @@ from pathlib import Path
 import av
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch.utils.flop_counter import FlopCounterMode
 
+from stdit.config import Config, load_typed
 from stdit.data.datasets import DataConfig, build_dataset
 from stdit.data.loader import batches
 from stdit.data.manifest import VIDEO_SUFFIXES, scan_folder
 from stdit.data.video_io import VideoError, VideoReader
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
 from stdit.nn.attention import explicit_attention
 from stdit.pixels import to_float
-from stdit.precision import autocast, native_bf16
+from stdit.precision import autocast, native_bf16, resolve
 from stdit.recipes.entry import command_parser
 from stdit.rng import keyed_rng
 from stdit.training.optim import build_optimizers
@@ -164,6 +168,52 @@ def bench_step(args: argparse.Namespace) -> None:
                 )
 
 
+def bench_floor(args: argparse.Namespace) -> None:
+    """The quickstart's training step against its floor: its operations over the rate of large products on this machine."""
+    config = load_typed(Config, "quickstart")
+    precision = resolve(config.train.precision)
+    model = STDiT(**{**model_arguments(config.model), "in_channels": 16, "num_classes": 12, "learn_sigma": False})
+    optimizers = build_optimizers(model, config.train.optimizer, 1e-3)
+    objective, batch = build_objective(config.objective), config.train.batch_size
+    latents, labels = torch.randn((batch, 16, 5, 8, 8)), torch.randint(0, 12, (batch, 1))
+
+    def gradient(step: int) -> None:
+        keys = [(0, step, slot) for slot in range(batch)]
+        clips = [LatentBatch(latents, lambda mask: latents.transpose(1, 2)[mask])]
+        with autocast(precision, "cpu"):
+            losses = diffusion_losses(model, objective, clips, {"label": labels}, keys, patch=model.patch_size)
+        losses.clips.mean().backward()
+
+    def update() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    square = torch.randn(1024, 1024).to(dtype)
+    counted = []
+    for part in (lambda: gradient(0), update):
+        with FlopCounterMode(display=False) as counter:
+            part()
+        counted.append(counter.get_total_flops())
+    seconds: dict[str, list[float]] = {"gradient": [], "update": [], "product": []}
+    for i in range(args.rounds * 4 + 2):
+        seconds["gradient"].append(timed(lambda i=i: gradient(i + 1)))
+        seconds["update"].append(timed(update))
+        seconds["product"].append(timed(lambda: square @ square))
+    medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
+    rate = 2 * 1024**3 / medians["product"]
+    print(
+        f"{torch.backends.cpu.get_cpu_capability()}, {precision}, {torch.get_num_threads()} threads: products of 1024 x 1024 at {rate / 1e9:.0f} Gflop/s"
+    )
+    for name, flops in zip(("gradient", "update"), counted, strict=True):
+        print(
+            f"{name}: {flops / 1e9:.1f} Gflop, floor {1e3 * flops / rate:.0f} ms, measured {1e3 * medians[name]:.0f} ms"
+        )
+    whole = medians["gradient"] + medians["update"]
+    print(f"step: {1e3 * whole:.0f} ms, {sum(counted) / rate / whole:.0%} of the floor's speed")
+
+
 def bench_attention(args: argparse.Namespace) -> None:
     """Plain products against the fused kernel, forward and backward, on the sequences of small models."""
     for batch, heads, length, dim in ((32, 2, 80, 64), (160, 2, 16, 64), (512, 2, 5, 64), (2, 6, 512, 64)):
@@ -274,6 +324,7 @@ BENCHES = {
     "loader": bench_loader,
     "attention": bench_attention,
     "step": bench_step,
+    "floor": bench_floor,
     "vae": bench_vae,
     "quickstart": bench_quickstart,
     "packing": bench_packing,
