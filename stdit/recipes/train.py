@@ -36,7 +36,7 @@ from stdit.vae import load_vae
 
 
 class Run(NamedTuple):
-    """A training run, built and not yet started."""
+    """A training run that is built and not yet started."""
 
     config: Config
     dataset: Dataset
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 def build_run(config: Config, accelerator: Accelerator) -> Run:
-    """Build everything, lock the folders, and restore the checkpoint that `train.resume` asks for."""
+    """Build all parts, lock the folders, and restore the checkpoint that `train.resume` selects."""
     processes, main = accelerator.num_processes, accelerator.is_main_process
     check_batch(config, processes)
     dataset = build_dataset(config.data)
@@ -81,7 +81,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
 
 
 def fit(run: Run) -> int:
-    """Train to the end or to a signal -> exit code."""
+    """Train to the last step, or until a signal; returns the exit code."""
     config, trainer = run.config, run.trainer
     accelerator, model = trainer.accelerator, trainer.model
     accelerator.print(
@@ -111,7 +111,7 @@ def fit(run: Run) -> int:
 
 
 def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
-    """Write model, samples and summary.json after `fit` (in the main process); model and samples only of a finished run."""
+    """Write summary.json after `fit`, and the model and samples if the run is finished. For the main process only."""
     config, trainer = run.config, run.trainer
     accelerator, folders = trainer.accelerator, trainer.folders
     if not code:
@@ -158,5 +158,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """`main`, with an error that a user can cause printed as one line."""
+    """Run `main` like a command: an error that a user can cause is printed in one line."""
     return entry.run(main, argv)

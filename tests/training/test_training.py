@@ -376,3 +376,8 @@ def test_one_and_two_processes_agree_on_the_loss(home, extra):
     assert done.returncode == 0, done.stderr[:3000]
     for a, b in zip(losses("one"), losses("two"), strict=True):
         assert float(a[1]) == pytest.approx(float(b[1]), rel=1e-6)
+
+
+def test_a_rate_that_reaches_zero_before_the_end_is_said(home, capsys):
+    assert go("train.steps=4", "train.decay_steps=2", "train.samples=0") == 0
+    assert "train.steps=4 goes beyond train.decay_steps=2" in capsys.readouterr().out
