@@ -38,9 +38,9 @@ def build_accelerator(precision: Precision, unused_parameters: bool = False) -> 
 
 
 def build_captions(config: Config, dataset: Dataset, device: torch.device, *, main: bool) -> CaptionCache | None:
-    """Encode the captions of the data into a cache on disk; None without a text encoder. ValueError if no clip has a caption.
+    """Encode the captions of the data into a cache on disk; None without a text encoder.
 
-    main: whether this is the main process, which encodes and writes; the others read.
+    main: whether this is the main process, which encodes and writes; the others read. ValueError if no clip has a caption.
     """
     if config.text.encoder is None:
         return None
@@ -60,7 +60,7 @@ def build_captions(config: Config, dataset: Dataset, device: torch.device, *, ma
 def build_model(
     config: Config, vae: VideoVAE, dataset: Dataset, objective: Objective, caption_channels: int | None = None
 ) -> STDiT | UNet:
-    """Build the network of a config. ValueError if its classes do not fit the data; model.num_classes=0 means no labels."""
+    """Build the network of a config. ValueError if its classes do not fit the data; num_classes=0 means no labels."""
     classes = dataset.num_classes if config.model.num_classes is None else config.model.num_classes
     if dataset.num_classes > classes > 0:
         raise ValueError(
@@ -108,16 +108,22 @@ def check_batch(config: Config, processes: int) -> None:
 def build_order(
     config: Config, dataset: Dataset, vae: VideoVAE, *, patch: tuple[int, int, int], processes: int
 ) -> BatchSampler:
-    """Build the sampler of batches: `batch_size` clips per step, or with `data.sizes` a budget of `train.tokens` per step."""
+    """Build the sampler of batches: `batch_size` clips, or with `data.sizes` `tokens` patches, per step."""
     data, train = config.data, config.train
     if not data.sizes:
         if train.tokens is not None:
-            raise ValueError(f"train.tokens={train.tokens} has no effect without data.sizes; use train.batch_size, or give data.sizes.")
+            raise ValueError(
+                f"train.tokens={train.tokens} has no effect without data.sizes; use train.batch_size, or give data.sizes."
+            )
         return UniformSampler(config.seed, len(dataset), train.batch_size)
     if train.tokens is None or train.micro_batch is not None:
-        raise ValueError("data.sizes needs train.tokens, the number of patches in a step; set it, and train.micro_batch=null.")
+        raise ValueError(
+            "data.sizes needs train.tokens, the number of patches in a step; set it, and train.micro_batch=null."
+        )
     if data.packing and "region" in config.objective.active_mask_probs:
-        raise ValueError("data.packing=true supports noise levels per frame, not per patch; set objective.mask_probs.region=0.")
+        raise ValueError(
+            "data.packing=true supports noise levels per frame, not per patch; set objective.mask_probs.region=0."
+        )
     sizes = [ClipSize(*size) for size in data.sizes]
     grids = [vae.latent_shape(*size, patch) for size in sizes]
     costs = [math.prod(n // p for n, p in zip(grid, patch, strict=True)) for grid in grids]

@@ -34,9 +34,10 @@ def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
     return f"warning: {message}\n"
 
 
-def _flush_output() -> bool:
-    """Flush stdout; False if its reader is gone. The rest is then thrown away, so that Python's exit prints no error."""
+def _flush_output(text: str = "") -> bool:
+    """Write `text` to stdout and flush it; False if its reader is gone. The rest is then discarded, so that Python's exit prints no error."""
     try:
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,7 +49,7 @@ def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
     try:
         return main(argv)
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and not _flush_output():
+        if isinstance(error, BrokenPipeError) and not _flush_output("\n"):  # of stdout, not of a loader's worker
             return 1
         message = str(error)
         if message.startswith("Caught "):  # from a loader's worker: a whole traceback, which ends in the message
@@ -70,6 +71,6 @@ def command_parser(command: str, description: str | None) -> argparse.ArgumentPa
 
 
 def child_environment() -> dict[str, str]:
-    """Environment variables with which a child process `python -m stdit ...` finds the package that this process runs."""
+    """Environment variables with which a child process `python -m stdit ...` finds the package of this process."""
     paths = [str(Path(stdit.__file__).parents[1]), os.environ.get("PYTHONPATH")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}

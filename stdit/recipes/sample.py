@@ -64,7 +64,7 @@ def output_paths(args: argparse.Namespace, model: Path, *, count: int, suffix: s
 
 
 def write_clips(paths: list[Path], clips: torch.Tensor | Iterable[torch.Tensor], fps: float) -> Iterator[tuple]:
-    """Write clips (B, 3, F, H, W), or a stream of their parts (B, 3, f, H, W); yield (frames, height, width) of each file."""
+    """Write clips (B, 3, F, H, W), or a stream of their parts; yield (frames, height, width) per file."""
     if not isinstance(clips, torch.Tensor) and paths[0].suffix.lower() != ".mp4":
         clips = torch.cat(list(clips), dim=2)
     if isinstance(clips, torch.Tensor):
@@ -92,7 +92,7 @@ def _animate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace,
 
 
 def _extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    """The extended clip; from a causal model a stream of groups of frames, so that memory does not grow with the length."""
+    """The extended clip; from a causal model a stream of groups of frames, in constant memory."""
     pixels = inputs[0].pixels
     if args.before or not pipe.can_stream(pixels, call["options"]):
         return pipe.extend(pixels, args.after, args.before, **call)
@@ -132,8 +132,8 @@ NEW_FRAMES = 12  # frames that connect and loop generate without --frames: three
 class Task(NamedTuple):
     """A value of `--task`.
 
-    inputs: the number of --input files. call: samples the clips. options: those of `TASK_OPTIONS`, and --frames, that it
-    uses. trims: whether --frames shortens the input. keeps_image: whether an image as input gives an image.
+    inputs: the number of --input files. call: samples the clips. options: those of `TASK_OPTIONS`, and --frames, that
+    it uses. trims: whether --frames shortens the input. keeps_image: whether an image as input gives an image.
     """
 
     inputs: int
@@ -195,7 +195,7 @@ def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline) -> list[Input]:
 
 
 def _fit_inside(source: tuple[int, int], frame: tuple[int, int], trained: tuple[int, int]) -> tuple[int, int]:
-    """The size at which a whole picture fits into `frame`, and is not larger than needed to cover the size of training."""
+    """The size at which a whole picture fits into `frame`, at most as large as needed to cover the size of training."""
     scale = min(
         *(f / s for f, s in zip(frame, source, strict=True)), max(t / s for t, s in zip(trained, source, strict=True))
     )
@@ -270,7 +270,7 @@ class Call(NamedTuple):
 
 
 def build_call(args: argparse.Namespace, pipe: STDiTPipeline, options: SamplingOptions) -> Call:
-    """Labels, captions and the number of clips. Without labels or captions, `generate` makes one clip per class, at most 12."""
+    """Labels, captions and number of clips; without both, `generate` has one clip per class, at most 12."""
     generating, classes, captions = args.task == "generate", pipe.transformer.num_classes, args.caption
     labels = args.class_label
     if not labels and classes and generating and not captions:

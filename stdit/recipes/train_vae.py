@@ -32,7 +32,7 @@ from stdit.vae.tiny import TinyVAE
 
 
 def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.ndarray]]:
-    """Read the training clips, each as a dict of short side -> frames, and the held-out clips (F, H, W, 3) at full size."""
+    """Read the training clips, as dicts of short side -> frames, and the held-out clips (F, H, W, 3) at full size."""
     root = Path(config.data.root)
     with open(root / config.data.manifest, newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -106,9 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("train-vae", __doc__)
     parser.add_argument("config", help="a path, or the name of a config in the package")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument(
-        "--export", metavar="DIR", type=Path, help="write the EMA weights in 16 bits to DIR and stop"
-    )
+    parser.add_argument("--export", metavar="DIR", type=Path, help="write the EMA weights in 16 bits to DIR and stop")
     args = parser.parse_intermixed_args(argv)
     config = load_typed(VAEConfig, args.config, args.overrides)
 

@@ -1,4 +1,4 @@
-"""Muon: the same updates as torch's, in what the device computes natively."""
+"""Muon has the same updates as torch's."""
 
 import pytest
 import torch
