@@ -32,3 +32,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write plain values as a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def printable(text: str) -> str:
+    """A text with its control characters escaped, so that one from a stranger does nothing to a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

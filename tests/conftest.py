@@ -1,6 +1,8 @@
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach for the network
+os.environ.setdefault("STDIT_CACHE", tempfile.mkdtemp(prefix="stdit-cache-"))  # nor write into the user's cache
 
 import pytest
 import torch

@@ -1,34 +1,38 @@
 """One class for each kind of data. `load(index, rng)` gives a sample; all its randomness comes from `rng`."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from stdit.conditions import ClipFacts
 from stdit.data.backends import Reader, open_video
-from stdit.data.base import Dataset
+from stdit.data.base import Annotated, Dataset
 from stdit.data.cached import CachedLatents
 from stdit.data.config import DataConfig
+from stdit.data.facts import Facts, frames_at_rate, no_clip, repeats_frames, too_short
 from stdit.data.idx import read_idx
-from stdit.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Table, read_manifest, scan_folder
+from stdit.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Table, find_media, read_manifest, scan_folder
+from stdit.data.measures import Measures
+from stdit.data.pictures import read_picture
 from stdit.data.samplers import ClipSize
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, ShapeClip, draw, random_clip
 from stdit.data.transforms import cover_size, crop, resize
 from stdit.data.video_io import VideoError, VideoReader
 from stdit.rng import keyed_rng
 from stdit.variants import pick
+from stdit.warn import warn_user
 
 # The most readers that a worker keeps, which bounds its memory however many files there are.
 MAX_READERS = 4096
 
 
-class _TableDataset:
+class _TableDataset(Annotated):
     """The common part of datasets of files: a table of rows, resizing and cropping."""
 
     def __init__(self, table: Table, config: DataConfig):
@@ -74,65 +78,102 @@ class VideoClips(_TableDataset):
         """Decode a window at a random position of a video, or an image as a clip of one frame."""
         size, path = self._size(size), self.rows[index].path
         target = (size.height, size.width)
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            if size.frames > 1:
-                raise VideoError(
-                    f"{str(path)!r} is an image, but a clip of {size.frames} frames is needed; leave it out, or give images a "
-                    "size of 1 frame."
-                )
-            frames, rate = read_picture(path)[None], self.config.fps or 1.0
-            return self._finish(resize(frames, cover_size(frames.shape[1:3], target)), size, rate, rng)
+        if is_image(path):
+            _refuse(path, no_clip(size.frames))
+            pixels = read_picture(path)[None]
+            rate = self.config.fps or 1.0
+            return self._finish(resize(pixels, cover_size(pixels.shape[1:3], target)), size, rate, rng)
         with self._open(path) as reader:
+            if size.frames > 1:
+                self._note_rate(path, reader.fps)
             picked = window(reader, size.frames, self.config.fps, rng)
             frames = reader.get_frames(picked, size=cover_size(reader.size, target))
             rate = self.config.fps or reader.fps
         return self._finish(frames, size, rate, rng, picked=picked)
 
+    def facts(self, index: int) -> Facts:
+        """What is measured of a file. Measurements are remembered on disk while the file stays as it is."""
+        path = self.rows[index].path
+        facts = self._measures.get(path)
+        if facts is None:
+            if is_image(path):
+                facts = Facts.of_image(*read_picture(path).shape[:2])
+            else:
+                with self._open(path) as reader:
+                    facts = facts_of(reader)
+            self._measures.put(path, facts)
+        return facts
+
     def shape(self, index: int) -> tuple[int, int, int]:
         """The frames of a file, counted at `fps`, and the size of its frames."""
-        path = self.rows[index].path
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            return (1, *read_picture(path).shape[:2])
-        with self._open(path) as reader:
-            frames = len(reader)
-            if self.config.fps is not None:
-                frames = int(float(reader.timestamps[-1]) * self.config.fps + 0.5) + 1
-            return (frames, *reader.size)
+        facts = self.facts(index)
+        return (frames_at_rate(facts.frames, facts.last, self.config.fps), facts.height, facts.width)
 
-    def _open(self, path: Path) -> Reader:
-        """A reader of a file; PyAV's are cached with their index of packets, so that a worker scans each file once."""
+    def _note_rate(self, path: Path, fps: float) -> None:
+        """Warn, once for this dataset, of a clip of which frames are repeated."""
+        note = None if self._noted else repeats_frames(fps, self.config.fps)
+        if note:
+            self._noted = True
+            warn_user(
+                f"{str(path)!r} {note}, and so in other clips of such a rate; set data.fps to theirs, or leave them out."
+            )
+
+    _noted = False
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Reader]:
+        """A reader of a file, used by nobody else: threads may read clips of one file at the same time.
+
+        PyAV's are cached with their index of packets, so that a worker scans each file once.
+        """
         if self.config.backend != "pyav":
-            return open_video(path, self.config.backend)
+            with open_video(path, self.config.backend) as reader:
+                yield reader
+            return
         readers = self._readers
-        if path not in readers:
-            readers[path] = VideoReader(path)
-            while len(readers) > MAX_READERS:
-                readers.popitem(last=False)
-        return readers[path]
+        kept = readers.pop(path, None)
+        with VideoReader(path) if kept is None else kept as reader:
+            yield reader
+        readers[path] = reader
+        if len(readers) > MAX_READERS:
+            readers.popitem(last=False)
 
     @cached_property
     def _readers(self) -> OrderedDict[Path, VideoReader]:
         return OrderedDict()
 
+    @cached_property
+    def _measures(self) -> Measures:
+        return Measures(Path(self.config.root), self.config.backend)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_readers"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_measures")}
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is a picture, not a video."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def facts_of(reader: Reader) -> Facts:
+    """What is measured of an open video."""
+    return Facts(len(reader), float(reader.timestamps[-1]), reader.fps, height=reader.size[0], width=reader.size[1])
+
+
+def _refuse(path: str | Path, reason: str | None) -> None:
+    """Raise VideoError if there is a reason."""
+    if reason is not None:
+        raise VideoError(f"{str(path)!r} {reason}.")
 
 
 def window(reader: Reader, num_frames: int, fps: float | None, rng: np.random.Generator) -> list[int]:
     """Draw the frame numbers of a window at a random position; VideoError if the clip is too short for it."""
+    last = float(reader.timestamps[-1])
+    _refuse(reader.path, too_short(len(reader), last, num_frames, fps=fps))
     if fps is None:
-        if len(reader) < num_frames:
-            raise VideoError(
-                f"{str(reader.path)!r} has {len(reader)} frames, but {num_frames} are needed; lower data.num_frames or leave it out."
-            )
         start = int(rng.integers(len(reader) - num_frames + 1))
         return list(range(start, start + num_frames))
-    needed, has = (num_frames - 1) / fps, float(reader.timestamps[-1])
-    if has + 0.5 / fps < needed:
-        raise VideoError(
-            f"{str(reader.path)!r} lasts {has:.2f} s, but {needed:.2f} s are needed; raise data.fps, lower data.num_frames or leave it out."
-        )
-    begin = rng.uniform(0, max(0.0, has - needed))
+    begin = rng.uniform(0, max(0.0, last - (num_frames - 1) / fps))
     return reader.indices_at(begin + np.arange(num_frames) / fps)
 
 
@@ -149,16 +190,7 @@ class Images(_TableDataset):
         return (1, *read_picture(self.rows[index].path).shape[:2])
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """Read an image file as (H, W, 3) uint8; VideoError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{str(path)!r} is not an image that can be read ({error}); leave it out.") from error
-
-
-class IdxImages:
+class IdxImages(Annotated):
     """Grey images of idx files (digits) as clips of one frame, with the labels of the idx files next to them."""
 
     class_names: list[str] | None = None
@@ -205,7 +237,7 @@ class IdxImages:
         }
 
 
-class MovingShapes:
+class MovingShapes(Annotated):
     """Clips of moving shapes, drawn on demand; the clip of an index is always the same."""
 
     def __init__(self, config: DataConfig):
@@ -219,14 +251,11 @@ class MovingShapes:
     def __len__(self) -> int:
         return self.config.num_shapes
 
-    def label(self, index: int) -> int:
-        """The class index of a clip."""
-        assert self.class_names is not None
-        return self.class_names.index(self._clip(index, self._size).class_name)
-
     def record(self, index: int) -> dict[str, Any]:
         """The label and the caption of a clip."""
-        return {"label": self.label(index), "caption": self._clip(index, self._size).caption}
+        assert self.class_names is not None
+        clip = self._clip(index, self._size)
+        return {"label": self.class_names.index(clip.class_name), "caption": clip.caption}
 
     def name(self, index: int) -> str:
         """The word "shape" and the number of the clip."""
@@ -307,10 +336,8 @@ def _guess(root: Path, config: DataConfig) -> str:
 
 def _has_images(root: Path, config: DataConfig) -> bool:
     if config.manifest is not None:
-        return any(
-            row.path.suffix.lower() in IMAGE_SUFFIXES for row in _table(root, config, IMAGE_SUFFIXES, "images").rows[:1]
-        )
-    return not root.is_dir() or not any(p.suffix.lower() in VIDEO_SUFFIXES for p in root.rglob("*"))
+        return any(is_image(row.path) for row in _table(root, config, IMAGE_SUFFIXES, "images").rows[:1])
+    return not root.is_dir() or not find_media(root, VIDEO_SUFFIXES).files
 
 
 def _table(root: Path, config: DataConfig, suffixes: set[str], what: str) -> Table:
