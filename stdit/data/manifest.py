@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-VIDEO_SUFFIXES = {
-    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mpg", ".mpeg", ".m4v", ".3gp", ".ogv", ".gif", ".wmv",
-}  # fmt: skip
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_one_of
+
+__all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "Row", "Table", "read_manifest", "scan_folder"]
 
 
 class Row(NamedTuple):
@@ -106,7 +105,7 @@ def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
         for name in sorted(files):
             file = Path(folder) / name
             escapes = file.is_symlink() and not file.resolve().is_relative_to(allowed)
-            if file.suffix.lower() in suffixes and not name.startswith(".") and not escapes:
+            if not name.startswith(".") and not escapes and is_one_of(file, suffixes):
                 found.append(file)
     if not found:
         raise ValueError(
