@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from stdit.conditions import ClipFacts
 from stdit.data.backends import Reader, open_video
@@ -16,11 +15,13 @@ from stdit.data.base import Dataset
 from stdit.data.cached import CachedLatents
 from stdit.data.config import DataConfig
 from stdit.data.idx import read_idx
-from stdit.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Table, read_manifest, scan_folder
+from stdit.data.manifest import Table, read_manifest, scan_folder
+from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, is_one_of, is_picture
+from stdit.data.pictures import picture_size, read_picture
 from stdit.data.samplers import ClipSize
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, ShapeClip, draw, random_clip
 from stdit.data.transforms import cover_size, crop, resize
-from stdit.data.video_io import VideoError, VideoReader
+from stdit.data.video_io import VideoReader
 from stdit.rng import keyed_rng
 from stdit.variants import pick
 
@@ -74,14 +75,13 @@ class VideoClips(_TableDataset):
         """Decode a window at a random position of a video, or an image as a clip of one frame."""
         size, path = self._size(size), self.rows[index].path
         target = (size.height, size.width)
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if is_picture(path):
             if size.frames > 1:
                 raise VideoError(
                     f"{str(path)!r} is an image, but a clip of {size.frames} frames is needed; leave it out, or give images a "
                     "size of 1 frame."
                 )
-            frames, rate = read_picture(path)[None], self.config.fps or 1.0
-            return self._finish(resize(frames, cover_size(frames.shape[1:3], target)), size, rate, rng)
+            return self._finish(read_picture(path, cover=target)[None], size, self.config.fps or 1.0, rng)
         with self._open(path) as reader:
             picked = window(reader, size.frames, self.config.fps, rng)
             frames = reader.get_frames(picked, size=cover_size(reader.size, target))
@@ -91,8 +91,8 @@ class VideoClips(_TableDataset):
     def shape(self, index: int) -> tuple[int, int, int]:
         """The frames of a file, counted at `fps`, and the size of its frames."""
         path = self.rows[index].path
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            return (1, *read_picture(path).shape[:2])
+        if is_picture(path):
+            return (1, *picture_size(path))
         with self._open(path) as reader:
             frames = len(reader)
             if self.config.fps is not None:
@@ -141,21 +141,13 @@ class Images(_TableDataset):
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Read an image, scale it to cover the size, and crop it."""
-        size, frames = self._size(size), read_picture(self.rows[index].path)[None]
-        return self._finish(resize(frames, cover_size(frames.shape[1:3], (size.height, size.width))), size, 1.0, rng)
+        size = self._size(size)
+        frames = read_picture(self.rows[index].path, cover=(size.height, size.width))[None]
+        return self._finish(frames, size, 1.0, rng)
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """One frame of the size of the file."""
-        return (1, *read_picture(self.rows[index].path).shape[:2])
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """Read an image file as (H, W, 3) uint8; VideoError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{str(path)!r} is not an image that can be read ({error}); leave it out.") from error
+        return (1, *picture_size(self.rows[index].path))
 
 
 class IdxImages:
@@ -308,9 +300,9 @@ def _guess(root: Path, config: DataConfig) -> str:
 def _has_images(root: Path, config: DataConfig) -> bool:
     if config.manifest is not None:
         return any(
-            row.path.suffix.lower() in IMAGE_SUFFIXES for row in _table(root, config, IMAGE_SUFFIXES, "images").rows[:1]
+            is_picture(row.path) for row in _table(root, config, IMAGE_SUFFIXES, "images").rows[:1]
         )
-    return not root.is_dir() or not any(p.suffix.lower() in VIDEO_SUFFIXES for p in root.rglob("*"))
+    return not root.is_dir() or not any(is_one_of(p, VIDEO_SUFFIXES) for p in root.rglob("*"))
 
 
 def _table(root: Path, config: DataConfig, suffixes: set[str], what: str) -> Table:

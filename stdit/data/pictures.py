@@ -12,8 +12,8 @@ from stdit.data.transforms import cover_size
 
 # Formats that decode by themselves. PostScript is left out: Pillow starts a program on it, whatever the file is called.
 FORMATS = (
-    "PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "SGI", "PCX", "DDS",
-    "ICO", "ICNS",
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "SGI", "PCX", "DDS", "ICO",
+    "ICNS",
 )  # fmt: skip
 MAX_PIXELS = 2**26
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)

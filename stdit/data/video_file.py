@@ -3,7 +3,8 @@
 import os
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple
 
 import av
 import av.error
@@ -127,12 +128,8 @@ class VideoFile:
         self._process = os.getpid()
         file = open_regular(self.path)
         # A file object instead of a name: neither a protocol nor an unusual name nor a playlist can open anything else.
-        options = {"protocol_whitelist": "", "format_whitelist": FORMATS}
         try:
-            self._container = av.open(
-                file, options=options, metadata_errors="ignore", buffer_size=1 << 17,
-                stream_options=[{"max_pixels": str(self.max_pixels)}] * _MAX_STREAMS,
-            )  # fmt: skip
+            self._container = self._probe(file)
         except (av.error.FFmpegError, OSError, ValueError) as error:
             file.close()
             raise self.error(f"is not a video that this build can read ({reason_of(error)})") from error
@@ -144,6 +141,20 @@ class VideoFile:
         self._decoder = self._open_decoder(stream)
         self.pixel_aspect = _pixel_aspect(stream)
         return self._container, stream
+
+    def _probe(self, file: BinaryIO) -> Any:
+        """PyAV's container of a file object, whose first frames are decoded to learn what the header does not say."""
+        open_container = partial(
+            av.open, file, options={"protocol_whitelist": "", "format_whitelist": FORMATS}, metadata_errors="ignore",
+            buffer_size=1 << 17,
+        )  # fmt: skip
+        try:
+            return open_container(stream_options=[{"max_pixels": str(self.max_pixels)}] * _MAX_STREAMS)
+        except ValueError as error:
+            if isinstance(error, av.error.FFmpegError):
+                raise
+            file.seek(0)  # a format without a list of streams, such as flv, takes no options of streams
+            return open_container()
 
     def _open_decoder(self, stream: Any) -> Any:
         context = stream.codec_context
