@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from stdit.data.backends import open_video
+from stdit.data.clips import facts_of
 from stdit.data.config import DataConfig
-from stdit.data.datasets import facts_of, is_image
 from stdit.data.facts import Facts, Inspection, assess
-from stdit.data.pictures import read_picture
-from stdit.data.video_io import VideoError
+from stdit.data.media import VideoError, is_picture
+from stdit.data.pictures import picture_size, read_picture
 
 
 def inspect(path: Path, config: DataConfig | None = None, *, decode: bool = False) -> Inspection:
@@ -25,8 +25,9 @@ def inspect(path: Path, config: DataConfig | None = None, *, decode: bool = Fals
 
 def measure(path: Path, backend: str = "pyav", *, decode: bool = False) -> Facts:
     """Measure a file; VideoError if it cannot be read. decode: decode every frame of it."""
-    if is_image(path):
-        return Facts.of_image(*read_picture(path).shape[:2])
+    if is_picture(path):
+        height, width = read_picture(path).shape[:2] if decode else picture_size(path)
+        return Facts.of_image(height, width)
     with open_video(path, backend) as reader:
         size = reader.size
         for number in range(len(reader)) if decode else ():  # one at a time: a long clip takes no more memory

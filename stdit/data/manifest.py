@@ -1,18 +1,17 @@
 """Manifests and folders of media files, read as one table of paths, labels and captions."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from stdit.data.labels import Classes, number_classes
+from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_one_of
 from stdit.data.records import Record, missing_path, read_records
 from stdit.warn import warn_user
 
-VIDEO_SUFFIXES = {
-    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mpg", ".mpeg", ".m4v", ".3gp", ".ogv", ".gif", ".wmv",
-}  # fmt: skip
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+__all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "Row", "Table", "find_media", "read_manifest", "scan_folder"]
+
 # Files of the hub's convention that list a folder's media.
 FOLDER_MANIFESTS = ("metadata.jsonl", "metadata.csv")
 # Folders that systems and network storage put among a person's own; folders that begin with a dot are as well.
@@ -136,7 +135,7 @@ class Found(NamedTuple):
     left_out: str
 
 
-def scan_folder(root: Path, suffixes: Collection[str], what: str) -> Table:
+def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
     """Find all files below `root` with one of `suffixes`; if they are in folders, the top folder's name is the label.
 
     A text file next to a clip is its caption; a `metadata.jsonl` or `metadata.csv` in `root` is read as its manifest.
@@ -203,7 +202,7 @@ def _classes_of_folders(root: Path, files: Sequence[Path], what: str) -> Classes
     return number_classes([p[0] for p in parts], lambda i: f"the folder {str(root / parts[i][0])!r}")
 
 
-def find_media(root: Path, suffixes: Collection[str]) -> Found:
+def find_media(root: Path, suffixes: set[str]) -> Found:
     """All files with one of `suffixes`, in order, without what is hidden and without links that lead outside."""
     allowed = root.resolve()
     found: list[Path] = []
@@ -214,7 +213,7 @@ def find_media(root: Path, suffixes: Collection[str]) -> Found:
         links += [Path(folder, name) for name in folders if not _is_inside(Path(folder, name), allowed)]
         for name in sorted(files):
             file = Path(folder, name)
-            if file.suffix.lower() in suffixes and not name.startswith("."):
+            if not name.startswith(".") and is_one_of(file, suffixes):
                 (found if _is_inside(file, allowed) else links).append(file)
     reasons = []
     if links:

@@ -15,10 +15,10 @@ from stdit.data.backends import open_video
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Images, VideoClips
 from stdit.data.facts import Facts
+from stdit.data.media import VideoError
 from stdit.data.pictures import read_picture
 from stdit.data.records import write_records
 from stdit.data.transforms import resize
-from stdit.data.video_io import VideoError
 from stdit.files import atomic_write, printable
 
 _LISTED = 20  # files named one by one
