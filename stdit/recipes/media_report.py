@@ -113,7 +113,7 @@ def _range(values: Sequence[float]) -> str:
 def _common(values: Sequence[str], most: int = 6) -> str:
     counts = Counter(values).most_common()
     more = f", {len(counts) - most} others" if len(counts) > most else ""
-    return ", ".join(f"{value} ({count} files)" for value, count in counts[:most]) + more
+    return ", ".join(f"{value} ({count} {'file' if count == 1 else 'files'})" for value, count in counts[:most]) + more
 
 
 def _annotations(dataset: VideoClips | Images) -> list[str]:
