@@ -184,6 +184,12 @@ def _listed(root: Path, manifest: Path, found: Sequence[Path], what: str) -> Tab
             f"{manifest} does not list {len(missing)} of the {len(found)} {what} in its folder (the first: "
             f"{missing[0].name!r}); they are left out."
         )
+    folders = {file.relative_to(root).parts[0] for file in found if file.parent != root}
+    if not table.num_classes and len(folders) > 1:
+        warn_user(
+            f"{manifest} has no column 'label', so that the {len(folders)} folders next to it are no classes; add that "
+            "column, or rename the file to have the folders as classes and no captions of it."
+        )
     return table
 
 

@@ -6,6 +6,7 @@ import difflib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ COLUMNS = {
     "caption": ("caption", "text", "prompt", "description"),
     "label": ("label", "class", "class_name", "category"),
 }  # fmt: skip
+_LISTED = 8  # columns named in a message
 _ROLES = {name: role for role, names in COLUMNS.items() for name in names}
 # Words in the names of columns that say what a file is, not what it shows: they are no mistake if nothing reads them.
 _FACTS = {
@@ -83,8 +85,8 @@ def nearest_column(name: str) -> str | None:
 def missing_path(names: Iterable[str]) -> str:
     """The reason for refusing rows without a path: the columns there are, and the one that may be meant."""
     names = list(names)
-    like = [(name, role) for name in names if (role := nearest_column(name)) in COLUMNS["path"]]
-    hint = f"; {like[0][0]!r} looks like it" if like else ""
+    like = [name for name in names[:_LISTED] if nearest_column(name) in COLUMNS["path"]]
+    hint = f"; {like[0]!r} looks like it" if like else ""
     return f"the column 'path' is missing (it has {_listed(names)}{hint})"
 
 
@@ -93,15 +95,15 @@ def _plain(name: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(repr(name[:60]) for name in names[:8]) + more if names else "none"
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(repr(name[:60]) for name in names[:_LISTED]) + more if names else "none"
 
 
 def _warn_of_unknown(path: Path, names: Sequence[str]) -> None:
     unknown = [n for n in names if n not in CONDITIONERS and _plain(n) not in _ROLES and not _is_fact(n)]
     if unknown:
-        close = [f"{name!r} looks like {like!r}" for name in unknown if (like := nearest_column(name))]
-        hint = f" ({', '.join(close[:8])})" if close else ""
+        close = [f"{name!r} looks like {like!r}" for name in unknown[:_LISTED] if (like := nearest_column(name))]
+        hint = f" ({', '.join(close)})" if close else ""
         warn_user(
             f"{path}: nothing reads the columns {_listed(unknown)}{hint}; rename what is a path, label or caption. The "
             "others reach conditions of those names only."
@@ -142,7 +144,7 @@ def _csv_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     rows = []
     try:
         header = [name.strip() for name in next(reader, [])]
-        doubled = [name for name in header if name and header.count(name) > 1]
+        doubled = [name for name, count in Counter(filter(None, header)).items() if count > 1]
         if doubled:
             raise ValueError(f"{path}: the column {doubled[0]!r} is there twice; rename one of them.")
         if "path" not in find_columns(filter(None, header), str(path)).values():
@@ -163,7 +165,12 @@ def _csv_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _json_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, row) of every line that is not blank; the line separators of Unicode are part of a text, not its end."""
+    """(line number, row) of every line that is not blank; the line separators of Unicode are part of a text, not its end.
+
+    A text that is one JSON list is read too, its items as lines.
+    """
+    if text.lstrip().startswith("[") and (items := _json_list(text)) is not None:
+        return [(number, _as_row(path, number, item)) for number, item in enumerate(items, 1)]
     rows = []
     for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
         if not line.strip():
@@ -172,7 +179,18 @@ def _json_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error}); write one object per line.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is no row: it is not an object; write one object per line.")
-        rows.append((number, row))
+        rows.append((number, _as_row(path, number, row)))
     return rows
+
+
+def _json_list(text: str) -> list[Any] | None:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # the message of the line that is wrong says more
+        return None
+
+
+def _as_row(path: Path, number: int, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}, line {number} is no row: it is not an object; write one object per line.")
+    return value

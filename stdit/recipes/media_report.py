@@ -58,6 +58,8 @@ def overview(checked: Mapping[Path, Checked], dataset: VideoClips | Images, conf
     lines += _annotations(dataset)
     if ruled:
         lines.append(f"training uses {len(checked) - len(bad)} of {len(checked)} files")
+    else:
+        lines.append("whether they are long enough for a training: --config NAME [key=value ...]")
     if bad:
         share = len(bad) / len(checked)
         stops = (

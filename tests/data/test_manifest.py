@@ -1,4 +1,6 @@
 import json
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -207,3 +209,34 @@ def test_what_write_records_writes_is_read_back(tmp_path):
         first, second = (record.values for record in read_records(tmp_path / name))
         assert (first["path"], first["label"], second["path"]) == ("a,b.mp4", 'x "y"', "c.mp4")
         assert first["caption"].strip() == "two\nlines"
+
+
+def test_a_list_of_objects_is_read_as_their_lines_are(tmp_path):
+    rows = [{"path": "a", "caption": "one"}, {"path": "b", "caption": "two"}]
+    (tmp_path / "m.json").write_text(json.dumps(rows, indent=1))
+    assert read_manifest(tmp_path / "m.json") == read_manifest(lines(tmp_path / "m.jsonl", rows))
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_damaged_manifests_give_one_line_in_time(tmp_path, name):
+    rows = [{"path": f"a/{i}.mp4", "label": i % 3, "caption": f'a "cat", {i}'} for i in range(5)]
+    write_records(tmp_path / name, rows)
+    whole, rng = (tmp_path / name).read_bytes(), random.Random(0)
+    for _ in range(100):
+        data = bytearray(whole)
+        for _ in range(rng.randrange(1, 6)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randrange(3)] = rng.choice([b'"', b"\n", b"\x00", b"[", b"{", b",", rng.randbytes(2)])
+        (tmp_path / name).write_bytes(data)
+        try:
+            read_manifest(tmp_path / name)
+        except ValueError as error:
+            assert "\n" not in str(error)
+
+
+def test_a_table_of_very_many_columns_is_answered_in_time(tmp_path):
+    (tmp_path / "m.csv").write_text(",".join(f"capt{i}" for i in range(50_000)) + "\n")
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="and 49992 more"):
+        read_manifest(tmp_path / "m.csv")
+    assert time.perf_counter() - began < 5
