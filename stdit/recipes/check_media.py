@@ -99,7 +99,7 @@ def check_all(
     if len(missing) < len(paths):
         print(f"{len(paths) - len(missing)} files are in {report} already, and have not changed")
     if workers is None:  # a process takes seconds to start
-        workers = min(num_workers(None, True), len(missing) // 16)
+        workers = min(num_workers(None, True), len(missing) // 32)
     stream = open(report, "a", encoding="utf-8") if report else None  # noqa: SIM115 (closed below)
     try:
         for entry in tqdm(check(missing, backend, workers, timeout), total=len(missing), unit="file", disable=None):
