@@ -18,6 +18,7 @@ from stdit.data.idx import read_idx
 from stdit.data.manifest import Table, read_manifest, scan_folder
 from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, is_one_of, is_picture
 from stdit.data.pictures import picture_size, read_picture
+from stdit.data.rates import DEFAULT_FPS, some_rates, warn_of_repeats
 from stdit.data.samplers import ClipSize
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, ShapeClip, draw, random_clip
 from stdit.data.transforms import cover_size, crop, resize
@@ -83,6 +84,7 @@ class VideoClips(_TableDataset):
                 )
             return self._finish(read_picture(path, cover=target)[None], size, self.config.fps or 1.0, rng)
         with self._open(path) as reader:
+            warn_of_repeats(reader, self.config.fps)
             picked = window(reader, size.frames, self.config.fps, rng)
             frames = reader.get_frames(picked, size=cover_size(reader.size, target))
             rate = self.config.fps or reader.fps
@@ -98,6 +100,11 @@ class VideoClips(_TableDataset):
             if self.config.fps is not None:
                 frames = int(float(reader.timestamps[-1]) * self.config.fps + 0.5) + 1
             return (frames, *reader.size)
+
+    @cached_property
+    def rates(self) -> list[float]:
+        """The frame rates of a few of the clips, in rising order."""
+        return some_rates([row.path for row in self.rows], self._open)
 
     def _open(self, path: Path) -> Reader:
         """A reader of a file; PyAV's are cached with their index of packets, so that a worker scans each file once."""
@@ -233,7 +240,7 @@ class MovingShapes:
         """Draw a clip; it depends on `index` and `size` alone."""
         size = size or self._size
         drawn = draw(self._clip(index, size))
-        return {"pixels": torch.from_numpy(drawn), "clip": ClipFacts(size, self.config.fps or 8.0)}
+        return {"pixels": torch.from_numpy(drawn), "clip": ClipFacts(size, self.config.fps or DEFAULT_FPS)}
 
     @property
     def _size(self) -> ClipSize:
@@ -299,9 +306,7 @@ def _guess(root: Path, config: DataConfig) -> str:
 
 def _has_images(root: Path, config: DataConfig) -> bool:
     if config.manifest is not None:
-        return any(
-            is_picture(row.path) for row in _table(root, config, IMAGE_SUFFIXES, "images").rows[:1]
-        )
+        return any(is_picture(row.path) for row in _table(root, config, IMAGE_SUFFIXES, "images").rows[:1])
     return not root.is_dir() or not any(is_one_of(p, VIDEO_SUFFIXES) for p in root.rglob("*"))
 
 
