@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,18 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     The temporary file has the suffix of `path`, since writers choose a format by it. After an error it is removed.
     """
     path = Path(path)
-    tmp = path.with_name(f".{os.getpid()}-{path.name}")
+    tmp = path.with_name(_temporary(path.name))
     try:
         yield tmp
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def _temporary(name: str) -> str:
+    """A hidden name of this process for a file; a hash stands for a name so long that a system takes no longer one."""
+    known = name if len(os.fsencode(name)) <= 200 else f"{zlib.crc32(os.fsencode(name)):08x}{Path(name).suffix[-16:]}"
+    return f".{os.getpid()}-{known}"
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

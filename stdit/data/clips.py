@@ -14,15 +14,15 @@ from stdit.conditions import ClipFacts
 from stdit.data.backends import Reader, open_video
 from stdit.data.base import Annotated
 from stdit.data.config import DataConfig
-from stdit.data.facts import Facts, frames_at_rate, no_clip, repeats_frames, too_short
+from stdit.data.facts import Facts, frames_at_rate, no_clip, too_short
 from stdit.data.manifest import Table
 from stdit.data.measures import Measures
 from stdit.data.media import VideoError, is_picture
 from stdit.data.pictures import picture_size, read_picture
+from stdit.data.rates import some_rates, warn_of_repeats
 from stdit.data.samplers import ClipSize
 from stdit.data.transforms import cover_size, crop
 from stdit.data.video_io import VideoReader
-from stdit.warn import warn_user
 
 # The most readers that a worker keeps, which bounds its memory however many files there are.
 MAX_READERS = 4096
@@ -79,7 +79,7 @@ class VideoClips(TableDataset):
             return self._finish(read_picture(path, cover=target)[None], size, self.config.fps or 1.0, rng)
         with self._open(path) as reader:
             if size.frames > 1:
-                self._note_rate(path, reader.fps)
+                warn_of_repeats(reader, self.config.fps)
             picked = window(reader, size.frames, self.config.fps, rng)
             frames = reader.get_frames(picked, size=cover_size(reader.size, target))
             rate = self.config.fps or reader.fps
@@ -103,16 +103,10 @@ class VideoClips(TableDataset):
         facts = self.facts(index)
         return (frames_at_rate(facts.frames, facts.last, self.config.fps), facts.height, facts.width)
 
-    def _note_rate(self, path: Path, fps: float) -> None:
-        """Warn, once for this dataset, of a clip of which frames are repeated."""
-        note = None if self._noted else repeats_frames(fps, self.config.fps)
-        if note:
-            self._noted = True
-            warn_user(
-                f"{str(path)!r} {note}, and so in other clips of such a rate; set data.fps to theirs, or leave them out."
-            )
-
-    _noted = False
+    @cached_property
+    def rates(self) -> list[float]:
+        """The frame rates of a few of the clips, in rising order."""
+        return some_rates([row.path for row in self.rows], self._open)
 
     @contextmanager
     def _open(self, path: Path) -> Iterator[Reader]:

@@ -16,6 +16,7 @@ from stdit.data.idx import read_idx
 from stdit.data.manifest import Table, find_media, read_manifest, scan_folder
 from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_picture
 from stdit.data.pictures import read_picture
+from stdit.data.rates import DEFAULT_FPS
 from stdit.data.samplers import ClipSize
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, ShapeClip, draw, random_clip
 from stdit.data.transforms import resize
@@ -108,7 +109,7 @@ class MovingShapes(Annotated):
         """Draw a clip; it depends on `index` and `size` alone."""
         size = size or self._size
         drawn = draw(self._clip(index, size))
-        return {"pixels": torch.from_numpy(drawn), "clip": ClipFacts(size, self.config.fps or 8.0)}
+        return {"pixels": torch.from_numpy(drawn), "clip": ClipFacts(size, self.config.fps or DEFAULT_FPS)}
 
     @property
     def _size(self) -> ClipSize:

@@ -73,16 +73,9 @@ def assess(facts: Facts, config: DataConfig) -> Inspection:
     if reason is not None:
         return Inspection(facts, reason)
     notes = []
-    if not facts.is_image and shortest > 1 and (note := repeats_frames(facts.fps, config.fps)):
-        notes.append(note)
+    if shortest > 1 and config.fps is not None and config.fps > 1.01 * facts.fps:
+        notes.append(f"has {facts.fps:.4g} frames a second, fewer than data.fps={config.fps:g}: frames are repeated")
     enlarged = min(max(height / facts.height, width / facts.width) for _, height, width in sizes)
     if enlarged > 1:
         notes.append(f"is smaller than the size of the config: enlarged {enlarged:.3g} times")
     return Inspection(facts, None, tuple(notes))
-
-
-def repeats_frames(rate: float, fps: float | None) -> str | None:
-    """A sentence if a file of `rate` frames a second has fewer than are picked, so that some are repeated; else None."""
-    if fps is None or rate > 0.99 * fps:
-        return None
-    return f"has {rate:.4g} frames a second, fewer than data.fps={fps:g}: frames are repeated"

@@ -83,8 +83,8 @@ def read_mask(
     is_image = is_picture(path)
     if is_image:
         # On black, so that white strokes on a transparent layer are a mask.
+        _check_mask_size(path, picture_size(path), source, size)
         grey = np.asarray(Image.fromarray(read_picture(path, ground=BLACK)).convert("L"))[None]
-        _check_mask_size(path, grey.shape[1:], source, size)
     else:
         with _clip(path, fps, frames) as (reader, indices, _):
             _check_mask_size(path, reader.size, source, size)

@@ -1,8 +1,9 @@
 """Reading of still pictures as a person sees them: upright, on a ground, in 8 bits; bounded before it is decoded."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,7 +34,8 @@ def read_picture(
 
     cover: scale it (bicubic) to cover this (H, W). ground: the colour on which transparent parts are seen. Greys of 16
     bits are scaled to 8; floating-point greys are taken as 0 to 1, or 0 to 255 or 65535 if they go beyond. Pictures of
-    more than MAX_PIXELS are refused before they are decoded; of an animation it is the first frame.
+    more than MAX_PIXELS (half of that, if they are not plain RGB or grey) are refused before they are decoded; of an
+    animation it is the first frame.
     """
     with _opened(path) as image:
         image.load()
@@ -94,19 +96,23 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
 
 
 def _check_size(image: Image.Image, path: str | os.PathLike) -> None:
-    if image.width * image.height > MAX_PIXELS:
+    most = (
+        MAX_PIXELS if image.mode in ("RGB", "L") else MAX_PIXELS // 2
+    )  # other modes are held twice while they are converted
+    if image.width * image.height > most:
         raise VideoError(
-            f"{os.fspath(path)!r} has {image.width}x{image.height} pixels, more than {MAX_PIXELS}; scale it down or leave it out."
+            f"{os.fspath(path)!r} has {image.width}x{image.height} pixels, more than the {most} that are read of a picture "
+            f"of its kind ({image.mode}); scale it down or leave it out."
         )
 
 
 def _to_rgb(image: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
     """The picture in RGB; what needs more than a change of mode is converted in strips, which bounds the memory."""
+    convert: Callable[[Image.Image], np.ndarray]
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        white = _white_level(image)
-        convert = lambda strip: _grey(strip, white)  # noqa: E731
+        convert = partial(_grey, white=_white_level(image), clear=image.info.get("transparency"), ground=ground)
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        convert = lambda strip: over_ground(np.asarray(_to_rgba(strip)), ground)  # noqa: E731
+        convert = partial(_flat, ground=ground)
     else:
         return image if image.mode == "RGB" else image.convert("RGB")
     shown = Image.new("RGB", image.size)
@@ -117,8 +123,9 @@ def _to_rgb(image: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
     return shown
 
 
-def _to_rgba(strip: Image.Image) -> Image.Image:
-    return (strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA")
+def _flat(strip: Image.Image, ground: tuple[int, int, int]) -> np.ndarray:
+    """Colours of any mode with transparency on a ground, (H, W, 3) uint8."""
+    return over_ground(np.asarray((strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA")), ground)
 
 
 def _white_level(image: Image.Image) -> float:
@@ -130,11 +137,15 @@ def _white_level(image: Image.Image) -> float:
     return next((white for white in ranges if highest <= white * 1.01), highest)
 
 
-def _grey(strip: Image.Image, white: float) -> np.ndarray:
-    """Grey values of any type as (H, W, 3) uint8; not-a-number is black."""
-    values = np.nan_to_num(np.asarray(strip).astype(np.float32), nan=0.0, posinf=white, neginf=0.0)
+def _grey(strip: Image.Image, white: float, clear: int | None, ground: tuple[int, int, int]) -> np.ndarray:
+    """Grey values of any type as (H, W, 3) uint8; not-a-number is black. clear: the value of transparent pixels."""
+    stored = np.asarray(strip)
+    values = np.nan_to_num(stored.astype(np.float32), nan=0.0, posinf=white, neginf=0.0)
     scaled = np.round(values.clip(0, white) * (255 / white)).astype(np.uint8)
-    return np.repeat(scaled[..., None], 3, axis=-1)
+    rgb = np.repeat(scaled[..., None], 3, axis=-1)
+    if isinstance(clear, int):
+        rgb[stored == clear] = ground
+    return rgb
 
 
 def _orientation(image: Image.Image) -> int:

@@ -211,7 +211,7 @@ def _pixel_aspect(stream: Any) -> float:
     """The width of a pixel over its height; 1 where nobody sees that it differs, or the header cannot be right."""
     aspect = float(stream.sample_aspect_ratio or 1)
     # Encoders that scale a clip to whole pixels leave ratios such as 640:639.
-    return aspect if 0.02 < abs(aspect - 1) and 0.1 <= aspect <= 10 else 1.0
+    return aspect if abs(aspect - 1) > 0.02 and 0.1 <= aspect <= 10 else 1.0
 
 
 def _is_displayed(packet: "av.Packet", codec: str) -> bool:

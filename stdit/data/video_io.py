@@ -115,18 +115,20 @@ class VideoReader:
 
     def iter_frames(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
         """The frames of `get_frames` one by one, (H, W, 3) each, which bounds the memory; fast for rising numbers."""
-        reformatter, shape, last, array = VideoReformatter(), None, None, np.empty(0)
+        reformatter, last = VideoReformatter(), -1
+        shape: tuple[int, ...] | None = None
+        array = np.empty(0)
         for index in map(self._valid_index, indices):
             if index != last:
                 last, array = index, self._array(index, reformatter, size)
-                shape = shape or array.shape
-            if array.shape != shape and not self.salvage:
+            height, width = shape = shape or array.shape[:2]
+            if array.shape[:2] != shape and not self.salvage:
                 raise VideoError(
-                    f"{self.path!r} changes its frame size from {shape[1]}x{shape[0]} at frame {index}; "
+                    f"{self.path!r} changes its frame size from {width}x{height} at frame {index}; "
                     "split it there, or pass salvage=True to resize all frames to the size of the first."
                 )
-            if array.shape != shape:
-                array = self._array(index, reformatter, shape[:2])
+            if array.shape[:2] != shape:
+                array = self._array(index, reformatter, (height, width))
             yield array
 
     def _array(self, index: int, reformatter: VideoReformatter, size: tuple[int, int] | None) -> np.ndarray:
@@ -214,9 +216,7 @@ class VideoReader:
         raise self._file.error(f"yields {self._next} frames of {len(self)}: it is damaged or cut short", SALVAGE)
 
 
-def frames_at(
-    timestamps: np.ndarray, times: Sequence[float] | np.ndarray, time_base: float | None = None
-) -> list[int]:
+def frames_at(timestamps: np.ndarray, times: Sequence[float] | np.ndarray, time_base: float | None = None) -> list[int]:
     """The index of the frame displayed at each time, for frames at increasing `timestamps` in seconds.
 
     time_base: the unit in which the file counts time; without it, milliseconds if all time stamps are whole ones.

@@ -64,15 +64,6 @@ def test_a_picture_is_used_only_where_one_frame_is_enough(tmp_path):
     assert inspect(tmp_path / "a.png", DataConfig(sizes=[[5, 16, 16], [1, 16, 16]])).refused is None
 
 
-def test_frames_repeated_at_a_higher_rate_are_said_once(clips, recwarn):
-    dataset = build_dataset(DataConfig(root=str(clips), num_frames=5, height=32, width=32, fps=12))
-    slow = [row.path.name for row in dataset.rows].index("slow.mp4")
-    for seed in range(3):
-        dataset.load(slow, np.random.default_rng(seed))
-    (said,) = [str(w.message) for w in recwarn if "frames are repeated" in str(w.message)]
-    assert "slow.mp4" in said and "data.fps" in said
-
-
 def test_threads_read_clips_of_one_file_at_the_same_time(clips):
     lines = "".join(f"fine.mp4,caption {i}\n" for i in range(40))
     (clips / "m.csv").write_text("path,caption\n" + lines)
