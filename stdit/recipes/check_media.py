@@ -15,7 +15,7 @@ from tqdm import tqdm
 from stdit.data.manifest import VIDEO_SUFFIXES, read_manifest, scan_folder
 from stdit.data.video_io import VideoError, VideoReader
 from stdit.files import write_text
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 
 
 def check(path: Path, chunk: int = 8) -> dict:
@@ -37,6 +37,7 @@ def check(path: Path, chunk: int = 8) -> dict:
     return {"path": str(path), **found, "seconds": round(time.perf_counter() - began, 2)}
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Read every file; exit code 1 if any cannot be read."""
     parser = command_parser("check-media", __doc__)

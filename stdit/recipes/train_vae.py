@@ -19,10 +19,10 @@ from stdit.data.idx import read_idx
 from stdit.data.transforms import resize_short_side
 from stdit.data.video_io import VideoReader
 from stdit.data.video_write import write_contact_sheet
-from stdit.files import write_json
+from stdit.files import inside, write_json
 from stdit.pixels import to_float
 from stdit.recipes.build import build_accelerator
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.training.fit import Stopped, swap_ema
 from stdit.training.optim import build_optimizers
 from stdit.training.resume import find_checkpoint
@@ -33,12 +33,9 @@ from stdit.vae.tiny import TinyVAE
 
 def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.ndarray]]:
     """Training clips, each at several sizes (short side -> frames), and held-out clips as they are (F, H, W, 3)."""
-    root = Path(config.data.root)
-    with open(root / config.data.manifest, newline="") as stream:
-        rows = list(csv.DictReader(stream))
     training, held_out = [], []
-    for row in tqdm(rows, desc="reading clips", unit="clip"):
-        with VideoReader(root / row["path"]) as reader:
+    for path, row in tqdm(_rows(config), desc="reading clips", unit="clip"):
+        with VideoReader(path) as reader:
             frames = reader.get_frames(range(len(reader)))
         if row["group"] in config.data.hold_out:
             held_out.append(frames)
@@ -46,6 +43,24 @@ def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.
             sides = [side for side in config.data.short_sides if side <= min(frames.shape[1:3])]
             training.append({side: resize_short_side(frames, side) for side in sides})
     return training, held_out
+
+
+def _rows(config: VAEConfig) -> list[tuple[Path, dict[str, str]]]:
+    """The rows of the manifest with the paths of their clips; ValueError for one without a path or a group, or elsewhere."""
+    root = Path(config.data.root)
+    manifest = root / config.data.manifest
+    if not manifest.is_file():
+        raise ValueError(
+            f"data.manifest={str(manifest)!r} does not exist; give a CSV file with the columns path and group."
+        )
+    with open(manifest, newline="", encoding="utf-8-sig") as stream:
+        rows = list(csv.DictReader(stream))
+    for number, row in enumerate(rows, 1):
+        if not (row.get("path") and row.get("group") is not None):
+            raise ValueError(f"{manifest}, row {number} has no path or no group; every row needs both.")
+    if not rows:
+        raise ValueError(f"{manifest} has no rows; write one per clip.")
+    return [(inside(root, row["path"], f"{manifest}, row {number}"), row) for number, row in enumerate(rows, 1)]
 
 
 def center_crop(frames: np.ndarray, size: int, count: int = 17) -> torch.Tensor:
@@ -101,6 +116,7 @@ def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: lis
     return scores
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, or export with --export; returns the exit code."""
     parser = command_parser("train-vae", __doc__)

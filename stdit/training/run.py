@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from stdit.files import write_json, write_text
+from stdit.files import check_name, write_json, write_text
 
 __all__ = ["RunFolders", "differences", "write_text"]
 
@@ -20,9 +20,7 @@ class RunFolders:
     """The folders of a run: output/NAME, checkpoints/NAME and models/NAME in the current folder."""
 
     def __init__(self, name: str):
-        if not name or name != Path(name).name or name.startswith("."):
-            raise ValueError(f"name={name!r} is not a folder name; use letters, digits, '-' and '_'.")
-        self.name = name
+        self.name = check_name(name)
         self.output, self.checkpoints, self.model = (Path(kind) / name for kind in ("output", "checkpoints", "models"))
         self.samples = self.output / "samples"
         self._lock = FileLock(self.output / ".lock")
