@@ -74,12 +74,16 @@ def read_json(path: Path) -> dict:
             return {}
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"it has {path.stat().st_size >> 20} MB, and {LARGEST_JSON >> 20} are the most")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_a_number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}); download it again.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{str(path)!r} holds {type(found).__name__}, not a JSON object; download it again.")
     return found
+
+
+def _not_a_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def check_name(name: str, what: str = "name") -> str:

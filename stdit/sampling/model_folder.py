@@ -27,8 +27,9 @@ def check_folder(folder: Path) -> None:
     with warnings.catch_warnings():  # loading warns of old names
         warnings.simplefilter("ignore")
         _check_settings(folder, renamed_section("pipeline", index))
+    read_json(folder / "scheduler" / "scheduler_config.json")  # bounded and finite, as diffusers' reading is not
     for name in ("transformer", "vae"):
-        read_json(folder / name / "config.json")  # bounded, as diffusers' reading is not
+        read_json(folder / name / "config.json")
         check_fits(folder / name, lambda cls=classes[name], name=name: cls.from_config(cls.load_config(folder / name)))  # type: ignore[misc]
 
 
