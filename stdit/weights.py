@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 # Bytes of a safetensors header and of a torch file's index of tensors, about 200 a tensor; unpacked they take 50 times as
 # much memory.
 LARGEST_HEADER = 4 << 20
+_ODD = (ValueError, TypeError, AttributeError, struct.error)  # what odd values in a header raise
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -33,16 +34,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         if spans > path.stat().st_size - 8 - length:
             raise ValueError("it is shorter than its header announces")
         return {name: tuple(map(int, entry["shape"])) for name, entry in header.items()}
-    except (
-        ValueError,
-        OSError,
-        struct.error,
-        RecursionError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ) as error:
+    except (OSError, ArithmeticError, LookupError, RecursionError, *_ODD) as error:
         said = str(error) or type(error).__name__
         raise ValueError(f"{str(path)!r} is not a complete safetensors file ({said}); download it again.") from error
 

@@ -1,9 +1,9 @@
-"""Encode a config's clips once, so that training reads latents instead of video.
+"""Encode the clips of a config once, so that training reads latents instead of video.
 
     stdit cache-latents quickstart data.root=data/shapes data.manifest=data/shapes/manifest.jsonl data.source=videos --output data/shapes_latents
 
-Several processes may share the work (torchrun, or the same command started twice): every shard is written under a
-temporary name, hashed and renamed; finished shards are not encoded again when the command is run again.
+Several processes can share the work (torchrun). Every shard is written under a temporary name, hashed and renamed. If
+the command is run again, finished shards are not encoded again.
 """
 
 import hashlib
@@ -35,9 +35,10 @@ from stdit.vae import VideoVAE, load_vae
 
 
 class Shard(NamedTuple):
-    """A part of the data, encoded. tensors (N, C, T, h, w) float16: see `_encode`; indices: of the N clips in the dataset.
+    """The latents of a part of the data.
 
-    conditions: raw conditions of each clip; bad: unreadable files with the reason; waited: seconds spent waiting for data.
+    tensors: name -> (N, C, T, h, w) float16, see `_encode`. indices: of the N clips in the dataset. conditions: raw
+    conditions of each clip. bad: unreadable file -> the reason. waited: seconds spent waiting for data.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -48,7 +49,7 @@ class Shard(NamedTuple):
 
 
 def encode_shard(dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, seed: int) -> Shard:
-    """Read and encode some clips. Threads read the next clips while these are encoded (decoding video leaves Python's lock)."""
+    """Read and encode clips. Threads read the next clips meanwhile, since video decoding releases Python's lock."""
     latents: list[dict[str, torch.Tensor]] = []
     encoded: list[int] = []
     conditions: list[dict] = []
@@ -69,7 +70,9 @@ def encode_shard(dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, see
             ahead.extend([pool.submit(read, i) for i in later] for later in chunks[number + 4 : number + 5])
             began = time.perf_counter()
             samples = dict(zip(chunk, (future.result() for future in futures), strict=True))
-            waited += (time.perf_counter() - began) * (number > 0)  # nothing is encoded while the first clips are read
+            waited += (time.perf_counter() - began) * (
+                number > 0
+            )  # not for the first clips, which no encoding can overlap
             bad |= {dataset.name(i): str(sample) for i, sample in samples.items() if isinstance(sample, VideoError)}
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
@@ -81,14 +84,17 @@ def encode_shard(dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, see
 
 
 def stored_conditions(dataset: Dataset, index: int, sample: dict) -> dict:
-    """Raw conditions that a shard stores next to labels and captions; those that follow from the clip itself are not stored."""
+    """The raw conditions that a shard stores besides labels and captions; those of the clip itself are not stored."""
     read = conditions_of_sample(dataset, index, sample)
     return {name: value for name, value in read.items() if CONDITIONERS[name].stored and value is not None}
 
 
 @torch.no_grad()
 def _encode(vae: VideoVAE, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """latents: of clips (N, F, H, W, 3) uint8; reencoded: each latent frame encoded as the start of a segment."""
+    """Encode clips (N, F, H, W, 3) uint8 into float16 tensors (N, C, T, h, w).
+
+    latents: of the whole clips. reencoded: each latent frame, encoded as the start of a segment.
+    """
     batch = to_float(pixels.to(vae.device)).to(vae.dtype)
     with autocast("auto", vae.device):
         latents = vae.encode(batch)
@@ -96,13 +102,13 @@ def _encode(vae: VideoVAE, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         heads = vae.encode_segment(torch.cat(groups)) if groups else latents[:0]
     heads = torch.cat([latents[:, :, :1], *heads.split(len(batch))], dim=2)
     if not torch.isfinite(latents).all() or not torch.isfinite(heads).all():
-        raise ValueError(f"VAE {vae.name!r} gave latents that are not finite; use it in float32.")
+        raise ValueError(f"VAE {vae.name!r} gave latents that are not finite; use the VAE in float32.")
     return {"latents": latents.half().cpu(), "reencoded": heads.half().cpu()}
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Encode the shards that this process is to encode and that are not there yet; the last process writes cache.json."""
+    """Encode the missing shards of this process; the last process to finish writes cache.json."""
     parser = command_parser("cache-latents", __doc__)
     parser.add_argument("config", help="a path, or the name of a config in the package")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -115,10 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = build_dataset(config.data)
     if args.output.resolve() == Path(config.data.root).resolve():
         raise ValueError(
-            f"--output {args.output} is data.root itself; override data.root=FOLDER with the folder of clips."
+            f"--output {args.output} is data.root itself; set data.root=FOLDER to the folder of the clips."
         )
     vae = load_vae(config.vae.name).to(default_device())
-    vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)  # refuses sizes that do not fit
+    vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)  # raises for sizes that do not fit
     source = {key: getattr(config.data, key) for key in SOURCE_KEYS}
     head = {
         "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "clips": len(dataset),
@@ -130,12 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return write_index(args.output, head)
 
 
-# The part of the data config that decides what a clip's latents are; --shard-size and seed are checked as well.
+# The keys of the data config on which latents depend; --shard-size and seed are checked as well.
 SOURCE_KEYS = ("root", "manifest", "num_frames", "height", "width", "fps", "crop")
 
 
 def check_settings(output: Path, head: dict) -> None:
-    """ValueError if the folder holds latents made with other settings; a run with the same settings adds to them."""
+    """Raise ValueError if the folder has latents of other settings; a run with the same settings adds to them."""
     path = output / "settings.json"
     if not path.is_file():
         write_text(path, json.dumps(head))
@@ -147,7 +153,7 @@ def check_settings(output: Path, head: dict) -> None:
 
 
 def _rank() -> tuple[int, int]:
-    """Number of this process and of all of them, as torchrun sets them."""
+    """The index of this process and the number of processes, as torchrun sets them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -176,15 +182,17 @@ def write_shards(output: Path, dataset: Dataset, vae: VideoVAE, *, shard_size: i
 
 
 def write_index(output: Path, head: dict) -> int:
-    """Write cache.json once every shard is there (the last process does)."""
+    """Write cache.json if every shard is written, which holds in the last process to finish. Returns the exit code."""
     shards = [output / f"latents-{i:05d}.json" for i in range(-(-head["clips"] // head["shard_size"]))]
     if not all(path.is_file() for path in shards):
-        print(f"process {_rank()[0]}: done; the last process to finish writes {output / 'cache.json'}")
+        print(f"process {_rank()[0]} is done; the last process to finish writes {output / 'cache.json'}")
         return 0
     records = [json.loads(path.read_text()) for path in shards]
     bad = {name: reason for record in records for name, reason in record.pop("bad").items()}
     if not any(record["count"] for record in records):
-        raise ValueError(f"none of the {head['clips']} clips could be read; the first: {next(iter(bad.values()))}")
+        raise ValueError(
+            f"none of the {head['clips']} clips could be read; stdit check-media lists the reasons, the first is: {next(iter(bad.values()))}"
+        )
     write_text(output / "cache.json", json.dumps({**head, "shards": records, "skipped": bad}))
     for reason in list(bad.values())[:10]:
         print(f"skipped a file: {reason}")
@@ -194,7 +202,7 @@ def write_index(output: Path, head: dict) -> int:
 
 
 def _is_complete(output: Path, name: str) -> bool:
-    """Whether a shard is there and its file matches the recorded hash."""
+    """Whether a shard exists and its file matches the recorded hash."""
     record, file = output / f"{name}.json", output / f"{name}.safetensors"
     if not (record.is_file() and file.is_file()):
         return False

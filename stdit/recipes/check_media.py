@@ -1,4 +1,4 @@
-"""Read every video of a folder or manifest in full, and name those that cannot be trained on.
+"""Read every video of a folder or manifest in full, and list those that cannot be used, with the reason.
 
 stdit check-media path/to/clips
 stdit check-media clips.csv --report report.jsonl
@@ -19,7 +19,7 @@ from stdit.recipes.entry import command, command_parser
 
 
 def check(path: Path, chunk: int = 8) -> dict:
-    """Decode every frame -> frames, rate and size of the file, or the reason why it is refused."""
+    """Decode every frame of a file; returns its frame count, rate and size, or the reason why it cannot be used."""
     began = time.perf_counter()
     try:
         with VideoReader(path) as reader:
@@ -39,10 +39,10 @@ def check(path: Path, chunk: int = 8) -> dict:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read every file; exit code 1 if any cannot be read."""
+    """Read every file; the exit code is 1 if any cannot be read."""
     parser = command_parser("check-media", __doc__)
     parser.add_argument("source", help="a folder, or a manifest (.jsonl, .csv)")
-    parser.add_argument("--report", help="write one JSON line per file here")
+    parser.add_argument("--report", help="write a JSON line per file to this file")
     args = parser.parse_args(argv)
     av.logging.set_level(None)
     source = Path(args.source)

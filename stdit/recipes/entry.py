@@ -1,4 +1,4 @@
-"""How a recipe ends: an error that a user or a file can cause becomes one line on stderr and exit code 1."""
+"""How a command runs and ends: errors that a user or a file can cause, and warnings, are one line on stderr each."""
 
 import argparse
 import csv
@@ -6,6 +6,7 @@ import errno
 import os
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -83,22 +84,53 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Call a recipe's `main` and return its exit code; what a user or a file can cause ends in one line and 1."""
+    """Call `main(argv)` and return its exit code; what a user or a file can cause ends in one line and 1.
+
+    A reader of the output that closes early (`stdit --help | head -1`) also ends in 1, without a message.
+    """
+    default_format, warnings.formatwarning = warnings.formatwarning, _format_warning
+    try:
+        code = _exit_code(main, argv)
+    finally:
+        warnings.formatwarning = default_format
+        is_written = _flush_output()
+    return code if is_written else 1
+
+
+def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning without the line of code that caused it, which on a command line is in Python's own launcher."""
+    return f"warning: {printable(str(message))}\n"
+
+
+def _flush_output(text: str = "") -> bool:
+    """Write `text` to stdout and flush it; False if its reader is gone. The rest is then discarded, so that Python's exit prints no error."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     try:
         return command(main)(argv)
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and not _flush_output("\n"):  # of stdout, not of a loader's worker
+            return 1
         print(error, file=sys.stderr)
     return 1
 
 
 def command_parser(command: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of `stdit COMMAND`, which shows a recipe's module docstring as it is written."""
+    """The parser of `stdit COMMAND`; its help shows `description` with the line breaks it has."""
     return argparse.ArgumentParser(
         prog=f"stdit {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def child_environment() -> dict[str, str]:
-    """Environment variables for `python -m stdit ...` as a child process: it finds the package that this process runs."""
+    """Environment variables with which a child process `python -m stdit ...` finds the package of this process."""
     paths = [str(Path(stdit.__file__).parents[1]), os.environ.get("PYTHONPATH")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}

@@ -1,4 +1,4 @@
-"""Several runs in one picture: loss against minutes of training, and what each of them generates.
+"""Plot several runs in one picture: loss against minutes of training, and the samples of each run.
 
 stdit plot-runs output/scratch output/inflated --output docs/inflation.png
 """
@@ -18,10 +18,12 @@ import matplotlib.pyplot as plt
 
 
 def minutes_and_loss(run: Path, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Minutes since the start, and the loss averaged over `window` steps; the batch size follows from clips and rate."""
+    """Minutes since the start, computed from clips per second, and the loss averaged over `window` steps."""
     path = run / "training_metrics.csv"
     if not path.is_file():
-        raise ValueError(f"{str(run)!r} has no training_metrics.csv; give folders of runs, such as output/quickstart.")
+        raise ValueError(
+            f"{str(run)!r} has no training_metrics.csv, so it is not the folder of a run; give one such as output/quickstart."
+        )
     with open(path, newline="") as stream:
         rows = list(csv.DictReader(stream))
     loss = np.array([float(row["loss"]) for row in rows])
@@ -39,7 +41,7 @@ def _batch_size(run: Path) -> int:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the curves and the samples of all runs."""
+    """Plot the curves and the samples of all runs."""
     parser = command_parser("plot-runs", __doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)

@@ -36,7 +36,7 @@ from stdit.vae import load_vae
 
 
 class Run(NamedTuple):
-    """A training run, built and not yet started."""
+    """A training run that is built and not yet started."""
 
     config: Config
     dataset: Dataset
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 def build_run(config: Config, accelerator: Accelerator) -> Run:
-    """Build everything, lock the folders, and restore the checkpoint that `train.resume` asks for."""
+    """Build all parts, lock the folders, and restore the checkpoint that `train.resume` selects."""
     processes, main = accelerator.num_processes, accelerator.is_main_process
     check_batch(config, processes)
     dataset = build_dataset(config.data)
@@ -81,7 +81,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
 
 
 def fit(run: Run) -> int:
-    """Train to the end or to a signal -> exit code."""
+    """Train to the last step, or until a signal; returns the exit code."""
     config, trainer = run.config, run.trainer
     accelerator, model = trainer.accelerator, trainer.model
     accelerator.print(
@@ -89,6 +89,12 @@ def fit(run: Run) -> int:
         f"{model.num_classes} classes, {accelerator.num_processes} process(es) on {accelerator.device}, "
         f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}; step {trainer.step} of {config.train.steps}"
     )
+    train = config.train
+    if train.decay_steps is not None and trainer.step < train.steps > train.decay_steps:
+        accelerator.print(
+            f"train.steps={train.steps} goes beyond train.decay_steps={train.decay_steps}, where the learning rate becomes 0: later "
+            "steps change nothing. Set both to one number, or train.decay_steps=null for a constant rate."
+        )
     workers = num_workers(config.data.workers, getattr(run.dataset, "decodes", True), accelerator.num_processes)
     loader = batches(
         run.dataset, config.seed, config.train.batch_size, trainer.step, micro_batch=config.train.micro_batch,
@@ -105,7 +111,7 @@ def fit(run: Run) -> int:
 
 
 def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
-    """Write model, samples and summary.json after `fit` (in the main process); model and samples only of a finished run."""
+    """Write summary.json after `fit`, and the model and samples if the run is finished. For the main process only."""
     config, trainer = run.config, run.trainer
     accelerator, folders = trainer.accelerator, trainer.folders
     if not code:
@@ -174,5 +180,5 @@ def _needs_less(config: Config, error: Exception) -> str:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """`main`, with an error that a user can cause printed as one line."""
+    """Run `main` like a command: an error that a user can cause is printed in one line."""
     return entry.run(main, argv)

@@ -32,7 +32,7 @@ from stdit.vae.tiny import TinyVAE
 
 
 def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.ndarray]]:
-    """Training clips, each at several sizes (short side -> frames), and held-out clips as they are (F, H, W, 3)."""
+    """Read the training clips, as dicts of short side -> frames, and the held-out clips (F, H, W, 3) at full size."""
     training, held_out = [], []
     for path, row in tqdm(_rows(config), desc="reading clips", unit="clip"):
         with VideoReader(path) as reader:
@@ -64,7 +64,7 @@ def _rows(config: VAEConfig) -> list[tuple[Path, dict[str, str]]]:
 
 
 def center_crop(frames: np.ndarray, size: int, count: int = 17) -> torch.Tensor:
-    """The first `count` frames (F, H, W, 3), scaled and cropped to a square -> (1, 3, F, size, size) in [-1, 1]."""
+    """Scale and crop the first `count` frames (F, H, W, 3) to a square: (1, 3, F, size, size) in [-1, 1]."""
     small = resize_short_side(frames[:count], size)
     y, x = (small.shape[1] - size) // 2, (small.shape[2] - size) // 2
     return to_float(small[:, y : y + size, x : x + size])[None]
@@ -76,7 +76,7 @@ def _reconstruct(vae: TinyVAE, clip: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(vae: TinyVAE, held_out: list[np.ndarray]) -> dict[str, float]:
-    """PSNR in dB on held-out clips: 17 frames, centre crop, at 128 and at 64 pixels."""
+    """Measure the PSNR in dB on held-out clips: 17 frames, centre crop, at 128 and at 64 pixels."""
     scores = {}
     for size in (128, 64):
         clips = [center_crop(frames, size) for frames in held_out if len(frames) >= 17]
@@ -86,7 +86,7 @@ def evaluate(vae: TinyVAE, held_out: list[np.ndarray]) -> dict[str, float]:
 
 @torch.no_grad()
 def write_preview(vae: TinyVAE, held_out: list[np.ndarray], path: Path) -> None:
-    """A picture with rows of originals and reconstructions, every fourth frame."""
+    """Write a picture with rows of originals and reconstructions, every fourth frame."""
     clips = [center_crop(frames, 128) for frames in held_out if len(frames) >= 17][::2]
     rows = [row for clip in clips for row in (clip[0, :, ::4], _reconstruct(vae, clip)[0, :, ::4])]
     write_contact_sheet(path, rows)
@@ -95,7 +95,7 @@ def write_preview(vae: TinyVAE, held_out: list[np.ndarray], path: Path) -> None:
 @torch.no_grad()
 def measure_latents(vae: TinyVAE, pool: ClipPool, seed: int) -> None:
     """Set the statistics that give latents zero mean and unit variance on the training data."""
-    # Steps counted down from 65535, which training does not reach: 64 batches it has not drawn.
+    # Steps down from 65535, which training does not reach, so that these 64 batches are not those of training.
     batches = (pool.batch(seed, -1 - i & 0xFFFF).to(vae.device) for i in range(64))
     raw = torch.cat([vae.encode_raw(batch).transpose(0, 1).flatten(1) for batch in batches], 1)
     vae.latent_mean.copy_(raw.mean(1))
@@ -103,7 +103,7 @@ def measure_latents(vae: TinyVAE, pool: ClipPool, seed: int) -> None:
 
 
 def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: list[np.ndarray], folder: Path) -> dict:
-    """Write the averaged weights in 16 bits, with a record of the training -> PSNR on held-out clips."""
+    """Write the EMA weights in 16 bits, with a record of the training; returns the PSNR on held-out clips."""
     with swap_ema(trainer.model, trainer.ema):
         measure_latents(trainer.model, pool, config.seed)
         scores = evaluate(trainer.model, held_out)
@@ -118,13 +118,11 @@ def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: lis
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, or export with --export; returns the exit code."""
+    """Train, or export the weights with --export; returns the exit code."""
     parser = command_parser("train-vae", __doc__)
     parser.add_argument("config", help="a path, or the name of a config in the package")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument(
-        "--export", metavar="DIR", type=Path, help="write the averaged weights in 16 bits to DIR and stop"
-    )
+    parser.add_argument("--export", metavar="DIR", type=Path, help="write the EMA weights in 16 bits to DIR and stop")
     args = parser.parse_intermixed_args(argv)
     config = load_typed(VAEConfig, args.config, args.overrides)
 
@@ -154,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: list[np.ndarray]) -> int:
-    """Train to the end or to a signal -> exit code."""
+    """Train to the last step, or until a signal; returns the exit code."""
 
     def preview(vae: TinyVAE, step: int) -> None:
         with trainer.accelerator.autocast():

@@ -47,12 +47,13 @@ class RunFolders:
 
     def unlock(self) -> None:
         """Let other runs use the folders."""
+        self._holder_file.unlink(missing_ok=True)
         self._lock.release()
 
     @property
     def _holder_file(self) -> Path:
         # Not the lock file itself, which some systems do not let other processes read.
-        return self.output / ".lock-holder"
+        return self.output / "running.txt"
 
     def _holder(self) -> str:
         try:
@@ -77,7 +78,7 @@ class RunFolders:
         """Move the files of an earlier run of this name to NAME.before-N -> the new folders."""
         moved = []
         for folder in (self.output, self.checkpoints, self.model):
-            entries = [path for path in folder.glob("*") if not path.name.startswith(".lock")]
+            entries = [path for path in folder.glob("*") if path.name not in (".lock", self._holder_file.name)]
             if any(path.is_file() or any(path.iterdir()) for path in entries):
                 target = self.new_archive(folder)
                 for path in entries:

@@ -54,7 +54,17 @@ ODD: list[Any] = [
     10**9, -1, 0, 2**63, 10**30, 1e308, float("nan"), float("inf"), True, None, "", "\x1b]0;pwned\x07\x1b[31m", "../../../etc/passwd",
     "/etc/passwd", "a\0b", "\u2028", "\u202eevil", "x" * 100_000, [], {}, [[[[]]]], [10**9] * 3, {"a": {"b": 1}}, "${oc.env:HOME}", "!!python/object:os.system",
 ]  # fmt: skip
-ODD_BYTES = [b"", b"\0", b"\xff" * 8, b"\xef\xbb\xbf", b"[" * 50_000, b'{"a":' * 20_000, b"\r\n", b"PK\5\6", b"}" * 100_000]
+ODD_BYTES = [
+    b"",
+    b"\0",
+    b"\xff" * 8,
+    b"\xef\xbb\xbf",
+    b"[" * 50_000,
+    b'{"a":' * 20_000,
+    b"\r\n",
+    b"PK\5\6",
+    b"}" * 100_000,
+]
 
 
 class Kind(NamedTuple):
@@ -173,7 +183,13 @@ def _latents(folder: Path) -> None:
     (folder / "lat").mkdir()
     latents = torch.zeros(2, 16, 2, 4, 4)
     save_file({"latents": latents, "reencoded": latents.clone()}, folder / "lat" / "latents-00000.safetensors")
-    shard = {"file": "latents-00000.safetensors", "count": 2, "labels": [0, 1], "captions": ["", "a"], "conditions": [{}, {}]}
+    shard = {
+        "file": "latents-00000.safetensors",
+        "count": 2,
+        "labels": [0, 1],
+        "captions": ["", "a"],
+        "conditions": [{}, {}],
+    }
     info = {
         "vae": "tiny", "vae_fingerprint": load_vae("tiny").fingerprint(), "num_classes": 2, "class_names": ["a", "b"], "num_frames": 5,
         "height": 32, "width": 32, "fps": None, "clips": 2, "shards": [shard],
@@ -302,7 +318,9 @@ def main(argv: list[str] | None = None) -> int:
         faults = results.get()
     for kind, number, said in faults[:40]:
         print(f"{kind}, file {number}: {ascii(said)[1:-1][:260]}")
-    print(f"{args.files} files, {time.perf_counter() - began:.0f} s, {len(faults)} faults {dict(Counter(f[0] for f in faults))}")
+    print(
+        f"{args.files} files, {time.perf_counter() - began:.0f} s, {len(faults)} faults {dict(Counter(f[0] for f in faults))}"
+    )
     return 1 if faults else 0
 
 
