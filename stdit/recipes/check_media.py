@@ -10,7 +10,7 @@ stopped goes on with the files that are missing or have changed. Exit code 1 if 
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from stdit.data.facts import Facts, assess
 from stdit.data.inspect import inspect
 from stdit.data.workers import WorkerPool, num_workers
 from stdit.files import write_text
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.media_report import Checked, overview, write_clean_manifest, write_sheet
 
 _FACTS = Facts._fields
@@ -132,7 +132,8 @@ def _data_config(source: Path, config: str | None, overrides: list[str]) -> Data
     return data
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Read every file; exit code 1 if training cannot use one of them."""
     parser = command_parser("check-media", __doc__)
     parser.add_argument("source", type=Path, help="a folder, or a manifest (.jsonl, .csv)")

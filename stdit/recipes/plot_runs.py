@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 
 from stdit.data.pictures import read_picture
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,6 +39,7 @@ def _batch_size(run: Path) -> int:
     return OmegaConf.load(run / "config.yaml").train.batch_size
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Plot the curves and the samples of all runs."""
     parser = command_parser("plot-runs", __doc__)

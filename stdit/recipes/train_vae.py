@@ -22,7 +22,7 @@ from stdit.data.video_write import write_contact_sheet
 from stdit.files import write_json
 from stdit.pixels import to_float
 from stdit.recipes.build import build_accelerator
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.training.fit import Stopped, swap_ema
 from stdit.training.optim import build_optimizers
 from stdit.training.resume import find_checkpoint
@@ -104,6 +104,7 @@ def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: lis
     return scores
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, or export the weights with --export; returns the exit code."""
     parser = command_parser("train-vae", __doc__)

@@ -73,12 +73,11 @@ def _sample(model: STDiT, vae: VideoVAE, config: Any, given: dict[str, Any], *, 
 
 def export(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, fps: float | None = None) -> None:
     """Write models/NAME, a pipeline folder. A model of an earlier run is replaced only when the new one is complete."""
-    tmp = folders.model.with_name(f".{folders.name}-{os.getpid()}")
-    build_pipeline(model, vae, config, fps).save_pretrained(tmp, safe_serialization=True)
     before = folders.model.with_name(f".{folders.name}-before-{os.getpid()}")
-    if folders.model.exists():
-        os.rename(folders.model, before)
-    os.rename(tmp, folders.model)
+    with atomic_write(folders.model) as tmp:
+        build_pipeline(model, vae, config, fps).save_pretrained(tmp, safe_serialization=True)
+        if folders.model.exists():
+            os.rename(folders.model, before)
     shutil.rmtree(before, ignore_errors=True)
 
 
