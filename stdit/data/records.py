@@ -63,6 +63,7 @@ def find_columns(names: Iterable[str], what: str) -> dict[str, str]:
 
     Raises ValueError if two others could be the same one.
     """
+    names = list(names)
     found: dict[str, str] = {}
     for role in COLUMNS:
         candidates = [name for name in names if _ROLES.get(_plain(name)) == role]

@@ -24,7 +24,7 @@ from stdit.data.datasets import Images, VideoClips, build_dataset
 from stdit.data.facts import Facts, assess
 from stdit.data.inspect import inspect
 from stdit.data.workers import WorkerPool, num_workers
-from stdit.files import write_text
+from stdit.files import check_writable, write_text
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.media_report import Checked, overview, write_clean_manifest, write_sheet
 
@@ -101,6 +101,8 @@ def check_all(
     if workers is None:  # a process takes seconds to start
         workers = min(num_workers(None, True), len(missing) // 32)
     stream = open(report, "a", encoding="utf-8") if report else None  # noqa: SIM115 (closed below)
+    if stream is not None and stream.tell():
+        stream.write("\n")  # the last line may have been cut
     try:
         for entry in tqdm(check(missing, backend, workers, timeout), total=len(missing), unit="file", disable=None):
             known[entry["path"]] = entry
@@ -148,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in (args.manifest, args.sheet):
         if path is not None and path.exists():
             raise ValueError(f"{path} exists; choose another name, or remove it.")
+    for path in (args.manifest, args.sheet, args.report):
+        if path is not None:
+            check_writable(path)
     av.logging.set_level(None)
     data = _data_config(args.source, args.config, args.overrides)
     dataset = build_dataset(data)

@@ -180,3 +180,11 @@ def test_reading_a_report_of_many_rows_is_fast(tmp_path):
     began = time.perf_counter()
     assert len(check_media.read_report(tmp_path / "r.jsonl")) == 20_000
     assert time.perf_counter() - began < 5
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_files_are_read(clips, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(check_media, "inspect", None)  # reading would fail
+    for option in ("--manifest", "--sheet", "--report"):
+        with pytest.raises((NotADirectoryError, FileExistsError)):
+            check_media.main([str(clips), option, str(tmp_path / "file" / "out.jsonl")])
