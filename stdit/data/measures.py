@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from stdit.data.facts import Facts
@@ -13,8 +14,10 @@ _VERSION = 1
 
 def cache_folder() -> Path:
     """The folder of what can be made again: $STDIT_CACHE, or stdit in the user's cache ($XDG_CACHE_HOME or ~/.cache)."""
-    own = os.environ.get("STDIT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "stdit"
+    own, cache = os.environ.get("STDIT_CACHE"), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # a user without a home
+        cache = tempfile.gettempdir()
+    return Path(own) if own else Path(cache) / "stdit"
 
 
 class Measures:
