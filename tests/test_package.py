@@ -68,7 +68,7 @@ def test_errors_that_a_user_can_cause_end_in_one_line(error, capsys):
     assert entry.run(main) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert (str(raised) if error else "Lower train.micro_batch") in lines[0]
+    assert (str(raised) if error else "fewer frames, a smaller size") in lines[0]
     raised = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
         entry.run(main)

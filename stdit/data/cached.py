@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from stdit.conditions import ClipFacts, read_conditions
+from stdit.data.base import Annotated
 from stdit.data.config import DataConfig
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
@@ -18,7 +19,7 @@ from stdit.data.video_io import VideoError
 _RENAMED = {"restarts": "reencoded"}
 
 
-class CachedLatents:
+class CachedLatents(Annotated):
     """Normalised latents in shards, as `cache_latents` writes them, with the fingerprint of their VAE.
 
     Each clip has `latents` (C, T, h, w), and `reencoded` (C, T, h, w), in which every latent frame is encoded without

@@ -29,7 +29,7 @@ class DataConfig:
     max_bad_fraction: float = 0.1  # fraction of unreadable files above which training stops
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "height", "width"):
+        for name in ("num_frames", "height", "width", "num_shapes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be >= 1, got {getattr(self, name)}.")
         for size in self.sizes:

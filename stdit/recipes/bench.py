@@ -32,7 +32,7 @@ from stdit.model.stdit import STDiT
 from stdit.nn.attention import explicit_attention
 from stdit.pixels import to_float
 from stdit.precision import autocast, native_bf16, resolve
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.rng import keyed_rng
 from stdit.training.optim import build_optimizers
 from stdit.training.step import LatentBatch, diffusion_losses
@@ -340,6 +340,7 @@ BENCHES = {
 }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark."""
     parser = command_parser("bench", __doc__)

@@ -15,7 +15,7 @@ from typing import Any
 
 from stdit.data.loader import Batch
 from stdit.recipes import cache_latents, make_shapes, plan, train
-from stdit.recipes.entry import child_environment, command_parser
+from stdit.recipes.entry import child_environment, command, command_parser
 from stdit.training.fit import Trainer
 
 GIB = 2**30
@@ -76,6 +76,7 @@ def planned(overrides: list[str]) -> float:
     return float(line.split()[1]) * GIB
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare every case; exit code 1 if a plan is off by more than a fifth."""
     parser = command_parser("bench-memory", __doc__)

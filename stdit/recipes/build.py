@@ -47,8 +47,8 @@ def build_captions(config: Config, dataset: Dataset, device: torch.device, *, ma
     texts = [dataset.record(i)["caption"] for i in range(len(dataset))]
     if not any(texts):
         raise ValueError(
-            f"text.encoder={config.text.encoder} but no clip of {config.data.root!r} has a caption; give a manifest with "
-            "captions (and cache latents again), or leave text.encoder out."
+            f"text.encoder={config.text.encoder} but no clip of {config.data.root!r} has a caption; put a.txt next to "
+            "a.mp4, or give a manifest with a column 'caption' (and cache latents again), or leave text.encoder out."
         )
     encoder = load_text_encoder(config.text.encoder, device)
     cache = CaptionCache(Path(config.text.cache), encoder)

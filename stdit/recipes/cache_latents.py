@@ -28,7 +28,7 @@ from stdit.data.video_io import VideoError
 from stdit.files import atomic_write, write_text
 from stdit.pixels import to_float
 from stdit.precision import autocast
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import default_device
 from stdit.rng import keyed_rng
 from stdit.vae import VideoVAE, load_vae
@@ -106,6 +106,7 @@ def _encode(vae: VideoVAE, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"latents": latents.half().cpu(), "reencoded": heads.half().cpu()}
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Encode the missing shards of this process; the last process to finish writes cache.json."""
     parser = command_parser("cache-latents", __doc__)

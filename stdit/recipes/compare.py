@@ -37,11 +37,11 @@ from stdit.evaluation.captions import caption, caption_grid
 from stdit.evaluation.compare import Comparison, Run, by_variant, page
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.shapes import report
-from stdit.files import write_json, write_text
+from stdit.files import check_name, write_json, write_text
 from stdit.model.cost import clip_flops
 from stdit.precision import autocast
 from stdit.recipes.build import build_captions, build_model
-from stdit.recipes.entry import child_environment, command_parser
+from stdit.recipes.entry import child_environment, command, command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.optim import build_optimizers
@@ -256,6 +256,7 @@ def draw(spec: Comparison, runs: list[Run], folder: Path, distance: str) -> list
     return [curves, quality]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure and compare every variant."""
     parser = command_parser("compare", __doc__)
@@ -265,7 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     spec = load_typed(Comparison, find_config(args.comparison, "compare"), args.overrides)
+    check_name(spec.name)
     for variant in spec.variants:  # finds every mistake before any work
+        check_name(f"{spec.name}-{variant}", "the name of a variant's run")
         read_variant(spec, variant)
     distance = f"{load_extractor(spec.features).frechet} ({load_extractor(spec.features).name})"
     folder = Path("output") / "compare" / spec.name

@@ -19,12 +19,13 @@ from stdit.checkpoint.convert import (
 from stdit.checkpoint.files import read_weights
 from stdit.checkpoint.keymaps import FORMATS
 from stdit.model.stdit import STDiT
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import load_vae
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert one model, in either direction."""
     parser = command_parser("convert", __doc__)

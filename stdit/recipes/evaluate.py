@@ -26,9 +26,9 @@ from stdit.evaluation.captions import caption_grid, sample_and_measure
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.metrics import psnr, ssim
 from stdit.evaluation.shapes import measure_shape, report, table
-from stdit.files import write_json
+from stdit.files import check_writable, write_json
 from stdit.pixels import to_float
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
 from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
@@ -42,12 +42,19 @@ def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int]
         raise ValueError(
             f"{model} was not trained on moving shapes, so shapes cannot be measured; compare it with real clips: --reference FOLDER."
         )
-    labels = [i % len(CLASS_NAMES) for i in range(args.clips)]
+    labels, output = [i % len(CLASS_NAMES) for i in range(args.clips)], _output(model)
     clips = pipe(
         [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, num_inference_steps=args.steps,
         guidance_scale=args.guidance, seed=args.seed, solver=args.solver,
     )  # fmt: skip
-    return [to_uint8(clip) for clip in clips], labels, Path("output") / model.name
+    return [to_uint8(clip) for clip in clips], labels, output
+
+
+def _output(model: Path) -> Path:
+    """The output folder of a model, made; OSError, before anything is sampled, if it cannot be written."""
+    output = Path("output") / model.name
+    check_writable(output / "evaluation.json")
+    return output
 
 
 def compare_with_reference(args: argparse.Namespace) -> int:
@@ -59,7 +66,7 @@ def compare_with_reference(args: argparse.Namespace) -> int:
         model = Path(args.model) if args.model else newest_model()
         pipe = load_pipeline(model)
         output, size = (
-            Path("output") / model.name,
+            _output(model),
             (args.frames or pipe.config.num_frames, args.size or pipe.config.height),
         )
         batches = _sampled(pipe, args, size)
@@ -78,7 +85,6 @@ def compare_with_reference(args: argparse.Namespace) -> int:
     for name, value in found.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         write_json(output / "distances.json", {**vars(args), **found})
         print(f"{output / 'distances.json'}")
     return 0
@@ -114,8 +120,7 @@ def evaluate_captions(args: argparse.Namespace) -> int:
     """
     model = Path(args.model) if args.model else newest_model()
     pipe = load_pipeline(model)
-    output = Path("output") / model.name
-    output.mkdir(parents=True, exist_ok=True)
+    output = _output(model)
     options = {
         "num_inference_steps": args.steps, "guidance_scale": args.guidance, "seed": args.seed, "num_frames": args.frames,
         "height": args.size, "width": args.size,
@@ -171,6 +176,7 @@ def read_recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
     return clips, [CLASS_NAMES.index(names[label]) if names else label for label in labels]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure a model or clips, print the result and write it to the output folder of the model."""
     parser = command_parser("evaluate", __doc__)
@@ -201,6 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--solver")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
+    if "" in (args.input, args.reference, args.model):
+        raise ValueError("--input, --reference or --model is empty; name a file or a folder, or leave it out.")
     if args.clips < 1:
         raise ValueError(f"--clips must be >= 1, got {args.clips}.")
     if args.captions is not None:
@@ -217,7 +225,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = report(clips, labels)
     print(table(result))
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         write_json(output / "evaluation.json", {**vars(args), **result._asdict()})
         write_contact_sheet(output / "evaluation.png", clips[:48], columns=4)
         print(f"{output / 'evaluation.json'}, {output / 'evaluation.png'}")

@@ -16,7 +16,7 @@ from stdit.data.video_write import write_contact_sheet
 from stdit.evaluation import operations as op
 from stdit.evaluation.rollouts import rollout
 from stdit.files import write_json
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
 
@@ -82,6 +82,7 @@ def long(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     return {"rollout": lambda: rollout(pipe, data, 13, 40 * (pipe.config.num_frames - 1), **choices)}
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the tasks of every given model, and write metrics and contact sheets."""
     parser = command_parser("evaluate-tasks", __doc__)

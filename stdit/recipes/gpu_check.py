@@ -20,7 +20,7 @@ from stdit.model.cost import training_memory
 from stdit.model.stdit import STDiT
 from stdit.nn.cache import FrameCache
 from stdit.precision import autocast
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.training.optim import build_optimizers
@@ -288,6 +288,7 @@ CHECKS: list[Callable[[], str]] = [
 ]  # fmt: skip
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all checks; returns 1 if any fails, and 2 without a CUDA device."""
     command_parser("gpu-check", __doc__).parse_args(argv)

@@ -16,7 +16,7 @@ from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.evaluation.held_out import HeldOut, held_out, label_kwargs
 from stdit.pixels import to_bytes
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.training.step import diffusion_losses, to_latents
 
@@ -49,6 +49,7 @@ def losses_by_strategy(pipe: Any, data: HeldOut, levels: list[float], seed: int 
     return found
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a table of losses for each model."""
     parser = command_parser("held-out-loss", __doc__)

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from stdit.data.shapes import CLASS_NAMES, COLORS, OBJECT_NAMES, draw, random_clip
 from stdit.data.video_write import write_video
 from stdit.files import write_text
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.rng import keyed_rng
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the clips, unless the folder already has the same clips."""
     parser = command_parser("make-shapes", __doc__)

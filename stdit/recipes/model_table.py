@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from stdit.model.config import SIZES, size_arguments
 from stdit.model.cost import forward_cost
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 
 # Peebles and Xie, table 4 and section 5: millions of parameters, Gflops (multiply-adds) at 256 px.
 PAPER = {
@@ -53,6 +53,7 @@ def video_table(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = command_parser("model-table", __doc__)

@@ -15,7 +15,7 @@ from stdit.model.cost import Memory, Shape, forward_cost, training_memory
 from stdit.model.stdit import STDiT
 from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.text import load_text_encoder
 from stdit.vae import VAEGeometry, load_vae
 from stdit.variants import pick
@@ -107,6 +107,7 @@ def speed_line(args: argparse.Namespace, config: Config, flops: float, peak: flo
     )
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; with --refuse the exit code is 1 if the run does not fit."""
     parser = command_parser("plan", __doc__)

@@ -19,7 +19,7 @@ from stdit.evaluation.held_out import held_out
 from stdit.evaluation.operations import mark_generated
 from stdit.precision import native_bf16
 from stdit.recipes import cache_latents, make_shapes, train
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.sampling.pipeline import STDiTPipeline
 
 CONFIG = "quickstart"
@@ -46,6 +46,7 @@ def show_tasks(pipe: STDiTPipeline, output: Path) -> None:
     write_contact_sheet(output / "tasks.png", strips, count=9)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the clips, encode them, train, and show samples and tasks."""
     parser = command_parser("quickstart", __doc__)

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from stdit.data.inputs import Input, read_input, read_mask
 from stdit.data.video_write import WRITERS, VideoStream, write_video
-from stdit.files import write_json
-from stdit.recipes.entry import command_parser
+from stdit.files import check_writable, printable, write_json
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
 from stdit.sampling.options import SamplingOptions, add_flags, options_from
 from stdit.sampling.pipeline import STDiTPipeline
@@ -59,7 +59,8 @@ def output_paths(args: argparse.Namespace, model: Path, *, count: int, suffix: s
     if existing and not args.overwrite:
         raise ValueError(f"{existing[0]} exists; choose another --output or --seed, or pass --overwrite.")
     for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
+        check_writable(path.with_suffix(".json"))
     return paths
 
 
@@ -190,7 +191,7 @@ def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline) -> list[Input]:
     inputs = [read_input(path, size, args.fps or pipe.config.fps, frames) for path in args.input]
     for path, clip in zip(args.input, inputs, strict=True):
         if clip.note:
-            print(f"{path}: {clip.note}")
+            print(printable(f"{path}: {clip.note}"))
     return inputs
 
 
@@ -300,6 +301,7 @@ def clip_record(pipe: STDiTPipeline, call: Call, index: int) -> dict[str, Any]:
     return {"clip": index, "label": label, "label_name": name, "caption": caption}
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Sample clips and write them, each with a JSON file of its settings."""
     args = parse(argv)
@@ -323,9 +325,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         clips = task.call(pipe, inputs, args, call.keywords())
         for i, (path, size) in enumerate(zip(paths, write_clips(paths, clips, fps), strict=True)):
             written = dict(zip(("num_frames", "height", "width"), size, strict=True))
-            write_json(path.with_suffix(".json"), {**settings, **written, "fps": fps, **clip_record(pipe, call, i)})
+            try:
+                write_json(path.with_suffix(".json"), {**settings, **written, "fps": fps, **clip_record(pipe, call, i)})
+            except OSError:
+                path.unlink()  # a clip without its record would be in the way of the next attempt
+                raise
     for text in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"warning: {text}")
+        print(f"warning: {printable(text)}")
     written_to = paths[0] if len(paths) == 1 else paths[0].parent
     print(
         f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {call.options.guidance_scale}: {written_to}"

@@ -20,13 +20,14 @@ from torch import nn
 from stdit.config import Config, load_typed, to_plain
 from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.loader import batches
+from stdit.data.rates import clip_rate
 from stdit.data.samplers import BatchSampler
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import build_objective
 from stdit.model.trunks import TRUNKS
 from stdit.recipes import entry
 from stdit.recipes.build import build_accelerator, build_captions, build_model, build_order, check_batch, check_cache
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.optim import build_optimizers
 from stdit.training.results import export, preview, write_results
@@ -59,6 +60,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     model = build_model(config, vae, dataset, objective, caption_channels=channels).to(accelerator.device)
     folders = RunFolders(config.name)
     if main:
+        clip_rate(config.data, dataset)  # says if the clips' rates differ
         folders.lock()
     accelerator.wait_for_everyone()
     order = build_order(config, dataset, vae, patch=model.patch_size, processes=processes)
@@ -116,7 +118,7 @@ def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
     accelerator, folders = trainer.accelerator, trainer.folders
     if not code:
         with swap_ema(trainer.model, trainer.ema):
-            export(trainer.model, trainer.vae, config, folders)
+            export(trainer.model, trainer.vae, config, folders, fps=clip_rate(config.data, run.dataset))
             write_results(trainer.model, trainer.vae, config, folders, dataset=run.dataset)
     folders.write_summary(
         {
@@ -136,6 +138,7 @@ def _num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the run of a config; returns the exit code (143 after a signal)."""
     parser = command_parser("train", __doc__)
@@ -147,6 +150,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.print_config:
         print(OmegaConf.to_yaml(OmegaConf.structured(config)))
         return 0
+    try:
+        return _train(config)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise ValueError(_needs_less(config, error)) from error
+
+
+def _train(config: Config) -> int:
+    """Build the run, train, and write the results; returns the exit code."""
     began = time.time()
     # The last dual-stream block's text output, and a mask's parameters in a step without a mask, get no gradient.
     accelerator = build_accelerator(config.train.precision, TRUNKS[config.model.trunk].has_unused_parameters)
@@ -155,6 +168,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if accelerator.is_main_process:
         write_summary_and_results(run, code, time.time() - began)
     return code
+
+
+def _needs_less(config: Config, error: Exception) -> str:
+    """What to tell a user whose run is larger than the memory: what was asked for, and what takes less."""
+    data, train = config.data, config.train
+    said = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+    return (
+        f"out of memory with batches of {train.micro_batch or train.batch_size} x {data.num_frames} frames x {data.height} x "
+        f"{data.width} ({said}); set train.micro_batch to {max(1, (train.micro_batch or train.batch_size) // 2)}, "
+        "model.gradient_checkpointing=true, or a smaller data.height and data.width. Checkpoints are whole."
+    )
 
 
 def run(argv: Sequence[str] | None = None) -> int:

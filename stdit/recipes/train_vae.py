@@ -5,7 +5,6 @@ stdit train-vae vae_tiny --export stdit/vae/weights
 """
 
 import copy
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +15,14 @@ from tqdm import tqdm
 
 from stdit.config import load_typed, to_plain
 from stdit.data.idx import read_idx
+from stdit.data.manifest import read_manifest
 from stdit.data.transforms import resize_short_side
 from stdit.data.video_io import VideoReader
 from stdit.data.video_write import write_contact_sheet
 from stdit.files import write_json
 from stdit.pixels import to_float
 from stdit.recipes.build import build_accelerator
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.training.fit import Stopped, swap_ema
 from stdit.training.optim import build_optimizers
 from stdit.training.resume import find_checkpoint
@@ -34,13 +34,16 @@ from stdit.vae.tiny import TinyVAE
 def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.ndarray]]:
     """Read the training clips, as dicts of short side -> frames, and the held-out clips (F, H, W, 3) at full size."""
     root = Path(config.data.root)
-    with open(root / config.data.manifest, newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_manifest(root / config.data.manifest, root).rows
+    if config.data.hold_out and not any("group" in row.columns for row in rows):
+        raise ValueError(
+            f"{config.data.manifest} has no column 'group' for data.hold_out={config.data.hold_out}; add it, or use hold_out=[]."
+        )
     training, held_out = [], []
     for row in tqdm(rows, desc="reading clips", unit="clip"):
-        with VideoReader(root / row["path"]) as reader:
+        with VideoReader(row.path) as reader:
             frames = reader.get_frames(range(len(reader)))
-        if row["group"] in config.data.hold_out:
+        if row.columns.get("group") in config.data.hold_out:
             held_out.append(frames)
         else:
             sides = [side for side in config.data.short_sides if side <= min(frames.shape[1:3])]
@@ -101,6 +104,7 @@ def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: lis
     return scores
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, or export the weights with --export; returns the exit code."""
     parser = command_parser("train-vae", __doc__)
