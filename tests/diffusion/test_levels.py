@@ -112,7 +112,7 @@ def test_levels_beside_known_frames_lie_at_higher_noise_by_known_shift():
         ({"mask_probs": {"sufix": 1.0}}, "Did you mean 'suffix'"),
         ({"mask_probs": {"prefix": -1.0}}, r"objective.mask_probs.prefix must be >= 0 and finite, got -1.0"),
         ({"mask_probs": {"prefix": 0.0}}, "are all 0"),
-        ({"cond_noise_max": 1.0}, "cond_noise_max must lie in .* got 1.0"),
+        ({"cond_noise_max": 1.0}, "cond_noise_max must be in .* got 1.0"),
     ],
 )
 def test_schemes_that_make_no_sense_are_refused(config, message):
