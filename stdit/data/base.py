@@ -1,11 +1,25 @@
 """The interface of every dataset."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from stdit.data.samplers import ClipSize
+
+
+class Identity(NamedTuple):
+    """The identity of a sample, in plain values.
+
+    source: its file relative to the root of the data, or its number in the data. content: a number or a hash that
+    changes with what is in the file. label, caption, columns: its annotations.
+    """
+
+    source: str
+    content: int | str | None
+    label: int | None = None
+    caption: str = ""
+    columns: Mapping[str, Any] = {}
 
 
 class Dataset(Protocol):
@@ -25,6 +39,12 @@ class Dataset(Protocol):
 
     def name(self, index: int) -> str:
         """The name of a sample in messages, such as the path of its file."""
+
+    def identity(self, index: int, *, read: bool = False) -> Identity:
+        """What a sample is, in whatever folder the data lies.
+
+        read: also look into its file, which finds a file that was replaced by another of its size.
+        """
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """The (frames, height, width) that a sample has before it is cut to a size."""

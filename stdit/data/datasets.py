@@ -1,5 +1,6 @@
 """One class for each kind of data. `load(index, rng)` gives a sample; all its randomness comes from `rng`."""
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -12,15 +13,17 @@ from PIL import Image
 
 from stdit.conditions import ClipFacts
 from stdit.data.backends import Reader, open_video
-from stdit.data.base import Dataset
+from stdit.data.base import Dataset, Identity
 from stdit.data.cached import CachedLatents
 from stdit.data.config import DataConfig
+from stdit.data.identity import content_of, relative_name, size_of
 from stdit.data.idx import read_idx
 from stdit.data.manifest import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Table, read_manifest, scan_folder
 from stdit.data.samplers import ClipSize
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, ShapeClip, draw, random_clip
 from stdit.data.transforms import cover_size, crop, resize
 from stdit.data.video_io import VideoError, VideoReader
+from stdit.files import file_sha256
 from stdit.rng import keyed_rng
 from stdit.variants import pick
 
@@ -47,6 +50,29 @@ class _TableDataset:
         """The path of the file."""
         return str(self.rows[index].path)
 
+    def identity(self, index: int, *, read: bool = False) -> Identity:
+        """The file below the root, its size (or, if it is read, a hash of its content), and its annotations."""
+        path, label, caption, columns = self.rows[index]
+        content = content_of(path) if read else size_of(path)
+        return Identity(relative_name(path, Path(self.config.root)), content, label, caption, columns)
+
+    def _path(self, index: int) -> Path:
+        """The file of a row. VideoError if the manifest has a column sha256 and the file another hash."""
+        row = self.rows[index]
+        expected = str(row.columns.get("sha256") or "").strip().lower()
+        if expected and (row.path, expected) not in self._hashed and row.path.is_file():
+            if (found := file_sha256(row.path)) != expected:
+                raise VideoError(
+                    f"{str(row.path)!r} does not have the sha256 of the manifest ({found[:12]}... in place of "
+                    f"{expected[:12]}...); restore the file, or correct the manifest."
+                )
+            self._hashed.add((row.path, expected))
+        return row.path
+
+    @cached_property
+    def _hashed(self) -> set[tuple[Path, str]]:
+        return set()
+
     def _size(self, size: ClipSize | None) -> ClipSize:
         return size or ClipSize(self.config.num_frames, self.config.height, self.config.width)
 
@@ -72,7 +98,7 @@ class VideoClips(_TableDataset):
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Decode a window at a random position of a video, or an image as a clip of one frame."""
-        size, path = self._size(size), self.rows[index].path
+        size, path = self._size(size), self._path(index)
         target = (size.height, size.width)
         if path.suffix.lower() in IMAGE_SUFFIXES:
             if size.frames > 1:
@@ -141,7 +167,7 @@ class Images(_TableDataset):
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Read an image, scale it to cover the size, and crop it."""
-        size, frames = self._size(size), read_picture(self.rows[index].path)[None]
+        size, frames = self._size(size), read_picture(self._path(index))[None]
         return self._finish(resize(frames, cover_size(frames.shape[1:3], (size.height, size.width))), size, 1.0, rng)
 
     def shape(self, index: int) -> tuple[int, int, int]:
@@ -189,6 +215,10 @@ class IdxImages:
         """The path of the data and the number of the image."""
         return f"{self.root}[{index}]"
 
+    def identity(self, index: int, *, read: bool = False) -> Identity:
+        """The number of the image, a checksum of its pixels, and its label."""
+        return Identity(str(index), zlib.crc32(self.images[index].tobytes()), self.record(index)["label"])
+
     def shape(self, index: int) -> tuple[int, int, int]:
         """One frame of the size that all images have."""
         return (1, *self.images.shape[1:3])
@@ -231,6 +261,10 @@ class MovingShapes:
     def name(self, index: int) -> str:
         """The word "shape" and the number of the clip."""
         return f"shape {index}"
+
+    def identity(self, index: int, *, read: bool = False) -> Identity:
+        """The number of the clip, which with the config decides all of it."""
+        return Identity(str(index), None)
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """The longest duration of the config, since shapes can be drawn at any size."""

@@ -1,6 +1,5 @@
 """Checkpoints that survive kills, full disks and flipped bits: written under a temporary name, hashed, fsynced, then renamed."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from stdit.files import file_sha256
 
 MANIFEST = "MANIFEST.json"
 
@@ -113,7 +114,7 @@ def damage(path: Path) -> str | None:
                 return f"{name} is missing"
             if file.stat().st_size != recorded["bytes"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {recorded['bytes']}"
-            if _hash(file) != recorded["sha256"]:
+            if file_sha256(file) != recorded["sha256"]:
                 return f"{name} does not match its hash"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
@@ -178,17 +179,12 @@ def _identity(path: Path) -> tuple:
 
 def manifest_hash(path: Path) -> str:
     """The hash of a checkpoint's manifest, which identifies all of its content."""
-    return _hash(path / MANIFEST)
-
-
-def _hash(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_sha256(path / MANIFEST)
 
 
 def _hash_and_sync(file: Path) -> str:
     _sync(file)
-    return _hash(file)
+    return file_sha256(file)
 
 
 def _sync(path: Path) -> None:
