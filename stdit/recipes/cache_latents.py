@@ -186,9 +186,8 @@ def write_shards(output: Path, dataset: Dataset, vae: VideoVAE, *, shard_size: i
     done: Counter[str] = Counter()
     for start in tqdm(starts[rank::world], unit="shard", desc="encoding", disable=rank > 0):
         indices = range(start, min(start + shard_size, len(dataset)))
-        waited += _write_shard(
-            output / f"latents-{start // shard_size:05d}.safetensors", dataset, vae, indices, seed, done
-        )
+        file = output / f"latents-{start // shard_size:05d}.safetensors"
+        waited += _write_shard(file, dataset, vae, indices=indices, seed=seed, done=done)
     if not rank:
         print(f"waited {waited:.1f} s of {time.perf_counter() - began:.1f} s for data")
     if done["kept"]:
