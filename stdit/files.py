@@ -1,6 +1,5 @@
-"""Write files atomically: under a temporary name in the same folder, then renamed. Hash files."""
+"""Write files atomically: under a temporary name in the same folder, then renamed."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -33,9 +32,3 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write plain values as a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -14,7 +14,7 @@ from stdit.data.base import Identity
 from stdit.data.config import DataConfig
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
-from stdit.files import file_sha256
+from stdit.hashes import difference
 
 # Tensor names in caches of version 0.1.0, and their current names.
 _RENAMED = {"restarts": "reencoded"}
@@ -59,7 +59,9 @@ class CachedLatents:
         shard, row = self._place(index)
         record, info = self._records[index], self.info["shards"][shard]
         columns = {**record["conditions"], **{key: self.info.get(key) for key in ("seed", "fps", "crop", "flip")}}
-        return Identity(f"{info['file']}[{row}]", info.get("sources"), record["label"], record["caption"], columns)
+        return Identity(
+            f"{info['file']}[{row}]", info.get("sources"), record["label"], record["caption"], columns=columns
+        )
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """The (frames, height, width) in pixels that all clips were encoded at."""
@@ -91,8 +93,8 @@ class CachedLatents:
         if number not in self._open_shards:
             info = self.info["shards"][number]
             file = self.root / info["file"]
-            if reason := damage_of_shard(file, info):
-                raise ValueError(f"{file} {reason}; run cache_latents again with the same --output.")
+            if reason := difference(self.root, {info["file"]: info}):
+                raise ValueError(f"{self.root}: {reason}; run cache_latents again with the same --output.")
             try:
                 self._open_shards[number] = safe_open(file, framework="pt")
             except SafetensorError as error:
@@ -107,17 +109,6 @@ class CachedLatents:
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_open_shards"}
-
-
-def damage_of_shard(file: Path, info: dict[str, Any]) -> str | None:
-    """Why a shard is not the one that was recorded with `bytes` and `sha256`, where they are known; None if it is."""
-    if not file.is_file():
-        return "is missing"
-    if info.get("bytes") not in (None, file.stat().st_size):
-        return f"has {file.stat().st_size} bytes instead of {info['bytes']}"
-    if "sha256" in info and file_sha256(file) != info["sha256"]:
-        return "does not match its hash in cache.json"
-    return None
 
 
 def _read_index(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from stdit.data.samplers import ClipSize
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, ShapeClip, draw, random_clip
 from stdit.data.transforms import cover_size, crop, resize
 from stdit.data.video_io import VideoError, VideoReader
-from stdit.files import file_sha256
+from stdit.hashes import file_sha256
 from stdit.rng import keyed_rng
 from stdit.variants import pick
 
@@ -54,7 +54,7 @@ class _TableDataset:
         """The file below the root, its size (or, if it is read, a hash of its content), and its annotations."""
         path, label, caption, columns = self.rows[index]
         content = content_of(path) if read else size_of(path)
-        return Identity(relative_name(path, Path(self.config.root)), content, label, caption, columns)
+        return Identity(relative_name(path, Path(self.config.root)), content, label, caption, columns=columns)
 
     def _path(self, index: int) -> Path:
         """The file of a row. VideoError if the manifest has a column sha256 and the file another hash."""

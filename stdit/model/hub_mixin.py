@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from stdit.hashes import check_weights
 from stdit.legacy import renamed_parameter, renamed_section
 
 
@@ -63,6 +64,7 @@ class HubMixin:
         """
         if (Path(pretrained_model_name_or_path) / "model_index.json").is_file():
             kwargs.setdefault("subfolder", "transformer")
+            check_weights(Path(pretrained_model_name_or_path), within="transformer/")
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         loaded: Any = super().from_pretrained(  # type: ignore[misc]

@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from stdit.conditions import CONDITIONERS
 from stdit.config import Config, load_typed
-from stdit.data.cached import damage_of_shard
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.identity import columns_of, hash_of
 from stdit.data.loader import conditions_of_sample
 from stdit.data.video_io import VideoError
-from stdit.files import atomic_write, file_sha256, write_text
+from stdit.files import atomic_write, write_text
+from stdit.hashes import difference, file_sha256
 from stdit.pixels import to_float
 from stdit.precision import autocast
 from stdit.recipes.entry import command_parser
@@ -202,21 +202,21 @@ def _write_shard(
     """Bring one shard up to date; counts what was done -> seconds spent waiting for data."""
     sources = [source_of(dataset, i) for i in indices]
     old = _read_record(file)
-    kept = {
+    unchanged = {
         i: old["rows"][n] for n, i in enumerate(indices) if n < len(old["rows"]) and old["sources"][n] == sources[n]
     }
-    wanted = [i for i in indices if i not in kept]
-    done.update(kept=len(kept), encoded=len(wanted))
+    wanted = [i for i in indices if i not in unchanged]
+    done.update(kept=len(unchanged), encoded=len(wanted))
     annotations = hash_of([dataset.record(i) for i in indices])
     if not wanted and len(old["rows"]) == len(indices):
         if old["annotations"] != annotations:
             done["annotated"] += 1
-            record = {**old, **_annotations(dataset, [i for i in indices if kept[i] is not None])}
+            record = {**old, **_annotations(dataset, [i for i in indices if unchanged[i] is not None])}
             write_text(file.with_suffix(".json"), json.dumps({**record, "annotations": annotations}))
         return 0.0
     shard = encode_shard(dataset, vae, wanted, seed=seed)
-    record = _merge(file, old, shard, kept=kept, indices=indices)
-    bad = {name: reason for name, reason in old["bad"].items() if name in {dataset.name(i) for i in kept}}
+    record = _merge(file, old, shard, unchanged=unchanged, indices=indices)
+    bad = {name: reason for name, reason in old["bad"].items() if name in {dataset.name(i) for i in unchanged}}
     record |= {"bad": bad | shard.bad, "sources": sources, "annotations": annotations}
     record |= _annotations(dataset, [i for i, row in zip(indices, record["rows"], strict=True) if row is not None])
     write_text(file.with_suffix(".json"), json.dumps(record))
@@ -234,15 +234,15 @@ def _annotations(dataset: Dataset, indices: Sequence[int]) -> dict[str, list]:
     return {"labels": [row["label"] for row in rows], "captions": [row["caption"] for row in rows]}
 
 
-def _merge(file: Path, old: dict, shard: Shard, *, kept: dict[int, int | None], indices: range) -> dict:
+def _merge(file: Path, old: dict, shard: Shard, *, unchanged: dict[int, int | None], indices: range) -> dict:
     """Write the tensors of a shard, those of the clips that are kept and of the new ones in the order of `indices`.
 
-    kept: index of a clip -> its row in the old shard, None for a file that could not be read. The record that is returned
+    unchanged: index of a clip -> its row in the old shard, None for a file that could not be read. The record that is returned
     has the row of every index in `rows`.
     """
-    before = load_file(file) if any(row is not None for row in kept.values()) else {}
+    before = load_file(file) if any(row is not None for row in unchanged.values()) else {}
     new = {i: row for row, i in enumerate(shard.indices)}
-    origins = {i: (before, kept[i], old["conditions"]) for i in kept if kept[i] is not None}
+    origins = {i: (before, unchanged[i], old["conditions"]) for i in unchanged if unchanged[i] is not None}
     origins |= {i: (shard.tensors, row, shard.conditions) for i, row in new.items()}
     order = [origins[i] for i in indices if i in origins]
     tensors = {
@@ -271,7 +271,7 @@ def _read_record(file: Path) -> dict[str, Any]:
         whole = (
             len(record["sources"]) == len(record["rows"]) and len(record["conditions"]) == len(rows) == record["count"]
         )
-        return {**_NOTHING, **record} if whole and damage_of_shard(file, record) is None else _NOTHING
+        return {**_NOTHING, **record} if whole and difference(file.parent, {file.name: record}) is None else _NOTHING
     except (OSError, ValueError, KeyError, TypeError):
         return _NOTHING
 

@@ -25,6 +25,7 @@ from stdit.recipes.build import build_accelerator
 from stdit.recipes.entry import command_parser
 from stdit.training.fit import Stopped, swap_ema
 from stdit.training.optim import build_optimizers
+from stdit.training.results import check_finite
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
 from stdit.training.vae import ClipPool, VAEConfig, VAETrainer, psnr, vae_batches
@@ -91,6 +92,7 @@ def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: lis
     """Write the averaged weights in 16 bits, with a record of the training -> PSNR on held-out clips."""
     with swap_ema(trainer.model, trainer.ema):
         measure_latents(trainer.model, pool, config.seed)
+        check_finite(trainer.model, f"{folder} was not written; resume an older checkpoint with a lower train.lr")
         scores = evaluate(trainer.model, held_out)
         write_preview(trainer.model, held_out, trainer.folders.output / "reconstructions.png")
         copy.deepcopy(trainer.model).half().save_pretrained(folder)
