@@ -26,7 +26,8 @@ class Dataset(Protocol):
     """A dataset of clips, whose samples are numbered from 0.
 
     num_classes: 0 for data without labels. class_names: the names of the classes, None if they have none. A
-    dataset whose samples need no decoding has `decodes = False`; loader processes would only slow it down.
+    dataset whose samples need no decoding has `decodes = False`; loader processes would only slow it down. A method
+    `identity(index, *, read=False)` gives the `Identity` of a sample; without it, `name` and `record` do.
     """
 
     num_classes: int
@@ -39,12 +40,6 @@ class Dataset(Protocol):
 
     def name(self, index: int) -> str:
         """The name of a sample in messages, such as the path of its file."""
-
-    def identity(self, index: int, *, read: bool = False) -> Identity:
-        """What a sample is, in whatever folder the data lies.
-
-        read: also look into its file, which finds a file that was replaced by another of its size.
-        """
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """The (frames, height, width) that a sample has before it is cut to a size."""

@@ -56,6 +56,15 @@ def _plain(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, default=str).encode()
 
 
+def identity_of(dataset: Dataset, index: int, *, read: bool = False) -> Identity:
+    """The identity of a sample. read: by the content of its file, which finds another file of the same name and size."""
+    if hasattr(dataset, "identity"):
+        return dataset.identity(index, read=read)
+    path, record = Path(dataset.name(index)), dict(dataset.record(index))
+    label, caption = record.pop("label", None), record.pop("caption", "")
+    return Identity(path.name, content_of(path) if read else size_of(path), label, caption, columns=record)
+
+
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """What a run was trained on, as plain values: classes, number of samples, and hashes of their ordered identities.
 
@@ -63,7 +72,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """
     hashes = {name: hashlib.sha256() for name in ("files", "labels", "captions", "columns")}
     for index in range(len(dataset)):
-        one = dataset.identity(index)
+        one = identity_of(dataset, index)
         parts = ((one.source, one.content), one.label, one.caption, columns_of(one))
         for digest, part in zip(hashes.values(), parts, strict=True):
             if part not in (None, "", []):  # data without captions has one hash of captions, however large it is

@@ -24,7 +24,7 @@ from stdit.conditions import CONDITIONERS
 from stdit.config import Config, load_typed
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
-from stdit.data.identity import columns_of, hash_of
+from stdit.data.identity import columns_of, hash_of, identity_of
 from stdit.data.loader import conditions_of_sample
 from stdit.data.video_io import VideoError
 from stdit.files import atomic_write, write_text
@@ -98,9 +98,10 @@ def _encode(vae: VideoVAE, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         groups = [vae.frames_of_latent(batch, t) for t in range(1, latents.shape[2])]
         heads = vae.encode_segment(torch.cat(groups)) if groups else latents[:0]
     heads = torch.cat([latents[:, :, :1], *heads.split(len(batch))], dim=2)
-    if not torch.isfinite(latents).all() or not torch.isfinite(heads).all():
-        raise ValueError(f"VAE {vae.name!r} gave latents that are not finite; use it in float32.")
-    return {"latents": latents.half().cpu(), "reencoded": heads.half().cpu()}
+    tensors = {"latents": latents.half().cpu(), "reencoded": heads.half().cpu()}
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError(f"VAE {vae.name!r} gave latents that are not finite in 16 bits; use it in float32.")
+    return tensors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -225,7 +226,7 @@ def _write_shard(
 
 def source_of(dataset: Dataset, index: int) -> list:
     """What a clip's latents and stored conditions are made from: its file, what is in it, and its further columns."""
-    one = dataset.identity(index, read=True)
+    one = identity_of(dataset, index, read=True)
     return [one.source, one.content, hash_of(columns_of(one))]
 
 
