@@ -199,7 +199,16 @@ def test_a_file_of_the_same_size_is_known_by_its_content(tmp_path):
     assert content_of(tmp_path / "none") is None
 
 
-def test_a_run_refuses_other_data_unless_changes_are_allowed_and_says_what_differs(home, capsys):
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs without curves and without an exported model."""
+    from stdit.training.metrics import MetricsLogger
+
+    monkeypatch.setattr(MetricsLogger, "curves", lambda *args, **options: None)
+    monkeypatch.setattr(train, "export", lambda *args: None)
+
+
+def test_a_run_refuses_other_data_unless_changes_are_allowed_and_says_what_differs(home, quick, capsys):
     assert train.run(["t.yaml"]) == 0
     shutil.move("clips", "moved")
     assert train.run(["t.yaml", "data.root=moved", "train.steps=2"]) == 0
@@ -215,7 +224,7 @@ def test_a_run_refuses_other_data_unless_changes_are_allowed_and_says_what_diffe
     assert "does not fit the model of this config" in error and "Traceback" not in error
 
 
-def test_a_checkpoint_from_before_fingerprints_resumes_with_a_note(home, capsys):
+def test_a_checkpoint_from_before_fingerprints_resumes_with_a_note(home, quick, capsys):
     assert train.run(["t.yaml"]) == 0
     folder = Path("checkpoints/t/step-1")
     info = json.loads((folder / "info.json").read_text())
