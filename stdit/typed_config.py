@@ -165,8 +165,9 @@ def _check(kind: Any, value: Any, key: str) -> None:
             _check(arguments[0], item, f"{key}[{number}]")
     elif origin is dict or kind is Any:
         _check_free(Any if kind is Any else arguments[1], value, key, mapping=origin is dict)
-    else:
-        _expect(value is not None and _SCALARS[kind][1](value), key, _SCALARS[kind][0], value)
+    elif kind in _SCALARS:
+        what, is_valid = _SCALARS[kind]
+        _expect(value is not None and is_valid(value), key, what, value)
 
 
 def _check_section(hints: Mapping[str, Any], value: Any, key: str) -> None:

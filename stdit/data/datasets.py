@@ -263,8 +263,8 @@ class MovingShapes:
         return f"shape {index}"
 
     def identity(self, index: int, *, read: bool = False) -> Identity:
-        """The number of the clip, which with the config decides all of it."""
-        return Identity(str(index), None)
+        """The number of the clip and the kind of motion, which decide all of it at a given size."""
+        return Identity(str(index), self.config.motion)
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """The longest duration of the config, since shapes can be drawn at any size."""

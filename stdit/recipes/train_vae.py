@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from stdit.config import load_typed, to_plain
+from stdit.data.identity import hash_of, size_of
 from stdit.data.idx import read_idx
 from stdit.data.transforms import resize_short_side
 from stdit.data.video_io import VideoReader
@@ -32,13 +33,26 @@ from stdit.training.vae import ClipPool, VAEConfig, VAETrainer, psnr, vae_batche
 from stdit.vae.tiny import TinyVAE
 
 
+def read_manifest(config: VAEConfig) -> list[dict[str, str]]:
+    """The rows of the manifest of the clips."""
+    with open(Path(config.data.root) / config.data.manifest, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def data_fingerprint(config: VAEConfig) -> dict[str, str]:
+    """Hashes of the clips and images that the VAE is trained on, by their names, sizes and groups."""
+    clips = [
+        (row["path"], size_of(Path(config.data.root) / row["path"]), row["group"]) for row in read_manifest(config)
+    ]
+    images = [(Path(path).name, size_of(Path(path))) for path in config.data.images]
+    return {"files": hash_of(clips), "images": hash_of(images)}
+
+
 def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.ndarray]]:
     """Training clips, each at several sizes (short side -> frames), and held-out clips as they are (F, H, W, 3)."""
     root = Path(config.data.root)
-    with open(root / config.data.manifest, newline="") as stream:
-        rows = list(csv.DictReader(stream))
     training, held_out = [], []
-    for row in tqdm(rows, desc="reading clips", unit="clip"):
+    for row in tqdm(read_manifest(config), desc="reading clips", unit="clip"):
         with VideoReader(root / row["path"]) as reader:
             frames = reader.get_frames(range(len(reader)))
         if row["group"] in config.data.hold_out:
@@ -121,8 +135,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.manual_seed(config.seed)
         vae = TinyVAE(**asdict(config.model)).to(accelerator.device)
         optimizers = build_optimizers(vae, config.train.optimizer, config.train.lr, config.train.weight_decay)
-        trainer = VAETrainer(accelerator, folders, vae, optimizers, config=config.train, resolved=to_plain(config))
-        checkpoint = find_checkpoint(config.train, folders, to_plain(config), to_plain(VAEConfig()))
+        resolved = {**to_plain(config), "data_fingerprint": data_fingerprint(config)}
+        trainer = VAETrainer(accelerator, folders, vae, optimizers, config=config.train, resolved=resolved)
+        checkpoint = find_checkpoint(config.train, folders, resolved, to_plain(VAEConfig()))
         if checkpoint is not None:
             trainer.restore(checkpoint)
             print(f"resumed from {checkpoint.path}")
