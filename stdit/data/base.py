@@ -1,18 +1,33 @@
 """The interface of every dataset."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from stdit.data.samplers import ClipSize
 
 
+class Identity(NamedTuple):
+    """The identity of a sample, in plain values.
+
+    source: its file relative to the root of the data, or its number in the data. content: a number or a hash that
+    changes with what is in the file. label, caption, columns: its annotations.
+    """
+
+    source: str
+    content: int | str | None
+    label: int | None = None
+    caption: str = ""
+    columns: Mapping[str, Any] = {}
+
+
 class Dataset(Protocol):
     """A dataset of clips, whose samples are numbered from 0.
 
     num_classes: 0 for data without labels. class_names: the names of the classes, None if they have none. A
-    dataset whose samples need no decoding has `decodes = False`; loader processes would only slow it down.
+    dataset whose samples need no decoding has `decodes = False`; loader processes would only slow it down. A method
+    `identity(index, *, read=False)` gives the `Identity` of a sample; without it, `name` and `record` do.
     """
 
     num_classes: int

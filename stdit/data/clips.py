@@ -12,9 +12,10 @@ import torch
 
 from stdit.conditions import ClipFacts
 from stdit.data.backends import Reader, open_video
-from stdit.data.base import Annotated
+from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
 from stdit.data.facts import Facts, frames_at_rate, no_clip, too_short
+from stdit.data.identity import content_of, relative_name, size_of
 from stdit.data.manifest import Table
 from stdit.data.measures import Measures
 from stdit.data.media import VideoError, is_picture
@@ -23,6 +24,7 @@ from stdit.data.rates import some_rates, warn_of_repeats
 from stdit.data.samplers import ClipSize
 from stdit.data.transforms import cover_size, crop
 from stdit.data.video_io import VideoReader
+from stdit.hashes import file_sha256
 
 # The most readers that a worker keeps, which bounds its memory however many files there are.
 MAX_READERS = 4096
@@ -46,6 +48,29 @@ class TableDataset(Annotated):
     def name(self, index: int) -> str:
         """The path of the file."""
         return str(self.rows[index].path)
+
+    def identity(self, index: int, *, read: bool = False) -> Identity:
+        """The file below the root, its size (or, if it is read, a hash of its content), and its annotations."""
+        path, label, caption, columns = self.rows[index]
+        content = content_of(path) if read else size_of(path)
+        return Identity(relative_name(path, Path(self.config.root)), content, label, caption, columns=columns)
+
+    def _path(self, index: int) -> Path:
+        """The file of a row. VideoError if the manifest has a column sha256 and the file another hash."""
+        row = self.rows[index]
+        expected = str(row.columns.get("sha256") or "").strip().lower()
+        if expected and (row.path, expected) not in self._hashed and row.path.is_file():
+            if (found := file_sha256(row.path)) != expected:
+                raise VideoError(
+                    f"{str(row.path)!r} does not have the sha256 of the manifest ({found[:12]}... in place of "
+                    f"{expected[:12]}...); restore the file, or correct the manifest."
+                )
+            self._hashed.add((row.path, expected))
+        return row.path
+
+    @cached_property
+    def _hashed(self) -> set[tuple[Path, str]]:
+        return set()
 
     def _size(self, size: ClipSize | None) -> ClipSize:
         return size or ClipSize(self.config.num_frames, self.config.height, self.config.width)
@@ -72,7 +97,7 @@ class VideoClips(TableDataset):
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Decode a window at a random position of a video, or an image as a clip of one frame."""
-        size, path = self._size(size), self.rows[index].path
+        size, path = self._size(size), self._path(index)
         target = (size.height, size.width)
         if is_picture(path):
             _refuse(path, no_clip(size.frames))

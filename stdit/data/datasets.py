@@ -1,5 +1,6 @@
 """The table of data sources, and the datasets that need no media files. All randomness of `load(index, rng)` comes from `rng`."""
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from stdit.conditions import ClipFacts
-from stdit.data.base import Annotated, Dataset
+from stdit.data.base import Annotated, Dataset, Identity
 from stdit.data.cached import CachedLatents
 from stdit.data.clips import Images, VideoClips, window
 from stdit.data.config import DataConfig
@@ -60,6 +61,10 @@ class IdxImages(Annotated):
         """The path of the data and the number of the image."""
         return f"{self.root}[{index}]"
 
+    def identity(self, index: int, *, read: bool = False) -> Identity:
+        """The number of the image, a checksum of its pixels, and its label."""
+        return Identity(str(index), zlib.crc32(self.images[index].tobytes()), self.record(index)["label"])
+
     def shape(self, index: int) -> tuple[int, int, int]:
         """One frame of the size that all images have."""
         return (1, *self.images.shape[1:3])
@@ -99,6 +104,10 @@ class MovingShapes(Annotated):
     def name(self, index: int) -> str:
         """The word "shape" and the number of the clip."""
         return f"shape {index}"
+
+    def identity(self, index: int, *, read: bool = False) -> Identity:
+        """The number of the clip and the kind of motion, which decide all of it at a given size."""
+        return Identity(str(index), self.config.motion)
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """The longest duration of the config, since shapes can be drawn at any size."""

@@ -19,6 +19,7 @@ from torch import nn
 
 from stdit.config import Config, load_typed, to_plain
 from stdit.data.datasets import Dataset, build_dataset
+from stdit.data.identity import fingerprint
 from stdit.data.loader import batches
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import BatchSampler
@@ -64,7 +65,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         folders.lock()
     accelerator.wait_for_everyone()
     order = build_order(config, dataset, vae, patch=model.patch_size, processes=processes)
-    resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint()}
+    resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
     checkpoint = find_checkpoint(config.train, folders, resolved, to_plain(Config()), main=main)
     accelerator.wait_for_everyone()
     trainer = Trainer(

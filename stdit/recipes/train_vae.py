@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from stdit.config import load_typed, to_plain
+from stdit.data.identity import hash_of, relative_name, size_of
 from stdit.data.idx import read_idx
 from stdit.data.manifest import read_manifest
 from stdit.data.transforms import resize_short_side
@@ -25,10 +26,20 @@ from stdit.recipes.build import build_accelerator
 from stdit.recipes.entry import command, command_parser
 from stdit.training.fit import Stopped, swap_ema
 from stdit.training.optim import build_optimizers
+from stdit.training.results import check_finite
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
 from stdit.training.vae import ClipPool, VAEConfig, VAETrainer, psnr, vae_batches
 from stdit.vae.tiny import TinyVAE
+
+
+def data_fingerprint(config: VAEConfig) -> dict[str, str]:
+    """Hashes of the clips and images that the VAE is trained on, by their names, sizes and groups."""
+    root = Path(config.data.root)
+    rows = read_manifest(root / config.data.manifest, root).rows
+    clips = [(relative_name(row.path, root), size_of(row.path), row.columns.get("group")) for row in rows]
+    images = [(Path(path).name, size_of(Path(path))) for path in config.data.images]
+    return {"files": hash_of(clips), "images": hash_of(images)}
 
 
 def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.ndarray]]:
@@ -94,6 +105,7 @@ def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: lis
     """Write the EMA weights in 16 bits, with a record of the training; returns the PSNR on held-out clips."""
     with swap_ema(trainer.model, trainer.ema):
         measure_latents(trainer.model, pool, config.seed)
+        check_finite(trainer.model, f"{folder} was not written; resume an older checkpoint with a lower train.lr")
         scores = evaluate(trainer.model, held_out)
         write_preview(trainer.model, held_out, trainer.folders.output / "reconstructions.png")
         copy.deepcopy(trainer.model).half().save_pretrained(folder)
@@ -121,8 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.manual_seed(config.seed)
         vae = TinyVAE(**asdict(config.model)).to(accelerator.device)
         optimizers = build_optimizers(vae, config.train.optimizer, config.train.lr, config.train.weight_decay)
-        trainer = VAETrainer(accelerator, folders, vae, optimizers, config=config.train, resolved=to_plain(config))
-        checkpoint = find_checkpoint(config.train, folders, to_plain(config), to_plain(VAEConfig()))
+        resolved = {**to_plain(config), "data_fingerprint": data_fingerprint(config)}
+        trainer = VAETrainer(accelerator, folders, vae, optimizers, config=config.train, resolved=resolved)
+        checkpoint = find_checkpoint(config.train, folders, resolved, to_plain(VAEConfig()))
         if checkpoint is not None:
             trainer.restore(checkpoint)
             print(f"resumed from {checkpoint.path}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stdit.data.datasets import Dataset
 from stdit.data.rates import DEFAULT_FPS, clip_rate
@@ -72,13 +72,24 @@ def _sample(model: STDiT, vae: VideoVAE, config: Any, given: dict[str, Any], *, 
 
 
 def export(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, fps: float | None = None) -> None:
-    """Write models/NAME, a pipeline folder. A model of an earlier run is replaced only when the new one is complete."""
+    """Write models/NAME, a pipeline folder. A model of an earlier run is replaced only when the new one is complete.
+
+    ValueError, and nothing is written, if a weight is not finite.
+    """
+    check_finite(model, f"{folders.model} was not written; resume an older checkpoint with a lower train.lr")
     before = folders.model.with_name(f".{folders.name}-before-{os.getpid()}")
     with atomic_write(folders.model) as tmp:
         build_pipeline(model, vae, config, fps).save_pretrained(tmp, safe_serialization=True)
         if folders.model.exists():
             os.rename(folders.model, before)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def check_finite(model: nn.Module, remedy: str) -> None:
+    """Raise ValueError if a weight of a model is nan or infinite. remedy: what to do, and what was not done."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"the weights {name} have numbers that are not finite; {remedy}.")
 
 
 def write_results(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, dataset: Dataset) -> None:
