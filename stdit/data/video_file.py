@@ -48,11 +48,12 @@ class VideoFile:
         self.path, self.salvage, self.max_pixels = path, salvage, max_pixels
         self.pixel_aspect = 1.0
         self._container: Any = None  # PyAV's, opened in the process `_process`
+        self._file: BinaryIO | None = None
         self._decoder: Any = None
         self._process = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_container": None, "_decoder": None, "_process": -1}
+        return {**self.__dict__, "_container": None, "_file": None, "_decoder": None, "_process": -1}
 
     def close(self) -> None:
         """Close the file; it is opened again when it is needed."""
@@ -60,6 +61,9 @@ class VideoFile:
         # A decoder inherited through fork is not closed: touching it would crash this process.
         if container is not None and self._process == os.getpid():
             container.close()
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def error(self, reason: str, remedy: str = "re-encode it or leave it out") -> VideoError:
         """The error of this file for a reason, with a remedy."""
@@ -126,12 +130,12 @@ class VideoFile:
         """Open the file again: PyAV's container, at the beginning, and its video stream."""
         self.close()
         self._process = os.getpid()
-        file = open_regular(self.path)
+        self._file = open_regular(self.path)
         # A file object instead of a name: neither a protocol nor an unusual name nor a playlist can open anything else.
         try:
-            self._container = self._probe(file)
+            self._container = self._probe(self._file)
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            file.close()
+            self.close()
             raise self.error(f"is not a video that this build can read ({reason_of(error)})") from error
         stream = next(_video_streams(self._container), None)
         if stream is None:
