@@ -1,12 +1,12 @@
-# The two commands of the README. Both make .venv first, and both may be run again at any time.
+# The two commands of the README. Both create .venv first, and both can be run again at any time.
 #   make quickstart    draw moving shapes, train a video diffusion transformer on them, sample clips (CPU or GPU)
 #   make test          install the development tools and run the tests
-# Besides: make lint, and make docs, which builds the documentation into site/.
+# Also: make lint, which runs ruff and mypy, and make docs, which builds the documentation in site/.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-# The small CPU build of torch, where this index is reached; elsewhere the package index's own build serves.
+# This index has a small CPU build of torch. If it cannot be reached, the build of the default package index is used.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 ifneq ($(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1),)

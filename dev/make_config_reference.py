@@ -1,4 +1,4 @@
-"""Write docs/config.md: every config key and sampling option with its type, default and meaning, read from the dataclasses.
+"""Write docs/config.md: type, default and meaning of every config key and sampling option, from the dataclasses.
 
 python dev/make_config_reference.py
 
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from stdit.config import Config  # noqa: E402
+from stdit.evaluation.compare import Comparison  # noqa: E402
 from stdit.sampling.options import SamplingOptions  # noqa: E402
 from stdit.training.vae import VAEConfig  # noqa: E402
 
@@ -30,57 +31,62 @@ HEAD = """# Config reference
 
 <!-- Written by dev/make_config_reference.py from the dataclasses of stdit; edit the comments there. -->
 
-A config is a YAML file of what differs from these defaults; any key can be given after it as `key=value`:
+A config is a YAML file of differences from these defaults; `key=value` after it overrides any key:
 
 ```
 python tools/train.py configs/video.yaml data.root=path/to/clips model.size=B/2 train.lr=2e-4
 ```
 
-`--print-config` prints a config in full. An unknown key is an error that names the nearest one. A value of `null` means
+`--print-config` prints the complete config. An unknown key is an error that names the nearest key. The value `null` means
 "not set". Lists and mappings are written as in YAML: `model.axes=[spatial,temporal]`, `'objective.mask_probs={region: 0}'`.
 """
 
 OPTIONS = """## Options of sampling
 
-Keywords of a pipeline's calls, and flags of `tools/sample_video.py`. They belong to a call, not to a config.
+Keywords of the pipeline's methods, and flags of `tools/sample_video.py`. They are not config keys.
 """
 
 VAE = """## Config of the tiny VAE
 
-What `tools/train_vae.py` reads, such as `configs/vae_tiny.yaml`.
+The keys for `tools/train_vae.py`, such as in `configs/vae_tiny.yaml`.
 """
 
-# Meanings of the values of keys that name a row of a table, or one of a few words.
+COMPARISON = """## Config of a comparison
+
+The keys for `tools/compare.py`, such as in `configs/compare/conditioning.yaml`.
+"""
+
+# Meanings of the values of keys that have a fixed set of values.
 CHOICES: dict[str, dict[str, str]] = {
     "data.source": {
-        "auto": "look into `data.root`",
-        "videos": "video files, and pictures as clips of one frame",
-        "images": "picture files",
-        "idx": "MNIST's format",
-        "latents": "what `tools/cache_latents.py` wrote",
+        "auto": "inferred from the contents of `data.root`",
+        "videos": "video files, and images as clips of one frame",
+        "images": "image files",
+        "idx": "files in MNIST's format",
+        "latents": "latents written by `tools/cache_latents.py`",
         "shapes": "moving shapes, drawn on the fly",
     },
     "model.axes": {
-        "joint": "every patch of every frame attends to every other",
-        "spatial": "within a frame",
-        "temporal": "along time, at one place",
+        "joint": "every patch attends to all patches of all frames",
+        "spatial": "every patch attends to the patches of its frame",
+        "temporal": "every patch attends to the patches at its position in all frames",
     },
     "model.position_encoding": {
         "sincos": "a temporal table, zero at frame 0, added inside temporal and joint attention",
-        "rope": "rotary by frame",
-        "rope_3d": "rotary by frame, row and column",
-        "sincos+rope_3d": "both",
+        "rope": "rotary embedding of the frame",
+        "rope_3d": "rotary embedding of frame, row and column",
+        "sincos+rope_3d": "`sincos` and `rope_3d`",
         "latte": "a temporal table added to the tokens before the first temporal block (Latte)",
     },
     "model.pos_scaling": {
-        "none": "positions go on counting beyond the trained grid",
-        "interpolate": "positions are squeezed into the trained grid",
+        "none": "positions beyond the trained grid are extrapolated",
+        "interpolate": "positions are scaled into the trained grid",
     },
     "model.conditioning": {
         "adaln_zero": "shift, scale and gate from the conditioning vector, zero at the start (DiT)",
         "adaln": "shift and scale (DiT)",
-        "adaln_single": "one modulation shared by all blocks, a table per block (PixArt-alpha)",
-        "adaln_lora": "one shared modulation, a low-rank layer per block (W.A.L.T)",
+        "adaln_single": "one modulation shared by all blocks, plus a table per block (PixArt-alpha)",
+        "adaln_lora": "one shared modulation, plus a low-rank layer per block (W.A.L.T)",
         "cross_attention": "blocks attend to the condition's tokens (DiT)",
         "in_context": "the condition's tokens join the patches (DiT)",
         "time_attention": "the conditioning vector biases queries, keys and values (DiffiT)",
@@ -88,32 +94,32 @@ CHOICES: dict[str, dict[str, str]] = {
     "model.trunk": {
         "stack": "one block after another (DiT)",
         "long_skip": "long skip connections (U-ViT)",
-        "masked": "an encoder that sees part of the patches (MDT v2); with `objective.mask_ratio`",
-        "dual_stream": "text and video in streams of their own (SD3), with `model.num_single_blocks` also FLUX",
-        "u_shape": "a U of two resolutions (DiffiT)",
+        "masked": "an encoder that gets only part of the patches in training (MDT v2); with `objective.mask_ratio`",
+        "dual_stream": "separate streams of text and video (SD3); with `model.num_single_blocks` also FLUX",
+        "u_shape": "a U-shaped network of two resolutions (DiffiT)",
     },
     "objective.name": {
         "flow": "rectified flow, levels from 0 (clean) to 1 (noise)",
         "ddpm": "DDPM of 1000 steps, as in DiT",
     },
     "objective.mask_strategy": {
-        "shared": "no frame is known; all frames share a level",
-        "per_frame": "no frame is known; every frame has a level (diffusion forcing)",
+        "shared": "no frame is known; all frames have the same level",
+        "per_frame": "no frame is known; every frame has its own level (diffusion forcing)",
         "prefix": "the first frames are known, at least one",
         "motion": "the first frames are known, at least two latent frames",
-        "suffix": "the last frames are known",
-        "ends": "all but a gap in the middle are known",
+        "suffix": "the last frames are known, at least one",
+        "ends": "all frames are known except a gap in the middle",
         "random": "each frame is known with probability 1/2",
         "every_kth": "every k-th frame is known",
         "region": "a box of patches, or all but a box, is to be generated",
-        "teacher_forcing": "every frame beside the clean frames before it; causal models",
-        "mixed": "each clip draws one of the others by `objective.mask_probs`",
+        "teacher_forcing": "every frame is predicted from the clean frames before it; for causal models",
+        "mixed": "each clip draws one of the strategies with the probabilities of `objective.mask_probs`",
     },
 }
 
 
 def meanings(kind: type) -> dict[str, str]:
-    """Field name -> the comment that ends its definition in the source of a dataclass and of those it inherits from."""
+    """Field name -> the comment at the end of its line, in a dataclass and its base classes."""
     found: dict[str, str] = {}
     for parent in kind.__bases__:
         if dataclasses.is_dataclass(parent):
@@ -135,7 +141,7 @@ def meanings(kind: type) -> dict[str, str]:
 
 
 def config_keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
-    """(key, type, default, meaning) of every field, sections as their keys."""
+    """Yield (key, type, default, meaning) of every field; the fields of a section have its name as a prefix."""
     hints, notes = get_type_hints(kind), meanings(kind)
     for field in dataclasses.fields(kind):
         key, hint = f"{prefix}{field.name}", hints[field.name]
@@ -147,11 +153,12 @@ def config_keys(kind: type = Config, prefix: str = "") -> Iterator[tuple[str, st
 
 
 def type_name(hint: Any) -> str:
-    """A type as a person would write it: `int or null`, `a, b or c`."""
+    """A type in words: `int or null`, `list of str`, or the values of a Literal."""
     text = (
         getattr(hint, "__name__", str(hint)) if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
     )
     text = re.sub(r"typing\.", "", text).replace("list[list[int]]", "list of lists of int")
+    text = text.replace("dict[str, dict[str, Any]]", "mapping of str to mappings")
     text = re.sub(r"list\[(\w+)\]", r"list of \1", text)
     text = re.sub(r"dict\[(\w+), (\w+)\]", r"mapping of \1 to \2", text)
     text = re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace("'", ""), text)
@@ -159,8 +166,8 @@ def type_name(hint: Any) -> str:
 
 
 def shown(default: Any) -> str:
-    """A default as YAML writes it."""
-    if isinstance(default, str):
+    """A default value as in YAML."""
+    if isinstance(default, str) and default:
         return default
     if isinstance(default, dict) and default:
         return "{" + ", ".join(f"{name}: {value}" for name, value in default.items()) + "}"
@@ -183,11 +190,13 @@ def page() -> str:
     parts += [OPTIONS, table(("option", "flag", "default", "meaning"), option_rows())]
     parts.append(VAE)
     parts.append(table(COLUMNS, [row for rows in rows_by_section(VAEConfig).values() for row in rows]))
+    parts.append(COMPARISON)
+    parts.append(table(COLUMNS, [row for rows in rows_by_section(Comparison).values() for row in rows]))
     return "\n".join(parts)
 
 
 def rows_by_section(schema: type) -> dict[str, list[str]]:
-    """Rows of the tables by the section of their keys."""
+    """Section -> the rows of its table."""
     sections: dict[str, list[str]] = {}
     for key, kind, default, meaning in config_keys(schema):
         section = key.split(".")[0] if "." in key else "The run"
@@ -201,7 +210,7 @@ def table(columns: Sequence[str], rows: Iterable[str]) -> str:
 
 
 def option_rows() -> Iterator[str]:
-    """A row of the table for every sampling option."""
+    """Yield a row of the table for every sampling option."""
     for field in dataclasses.fields(SamplingOptions):
         flag = f"`{field.metadata['flag']}`" if field.metadata["flag"] else ""
         choices = field.metadata["choices"]

@@ -1,26 +1,59 @@
-"""Write files atomically: under a temporary name in the same folder, then renamed."""
+"""Files: written atomically, read within bounds, and names and texts of strangers made harmless."""
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LONGEST_NAME = 255  # bytes of a file name, on all common file systems
+LARGEST_JSON = 16 << 20  # bytes of a JSON file of a model or a cache's settings; real ones have kilobytes
+_FULL = 1 << 16  # a disk with fewer free bytes counts as full: a writer that failed on it was short of room
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """A context manager that yields a temporary path, and renames it to `path` if the block ends without an error.
 
-    The temporary file has the suffix of `path`, since writers choose a format by it. After an error it is removed.
+    The block writes a file or a folder there. The temporary name has the suffix of `path`, since writers choose a format
+    by it. After an error it is removed. Raises OSError for a full disk, whatever error the writer gave.
     """
     path = Path(path)
-    tmp = path.with_name(f".{os.getpid()}-{path.name}")
+    tmp = temporary_name(path)
     try:
         yield tmp
         os.replace(tmp, path)
+    except Exception as error:
+        if not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < _FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
-        tmp.unlink(missing_ok=True)
+        if tmp.is_dir() and not tmp.is_symlink():
+            shutil.rmtree(tmp, ignore_errors=True)
+        else:
+            tmp.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """The hidden name beside `path` under which this process writes it: .PID-NAME, of a long name its end only."""
+    start = f".{os.getpid()}-"
+    name = path.name
+    while len(os.fsencode(start + name)) > LONGEST_NAME:
+        name = name[1:]
+    return path.with_name(start + name)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of an output, and raise OSError if no file of that name can be written there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), f"{path.name[:60]}...")
+    tmp = temporary_name(path)
+    tmp.touch()
+    tmp.unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -32,3 +65,55 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write plain values as a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; {} if there is no such file. Raises ValueError for anything else, and for one beyond reason."""
+    try:
+        if not path.is_file():
+            return {}
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has {path.stat().st_size >> 20} MB, and {LARGEST_JSON >> 20} are the most")
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_a_number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}); download it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} holds {type(found).__name__}, not a JSON object; download it again.")
+    return found
+
+
+def _not_a_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def check_name(name: str, what: str = "name") -> str:
+    """Check a name that becomes one part of a path, and return it; ValueError for one that leads elsewhere.
+
+    what: the key or option that it comes from, for the message.
+    """
+    leads_elsewhere = not name or name != Path(name).name or name.startswith(".") or "\\" in name
+    if leads_elsewhere or not name.isprintable() or len(os.fsencode(name)) > LONGEST_NAME - 55:
+        shown = f"{name[:60]!r}{'...' * (len(name) > 60)}"
+        raise ValueError(
+            f"{what}={shown} is not a folder name; use up to {LONGEST_NAME - 55} letters, digits, '-' and '_'."
+        )
+    return name
+
+
+def inside(root: Path, name: str, what: str) -> Path:
+    """The path of a file that a list names relative to the list's folder, links resolved.
+
+    Raises ValueError for a name that is not a path, or that leads outside `root`. what: the list, for the message.
+    """
+    try:
+        path, folder = (Path(root) / name).resolve(), Path(root).resolve()
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # RuntimeError: a loop of links, before Python 3.13
+        raise ValueError(f"{what}: {name!r} is not a path ({error}); correct it.") from error
+    if not path.is_relative_to(folder):
+        raise ValueError(f"{what}: {name!r} leads outside {str(folder)!r}; move the file into it.")
+    return path
+
+
+def printable(text: str) -> str:
+    """A text with its control characters escaped, so that one from a stranger does nothing to a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

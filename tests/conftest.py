@@ -1,6 +1,8 @@
 import os
+import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing in the tests may reach for the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests must not use the network
+os.environ.setdefault("STDIT_CACHE", tempfile.mkdtemp(prefix="stdit-cache-"))  # nor write to the user's cache
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def _same_numbers_every_time():
 
 
 def fill(model: torch.nn.Module, scale: float = 0.05) -> torch.nn.Module:
-    """Random weights everywhere, also where the initialisation leaves zeros."""
+    """Add random numbers to all weights, also where the initialisation is zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in model.parameters():
@@ -28,20 +30,20 @@ def fill(model: torch.nn.Module, scale: float = 0.05) -> torch.nn.Module:
 
 
 def context(x: torch.Tensor, embedding: torch.Tensor, *blocks: torch.nn.Module, config: BlockConfig | None = None):
-    """What blocks are given for tokens (B, T, S, D) of one row of patches per frame and a conditioning vector."""
+    """The context of blocks, for tokens (B, T, S, D) with one row of patches per frame and a conditioning vector."""
     layout = DenseLayout((x.shape[1], 1, x.shape[2]))
     attentions = [(block.attn.axis, block.attn.position_encoding) for block in blocks]
     return make_context(config or BlockConfig(x.shape[-1], 4), attentions, Condition(embedding), layout)
 
 
 def from_noise(noise: torch.Tensor, schedule: torch.Tensor) -> Schedule:
-    """Every frame from noise (B, C, T, h, w), all together along a schedule (steps + 1,)."""
+    """A schedule of levels (steps + 1,) for all frames at once, from noise (B, C, T, h, w)."""
     return Schedule(noise, make_schedule(schedule, torch.ones(noise.shape[2], dtype=torch.bool)))
 
 
 @pytest.fixture
 def tiny_model():
-    """A function that makes a small STDiT of random weights."""
+    """A function that makes a small STDiT with random weights."""
 
     def make(**kwargs) -> STDiT:
         arguments = {"depth": 2, "hidden_size": 32, "num_heads": 4, "in_channels": 4, "num_classes": 5, **kwargs}

@@ -1,4 +1,4 @@
-"""Small media made during the tests: every frame carries its number as a bar code."""
+"""Small videos for the tests, in which every frame shows its number as a bar code."""
 
 from fractions import Fraction
 from pathlib import Path

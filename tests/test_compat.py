@@ -21,7 +21,7 @@ TOLERANCE = 0 if recorded_here() else 1e-4
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """The folders as a user has them: every pipeline with its VAE."""
+    """The folders of a user, in which every pipeline has its VAE."""
     folder = tmp_path_factory.mktemp("compat") / "home"
     shutil.copytree(HERE, folder)
     for model in (folder / "models").iterdir():
@@ -44,7 +44,7 @@ def _one_thread():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", RECORD["runs"])
-def test_an_exported_model_gives_the_output_it_gave(home, name):
+def test_an_exported_model_gives_the_same_output_as_in_version_0_1(home, name):
     model = STDiT.from_pretrained(home / "models" / name)
     torch.manual_seed(1)
     x = torch.randn(2, 4, 3 if name == "causal" else 5, 8, 8)

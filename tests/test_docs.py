@@ -1,4 +1,4 @@
-"""The documentation is true where that can be checked: config keys, links, commands and flags."""
+"""The documentation agrees with the code, as far as tests can check: config keys, links, commands and flags."""
 
 import importlib.util
 import re
@@ -12,6 +12,7 @@ import pytest
 from stdit.config import Config
 from stdit.data.config import DataConfig
 from stdit.diffusion.masks import MASK_STRATEGIES
+from stdit.evaluation.compare import Comparison
 from stdit.model.config import ModelConfig
 from stdit.model.trunks import TRUNKS
 from stdit.nn.conditioning import CONDITIONINGS
@@ -44,10 +45,10 @@ def test_the_config_reference_is_what_the_dataclasses_say(reference):
 
 
 def test_every_config_key_has_a_meaning(reference):
-    for schema in (Config, VAEConfig):
+    for schema in (Config, VAEConfig, Comparison):
         rows = list(reference.config_keys(schema))
         assert [key for key, _, _, meaning in rows if not meaning] == []
-        assert [key for key, _, _, meaning in rows if "|" in meaning] == []  # it stands in a table
+        assert [key for key, _, _, meaning in rows if "|" in meaning] == []  # which would end a cell of the table
 
 
 def test_the_values_of_the_reference_are_those_of_the_code(reference):
@@ -145,7 +146,7 @@ def test_keys_in_prose_exist(reference):
             assert key in keys or key.endswith(".py"), f"{name_of(page)}: {key}"
 
 
-def test_what_is_dated_stands_in_the_log_alone():
+def test_only_the_log_has_dates_commits_and_local_paths():
     words = r"\b(today|until then|so far|commit [0-9a-f]{7,}|beside other work|by a script)\b|\.\./shared"
     found = [
         (name_of(page), re.search(words, page.read_text())[0]) for page in PAGES if re.search(words, page.read_text())

@@ -1,4 +1,4 @@
-"""What `tools/gpu_check.py` will do on a GPU runs: here its tensors stay on the CPU."""
+"""Checks of `tools/gpu_check.py` run and pass with their tensors on the CPU."""
 
 import pytest
 import torch

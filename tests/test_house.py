@@ -1,4 +1,4 @@
-"""Tests that watch the whole house."""
+"""Rules for the whole package: imports, signatures, names, safety, configs."""
 
 import ast
 import re
@@ -19,7 +19,8 @@ from stdit.vae import VideoVAE
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
-    "rng": 0, "variants": 0, "precision": 0, "hub": 0, "pixels": 0, "files": 0, "warn": 0, "ranges": 0, "hashes": 0, "legacy": 1, "typed_config": 2, "prompt": 0, "nn": 1, "diffusion": 1,
+    "rng": 0, "variants": 0, "precision": 0, "hub": 0, "pixels": 0, "files": 0, "hashes": 0, "ranges": 0, "weights": 1, "warn": 0, "legacy": 1,
+    "typed_config": 2, "nn": 1, "diffusion": 1,
     "text": 2, "conditions": 3, "data": 4, "model": 4, "vae": 4, "checkpoint": 5, "sampling": 5, "training": 6, "evaluation": 6,
     "config": 7, "recipes": 8, "__main__": 9,
 }  # fmt: skip
@@ -39,16 +40,16 @@ def imports(path: Path):
     [p for p in FILES if p.parent != ROOT / "stdit" or p.stem != "__init__"],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
-def test_imports_only_go_down(path):
-    room = path.relative_to(ROOT / "stdit").parts[0].removesuffix(".py")
+def test_modules_import_from_lower_ranks_only(path):
+    package = path.relative_to(ROOT / "stdit").parts[0].removesuffix(".py")
     for module in imports(path):
         parts = module.split(".")
-        if parts[0] == "stdit" and len(parts) > 1 and parts[1] != room:
-            assert RANKS[parts[1]] < RANKS[room], f"{path.name} imports {module}"
+        if parts[0] == "stdit" and len(parts) > 1 and parts[1] != package:
+            assert RANKS[parts[1]] < RANKS[package], f"{path.name} imports {module}"
 
 
 def package_calls():
-    """(file, call) for every call in the package."""
+    """Yield (file, call) for every call in the package."""
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
@@ -56,7 +57,7 @@ def package_calls():
 
 
 def edges() -> dict[str, set[str]]:
-    """Modules of the package that each module imports, in functions and under TYPE_CHECKING too."""
+    """Module -> the modules of the package that it imports, also in functions and under TYPE_CHECKING."""
     names = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
     found: dict[str, set[str]] = {}
     for name, path in names.items():
@@ -69,8 +70,8 @@ def edges() -> dict[str, set[str]]:
     return found
 
 
-def test_no_module_imports_itself_by_a_detour():
-    """No circle, also not under TYPE_CHECKING; package __init__ files that load on demand are not imports."""
+def test_no_imports_are_circular():
+    """Imports under TYPE_CHECKING count; package __init__ files that load on demand do not."""
     lazy = {"stdit", "stdit.data"}
     graph = {name: {to for to in targets if to not in lazy} for name, targets in edges().items() if name not in lazy}
     done: set[str] = set()
@@ -114,7 +115,7 @@ def test_no_call_has_more_than_four_positional_arguments():
     assert many == []
 
 
-# Flat public configurations, saved as JSON: what a person writes or reads there is one list.
+# Public configurations that are saved as flat JSON, so that their constructors have many parameters.
 FLAT = {"STDiT", "UNet", "STDiTPipeline", "STDiTScheduler"}
 
 
@@ -133,7 +134,7 @@ def test_no_constructor_has_more_than_ten_parameters():
     assert large == []
 
 
-# Words of the private language that the house spoke before version 0.2 (house.md 2.2), as parts of public names.
+# Words of version 0.1.0's names that are no standard terms of the field.
 FORMER_WORDS = {
     "told", "seen", "kept", "places", "spots", "todo", "partly", "wiring", "way", "taught", "nearer", "turns", "unmodulated",
     "sockets", "skipping", "shown", "silent", "behind", "settled", "surround", "foreign", "forgotten", "blind", "restarted",
@@ -160,7 +161,7 @@ def public_names(path: Path):
             yield from (target.id for target in node.targets if isinstance(target, ast.Name))
 
 
-def test_no_word_of_the_former_language_is_left_in_a_public_name():
+def test_no_public_name_has_a_nonstandard_word_of_version_0_1():
     found = []
     for path in FILES:
         if path.stem == "legacy":
@@ -190,7 +191,7 @@ def test_import_stdit_is_light():
     assert done.stdout.split() == ["[]", "False"]
 
 
-def test_nothing_unpickles_or_runs_a_shell():
+def test_no_module_unpickles_or_runs_a_shell():
     forbidden = (
         "pickle.load",
         "weights_only=False",
@@ -211,7 +212,7 @@ def test_nothing_unpickles_or_runs_a_shell():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
-def test_every_config_loads_and_says_what_and_how(path):
+def test_every_config_loads_and_begins_with_its_purpose_and_command(path):
     config = load_typed(VAEConfig if path.stem.startswith("vae_") else Config, path)
     assert config.name == path.stem
     first, second = path.read_text().splitlines()[:2]
@@ -219,7 +220,7 @@ def test_every_config_loads_and_says_what_and_how(path):
     assert second.startswith("#   ")
 
 
-def test_the_users_folders_are_ignored_and_the_code_is_not():
+def test_git_ignores_the_users_folders_and_not_the_code():
     for name, ignored in (
         ("data/clip.mp4", True),
         ("models/x/config.json", True),
@@ -228,11 +229,11 @@ def test_the_users_folders_are_ignored_and_the_code_is_not():
     ):
         code = subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode
         if code not in (0, 1):
-            pytest.skip("this is no git checkout")
+            pytest.skip("this is not a git checkout")
         assert (code == 0) == ignored, name
 
 
-@pytest.mark.parametrize("contract", [LibraryReader, TrainingLoop, Trunk, Conditioner, Solver, VideoVAE])
-def test_a_contract_is_abstract(contract):
+@pytest.mark.parametrize("interface", [LibraryReader, TrainingLoop, Trunk, Conditioner, Solver, VideoVAE])
+def test_an_interface_is_abstract(interface):
     with pytest.raises(TypeError, match="abstract"):
-        contract()
+        interface()

@@ -12,7 +12,7 @@ from media import SHARED
 from stdit import STDiT, legacy
 from stdit.config import Config, load_typed
 
-# What scripts of users and the shared cases import of 0.1.0, by module.
+# Names that scripts for version 0.1.0 import, by module.
 IMPORTED = {
     "stdit": ["STDiT", "STDiTPipeline", "load_vae"],
     "stdit.config": ["Config", "load_typed", "to_plain"],
@@ -52,7 +52,7 @@ def test_every_name_of_the_old_version_is_importable(module):
 
 
 @pytest.mark.filterwarnings("ignore:.*is now called")
-def test_everything_that_the_shared_cases_import_is_there():
+def test_all_imports_of_version_0_1_scripts_work():
     cases = SHARED.parent / "cases"
     if not cases.is_dir():
         pytest.skip("../shared/cases is not on this machine")
@@ -89,7 +89,7 @@ def test_old_keys_and_values_of_configs_are_read_with_one_warning_that_names_the
         load_typed(Config, "configs/quickstart.yaml", old)
 
 
-def test_old_keywords_of_the_model_are_taken(monkeypatch):
+def test_old_keywords_of_the_model_are_accepted(monkeypatch):
     monkeypatch.setattr(legacy, "_warned", set())
     with pytest.warns(UserWarning, match="time_mlp"):
         model = STDiT(depth=1, hidden_size=32, num_heads=4, time_mlp=False, gelu="none")

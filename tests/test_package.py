@@ -1,8 +1,11 @@
-"""The `stdit` command and the wheel: what is in it, and that help loads nothing heavy."""
+"""The `stdit` command, the scripts in tools/, and the contents of the wheel."""
 
 import importlib
+import os
 import subprocess
 import sys
+import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -65,10 +68,32 @@ def test_errors_that_a_user_can_cause_end_in_one_line(error, capsys):
     assert entry.run(main) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert (str(raised) if error else "Lower train.micro_batch") in lines[0]
+    assert (str(raised) if error else "fewer frames, a smaller size") in lines[0]
     raised = RuntimeError("a bug")
     with pytest.raises(RuntimeError, match="a bug"):
         entry.run(main)
+
+
+def test_a_reader_that_closes_early_causes_no_traceback():
+    for arguments in (["--help"], ["make-shapes", "--help"]):
+        command = [sys.executable, "-m", "stdit", *arguments]
+        read, write = os.pipe()
+        os.close(read)
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        os.close(write)
+        assert done.stderr == ""
+
+
+def test_a_warning_is_one_line_without_the_line_of_code(capsys):
+    def main(argv):
+        warnings.warn("a reason", stacklevel=1)
+        return 0
+
+    with warnings.catch_warnings():  # without pytest's recording, as on a command line
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *message: sys.stderr.write(warnings.formatwarning(*message[:4]))
+        assert entry.run(main) == 0
+    assert capsys.readouterr().err == "warning: a reason\n"
 
 
 @pytest.mark.parametrize("path", SHIMS, ids=lambda path: path.stem)
@@ -116,3 +141,12 @@ def test_the_wheel_has_configs_types_weights_and_the_command(tmp_path):
     configs = {f"stdit/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert configs <= names
     assert not any(name.startswith(("tools/", "tests/")) for name in names)
+
+
+def test_the_sdist_has_what_a_checkout_needs(tmp_path):
+    sdist = pytest.importorskip("hatchling.builders.sdist", reason="hatchling is not installed (it is in stdit[dev])")
+    built = next(sdist.SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"mkdocs.yml", "dev/make_config_reference.py", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"} <= names
+    assert {"Makefile", "tools/train.py", "configs/quickstart.yaml", "tests/test_package.py", "docs/index.md"} <= names

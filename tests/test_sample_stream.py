@@ -1,4 +1,4 @@
-"""Minutes from the command line: a causal model's frames are written as they are made."""
+"""Long clips from the command line: the frames of a causal model are written during sampling."""
 
 import numpy as np
 import pytest
@@ -43,10 +43,10 @@ def frames(path):
         return np.stack(list(reader))
 
 
-def test_a_long_clip_is_written_as_it_is_made_and_is_the_one_made_at_once(causal, tmp_path, monkeypatch):
+def test_a_streamed_clip_is_written_during_sampling_and_equals_the_clip_sampled_at_once(causal, tmp_path, monkeypatch):
     given = torch.from_numpy(frames("clip.mp4")).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     whole = causal.extend(given.expand(2, -1, -1, -1, -1), after=24, class_labels=[0, 1], num_inference_steps=1)
-    monkeypatch.setattr(STDiTPipeline, "fill", None)  # the command holds no whole clip
+    monkeypatch.setattr(STDiTPipeline, "fill", None)  # the command never has the whole clip in memory
     assert sample.main([*ARGUMENTS, "--class-label", "0", "1", "--output", "made"]) == 0
     written = sorted((tmp_path / "made").glob("*.mp4"))
     assert len(written) == len(list((tmp_path / "made").glob("*.json"))) == 2
@@ -54,10 +54,10 @@ def test_a_long_clip_is_written_as_it_is_made_and_is_the_one_made_at_once(causal
         write_video("whole.mp4", clip)
         found, wanted = frames(path).astype(int), frames("whole.mp4").astype(int)
         assert found.shape == wanted.shape == (29, 32, 32, 3)
-        assert np.abs(found - wanted).mean() < 0.5  # one model read from disk, one not: products may round differently
+        assert np.abs(found - wanted).mean() < 0.5  # models in memory and from disk may round differently
 
 
-def test_what_a_stream_cannot_do_is_refused_and_nothing_is_left(causal, tmp_path, monkeypatch):
+def test_what_a_stream_does_not_support_is_refused_and_leaves_no_file(causal, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="leave out history_guidance=2.0"):
         sample.main([*ARGUMENTS, "--history-guidance", "2", "--output", "made"])
     assert not list((tmp_path / "made").glob("*"))
@@ -111,7 +111,7 @@ def test_the_frame_rate_conditions_the_model_and_is_written(tiny_model, tmp_path
         assert (len(reader), round(reader.fps)) == (9, 16)
 
 
-def test_a_stream_of_frames_is_the_file_written_at_once_and_an_error_leaves_none(tmp_path):
+def test_a_streamed_file_equals_the_file_written_at_once_and_an_error_leaves_none(tmp_path):
     clip = torch.rand(3, 9, 15, 16) * 2 - 1
     write_video(tmp_path / "once.mp4", clip)
     with VideoStream(tmp_path / "parts.mp4") as video:

@@ -14,12 +14,14 @@ from stdit.vae import TinyVAE
 TEXTS = ["a red circle moves left", "a blue square", "", "a red square moves up and up"]
 
 
-def test_words_are_the_same_wherever_they_stand_but_for_their_place():
+def test_equal_words_differ_by_their_position_only():
     encoder = HashedWordEncoder()
     tokens, mask = encoder.encode(["red circle", "Circle, red!"])
     assert mask.tolist() == [[True] * 3, [True] * 3]
     swapped = tokens[0, [1, 0]] - tokens[1, :2]
-    torch.testing.assert_close(swapped, torch.stack([swapped[0], -swapped[0]]), atol=1e-5, rtol=1e-5)  # places alone
+    torch.testing.assert_close(
+        swapped, torch.stack([swapped[0], -swapped[0]]), atol=1e-5, rtol=1e-5
+    )  # only positions differ
     assert not torch.allclose(tokens[0, 0], tokens[1, 1])
 
 
@@ -57,7 +59,7 @@ def pretrained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["t5", "umt5", "clip"])
-def test_a_pretrained_encoders_words_do_not_hang_on_the_padding_beside_them(pretrained, kind):
+def test_padding_does_not_change_the_tokens_of_a_pretrained_encoder(pretrained, kind):
     encoder = load_text_encoder(pretrained(kind))
     assert encoder.channels == 24
     together, alone = encoder.encode(TEXTS), encoder.encode(TEXTS[1:2])
@@ -68,7 +70,7 @@ def test_a_pretrained_encoders_words_do_not_hang_on_the_padding_beside_them(pret
     assert load_text_encoder(pretrained(kind)).fingerprint() == encoder.fingerprint()
 
 
-def test_kept_captions_are_those_that_were_encoded_and_none_is_encoded_twice(tmp_path, monkeypatch):
+def test_cached_captions_equal_encoded_ones_and_none_is_encoded_twice(tmp_path, monkeypatch):
     encoder = HashedWordEncoder()
     monkeypatch.setattr(CaptionCache, "SHARD", 3)
     cache = CaptionCache(tmp_path, encoder)
@@ -87,7 +89,7 @@ def test_kept_captions_are_those_that_were_encoded_and_none_is_encoded_twice(tmp
         again(["a green cat"])
 
 
-def test_a_shard_without_an_index_is_not_there(tmp_path):
+def test_a_shard_without_an_index_is_ignored(tmp_path):
     encoder = HashedWordEncoder()
     cache = CaptionCache(tmp_path, encoder)
     cache.add(encoder, TEXTS, progress=False)
@@ -105,7 +107,7 @@ def test_the_null_caption_is_padded_to_the_length_of_the_captions():
 @pytest.mark.parametrize(
     ("name", "message"), [("no/such/folder/here", "cannot be loaded"), ("/nowhere", "is not a folder")]
 )
-def test_an_encoder_that_is_not_there_is_one_line(name, message):
+def test_a_missing_encoder_is_refused_in_one_line(name, message):
     with pytest.raises(ValueError, match=message):
         load_text_encoder(name)
 
@@ -128,7 +130,7 @@ def pipe():
     return STDiTPipeline(model.eval(), vae, STDiTScheduler(), 5, 16, 16, text_encoder="words")
 
 
-def test_a_pipeline_is_told_captions_labels_or_both(pipe, tmp_path):
+def test_a_pipeline_accepts_captions_labels_or_both(pipe, tmp_path):
     how = {"num_inference_steps": 2, "progress": False, "guidance_scale": 3.0}
     one, two = pipe(captions=["a red circle", "a blue square"], **how)
     assert not torch.allclose(one, two)
@@ -143,7 +145,7 @@ def test_a_pipeline_is_told_captions_labels_or_both(pipe, tmp_path):
     assert pipe.extend(clip, after=4, captions="a red circle", **how).shape[2] == 9
 
 
-def test_captions_that_fit_nothing_are_refused(pipe, tiny_model):
+def test_captions_that_do_not_fit_the_call_are_refused(pipe, tiny_model):
     with pytest.raises(ValueError, match="2 class_labels for 3 clips"):
         pipe([0, 1], captions=["a", "b", "c"])
     with pytest.raises(ValueError, match="3 captions for 2 clips"):

@@ -1,4 +1,4 @@
-"""Tools by their main, in an empty folder."""
+"""The commands, called by their `main` in an empty folder."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def home(tmp_path, monkeypatch, drawn_shapes):
     return tmp_path
 
 
-def test_shapes_are_drawn_with_their_truth(home, capsys):
+def test_shapes_are_drawn_with_a_manifest_of_the_truth(home, capsys):
     table = read_manifest(home / "shapes" / "manifest.jsonl")
     assert len(table.rows) == 24
     assert table.num_classes == 12
@@ -49,25 +49,25 @@ def test_shapes_are_drawn_with_their_truth(home, capsys):
     with VideoReader(table.rows[0].path) as reader:
         assert (len(reader), reader.size) == (5, (48, 48))
     assert make_shapes.main(["--output", "shapes", "--num-clips", "24", "--frames", "5", "--size", "48"]) == 0
-    assert "kept" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds other clips"):
+    assert "already has these clips" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has clips of other settings"):
         make_shapes.main(["--output", "shapes", "--num-clips", "25"])
     with pytest.raises(ValueError, match="--num-clips must be >= 1, got 0"):
         make_shapes.main(["--output", "none", "--num-clips", "0"])
 
 
-def test_what_bounces_is_not_judged_by_direction_and_older_labels_are_not_kept(home, monkeypatch):
+def test_the_direction_of_bouncing_shapes_is_not_measured_and_old_labels_are_refused(home, monkeypatch):
     bounce = ["--output", "bounce", "--num-clips", "3", "--frames", "5", "--motion", "bounce"]
     make_shapes.main(bounce)
-    with pytest.raises(ValueError, match="name no shape and direction"):
+    with pytest.raises(ValueError, match="is not a shape and a direction"):
         evaluate.main(["--input", "bounce/manifest.jsonl"])
     settings = json.loads(Path("bounce/settings.json").read_text())
     Path("bounce/settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "labels"}))
-    with pytest.raises(ValueError, match="holds other clips"):
+    with pytest.raises(ValueError, match="has clips of other settings"):
         make_shapes.main(bounce)
 
 
-def test_the_judge_agrees_with_the_truth_of_drawn_files(home, capsys):
+def test_measured_shapes_agree_with_the_truth_of_drawn_files(home, capsys):
     make_shapes.main(["--output", "full", "--num-clips", "24"])
     assert evaluate.main(["--input", "full/manifest.jsonl"]) == 0
     out = capsys.readouterr().out
@@ -102,18 +102,19 @@ def test_cached_latents_train_like_the_clips_they_came_from(home):
 
 
 def test_a_model_is_trained_found_and_sampled(home, capsys):
-    with pytest.raises(ValueError, match="There is no model under models/; make one with: make quickstart"):
+    with pytest.raises(ValueError, match="there is no model under models/; train one with make quickstart"):
         sample.main([])
     assert train.run(["t.yaml"]) == 0
     assert sample.main(["--class-label", "circle left", "7", "--steps", "2", "--seed", "3"]) == 0
     made = sorted((home / "output/t/samples").glob("*-seed-3-*"))
     assert [p.suffix for p in made] == [".json", ".mp4", ".json", ".mp4"]
     settings = json.loads(made[2].read_text())
-    assert settings["label_name"] == sorted(CLASS_NAMES)[7]  # a manifest numbers names by the alphabet
+    assert settings["label_name"] == sorted(CLASS_NAMES)[7]  # class names of a manifest are sorted
     assert settings["seed"] == 3
     with pytest.raises(ValueError, match="exists; choose another --output or --seed, or pass --overwrite"):
         sample.main(["--class-label", "circle left", "7", "--steps", "2", "--seed", "3"])
     assert sample.main(["--class-label", "0", "--frames", "1", "--steps", "1", "--output", "one.png"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(": one.png")
     assert (home / "one.png").read_bytes()[:4] == b"\x89PNG"
     assert sample.main(["--class-label", "0", "--frames", "9", "--steps", "1", "--gif", "--output", "gifs"]) == 0
     with VideoReader(next((home / "gifs").glob("*.gif"))) as reader:
@@ -126,7 +127,7 @@ def test_a_model_is_trained_found_and_sampled(home, capsys):
     assert (home / "output/t/evaluation.json").is_file()
 
 
-def test_check_media_names_what_cannot_be_read(home, capsys):
+def test_check_media_lists_files_that_cannot_be_read(home, capsys):
     assert check_media.main(["shapes"]) == 0
     (home / "shapes" / "bad.mp4").write_bytes(b"broken")
     assert check_media.main(["shapes", "--report", "report.jsonl"]) == 1
@@ -234,7 +235,7 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
     arguments = ["--task", task, "--input", *inputs, *rest, "--steps", "2", "--output", "made"]
     assert sample.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "48 x 48 -> 32 x 32" in printed  # what was resampled is said
+    assert "48 x 48 -> 32 x 32" in printed  # resampling is noted
     written = sorted((model / "made").glob("*.mp4"))
     assert len(written) == (2 if task == "animate" else 1)
     with VideoReader(written[0]) as reader:
@@ -292,7 +293,7 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
         ),
     ],
 )
-def test_tasks_that_cannot_be_are_refused_before_anything_is_written(model, arguments, message):
+def test_impossible_tasks_are_refused_before_anything_is_written(model, arguments, message):
     Image.new("L", (9, 7)).save("odd.png")
     write_video("short.mp4", np.zeros((3, 48, 48, 3), np.uint8))
     with pytest.raises((ValueError, OSError), match=message):
@@ -300,12 +301,12 @@ def test_tasks_that_cannot_be_are_refused_before_anything_is_written(model, argu
     assert not (model / "made").exists() or not list((model / "made").iterdir())
 
 
-def test_a_gif_is_not_written_under_another_name(model):
+def test_gif_contradicts_an_output_of_another_type(model):
     with pytest.raises(ValueError, match="--gif and --output made.mp4 contradict each other"):
         sample.main(["--gif", "--output", "made.mp4"])
 
 
-def test_outpainting_keeps_the_whole_picture_and_a_picture_stays_a_picture(model, capsys):
+def test_outpainting_keeps_the_whole_image_and_gives_an_image(model, capsys):
     picture = np.zeros((32, 64, 3), np.uint8)
     picture[:, :8], picture[:, -8:] = (255, 0, 0), (0, 0, 255)
     Image.fromarray(picture).save("wide.png")
@@ -317,7 +318,7 @@ def test_outpainting_keeps_the_whole_picture_and_a_picture_stays_a_picture(model
     assert np.array_equal(made[16:48], picture)
 
 
-def test_nothing_that_is_there_is_overwritten_nor_a_kind_of_file_found_out_late(model, monkeypatch):
+def test_existing_files_and_unknown_file_types_are_refused_before_sampling(model, monkeypatch):
     Path("mine.json").write_text("{}")
     monkeypatch.setattr(sample.STDiTPipeline, "fill", None)
     for output, message in (
@@ -341,7 +342,7 @@ def test_the_quickstart_shows_each_task_with_its_new_frames_marked(model):
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
-def test_clips_and_pictures_of_many_sizes_train_in_one_run(home, packing, capsys):
+def test_clips_and_images_of_many_sizes_train_in_one_run(home, packing, capsys):
     for i in range(6):
         Image.new("RGB", (60, 40), (i * 40, 0, 0)).save(f"shapes/{i}.png")
     sizes = "[[1, 32, 32], [5, 32, 32], [1, 32, 48], [5, 16, 16]]"
@@ -353,7 +354,7 @@ def test_clips_and_pictures_of_many_sizes_train_in_one_run(home, packing, capsys
         f"data.packing={packing}",
         "train.samples=2",
     ]
-    region = f"objective.mask_probs.region={0 if packing == 'true' else 5}"  # levels by patch: buckets take them, packs do not
+    region = f"objective.mask_probs.region={0 if packing == 'true' else 5}"  # buckets support per-patch levels, packing does not
     mixed = ["objective.mask_strategy=mixed", region, "model.micro_conditions=[fps,seconds,height,width]"]
     assert train.run([*common, *mixed, "train.steps=6", "train.batch_size=1"]) == 0
     printed = capsys.readouterr().out
@@ -365,7 +366,7 @@ def test_clips_and_pictures_of_many_sizes_train_in_one_run(home, packing, capsys
     assert "train.micro_batch=null" in capsys.readouterr().err
 
 
-def test_packing_refuses_levels_by_patch(home, capsys):
+def test_packing_refuses_per_patch_levels(home, capsys):
     packed = ["data.sizes=[[5, 32, 32]]", "train.tokens=48", "data.packing=true", "objective.mask_strategy=mixed"]
     assert train.run(["t.yaml", *packed]) == 1
     assert "set objective.mask_probs.region=0" in capsys.readouterr().err

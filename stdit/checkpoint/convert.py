@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit.checkpoint import diffusers_dit, diffusers_latte
-from stdit.checkpoint.files import Weights, check_tensors, read_json, read_weights
+from stdit.checkpoint.files import Weights, check_tensors, read_weights
 from stdit.checkpoint.keymaps import FORMATS, from_dit_layout, infer, recognise, to_dit_layout
+from stdit.files import read_json
 from stdit.model.stdit import STDiT
 from stdit.variants import pick
 

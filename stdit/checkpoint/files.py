@@ -1,7 +1,6 @@
 """Read weights from files without executing any code in them."""
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,9 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from stdit.files import read_json
+from stdit.weights import check_tensor_bytes, check_torch_file, safetensors_shapes
 
 
 class Weights(NamedTuple):
@@ -43,6 +45,7 @@ def read_weights(path: str | Path, which: str = "ema") -> Weights:
 
 def _read_torch(path: Path) -> object:
     """Load a file of torch.save, in which only tensors and plain containers are allowed."""
+    check_torch_file(path)
     try:
         # DiT and Latte save their command line with the weights: a plain record, which executes nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -74,11 +77,13 @@ def _pick(loaded: object, which: str, path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
         content = sorted(map(str, loaded))[:6] if isinstance(loaded, dict) else type(loaded).__name__
         raise ValueError(f"{str(path)!r} holds {content}, not a state dict; give a file of a model's weights.")
+    check_tensor_bytes(loaded, path)
     return {str(key).removeprefix("module."): value for key, value in loaded.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file."""
+    safetensors_shapes(path)  # which bounds its header
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -106,17 +111,6 @@ def _read_folder(folder: Path) -> Weights:
         raise ValueError(f"{str(folder)!r} has no safetensors; {hint}.")
     tensors = {key: value for name in sorted(files) for key, value in _read_safetensors(folder / name).items()}
     return Weights(tensors, read_json(folder / "config.json"), str(folder))
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON object; {} if there is no file. Raises ValueError for anything else."""
-    try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); download it again.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{str(path)!r} holds {type(found).__name__}, not a JSON object; download it again.")
-    return found
 
 
 def check_tensors(tensors: dict[str, Tensor], origin: str) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.conditions.base import ClipFacts, Conditioner, Key
+from stdit.files import printable
 from stdit.nn.embedders import LabelEmbedder
 
 
@@ -80,7 +81,9 @@ def label_number(value: int | str, num_classes: int, names: Sequence[str] | None
             if value == name or value in name.split(", "):
                 return i
     if isinstance(value, str) and not value.lstrip("-").isdecimal():
-        choices = f"Choose one of: {', '.join(names)}." if names else f"Use a number from 0 to {num_classes - 1}."
+        choices = (
+            f"Choose one of: {printable(', '.join(names))}." if names else f"Use a number from 0 to {num_classes - 1}."
+        )
         raise ValueError(f"class label {value!r} is unknown. {choices}")
     if not 0 <= int(value) <= num_classes:
         raise ValueError(

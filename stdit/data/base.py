@@ -50,3 +50,15 @@ class Dataset(Protocol):
         The result has "pixels" (F, H, W, 3) uint8 and "clip" (`ClipFacts`), or latents (C, T, h, w) and raw conditions.
         Raises VideoError if the file cannot be read.
         """
+
+
+class Annotated:
+    """The single annotations of a dataset's samples by the method names of version 0.1.0, for one more version."""
+
+    def label(self: Dataset, index: int) -> int | None:
+        """The label of a sample, None if it has none."""
+        return self.record(index).get("label")
+
+    def caption(self: Dataset, index: int) -> str:
+        """The caption of a sample, empty if it has none."""
+        return self.record(index).get("caption") or ""

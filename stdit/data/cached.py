@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from stdit.conditions import ClipFacts, read_conditions
-from stdit.data.base import Identity
+from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
@@ -20,7 +20,7 @@ from stdit.hashes import difference
 _RENAMED = {"restarts": "reencoded"}
 
 
-class CachedLatents:
+class CachedLatents(Annotated):
     """Normalised latents in shards, as `cache_latents` writes them, with the fingerprint of their VAE.
 
     Each clip has `latents` (C, T, h, w), and `reencoded` (C, T, h, w), in which every latent frame is encoded without

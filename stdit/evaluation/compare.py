@@ -12,16 +12,12 @@ import numpy as np
 
 @dataclass
 class Budget:
-    """The budget of every run, of which exactly one field is given.
+    """The budget of every run, of which exactly one field is given."""
 
-    minutes: of training on this machine. tokens, gflops: over the whole run, gflops of forward and backward passes
-    (three times a forward pass). steps: of training.
-    """
-
-    minutes: float | None = None
-    tokens: float | None = None
-    gflops: float | None = None
-    steps: int | None = None
+    minutes: float | None = None  # minutes of training on this machine
+    tokens: float | None = None  # patches over the whole run
+    gflops: float | None = None  # Gflops of forward and backward passes (three times a forward pass) over the whole run
+    steps: int | None = None  # training steps
 
     @property
     def kind(self) -> str:
@@ -48,25 +44,20 @@ class Budget:
 
 @dataclass
 class Comparison:
-    """The specification of a comparison of training runs.
+    """The specification of a comparison of training runs."""
 
-    base: a config of `tools/train.py`. overrides: changes of it in all runs. variants: by name, the changes of each
-    variant. clips: the number of clips that are sampled from each run and measured. reference: the number of real clips
-    they are compared with (0: no distance).
-    """
-
-    name: str = "comparison"
-    title: str = ""
-    base: str = "configs/quickstart.yaml"
-    overrides: dict[str, Any] = field(default_factory=dict)
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=lambda: [0])
-    budget: Budget = field(default_factory=Budget)
-    clips: int = 96
-    reference: int = 96
-    guidance: float = 3.0
-    sample_steps: int = 20
-    features: str = "vae"
+    name: str = "comparison"  # name of the comparison, and the first part of the names of its runs
+    title: str = ""  # title of the page; empty: the name
+    base: str = "configs/quickstart.yaml"  # config of `stdit train` that all runs start from
+    overrides: dict[str, Any] = field(default_factory=dict)  # keys of the base that all runs change
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)  # variant -> the keys of the base that it changes
+    seeds: list[int] = field(default_factory=lambda: [0])  # every variant is trained once with each seed
+    budget: Budget = field(default_factory=Budget)  # the budget of every run; give one of its keys
+    clips: int = 96  # clips that are sampled from each run and measured
+    reference: int = 96  # real clips that they are compared with; 0: no distance
+    guidance: float = 3.0  # guidance scale of the sampled clips
+    sample_steps: int = 20  # solver steps of the sampled clips
+    features: str = "vae"  # features of the distance, as in `stdit evaluate --features`
 
     def __post_init__(self) -> None:
         if not self.variants:

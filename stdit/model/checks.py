@@ -11,6 +11,7 @@ from stdit.nn.layout import AXES
 from stdit.variants import pick
 
 POS_SCALINGS = ("none", "interpolate")
+LARGEST_DEPTH = 10_000  # blocks; published models have fewer than 100
 
 
 def check_arguments(config: Any, defaults: Mapping[str, object]) -> None:
@@ -41,8 +42,8 @@ def check_arguments(config: Any, defaults: Mapping[str, object]) -> None:
 
 def check_shape(depth: int, hidden_size: int, num_heads: int, patch_size: Sequence[int]) -> None:
     """Raise ValueError for sizes from which no transformer can be built."""
-    if depth < 1:
-        raise ValueError(f"depth must be >= 1, got {depth}; a model has at least one block.")
+    if not 1 <= depth <= LARGEST_DEPTH:
+        raise ValueError(f"depth must be >= 1 and at most {LARGEST_DEPTH}, got {depth}; it is the number of blocks.")
     if num_heads < 1 or hidden_size < 1:
         raise ValueError(f"hidden_size and num_heads must be >= 1, got {hidden_size} and {num_heads}; use 384 and 6.")
     if hidden_size % num_heads:
@@ -57,6 +58,8 @@ def check_classes(num_classes: int, class_names: Sequence[str] | None) -> None:
     """Raise ValueError for a negative number of classes, or for class names that are not one per class."""
     if num_classes < 0:
         raise ValueError(f"num_classes must be >= 0, got {num_classes}; 0 makes an unconditional model.")
+    if not_text := [name for name in class_names or () if not isinstance(name, str)]:
+        raise ValueError(f"class_names has {not_text[0]!r}, which is not a name; write it as text.")
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(
             f"{len(class_names)} class_names for num_classes={num_classes}; give one name per class, or none."

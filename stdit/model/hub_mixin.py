@@ -7,8 +7,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from stdit.files import read_json
 from stdit.hashes import check_weights
 from stdit.legacy import renamed_parameter, renamed_section
+from stdit.model.lora import check_lora
+from stdit.weights import check_fits
 
 
 def register_cacheable_blocks(classes: Iterable[type]) -> None:
@@ -53,6 +56,7 @@ class HubMixin:
 
     config: Any
     supports: Any
+    load_config: Any
     num_parameters: Any
     save_pretrained: Any
 
@@ -65,6 +69,9 @@ class HubMixin:
         if (Path(pretrained_model_name_or_path) / "model_index.json").is_file():
             kwargs.setdefault("subfolder", "transformer")
             check_weights(Path(pretrained_model_name_or_path), within="transformer/")
+        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
+        if read_json(folder / "config.json"):  # bounded, as diffusers' reading is not
+            check_fits(folder, lambda: cls.from_config(cls.load_config(folder)))
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         loaded: Any = super().from_pretrained(  # type: ignore[misc]
@@ -111,12 +118,17 @@ class HubMixin:
     def load_lora_adapter(
         self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = None, **kwargs: Any
     ) -> Any:
-        """Load a LoRA adapter of this model, by default from pytorch_lora_weights.safetensors only."""
-        kwargs.setdefault("use_safetensors", True)
+        """Load a LoRA adapter of this model, by default from pytorch_lora_weights.safetensors only.
+
+        Raises ValueError for a file that is no LoRA of this model, has larger ranks than its layers, or numbers that are
+        not finite.
+        """
         kwargs.setdefault("weight_name", "pytorch_lora_weights.safetensors")
-        return super().load_lora_adapter(  # type: ignore[misc]
-            pretrained_model_name_or_path_or_dict, prefix=prefix, **kwargs
-        )
+        kwargs["use_safetensors"] = True
+        source = pretrained_model_name_or_path_or_dict
+        if not isinstance(source, Mapping) and Path(source).exists():
+            check_lora(self, Path(source), kwargs["weight_name"], prefix)  # type: ignore[arg-type]
+        return super().load_lora_adapter(source, prefix=prefix, **kwargs)  # type: ignore[misc]
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Push the model with a model card; a path to a folder (./mine) is written locally, without network."""

@@ -1,1 +1,4 @@
-"""What a user runs: training, sampling, caching, evaluation. Every module has `main(argv) -> int`; `stdit.recipes.cli` lists them."""
+"""The commands: training, sampling, caching, evaluation and more.
+
+Every module of a command has `main(argv) -> int`, which returns the exit code; `stdit.recipes.cli` lists the commands.
+"""

@@ -1,11 +1,12 @@
-"""Measure speed: ratios in one run, alternating, medians.
+"""Measure speed. What is compared runs in turn, and medians are reported.
 
-stdit bench loader --root path/to/clips      our loader against PyAV alone on the same clips
+stdit bench loader --root path/to/clips      the data loader against PyAV alone on the same clips
 stdit bench step                             training steps of small models
-stdit bench attention                        plain products against the fused kernel
-stdit bench vae                              the tiny VAE
-stdit bench packing                          clips of many shapes: packed, padded, in buckets
-stdit bench quickstart --root data/shapes    where the quickstart's encoding spends its time
+stdit bench floor                            the quickstart's step against its matrix products alone
+stdit bench attention                        explicit attention against the fused kernel
+stdit bench vae                              encoding and decoding by the tiny VAE
+stdit bench packing                          clips of many shapes: packed, padded, or in buckets
+stdit bench quickstart --root data/shapes    reading and encoding the quickstart's clips
 """
 
 import argparse
@@ -18,17 +19,20 @@ from pathlib import Path
 import av
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch.utils.flop_counter import FlopCounterMode
 
+from stdit.config import Config, load_typed
 from stdit.data.datasets import DataConfig, build_dataset
 from stdit.data.loader import batches
 from stdit.data.manifest import VIDEO_SUFFIXES, scan_folder
 from stdit.data.video_io import VideoError, VideoReader
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
+from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
 from stdit.nn.attention import explicit_attention
 from stdit.pixels import to_float
-from stdit.precision import autocast, native_bf16
-from stdit.recipes.entry import command_parser
+from stdit.precision import autocast, native_bf16, resolve
+from stdit.recipes.entry import command, command_parser
 from stdit.rng import keyed_rng
 from stdit.training.optim import build_optimizers
 from stdit.training.step import LatentBatch, diffusion_losses
@@ -36,13 +40,14 @@ from stdit.vae import load_vae
 
 
 def timed(function) -> float:
+    """The seconds that a call of `function` takes."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
 
 
 def pyav_alone(paths: list[Path]) -> int:
-    """Decode all frames of all files to RGB with PyAV and nothing else."""
+    """Decode all frames of all files to RGB with PyAV alone; returns the number of frames."""
     count = 0
     for path in paths:
         with av.open(str(path)) as container:
@@ -54,6 +59,7 @@ def pyav_alone(paths: list[Path]) -> int:
 
 
 def our_reader(paths: list[Path]) -> int:
+    """Decode all frames of all files with `VideoReader`; returns the number of frames."""
     count = 0
     for path in paths:
         with VideoReader(path) as reader:
@@ -62,11 +68,12 @@ def our_reader(paths: list[Path]) -> int:
 
 
 def our_samples(dataset) -> int:
-    """Whole clips as training samples: read, scaled, cropped."""
+    """Read, scale and crop every clip as a training sample; returns the number of frames."""
     return sum(len(dataset.load(i, keyed_rng("sample", i))["pixels"]) for i in range(len(dataset)))
 
 
 def bench_loader(args: argparse.Namespace) -> None:
+    """Compare `VideoReader`, and the loader's samples, with PyAV alone on the same frames."""
     paths = [row.path for row in scan_folder(Path(args.root), VIDEO_SUFFIXES, "videos").rows]
     rates: dict[str, list[float]] = {"PyAV alone": [], "VideoReader": []}
     for _ in range(args.rounds):
@@ -100,7 +107,7 @@ def _samples_rate(dataset, count: int) -> float:
 
 
 def _windows_rate(dataset, count: int) -> float:
-    """The same windows as `_samples_rate` reads, decoded by PyAV from the key frame before."""
+    """Clips per second of PyAV alone, on the windows that `_samples_rate` reads, from the key frame before each."""
     from stdit.data.datasets import window
     from stdit.data.samplers import sample_index
 
@@ -133,6 +140,7 @@ def _windows_rate(dataset, count: int) -> float:
 
 
 def bench_step(args: argparse.Namespace) -> None:
+    """Measure training steps of a small model for each choice of axes, optimizer and precision."""
     print(
         f"bf16 in hardware: {native_bf16()}; {torch.get_num_threads()} threads; forward + backward + optimizer, median of {args.rounds}"
     )
@@ -164,8 +172,54 @@ def bench_step(args: argparse.Namespace) -> None:
                 )
 
 
+def bench_floor(args: argparse.Namespace) -> None:
+    """The quickstart's training step against its floor: the time of its operations at the rate of large products."""
+    config = load_typed(Config, "quickstart")
+    precision = resolve(config.train.precision)
+    model = STDiT(**{**model_arguments(config.model), "in_channels": 16, "num_classes": 12, "learn_sigma": False})
+    optimizers = build_optimizers(model, config.train.optimizer, 1e-3)
+    objective, batch = build_objective(config.objective), config.train.batch_size
+    latents, labels = torch.randn((batch, 16, 5, 8, 8)), torch.randint(0, 12, (batch, 1))
+
+    def gradient(step: int) -> None:
+        keys = [(0, step, slot) for slot in range(batch)]
+        clips = [LatentBatch(latents, lambda mask: latents.transpose(1, 2)[mask])]
+        with autocast(precision, "cpu"):
+            losses = diffusion_losses(model, objective, clips, {"label": labels}, keys=keys, patch=model.patch_size)
+        losses.clips.mean().backward()
+
+    def update() -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    square = torch.randn(1024, 1024).to(dtype)
+    counted = []
+    for part in (lambda: gradient(0), update):
+        with FlopCounterMode(display=False) as counter:
+            part()
+        counted.append(counter.get_total_flops())
+    seconds: dict[str, list[float]] = {"gradient": [], "update": [], "product": []}
+    for i in range(args.rounds * 4 + 2):
+        seconds["gradient"].append(timed(lambda i=i: gradient(i + 1)))
+        seconds["update"].append(timed(update))
+        seconds["product"].append(timed(lambda: square @ square))
+    medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
+    rate = 2 * 1024**3 / medians["product"]
+    print(
+        f"{torch.backends.cpu.get_cpu_capability()}, {precision}, {torch.get_num_threads()} threads: products of 1024 x 1024 at {rate / 1e9:.0f} Gflop/s"
+    )
+    for name, flops in zip(("gradient", "update"), counted, strict=True):
+        print(
+            f"{name}: {flops / 1e9:.1f} Gflop, floor {1e3 * flops / rate:.0f} ms, measured {1e3 * medians[name]:.0f} ms"
+        )
+    whole = medians["gradient"] + medians["update"]
+    print(f"step: {1e3 * whole:.0f} ms, {sum(counted) / rate / whole:.0%} of the floor's speed")
+
+
 def bench_attention(args: argparse.Namespace) -> None:
-    """Plain products against the fused kernel, forward and backward, on the sequences of small models."""
+    """Compare explicit attention with the fused kernel, forward and backward, at the lengths of small models."""
     for batch, heads, length, dim in ((32, 2, 80, 64), (160, 2, 16, 64), (512, 2, 5, 64), (2, 6, 512, 64)):
         for dtype in (torch.bfloat16, torch.float32):
             tensors = [torch.randn(batch, length, heads, dim, dtype=dtype, requires_grad=True) for _ in range(3)]
@@ -181,6 +235,7 @@ def bench_attention(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def bench_vae(args: argparse.Namespace) -> None:
+    """Measure encoding and decoding by the tiny VAE at three sizes."""
     vae = load_vae("tiny")
     for size in (64, 128, 256):
         clip = torch.rand((4, 3, 17, size, size)) * 2 - 1
@@ -208,8 +263,11 @@ def _packs(shapes: list[Grid], budget: int) -> list[list[Grid]]:
 
 
 def bench_packing(args: argparse.Namespace) -> None:
-    """Clips of many shapes: packed, padded to the largest, in buckets. Useful tokens per second; forward and backward."""
-    # A mix as real folders have it: pictures and clips of 1 to 4 seconds, three aspects (latent frames, rows, columns).
+    """Compare clips of many shapes packed, padded to the largest, and in buckets: tokens per second without padding.
+
+    Forward and backward passes are timed.
+    """
+    # A mix like that of real folders: images and clips of 1 to 4 seconds, three aspects (latent frames, rows, columns).
     grids = [(t, *space) for t in (1, 3, 5, 9) for space in ((8, 8), (6, 10), (10, 6))]
     shapes = [grids[i] for i in keyed_rng("order", 0).integers(len(grids), size=64)]
     axes = [args.axes] if args.axes else ["spatial", "temporal"]
@@ -251,6 +309,7 @@ def bench_packing(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def bench_quickstart(args: argparse.Namespace) -> None:
+    """Measure reading and encoding of the quickstart's clips."""
     vae = load_vae("tiny")
     manifest = Path(args.root) / "manifest.jsonl"
     dataset = build_dataset(DataConfig(root=args.root, manifest=str(manifest), source="videos"))
@@ -274,12 +333,14 @@ BENCHES = {
     "loader": bench_loader,
     "attention": bench_attention,
     "step": bench_step,
+    "floor": bench_floor,
     "vae": bench_vae,
     "quickstart": bench_quickstart,
     "packing": bench_packing,
 }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark."""
     parser = command_parser("bench", __doc__)
@@ -287,7 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", default="data/shapes")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--axes", help="packing: joint instead of spatial and temporal in turn")
+    parser.add_argument(
+        "--axes", help="packing: the axis of all blocks, such as joint; default: spatial and temporal in turn"
+    )
     args = parser.parse_args(argv)
     av.logging.set_level(None)
     BENCHES[args.what](args)

@@ -1,6 +1,6 @@
-"""The planned peak of memory against the peak of real training runs on this CPU.
+"""Compare the planned peak of memory with the peak of real training runs on this CPU.
 
-stdit bench-memory            (about three minutes; run it on a machine with nothing else to do)
+stdit bench-memory            (about three minutes; run it on an idle machine)
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 
 from stdit.data.loader import Batch
 from stdit.recipes import cache_latents, make_shapes, plan, train
-from stdit.recipes.entry import child_environment, command_parser
+from stdit.recipes.entry import child_environment, command, command_parser
 from stdit.training.fit import Trainer
 
 GIB = 2**30
@@ -35,9 +35,9 @@ CASES = {
 
 
 def measured(overrides: list[str]) -> float:
-    """The most memory a training run held inside its loop, its model and average counted, in bytes."""
+    """The peak of memory in the loop of a training run, with its model and EMA weights, in bytes."""
     command = [sys.executable, "-m", "stdit", "bench-memory", "--one", *overrides, "train.resume=never"]
-    # glibc keeps freed blocks on its heap (2.4 to 3.0 GiB seen where 1.2 were in use): large ones are to be given back.
+    # glibc keeps freed blocks on its heap (2.4 to 3.0 GiB with 1.2 GiB in use); this makes it return large ones.
     environment = {**child_environment(), "MALLOC_MMAP_THRESHOLD_": "1000000"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -46,19 +46,19 @@ def measured(overrides: list[str]) -> float:
 
 
 def status(field: str) -> float:
-    """VmRSS or VmHWM of this process, in bytes (Linux)."""
+    """Read VmRSS or VmHWM of this process, in bytes (Linux only)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024.0 * float(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def one(overrides: list[str]) -> int:
-    """A training run, with the loop's peak of resident memory printed at its end."""
+    """Train one run, and print the peak of resident memory of its loop."""
     fit = Trainer.fit
 
     def watched(self: Trainer, batches: Iterator[Batch], *rest: Any) -> None:
-        there = 8.0 * sum(p.numel() for p in self.model.parameters())  # the model and its average are there already
+        there = 8.0 * sum(p.numel() for p in self.model.parameters())  # model and EMA weights exist before the loop
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = status("VmRSS")
         fit(self, batches, *rest)
         print("HELD", status("VmHWM") - before + there, flush=True)
@@ -68,7 +68,7 @@ def one(overrides: list[str]) -> int:
 
 
 def planned(overrides: list[str]) -> float:
-    """`plan.py`'s figure for the same run, in bytes."""
+    """The peak that `stdit plan` prints for the same run, in bytes."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         plan.main(["memory.yaml", *overrides, "--gpu", "cpu"])
@@ -76,11 +76,12 @@ def planned(overrides: list[str]) -> float:
     return float(line.split()[1]) * GIB
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare every case; exit code 1 if a plan is off by more than a fifth."""
     parser = command_parser("bench-memory", __doc__)
     parser.add_argument(
-        "--one", nargs="+", metavar="key=value", help="one watched run in a folder that holds memory.yaml"
+        "--one", nargs="+", metavar="key=value", help="measure one run, in a folder that has memory.yaml"
     )
     args = parser.parse_args(argv)
     if args.one:

@@ -25,28 +25,31 @@ from stdit.vae import VideoVAE
 
 
 def build_accelerator(precision: Precision, unused_parameters: bool = False) -> Accelerator:
-    """Accelerate's view of this process. unused_parameters: whether a step may leave some without a gradient (DDP must know)."""
+    """Make the `Accelerator` of this process.
+
+    unused_parameters: whether a step may leave some parameters without a gradient, which DDP must know.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    AcceleratorState._reset_state()  # an earlier run in this process may have had a different precision
+    AcceleratorState._reset_state()  # which an earlier run in this process may have set to another precision
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else two processes on CPUs would be two runs of one process
+        cpu=not torch.accelerator.is_available(),  # otherwise two processes on CPUs are two separate runs
         mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve(precision, device)],
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)],
     )
 
 
 def build_captions(config: Config, dataset: Dataset, device: torch.device, *, main: bool) -> CaptionCache | None:
-    """The encoded captions of the data, kept on disk; None without a text encoder. ValueError if no clip has a caption.
+    """Encode the captions of the data into a cache on disk; None without a text encoder.
 
-    main: whether this is the process that encodes and writes.
+    main: whether this is the main process, which encodes and writes; the others read. ValueError if no clip has a caption.
     """
     if config.text.encoder is None:
         return None
     texts = [dataset.record(i)["caption"] for i in range(len(dataset))]
     if not any(texts):
         raise ValueError(
-            f"text.encoder={config.text.encoder} but no clip of {config.data.root!r} has a caption; give a manifest with "
-            "them (and cache latents again), or leave text.encoder out."
+            f"text.encoder={config.text.encoder} but no clip of {config.data.root!r} has a caption; put a.txt next to "
+            "a.mp4, or give a manifest with a column 'caption' (and cache latents again), or leave text.encoder out."
         )
     encoder = load_text_encoder(config.text.encoder, device)
     cache = CaptionCache(Path(config.text.cache), encoder)
@@ -58,7 +61,7 @@ def build_captions(config: Config, dataset: Dataset, device: torch.device, *, ma
 def build_model(
     config: Config, vae: VideoVAE, dataset: Dataset, objective: Objective, caption_channels: int | None = None
 ) -> STDiT | UNet:
-    """The network of a config. ValueError if its classes do not fit the data; model.num_classes=0 means no labels."""
+    """Build the network of a config. ValueError if its classes do not fit the data; num_classes=0 means no labels."""
     classes = dataset.num_classes if config.model.num_classes is None else config.model.num_classes
     if dataset.num_classes > classes > 0:
         raise ValueError(
@@ -104,7 +107,7 @@ def load_start(path: str) -> STDiT:
 
 
 def check_batch(config: Config, processes: int) -> None:
-    """ValueError unless `train.batch_size` divides into micro-batches of all processes."""
+    """Raise ValueError unless `train.batch_size` is a whole number of micro-batches on every process."""
     train = config.train
     if config.data.sizes:
         return
@@ -119,16 +122,22 @@ def check_batch(config: Config, processes: int) -> None:
 def build_order(
     config: Config, dataset: Dataset, vae: VideoVAE, *, patch: tuple[int, int, int], processes: int
 ) -> BatchSampler:
-    """The order of clips: `batch_size` clips per step, or a budget of tokens per step where data.sizes has several sizes."""
+    """Build the sampler of batches: `batch_size` clips, or with `data.sizes` `tokens` patches, per step."""
     data, train = config.data, config.train
     if not data.sizes:
         if train.tokens is not None:
-            raise ValueError(f"train.tokens={train.tokens} is for data.sizes; use train.batch_size, or give sizes.")
+            raise ValueError(
+                f"train.tokens={train.tokens} has no effect without data.sizes; use train.batch_size, or give data.sizes."
+            )
         return UniformSampler(config.seed, len(dataset), train.batch_size)
     if train.tokens is None or train.micro_batch is not None:
-        raise ValueError("data.sizes need train.tokens, patches of a step, and train.micro_batch=null.")
+        raise ValueError(
+            "data.sizes needs train.tokens, the number of patches in a step; set it, and train.micro_batch=null."
+        )
     if data.packing and "region" in config.objective.active_mask_probs:
-        raise ValueError("data.packing=true takes levels by frame; set objective.mask_probs.region=0.")
+        raise ValueError(
+            "data.packing=true supports noise levels per frame, not per patch; set objective.mask_probs.region=0."
+        )
     sizes = [ClipSize(*size) for size in data.sizes]
     grids = [vae.latent_shape(*size, patch) for size in sizes]
     costs = [math.prod(n // p for n, p in zip(grid, patch, strict=True)) for grid in grids]
@@ -137,8 +146,8 @@ def build_order(
         try:
             shapes.append(dataset.shape(index))
         except VideoError as error:
-            shapes.append((0, 1, 1))  # fits nowhere
-            print(f"left out: {error}")
+            shapes.append((0, 1, 1))  # fits no bucket
+            print(f"clip left out: {error}")
     order = (PackedSampler if data.packing else BucketSampler)(
         config.seed, assign_buckets(shapes, sizes, config.seed), sizes, costs, tokens=train.tokens, processes=processes
     )
@@ -148,8 +157,8 @@ def build_order(
 
 
 def check_cache(dataset: Dataset, vae: VideoVAE) -> None:
-    """ValueError if cached latents were made with a different VAE."""
+    """Raise ValueError if cached latents were made with a different VAE."""
     if isinstance(dataset, CachedLatents) and dataset.info["vae_fingerprint"] != vae.fingerprint():
         raise ValueError(
-            f"the latents in {str(dataset.root)!r} were made with VAE {dataset.info['vae']!r} of other weights than vae.name={vae.name!r}; use that one, or cache again."
+            f"the latents in {str(dataset.root)!r} were made with VAE {dataset.info['vae']!r}, whose weights differ from vae.name={vae.name!r}; use that VAE, or cache the latents again."
         )

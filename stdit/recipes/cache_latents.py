@@ -31,16 +31,17 @@ from stdit.files import atomic_write, write_text
 from stdit.hashes import difference, file_sha256
 from stdit.pixels import to_float
 from stdit.precision import autocast
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import default_device
 from stdit.rng import keyed_rng
 from stdit.vae import VideoVAE, load_vae
 
 
 class Shard(NamedTuple):
-    """A part of the data, encoded. tensors (N, C, T, h, w) float16: see `_encode`; indices: of the N clips in the dataset.
+    """The latents of a part of the data.
 
-    conditions: raw conditions of each clip; bad: unreadable files with the reason; waited: seconds spent waiting for data.
+    tensors: name -> (N, C, T, h, w) float16, see `_encode`. indices: of the N clips in the dataset. conditions: raw
+    conditions of each clip. bad: unreadable file -> the reason. waited: seconds spent waiting for data.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -51,7 +52,7 @@ class Shard(NamedTuple):
 
 
 def encode_shard(dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, seed: int) -> Shard:
-    """Read and encode some clips. Threads read the next clips while these are encoded (decoding video leaves Python's lock)."""
+    """Read and encode clips. Threads read the next clips meanwhile, since video decoding releases Python's lock."""
     latents: list[dict[str, torch.Tensor]] = []
     encoded: list[int] = []
     conditions: list[dict] = []
@@ -72,7 +73,9 @@ def encode_shard(dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, see
             ahead.extend([pool.submit(read, i) for i in later] for later in chunks[number + 4 : number + 5])
             began = time.perf_counter()
             samples = dict(zip(chunk, (future.result() for future in futures), strict=True))
-            waited += (time.perf_counter() - began) * (number > 0)  # nothing is encoded while the first clips are read
+            waited += (time.perf_counter() - began) * (
+                number > 0
+            )  # not for the first clips, which no encoding can overlap
             bad |= {dataset.name(i): str(sample) for i, sample in samples.items() if isinstance(sample, VideoError)}
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
@@ -84,14 +87,17 @@ def encode_shard(dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, see
 
 
 def stored_conditions(dataset: Dataset, index: int, sample: dict) -> dict:
-    """Raw conditions that a shard stores next to labels and captions; those that follow from the clip itself are not stored."""
+    """The raw conditions that a shard stores besides labels and captions; those of the clip itself are not stored."""
     read = conditions_of_sample(dataset, index, sample)
     return {name: value for name, value in read.items() if CONDITIONERS[name].stored and value is not None}
 
 
 @torch.no_grad()
 def _encode(vae: VideoVAE, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """latents: of clips (N, F, H, W, 3) uint8; reencoded: each latent frame encoded as the start of a segment."""
+    """Encode clips (N, F, H, W, 3) uint8 into float16 tensors (N, C, T, h, w).
+
+    latents: of the whole clips. reencoded: each latent frame, encoded as the start of a segment.
+    """
     batch = to_float(pixels.to(vae.device)).to(vae.dtype)
     with autocast("auto", vae.device):
         latents = vae.encode(batch)
@@ -104,8 +110,9 @@ def _encode(vae: VideoVAE, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Encode the shards that this process is to encode and that are not there yet; the last process writes cache.json."""
+    """Encode the missing shards of this process; the last process to finish writes cache.json."""
     parser = command_parser("cache-latents", __doc__)
     parser.add_argument("config", help="a path, or the name of a config in the package")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -126,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dataset = build_dataset(config.data)
     if args.output.resolve() == Path(config.data.root).resolve():
         raise ValueError(
-            f"--output {args.output} is data.root itself; override data.root=FOLDER with the folder of clips."
+            f"--output {args.output} is data.root itself; set data.root=FOLDER to the folder of the clips."
         )
     vae = load_vae(config.vae.name).to(default_device())
     vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)  # refuses sizes that do not fit
@@ -159,7 +166,7 @@ def check_augmentation(config: DataConfig, frozen: bool) -> None:
 
 
 def check_settings(output: Path, head: dict) -> None:
-    """ValueError if the folder holds latents made with other settings; a run with the same settings adds to them."""
+    """Raise ValueError if the folder has latents of other settings; a run with the same settings adds to them."""
     path = output / "settings.json"
     if not path.is_file():
         write_text(path, json.dumps(head))
@@ -176,7 +183,7 @@ def check_settings(output: Path, head: dict) -> None:
 
 
 def _rank() -> tuple[int, int]:
-    """Number of this process and of all of them, as torchrun sets them."""
+    """The index of this process and the number of processes, as torchrun sets them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 

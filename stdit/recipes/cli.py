@@ -13,14 +13,14 @@ COMMANDS = {
     "train": "train a model from a config; the same command resumes",
     "sample": "sample clips, or edit and continue clips and pictures of your own",
     "cache-latents": "encode the clips of a config once, so that training reads latents",
-    "evaluate": "measure a model or clips: shapes, captions, FVD-like distances",
-    "evaluate-tasks": "measure extending, connecting, inpainting ... on moving shapes",
+    "evaluate": "measure a model or clips: shapes, captions, Fréchet distances",
+    "evaluate-tasks": "measure extend, connect, inpaint and the other tasks on moving shapes",
     "held-out-loss": "loss on held-out clips by mask strategy and noise level",
     "compare": "train variants of a config on one budget and compare them",
     "plan": "memory, speed and days of a run on a GPU, before it starts",
     "convert": "convert weights of DiT, SiT, Latte, U-ViT, MDT or diffusers, and back",
     "make-shapes": "draw clips of moving shapes, with a manifest",
-    "check-media": "read every video of a folder in full and name what cannot be read",
+    "check-media": "read every file of a folder in full and say which training cannot use",
     "model-table": "parameters and Gflops of every model size",
     "plot-runs": "loss and samples of several runs in one picture",
     "train-vae": "train the tiny VAE",
@@ -36,14 +36,20 @@ def usage() -> str:
     commands = "\n".join(f"  {name:<{width}}{text}" for name, text in COMMANDS.items())
     return (
         f"usage: stdit COMMAND ...\n\n{stdit.__doc__}\n\ncommands:\n{commands}\n\n"
-        "stdit COMMAND --help lists the options of a command. A config is a path or the name of one in the package, as in:\n"
+        "stdit COMMAND --help lists the options of a command. A config is a path, or the name of a config in the package:\n"
         "  stdit train quickstart data.root=data/shapes train.steps=100"
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    from stdit.recipes.entry import run
+
+    return run(_dispatch, list(sys.argv[1:] if argv is None else argv))
+
+
+def _dispatch(arguments: Sequence[str] | None) -> int:
+    arguments = list(arguments or ())
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if arguments else 2
@@ -56,7 +62,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"Unknown command {arguments[0]!r}.{hint} Choose one of: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    from stdit.recipes.entry import run
-
-    recipe = importlib.import_module(f"stdit.recipes.{name.replace('-', '_')}")
-    return run(recipe.main, arguments[1:])
+    return importlib.import_module(f"stdit.recipes.{name.replace('-', '_')}").main(arguments[1:])

@@ -1,9 +1,9 @@
-"""Train variants of one config on the same budget, measure them alike, and write one page that compares them.
+"""Train variants of one config on the same budget, measure them, and write a page that compares them.
 
 stdit compare conditioning
 stdit compare scaling budget.minutes=1 seeds=[0]
 
-Finished runs are not repeated, stopped ones resume. Writes output/compare/NAME/: comparison.md, runs.json, curves.png,
+Finished runs are not repeated, and stopped runs resume. output/compare/NAME/ gets comparison.md, runs.json, curves.png,
 quality.png and a contact sheet of every variant.
 """
 
@@ -37,11 +37,11 @@ from stdit.evaluation.captions import caption, caption_grid
 from stdit.evaluation.compare import Comparison, Run, by_variant, page
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.shapes import report
-from stdit.files import write_json, write_text
+from stdit.files import check_name, write_json, write_text
 from stdit.model.cost import clip_flops
 from stdit.precision import autocast
 from stdit.recipes.build import build_captions, build_model
-from stdit.recipes.entry import child_environment, command_parser
+from stdit.recipes.entry import child_environment, command, command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.optim import build_optimizers
@@ -53,7 +53,7 @@ LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def arguments(spec: Comparison, variant: str, seed: int, steps: int | None) -> list[str]:
-    """The command line of one run."""
+    """The overrides of one run, as `key=value`."""
     settings = {**spec.overrides, **spec.variants[variant], "seed": seed, "name": f"{spec.name}-{variant}-{seed}"}
     if steps is not None:
         settings |= {"train.steps": steps, "train.decay_steps": steps}
@@ -61,12 +61,12 @@ def arguments(spec: Comparison, variant: str, seed: int, steps: int | None) -> l
 
 
 def read_variant(spec: Comparison, variant: str, seed: int = 0, steps: int | None = None) -> Config:
-    """The config of one run."""
+    """Read the config of one run."""
     return load_typed(Config, spec.base, arguments(spec, variant, seed, steps))
 
 
 class Probe:
-    """A variant before its run: its size, and the time of a step on this machine."""
+    """Measures a variant before its run: its parameters, Gflops, and the time of a step on this machine."""
 
     def __init__(self, spec: Comparison, variant: str):
         self.config = read_variant(spec, variant)
@@ -88,7 +88,7 @@ class Probe:
         self.tokens = float(np.prod(patches)) * settings.batch_size
 
     def step(self) -> None:
-        """One training step, timed."""
+        """Take and time one training step."""
         batch, began = next(self.batches), time.perf_counter()
         conditioners = conditioners_of(self.model.config)
         if self.captions is not None:
@@ -113,19 +113,19 @@ class Probe:
 
 
 def plan(spec: Comparison, folder: Path) -> dict[str, dict]:
-    """Steps, parameters and Gflops of every variant; written once, so that a resumed comparison keeps its budget."""
+    """Steps, parameters and Gflops of every variant. They are saved, so that a resumed comparison keeps its budget."""
     file, asked = folder / "plan.json", json.loads(json.dumps(asdict(spec)))
     if file.is_file():
         made = json.loads(file.read_text())
         if made["spec"] != asked:
             changed = sorted(key for key in asked if asked[key] != made["spec"].get(key))
             raise ValueError(
-                f"{folder} holds another comparison (differs in {', '.join(changed)}); choose another name=, or remove it."
+                f"{folder} has the results of other settings (differences: {', '.join(changed)}); choose another name=, or remove the folder."
             )
         return made["variants"]
     probes = {name: Probe(spec, name) for name in tqdm(spec.variants, desc="building", unit="variant")}
     if spec.budget.kind == "minutes":
-        for _ in tqdm(range(12), desc="timing, in turn", unit="round"):  # alternating: machines are noisy
+        for _ in tqdm(range(12), desc="timing", unit="round"):  # in turn, since the speed of a machine varies
             for probe in probes.values():
                 probe.step()
     variants = {}
@@ -141,7 +141,7 @@ def plan(spec: Comparison, folder: Path) -> dict[str, dict]:
 
 
 def train_variant(spec: Comparison, variant: str, seed: int, steps: int) -> Path:
-    """models/NAME of one run, trained in a child process unless it is finished."""
+    """Train one run in a child process unless it is finished; returns its folder under models/."""
     name = f"{spec.name}-{variant}-{seed}"
     summary = Path("output") / name / "summary.json"
     done = summary.is_file() and json.loads(summary.read_text()).get("finished") and (Path("models") / name).is_dir()
@@ -150,13 +150,13 @@ def train_variant(spec: Comparison, variant: str, seed: int, steps: int) -> Path
         code = subprocess.run(command, env=child_environment()).returncode
         if code:
             raise ValueError(
-                f"the run {name} ended with exit code {code}; see its message above, and run this command again."
+                f"the run {name} ended with exit code {code}; correct what its message above names, and run this command again."
             )
     return Path("models") / name
 
 
 def measure(spec: Comparison, variant: str, seed: int, *, about: dict, folder: Path) -> Run:
-    """Train one run unless it is done, measure it, and write the result to runs/ so that it is not measured twice."""
+    """Train one run unless it is finished, measure it, and save the result in runs/, so that this happens once."""
     file = folder / "runs" / f"{variant}-{seed}.json"
     if file.is_file():
         return Run(**json.loads(file.read_text()))
@@ -165,7 +165,7 @@ def measure(spec: Comparison, variant: str, seed: int, *, about: dict, folder: P
     pipe = load_pipeline(model)
     run = Run(variant, seed, spec.variants[variant], **about)
     summary = json.loads((Path("output") / model.name / "summary.json").read_text())
-    seconds = max(summary["training_seconds"], 0.1)  # they are rounded to tenths
+    seconds = max(summary["training_seconds"], 0.1)  # the summary rounds to tenths
     run.minutes, run.clips_per_second = seconds / 60, config.train.batch_size * about["steps"] / seconds
     run.losses = {f"{level:g}": loss for level, loss in zip(LEVELS, held_losses(pipe, config), strict=True)}
     clips = sample_clips(pipe, spec, config)
@@ -183,7 +183,7 @@ def measure(spec: Comparison, variant: str, seed: int, *, about: dict, folder: P
 
 
 def wanted(spec: Comparison, config: Config) -> list[tuple[str, str, str]]:
-    """Colour, shape and direction of every clip to sample: all captions evenly; with labels the colour is empty."""
+    """Colour, shape and direction of every clip to sample: all captions equally often; labels have no colour ("")."""
     if config.text.encoder:
         return caption_grid(None, spec.clips)
     shapes = [CLASS_NAMES[i % len(CLASS_NAMES)].split() for i in range(spec.clips)]
@@ -191,7 +191,7 @@ def wanted(spec: Comparison, config: Config) -> list[tuple[str, str, str]]:
 
 
 def sample_clips(pipe: STDiTPipeline, spec: Comparison, config: Config) -> torch.Tensor:
-    """Sampled clips of every label or caption in turn, or without any."""
+    """Sample clips (N, 3, F, H, W) of every label or caption in turn, or of none if the model has none."""
     options: dict[str, Any] = {
         "num_inference_steps": spec.sample_steps, "guidance_scale": spec.guidance, "seed": 1, "progress": False,
     }  # fmt: skip
@@ -205,7 +205,7 @@ def sample_clips(pipe: STDiTPipeline, spec: Comparison, config: Config) -> torch
 
 @torch.no_grad()
 def held_losses(pipe: STDiTPipeline, config: Config) -> list[float]:
-    """The loss of the averaged weights at fixed noise levels, on 128 clips of the data under fixed noise."""
+    """The loss of the EMA weights at each of `LEVELS`, on 128 clips of the data with fixed noise."""
     objective, dataset = build_objective(config.objective), build_dataset(config.data)
     batch = next(batches(dataset, 10**6, min(128, len(dataset))))
     clips = to_latents(batch, pipe.video_vae)
@@ -224,7 +224,7 @@ def held_losses(pipe: STDiTPipeline, config: Config) -> list[float]:
 
 
 def draw(spec: Comparison, runs: list[Run], folder: Path, distance: str) -> list[Path]:
-    """Loss against minutes, and quality against Gflops."""
+    """Plot loss against minutes and quality against Gflops; returns the two files."""
     curves, quality = folder / "curves.png", folder / "quality.png"
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     for i, (variant, group) in enumerate(by_variant(runs).items()):
@@ -247,7 +247,7 @@ def draw(spec: Comparison, runs: list[Run], folder: Path, distance: str) -> list
             values = [getattr(run, key) for run in group]
             axis.scatter([group[0].gflops] * len(values), values, color=f"C{i % 10}", alpha=0.5, s=18)
             axis.scatter(group[0].gflops, np.mean(values), color=f"C{i % 10}", label=variant, s=60, marker="D")
-        axis.set(xlabel="Gflops of one forward of one clip", ylabel=label, xscale="log")
+        axis.set(xlabel="Gflops of a forward pass of one clip", ylabel=label, xscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_yscale("log")
     axes[1].legend(fontsize=8)
@@ -256,14 +256,19 @@ def draw(spec: Comparison, runs: list[Run], folder: Path, distance: str) -> list
     return [curves, quality]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure and compare every variant."""
     parser = command_parser("compare", __doc__)
     parser.add_argument("comparison", help="a path, or the name of a comparison in the package, such as conditioning")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the comparison, such as budget.minutes=1")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the comparison, such as budget.minutes=1"
+    )
     args = parser.parse_args(argv)
     spec = load_typed(Comparison, find_config(args.comparison, "compare"), args.overrides)
-    for variant in spec.variants:  # find every mistake before any work
+    check_name(spec.name)
+    for variant in spec.variants:  # finds every mistake before any work
+        check_name(f"{spec.name}-{variant}", "the name of a variant's run")
         read_variant(spec, variant)
     distance = f"{load_extractor(spec.features).frechet} ({load_extractor(spec.features).name})"
     folder = Path("output") / "compare" / spec.name

@@ -1,4 +1,4 @@
-"""Turn DiT, SiT, Latte, U-ViT, MDT or diffusers weights into an stdit model, with the very numbers of the original; and back.
+"""Convert weights of DiT, SiT, Latte, U-ViT, MDT or diffusers into an stdit model with the same outputs, and back.
 
 stdit convert DiT-XL-2-256x256.pt --from dit --output models/dit
 stdit convert DiT-XL-2-256 --from diffusers --output models/dit      (a whole DiTPipeline folder)
@@ -19,12 +19,13 @@ from stdit.checkpoint.convert import (
 from stdit.checkpoint.files import read_weights
 from stdit.checkpoint.keymaps import FORMATS
 from stdit.model.stdit import STDiT
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import load_vae
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert one model, in either direction."""
     parser = command_parser("convert", __doc__)
@@ -41,16 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="what the tensors do not show, such as num_heads=4",
+        help="model arguments that the tensors do not determine, such as num_heads=4",
     )
     parser.add_argument(
-        "--weights", choices=("ema", "model"), default="ema", help="of a training checkpoint that has both"
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="which weights to read from a training checkpoint that has both",
     )
     parser.add_argument("--vae", help="write a whole pipeline with this VAE, ready for stdit sample")
-    parser.add_argument("--text-encoder", help="of a model of captions: a folder or hub id of its T5")
+    parser.add_argument("--text-encoder", help="for a model with captions: a folder or hub id of its T5")
     args = parser.parse_args(argv)
     if args.text_encoder and not args.vae:
-        raise ValueError("--text-encoder is written into a whole pipeline; give --vae too, or leave it out.")
+        raise ValueError(
+            "--text-encoder is part of a whole pipeline, which needs a VAE; give --vae too, or leave it out."
+        )
     if bool(args.origin) == bool(args.target):
         raise ValueError(
             "give either --from (into stdit) or --to (out of stdit), with a format: " + ", ".join(sorted(FORMATS)) + "."
@@ -58,17 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole = args.origin == "diffusers" and (Path(args.source) / "model_index.json").is_file()
     if args.vae and (args.target or whole):
         raise ValueError(
-            "--vae does not fit: " + ("a whole pipeline brings its own." if whole else "--to writes weights alone.")
+            "--vae does not fit: "
+            + (
+                "the source is a whole pipeline, which has its own VAE; leave --vae out."
+                if whole
+                else "--to writes weights only; leave --vae out."
+            )
         )
     if args.target and args.settings:
-        raise ValueError("--set is for --from; with --to the model is written as it is. Leave one of them out.")
+        raise ValueError(
+            "--set has an effect with --from only; with --to the model is written unchanged. Leave --set out."
+        )
     if args.target:
         write_original(STDiT.from_pretrained(args.source), args.target, args.output)
         print(f"{args.target} weights: {args.output}")
         return 0
 
     source, settings = Path(args.source), parse_settings(args.settings)
-    with atomic_output(args.output) as part:  # refuses a taken name before any work
+    with atomic_output(args.output) as part:  # raises if the output exists, before any work
         if whole:
             folder = read_dit_pipeline(source)
             if folder.class_names:
@@ -92,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def save(converted, vae, scheduler, folder: Path, text_encoder: str | None = None) -> None:
-    """A pipeline folder that samples at the size the weights were made for."""
+    """Write a pipeline folder that by default samples at the size for which the weights were trained."""
     pipeline = STDiTPipeline(converted.model, vae, scheduler, objective=converted.objective, text_encoder=text_encoder)
     stride, (frames, height, width) = pipeline.video_vae.stride, converted.model.config.sample_size
     pipeline.register_to_config(

@@ -1,10 +1,10 @@
-"""Measure clips of moving shapes (is it the shape and direction of the label?), and distances between any clips.
+"""Measure whether clips of moving shapes show the shape and direction of their labels, and distances between any clips.
 
 stdit evaluate --model models/quickstart --clips 480
-stdit evaluate --input data/shapes/manifest.jsonl            drawn clips against their recorded truth
-stdit evaluate --model models/NAME --reference data/clips --features inception=FILE     any model, against clips of its kind
-stdit evaluate --input made/ --reference data/clips --features i3d=FILE      clips against clips; in pairs also PSNR and SSIM
-stdit evaluate --model models/captions --captions "red circle" "blue square"      pairs that training left out
+stdit evaluate --input data/shapes/manifest.jsonl            drawn clips against the recorded truth
+stdit evaluate --model models/NAME --reference data/clips --features inception=FILE     any model, against real clips
+stdit evaluate --input made/ --reference data/clips --features i3d=FILE      clips against clips (--paired: also PSNR, SSIM)
+stdit evaluate --model models/captions --captions "red circle" "blue square"      pairs that were left out of training
 """
 
 import argparse
@@ -26,30 +26,39 @@ from stdit.evaluation.captions import caption_grid, sample_and_measure
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.metrics import psnr, ssim
 from stdit.evaluation.shapes import measure_shape, report, table
-from stdit.files import write_json
+from stdit.files import check_writable, write_json
 from stdit.pixels import to_float
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
 from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 
 
 def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Path]:
-    """Clips (F, H, W, 3) of a model of moving shapes, their labels, and the output folder."""
+    """Sample clips (F, H, W, 3) of a model of moving shapes; returns them, their labels, and the output folder."""
     model = Path(args.model) if args.model else newest_model()
     pipe = load_pipeline(model)
     if sorted(pipe.transformer.config.class_names or []) != sorted(CLASS_NAMES):
-        raise ValueError(f"{model} was not trained on moving shapes; only those can be measured here.")
-    labels = [i % len(CLASS_NAMES) for i in range(args.clips)]
+        raise ValueError(
+            f"{model} was not trained on moving shapes, so shapes cannot be measured; compare it with real clips: --reference FOLDER."
+        )
+    labels, output = [i % len(CLASS_NAMES) for i in range(args.clips)], _output(model)
     clips = pipe(
         [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, num_inference_steps=args.steps,
         guidance_scale=args.guidance, seed=args.seed, solver=args.solver,
     )  # fmt: skip
-    return [to_uint8(clip) for clip in clips], labels, Path("output") / model.name
+    return [to_uint8(clip) for clip in clips], labels, output
+
+
+def _output(model: Path) -> Path:
+    """The output folder of a model, made; OSError, before anything is sampled, if it cannot be written."""
+    output = Path("output") / model.name
+    check_writable(output / "evaluation.json")
+    return output
 
 
 def compare_with_reference(args: argparse.Namespace) -> int:
-    """Distances of the clips of a model, or of a folder, to real ones."""
+    """Measure the distances of the clips of a model, or of a folder, to real clips."""
     extractor = load_extractor(args.features)
     if args.input:
         output, batches, size = None, None, (args.frames or 17, args.size or 64)
@@ -57,7 +66,7 @@ def compare_with_reference(args: argparse.Namespace) -> int:
         model = Path(args.model) if args.model else newest_model()
         pipe = load_pipeline(model)
         output, size = (
-            Path("output") / model.name,
+            _output(model),
             (args.frames or pipe.config.num_frames, args.size or pipe.config.height),
         )
         batches = _sampled(pipe, args, size)
@@ -76,7 +85,6 @@ def compare_with_reference(args: argparse.Namespace) -> int:
     for name, value in found.items():
         print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         write_json(output / "distances.json", {**vars(args), **found})
         print(f"{output / 'distances.json'}")
     return 0
@@ -94,7 +102,7 @@ def _sampled(pipe: STDiTPipeline, args: argparse.Namespace, size: tuple[int, int
 
 
 def _read(source: str, size: tuple[int, int], most: int) -> Iterator[torch.Tensor]:
-    """Clips of a folder or manifest in batches (B, 3, F, H, W), in the order of their names or rows."""
+    """Yield the clips of a folder or manifest in batches (B, 3, F, H, W), in the order of their names or rows."""
     path = Path(source)
     root, manifest = (str(path.parent), str(path)) if path.is_file() else (source, None)
     config = DataConfig(root=root, manifest=manifest, num_frames=size[0], height=size[1], width=size[1])
@@ -106,11 +114,13 @@ def _read(source: str, size: tuple[int, int], most: int) -> Iterator[torch.Tenso
 
 
 def evaluate_captions(args: argparse.Namespace) -> int:
-    """How often clips show the colour, shape and direction of their captions, for pairs in the training data and pairs left out."""
+    """Measure how often clips show the colour, shape and direction of their captions.
+
+    Pairs of colour and shape that were left out of training (`--captions`) and all others are measured apart.
+    """
     model = Path(args.model) if args.model else newest_model()
     pipe = load_pipeline(model)
-    output = Path("output") / model.name
-    output.mkdir(parents=True, exist_ok=True)
+    output = _output(model)
     options = {
         "num_inference_steps": args.steps, "guidance_scale": args.guidance, "seed": args.seed, "num_frames": args.frames,
         "height": args.size, "width": args.size,
@@ -120,7 +130,7 @@ def evaluate_captions(args: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"--captions {unknown[0]!r} is not a colour and a shape, such as 'red circle'.")
     results = {}
-    for name, pairs in (("seen pairs", sorted(every - set(args.captions))), ("pairs left out", args.captions)):
+    for name, pairs in (("trained pairs", sorted(every - set(args.captions))), ("pairs left out", args.captions)):
         if pairs:
             result, clips = sample_and_measure(pipe, caption_grid(pairs, args.clips), **options)
             print(f"{name:<15} {result}", flush=True)
@@ -132,7 +142,7 @@ def evaluate_captions(args: argparse.Namespace) -> int:
 
 
 def read_recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
-    """Clips and labels of a manifest; prints how far measurements are from the truth that it records."""
+    """Read the clips and labels of a manifest, and print how far measurements are from the truth that it records."""
     rows = read_manifest(manifest)
     truths = [json.loads(line).get("truth") for line in manifest.read_text().splitlines() if line.strip()]
     clips, errors = [], []
@@ -159,23 +169,26 @@ def read_recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
     names = rows.class_names or []
     if unknown := sorted(set(names) - set(CLASS_NAMES)):
         raise ValueError(
-            f"labels such as {unknown[0]!r} name no shape and direction, which is what is measured here; for shapes that bounce "
+            f"the label {unknown[0]!r} is not a shape and a direction, and only those are measured here; for shapes that bounce "
             "use stdit evaluate-tasks --bounce."
         )
     labels = [row.label or 0 for row in rows.rows]
     return clips, [CLASS_NAMES.index(names[label]) if names else label for label in labels]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure a model or clips, print the result and write it to the output folder of the model."""
     parser = command_parser("evaluate", __doc__)
     parser.add_argument("--model", help="default: the newest under models/")
-    parser.add_argument("--input", help="a manifest of clips to measure instead of a model")
+    parser.add_argument(
+        "--input", help="a manifest (with --reference also a folder) of clips to measure instead of a model"
+    )
     parser.add_argument(
         "--captions",
         nargs="*",
         metavar="PAIR",
-        help="measure how captions are followed: for these pairs of colour and shape, and for all others",
+        help="measure how well captions are followed: for these pairs of colour and shape, and for all others",
     )
     parser.add_argument("--reference", help="a folder or manifest of real clips: measure distances to them")
     parser.add_argument(
@@ -194,6 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--solver")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
+    if "" in (args.input, args.reference, args.model):
+        raise ValueError("--input, --reference or --model is empty; name a file or a folder, or leave it out.")
     if args.clips < 1:
         raise ValueError(f"--clips must be >= 1, got {args.clips}.")
     if args.captions is not None:
@@ -201,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reference:
         return compare_with_reference(args)
     if args.paired:
-        raise ValueError("--paired compares --input with --reference; name both.")
+        raise ValueError("--paired compares --input with --reference, clip by clip; give both.")
     if args.input:
         clips, labels = read_recorded(Path(args.input))
         output = None
@@ -210,7 +225,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = report(clips, labels)
     print(table(result))
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
         write_json(output / "evaluation.json", {**vars(args), **result._asdict()})
         write_contact_sheet(output / "evaluation.png", clips[:48], columns=4)
         print(f"{output / 'evaluation.json'}, {output / 'evaluation.png'}")

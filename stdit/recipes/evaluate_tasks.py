@@ -1,10 +1,11 @@
-"""Measure the tasks on moving shapes, against the truth: extend, connect, loop, interpolate, inpaint, edit, animate.
+"""Measure the tasks extend, connect, loop, interpolate, inpaint, edit and animate on moving shapes, against the truth.
 
 stdit evaluate-tasks --model models/quickstart --bounce models/bounce --rollout models/rollout --clips 96
 
-`--model` was trained on shapes that move straight (configs/quickstart.yaml; or configs/extend.yaml, without labels), `--bounce` on shapes that bounce
-(configs/bounce.yaml), `--rollout` is causal (configs/rollout.yaml). Figures go to output/NAME/tasks.json, a contact sheet of each task to output/NAME/tasks/; an
-orange line marks frames that were made, truth stands above.
+`--model` was trained on shapes that move straight (configs/quickstart.yaml; or configs/extend.yaml, without labels),
+`--bounce` on shapes that bounce (configs/bounce.yaml); `--rollout` is causal (configs/rollout.yaml). The results are
+written to output/NAME/tasks.json, and a contact sheet of each task to output/NAME/tasks/: the truth left, the generated
+clip right, with an orange line at generated frames.
 """
 
 from collections.abc import Sequence
@@ -15,25 +16,27 @@ from stdit.data.video_write import write_contact_sheet
 from stdit.evaluation import operations as op
 from stdit.evaluation.rollouts import rollout
 from stdit.files import write_json
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
 
 
 def load(path: str) -> STDiTPipeline:
-    """A pipeline trained on moving shapes. ValueError for any other: the measurements know only those."""
+    """Load a pipeline. ValueError unless it was trained on moving shapes, which the measurements need."""
     pipe = load_pipeline(path)
     names = pipe.transformer.config.class_names
     known = sorted(names or []) == sorted(CLASS_NAMES) or (names and set(names) <= set(OBJECT_NAMES))
     if pipe.transformer.num_classes and not known:
-        raise ValueError(f"{path} was not trained on moving shapes; only those can be measured here.")
+        raise ValueError(
+            f"{path} was not trained on moving shapes, and only those can be measured here; give a model of configs/quickstart.yaml."
+        )
     return pipe
 
 
 def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
-    """(task, function) for a model of shapes that move straight."""
+    """Task name -> its measurement, for a model of shapes that move straight."""
     data = op.held_out(count, pipe.config.num_frames, "straight", pipe.config.height, seed=seed)
-    if not pipe.transformer.num_classes:  # nothing but what is known says where the object goes
+    if not pipe.transformer.num_classes:  # the known frames alone determine the motion
         return {
             "extend-forward": lambda: op.extension(pipe, data, 5, backward=False, max_error=2.0, **options),
             "extend-backward": lambda: op.extension(pipe, data, 8, backward=True, max_error=2.0, **options),
@@ -57,7 +60,7 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
 
 
 def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
-    """(task, function) for a model of shapes that bounce."""
+    """Task name -> its measurement, for a model of shapes that bounce."""
     length, size = pipe.config.num_frames, pipe.config.height
     led, options = {**options, "history_guidance": 2.0}, {**options, "history_guidance": 1.5}
     short, pictures, beyond = (op.held_out(count, n, "bounce", size, seed=seed + 1) for n in (length, 18, length + 16))
@@ -73,25 +76,28 @@ def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
 
 
 def long(pipe: STDiTPipeline, count: int, seed: int, options: dict):
-    """(task, function) for a causal model of shapes that bounce: 40 times the length it was trained at."""
+    """Task name -> its measurement, for a causal model of shapes that bounce: a rollout of 40 trained lengths."""
     data = op.held_out(min(count, 48), pipe.config.num_frames, "bounce", pipe.config.height, seed=seed + 2)
     choices = {**{key: options[key] for key in ("num_inference_steps", "seed")}, "guidance_scale": 2.0}
     return {"rollout": lambda: rollout(pipe, data, 13, 40 * (pipe.config.num_frames - 1), **choices)}
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tasks of every model that is given, and write metrics and contact sheets."""
+    """Measure the tasks of every given model, and write metrics and contact sheets."""
     parser = command_parser("evaluate-tasks", __doc__)
-    parser.add_argument("--model", help="trained on shapes that move straight")
-    parser.add_argument("--bounce", help="trained on shapes that bounce")
-    parser.add_argument("--rollout", help="a causal model, trained on shapes that bounce")
-    parser.add_argument("--tasks", nargs="+", help="only these")
+    parser.add_argument("--model", help="a model trained on shapes that move straight")
+    parser.add_argument("--bounce", help="a model trained on shapes that bounce")
+    parser.add_argument("--rollout", help="a causal model trained on shapes that bounce")
+    parser.add_argument("--tasks", nargs="+", help="measure only these tasks")
     parser.add_argument("--clips", type=int, default=96)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     if not args.model and not args.bounce and not args.rollout:
-        raise ValueError("name a model: --model models/quickstart, --bounce models/bounce, --rollout models/rollout.")
+        raise ValueError(
+            "no model is given; use --model models/quickstart, --bounce models/bounce or --rollout models/rollout."
+        )
     options = {"num_inference_steps": args.steps, "seed": args.seed, "progress": False, "batch_size": 48}
     for path, suite in ((args.model, straight), (args.bounce, bouncing), (args.rollout, long)):
         if not path:
@@ -101,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         suite_of = suite(load(path), args.clips, args.seed, options)
         unknown = [name for name in args.tasks or [] if name not in suite_of]
         if unknown and args.tasks == unknown:
-            raise ValueError(f"--tasks {unknown[0]} is none of {', '.join(suite_of)}.")
+            raise ValueError(f"--tasks {unknown[0]!r} is not a task of this model; choose from {', '.join(suite_of)}.")
         metrics = []
         for name, run in suite_of.items():
             if args.tasks and name not in args.tasks:

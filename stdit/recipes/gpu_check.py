@@ -1,6 +1,6 @@
-"""Prove the CUDA paths in one run: exactness against the CPU, precision, attention back ends, training, exact resume, sampling.
+"""Check the CUDA paths on this machine: outputs against the CPU, attention back ends, training, exact resume, sampling.
 
-stdit gpu-check            prints one line per check; exit code 1 if any fails
+stdit gpu-check            prints one line per check; the exit code is 1 if any fails
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from stdit.model.cost import training_memory
 from stdit.model.stdit import STDiT
 from stdit.nn.cache import FrameCache
 from stdit.precision import autocast
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.training.optim import build_optimizers
@@ -30,6 +30,7 @@ from stdit.vae import load_vae
 
 
 def small_model(**changes) -> STDiT:
+    """A small model with random weights everywhere, on the CPU; changes: arguments of `STDiT`."""
     torch.manual_seed(0)
     arguments = {"depth": 4, "hidden_size": 256, "num_heads": 4, "in_channels": 16, "num_classes": 12, "learn_sigma": False,
                  "axes": ["spatial", "temporal"], "qk_norm": True, **changes}  # fmt: skip
@@ -41,17 +42,20 @@ def small_model(**changes) -> STDiT:
 
 
 def inputs(batch: int = 4):
+    """Latents (B, 16, 5, 16, 16), timesteps (B, 5) and labels (B,) for `small_model`, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((batch, 16, 5, 16, 16), generator=generator)
     return x, torch.rand(batch, 5, generator=generator) * 1000, torch.arange(batch)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The relative error of `a` against `b`, in the L2 norm."""
     return ((a.float().cpu() - b.float().cpu()).norm() / b.float().cpu().norm()).item()
 
 
 @torch.no_grad()
 def forward_matches_cpu() -> str:
+    """Compare a forward pass on the GPU, in float32 and in bfloat16, with the CPU."""
     model, (x, t, y) = small_model().eval(), inputs()
     expected = model(x, t, y)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -66,6 +70,7 @@ def forward_matches_cpu() -> str:
 
 @torch.no_grad()
 def attention_backends_agree() -> str:
+    """Compare every attention back end that is available here with the native one, in bfloat16."""
     model, (x, t, y) = small_model().eval().cuda().bfloat16(), inputs()
     x, t, y = x.cuda().bfloat16(), t.cuda(), y.cuda()
     expected, results = model(x, t, y), []
@@ -85,6 +90,7 @@ def attention_backends_agree() -> str:
 
 @torch.no_grad()
 def vae_matches_cpu() -> str:
+    """Compare encoding and decoding by the tiny VAE with the CPU, and an image with its clip's first latent frame."""
     vae, clip = load_vae("tiny"), torch.rand((1, 3, 9, 64, 64)) * 2 - 1
     latents = vae.encode(clip)
     pixels = vae.decode(latents)
@@ -98,7 +104,7 @@ def vae_matches_cpu() -> str:
 
 @torch.no_grad()
 def originals_numbers_come_out() -> str:
-    """DiT, SiT and Latte against the numbers of their own code (tests/checkpoint/reference)."""
+    """Compare DiT, SiT and Latte with the outputs of their original code (tests/checkpoint/reference)."""
     torch.backends.cuda.matmul.allow_tf32 = False
     folder, results = Path(__file__).resolve().parents[2] / "tests/checkpoint/reference", []
     assert folder.is_dir(), f"{folder} is missing; run this from a checkout of the repository"
@@ -117,7 +123,7 @@ def originals_numbers_come_out() -> str:
 
 
 def planned_memory_is_right() -> str:
-    """`tools/plan.py`'s peak against CUDA's own count, with and without checkpointing."""
+    """Compare the planned peak of memory with CUDA's own count, with and without gradient checkpointing."""
     arguments = {**size_arguments("B/2"), "in_channels": 16, "num_classes": 12, "axes": ["spatial", "temporal"], "learn_sigma": False}  # fmt: skip
     results = []
     for checkpointing in (False, True):
@@ -153,6 +159,7 @@ def planned_memory_is_right() -> str:
 
 
 def train_steps(model, optimizers, first: int, last: int) -> list[float]:
+    """Train steps `first` to `last` - 1 with mixed mask strategies; returns their losses."""
     objective, losses = (
         build_objective(ObjectiveConfig(mask_strategy="mixed", mask_probs=dict.fromkeys(DEFAULT_MASK_PROBS, 1.0))),
         [],
@@ -175,6 +182,7 @@ def train_steps(model, optimizers, first: int, last: int) -> list[float]:
 
 
 def resume_is_exact() -> str:
+    """Train 20 steps, and again with a checkpoint and a resume at step 10: the losses must be equal bit for bit."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     whole = small_model().cuda()
     expected = train_steps(whole, build_optimizers(whole, "adamw", 1e-3), 0, 20)
@@ -199,14 +207,16 @@ def resume_is_exact() -> str:
 
 
 def sampling_works() -> str:
+    """Sample two clips, and check their shape and that they are finite."""
     pipe = STDiTPipeline(small_model(), load_vae("tiny"), STDiTScheduler("flow")).to("cuda")
     clips = pipe([0, 5], num_inference_steps=4, progress=False)
-    assert clips.shape == (2, 3, 17, 64, 64), "clips have another shape"
+    assert clips.shape == (2, 3, 17, 64, 64), f"clips have shape {tuple(clips.shape)}"
     assert torch.isfinite(clips).all(), "clips are not finite"
     return "two clips of 17 frames"
 
 
 def compiled_matches() -> str:
+    """Compare the forward pass of compiled blocks with eager execution."""
     model, (x, t, y) = small_model().eval().cuda(), inputs()
     with torch.no_grad():
         expected = model(x.cuda(), t.cuda(), y.cuda())
@@ -217,7 +227,7 @@ def compiled_matches() -> str:
 
 
 def xl_speed() -> str:
-    """DiT-XL/2 at 256 px, batch 32: the training step that papers quote."""
+    """Measure the training step of DiT-XL/2 at 256 px with a batch of 32."""
     with torch.device("cuda"):
         model = STDiT.from_size("XL/2", num_classes=1000, in_channels=4, axes=["spatial"])
     objective, optimizers = build_objective(ObjectiveConfig(name="ddpm")), build_optimizers(model, "adamw", 1e-4)
@@ -240,7 +250,7 @@ def xl_speed() -> str:
 
 
 def packed_equals_unpacked() -> str:
-    """Packed sequences through torch's variable-length flash attention, against each clip alone."""
+    """Compare packed sequences, in variable-length flash attention, with each clip alone."""
     model = small_model(axes=["spatial", "temporal", "joint"]).to("cuda")
     shapes = [(3, 4, 6), (1, 8, 4), (5, 4, 4), (2, 2, 2)]
     clips = [torch.randn(model.in_channels, *shape, device="cuda") for shape in shapes]
@@ -257,7 +267,7 @@ def packed_equals_unpacked() -> str:
 
 
 def cached_rollout_equals_uncached() -> str:
-    """A causal model frame by frame with a cache, against all frames at once."""
+    """Compare a causal model frame by frame, with a cache, with all frames at once."""
     sunk = {"window": 3, "sink": 1, "sample_size": (6, 8, 8)}
     model = small_model(axes=["joint"], causal=True, position_encoding="rope_3d", **sunk).to("cuda").eval()
     x, t = torch.randn((2, model.in_channels, 6, 8, 8), device="cuda"), torch.rand(2, 6, device="cuda") * 1000
@@ -278,10 +288,12 @@ CHECKS: list[Callable[[], str]] = [
 ]  # fmt: skip
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run all checks; returns 1 if any fails, and 2 without a CUDA device."""
     command_parser("gpu-check", __doc__).parse_args(argv)
     if not torch.cuda.is_available():
-        print("There is no CUDA device here; run this on a machine that has one.")
+        print("this machine has no CUDA device; run the command on a machine with one.")
         return 2
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     failed = 0

@@ -1,8 +1,8 @@
-"""The loss of models on held-out moving shapes, for each mask strategy and noise level, in seconds.
+"""Measure the loss of models on held-out moving shapes, for each mask strategy and noise level.
 
 stdit held-out-loss models/quickstart models/other --clips 96
 
-A row below `shared` says that what is known helps; one above it, that the model has not learnt to use it.
+A loss below that of `shared` shows that the model uses the known frames of a strategy; a higher loss, that it does not.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.evaluation.held_out import HeldOut, held_out, label_kwargs
 from stdit.pixels import to_bytes
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.training.step import diffusion_losses, to_latents
 
 
 @torch.no_grad()
 def losses_by_strategy(pipe: Any, data: HeldOut, levels: list[float], seed: int = 0) -> dict[str, list[float]]:
-    """The mean loss of what is to be predicted at each of `levels` (0..1), for each mask strategy with known frames."""
+    """The mean loss on generated frames at each of `levels` (0 to 1), for mask strategies without levels per frame."""
     keys = [(seed, 0, slot) for slot in range(len(data.pixels))]
     clips = to_latents(
         Batch(to_bytes(data.pixels), None, None, conditions={}, keys=keys, bad={}, total=len(keys)), pipe.video_vae
@@ -49,8 +49,9 @@ def losses_by_strategy(pipe: Any, data: HeldOut, levels: list[float], seed: int 
     return found
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a table for each model."""
+    """Print a table of losses for each model."""
     parser = command_parser("held-out-loss", __doc__)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--clips", type=int, default=96)
@@ -59,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=77)
     args = parser.parse_args(argv)
     if args.clips < 1 or not all(0 < level <= 1 for level in args.levels):
-        raise ValueError(f"--clips={args.clips} --levels={args.levels}: --clips must be >= 1, levels in (0, 1].")
+        raise ValueError(
+            f"--clips must be >= 1, got {args.clips}, and --levels must be > 0 and <= 1, got {args.levels}."
+        )
     for model in args.models:
         pipe = load_pipeline(model)
         data = held_out(args.clips, pipe.config.num_frames, args.motion, pipe.config.height, seed=args.seed)

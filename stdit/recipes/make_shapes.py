@@ -1,4 +1,4 @@
-"""Draw clips of moving shapes as mp4 files, with a manifest that records the truth of each.
+"""Draw clips of moving shapes as mp4 files, with a manifest that records the true motion of each.
 
 stdit make-shapes --output data/shapes --num-clips 480 --seed 0
 """
@@ -13,12 +13,13 @@ from tqdm import tqdm
 from stdit.data.shapes import CLASS_NAMES, COLORS, OBJECT_NAMES, draw, random_clip
 from stdit.data.video_write import write_video
 from stdit.files import write_text
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.rng import keyed_rng
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the clips, unless the folder holds these already."""
+    """Draw the clips, unless the folder already has the same clips."""
     parser = command_parser("make-shapes", __doc__)
     parser.add_argument("--output", default="data/shapes", help="folder for the clips and manifest.jsonl")
     parser.add_argument("--num-clips", type=int, default=480)
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {getattr(args, name)}.")
     for pair in args.without:
         if pair not in OBJECT_NAMES:
-            raise ValueError(f"--without {pair!r} is not a colour and a shape; colours: {', '.join(COLORS)}.")
+            raise ValueError(
+                f"--without {pair!r} is not a colour and a shape, such as 'red circle'; colours are {', '.join(COLORS)}."
+            )
     output = Path(args.output)
     manifest, settings_file = output / "manifest.jsonl", output / "settings.json"
     settings = {key: value for key, value in vars(args).items() if key != "output" and (value or key != "without")}
@@ -54,19 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if manifest.is_file():
         found = json.loads(settings_file.read_text()) if settings_file.is_file() else None
         if found == settings:
-            print(f"{output} holds these clips already; kept.")
+            print(f"{output} already has these clips; nothing is drawn.")
             return 0
-        raise ValueError(f"{output} holds other clips ({found}); choose another --output, or remove it.")
+        raise ValueError(
+            f"{output} has clips of other settings ({found}); choose another --output, or remove the folder."
+        )
     output.mkdir(parents=True, exist_ok=True)
     rows = [draw_clip(args, i, output) for i in tqdm(range(args.num_clips), unit="clip", desc="drawing")]
     write_text(settings_file, json.dumps(settings) + "\n")
-    write_text(manifest, "\n".join(map(json.dumps, rows)) + "\n")  # last: a folder with a manifest is complete
-    print(f"{args.num_clips} clips of {args.frames} frames at {args.size} x {args.size} and their truth: {manifest}")
+    write_text(
+        manifest, "\n".join(map(json.dumps, rows)) + "\n"
+    )  # written last, so that a folder with a manifest is complete
+    print(
+        f"{args.num_clips} clips of {args.frames} frames at {args.size} x {args.size} and their true motion: {manifest}"
+    )
     return 0
 
 
 def draw_clip(args: argparse.Namespace, index: int, output: Path) -> dict:
-    """Draw and write clip `index`, a pure function of (seed, index) -> its row of the manifest."""
+    """Draw clip `index`, a pure function of (seed, index), and write it; returns its row of the manifest."""
     shape = (index % len(CLASS_NAMES), args.frames, args.size, args.motion)
     clip, tries = random_clip(keyed_rng("sample", args.seed, index), *shape), 0
     while clip.object_name in args.without:

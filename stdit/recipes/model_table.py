@@ -1,4 +1,4 @@
-"""Parameters and Gflops of every size beside DiT's paper; or of one video model, by kind of attention and frame count.
+"""Print parameters and Gflops of every size and those of DiT's paper, or of one video model by axes and frame count.
 
 stdit model-table
 stdit model-table --size XL/2 --axes spatial temporal --frames 1 5 17 --latent 32 --channels 16
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from stdit.model.config import SIZES, size_arguments
 from stdit.model.cost import forward_cost
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 
 # Peebles and Xie, table 4 and section 5: millions of parameters, Gflops (multiply-adds) at 256 px.
 PAPER = {
@@ -20,6 +20,7 @@ PAPER_512 = 524.60
 
 
 def paper_table() -> str:
+    """A table with one row per size: parameters and Gflops, as counted here and as in DiT's paper."""
     lines = [f"{'':<12}{'parameters':>14}{'with table':>14}{'paper':>8}{'Gflops':>10}{'paper':>9}{'off':>8}"]
     for size in (f"{name}/{patch}" for name in SIZES for patch in (2, 4, 8)):
         lines.append(_row(size, 32, *PAPER[size]))
@@ -39,7 +40,7 @@ def _row(size: str, latent: int, millions: int, gflops: float) -> str:
 
 
 def video_table(args: argparse.Namespace) -> str:
-    """One row a way of attending and a frame count, one column a kind of operation, in Gflops a clip."""
+    """A table with one row per choice of axes and frame count: tokens, and Gflops per clip by kind of operation."""
     lines = []
     for axes in (args.axes, ["joint"]) if args.axes != ["joint"] else (["joint"],):
         for frames in args.frames:
@@ -52,6 +53,7 @@ def video_table(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = command_parser("model-table", __doc__)

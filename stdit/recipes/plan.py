@@ -1,4 +1,4 @@
-"""Before a run: tokens, parameters, memory by part, speed and days on a named GPU, and the largest that fits.
+"""Plan a run before it starts: tokens, parameters, memory, speed and days on a GPU, and the largest sizes that fit.
 
 stdit plan configs/video.yaml --gpu H100 --count 8
 stdit plan configs/video.yaml model.size=B/2 --gpu 4090 --utilisation 0.35 --refuse
@@ -15,27 +15,27 @@ from stdit.model.cost import Memory, Shape, forward_cost, training_memory
 from stdit.model.stdit import STDiT
 from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.text import load_text_encoder
 from stdit.vae import VAEGeometry, load_vae
 from stdit.variants import pick
 
 GIB = 2**30
-# Dense bfloat16 Tflops (a multiply and an add are two) and GiB, from the makers' data sheets.
+# Dense bfloat16 Tflops (a multiply-add counts as two) and memory in GiB, from the manufacturers' data sheets.
 GPUS = {
     "B200": (2250.0, 180), "H200": (989.0, 141), "H100": (989.0, 80), "A100": (312.0, 80), "A100-40": (312.0, 40),
     "L40S": (362.0, 48), "L4": (121.0, 24), "4090": (165.0, 24), "3090": (71.0, 24), "MI300X": (1307.0, 192),
 }  # fmt: skip
-# What the configs name by hub id, so that planning needs no download: stride, latent channels.
+# Stride and latent channels of the VAEs that configs name by hub id, so that planning needs no download.
 HUB_VAES = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/vae": ((4, 8, 8), 16),
     "stabilityai/sd-vae-ft-ema": ((1, 8, 8), 4),
 }
-RESERVED = 1.5 * GIB  # the driver's context, kernels' workspaces, fragmentation
+RESERVED = 1.5 * GIB  # of the CUDA context, kernels' workspaces and fragmentation
 
 
 def find_vae(name: str) -> VAEGeometry:
-    """The shapes of a VAE's latents: from `HUB_VAES` where the name is listed, else from the loaded VAE."""
+    """The shapes of a VAE's latents: from `HUB_VAES` if the name is listed there, otherwise from the loaded VAE."""
     if name in HUB_VAES:
         stride, channels = HUB_VAES[name]
         return VAEGeometry(name, stride, channels)
@@ -43,7 +43,7 @@ def find_vae(name: str) -> VAEGeometry:
 
 
 def arguments_of(config: Config, vae: VAEGeometry) -> dict:
-    """The model's arguments, but for classes that only the data knows (one embedding row per class, which hardly counts)."""
+    """The model's arguments. Without `model.num_classes` it has no classes, since only the data has their number."""
     chosen = model_arguments(config.model)
     if config.init_from.path:
         image = STDiT.from_pretrained(config.init_from.path)
@@ -59,13 +59,13 @@ def arguments_of(config: Config, vae: VAEGeometry) -> dict:
 
 
 def largest(at: Callable[[int], Memory], room: float) -> int:
-    """How many (clips, or temporal patches) fit into `room` bytes: a step's memory grows linearly."""
+    """The largest number (of clips, or of temporal patches) whose step fits into `room` bytes."""
     one, two = at(1), at(2)
     if one.peak > room:
         return 0
     slopes = {part: getattr(two, part) - getattr(one, part) for part in ("activations", "recomputed", "working")}
     short_lived = slopes["recomputed"] + slopes["working"]
-    # Whichever is larger at that size, activations or gradients, decides.
+    # The peak is at the end of the forward pass (activations) or of the backward pass (gradients).
     by_activations = (room - one.persistent - one.activations - one.recomputed - one.working) / (
         slopes["activations"] + short_lived
     )
@@ -73,7 +73,7 @@ def largest(at: Callable[[int], Memory], room: float) -> int:
     most = 1 + int(min(by_activations, by_gradients))
     if at(most).peak <= room:
         return most
-    low = 1  # not linear: short attention on CPUs saves its matrix, long attention does not
+    low = 1  # not linear on CPUs, where short attention stores its matrix and long attention does not: bisect
     while most - low > 1:
         middle = (low + most) // 2
         low, most = (middle, most) if at(middle).peak <= room else (low, middle)
@@ -81,10 +81,10 @@ def largest(at: Callable[[int], Memory], room: float) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """ValueError for numbers that describe no device."""
+    """Raise ValueError for numbers out of range."""
     if not 0 < args.utilisation <= 1 or args.count < 1:
         raise ValueError(
-            f"--utilisation {args.utilisation} is a share, 0 to 1, and --count must be >= 1, got {args.count}."
+            f"--utilisation must be > 0 and <= 1, got {args.utilisation}, and --count must be >= 1, got {args.count}."
         )
     for name, value in (("--tflops", args.tflops), ("--memory", args.memory)):
         if value is not None and not 0 < value < 1e6:
@@ -92,7 +92,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def speed_line(args: argparse.Namespace, config: Config, flops: float, peak: float) -> str:
-    """Steps and clips per second, and days. flops: multiply-adds of one forward of one clip; peak: Tflops of one device."""
+    """A line with steps and clips per second, and days.
+
+    flops: multiply-adds of the forward pass of one clip. peak: Tflops of one device.
+    """
     train = config.train
     passes = (
         4 if config.model.gradient_checkpointing else 3
@@ -100,20 +103,21 @@ def speed_line(args: argparse.Namespace, config: Config, flops: float, peak: flo
     seconds = 2 * passes * flops * train.batch_size / (peak * 1e12 * args.utilisation * args.count)
     return (
         f"speed         {1 / seconds:.2f} steps/s, {train.batch_size / seconds:.0f} clips/s on {args.count} x {args.gpu} at {args.utilisation:.0%} of {peak:.0f} Tflops; "
-        f"{train.steps:,} steps in {train.steps * seconds / 86400:.1f} days (the VAE not counted: cache latents)"
+        f"{train.steps:,} steps in {train.steps * seconds / 86400:.1f} days (without the VAE: cache latents)"
     )
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; with --refuse exit code 1 if the run does not fit."""
+    """Print the plan; with --refuse the exit code is 1 if the run does not fit."""
     parser = command_parser("plan", __doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpu", default="H100", help=f"{', '.join(GPUS)}, or cpu")
-    parser.add_argument("--count", type=int, default=1, help="how many of them")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that training reaches")
-    parser.add_argument("--tflops", type=float, help="the peak, for a device not listed")
-    parser.add_argument("--memory", type=float, metavar="GIB", help="its memory, for a device not listed")
+    parser.add_argument("--count", type=int, default=1, help="number of devices")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="fraction of the peak that training reaches")
+    parser.add_argument("--tflops", type=float, help="peak of a device that is not listed")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device that is not listed")
     parser.add_argument("--refuse", action="store_true", help="exit with 1 if the run does not fit")
     args = parser.parse_intermixed_args(argv)
     check_arguments(args)
@@ -125,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     latent = vae.latent_shape(data.num_frames, data.height, data.width, patch)
     micro = train.micro_batch or -(-train.batch_size // args.count)
     on_cpu = args.gpu == "cpu"
-    described = on_cpu or (args.tflops and args.memory)  # a device of one's own needs no entry in the table
+    described = on_cpu or (args.tflops and args.memory)  # such a device needs no row in GPUS
     peak, gib = (0.0, 0.0) if described else pick(GPUS, args.gpu, "GPU")
     peak, room = args.tflops or peak, (args.memory or gib) * GIB
     bf16 = resolve(train.precision, "cpu") == "bf16" if on_cpu else train.precision != "fp32"
@@ -137,13 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     cost = forward_cost(arguments, latent)
-    # DDP holds gradients twice; the rest is the driver's.
+    # DDP holds gradients twice.
     other = (4 * cost.parameters if args.count > 1 else 0) + (0 if on_cpu else RESERVED)
 
     print(
         f"{config.name}: {data.num_frames} frames of {data.height} x {data.width} -> latents {list(latent)}, {cost.tokens:,} tokens per clip"
     )
-    uncounted = "" if arguments["num_classes"] else " (and a row per class of the data)"
+    uncounted = "" if arguments["num_classes"] else " (and one row per class of the data)"
     print(f"parameters    {cost.parameters:,}{uncounted}")
     print(
         f"forward       {cost.total / 1e9:,.1f} Gflops per clip: "
@@ -158,9 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         mark = "  <- as configured" if checkpointing == config.model.gradient_checkpointing else ""
         saved = (value.activations + value.recomputed) / GIB
         print(f"  activations {saved:>8.2f}  {'with' if checkpointing else 'without'} checkpointing{mark}")
-    saving = (
-        found.persistent + found.optimizer if on_cpu else 0.0
-    )  # a checkpoint's largest file is copied before it is written
+    # On a CPU, saving a checkpoint copies its largest file in memory.
+    saving = found.persistent + found.optimizer if on_cpu else 0.0
     need = max(found.peak + other, saving)
     print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))
     if peak:
@@ -173,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"largest       micro-batch {clips} at {data.num_frames} frames; {frames} frames at micro-batch 1")
     if need > room:
         print(
-            f"does not fit: {need / GIB:.1f} GiB needed, {room / GIB:.0f} there. Lower train.micro_batch, or set model.gradient_checkpointing=true."
+            f"does not fit: the run needs {need / GIB:.1f} GiB, the device has {room / GIB:.0f} GiB. Lower train.micro_batch, or set model.gradient_checkpointing=true."
         )
         return 1 if args.refuse else 0
     return 0

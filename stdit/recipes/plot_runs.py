@@ -1,4 +1,4 @@
-"""Several runs in one picture: loss against minutes of training, and what each of them generates.
+"""Plot several runs in one picture: loss against minutes of training, and the samples of each run.
 
 stdit plot-runs output/scratch output/inflated --output docs/inflation.png
 """
@@ -9,19 +9,21 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
-from stdit.recipes.entry import command_parser
+from stdit.data.pictures import read_picture
+from stdit.recipes.entry import command, command_parser
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
 def minutes_and_loss(run: Path, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Minutes since the start, and the loss averaged over `window` steps; the batch size follows from clips and rate."""
+    """Minutes since the start, computed from clips per second, and the loss averaged over `window` steps."""
     path = run / "training_metrics.csv"
     if not path.is_file():
-        raise ValueError(f"{str(run)!r} has no training_metrics.csv; give folders of runs, such as output/quickstart.")
+        raise ValueError(
+            f"{str(run)!r} has no training_metrics.csv, so it is not the folder of a run; give one such as output/quickstart."
+        )
     with open(path, newline="") as stream:
         rows = list(csv.DictReader(stream))
     loss = np.array([float(row["loss"]) for row in rows])
@@ -37,15 +39,16 @@ def _batch_size(run: Path) -> int:
     return OmegaConf.load(run / "config.yaml").train.batch_size
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the curves and the samples of all runs."""
+    """Plot the curves and the samples of all runs."""
     parser = command_parser("plot-runs", __doc__)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--window", type=int, default=100, help="steps to average over")
     args = parser.parse_args(argv)
     sheets = [run / "samples" / "contact_sheet.png" for run in args.runs]
-    pictures = [np.asarray(Image.open(sheet).convert("RGB")) if sheet.is_file() else None for sheet in sheets]
+    pictures = [read_picture(sheet) if sheet.is_file() else None for sheet in sheets]
     shown = [i for i, picture in enumerate(pictures) if picture is not None]
     figure = plt.figure(figsize=(10, 4 + (7 if shown else 0)), layout="constrained")
     grid = figure.add_gridspec(2 if shown else 1, max(1, len(shown)), height_ratios=[4, 7] if shown else [1])

@@ -1,8 +1,8 @@
-"""Draw moving shapes, encode them, train a video diffusion transformer, sample clips and show the tasks.
+"""Draw moving shapes, encode them, train a video diffusion transformer, sample clips and show the video tasks.
 
     make quickstart          (stdit quickstart once the package is installed)
 
-The same command again resumes where it stopped.
+A second run of the same command resumes where the first stopped.
 """
 
 import os
@@ -19,7 +19,7 @@ from stdit.evaluation.held_out import held_out
 from stdit.evaluation.operations import mark_generated
 from stdit.precision import native_bf16
 from stdit.recipes import cache_latents, make_shapes, train
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.sampling.pipeline import STDiTPipeline
 
 CONFIG = "quickstart"
@@ -46,10 +46,13 @@ def show_tasks(pipe: STDiTPipeline, output: Path) -> None:
     write_contact_sheet(output / "tasks.png", strips, count=9)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw, encode, train, show."""
+    """Draw the clips, encode them, train, and show samples and tasks."""
     parser = command_parser("quickstart", __doc__)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training, as for stdit train")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="keys of the training config, as for stdit train"
+    )
     parser.add_argument("--num-clips", type=int, default=2400)
     args = parser.parse_args(argv)
     began = time.time()
@@ -60,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("2/4  encoding them with the tiny VAE")
     clips = ["data.root=data/shapes", "data.manifest=data/shapes/manifest.jsonl", "data.source=videos"]
     cache_latents.main([CONFIG, *clips, "--output", "data/shapes_latents"])
-    print("3/4  training; samples appear in output/quickstart/samples as it goes")
+    print("3/4  training; samples appear in output/quickstart/samples during the run")
     code = train.run([CONFIG, *args.overrides])
     if code == 0 and args.overrides:
-        print("4/4  tasks are shown only without key=value; see stdit sample --task ...")
+        print("4/4  the tasks are shown only without key=value; see stdit sample --help")
     elif code == 0:
         print("4/4  extending, connecting, looping and animating drawn clips")
         show_tasks(STDiTPipeline.from_pretrained("models/quickstart"), Path("output/quickstart"))
@@ -79,6 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command() -> str:
-    """The stdit command as a person can type it: by its name, or by its path in an environment that is not active."""
+    """The stdit command as it can be typed: its name, or its path if its virtual environment is not active."""
     script = Path(sys.executable).with_name("stdit")
     return "stdit" if shutil.which("stdit") or not script.is_file() else os.path.relpath(script)

@@ -9,7 +9,7 @@ stdit sample --task extend --input clip.mp4 --after 16 --before 16
 stdit sample --task connect --input first.mp4 last.mp4 --frames 12
 stdit sample --task loop --input clip.mp4 --frames 12
 stdit sample --task interpolate --input clip.mp4 --factor 2
-stdit sample --task inpaint --input clip.mp4 --mask mask.png        or --height 64 --width 96: outpaint
+stdit sample --task inpaint --input clip.mp4 --mask mask.png        or, for outpainting, --height 64 --width 96
 stdit sample --task edit --input clip.mp4 --strength 0.6 --class-label "square up"
 """
 
@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from stdit.data.inputs import Input, read_input, read_mask
 from stdit.data.video_write import WRITERS, VideoStream, write_video
-from stdit.files import write_json
-from stdit.recipes.entry import command_parser
+from stdit.files import check_writable, printable, write_json
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
 from stdit.sampling.options import SamplingOptions, add_flags, options_from
 from stdit.sampling.pipeline import STDiTPipeline
@@ -39,9 +39,9 @@ from stdit.sampling.tasks import outpaint_canvas
 
 
 def output_paths(args: argparse.Namespace, model: Path, *, count: int, suffix: str, settings: dict) -> list[Path]:
-    """One file per clip. ValueError if one of them, or the JSON file next to it, exists and --overwrite was not given.
+    """The path of each clip. ValueError if it, or the JSON file next to it, exists and --overwrite was not given.
 
-    Names end in a hash of the settings, so that different settings never meet in one file.
+    Names in a folder end in a hash of the settings, so that clips of different settings do not overwrite each other.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     if args.output and Path(args.output).suffix:
@@ -59,12 +59,13 @@ def output_paths(args: argparse.Namespace, model: Path, *, count: int, suffix: s
     if existing and not args.overwrite:
         raise ValueError(f"{existing[0]} exists; choose another --output or --seed, or pass --overwrite.")
     for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
+        check_writable(path.with_suffix(".json"))
     return paths
 
 
 def write_clips(paths: list[Path], clips: torch.Tensor | Iterable[torch.Tensor], fps: float) -> Iterator[tuple]:
-    """Write clips (B, 3, F, H, W), or a stream of their parts (B, 3, f, H, W) -> frames, height and width per file."""
+    """Write clips (B, 3, F, H, W), or a stream of their parts; yield (frames, height, width) per file."""
     if not isinstance(clips, torch.Tensor) and paths[0].suffix.lower() != ".mp4":
         clips = torch.cat(list(clips), dim=2)
     if isinstance(clips, torch.Tensor):
@@ -92,7 +93,7 @@ def _animate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace,
 
 
 def _extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    """All frames at once; or, by a causal model, as a stream of groups of frames, so that memory does not grow with length."""
+    """The extended clip; from a causal model a stream of groups of frames, in constant memory."""
     pixels = inputs[0].pixels
     if args.before or not pipe.can_stream(pixels, call["options"]):
         return pipe.extend(pixels, args.after, args.before, **call)
@@ -130,9 +131,10 @@ NEW_FRAMES = 12  # frames that connect and loop generate without --frames: three
 
 
 class Task(NamedTuple):
-    """What `--task` does. inputs: how many --input files it takes; options: those of `TASK_OPTIONS` that it uses.
+    """A value of `--task`.
 
-    trims: whether --frames shortens the input; keeps_image: whether an image as input gives an image.
+    inputs: the number of --input files. call: samples the clips. options: those of `TASK_OPTIONS`, and --frames, that
+    it uses. trims: whether --frames shortens the input. keeps_image: whether an image as input gives an image.
     """
 
     inputs: int
@@ -152,6 +154,7 @@ TASKS = {
     "inpaint": Task(1, _inpaint, ("mask", "frames"), trims=True, keeps_image=True),
     "edit": Task(1, _edit, ("strength", "frames"), trims=True, keeps_image=True),
 }
+# Options of single tasks, with their defaults.
 TASK_OPTIONS = {
     "after": 0,
     "before": 0,
@@ -159,12 +162,12 @@ TASK_OPTIONS = {
     "strength": 0.6,
     "factor": 2,
     "num_videos": 4,
-}  # and their defaults
+}
 COUNTS = ("frames", "height", "width", "num_videos", "factor")  # each must be >= 1
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """ValueError for a wrong number of inputs, or an option of a different task."""
+    """Raise ValueError for a wrong number of inputs, or an option of a different task."""
     task = TASKS[args.task]
     for name, default in TASK_OPTIONS.items():
         if getattr(args, name) != default and name not in task.options:
@@ -178,7 +181,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline) -> list[Input]:
-    """The --input files, at the model's size and frame rate."""
+    """Read the --input files at the model's size and frame rate, or those of the command line."""
     check_options(args)
     trained = (pipe.config.height, pipe.config.width)
     size: Any = (args.height or trained[0], args.width or trained[1])
@@ -188,12 +191,12 @@ def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline) -> list[Input]:
     inputs = [read_input(path, size, args.fps or pipe.config.fps, frames) for path in args.input]
     for path, clip in zip(args.input, inputs, strict=True):
         if clip.note:
-            print(f"{path}: {clip.note}")
+            print(printable(f"{path}: {clip.note}"))
     return inputs
 
 
 def _fit_inside(source: tuple[int, int], frame: tuple[int, int], trained: tuple[int, int]) -> tuple[int, int]:
-    """The size at which a picture fits into `frame` as a whole, no larger than covers the size the model was trained at."""
+    """The size at which a whole picture fits into `frame`, at most as large as needed to cover the size of training."""
     scale = min(
         *(f / s for f, s in zip(frame, source, strict=True)), max(t / s for t, s in zip(trained, source, strict=True))
     )
@@ -201,7 +204,7 @@ def _fit_inside(source: tuple[int, int], frame: tuple[int, int], trained: tuple[
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. ValueError for numbers out of range."""
+    """Parse the command line. ValueError for numbers out of range."""
     parser = command_parser("sample", __doc__)
     add = parser.add_argument
     add("--model", help="folder of a trained model; default: the newest under models/")
@@ -211,11 +214,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--before", type=int, default=0, help="extend: number of new frames before the clip")
     add("--mask", help="inpaint: a picture (or clip) of the clip's size, white where pixels are generated")
     add("--strength", type=float, default=0.6, help="edit: 0 changes nothing, 1 everything")
-    add("--factor", type=int, default=2, help="interpolate: times the frame rate")
+    add("--factor", type=int, default=2, help="interpolate: factor by which the frame rate grows")
     add(
         "--class-label",
         nargs="+",
-        help="numbers or names, one clip for each; default: one clip per class, for tasks none",
+        help="numbers or names, one clip for each; default: one clip per class, or no label for tasks with --input",
     )
     add(
         "--caption",
@@ -251,7 +254,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Call(NamedTuple):
-    """One call of the pipeline. num_clips: what it makes; labels (B,): their classes, if any; captions: one, or one per clip."""
+    """One call of the pipeline.
+
+    num_clips: the number of clips it gives. labels (B,): their classes, if any. captions: one, or one per clip.
+    """
 
     options: SamplingOptions
     num_clips: int
@@ -265,7 +271,7 @@ class Call(NamedTuple):
 
 
 def build_call(args: argparse.Namespace, pipe: STDiTPipeline, options: SamplingOptions) -> Call:
-    """How the pipeline is called. Without labels or captions, `generate` makes one clip per class, at most 12."""
+    """Labels, captions and number of clips; without both, `generate` has one clip per class, at most 12."""
     generating, classes, captions = args.task == "generate", pipe.transformer.num_classes, args.caption
     labels = args.class_label
     if not labels and classes and generating and not captions:
@@ -277,7 +283,7 @@ def build_call(args: argparse.Namespace, pipe: STDiTPipeline, options: SamplingO
 
 
 def describe_settings(args: argparse.Namespace, pipe: STDiTPipeline, model: Path, call: Call) -> dict[str, Any]:
-    """What is written to the JSON file of every clip, and hashed into its name."""
+    """The settings that are written to the JSON file of every clip, and hashed into its name."""
     frames = args.frames or (pipe.config.num_frames if args.task == "generate" else None)
     return {
         "model": str(model), "task": args.task, "class_labels": args.class_label, "captions": call.captions,
@@ -287,7 +293,7 @@ def describe_settings(args: argparse.Namespace, pipe: STDiTPipeline, model: Path
 
 
 def clip_record(pipe: STDiTPipeline, call: Call, index: int) -> dict[str, Any]:
-    """Number, label and caption of one clip."""
+    """Number, label and caption of one clip, for its JSON file."""
     names, captions = pipe.transformer.config.class_names, call.captions
     label = None if call.labels is None else int(call.labels[index])
     name = names[label] if names and label is not None and label < len(names) else label
@@ -295,6 +301,7 @@ def clip_record(pipe: STDiTPipeline, call: Call, index: int) -> dict[str, Any]:
     return {"clip": index, "label": label, "label_name": name, "caption": caption}
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Sample clips and write them, each with a JSON file of its settings."""
     args = parse(argv)
@@ -318,10 +325,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         clips = task.call(pipe, inputs, args, call.keywords())
         for i, (path, size) in enumerate(zip(paths, write_clips(paths, clips, fps), strict=True)):
             written = dict(zip(("num_frames", "height", "width"), size, strict=True))
-            write_json(path.with_suffix(".json"), {**settings, **written, "fps": fps, **clip_record(pipe, call, i)})
+            try:
+                write_json(path.with_suffix(".json"), {**settings, **written, "fps": fps, **clip_record(pipe, call, i)})
+            except OSError:
+                path.unlink()  # a clip without its record would be in the way of the next attempt
+                raise
     for text in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"warning: {text}")
+        print(f"warning: {printable(text)}")
+    written_to = paths[0] if len(paths) == 1 else paths[0].parent
     print(
-        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {call.options.guidance_scale}: {paths[0].parent}"
+        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {call.options.guidance_scale}: {written_to}"
     )
     return 0

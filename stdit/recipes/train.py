@@ -21,13 +21,14 @@ from stdit.config import Config, load_typed, to_plain
 from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.identity import fingerprint
 from stdit.data.loader import batches
+from stdit.data.rates import clip_rate
 from stdit.data.samplers import BatchSampler
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import build_objective
 from stdit.model.trunks import TRUNKS
 from stdit.recipes import entry
 from stdit.recipes.build import build_accelerator, build_captions, build_model, build_order, check_batch, check_cache
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.optim import build_optimizers
 from stdit.training.results import export, preview, write_results
@@ -37,7 +38,7 @@ from stdit.vae import load_vae
 
 
 class Run(NamedTuple):
-    """A training run, built and not yet started."""
+    """A training run that is built and not yet started."""
 
     config: Config
     dataset: Dataset
@@ -46,7 +47,7 @@ class Run(NamedTuple):
 
 
 def build_run(config: Config, accelerator: Accelerator) -> Run:
-    """Build everything, lock the folders, and restore the checkpoint that `train.resume` asks for."""
+    """Build all parts, lock the folders, and restore the checkpoint that `train.resume` selects."""
     processes, main = accelerator.num_processes, accelerator.is_main_process
     check_batch(config, processes)
     dataset = build_dataset(config.data)
@@ -60,6 +61,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     model = build_model(config, vae, dataset, objective, caption_channels=channels).to(accelerator.device)
     folders = RunFolders(config.name)
     if main:
+        clip_rate(config.data, dataset)  # says if the clips' rates differ
         folders.lock()
     accelerator.wait_for_everyone()
     order = build_order(config, dataset, vae, patch=model.patch_size, processes=processes)
@@ -82,7 +84,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
 
 
 def fit(run: Run) -> int:
-    """Train to the end or to a signal -> exit code."""
+    """Train to the last step, or until a signal; returns the exit code."""
     config, trainer = run.config, run.trainer
     accelerator, model = trainer.accelerator, trainer.model
     accelerator.print(
@@ -90,6 +92,12 @@ def fit(run: Run) -> int:
         f"{model.num_classes} classes, {accelerator.num_processes} process(es) on {accelerator.device}, "
         f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}; step {trainer.step} of {config.train.steps}"
     )
+    train = config.train
+    if train.decay_steps is not None and trainer.step < train.steps > train.decay_steps:
+        accelerator.print(
+            f"train.steps={train.steps} goes beyond train.decay_steps={train.decay_steps}, where the learning rate becomes 0: later "
+            "steps change nothing. Set both to one number, or train.decay_steps=null for a constant rate."
+        )
     workers = num_workers(config.data.workers, getattr(run.dataset, "decodes", True), accelerator.num_processes)
     loader = batches(
         run.dataset, config.seed, config.train.batch_size, trainer.step, micro_batch=config.train.micro_batch,
@@ -106,12 +114,12 @@ def fit(run: Run) -> int:
 
 
 def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
-    """Write model, samples and summary.json after `fit` (in the main process); model and samples only of a finished run."""
+    """Write summary.json after `fit`, and the model and samples if the run is finished. For the main process only."""
     config, trainer = run.config, run.trainer
     accelerator, folders = trainer.accelerator, trainer.folders
     if not code:
         with swap_ema(trainer.model, trainer.ema):
-            export(trainer.model, trainer.vae, config, folders)
+            export(trainer.model, trainer.vae, config, folders, fps=clip_rate(config.data, run.dataset))
             write_results(trainer.model, trainer.vae, config, folders, dataset=run.dataset)
     folders.write_summary(
         {
@@ -131,6 +139,7 @@ def _num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the run of a config; returns the exit code (143 after a signal)."""
     parser = command_parser("train", __doc__)
@@ -142,6 +151,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.print_config:
         print(OmegaConf.to_yaml(OmegaConf.structured(config)))
         return 0
+    try:
+        return _train(config)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise ValueError(_needs_less(config, error)) from error
+
+
+def _train(config: Config) -> int:
+    """Build the run, train, and write the results; returns the exit code."""
     began = time.time()
     # The last dual-stream block's text output, and a mask's parameters in a step without a mask, get no gradient.
     accelerator = build_accelerator(config.train.precision, TRUNKS[config.model.trunk].has_unused_parameters)
@@ -152,6 +171,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _needs_less(config: Config, error: Exception) -> str:
+    """What to tell a user whose run is larger than the memory: what was asked for, and what takes less."""
+    data, train = config.data, config.train
+    said = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+    return (
+        f"out of memory with batches of {train.micro_batch or train.batch_size} x {data.num_frames} frames x {data.height} x "
+        f"{data.width} ({said}); set train.micro_batch to {max(1, (train.micro_batch or train.batch_size) // 2)}, "
+        "model.gradient_checkpointing=true, or a smaller data.height and data.width. Checkpoints are whole."
+    )
+
+
 def run(argv: Sequence[str] | None = None) -> int:
-    """`main`, with an error that a user can cause printed as one line."""
+    """Run `main` like a command: an error that a user can cause is printed in one line."""
     return entry.run(main, argv)

@@ -5,7 +5,6 @@ stdit train-vae vae_tiny --export stdit/vae/weights
 """
 
 import copy
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,15 +14,16 @@ import torch
 from tqdm import tqdm
 
 from stdit.config import load_typed, to_plain
-from stdit.data.identity import hash_of, size_of
+from stdit.data.identity import hash_of, relative_name, size_of
 from stdit.data.idx import read_idx
+from stdit.data.manifest import read_manifest
 from stdit.data.transforms import resize_short_side
 from stdit.data.video_io import VideoReader
 from stdit.data.video_write import write_contact_sheet
 from stdit.files import write_json
 from stdit.pixels import to_float
 from stdit.recipes.build import build_accelerator
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.training.fit import Stopped, swap_ema
 from stdit.training.optim import build_optimizers
 from stdit.training.results import check_finite
@@ -33,29 +33,28 @@ from stdit.training.vae import ClipPool, VAEConfig, VAETrainer, psnr, vae_batche
 from stdit.vae.tiny import TinyVAE
 
 
-def read_manifest(config: VAEConfig) -> list[dict[str, str]]:
-    """The rows of the manifest of the clips."""
-    with open(Path(config.data.root) / config.data.manifest, newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def data_fingerprint(config: VAEConfig) -> dict[str, str]:
     """Hashes of the clips and images that the VAE is trained on, by their names, sizes and groups."""
-    clips = [
-        (row["path"], size_of(Path(config.data.root) / row["path"]), row["group"]) for row in read_manifest(config)
-    ]
+    root = Path(config.data.root)
+    rows = read_manifest(root / config.data.manifest, root).rows
+    clips = [(relative_name(row.path, root), size_of(row.path), row.columns.get("group")) for row in rows]
     images = [(Path(path).name, size_of(Path(path))) for path in config.data.images]
     return {"files": hash_of(clips), "images": hash_of(images)}
 
 
 def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.ndarray]]:
-    """Training clips, each at several sizes (short side -> frames), and held-out clips as they are (F, H, W, 3)."""
+    """Read the training clips, as dicts of short side -> frames, and the held-out clips (F, H, W, 3) at full size."""
     root = Path(config.data.root)
+    rows = read_manifest(root / config.data.manifest, root).rows
+    if config.data.hold_out and not any("group" in row.columns for row in rows):
+        raise ValueError(
+            f"{config.data.manifest} has no column 'group' for data.hold_out={config.data.hold_out}; add it, or use hold_out=[]."
+        )
     training, held_out = [], []
-    for row in tqdm(read_manifest(config), desc="reading clips", unit="clip"):
-        with VideoReader(root / row["path"]) as reader:
+    for row in tqdm(rows, desc="reading clips", unit="clip"):
+        with VideoReader(row.path) as reader:
             frames = reader.get_frames(range(len(reader)))
-        if row["group"] in config.data.hold_out:
+        if row.columns.get("group") in config.data.hold_out:
             held_out.append(frames)
         else:
             sides = [side for side in config.data.short_sides if side <= min(frames.shape[1:3])]
@@ -64,7 +63,7 @@ def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.
 
 
 def center_crop(frames: np.ndarray, size: int, count: int = 17) -> torch.Tensor:
-    """The first `count` frames (F, H, W, 3), scaled and cropped to a square -> (1, 3, F, size, size) in [-1, 1]."""
+    """Scale and crop the first `count` frames (F, H, W, 3) to a square: (1, 3, F, size, size) in [-1, 1]."""
     small = resize_short_side(frames[:count], size)
     y, x = (small.shape[1] - size) // 2, (small.shape[2] - size) // 2
     return to_float(small[:, y : y + size, x : x + size])[None]
@@ -76,7 +75,7 @@ def _reconstruct(vae: TinyVAE, clip: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(vae: TinyVAE, held_out: list[np.ndarray]) -> dict[str, float]:
-    """PSNR in dB on held-out clips: 17 frames, centre crop, at 128 and at 64 pixels."""
+    """Measure the PSNR in dB on held-out clips: 17 frames, centre crop, at 128 and at 64 pixels."""
     scores = {}
     for size in (128, 64):
         clips = [center_crop(frames, size) for frames in held_out if len(frames) >= 17]
@@ -86,7 +85,7 @@ def evaluate(vae: TinyVAE, held_out: list[np.ndarray]) -> dict[str, float]:
 
 @torch.no_grad()
 def write_preview(vae: TinyVAE, held_out: list[np.ndarray], path: Path) -> None:
-    """A picture with rows of originals and reconstructions, every fourth frame."""
+    """Write a picture with rows of originals and reconstructions, every fourth frame."""
     clips = [center_crop(frames, 128) for frames in held_out if len(frames) >= 17][::2]
     rows = [row for clip in clips for row in (clip[0, :, ::4], _reconstruct(vae, clip)[0, :, ::4])]
     write_contact_sheet(path, rows)
@@ -95,7 +94,7 @@ def write_preview(vae: TinyVAE, held_out: list[np.ndarray], path: Path) -> None:
 @torch.no_grad()
 def measure_latents(vae: TinyVAE, pool: ClipPool, seed: int) -> None:
     """Set the statistics that give latents zero mean and unit variance on the training data."""
-    # Steps counted down from 65535, which training does not reach: 64 batches it has not drawn.
+    # Steps down from 65535, which training does not reach, so that these 64 batches are not those of training.
     batches = (pool.batch(seed, -1 - i & 0xFFFF).to(vae.device) for i in range(64))
     raw = torch.cat([vae.encode_raw(batch).transpose(0, 1).flatten(1) for batch in batches], 1)
     vae.latent_mean.copy_(raw.mean(1))
@@ -103,7 +102,7 @@ def measure_latents(vae: TinyVAE, pool: ClipPool, seed: int) -> None:
 
 
 def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: list[np.ndarray], folder: Path) -> dict:
-    """Write the averaged weights in 16 bits, with a record of the training -> PSNR on held-out clips."""
+    """Write the EMA weights in 16 bits, with a record of the training; returns the PSNR on held-out clips."""
     with swap_ema(trainer.model, trainer.ema):
         measure_latents(trainer.model, pool, config.seed)
         check_finite(trainer.model, f"{folder} was not written; resume an older checkpoint with a lower train.lr")
@@ -117,14 +116,13 @@ def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: lis
     return scores
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, or export with --export; returns the exit code."""
+    """Train, or export the weights with --export; returns the exit code."""
     parser = command_parser("train-vae", __doc__)
     parser.add_argument("config", help="a path, or the name of a config in the package")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument(
-        "--export", metavar="DIR", type=Path, help="write the averaged weights in 16 bits to DIR and stop"
-    )
+    parser.add_argument("--export", metavar="DIR", type=Path, help="write the EMA weights in 16 bits to DIR and stop")
     args = parser.parse_intermixed_args(argv)
     config = load_typed(VAEConfig, args.config, args.overrides)
 
@@ -155,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: list[np.ndarray]) -> int:
-    """Train to the end or to a signal -> exit code."""
+    """Train to the last step, or until a signal; returns the exit code."""
 
     def preview(vae: TinyVAE, step: int) -> None:
         with trainer.accelerator.autocast():

@@ -1,9 +1,9 @@
 """Read the labels, sizes and rates of a model folder without loading the model. This module imports no torch."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stdit.files import read_json
 from stdit.legacy import renamed_section
 
 
@@ -48,8 +48,4 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} contains no model (no {name}); give a folder that training wrote.")
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy the folder again, or export the model again.") from error
-    return found
+    return read_json(path)

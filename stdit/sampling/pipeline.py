@@ -27,6 +27,7 @@ from stdit.sampling.checks import check, check_conditions, streams
 from stdit.sampling.engine import Engine, TrainedOn
 from stdit.sampling.groups import fits, pad_to_groups
 from stdit.sampling.inputs import Captions, Labels, count_clips, pair_conditions, refusal, split
+from stdit.sampling.model_folder import check_folder
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.scheduler import STDiTScheduler, check_compatible
 from stdit.sampling.windowed import WindowedSampler
@@ -105,9 +106,12 @@ class STDiTPipeline(DiffusionPipeline):
             raise ValueError(f"{source!r} has no weights (transformer/*.safetensors); train again, or copy them there.")
         try:
             check_reachable(source, "model_index.json", options)
+            if not folder.is_dir():
+                source, options = cls.download(source, use_safetensors=True, **options), {}
+            check_folder(Path(source))
             check_weights(folder)
             return super().from_pretrained(source, use_safetensors=True, **options, **kwargs)
-        except OSError as error:
+        except (OSError, TypeError, AttributeError, KeyError) as error:  # the latter of a scheduler's config
             raise ValueError(f"{source!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from stdit.files import write_json, write_text
+from stdit.files import check_name, write_json, write_text
 
 __all__ = ["RunFolders", "differences", "write_text"]
 
@@ -20,9 +20,7 @@ class RunFolders:
     """The folders of a run: output/NAME, checkpoints/NAME and models/NAME in the current folder."""
 
     def __init__(self, name: str):
-        if not name or name != Path(name).name or name.startswith("."):
-            raise ValueError(f"name={name!r} is not a folder name; use letters, digits, '-' and '_'.")
-        self.name = name
+        self.name = check_name(name)
         self.output, self.checkpoints, self.model = (Path(kind) / name for kind in ("output", "checkpoints", "models"))
         self.samples = self.output / "samples"
         self._lock = FileLock(self.output / ".lock")
@@ -49,12 +47,13 @@ class RunFolders:
 
     def unlock(self) -> None:
         """Let other runs use the folders."""
+        self._holder_file.unlink(missing_ok=True)
         self._lock.release()
 
     @property
     def _holder_file(self) -> Path:
         # Not the lock file itself, which some systems do not let other processes read.
-        return self.output / ".lock-holder"
+        return self.output / "running.txt"
 
     def _holder(self) -> str:
         try:
@@ -79,7 +78,7 @@ class RunFolders:
         """Move the files of an earlier run of this name to NAME.before-N -> the new folders."""
         moved = []
         for folder in (self.output, self.checkpoints, self.model):
-            entries = [path for path in folder.glob("*") if not path.name.startswith(".lock")]
+            entries = [path for path in folder.glob("*") if path.name not in (".lock", self._holder_file.name)]
             if any(path.is_file() or any(path.iterdir()) for path in entries):
                 target = self.new_archive(folder)
                 for path in entries:

@@ -81,6 +81,13 @@ class ClipPool:
 
     def __init__(self, clips: Sequence[dict[int, np.ndarray]], images: np.ndarray | None, config: VAEDataConfig):
         self.clips, self.images, self.config = clips, images, config
+        for (frames, size, _), _ in BATCH_SHAPES:
+            fits = any(side >= size and len(clip) >= frames for sizes in clips for side, clip in sizes.items())
+            if not fits and config.share_shapes < 1:
+                raise ValueError(
+                    f"no clip of {config.manifest!r} has {frames} frames with a short side of {size} pixels (of "
+                    "data.short_sides); add such clips, or set data.share_shapes=1 to train on drawn shapes only."
+                )
 
     def batch(self, seed: int, step: int) -> Tensor:
         """Draw a batch (B, 3, F, S, S) in [-1, 1], a pure function of seed and step."""

@@ -9,10 +9,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stdit import legacy
+from stdit.files import read_json
 from stdit.hub import check_reachable, resolve_source
 from stdit.vae.base import VideoVAE, split_frames
 from stdit.vae.tiny import TinyVAE
 from stdit.variants import pick
+from stdit.weights import check_fits
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -163,18 +165,18 @@ def _from_diffusers(source: str, options: dict[str, Any], name: str, dtype: torc
     remedy = "vae.name=tiny works without any download"
     try:
         check_reachable(source, "config.json", options)
+        read_json(Path(source) / "config.json")  # bounded, as diffusers' reading is not
         config = diffusers.AutoencoderKL.load_config(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"VAE {name!r} was not found and cannot be fetched ({reason}); {remedy}.") from error
-    class_name = config.get("_class_name", "unknown")
-    if class_name == "TinyVAE":
-        return TinyVAE.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
-    pick(VAE_SPECS, class_name, "VAE class")
+    class_name = str(config.get("_class_name", "unknown"))
+    if class_name != "TinyVAE":
+        pick(VAE_SPECS, class_name, "VAE class")
+    cls: Any = TinyVAE if class_name == "TinyVAE" else getattr(diffusers, class_name)
+    check_fits(Path(source), lambda: cls.from_config(config))
     try:
-        return getattr(diffusers, class_name).from_pretrained(
-            source, torch_dtype=dtype, use_safetensors=True, **options
-        )
+        return cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)
     except OSError as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"the weights of VAE {name!r} cannot be loaded ({reason}); {remedy}.") from error

@@ -1,11 +1,11 @@
-"""Run the originals with random weights and keep what they say, so that the tests need none of their code.
+"""Run the original codes with random weights and save their outputs, so that the tests do not need their code.
 
     python tests/checkpoint/make_reference.py DIT_CLONE SIT_CLONE LATTE_CLONE
-    python tests/checkpoint/make_reference.py DIT_CLONE SIT_CLONE LATTE_CLONE --full      compares XL/2 itself, keeps nothing
+    python tests/checkpoint/make_reference.py DIT_CLONE SIT_CLONE LATTE_CLONE --full      compares XL/2, and saves nothing
     python tests/checkpoint/make_reference.py --wirings UVIT_CLONE MDT_CLONE
 
 Needs clones of facebookresearch/DiT, willisma/SiT, Vchitect/Latte, baofff/U-ViT and sail-sg/MDT, and `pip install --no-deps timm`. Writes
-reference/*.safetensors beside this file: weights (16 bits would not do), inputs and outputs of a few numbers each.
+reference/*.safetensors next to this file: weights in float32, inputs and outputs of small models.
 """
 
 import importlib
@@ -27,7 +27,7 @@ SIZE = {"depth": 2, "hidden_size": 32, "num_heads": 4, "patch_size": 2, "in_chan
 
 
 class Missing(MetaPathFinder, Loader):
-    """Stands in for what the originals import and never use here (timm's picture library)."""
+    """Replaces modules that the originals import but do not use here."""
 
     def find_spec(self, name, path, target=None):
         return ModuleSpec(name, self, is_package=True)
@@ -40,12 +40,12 @@ class Missing(MetaPathFinder, Loader):
 
 
 def original(clone: str, module: str):
-    """A module of somebody's repository."""
+    """Import a module of an original repository."""
     for name in [name for name in sys.modules if name.split(".")[0] in ("models", "diffusion", "transport", "libs")]:
         del sys.modules[name]
     sys.path[:] = [clone, *(p for p in sys.path if p != clone)]
     missing = Missing()
-    sys.meta_path.append(missing)  # asked last, so only for what nobody else finds
+    sys.meta_path.append(missing)  # last, so that it is used only for modules that nothing else finds
     try:
         return importlib.import_module(module)
     finally:
@@ -53,7 +53,7 @@ def original(clone: str, module: str):
 
 
 def fill(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Random weights everywhere but in the fixed tables, also where the initialisation leaves zeros."""
+    """Random weights everywhere except in fixed tables, also where the initialisation is zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in model.named_parameters():
         if not name.endswith(("pos_embed", "temp_embed")):
@@ -76,7 +76,7 @@ def image_case(model, seed: int, times: torch.Tensor, labels: torch.Tensor) -> d
 
 
 def clock(model, unit: bool) -> dict[str, torch.Tensor]:
-    """The timestep embedding at every timestep there is (SiT: a thousand and one times in 0..1)."""
+    """The timestep embedding at every timestep (for SiT, at 1001 times from 0 to 1)."""
     times = torch.linspace(0, 1, 1001) if unit else torch.arange(1000)
     with torch.no_grad():
         return {"clock": times, "clock_out": model.t_embedder(times)}
@@ -108,7 +108,7 @@ def networks(dit: str, sit: str, latte: str) -> None:
 
 
 def wirings(uvit: str, mdt: str) -> None:
-    """U-ViT with and without labels; MDT v2 with all patches and with some hidden from its encoder."""
+    """Record U-ViT with and without labels, and MDT v2 with all patches and with some hidden from its encoder."""
     times, labels = torch.tensor([0, 1, 500, 998, 999, 37]), torch.tensor([0, 4, 5, 2, 5, 1])
     size = {"patch_size": 2, "depth": 4, "num_heads": 4}
     for name, classes, seed in (("uvit", 6, 11), ("uvit_unconditional", -1, 12)):
@@ -138,7 +138,7 @@ def wirings(uvit: str, mdt: str) -> None:
 
 
 def full_size(dit: str, sit: str, latte: str) -> None:
-    """XL/2 at 256 px with random weights: the original's numbers and ours, side by side."""
+    """Compare the outputs of XL/2 at 256 px with random weights with those of the original."""
     size, labels = {**SIZE, "depth": 28, "hidden_size": 1152, "num_heads": 16}, torch.tensor([3, 1000])
     made = {
         "dit": lambda: original(dit, "models").DiT(input_size=32, num_classes=1000, **size),
@@ -167,7 +167,7 @@ def full_size(dit: str, sit: str, latte: str) -> None:
 
 
 def diffusion(dit: str) -> None:
-    """What `GaussianDiffusion` makes of fixed numbers: the network's output is given, not computed."""
+    """Record the results of `GaussianDiffusion` for a fixed output of the network."""
     module = original(dit, "diffusion")
     respace = importlib.import_module("diffusion.respace")
     spaced = {spec: sorted(respace.space_timesteps(1000, spec)) for spec in ("25", "250", "ddim50", "ddim25", "7")}

@@ -1,4 +1,4 @@
-"""The tool, and everything that a file can be instead of weights."""
+"""The convert command, and files that are not the expected weights."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ REFERENCE = Path(__file__).parent / "reference"
 
 @pytest.fixture
 def dit():
-    """A DiT's state dict of the original layout."""
+    """A state dict of DiT in the original layout."""
     tensors = load_file(REFERENCE / "dit.safetensors")
     return {k.removeprefix("weights."): v.clone() for k, v in tensors.items() if k.startswith("weights.")}
 
@@ -50,7 +50,7 @@ def test_a_bare_state_dict_and_a_training_checkpoint_load_alike(dit, wrap, tmp_p
     assert "depth 2, width 32, 4 heads, patch [1, 2, 2], 4 channels, 5 classes" in capsys.readouterr().out
 
 
-def test_weights_model_takes_the_other_half_of_a_training_checkpoint(dit, tmp_path):
+def test_weights_model_reads_the_raw_weights_of_a_training_checkpoint(dit, tmp_path):
     torch.save({"model": {k: v + (k.endswith("bias")) for k, v in dit.items()}, "ema": dit}, tmp_path / "dit.pt")
     convert(tmp_path / "dit.pt", tmp_path / "out", *DIT, "--weights", "model")
     model = STDiT.from_pretrained(tmp_path / "out")
@@ -96,7 +96,7 @@ def dit_pipeline(folder: Path) -> DiTPipeline:
     return pipe
 
 
-def test_a_whole_diffusers_pipeline_becomes_one_of_ours_that_samples_by_name(tmp_path):
+def test_a_whole_diffusers_pipeline_becomes_a_pipeline_that_samples_by_class_name(tmp_path):
     pipe = dit_pipeline(tmp_path / "theirs")
     convert(tmp_path / "theirs", tmp_path / "ours", "--from", "diffusers")
     ours = STDiTPipeline.from_pretrained(tmp_path / "ours")
@@ -214,7 +214,7 @@ def test_bad_files_are_refused_in_one_line_and_nothing_runs_or_is_written(make, 
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_the_number_of_heads_is_asked_for_by_name(dit, tmp_path):
+def test_the_error_for_unknown_heads_names_the_setting(dit, tmp_path):
     save_file(dit, tmp_path / "dit.safetensors")
     with pytest.raises(ValueError, match="32 wide.*give it with --set num_heads=N"):
         convert(tmp_path / "dit.safetensors", tmp_path / "out", "--from", "dit")
@@ -242,7 +242,7 @@ def test_nothing_is_overwritten(dit, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_blocks_whose_embedders_were_tuned_apart_are_refused(tmp_path):
+def test_a_diffusers_dit_whose_blocks_have_different_embedders_is_refused(tmp_path):
     dit_pipeline(tmp_path / "theirs")
     path = tmp_path / "theirs" / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
@@ -314,13 +314,13 @@ def test_the_config_next_to_a_single_file_is_read(tmp_path):
     assert STDiT.from_pretrained(tmp_path / "out").config.norm2_eps == 1e-2
 
 
-def test_a_half_that_is_not_there_is_not_replaced_by_the_other(dit, tmp_path):
+def test_missing_raw_weights_are_not_replaced_by_the_ema_weights(dit, tmp_path):
     torch.save({"ema": dit}, tmp_path / "dit.pt")
     with pytest.raises(ValueError, match="holds ema but no 'model'; use --weights ema"):
         convert(tmp_path / "dit.pt", tmp_path / "out", *DIT, "--weights", "model")
 
 
-def test_an_index_that_lists_what_is_not_there_is_refused(dit, tmp_path):
+def test_an_index_that_lists_missing_files_is_refused(dit, tmp_path):
     save_file(dit, tmp_path / "a.safetensors")
     index = tmp_path / "m.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "../elsewhere.safetensors"}}))

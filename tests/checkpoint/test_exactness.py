@@ -1,4 +1,4 @@
-"""Against the originals' own numbers (reference/, made by make_reference.py) and against diffusers itself."""
+"""Converted models against outputs of the originals (reference/, written by make_reference.py) and against diffusers."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def convert(name: str, form: str):
 
 @torch.no_grad()
 def errors(name: str, form: str) -> list[float]:
-    """Relative error of each sample (each its own timestep and label) against the original."""
+    """The relative error of each sample, each with its own timestep and label, against the original."""
     model, case = convert(name, form)
     if form == "latte":
         ours = model(case["x"].transpose(1, 2), case["t"].float(), case["y"] if name == "latte" else None).transpose(
@@ -49,12 +49,12 @@ def errors(name: str, form: str) -> list[float]:
     elif form == "sit":
         ours = -model(case["x"][:, :, None], 1000 * (1 - case["t"]), case["y"])[
             :, :, 0
-        ]  # the velocity's sign is turned
+        ]  # the velocity has the opposite sign
     else:
         labels = None if name.endswith("unconditional") else case["y"]
         begins = 1 if form == "uvit" else 0  # the number of its first step
         ours = model(case["x"][:, :, None], case["t"].float() - begins, labels)[:, :, 0]
-    assert ours.shape == case["out"].shape  # SiT's variance channels are gone on both sides
+    assert ours.shape == case["out"].shape  # without SiT's unused variance channels
     return [error(a, b) for a, b in zip(ours, case["out"], strict=True)]
 
 
@@ -63,19 +63,19 @@ CASES = [("dit", "dit"), ("sit", "sit"), ("latte", "latte"), ("latte_uncondition
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
-def test_the_originals_numbers_come_out_at_every_timestep_and_label(name, form):
+def test_outputs_equal_the_originals_at_every_timestep_and_label(name, form):
     assert max(errors(name, form)) < 1e-5
 
 
 @torch.no_grad()
-def test_a_masked_trunk_guesses_what_mdt_guesses():
+def test_a_masked_trunk_predicts_what_mdt_predicts():
     model, case = convert("mdt", "mdt")
     ours = model(case["x"][:, :, None], case["t"].float(), case["y"], visible=case["kept"])[:, :, 0]
     assert max(error(a, b) for a, b in zip(ours, case["masked"], strict=True)) < 1e-5
 
 
 @torch.no_grad()
-def test_a_sit_points_our_flow_objective_at_its_own_estimate_of_clean_data():
+def test_a_converted_sit_gives_our_flow_objective_its_estimate_of_clean_data():
     model, case = convert("sit", "sit")
     objective, levels = build_objective(ObjectiveConfig(name="flow")), (1 - case["t"])[:, None]
     x = case["x"][:, :, None]
@@ -84,7 +84,7 @@ def test_a_sit_points_our_flow_objective_at_its_own_estimate_of_clean_data():
     torch.testing.assert_close(clean, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_latte_with_time_inside_attention_is_another_model():
+def test_latte_with_its_table_inside_attention_gives_different_outputs():
     weights, case = reference("latte")
     other = to_stdit(Weights(weights, {}, "latte"), "latte", {"num_heads": 4, "position_encoding": "sincos"}).model
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_latte_with_time_inside_attention_is_another_model():
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
-def test_there_and_back_gives_every_weight_to_the_bit(name, form, tmp_path):
+def test_conversion_there_and_back_restores_every_weight_bit_for_bit(name, form, tmp_path):
     weights, _ = reference(name)
     model, _ = convert(name, form)
     back = from_stdit(model, form)
@@ -127,7 +127,7 @@ def random_diffusers(norm_eps: float) -> DiTTransformer2DModel:
 
 @torch.no_grad()
 def diffusers_errors(norm_eps: float, folder: Path) -> list[float]:
-    """Our numbers through the key map against diffusers' own; and the way back gives its very weights."""
+    """The error of converted diffusers weights against diffusers; also checks that converting back restores the weights."""
     theirs = random_diffusers(norm_eps)
     theirs.save_pretrained(folder / "theirs")
     model = to_stdit(read_weights(folder / "theirs"), "diffusers").model  # heads are in its config.json
@@ -140,12 +140,12 @@ def diffusers_errors(norm_eps: float, folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("norm_eps", [1e-5, 1e-2])
-def test_diffusers_dit_gives_its_own_numbers_through_the_key_map(norm_eps, tmp_path):
+def test_a_converted_diffusers_dit_gives_the_same_outputs(norm_eps, tmp_path):
     assert max(diffusers_errors(norm_eps, tmp_path)) < 1e-5
 
 
 @torch.no_grad()
-def test_a_size_that_is_not_square_goes_through_where_the_originals_cannot():
+def test_sizes_that_are_not_square_work_unlike_in_the_originals():
     model, _ = convert("dit", "dit")
     wide = model(torch.randn(1, 4, 1, 8, 12, generator=torch.Generator().manual_seed(1)), torch.tensor([3.0]))
     assert wide.shape == (1, 8, 1, 8, 12)
@@ -163,7 +163,7 @@ def frames(x: torch.Tensor) -> torch.Tensor:
     return x[:, :, None]
 
 
-def test_noisy_data_posterior_and_bound_are_dits():
+def test_noisy_data_posterior_and_bound_equal_dits():
     case = diffusion()
     levels = ((case["t"] + 1).double() / 1000)[:, None]
     objective = build_objective(ObjectiveConfig(name="ddpm"))
@@ -178,7 +178,7 @@ def test_noisy_data_posterior_and_bound_are_dits():
     torch.testing.assert_close(bits, case["bound"], rtol=0, atol=1e-6)
 
 
-def test_the_hybrid_loss_is_dits():
+def test_the_hybrid_loss_equals_dits():
     case = diffusion()
     levels = ((case["t"] + 1).double() / 1000)[:, None]
     objective = build_objective(ObjectiveConfig(name="ddpm"))
@@ -188,7 +188,7 @@ def test_the_hybrid_loss_is_dits():
     torch.testing.assert_close(ours.mean((1, 2, 3)).double(), case["loss"], rtol=0, atol=1e-6)
 
 
-def test_respaced_timesteps_are_dits():
+def test_respaced_timesteps_equal_dits():
     for spec, kept in json.loads((REFERENCE / "timesteps.json").read_text()).items():
         assert PATH.respaced_steps(spec) == kept, spec
     assert PATH.respaced_steps(250) == PATH.respaced_steps("250")
@@ -197,7 +197,7 @@ def test_respaced_timesteps_are_dits():
 
 
 @pytest.mark.parametrize("spec", ["1000", "25", "ddim50"])
-def test_one_step_of_ddim_and_of_ancestral_sampling_is_dits(spec):
+def test_one_step_of_ddim_and_of_ancestral_sampling_equals_dits(spec):
     case = diffusion()
     index, kept = case[f"{spec}.index"], case[f"{spec}.kept"]
     schedule = torch.cat([torch.zeros(1).double(), (kept + 1).double() / 1000])
@@ -228,7 +228,7 @@ def test_guidance_on_three_channels_leaves_the_fourth_and_the_variance_alone(tin
     assert not torch.allclose(all_of_it[:, 3], plain[:, 3])
 
 
-def test_a_whole_chain_respaced_as_in_dit_ends_at_the_data_the_network_sees():
+def test_a_whole_respaced_chain_ends_at_the_data_that_the_network_predicts():
     levels = PATH.schedule("ddim50")[:, None]
     assert (len(levels), float(levels[-1])) == (51, 0.0)
     data = torch.randn(1, 1, 1, 2, 2).double()
@@ -243,7 +243,7 @@ def test_a_whole_chain_respaced_as_in_dit_ends_at_the_data_the_network_sees():
 
 @pytest.mark.parametrize("form", ["dit", "sit", "latte"])
 @torch.no_grad()
-def test_the_clock_is_the_originals_at_every_timestep(form):
+def test_the_timestep_embedding_equals_the_originals_at_every_timestep(form):
     model, case = convert(form, form)
     times = 1000 * (1 - case["clock"]) if form == "sit" else case["clock"].float()
     assert len(times) >= 1000
@@ -251,7 +251,7 @@ def test_the_clock_is_the_originals_at_every_timestep(form):
 
 
 @torch.no_grad()
-def test_diffusers_latte_with_captions_is_ours_to_its_numbers_and_back_to_the_bit(tmp_path):
+def test_diffusers_latte_with_captions_converts_with_equal_outputs_and_back_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     theirs = LatteTransformer3DModel(
         num_attention_heads=4, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=32,

@@ -27,7 +27,7 @@ def to_video(image: STDiT, init_from: InitFrom | None = None, axes=("spatial", "
 
 
 def each_frame(image: STDiT, x, t, y):
-    """The image model on every frame of a clip by itself."""
+    """The output of the image model on every frame of a clip alone."""
     return torch.cat([image(x[:, :, i : i + 1], t, y) for i in range(x.shape[2])], dim=2)
 
 

@@ -1,6 +1,6 @@
-"""What wrote the folders beside this file: small checkpoints, exported models and a latent cache, made by version 0.1.0.
+"""The script that wrote the folders next to this file with version 0.1.0: checkpoints, exported models and a latent cache.
 
-It ran once, on the code of commit 6f3ba47, and stays as a record of how they were made; later code only reads them.
+It ran once, on commit 6f3ba47, and documents how the files were made; it does not run with later versions.
 """
 
 import json
@@ -95,7 +95,7 @@ def main() -> None:
                 **(told if model.config.caption_channels else {"class_labels": torch.tensor([0, 1])}),
             )
         expected[f"{name}.forward"] = y.contiguous()
-        if name in KEEP:  # how it goes on
+        if name in KEEP:  # the losses after a resume
             shutil.copytree(f"checkpoints/{name}", f"kept/{name}")
             shutil.copytree(f"models/{name}", f"exported/{name}")
             assert train.run(["base.yaml", f"name={name}", "text.cache=captions", *overrides, "train.steps=6"]) == 0
@@ -108,7 +108,7 @@ def main() -> None:
     shutil.rmtree("captions")
     shutil.rmtree("exported")
     shutil.move("kept", "checkpoints")
-    for folder in Path("models").iterdir():  # every pipeline holds the same VAE: it stands once
+    for folder in Path("models").iterdir():  # every pipeline has the same VAE, so it is stored once
         shutil.rmtree(folder / "vae")
     save_file(expected, "expected.safetensors")
     Path("expected.json").write_text(json.dumps({"losses": losses, "runs": RUNS}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""A condition made up here, one class and one row: a camera pose of three numbers for every frame of a clip."""
+"""A new condition is one class and one row: here a camera pose of three numbers for every frame of a clip."""
 
 import json
 
@@ -74,7 +74,7 @@ def poses(frames=3, shift=0.0):
 
 
 def lively(pipe):
-    """Weights as after a long training: a fresh head would predict zero whatever the condition."""
+    """Random weights everywhere; a newly initialised head predicts zero for every condition."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in pipe.transformer.parameters():
@@ -98,7 +98,7 @@ def test_a_condition_per_frame_trains_from_clips_and_from_cached_latents_alike(h
     assert train.run(["t.yaml", "name=without"]) == 1
 
 
-def test_it_is_dropped_by_key_guided_and_heard_in_a_task(home, capsys):
+def test_the_condition_is_dropped_by_key_guided_and_has_an_effect_in_a_task(home, capsys):
     assert train.run(["t.yaml", "train.samples=0"]) == 0
     keys = [(0, step, 0) for step in range(400)]
     dropped = Camera().dropped(keys, 0.25)
@@ -118,7 +118,7 @@ def test_it_is_dropped_by_key_guided_and_heard_in_a_task(home, capsys):
         pipe.extend(clip, after=4, camera=poses(2), **FAST)
 
 
-def test_a_causal_stream_hears_each_frames_own(home):
+def test_each_frame_of_a_causal_stream_gets_its_own_condition(home):
     causal = ["model.causal=true", "model.position_encoding=rope", "model.window=2", "train.samples=0"]
     assert train.run(["t.yaml", *causal]) == 0
     pipe = lively(STDiTPipeline.from_pretrained("models/t"))

@@ -174,7 +174,7 @@ def test_the_fingerprint_says_what_changed_and_not_where_the_data_lies(home):
     assert changed(before, fingerprint_of()) == {"labels"}
     manifest([row.replace(",x,", ",z,") for row in ROWS])
     assert changed(before, fingerprint_of()) == {"classes", "labels"}
-    manifest([row + ",1" for row in ROWS], "path,label,caption,speed")
+    manifest([row + ",1" for row in ROWS], "path,label,caption,score")
     assert changed(before, fingerprint_of()) == {"columns"}
     manifest(ROWS[:3])
     assert changed(before, fingerprint_of()) >= {"samples", "files"}
@@ -205,7 +205,7 @@ def quick(monkeypatch):
     from stdit.training.metrics import MetricsLogger
 
     monkeypatch.setattr(MetricsLogger, "curves", lambda *args, **options: None)
-    monkeypatch.setattr(train, "export", lambda *args: None)
+    monkeypatch.setattr(train, "export", lambda *args, **options: None)
 
 
 def test_a_run_refuses_other_data_unless_changes_are_allowed_and_says_what_differs(home, quick, capsys):

@@ -1,4 +1,4 @@
-"""A user's files at the size and frame rate of a model: changes are noted, misfits are refused."""
+"""Input files at the size and frame rate of a model: changes are noted, and unsuitable files are refused."""
 
 import numpy as np
 import pytest

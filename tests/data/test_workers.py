@@ -1,4 +1,4 @@
-"""Loader processes: what dies or stalls is replaced, and no more than that is lost."""
+"""Loader processes: a process that dies or stalls is replaced, and at most the file that caused it is set aside."""
 
 import multiprocessing
 import os
@@ -15,7 +15,7 @@ KEYS = [[2 * i, 2 * i + 1] for i in range(8)]
 
 
 class Numbers:
-    """A sample of key k reads the file "k", or "k-other" when that is set aside. `fault(file)` happens before it is read."""
+    """A sample of key k reads the file "k", or "k-other" if "k" is set aside. `fault(file)` is called before each read."""
 
     def __init__(self, fault=None):
         self.fault = fault
@@ -44,7 +44,7 @@ def refuse_five(file):
 
 
 class DieOnce:
-    """Ends the process at file 5 if a marker is not there yet, and leaves the marker."""
+    """Ends the process at file 5 unless a marker file exists, and writes the marker."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -56,7 +56,7 @@ class DieOnce:
 
 
 def files(samples, timeout=60.0, workers=2):
-    """The files of all samples in order, and those set aside."""
+    """The files of all samples in order, and the files that are set aside."""
     set_aside: dict[str, str] = {}
     pool = WorkerPool(samples, workers, timeout, set_aside)
     found = [sample for group in pool.batches(iter(KEYS)) for sample in group]

@@ -8,7 +8,7 @@ from stdit.diffusion.variational import learned_log_variance, posterior, variati
 
 
 @pytest.mark.parametrize("name", ["flow", "ddpm"])
-def test_the_right_answer_has_no_loss_and_gives_the_data_back(name):
+def test_the_exact_prediction_has_no_loss_and_restores_the_data(name):
     objective = build_objective(ObjectiveConfig(name=name))
     clean, noise = torch.randn(2, 4, 3, 4, 4).clamp(-1, 1), torch.randn(2, 4, 3, 4, 4)
     levels = torch.tensor([[0.3, 0.6, 0.9], [0.5, 0.5, 0.5]])
@@ -21,11 +21,11 @@ def test_the_right_answer_has_no_loss_and_gives_the_data_back(name):
     assert loss.shape == (2, 3, 4, 4)
     assert loss.abs().max() < (
         1e-6 if name == "flow" else 1e-4
-    )  # the smallest variance is the posterior's: no divergence
+    )  # with the variance of the posterior the divergence is 0
 
 
 @pytest.mark.parametrize("name", ["flow", "ddpm"])
-def test_each_frames_loss_is_its_own(name):
+def test_the_loss_of_a_frame_depends_on_that_frame_only(name):
     objective = build_objective(ObjectiveConfig(name=name))
     clean, noise, levels = torch.randn(1, 4, 3, 4, 4), torch.randn(1, 4, 3, 4, 4), torch.full((1, 3), 0.5)
     x = objective.noisy(clean, noise, levels)
@@ -36,7 +36,7 @@ def test_each_frames_loss_is_its_own(name):
     assert moved.any(3).any(2).tolist() == [[False, True, False]]
 
 
-def test_ddpm_draws_whole_steps_and_flow_any_level():
+def test_ddpm_samples_discrete_steps_and_flow_continuous_levels():
     ddpm, flow = build_objective(ObjectiveConfig(name="ddpm")), build_objective(ObjectiveConfig())
     drawn = torch.cat([ddpm.sample_levels(torch.Generator().manual_seed(i), 1, 1) for i in range(3000)]) * 1000
     torch.testing.assert_close(drawn, drawn.round(), atol=1e-3, rtol=0)
@@ -65,7 +65,7 @@ def test_learned_variance_runs_from_the_posteriors_to_beta():
     torch.testing.assert_close(ends, torch.stack([small, large]))
 
 
-def test_the_bound_grows_with_a_wrong_mean_and_teaches_only_the_variance():
+def test_the_variational_bound_grows_with_a_wrong_mean_and_trains_only_the_variance():
     objective = build_objective(ObjectiveConfig(name="ddpm"))
     clean, noise, levels = torch.rand(1, 2, 1, 4, 4) * 2 - 1, torch.randn(1, 2, 1, 4, 4), torch.tensor([[0.2]])
     x = objective.noisy(clean, noise, levels)

@@ -18,7 +18,7 @@ def test_ddpm_levels_are_dits_betas():
 
 
 @pytest.mark.parametrize("path", [FlowPath(), DDPMPath()])
-def test_clocks_convert_there_and_back(path):
+def test_levels_and_timesteps_convert_there_and_back(path):
     timesteps = torch.arange(0, 1000, 7).float()
     assert torch.equal(path.timestep(path.levels(timesteps)).round(), timesteps)
     assert path.timestep(torch.zeros(1)).item() == 0
@@ -40,7 +40,7 @@ def test_too_many_ddpm_steps_are_refused():
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 3), (2, 3, 4, 4)])
-def test_levels_spread_over_their_frames_and_places(shape):
+def test_levels_broadcast_over_frames_and_patches(shape):
     levels, x = torch.rand(shape), torch.zeros(2, 5, 3, 4, 4)
     spread = (like(levels, x) + x)[:, 0]
     assert torch.equal(spread, levels.reshape(shape + (1,) * (4 - len(shape))).expand(2, 3, 4, 4))
@@ -54,7 +54,7 @@ def test_shift_keeps_the_ends_and_raises_the_middle():
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
-def test_levels_lie_between_clean_and_noise_with_their_middle_at_a_half(distribution):
+def test_levels_are_between_0_and_1_with_a_mean_of_one_half(distribution):
     many = sample_levels(torch.Generator().manual_seed(0), 2000, distribution)
     assert 0 < many.min() < many.max() < 1
     assert many.mean().item() == pytest.approx(0.5, abs=0.02)

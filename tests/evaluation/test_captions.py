@@ -5,7 +5,7 @@ from stdit.evaluation.captions import caption, caption_accuracy, caption_grid
 from stdit.rng import keyed_rng
 
 
-def test_drawn_clips_obey_their_own_captions_and_no_others():
+def test_drawn_clips_match_their_own_captions_and_no_others():
     drawn = [random_clip(keyed_rng("sample", 3, i), i % 12) for i in range(36)]
     clips = [draw(clip) for clip in drawn]
     combinations = [(clip.color_name, clip.shape, clip.direction) for clip in drawn]

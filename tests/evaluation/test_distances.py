@@ -50,14 +50,14 @@ def test_the_kernel_distance_is_the_mean_over_pairs_and_unbiased():
     assert abs(np.mean(same)) < 4 * np.std(same) / math.sqrt(200)
 
 
-def test_psnr_and_ssim_know_equal_clips_and_fall_with_noise():
+def test_psnr_and_ssim_are_highest_for_equal_clips_and_fall_with_noise():
     torch.manual_seed(0)
     clip = torch.rand(2, 3, 3, 24, 24) * 2 - 1
     scores = [(psnr(clip + s * torch.randn_like(clip), clip), ssim(clip + s * torch.randn_like(clip), clip)) for s in (0.02, 0.1, 0.5)]  # fmt: skip
     assert ssim(clip, clip) == pytest.approx(1)
     assert psnr(clip + 0.2, clip) == pytest.approx(20, abs=1e-4)
     assert scores == sorted(scores, reverse=True)
-    moved = ssim(clip + 0.1, clip)  # a shift of brightness costs structure nothing
+    moved = ssim(clip + 0.1, clip)  # a change of brightness does not lower SSIM much
     assert moved > scores[1][1]
 
 
@@ -73,7 +73,7 @@ def test_the_tiny_vae_distinguishes_moving_clips_from_still_ones_and_from_noise(
     assert near.names == ("Fréchet distance", "kernel distance") and "VAE" in near.extractor
 
 
-def test_an_extractor_file_is_run_as_it_is_and_only_inception_is_called_fid(tmp_path):
+def test_an_extractor_file_is_run_unchanged_and_only_inception_is_called_fid(tmp_path):
     class Mean(torch.nn.Module):
         def forward(self, x, return_features: bool = False):
             return x.float().mean((2, 3))
@@ -99,7 +99,7 @@ def test_missing_extractors_are_refused(choice, message):
         load_extractor(choice)
 
 
-def test_what_has_no_distance_is_refused():
+def test_sets_without_a_distance_are_refused():
     with pytest.raises(ValueError, match="not finite"):
         gaussian(torch.tensor([[0.0, float("nan")]]))
     with pytest.raises(ValueError, match="2 or more"):

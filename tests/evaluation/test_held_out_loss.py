@@ -1,4 +1,4 @@
-"""A model's loss by mask strategy shows what it has learnt of known frames."""
+"""The loss by mask strategy shows whether a model uses known frames."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_the_tool_prints_a_row_per_strategy_and_refuses_invalid_levels(pipe, tmp
     pipe.save_pretrained(tmp_path / "m")
     assert held_out_loss.main([str(tmp_path / "m"), "--clips", "2", "--levels", "0.5"]) == 0
     assert "\nprefix" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="levels in"):
+    with pytest.raises(ValueError, match="--levels must be > 0 and <= 1"):
         held_out_loss.main([str(tmp_path / "m"), "--levels", "0"])
     with pytest.raises((ValueError, OSError)):
         held_out_loss.main([str(tmp_path / "none")])

@@ -1,4 +1,4 @@
-"""Metrics of tasks on outputs of known quality: the truth, and a clip that stands still."""
+"""Metrics of tasks on outputs of known quality: the truth, and a still clip."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ DATA = op.held_out(12, 17, "straight", 64, seed=5)
 
 
 class FixedOutput:
-    """A pipeline that returns the clips it was made with, whatever the task."""
+    """A pipeline whose tasks all return the clips of its constructor."""
 
     transformer = SimpleNamespace(config=SimpleNamespace(class_names=CLASS_NAMES))
 
@@ -59,12 +59,12 @@ def test_interpolation_is_measured_against_linear_blending():
     assert by_name(op.interpolation(FixedOutput(DATA.pixels), DATA, 2))["PSNR above linear blending"].value > 20
 
 
-def test_an_edit_that_changes_nothing_keeps_the_shape_and_disobeys_the_label():
+def test_an_edit_without_changes_keeps_the_shape_and_does_not_follow_the_label():
     assert op.editing(FixedOutput(DATA.pixels), DATA, 0.3, min_share=0.9, new_label=False).metrics[0].value == 1
     assert op.editing(FixedOutput(DATA.pixels), DATA, 0.8, min_share=0.8, new_label=True).metrics[0].value == 0
 
 
-def test_held_out_clips_are_none_of_those_that_training_draws():
+def test_held_out_clips_are_not_training_clips():
     from stdit.data.shapes import random_clip
     from stdit.rng import keyed_rng
 

@@ -1,10 +1,10 @@
-"""Train tiny models for ten steps and write down losses and sample statistics, so that a refactor can be compared with yesterday.
+"""Train tiny models for ten steps and record losses and sample statistics, to compare the code before and after a refactor.
 
-    python tests/golden/record.py            print what would change
-    python tests/golden/record.py --write    record anew; the commit says which number changed, and why
+    python tests/golden/record.py            print the differences from the recorded numbers
+    python tests/golden/record.py --write    record again; the commit must say which number changed, and why
 
-Float32, AdamW and one thread; latents come from a file, so no VAE is in the loop. One run with Muon is recorded apart,
-because its iteration runs in bfloat16.
+Float32, AdamW and one thread; latents come from a file, so no VAE is in the loop. The run with Muon has its own
+tolerance, because its iteration runs in bfloat16.
 """
 
 import argparse
@@ -33,12 +33,12 @@ SMALL = {
     "train.checkpoint_every": 100, "train.preview_every": 100, "train.log_every": 5, "train.samples": 2,
     "train.sample_steps": 3, "train.ema_decay": 0.9, **DATA,
 }  # fmt: skip
-# By name: the config it starts from, and what it changes.
+# Name -> the config and its changes.
 RUNS: dict[str, tuple[str, dict]] = yaml.safe_load((HERE / "runs.yaml").read_text())
 
 
 def machine() -> str:
-    """What decides a kernel's last bits: processor flags, torch's version and what it dispatches to."""
+    """What determines the last bits of results: processor flags, torch's version and its CPU capability."""
     flags = next((line for line in _cpuinfo() if line.startswith("flags")), "")
     name = next((line for line in _cpuinfo() if line.startswith("model name")), "")
     digest = hashlib.sha256((name + " ".join(sorted(flags.split()))).encode()).hexdigest()[:12]
@@ -46,7 +46,7 @@ def machine() -> str:
 
 
 def recorded_here() -> bool:
-    """Whether the numbers were recorded on a machine like this one, where they must be equal to the last bit."""
+    """Whether the numbers were recorded on a machine like this one, where they must be equal bit for bit."""
     return NUMBERS.is_file() and json.loads(NUMBERS.read_text())["machine"] == machine()
 
 

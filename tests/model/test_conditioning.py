@@ -36,7 +36,7 @@ def captions(batch=2):
 
 
 @pytest.mark.parametrize("conditioning", PAPER)
-def test_costs_are_the_papers(conditioning):
+def test_gflops_and_parameters_equal_the_papers_for_every_conditioning(conditioning):
     image = {"num_classes": 1000, "in_channels": 4, "axes": ["spatial"], "conditioning": conditioning}
     cost = forward_cost({**size_arguments("XL/2"), **image}, (1, 32, 32))
     gflops, millions = PAPER[conditioning]
@@ -57,7 +57,7 @@ def test_one_frame_of_a_video_model_is_an_image(conditioning, worded):
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @torch.no_grad()
-def test_a_condition_said_of_the_clip_is_the_same_said_of_every_frame(conditioning):
+def test_a_condition_of_the_clip_equals_the_same_condition_for_every_frame(conditioning):
     told = model(conditioning=conditioning, caption_channels=12, axes=["spatial", "temporal"])
     (x, t, labels), words = inputs(), captions()
     each = {name: value[:, None].expand(-1, 3, *value.shape[1:]) for name, value in words.items()}
@@ -71,7 +71,7 @@ def test_a_condition_said_of_the_clip_is_the_same_said_of_every_frame(conditioni
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @torch.no_grad()
-def test_everything_that_is_told_is_heard_and_padding_is_not(conditioning):
+def test_every_condition_has_an_effect_and_padding_has_none(conditioning):
     told = model(conditioning=conditioning, caption_channels=12)
     (x, t, labels), words = inputs(), captions()
     out = told(x, t, labels, **words)
@@ -86,7 +86,7 @@ def test_everything_that_is_told_is_heard_and_padding_is_not(conditioning):
 
 
 @torch.no_grad()
-def test_time_dependent_attention_is_diffits_equations():
+def test_time_dependent_attention_equals_diffits_equations():
     told = fill(STDiT(1, 32, 4, in_channels=4, num_classes=5, conditioning="time_attention", axes=["spatial"]), 0.2)
     block, attn = told.blocks[0], told.blocks[0].attn
     x, vector = torch.randn(2, 1, 9, 32), torch.randn(2, 1, 1, 32)
@@ -115,7 +115,7 @@ def test_a_gated_block_is_the_identity_when_fresh(conditioning, worded):
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @torch.no_grad()
-def test_a_cache_serves_every_conditioning(conditioning):
+def test_first_block_caching_works_with_every_conditioning(conditioning):
     told = model(conditioning=conditioning, causal=True, window=2, position_encoding="rope")
     (x, t, labels), cache, parts = inputs(), FrameCache(2), []
     cache.writing = True
@@ -126,7 +126,7 @@ def test_a_cache_serves_every_conditioning(conditioning):
 
 @pytest.mark.parametrize("conditioning", ["adaln", "adaln_single", "adaln_lora"])
 @torch.no_grad()
-def test_packed_clips_are_what_each_is_alone(conditioning):
+def test_packed_clips_give_the_output_of_each_clip_alone(conditioning):
     told = model(conditioning=conditioning)
     clips, labels = [torch.randn(4, 2, 4, 4), torch.randn(4, 1, 8, 4)], torch.tensor([1, 2])
     steps = [torch.tensor([100.0, 300.0]), torch.tensor([50.0])]
@@ -136,7 +136,7 @@ def test_packed_clips_are_what_each_is_alone(conditioning):
         torch.testing.assert_close(packed[i], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_what_makes_no_sense_is_refused():
+def test_invalid_combinations_are_refused():
     x, t, labels = inputs()
     with pytest.raises(ValueError, match="Did you mean 'adaln_zero'"):
         model(conditioning="adaln_zeros")

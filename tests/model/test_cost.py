@@ -19,24 +19,24 @@ def parameters(depth: int, width: int, patch: int) -> int:
 
 
 @pytest.mark.parametrize("size", model_table.PAPER)
-def test_gflops_and_parameters_are_the_papers(size):
+def test_gflops_and_parameters_equal_the_papers(size):
     arguments = {**size_arguments(size), **IMAGE}
     cost = forward_cost(arguments, (1, 32, 32))
     millions, gflops = model_table.PAPER[size]
     assert abs(cost.total / 1e9 / gflops - 1) < 0.01
-    assert round(cost.parameters / 1e6) == millions  # the paper counts what is trained
+    assert round(cost.parameters / 1e6) == millions  # the paper counts trained parameters only
     patch = arguments["patch_size"][1]
     assert cost.parameters == parameters(arguments["depth"], arguments["hidden_size"], patch)
     assert cost.table == (32 // patch) ** 2 * arguments["hidden_size"]
 
 
-def test_parameters_with_the_position_table_are_dits():
+def test_parameters_with_the_position_table_equal_dits():
     for size, with_table in (("S/2", 32_963_360), ("XL/2", 675_129_632)):
         cost = forward_cost({**size_arguments(size), **IMAGE}, (1, 32, 32))
         assert cost.parameters + cost.table == with_table
 
 
-def test_xl_at_512_pixels_is_the_papers():
+def test_gflops_of_xl_at_512_pixels_equal_the_papers():
     cost = forward_cost({**size_arguments("XL/2"), **IMAGE}, (1, 64, 64))
     assert abs(cost.total / 1e9 / model_table.PAPER_512 - 1) < 0.01
 
@@ -116,7 +116,7 @@ def config(tmp_path):
     return str(path)
 
 
-def test_a_plan_says_tokens_memory_speed_and_what_fits_without_weights_or_network(config, capsys):
+def test_a_plan_prints_tokens_memory_speed_and_what_fits_without_weights_or_network(config, capsys):
     assert plan.main([config, "--gpu", "A100", "--count", "2"]) == 0
     said = capsys.readouterr().out
     assert "latents [5, 8, 8], 80 tokens per clip" in said
@@ -134,19 +134,19 @@ def test_a_plan_says_tokens_memory_speed_and_what_fits_without_weights_or_networ
         assert word in said
 
 
-def test_a_run_that_cannot_fit_is_refused_only_when_asked(config, capsys):
+def test_a_run_that_does_not_fit_fails_only_with_refuse(config, capsys):
     too_small = ["--memory", "1.6", "--gpu", "L4"]
     assert plan.main([config, *too_small]) == 0
     assert "does not fit" in capsys.readouterr().out
     assert plan.main([config, *too_small, "--refuse"]) == 1
 
 
-def test_a_device_of_ones_own_needs_no_entry(config, capsys):
+def test_a_device_with_tflops_and_memory_needs_no_row_in_the_table(config, capsys):
     assert plan.main([config, "--gpu", "H300", "--tflops", "3000", "--memory", "3"]) == 0
     assert "of 3 on H300" in capsys.readouterr().out
 
 
-def test_what_fits_is_found_where_memory_grows_in_no_straight_line():
+def test_the_largest_batch_is_found_where_memory_does_not_grow_linearly():
     def at(frames):
         return training_memory(
             small(["joint"]), (frames, 16, 16), 1, optimizer="adamw", bf16=True, checkpointing=False, fused=False
@@ -156,7 +156,7 @@ def test_what_fits_is_found_where_memory_grows_in_no_straight_line():
     assert at(plan.largest(at, room)).peak <= room
 
 
-def test_what_is_said_to_fit_does_and_one_more_does_not():
+def test_the_largest_batch_fits_and_one_more_clip_does_not():
     def at(n):
         return memory(n)
 
@@ -167,9 +167,9 @@ def test_what_is_said_to_fit_does_and_one_more_does_not():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--memory", "nan"], "--memory must be > 0 .* got nan"), (["train.micro_batch=7"], "train.batch_size=64 is not a multiple"), (["--gpu", "H1000"], "Unknown GPU 'H1000'. Did you mean 'H100'"), (["--utilisation", "40"], "is a share, 0 to 1"), (["data.num_frames=18"], "num_frames=18 does not fit VAE")],
+    [(["--memory", "nan"], "--memory must be > 0 .* got nan"), (["train.micro_batch=7"], "train.batch_size=64 is not a multiple"), (["--gpu", "H1000"], "Unknown GPU 'H1000'. Did you mean 'H100'"), (["--utilisation", "40"], "--utilisation must be > 0 and <= 1, got 40"), (["data.num_frames=18"], "num_frames=18 does not fit VAE")],
 )  # fmt: skip
-def test_a_bad_question_is_answered_in_one_line(config, arguments, message):
+def test_invalid_plan_arguments_are_refused_in_one_line(config, arguments, message):
     with pytest.raises(ValueError, match=message):
         plan.main([config, *arguments])
 

@@ -1,4 +1,4 @@
-"""diffusers' sockets: each is shown to do its work on our model, not only to be accepted."""
+"""Features of diffusers: each has its effect on our model, and does not only run."""
 
 import copy
 
@@ -35,7 +35,7 @@ def case():
 
 
 def sample(model, scale: float = 1.0):
-    """(latents, times a block's attention projected): twelve steps of flow, watched."""
+    """Sample twelve steps of flow; returns the latents and the number of attention projections of a block."""
     calls = [0]
 
     def count(*_):
@@ -78,7 +78,7 @@ def case_of(seed: int):
 
 
 @torch.no_grad()
-def test_bfloat16_loading_keeps_positions_and_the_clock_in_float32(model, tmp_path):
+def test_bfloat16_loading_keeps_position_and_timestep_embeddings_in_float32(model, tmp_path):
     model.save_pretrained(tmp_path)
     half = STDiT.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
@@ -86,7 +86,7 @@ def test_bfloat16_loading_keeps_positions_and_the_clock_in_float32(model, tmp_pa
     half.t_embedder.mlp[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].float()))
     half.t_embedder(torch.tensor([997.0, 998.0, 999.0]))
     angles = torch.tensor([997.0, 998.0, 999.0])[:, None]
-    torch.testing.assert_close(seen[0][:, :1], angles.cos(), atol=0.005, rtol=0)  # a clock in bfloat16 would fold these
+    torch.testing.assert_close(seen[0][:, :1], angles.cos(), atol=0.005, rtol=0)  # timesteps in bfloat16 would coincide
     x, t, y = case()
     exact, rounded = model(x, t, y), half(x.bfloat16(), t, y).float()
     assert (exact - rounded).norm() / exact.norm() < 0.03
@@ -291,7 +291,7 @@ def test_blocks_of_every_trunk_compile_without_a_graph_break(tiny_model, name):
 
 @pytest.mark.parametrize("name", EVERY_TRUNK)
 @torch.no_grad()
-def test_the_first_block_cache_knows_the_blocks_of_every_trunk_or_is_refused(tiny_model, name):
+def test_the_first_block_cache_supports_every_trunk_or_is_refused(tiny_model, name):
     model, inputs, captions = of_trunk(tiny_model, name)
     expected = model(*inputs, **captions)
     if name in ("masked", "u_shape"):

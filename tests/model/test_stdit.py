@@ -21,7 +21,7 @@ def test_sizes_have_dits_parameter_counts(size, trainable, with_table):
     assert trainable + patches * model.config.hidden_size == with_table
 
 
-def test_keys_are_dits():
+def test_keys_equal_dits():
     model = STDiT(depth=1, hidden_size=32, num_heads=4, in_channels=4, num_classes=3, axes=["spatial"])
     weights = {"x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "blocks.0.attn.qkv", "blocks.0.attn.proj",
                "blocks.0.mlp.fc1", "blocks.0.mlp.fc2", "blocks.0.adaLN_modulation.1", "final_layer.linear", "final_layer.adaLN_modulation.1"}  # fmt: skip
@@ -36,7 +36,7 @@ def test_a_fresh_model_predicts_zero():
     assert not model(torch.randn(2, 4, 3, 8, 8), torch.rand(2) * 1000, torch.tensor([0, 3])).any()
 
 
-def test_an_image_passes_joint_and_spatial_models_alike(tiny_model):
+def test_joint_and_spatial_models_give_equal_outputs_for_an_image(tiny_model):
     joint, spatial = tiny_model(axes=["joint"]), tiny_model(axes=["spatial"])
     x, t, y = torch.randn(2, 4, 1, 8, 8), torch.rand(2) * 1000, torch.tensor([1, 4])
     assert torch.equal(joint(x, t, y), spatial(x, t, y))
@@ -63,7 +63,7 @@ def test_a_frames_level_reaches_only_that_frame_without_temporal_attention(tiny_
     ("shape", "patch"),
     [((1, 8, 8), (1, 2, 2)), ((5, 6, 10), (1, 2, 2)), ((4, 8, 12), (2, 2, 4)), ((9, 4, 4), (1, 1, 1))],
 )
-def test_any_grid_goes_through_one_model(tiny_model, shape, patch):
+def test_one_model_accepts_any_grid(tiny_model, shape, patch):
     model = tiny_model(patch_size=patch, learn_sigma=False)
     assert model(torch.randn(2, 4, *shape), torch.rand(2) * 1000).shape == (2, 4, *shape)
 

@@ -42,7 +42,7 @@ def test_one_frame_of_a_video_model_is_an_image(name):
 
 @pytest.mark.parametrize("name", TRUNKS)
 @torch.no_grad()
-def test_frames_meet_and_differ_by_their_time(name):
+def test_frames_exchange_information_and_their_positions_matter(name):
     video = model(name, axes=["spatial", "temporal"])
     x, t, labels = inputs()
     changed = x.clone()
@@ -54,13 +54,13 @@ def test_frames_meet_and_differ_by_their_time(name):
 
 @pytest.mark.parametrize("name", TRUNKS)
 @torch.no_grad()
-def test_sizes_that_were_never_learned_are_taken(name):
+def test_sizes_that_were_not_trained_are_accepted(name):
     x = torch.randn(1, 4, 2, 12, 16)
     assert model(name)(x, torch.tensor([5.0]), torch.tensor([0])).shape == (1, 4 * 2, 2, 12, 16)
 
 
 @torch.no_grad()
-def test_the_us_middle_sees_a_quarter_of_the_patches_and_odd_grids_are_refused():
+def test_the_middle_of_the_u_has_a_quarter_of_the_patches_and_odd_grids_are_refused():
     network, (x, t, labels) = model("diffit"), inputs()
     counts = []
     for block in network.blocks:
@@ -74,7 +74,7 @@ def test_the_us_middle_sees_a_quarter_of_the_patches_and_odd_grids_are_refused()
 
 
 @torch.no_grad()
-def test_a_table_of_places_bends_to_other_grids_and_keeps_its_own():
+def test_learned_positions_are_interpolated_to_other_grids_and_exact_on_their_own():
     table = LearnedPosEmbed(4, 4, 32)
     assert torch.equal(table(4, 4), table.patches)
     twice = table(8, 8).view(8, 8, 32)
@@ -83,7 +83,7 @@ def test_a_table_of_places_bends_to_other_grids_and_keeps_its_own():
 
 
 @torch.no_grad()
-def test_with_every_patch_kept_in_any_order_only_the_decoders_tokens_decide():
+def test_with_all_patches_visible_in_any_order_only_the_decoders_tokens_matter():
     masked, (x, t, labels) = model("mdt"), inputs()
     everything = torch.stack([torch.randperm(16) for _ in range(2)])
     torch.testing.assert_close(
@@ -106,7 +106,7 @@ def test_a_hidden_patch_reaches_the_decoder_by_the_long_skip_alone():
     assert seen[0].shape[2] == 15
 
 
-def test_kept_patches_fold_and_unfold_with_their_spots():
+def test_visible_patches_fold_and_unfold_with_their_positions():
     layout = DenseLayout((2, 2, 3)).with_visible(torch.tensor([[0, 5], [3, 1]]))
     tokens = torch.randn(2, 2, 2, 4)
     for axis in ("joint", "spatial", "temporal"):
@@ -147,20 +147,20 @@ def test_masking_trains_on_all_patches_and_on_some_and_is_a_function_of_the_key(
         ({"position_encoding": "rope_3d"}, "use adaln_zero"),
     ],
 )
-def test_wirings_that_make_no_sense_are_refused(changes, message):
+def test_invalid_trunks_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         model("mdt", **changes)
 
 
-def test_a_trunk_that_hides_nothing_takes_no_kept_patches():
+def test_a_trunk_without_masking_refuses_visible_patches():
     x, t, labels = inputs()
     with pytest.raises(ValueError, match="sees every patch"):
         model("u-vit")(x, t, labels, visible=torch.arange(4).expand(2, 4))
 
 
-def test_a_wiring_from_anywhere_is_one_class_and_one_row(monkeypatch, tmp_path):
+def test_a_new_trunk_is_one_class_and_one_row(monkeypatch, tmp_path):
     class Twice(Trunk):
-        """Every block two times over, a gate of its own between."""
+        """Runs every block twice, with a gate for the result."""
 
         def __init__(self, config):
             super().__init__(config)
@@ -239,6 +239,6 @@ def test_muon_takes_matrices_and_no_tables(name):
         (["objective.mask_strategy=teacher_forcing"], "model.causal=true"),
     ],
 )
-def test_configs_that_make_no_sense_are_refused_when_they_are_read(overrides, message):
+def test_invalid_configs_are_refused_when_they_are_read(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_typed(Config, "configs/video.yaml", ["objective.mask_strategy=shared", *overrides])

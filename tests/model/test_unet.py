@@ -19,7 +19,7 @@ def unet(frames=3, **changes) -> UNet:
 
 @pytest.mark.parametrize("frames", [1, 3])
 @torch.no_grad()
-def test_it_takes_what_a_transformer_takes_and_hears_labels_and_levels(frames):
+def test_the_unet_has_a_transformers_inputs_and_labels_and_levels_have_an_effect(frames):
     net, x = unet(frames), torch.randn(2, 4, frames, 8, 8)
     t, labels = torch.tensor([100.0, 700.0]), torch.tensor([1, 4])
     out = net(x, t, labels)
@@ -39,7 +39,7 @@ def test_its_gradients_are_finite_in_the_precision_cpus_train_in():
 
 
 @torch.no_grad()
-def test_captions_are_heard_and_their_padding_is_not():
+def test_captions_have_an_effect_and_their_padding_has_none():
     net, x, t = unet(caption_channels=12), torch.randn(2, 4, 3, 8, 8), torch.tensor([100.0, 700.0])
     words, mask = torch.randn(2, 6, 12), torch.arange(6) < torch.tensor([[4], [6]])
     out = net(x, t, captions=words, caption_mask=mask)
@@ -50,7 +50,7 @@ def test_captions_are_heard_and_their_padding_is_not():
 
 
 @torch.no_grad()
-def test_a_pipeline_samples_with_it_and_keeps_it(tmp_path):
+def test_a_pipeline_samples_with_a_unet_and_saves_it(tmp_path):
     vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
     scheduler = STDiTScheduler("ddpm", betas="scaled_linear", learn_sigma=False, solver="ddim")
     pipe = STDiTPipeline(unet(2, in_channels=16), vae, scheduler, 5, 32, 32, objective="ddpm")
@@ -91,12 +91,12 @@ def test_without_a_learned_variance_ddpm_compares_the_noise_alone():
         (["data.packing=true", "data.sizes=[[5,64,64]]"], "data.packing=false"),
     ],
 )
-def test_what_a_unet_cannot_do_is_refused_when_the_config_is_read(overrides, message):
+def test_what_a_unet_does_not_support_is_refused_when_the_config_is_read(overrides, message):
     with pytest.raises(ValueError, match=message):
         load_typed(Config, "configs/video.yaml", ["model.network=unet", "objective.mask_strategy=shared", *overrides])
 
 
 @pytest.mark.parametrize(("changes", "message"), [({"channels": (8,)}, "two widths"), ({"causal": True}, "not causal")])
-def test_unets_that_make_no_sense_are_refused(changes, message):
+def test_invalid_unets_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         unet(**changes)

@@ -1,4 +1,4 @@
-"""Every way of conditioning and wiring, by the same rules: what its paper says of its start, an image as one frame, learning."""
+"""Every conditioning and trunk: the initialisation that its paper states, an image as one frame, and learning."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ VARIANTS = {
     },
     "U-Net": {"network": "unet", "channels": (16, 32)},
 }
-# Their papers: gates that begin at zero. The others begin as plain transformers (or convolutions) do.
+# In their papers gates are zero at first. The others are initialised like plain transformers (or convolutions).
 IDENTITY = {"adaLN-Zero", "adaLN-single", "adaLN-LoRA", "factorized", "captions", "MMDiT", "FLUX"}
 
 
@@ -82,7 +82,7 @@ def conditions_of(model, labels, words, rows=slice(None)):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
-def test_its_start_is_what_its_paper_says(name, shapes):
+def test_a_variant_is_initialised_as_its_paper_says(name, shapes):
     if name == "U-Net":
         pytest.skip("it has no blocks of a residual stream to pass through")
     _, latents, labels, words = shapes
@@ -100,7 +100,7 @@ def test_its_start_is_what_its_paper_says(name, shapes):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", VARIANTS)
-def test_one_frame_is_an_image(name, shapes):
+def test_one_frame_of_a_variant_is_an_image(name, shapes):
     _, latents, labels, words = shapes
     if name == "U-Net":
         video, image = build(name), build(name, sample_size=(1, 4, 4))
@@ -114,7 +114,7 @@ def test_one_frame_is_an_image(name, shapes):
     model = fill(build(name), 0.1).eval()
     prompt, t = conditions_of(model, labels, words, slice(2)), torch.tensor([100.0, 900.0])
     one = model(latents[:2, :, :1], t, conditions=prompt)
-    # Axes make no difference to one frame, nor does how time is told: an image carries no trace of it.
+    # Neither axes nor temporal position encodings have an effect on a single frame.
     how = {"MMDiT": "rope", "FLUX": "sincos+rope_3d", "factorized": "rope"}
     other = build(name, **({"position_encoding": how[name]} if name in how else {"axes": ["spatial"]}))
     other.load_state_dict(model.state_dict())
@@ -122,7 +122,7 @@ def test_one_frame_is_an_image(name, shapes):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_it_learns_moving_shapes_in_200_steps_and_samples(name, shapes):
+def test_a_variant_learns_moving_shapes_in_200_steps_and_samples(name, shapes):
     vae, latents, labels, words = shapes
     model, masked = build(name), name == "MDT v2"
     objective = build_objective(ObjectiveConfig(shift=2.0, mask_ratio=0.3 if masked else 0.0))

@@ -28,7 +28,7 @@ def test_an_image_is_a_one_frame_video(qk_norm):
     assert torch.equal(joint(x, ctx), spatial(x, ctx))
 
 
-def test_spatial_attention_keeps_frames_apart_and_temporal_attention_keeps_places_apart():
+def test_spatial_attention_separates_frames_and_temporal_attention_separates_patches():
     x, vector = torch.randn(1, 4, 6, 32), torch.randn(1, 1, 1, 32)
     changed = x.clone()
     changed[0, 2, 3] = torch.randn(32)

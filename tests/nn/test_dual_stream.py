@@ -1,4 +1,4 @@
-"""Against diffusers' own blocks of SD3 and FLUX, with their weights in ours."""
+"""Our dual-stream and single-stream blocks against diffusers' blocks of SD3 and FLUX, with the same weights."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def together(state: dict, *names: str) -> dict:
 
 @torch.no_grad()
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_a_dual_block_on_one_frame_is_sd3s(qk_norm):
+def test_a_dual_block_on_one_frame_equals_sd3s(qk_norm):
     theirs = fill(JointTransformerBlock(32, 4, 8, qk_norm="rms_norm" if qk_norm else None), 0.2).eval()
     state, ours = theirs.state_dict(), DualStreamBlock(BlockConfig(32, 4, qk_norm=qk_norm))
     moved = {
@@ -45,7 +45,7 @@ def test_a_dual_block_on_one_frame_is_sd3s(qk_norm):
 
 
 @torch.no_grad()
-def test_a_single_block_on_one_frame_is_fluxs():
+def test_a_single_block_on_one_frame_equals_fluxs():
     theirs = fill(FluxSingleTransformerBlock(32, 4, 8), 0.2).eval()
     state, ours = theirs.state_dict(), SingleStreamBlock(BlockConfig(32, 4, qk_norm=True))
     moved = {"adaLN_modulation.1": "norm.linear", "proj_mlp": "proj_mlp", "proj_out": "proj_out"}
@@ -80,11 +80,13 @@ def case(frames=3):
 
 @torch.no_grad()
 @pytest.mark.parametrize("entry", ["sincos", "rope_3d"])
-def test_frames_words_and_levels_are_heard_and_padding_is_not(entry):
+def test_frames_captions_and_levels_have_an_effect_and_padding_has_none(entry):
     video, ((x, t), words) = fill(model(position_encoding=entry, qk_norm=True), 0.1).eval(), case()
     out = video(x, t, **words)
     still = x[:, :, :1].expand_as(x)
-    assert not torch.allclose(*video(still, t, **words)[:, :, :2].unbind(2))  # time is known
+    assert not torch.allclose(
+        *video(still, t, **words)[:, :, :2].unbind(2)
+    )  # equal frames at different positions differ
     changed = {**words, "captions": words["captions"].clone()}
     changed["captions"][0, 4:] += 5
     torch.testing.assert_close(video(x, t, **changed), out, atol=1e-5, rtol=1e-5)
@@ -127,6 +129,6 @@ def test_gradient_checkpointing_changes_no_gradient():
         ({"trunk": "stack"}, "belongs to trunk='dual_stream'"),
     ],
 )
-def test_streams_that_make_no_sense_are_refused(changes, message):
+def test_invalid_dual_streams_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         model(**changes)

@@ -3,7 +3,7 @@ import torch
 from stdit.nn.embedders import TimestepEmbedder
 
 
-def test_a_thousand_timesteps_stay_a_thousand_in_bfloat16():
+def test_a_thousand_timesteps_have_different_embeddings_in_bfloat16():
     embedder = TimestepEmbedder(64).to(torch.bfloat16)
     seen = []
     embedder.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

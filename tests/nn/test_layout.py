@@ -29,7 +29,7 @@ def test_frame_by_frame_with_a_cache_equals_all_frames_at_once(axes, window, sin
     whole, parts, sizes = model(x, t, labels), [], []
     for i in range(6):
         frame = (x[:, :, i : i + 1], t[:, i : i + 1], labels)
-        parts.append(model(*frame, cache=cache))  # as often as a solver likes
+        parts.append(model(*frame, cache=cache))  # without writing, a frame can be called any number of times
         cache.writing = True
         model(*frame, cache=cache)
         cache.writing = False
@@ -42,7 +42,7 @@ def test_frame_by_frame_with_a_cache_equals_all_frames_at_once(axes, window, sin
 @pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"]], ids="-".join)
 @pytest.mark.parametrize(("window", "sink"), [(None, 0), (3, 0), (3, 1)])
 @torch.no_grad()
-def test_a_taught_frame_is_what_the_cache_of_clean_frames_before_it_gives(axes, window, sink):
+def test_teacher_forcing_equals_the_cache_of_the_clean_frames_before(axes, window, sink):
     model, (x, t, labels), cache = causal(axes, window, sink=sink), inputs(), FrameCache(window, sink)
     clean, level = torch.randn_like(x), torch.full((2, 6), 20.0)
     taught = model(x, t, labels, history=(clean, level))
@@ -56,7 +56,7 @@ def test_a_taught_frame_is_what_the_cache_of_clean_frames_before_it_gives(axes, 
 
 @pytest.mark.parametrize("axes", [["joint"], ["spatial", "temporal"]], ids="-".join)
 @torch.no_grad()
-def test_a_causal_model_sees_no_later_frame_and_none_before_its_window(axes):
+def test_a_causal_frame_attends_to_no_later_frame_and_none_before_its_window(axes):
     model, (x, t, labels) = causal(axes, 2), inputs()
     changed = x.clone()
     changed[:, :, 3] += 1
@@ -66,11 +66,11 @@ def test_a_causal_model_sees_no_later_frame_and_none_before_its_window(axes):
 
 
 @torch.no_grad()
-def test_a_sink_is_seen_for_ever_and_no_further_off_than_in_training():
+def test_frames_always_attend_to_the_sink_at_a_distance_of_training():
     model, (x, t, labels) = causal(["joint"], 2, sink=1, depth=1), inputs()
 
     def last(middle):
-        """The output for frame 5 behind frame 0, `middle` others, and frame 4."""
+        """The output for frame 5 after frame 0, the frames in `middle`, and frame 4."""
         cache = FrameCache(2, 1)
         cache.writing = True
         for i in [0, *middle, 4]:
@@ -80,12 +80,12 @@ def test_a_sink_is_seen_for_ever_and_no_further_off_than_in_training():
 
     long = last([1, 2, 3] * 30)
     torch.testing.assert_close(long, last([1, 2, 3]), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(last([1]), long, atol=1e-3)  # nearer than the horizon, distance counts
+    assert not torch.allclose(last([1]), long, atol=1e-3)  # within the trained length the distance matters
     x[:, :, 0] += 1
     assert not torch.allclose(last([1, 2, 3] * 30), long, atol=1e-3)
 
 
-def test_a_sink_that_was_not_learnt_or_would_not_be_exact_is_refused():
+def test_a_sink_that_was_not_trained_or_would_not_be_exact_is_refused():
     with pytest.raises(ValueError, match="sink \\+ window latent frames or more"):
         causal(["joint"], 4, sink=3)
     with pytest.raises(ValueError, match="set a window"):
@@ -98,7 +98,7 @@ def test_a_sink_that_was_not_learnt_or_would_not_be_exact_is_refused():
 
 
 @torch.no_grad()
-def test_squeezed_positions_leave_the_time_of_a_causal_model_alone():
+def test_interpolated_positions_do_not_change_the_time_of_a_causal_model():
     model, (x, t, labels), cache = causal(["joint"], 3, pos_scaling="interpolate"), inputs(), FrameCache(3)
     cache.writing = True
     parts = [model(x[:, :, i : i + 1], t[:, i : i + 1], labels, cache=cache) for i in range(6)]
@@ -106,7 +106,7 @@ def test_squeezed_positions_leave_the_time_of_a_causal_model_alone():
 
 
 @torch.no_grad()
-def test_rotary_time_knows_distances_only():
+def test_rotary_time_depends_on_distances_only():
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def turned(x, position):
@@ -121,7 +121,7 @@ def test_rotary_time_knows_distances_only():
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_packing_folds_and_unfolds_to_where_it_was(axis):
+def test_packed_tokens_fold_and_unfold_without_change(axis):
     packed = PackedLayout([(2, 2, 3), (1, 2, 2), (3, 1, 2)])
     tokens = torch.arange(12 + 4 + 6).float().view(1, 1, -1, 1)
     folded = packed.fold(tokens, axis)
@@ -140,13 +140,13 @@ def test_packing_folds_and_unfolds_to_where_it_was(axis):
         ({"pos_scaling": "interpolat"}, "Did you mean 'interpolate'"),
     ],
 )
-def test_causal_models_that_make_no_sense_are_refused(changes, message):
+def test_invalid_causal_models_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         STDiT(depth=2, hidden_size=32, num_heads=4, **changes)
 
 
 @torch.no_grad()
-def test_positions_interpolate_into_the_trained_grid_or_go_on_counting(tiny_model):
+def test_positions_are_interpolated_into_the_trained_grid_or_extrapolated(tiny_model):
     x, t = torch.randn(1, 4, 2, 8, 8), torch.zeros(1)
     extrapolating = tiny_model(sample_size=(2, 8, 8))
     interpolating = tiny_model(sample_size=(2, 8, 8), pos_scaling="interpolate")

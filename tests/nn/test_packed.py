@@ -34,7 +34,7 @@ def test_packed_equals_unpacked_in_loss_and_gradients(tiny_model, axes, entry):
         assert (gradients[0][name] - expected).norm() <= 1e-5 * expected.norm().clamp(min=1e-3), name
 
 
-def test_a_clip_in_a_pack_does_not_see_its_neighbours(tiny_model):
+def test_a_clip_in_a_pack_does_not_attend_to_the_others(tiny_model):
     model = tiny_model(axes=["spatial", "temporal"])
     latents, timesteps, labels = clips()
     before = model.packed(latents, timesteps, labels)
@@ -43,7 +43,7 @@ def test_a_clip_in_a_pack_does_not_see_its_neighbours(tiny_model):
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, False, True, True, True]
 
 
-def test_packs_of_models_that_cannot_are_refused(tiny_model):
+def test_packing_is_refused_by_models_that_do_not_support_it(tiny_model):
     latents, timesteps, labels = clips()
     for changes in ({"causal": True, "position_encoding": "rope"}, {"pos_scaling": "interpolate"}):
         with pytest.raises(ValueError, match="packed sequences take models with"):

@@ -5,14 +5,14 @@ from stdit.nn.positions import spatial_pos_embed, temporal_pos_embed
 
 
 def dit_table(dim: int, size: int) -> np.ndarray:
-    """The table of the DiT paper's code, written from its definition: first half x, second half y."""
+    """The table of DiT's code, from its definition: first half x, second half y."""
     omega = 1 / 10000 ** (np.arange(dim // 4) / (dim / 4))
     angles = np.arange(size)[:, None] * omega
     line = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     return np.concatenate([np.tile(line, (size, 1)), np.repeat(line, size, axis=0)], axis=1)
 
 
-def test_space_is_dits_table_on_a_square():
+def test_spatial_positions_equal_dits_table_on_a_square():
     np.testing.assert_allclose(spatial_pos_embed(4, 4, 16).numpy(), dit_table(16, 4), atol=1e-7)
 
 

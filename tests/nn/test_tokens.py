@@ -5,7 +5,7 @@ from stdit.nn.tokens import patchify, token_grid, unpatchify
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 2, 4), (1, 1, 1)])
-def test_patches_tile_the_latent_without_loss(patch):
+def test_patches_unfold_and_fold_without_loss(patch):
     x = torch.randn(2, 3, 4, 8, 8)
     tokens = patchify(x, patch)
     assert tokens.shape == (2, 4 // patch[0], 64 // (patch[1] * patch[2]), 3 * patch[0] * patch[1] * patch[2])
@@ -13,7 +13,7 @@ def test_patches_tile_the_latent_without_loss(patch):
     assert torch.equal(unpatchify(channels_last, patch, 8 // patch[1]), x)
 
 
-def test_embedding_a_patch_is_a_convolution_of_stride_and_kernel():
+def test_the_patch_embedding_equals_a_convolution():
     from stdit.nn.embedders import PatchEmbed
 
     embed = PatchEmbed((2, 2, 4), 3, 16)

@@ -1,4 +1,4 @@
-"""Each option of a task does what its name says, on a tiny random model; what it cannot do is refused before any work."""
+"""Each option of a task has its effect on a tiny random model, and invalid options are refused before any work."""
 
 import itertools
 
@@ -38,7 +38,7 @@ def clip(frames, count=1, height=32, width=32):
     return torch.rand(count, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)) * 2 - 1
 
 
-def test_history_guidance_leads_away_from_what_would_be_without_history():
+def test_history_guidance_leads_away_from_the_prediction_without_known_frames():
     objective = build_objective(ObjectiveConfig())
     x, noised_context = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 3, 4, 4)
     levels = torch.tensor([[0.0, 0.7, 0.7]])
@@ -88,7 +88,7 @@ def test_pixels_slightly_out_of_bounds_are_clamped_and_others_are_not():
     assert clamp_to_bounds(decoded, None) is decoded
 
 
-def test_arrangements_windows_and_overlap_reach_the_plan(make, monkeypatch):
+def test_arrangement_window_and_overlap_have_an_effect(make, monkeypatch):
     pipe, arranged, windows = make(), [], []
     make_schedule, window = windowed.make_schedule, windowed.next_window
 
@@ -109,7 +109,7 @@ def test_arrangements_windows_and_overlap_reach_the_plan(make, monkeypatch):
     assert [key for key, _ in itertools.groupby(windows)] == [(9, 5, 4), (9, 1, 4), (13, 5, 4)]
 
 
-def test_known_pixels_near_the_seam_fade_only_where_blending_is_asked_for(make):
+def test_known_pixels_near_the_seam_fade_only_with_blend(make):
     pipe = make()
     blended = pipe.extend(clip(5), after=4, blend=2, **FAST)
     changed = (blended[:, :, :5] != clip(5)).flatten(3).any(3)[0].any(0)
@@ -118,7 +118,7 @@ def test_known_pixels_near_the_seam_fade_only_where_blending_is_asked_for(make):
     assert (as_decoded[:, :, :5] != clip(5)).all(2).float().mean() > 0.9
 
 
-def test_tiles_bound_what_is_decoded_at_a_time_in_plain_clips_and_tasks(make, monkeypatch):
+def test_tiles_bound_the_size_that_is_decoded_at_once_for_clips_and_tasks(make, monkeypatch):
     pipe, sizes = make(), []
     decode = pipe.video_vae._decode
     monkeypatch.setattr(pipe.video_vae, "_decode", lambda z: sizes.append(tuple(z.shape[3:])) or decode(z))
@@ -141,7 +141,7 @@ def given_micro_conditions(pipe):
     return given
 
 
-def test_a_model_that_is_told_rate_length_and_size_is_told_those_of_the_clip(make):
+def test_micro_conditions_are_the_rate_length_and_size_of_the_clip(make):
     pipe = make(micro_conditions=["fps", "seconds", "height", "width"])
     given = given_micro_conditions(pipe)
     pipe.extend(clip(5, height=64), after=4, **FAST)
@@ -154,7 +154,7 @@ def test_a_model_that_is_told_rate_length_and_size_is_told_those_of_the_clip(mak
     assert given.pop()[0, 0] == 8
 
 
-def test_a_stream_is_told_its_rate(make):
+def test_a_stream_is_conditioned_on_its_frame_rate(make):
     pipe = make(causal=True, window=3, position_encoding="rope", micro_conditions=["fps"])
     given = given_micro_conditions(pipe)
     list(pipe.stream(clip(5), 8, num_inference_steps=1, precision="fp32", fps=4.0))
@@ -162,12 +162,12 @@ def test_a_stream_is_told_its_rate(make):
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
-def test_interpolated_clips_hold_the_frames_that_were_there(make, factor):
+def test_interpolated_clips_contain_the_original_frames(make, factor):
     made = make().interpolate(clip(5), factor, **FAST)
     assert torch.equal(made[:, :, ::factor], clip(5))
 
 
-def test_where_patches_of_other_sizes_stand_can_be_chosen_after_training(make):
+def test_pos_scaling_can_be_chosen_after_training(make):
     pipe = make(position_encoding="rope_3d")
     at = {}
     for positions in ("none", "interpolate"):
@@ -179,13 +179,13 @@ def test_where_patches_of_other_sizes_stand_can_be_chosen_after_training(make):
         pipe.transformer.set_pos_scaling("interpolated")
 
 
-def test_a_window_of_one_group_goes_forward(make):
+def test_windows_of_one_group_make_progress(make):
     assert torch.equal(make().extend(clip(5), after=16, window=5, **FAST)[:, :, :5], clip(5))
 
 
 @pytest.mark.parametrize("length", [9, 13, 17])
 @pytest.mark.parametrize("stride", [1, 4])
-def test_windows_come_to_an_end_whatever_is_known(length, stride):
+def test_windows_end_for_every_pattern_of_known_frames(length, stride):
     for frames, overlap in itertools.product((length, 25, 41), (1, 5, length - stride)):
         for begin, end in ((0, 5), (0, 1), (frames - 4, frames), (8, 12), (0, 0), (5, frames)):
             open_frames = torch.ones(frames, dtype=torch.bool)
@@ -216,7 +216,7 @@ def test_windows_come_to_an_end_whatever_is_known(length, stride):
         (lambda p: p.extend(clip(5), after=4, guidance_interval=(0.9, 0.1)), r"0 <= low <= high, got \(0.9, 0.1\)"),
     ],
 )
-def test_choices_that_make_no_sense_are_refused_before_the_model_runs(make, call, message):
+def test_invalid_options_are_refused_before_the_model_runs(make, call, message):
     pipe = make()
     pipe.transformer.forward = None
     with pytest.raises(ValueError, match=message) as error:
@@ -233,7 +233,7 @@ def test_choices_that_make_no_sense_are_refused_before_the_model_runs(make, call
         ({"guidance_interval": (0.0, 0.5)}, "leave out guidance_interval"),
     ],
 )
-def test_a_causal_model_refuses_what_a_stream_cannot_do(make, option, message):
+def test_a_causal_model_refuses_options_that_a_stream_does_not_support(make, option, message):
     with pytest.raises(ValueError, match=message):
         make(causal=True, window=3, position_encoding="rope").extend(clip(5), after=4, **option, **FAST)
 
@@ -243,7 +243,7 @@ def test_a_causal_model_without_a_window_warns_beyond_its_length(make):
         make(causal=True, position_encoding="rope").extend(clip(5), after=8, **FAST)
 
 
-def test_a_model_of_levels_by_frame_takes_masks_of_whole_frames_and_refuses_others(make):
+def test_a_model_without_per_patch_levels_accepts_masks_of_whole_frames_only(make):
     pipe = make(conditioning="in_context")
     last = torch.zeros(5, 32, 32, dtype=torch.bool)
     last[1:] = True
@@ -263,7 +263,7 @@ def test_a_model_of_levels_by_frame_takes_masks_of_whole_frames_and_refuses_othe
         (["prefix", "ends"], lambda p: p.inpaint(clip(5), torch.ones(32, 32, dtype=torch.bool).tril(), **FAST)),
     ],
 )
-def test_a_model_warns_of_known_frames_where_it_saw_none(make, schemes, call):
+def test_a_model_warns_of_known_frames_where_training_had_none(make, schemes, call):
     with pytest.warns(
         UserWarning, match=f"trained with objective.mask_strategy={', '.join(schemes)} but never with known"
     ) as said:
@@ -282,6 +282,6 @@ def test_a_model_does_not_warn_of_what_it_was_trained_for(make):
     make(schemes=["teacher_forcing"], causal=True, window=3, position_encoding="rope").extend(clip(5), after=4, **FAST)
 
 
-def test_guidance_toward_history_says_when_there_is_none(make):
+def test_history_guidance_without_known_frames_warns(make):
     with pytest.warns(UserWarning, match="history_guidance=2.0 has no effect without known frames"):
         make().edit(clip(5), 0.5, history_guidance=2.0, **FAST)

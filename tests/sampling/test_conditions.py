@@ -1,4 +1,4 @@
-"""Conditions on their way through a pipeline: of clips, per latent frame, and those that follow from the clip."""
+"""Conditions of a pipeline's calls: per clip, per latent frame, and those that follow from the clip."""
 
 import pytest
 import torch
@@ -82,12 +82,12 @@ def test_conditions_that_a_model_does_not_have_are_refused(make, call, message):
     assert "\n" not in str(error.value)
 
 
-def test_what_follows_from_the_clip_cannot_be_given(make):
+def test_conditions_that_follow_from_the_clip_cannot_be_given(make):
     with pytest.raises(ValueError, match="micro_conditions follow from the clip to generate and from fps"):
         make(micro_conditions=["fps"]).extend(clip(5), after=4, micro_conditions=[[8.0]], **FAST)
 
 
-def test_a_stream_refuses_at_the_call_what_it_has_no_use_for(make):
+def test_a_stream_refuses_unused_options_at_the_call(make):
     pipe = make(causal=True, window=3, position_encoding="rope")
     with pytest.raises(ValueError, match="a stream takes no window and no blend; leave them out, or use extend"):
         pipe.stream(clip(5), 4, window=9, blend=1)
@@ -96,7 +96,7 @@ def test_a_stream_refuses_at_the_call_what_it_has_no_use_for(make):
     assert not make().can_stream(clip(5))
 
 
-def test_size_and_rate_hold_for_every_clip_of_a_batch_under_guidance(make):
+def test_size_and_rate_condition_every_clip_of_a_batch_under_guidance(make):
     pipe = make(micro_conditions=["fps", "height"])
     given = []
     pipe.transformer.register_forward_pre_hook(lambda _, a, k: given.append(k["micro_conditions"]), with_kwargs=True)

@@ -1,4 +1,4 @@
-"""Options validate themselves, make the command-line flags, and load without torch."""
+"""Sampling options validate themselves, define the command-line flags, and load without torch."""
 
 import argparse
 import dataclasses
@@ -33,12 +33,12 @@ def test_options_and_labels_import_neither_torch_nor_diffusers_nor_accelerate():
     assert done.stdout.strip() == "[]"
 
 
-def test_names_are_those_of_the_tables():
+def test_names_of_options_are_those_of_the_tables():
     assert get_args(options.Arrangement) == tuple(ARRANGEMENTS)
     assert get_args(options.Precision) == get_args(Precision)
 
 
-def test_no_flags_are_the_defaults_and_each_flag_reaches_its_field():
+def test_without_flags_options_have_their_defaults_and_each_flag_sets_its_field():
     assert parse() == SamplingOptions()
     given = parse(
         *[
@@ -136,7 +136,7 @@ def test_keywords_change_given_options_and_an_unknown_one_names_the_nearest():
 
 
 @pytest.mark.parametrize(("arrangement", "name"), [("autoregressive", "chunk_size"), ("pyramid", "stagger")])
-def test_every_is_read_as_the_option_of_the_arrangement_with_one_warning(arrangement, name, monkeypatch):
+def test_the_old_option_every_sets_the_option_of_the_arrangement_with_one_warning(arrangement, name, monkeypatch):
     monkeypatch.setattr(legacy, "_warned", set())
     with pytest.warns(UserWarning, match=f"'every' is now called '{name}'"):
         given = make_options(None, {"every": 2, "arrangement": arrangement})

@@ -29,7 +29,7 @@ def sample(pipe, labels=(0, 2), **options):
 
 @pytest.mark.parametrize("objective", ["flow", "ddpm"])
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 32, 32), (9, 16, 48), (5, 32, 32)])
-def test_any_size_the_vae_and_patch_hold_can_be_sampled(make, objective, frames, height, width):
+def test_any_size_that_vae_and_patch_support_can_be_sampled(make, objective, frames, height, width):
     clips = sample(make(objective), num_frames=frames, height=height, width=width)
     assert clips.shape == (2, 3, frames, height, width)
     assert torch.isfinite(clips).all()
@@ -37,7 +37,7 @@ def test_any_size_the_vae_and_patch_hold_can_be_sampled(make, objective, frames,
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ddim", "ddpm"])
-def test_a_clip_depends_on_its_seed_and_place_not_on_its_neighbours(make, solver):
+def test_a_clip_depends_on_seed_and_index_and_not_on_its_batch(make, solver):
     pipe = make("ddpm")
     together = sample(pipe, (0, 1, 2), solver=solver)
     alone = sample(pipe, (0, 1, 2), solver=solver, batch_size=1)
@@ -127,7 +127,7 @@ def test_diffusers_euler_on_the_same_levels_gives_our_clip(make):
     torch.testing.assert_close(sample(pipe, num_inference_steps=8), ours, atol=2e-3, rtol=1e-2)
 
 
-def test_a_solver_asked_for_by_name_takes_the_place_of_the_folders_scheduler(make):
+def test_a_named_solver_replaces_the_scheduler_of_the_folder(make):
     theirs = make("ddpm", diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False))
     with pytest.raises(ValueError, match="'ddim50' is for stdit's solvers, but this model has scheduler DDIMScheduler"):
         sample(theirs, num_inference_steps="ddim50")
@@ -138,7 +138,7 @@ def test_a_solver_asked_for_by_name_takes_the_place_of_the_folders_scheduler(mak
         sample(make(), num_inference_steps="ddim10")
 
 
-def test_class_names_that_are_lists_answer_to_each_name(make):
+def test_class_names_that_are_lists_match_each_name(make):
     pipe = make(class_names=["tench, Tinca tinca", "goldfish", "shark"])
     assert pipe.labels(["Tinca tinca", "tench, Tinca tinca", "shark"]).tolist() == [0, 0, 2]
 

@@ -1,4 +1,4 @@
-"""The room of sampling: no circle of imports, and warnings that point at the caller."""
+"""The package stdit.sampling: no circular imports, and warnings that point at the caller."""
 
 import ast
 import warnings
@@ -21,7 +21,7 @@ FAST = {"num_inference_steps": 1, "progress": False, "precision": "fp32"}
 
 
 def imported(path: Path) -> set[str]:
-    """Files of the room that a file imports anywhere in its text, under TYPE_CHECKING too."""
+    """The files of the package that a file imports, also in functions and under TYPE_CHECKING."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stdit.sampling"):
@@ -67,7 +67,7 @@ def test_warnings_point_at_the_line_of_the_caller(pipe, call):
     assert [(one.filename, one.lineno) for one in caught] == [(__file__, call.__code__.co_firstlineno)]
 
 
-def test_the_old_names_of_the_sampler_are_the_class_that_generation_calls(pipe, monkeypatch):
+def test_the_old_names_of_the_sampler_are_the_current_class(pipe, monkeypatch):
     import stdit.sampling.sampler as old
 
     assert old.Sampler is WindowedSampler

@@ -14,7 +14,7 @@ SPREAD = 0.5  # data is normal with this standard deviation: the ideal network i
 
 
 def ideal(path):
-    """The best prediction when data is N(0, SPREAD^2)."""
+    """The best prediction for data with the distribution N(0, SPREAD^2)."""
 
     def predict(x, levels):
         alpha, sigma = path.alpha_sigma(like(levels, x).double())
@@ -48,7 +48,7 @@ def test_heun_is_of_second_order_and_euler_of_first():
 
 
 class AdamsBashforth(Solver):
-    """Second order with one call per step: the velocity before is remembered, per frame with the step that it was of."""
+    """Second order with one call per step; it keeps the previous velocity, and per frame the size of the previous step."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -82,7 +82,7 @@ def test_a_multistep_solver_is_one_class_and_one_row_and_of_second_order(monkeyp
         end = solve(Schedule(noise, torch.stack([early, late], 1)), predict, path, "ab2")
         return float((end - noise * math.exp(2)).abs().max())
 
-    for delay in (0, 7):  # of frames that begin at different steps, too
+    for delay in (0, 7):  # also for frames that begin at different steps
         assert math.log2(error(40, delay) / error(80, delay)) == pytest.approx(2, abs=0.2)
     known = Schedule(noise, make_schedule(path.schedule(5).double(), torch.tensor([False, True])))
     assert torch.equal(solve(known, predict, path, "ab2")[:, :, 0], noise[:, :, 0])
@@ -90,7 +90,7 @@ def test_a_multistep_solver_is_one_class_and_one_row_and_of_second_order(monkeyp
     assert torch.equal(first, again)
 
 
-def test_ddim_and_euler_are_one_method_in_two_notations():
+def test_ddim_and_euler_give_equal_results():
     noise = torch.randn(1, 2, 3, 4, 4, dtype=torch.float64)
     for path in (FlowPath(), DDPMPath()):
         ends = [solve(from_noise(noise, path.schedule(10).double()), ideal(path), path, s) for s in ("ddim", "euler")]
@@ -121,7 +121,7 @@ def test_known_frames_never_move_by_a_bit(path, solver):
     assert not torch.equal(end[:, :, 1], x[:, :, 1])
 
 
-def test_frames_at_their_own_levels_go_the_way_they_would_go_alone():
+def test_frames_at_different_levels_are_solved_as_each_alone():
     path, noise = FlowPath(), torch.randn(1, 1, 2, 4, 4, dtype=torch.float64)
     fast = torch.cat([torch.linspace(1, 0, 11), torch.zeros(5)])
     slow = torch.cat([torch.ones(5), torch.linspace(1, 0, 11)])
@@ -131,7 +131,7 @@ def test_frames_at_their_own_levels_go_the_way_they_would_go_alone():
         torch.testing.assert_close(both[:, :, frame : frame + 1], alone)
 
 
-def test_a_plan_that_rises_or_does_not_end_clean_is_a_defect():
+def test_a_schedule_that_rises_or_does_not_end_at_0_is_an_error():
     x = torch.zeros(1, 1, 1, 2, 2)
     check(Schedule(x, torch.tensor([[1.0], [0.5], [0.0]])))
     for column in ([1.0, 0.5], [0.5, 1.0, 0.0]):

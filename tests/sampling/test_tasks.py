@@ -1,4 +1,4 @@
-"""Every task on a tiny random model: what is known comes back, at whatever place, and what cannot be is refused."""
+"""Every task on a tiny random model: known frames are unchanged at any position, and impossible tasks are refused."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def clip(frames, count=2, height=32, width=32):
 
 
 @pytest.mark.parametrize("objective", ["flow", "ddpm"])
-def test_every_task_returns_the_whole_clip_with_known_frames_as_they_came_in(make, objective):
+def test_every_task_returns_the_whole_clip_with_unchanged_known_frames(make, objective):
     pipe, five, nine = make(objective), clip(5), clip(9)
     after = pipe.extend(five, after=4, **FAST)
     assert after.shape == (2, 3, 9, 32, 32)
@@ -73,7 +73,7 @@ def test_every_task_returns_the_whole_clip_with_known_frames_as_they_came_in(mak
     assert changes[0] != changes[1]
 
 
-def test_images_connect_by_any_gap_that_fits(make):
+def test_images_can_be_connected_by_any_gap_that_fits(make):
     pipe, first, last = make(), clip(1)[:, :, 0], clip(2)[:, :, 0]
     joined = pipe.connect(first, last, frames=7, **FAST)
     assert torch.equal(joined[:, :, 0], first)
@@ -81,9 +81,7 @@ def test_images_connect_by_any_gap_that_fits(make):
 
 
 @pytest.mark.parametrize(("head", "gap", "tail"), [(1, 15, 1), (1, 16, 1), (5, 12, 2), (5, 13, 5), (5, 8, 4)])
-def test_a_goal_that_fills_no_group_stands_still_until_the_window_that_closes_the_gap_sees_one(
-    make, monkeypatch, head, gap, tail
-):
+def test_known_frames_that_fill_no_group_at_the_end_of_a_gap_are_repeated(make, monkeypatch, head, gap, tail):
     windows, look = [], WindowedSampler.fill_window
 
     def spy(self, canvas, *rest):
@@ -104,10 +102,10 @@ def test_a_goal_that_fills_no_group_stands_still_until_the_window_that_closes_th
         assert torch.equal(closing.pixels[:, :, -1], given[:, :, -1])
     windows.clear()
     pipe.fill(Canvas(given, mask), window=25, **FAST)
-    assert len(windows) == 1  # what stands still is in one window with the rest, where that is long enough
+    assert len(windows) == 1  # a window that is long enough contains the repeated frames and all others
 
 
-def test_what_is_led_up_to_from_nothing_does_not_stand_still(make):
+def test_canvases_without_a_partly_known_group_at_the_end_are_not_padded(make):
     vae = make().video_vae
     for canvas in (
         tasks.extend(clip(1), 0, 8, vae),
@@ -120,7 +118,7 @@ def test_what_is_led_up_to_from_nothing_does_not_stand_still(make):
 
 
 @pytest.mark.parametrize(("head", "gap", "tail"), [(2, 4, 0), (3, 14, 0), (4, 16, 0), (2, 12, 3), (4, 8, 1)])
-def test_of_a_clip_shorter_than_a_group_the_model_sees_every_frame(make, head, gap, tail):
+def test_a_model_gets_every_frame_of_a_clip_shorter_than_a_group(make, head, gap, tail):
     pipe, given = make(), clip(head + gap + tail)
     mask = torch.zeros(head + gap + tail, 1, 1, dtype=torch.bool)
     mask[head : head + gap] = True
@@ -141,7 +139,7 @@ def test_an_overlap_that_a_short_clip_does_not_need_is_no_error(make):
 
 
 @pytest.mark.parametrize("length", [7, 8, 9, 17])
-def test_a_loop_leads_to_a_whole_group_of_the_clip_itself(make, length):
+def test_a_loop_ends_at_a_whole_group_of_the_clip_itself(make, length):
     vae = make().video_vae
     canvas = tasks.loop(clip(length), 4, vae)
     latent_mask, _ = latent_masks(canvas.mask, vae, (1, 1, 1))
@@ -150,7 +148,7 @@ def test_a_loop_leads_to_a_whole_group_of_the_clip_itself(make, length):
 
 
 @pytest.mark.parametrize("arrangement", ["autoregressive", "pyramid"])
-def test_every_arrangement_and_guidance_toward_history_runs(make, arrangement):
+def test_every_arrangement_works_with_history_guidance(make, arrangement):
     made = make().extend(clip(5), after=4, class_labels="a", arrangement=arrangement, history_guidance=2.0, **FAST)
     assert torch.isfinite(made).all()
 
@@ -172,7 +170,7 @@ def test_known_latents_are_bit_equal_from_encoding_to_the_end(make, known, monke
 
 
 @torch.no_grad()
-def test_a_run_inside_a_clip_does_not_depend_on_what_came_before_it():
+def test_a_known_segment_inside_a_clip_does_not_depend_on_earlier_frames():
     vae, pixels = load_vae("tiny"), clip(17)
     changed = pixels.clone()
     changed[:, :, :9] = 0
@@ -183,8 +181,8 @@ def test_a_run_inside_a_clip_does_not_depend_on_what_came_before_it():
 
 @torch.no_grad()
 @pytest.mark.parametrize("known", [slice(0, 5), slice(5, 9), slice(9, 13), slice(13, 17)], ids=str)
-def test_known_frames_survive_encode_place_decode_wherever_they_stand(known):
-    """Against a round trip of the whole clip, frames known alone lose less than 1.5 dB in place."""
+def test_known_frames_survive_encoding_and_decoding_at_any_position(known):
+    """Compared with encoding the whole clip, known frames alone lose less than 1.5 dB."""
     vae = load_vae("tiny")
     drawn = torch.stack([torch.from_numpy(draw(random_clip(keyed_rng("sample", 9, i), i))) for i in range(12)])
     pixels = drawn.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
@@ -197,7 +195,7 @@ def test_known_frames_survive_encode_place_decode_wherever_they_stand(known):
     assert errors[0] - errors[1] < 1.5
 
 
-def test_a_patch_is_known_when_all_its_pixels_are():
+def test_a_patch_is_known_if_all_its_pixels_are():
     vae = TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))
     mask = torch.zeros(9, 32, 48, dtype=torch.bool)
     mask[3, 17, 20] = True  # one pixel of frame 3: group 1, patch row 1 of 2, column 1 of 3
@@ -214,7 +212,7 @@ def test_a_patch_is_known_when_all_its_pixels_are():
     assert boundary_mask.flatten().tolist() == [False, False, True]
 
 
-def test_blending_leaves_what_is_made_and_fades_over_what_is_known():
+def test_blending_keeps_generated_pixels_and_fades_over_known_ones():
     mask = torch.zeros(6, 1, 1, dtype=torch.bool)
     mask[4:] = True
     out = paste(torch.ones(1, 3, 6, 2, 2), torch.zeros(1, 3, 6, 2, 2), mask, blend=2)
@@ -225,7 +223,7 @@ def test_blending_leaves_what_is_made_and_fades_over_what_is_known():
     ("frames", "known"),
     [(33, range(5)), (33, range(29, 33)), (41, [*range(5), *range(33, 41)]), (25, range(0, 25, 2)), (29, [])],
 )
-def test_windows_fill_every_frame_and_see_known_ones_in_whole_groups(frames, known):
+def test_windows_generate_every_frame_and_contain_known_frames_in_whole_groups(frames, known):
     open_frames = torch.ones(frames, dtype=torch.bool)
     open_frames[list(known)] = False
     for _ in range(60):
@@ -242,17 +240,17 @@ def test_windows_fill_every_frame_and_see_known_ones_in_whole_groups(frames, kno
 
 
 @pytest.mark.parametrize("gap", [16, 20, 24, 28])
-def test_a_gap_is_closed_by_a_window_that_sees_what_follows_and_has_all_the_room_it_can(gap):
+def test_a_gap_is_closed_by_the_largest_possible_window_with_both_ends(gap):
     open_frames = torch.zeros(5 + gap + 8, dtype=torch.bool)
     open_frames[5 : 5 + gap] = True
     while (window := next_window(open_frames, 17, overlap=5, stride=4)) is not None:
         if window.keep_to >= 5 + gap:
             assert window.end >= 5 + gap + 4
-            assert int(open_frames.sum()) == 17 - 1 - 4  # beside one frame before it and a group behind
+            assert int(open_frames.sum()) == 17 - 1 - 4  # besides one frame before the gap and a group after it
         open_frames[window.keep_from : window.keep_to] = False
 
 
-def test_long_clips_are_made_window_by_window_and_known_frames_stay(make):
+def test_long_clips_are_sampled_window_by_window_and_known_frames_stay(make):
     made = make().extend(clip(5), after=20, **FAST)
     assert made.shape[2] == 25
     assert torch.equal(made[:, :, :5], clip(5))
@@ -260,7 +258,7 @@ def test_long_clips_are_made_window_by_window_and_known_frames_stay(make):
 
 
 @pytest.mark.parametrize("frames", [2, 6, 7, 12, 16])
-def test_clips_of_any_length_are_filled_up_and_cut(make, frames):
+def test_clips_of_any_length_are_padded_and_cut(make, frames):
     pipe, given = make(), clip(frames)
     assert pipe.edit(given, 0.5, **FAST).shape == given.shape
     longer = pipe.extend(given, after=8, **FAST)
@@ -275,7 +273,7 @@ def causal(make):
     return make(causal=True, window=3, position_encoding="rope", axes=["joint"])
 
 
-def test_a_causal_model_streams_what_extend_gives_in_constant_memory(make):
+def test_a_stream_equals_extend_in_constant_memory(make):
     pipe = causal(make)
     whole = pipe.extend(clip(5), after=24, class_labels="a", **FAST)
     parts = list(pipe.stream(clip(5), 24, class_labels="a", num_inference_steps=2, precision="fp32"))
@@ -284,7 +282,7 @@ def test_a_causal_model_streams_what_extend_gives_in_constant_memory(make):
     assert torch.equal(whole[:, :, :5], clip(5))
 
 
-def test_a_causal_model_cannot_see_what_follows_and_says_so(make):
+def test_a_causal_model_refuses_later_known_frames(make):
     for call in (lambda p: p.extend(clip(4), before=5, **FAST), lambda p: p.connect(clip(5), clip(4), 4, **FAST)):
         with pytest.raises(ValueError, match="this model is causal: it cannot attend"):
             call(causal(make))
@@ -292,14 +290,14 @@ def test_a_causal_model_cannot_see_what_follows_and_says_so(make):
         next(make().stream(clip(5), 4))
 
 
-def test_models_never_trained_for_known_frames_warn_with_what_they_were_trained_for(make):
+def test_models_not_trained_with_known_frames_warn_and_name_their_mask_strategy(make):
     with pytest.warns(
         UserWarning, match=r"trained with objective.mask_strategy=shared .* train with objective.mask_strategy=mixed"
     ):
         make(schemes=["shared"]).extend(clip(5), after=4, **FAST)
 
 
-def test_outpainting_keeps_the_picture_in_the_middle(make):
+def test_outpainting_keeps_the_image_in_the_middle(make):
     pixels, mask = outpaint_canvas(clip(5), 32, 64)
     made = make().inpaint(pixels, mask, **FAST)
     assert made.shape == (2, 3, 5, 32, 64)
@@ -341,13 +339,13 @@ def test_outpainting_keeps_the_picture_in_the_middle(make):
         (lambda p: outpaint_canvas(clip(5), 32, 32), "leaves no room around"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(make, call, message):
+def test_impossible_tasks_are_refused_in_one_line(make, call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(make())
     assert "\n" not in str(error.value)
 
 
-def test_a_diffusers_scheduler_does_plain_clips_and_leaves_tasks_to_ours(make):
+def test_a_diffusers_scheduler_samples_clips_and_refuses_tasks(make):
     import diffusers
 
     pipe = make()

@@ -1,4 +1,4 @@
-"""Every row of the family from a config: tools/train.py trains it, resumes it, and tools/sample_video.py samples it."""
+"""Every trunk and conditioning from a config: it trains, resumes and samples."""
 
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def test_a_config_trains_resumes_and_samples(name, tmp_path, monkeypatch):
             assert (len(reader), reader.size) == (5, (32, 32))
 
 
-def test_captions_need_a_data_set_that_has_them_and_a_model_that_knows_them(tmp_path, monkeypatch, capsys):
+def test_captions_need_data_with_captions_and_a_model_with_captions(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("t.yaml").write_text(TINY)
     assert train.run(["t.yaml"]) == 0
@@ -66,7 +66,7 @@ def test_captions_need_a_data_set_that_has_them_and_a_model_that_knows_them(tmp_
     assert code == 1 and "has a caption; give a manifest" in capsys.readouterr().err
 
 
-def test_clips_are_measured_against_clips_and_captions_are_judged(tmp_path, monkeypatch, capsys):
+def test_clips_are_compared_with_clips_and_captions_are_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("t.yaml").write_text(TINY)
     assert train.run(["t.yaml", *FAMILY["captions"]]) == 0
@@ -82,13 +82,13 @@ def test_clips_are_measured_against_clips_and_captions_are_judged(tmp_path, monk
     assert "SSIM: 1.0000" in said and "Fréchet distance: 0.0000" in said.replace("-0.0000", "0.0000")
     assert evaluate.main(["--input", "s0", "--reference", "s1", "--frames", "5", "--size", "32"]) == 0
     assert evaluate.main(["--reference", "s1", "--clips", "4", "--steps", "1", "--frames", "5", "--size", "32"]) == 0
-    with pytest.raises(ValueError, match="name both"):
+    with pytest.raises(ValueError, match="give both"):
         evaluate.main(["--paired"])
     with pytest.raises(ValueError, match="not a colour and a shape"):
         evaluate.main(["--captions", "red cat"])
 
 
-def test_shapes_leave_out_the_pairs_they_are_told_to(tmp_path, monkeypatch):
+def test_make_shapes_leaves_out_the_given_pairs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from stdit.data.manifest import read_manifest
     from stdit.recipes import make_shapes

@@ -43,12 +43,12 @@ def test_what_is_saved_is_loaded(folder):
     assert torch.equal(checkpoint.tensors["model"]["w"], torch.full((1000,), 3.0))
 
 
-def test_no_folder_and_an_empty_one_hold_no_checkpoint(tmp_path):
+def test_a_missing_and_an_empty_folder_have_no_checkpoint(tmp_path):
     assert load_checkpoint(tmp_path / "none") is None
     assert load_checkpoint(tmp_path) is None
 
 
-def test_the_newest_two_are_kept_by_step_not_by_clock(tmp_path):
+def test_the_two_newest_checkpoints_by_step_are_kept(tmp_path):
     for step in (9, 10, 11):
         save_checkpoint(tmp_path, step, state(step), {}, keep=1)
         os.utime(tmp_path / f"step-{step}", (1e9 - step, 1e9 - step))
@@ -56,7 +56,7 @@ def test_the_newest_two_are_kept_by_step_not_by_clock(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "remove", "no_manifest", "manifest_not_json"])
-def test_a_damaged_checkpoint_is_found_and_the_one_before_it_taken(folder, harm, capsys):
+def test_a_damaged_checkpoint_is_detected_and_the_previous_one_is_loaded(folder, harm, capsys):
     weights, manifest = folder / "step-3" / "model.safetensors", folder / "step-3" / "MANIFEST.json"
     data = bytearray(weights.read_bytes())
     if harm == "flip":
@@ -88,7 +88,7 @@ def test_every_single_flipped_byte_is_found(folder):
     assert damage(folder / "step-3") is None
 
 
-def test_when_all_are_damaged_nothing_starts_afresh_silently(folder):
+def test_damage_to_all_checkpoints_is_an_error(folder):
     for path in folder.iterdir():
         (path / "MANIFEST.json").unlink()
     with pytest.raises(ValueError, match=r"No undamaged checkpoint .*step-3.*step-2.*step-1.*train.resume=never"):
@@ -129,7 +129,7 @@ def test_fifty_kills_while_writing_lose_no_saved_step(tmp_path):
         last = checkpoint.step if checkpoint else 0
 
 
-def test_a_full_disk_leaves_earlier_checkpoints_and_says_what_is_needed(folder):
+def test_a_full_disk_keeps_earlier_checkpoints_and_the_error_names_the_space_needed(folder):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_says_what_is_needed(folder):
     assert load_checkpoint(folder).step == 4
 
 
-def test_files_are_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+def test_files_are_synced_before_the_checkpoint_is_renamed(tmp_path, monkeypatch):
     calls = []
     fsync, rename = os.fsync, os.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
@@ -160,7 +160,7 @@ def test_files_are_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon])
-def test_an_optimizer_goes_on_where_it_stopped(kind, tmp_path):
+def test_an_optimizer_is_restored_exactly(kind, tmp_path):
     def steps(weight, optimizer, first, last):
         for i in range(first, last):
             weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
@@ -180,7 +180,7 @@ def test_an_optimizer_goes_on_where_it_stopped(kind, tmp_path):
     assert torch.equal(whole, half)
 
 
-def test_a_key_that_came_later_counts_as_its_default(tmp_path, monkeypatch):
+def test_a_config_key_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     now, folders = to_plain(Config()), RunFolders("old")
     old = copy.deepcopy(now)
@@ -193,7 +193,7 @@ def test_a_key_that_came_later_counts_as_its_default(tmp_path, monkeypatch):
         find_checkpoint(config, folders, now, to_plain(Config()))
 
 
-def test_shares_are_compared_as_they_count(tmp_path, monkeypatch):
+def test_mask_probs_are_compared_by_their_normalised_values(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders, defaults = RunFolders("old"), to_plain(Config())
 
@@ -207,10 +207,10 @@ def test_shares_are_compared_as_they_count(tmp_path, monkeypatch):
         now["objective"] |= {"mask_strategy": scheme, "mask_probs": {**defaults["objective"]["mask_probs"], **shares}}
         return find_checkpoint(TrainConfig(), folders, now, defaults)
 
-    saved("shared", {"shared": 0.5, "prefix": 0.5})  # the defaults of another day, which no step took
+    saved("shared", {"shared": 0.5, "prefix": 0.5})  # mask_probs have no effect with mask_strategy=shared
     assert found("shared", {}) is not None
     none = dict.fromkeys(defaults["objective"]["mask_probs"], 0.0)
-    saved("mixed", {"shared": 1.0, "prefix": 3.0})  # before there was `motion`
+    saved("mixed", {"shared": 1.0, "prefix": 3.0})  # a checkpoint older than the strategy `motion`
     assert found("mixed", {**none, "shared": 0.25, "prefix": 0.75}) is not None
     with pytest.raises(ValueError, match=r"objective\.mask_probs\.motion"):
         found("mixed", {**none, "shared": 0.25, "prefix": 0.75, "motion": 0.1})
@@ -242,7 +242,7 @@ def test_a_damaged_record_of_metrics_stops_no_run(tmp_path, damage):
     assert steps[-1] == 3 and steps == sorted(set(steps))
 
 
-def test_damaged_newer_checkpoints_do_not_push_out_the_last_whole_one(tmp_path):
+def test_damaged_newer_checkpoints_do_not_replace_the_last_intact_one(tmp_path):
     for step in (100, 200, 300):
         save_checkpoint(tmp_path, step, {"model": {"w": torch.full((10,), float(step))}}, {}, keep=3)
     for step in (200, 300):
@@ -255,7 +255,7 @@ def test_damaged_newer_checkpoints_do_not_push_out_the_last_whole_one(tmp_path):
     assert load_checkpoint(tmp_path).step == 150
 
 
-def test_a_checkpoint_with_a_number_that_is_not_finite_is_passed_over(tmp_path):
+def test_a_checkpoint_with_non_finite_numbers_is_skipped(tmp_path):
     from safetensors.torch import save_file
 
     for step in (1, 2):

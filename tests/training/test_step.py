@@ -1,4 +1,4 @@
-"""One training step: what is known is encoded as a task can encode it, and the loss counts on the rest."""
+"""A training step: known frames are encoded as in sampling, and the loss is on all others."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def losses(scheme, model, latents=None, restarted=lambda starts: torch.zeros(int
 
 
 def known_pixels(timestep, like):
-    """Where a model of patches of 2 x 2 is told level 0: (B, 1, T, h, w)."""
+    """The pixels of latents whose patch of 2 x 2 is at level 0: (B, 1, T, h, w), bool."""
     known = timestep == 0
     if known.ndim == 3:
         known = known.unflatten(2, (2, 2)).repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -30,7 +30,7 @@ def known_pixels(timestep, like):
 
 
 @pytest.mark.parametrize("scheme", KNOWING)
-def test_what_a_model_says_of_known_frames_changes_no_loss(scheme):
+def test_predictions_for_known_frames_change_no_loss(scheme):
     def says(value):
         return lambda x, timestep, conditions: torch.where(known_pixels(timestep, x), value, 0.1 * x)
 
@@ -40,14 +40,14 @@ def test_what_a_model_says_of_known_frames_changes_no_loss(scheme):
 
 
 @pytest.mark.parametrize("scheme", KNOWING)
-def test_the_loss_is_the_mean_of_what_is_to_be_predicted_of_each_frame(scheme):
+def test_the_loss_is_the_mean_over_the_predicted_part_of_each_frame(scheme):
     seen = {}
 
     def silent(x, timestep, conditions):
         seen.update(x=x, known=known_pixels(timestep, x))
         return torch.zeros_like(x)
 
-    def exact(x, timestep, conditions):  # of a clip that is 0 everywhere, the noise is what is left
+    def exact(x, timestep, conditions):  # for clips of zeros the exact prediction follows from the noise
         level = (timestep if timestep.ndim == 2 else timestep.unflatten(2, (2, 2))) / 1000
         if level.ndim == 4:
             level = level.repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -65,7 +65,7 @@ def test_the_loss_is_the_mean_of_what_is_to_be_predicted_of_each_frame(scheme):
         torch.testing.assert_close(found[clip], torch.stack(frames).mean())
 
 
-def test_every_clip_of_a_batch_takes_its_own_scheme_and_loses_what_it_loses_alone(tiny_model):
+def test_every_clip_of_a_batch_has_its_own_strategy_and_the_loss_of_the_clip_alone(tiny_model):
     objective = build_objective(
         ObjectiveConfig(mask_strategy="mixed", mask_probs={**dict.fromkeys(KNOWING, 1.0), "shared": 4.0, "region": 5.0})
     )
@@ -87,13 +87,13 @@ def test_every_clip_of_a_batch_takes_its_own_scheme_and_loses_what_it_loses_alon
         together, groups = of(list(range(16))), list(asked)
         alone = [of([row]) for row in range(16)]
     assert groups == [(16, 3, 4)]  # by patch, as some are
-    assert len(set(asked[1:])) == 3  # one level, one a frame, one a patch
+    assert len(set(asked[1:])) == 3  # levels per clip, per frame and per patch
     for name in ("clips", "levels"):
         expected = torch.cat([getattr(one, name) for one in alone])
         torch.testing.assert_close(getattr(together, name), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_run_of_known_frames_inside_a_clip_is_shown_as_it_is_encoded_alone():
+def test_a_known_segment_inside_a_clip_is_encoded_independently():
     seen = {}
 
     def model(x, timestep, conditions):
@@ -113,7 +113,7 @@ def test_a_run_of_known_frames_inside_a_clip_is_shown_as_it_is_encoded_alone():
 
 
 @torch.no_grad()
-def test_cached_latents_and_pixels_restart_alike():
+def test_cached_latents_and_pixels_give_equal_known_segments():
     vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))).eval()
     frames = torch.randint(0, 256, (2, 9, 32, 32, 3), dtype=torch.uint8)
     pixels = frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Whole runs of tools/train.py on tiny models."""
+"""Whole runs of `stdit train` on tiny models."""
 
 import csv
 import json
@@ -57,7 +57,7 @@ def assert_same_run(a: str, b: str, step: int) -> None:
     assert losses(a) == losses(b)
 
 
-def test_a_run_leaves_the_record_that_was_promised(home):
+def test_a_run_writes_metrics_curves_samples_summary_and_model(home):
     assert go() == 0
     output = home / "output" / "t"
     for name in (
@@ -94,7 +94,7 @@ def test_a_run_leaves_the_record_that_was_promised(home):
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(home, extra):
     extra = [*extra, "train.samples=0"]
     assert go("name=whole", *extra) == 0
-    for steps in (2, 5, 6):  # stopped off and on the checkpoint rhythm
+    for steps in (2, 5, 6):  # stopped between checkpoints and at one
         assert go("name=parts", f"train.steps={steps}", *extra) == 0
     assert_same_run("whole", "parts", 6)
 
@@ -125,7 +125,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_143(home, monkeypatch):
     assert losses("cut") == losses("whole")[:13]
 
 
-def test_a_step_that_is_not_finite_is_never_applied(home, monkeypatch):
+def test_a_non_finite_step_is_never_applied(home, monkeypatch):
     import stdit.training.fit as fit
 
     real = fit.diffusion_losses
@@ -158,7 +158,7 @@ def test_a_run_whose_last_step_was_skipped_is_not_finished(home, monkeypatch, ca
     assert list_checkpoints(home / "checkpoints" / "t")[0].name == "step-3"
 
 
-def test_weights_that_are_not_finite_are_never_saved(home, monkeypatch, capsys):
+def test_non_finite_weights_are_never_saved(home, monkeypatch, capsys):
     import stdit.training.fit as fit
 
     assert go("train.steps=3", "train.samples=0") == 0
@@ -187,7 +187,7 @@ def test_a_preview_that_fails_does_not_end_the_run(home, monkeypatch, capsys):
     assert "the preview of step 2 failed (CUDA out of memory.); training goes on" in capsys.readouterr().err
 
 
-def test_the_same_command_with_a_checkpoint_to_resume_from_goes_on_from_what_it_made(home, capsys):
+def test_a_command_that_resumes_from_a_checkpoint_resumes_its_own_run_when_repeated(home, capsys):
     options = ["train.samples=0", "train.checkpoint_every=2"]
     assert go("train.steps=2", *options) == 0
     (home / "checkpoints/t/step-2").rename(home / "start")
@@ -198,7 +198,7 @@ def test_the_same_command_with_a_checkpoint_to_resume_from_goes_on_from_what_it_
     assert "resumed from checkpoints/t/step-4" in capsys.readouterr().out
 
 
-def test_going_back_to_an_older_checkpoint_keeps_the_newer_ones_and_what_follows(home, capsys):
+def test_resuming_from_an_older_checkpoint_keeps_the_newer_ones(home, capsys):
     options = ["train.samples=0", "train.checkpoint_every=2"]
     assert go("train.steps=6", "train.keep_checkpoints=3", *options) == 0
     assert go("train.steps=4", "train.resume=checkpoints/t/step-2", *options) == 0
@@ -207,7 +207,7 @@ def test_going_back_to_an_older_checkpoint_keeps_the_newer_ones_and_what_follows
     assert "t.before-1" in capsys.readouterr().err
 
 
-def test_starting_afresh_keeps_samples_and_model_of_the_run_before(home):
+def test_starting_again_keeps_samples_and_model_of_the_previous_run(home):
     assert go("train.steps=3", "train.samples=1") == 0
     assert go("train.steps=3", "train.samples=1", "train.resume=never") == 0
     for kind, file in (
@@ -229,7 +229,7 @@ def test_too_many_bad_steps_stop_the_run_in_one_line(home, monkeypatch, capsys):
     assert "2 steps in a row" in capsys.readouterr().err
 
 
-def test_another_config_does_not_take_up_a_checkpoint_silently(home, capsys):
+def test_a_changed_config_does_not_resume_silently(home, capsys):
     assert go("train.samples=0", "train.steps=3") == 0
     assert go("train.samples=0", "train.lr=0.5") == 1
     assert "train.lr: 0.001 -> 0.5" in capsys.readouterr().err
@@ -249,7 +249,7 @@ def test_two_runs_do_not_share_a_folder(home, capsys):
     assert go("train.steps=1", "train.samples=0") == 0
 
 
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(home, capsys, monkeypatch):
+def test_a_full_disk_ends_in_one_line_and_the_run_resumes_when_there_is_space(home, capsys, monkeypatch):
     import stdit.training.state as state
 
     assert go("train.steps=3", "train.samples=0") == 0
@@ -330,7 +330,7 @@ def test_bad_settings_end_in_one_line_before_training(home, capsys, overrides, m
     assert not list(home.glob("checkpoints/*/step-*"))
 
 
-def test_a_missing_config_names_those_there_are(home, capsys):
+def test_the_error_for_a_missing_config_lists_the_available_ones(home, capsys):
     (home / "configs").mkdir()
     (home / "configs" / "real.yaml").touch()
     assert train.run(["configs/none.yaml"]) == 1
@@ -376,3 +376,8 @@ def test_one_and_two_processes_agree_on_the_loss(home, extra):
     assert done.returncode == 0, done.stderr[:3000]
     for a, b in zip(losses("one"), losses("two"), strict=True):
         assert float(a[1]) == pytest.approx(float(b[1]), rel=1e-6)
+
+
+def test_a_rate_that_reaches_zero_before_the_end_is_said(home, capsys):
+    assert go("train.steps=4", "train.decay_steps=2", "train.samples=0") == 0
+    assert "train.steps=4 goes beyond train.decay_steps=2" in capsys.readouterr().out
