@@ -89,7 +89,12 @@ def _read_overrides(overrides: Sequence[str]) -> dict:
         if "${" in override:  # refused before it is parsed
             _refuse_interpolation(key)
         _parsed(value, f"the value of {key}", lambda value, key=key: OmegaConf.from_dotlist([f"{key}={value}"]))  # type: ignore[misc]
-    return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=False)  # type: ignore[return-value]
+    try:
+        given = OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, TypeError) as error:
+        key = getattr(error, "full_key", None) or "a key"
+        raise ValueError(f"{key} is given twice, as a list and as a mapping; give it once.") from error
+    return OmegaConf.to_container(given, resolve=False)  # type: ignore[return-value]
 
 
 def _parsed(text: str, what: str, parse: Callable[[str], Any]) -> dict:

@@ -110,6 +110,13 @@ def test_a_wrong_value_is_named_with_its_key_and_what_it_should_be(load, overrid
     assert message in refusal(load, "name: t", override)
 
 
+@pytest.mark.parametrize("value", ["[null]", "[[1]]", "[x, y]", "{a: 1}"])
+def test_overrides_of_one_key_that_contradict_each_other_are_refused(load, value):
+    for first, second in (("data.sizes[0][0]=1", "data.sizes="), ("model.axes.prefix=1", "model=")):
+        refusal(load, "name: t", first, second + value)
+        refusal(load, "name: t", second + value, first)
+
+
 def test_what_is_right_is_read_as_before(load):
     config = load(
         "name: 5\ntrain: {lr: 1e-4, steps: '7'}\nobjective: {mask_strategy: mixed}",

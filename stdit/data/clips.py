@@ -191,7 +191,7 @@ class Images(TableDataset):
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Read an image, scale it to cover the size, and crop it."""
         size = self._size(size)
-        frames = read_picture(self.rows[index].path, cover=(size.height, size.width))[None]
+        frames = read_picture(self._path(index), cover=(size.height, size.width))[None]
         return self._finish(frames, size, 1.0, rng)
 
     def shape(self, index: int) -> tuple[int, int, int]:

@@ -68,6 +68,9 @@ class VAEConfig:
     model: TinyVAEConfig = field(default_factory=TinyVAEConfig)  # sizes of the VAE
     train: VAETrainConfig = field(default_factory=VAETrainConfig)  # steps, optimizer and weights of the loss
 
+    def __post_init__(self) -> None:
+        check_ranges("", self, {"seed": "[0, 4294967295]"})
+
 
 # ((frames, size, clips) of a batch, probability): mostly small and short; batches have similar numbers of pixels.
 BATCH_SHAPES = (((9, 64, 16), 0.55), ((17, 64, 8), 0.2), ((17, 128, 2), 0.15), ((9, 96, 7), 0.1))

@@ -174,7 +174,7 @@ def test_the_fingerprint_says_what_changed_and_not_where_the_data_lies(home):
     assert changed(before, fingerprint_of()) == {"labels"}
     manifest([row.replace(",x,", ",z,") for row in ROWS])
     assert changed(before, fingerprint_of()) == {"classes", "labels"}
-    manifest([row + ",1" for row in ROWS], "path,label,caption,speed")
+    manifest([row + ",1" for row in ROWS], "path,label,caption,score")
     assert changed(before, fingerprint_of()) == {"columns"}
     manifest(ROWS[:3])
     assert changed(before, fingerprint_of()) >= {"samples", "files"}
