@@ -1,22 +1,19 @@
 """The config of a training run: the defaults, overridden by a YAML file, overridden by the command line."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any
 
 from stdit.checkpoint.config import InitFrom
 from stdit.data.config import DataConfig
 from stdit.diffusion.config import ObjectiveConfig
-from stdit.legacy import renamed_config
 from stdit.model.config import ModelConfig
+from stdit.ranges import check_ranges
 from stdit.training.config import TrainConfig
+from stdit.typed_config import config_folder, find_config, load_typed, to_plain
 from stdit.variants import pick
 
-T = TypeVar("T")
+__all__ = ["Config", "TextChoice", "VAEChoice", "config_folder", "find_config", "load_typed", "to_plain"]
 
 
 @dataclass
@@ -49,10 +46,16 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)  # steps, optimizer, checkpoints, previews
 
     def __post_init__(self) -> None:
+        check_ranges("", self, {"seed": "[0, 4294967295]"})  # what numpy's generators take
         if self.model.caption_channels is not None:
             raise ValueError(
                 f"model.caption_channels={self.model.caption_channels} is decided by the text encoder; leave it out, and set "
                 "text.encoder instead."
+            )
+        if self.model.caption_axes and self.text.encoder is None:
+            raise ValueError(
+                f"model.caption_axes={self.model.caption_axes} is for captions, but there is no text.encoder; set it, or leave "
+                "model.caption_axes out."
             )
         objective = self.objective
         if objective.name == "ddpm" and (objective.shift, objective.shift_tokens) != (1.0, 0):
@@ -154,76 +157,3 @@ class Config:
                 f"from scratch; use no init_from and none of {', '.join(chosen) or 'model.micro_conditions'}, or "
                 "model.network=transformer."
             )
-
-
-def config_folder() -> Path:
-    """The folder of the package's configs: stdit/configs in a wheel, configs/ of the repository in a checkout."""
-    packaged = Path(__file__).parent / "configs"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[1] / "configs"
-
-
-def find_config(name: str | Path, subfolder: str = "") -> Path:
-    """Find the file of a config by its path, or by a name in the package such as "quickstart".
-
-    name: a name may have the prefix "configs/" and the suffix ".yaml". subfolder: the subfolder of the package's
-    configs that is searched first. Raises ValueError that lists the configs if there is no such file.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    folder, bare = config_folder(), str(name).removeprefix("configs/").removesuffix(".yaml")
-    for root in (folder / subfolder, folder):
-        found = root / f"{bare}.yaml"
-        if found.is_file() and found.resolve().is_relative_to(folder.resolve()):  # a name must stay in the folder
-            return found
-    here = [str(path) for path in sorted(Path("configs").glob("*.yaml"))]
-    packaged = sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
-    raise ValueError(
-        f"The config {str(name)!r} does not exist; there are: {', '.join(here) or 'none in configs/'}; "
-        f"by name: {', '.join(packaged) or 'none'}."
-    )
-
-
-def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read a config (see `find_config`) and `key=value` overrides into the dataclass `schema`.
-
-    Raises ValueError, in one line, with the key, what was expected, and the nearest name of a misspelled key.
-    """
-    path = find_config(path)
-    for override in overrides:
-        if "=" not in override or override.startswith("="):
-            raise ValueError(f"{override!r} is not an override; write key=value, for example train.steps=1000.")
-    try:
-        given = OmegaConf.load(path)
-        if not isinstance(given, DictConfig):
-            raise ValueError(f"The config {str(path)!r} is not a mapping of keys to values; see configs/ for examples.")
-        sources = [given, OmegaConf.from_dotlist(list(overrides))]
-        for source in sources:
-            _refuse_interpolation(source, "")
-        renamed = [renamed_config(OmegaConf.to_container(source)) for source in sources]  # type: ignore[arg-type]
-        merged = OmegaConf.merge(OmegaConf.structured(schema), *renamed)
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ValueError(key + str(error).splitlines()[0]) from error  # its further lines name Python's types
-    except OSError as error:
-        raise ValueError(f"The config {str(path)!r} cannot be read: {error}.") from error
-    except ValueError:
-        raise
-    except Exception as error:  # PyYAML's own
-        raise ValueError(f"The config {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
-
-
-def _refuse_interpolation(node: Any, key: str) -> None:
-    """Raise ValueError for `${...}` in a config, since an interpolation could read the environment."""
-    if isinstance(node, DictConfig):
-        for name in node:
-            if OmegaConf.is_interpolation(node, name):
-                raise ValueError(
-                    f"{key}{name} is an interpolation (${{...}}), which is not allowed in a config; write the value."
-                )
-            _refuse_interpolation(node._get_node(name), f"{key}{name}.")
-
-
-def to_plain(config: Any) -> dict:
-    """Convert a config to plain dictionaries, lists, texts and numbers."""
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]

@@ -6,6 +6,7 @@ import warnings
 
 # Decorators such as `torch.no_grad` and base classes put frames of these packages between a caller and stdit.
 _PASSED_THROUGH = ("torch", "diffusers", "huggingface_hub", "accelerate")
+_warned: set[str] = set()
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
@@ -26,6 +27,13 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
         module=names.get("__name__", "<unknown>"),
         registry=names.setdefault("__warningregistry__", {}),
     )
+
+
+def warn_once(key: str, message: str) -> None:
+    """Warn as `warn_user`, once in this process for all messages of a key."""
+    if key not in _warned:  # `warnings` would repeat it for every caller and every text
+        _warned.add(key)
+        warn_user(message)
 
 
 def _inner_folders() -> tuple[str, ...]:

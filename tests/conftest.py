@@ -1,6 +1,8 @@
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests must not use the network
+os.environ.setdefault("STDIT_CACHE", tempfile.mkdtemp(prefix="stdit-cache-"))  # nor write to the user's cache
 
 import pytest
 import torch

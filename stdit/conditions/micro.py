@@ -28,6 +28,8 @@ class Micro(Conditioner):
     def __init__(self, names: Sequence[str]):
         for name in names:
             pick(dict.fromkeys(MICRO_CONDITIONS), name, "model.micro_conditions")
+        if len(set(names)) < len(names):
+            raise ValueError(f"model.micro_conditions={list(names)} names one number twice; give each once.")
         self.names = tuple(names)
 
     @classmethod

@@ -7,9 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from stdit.data.video_io import VideoError, VideoReader, frames_at
+from stdit.data.media import VideoError, open_regular
+from stdit.data.video_io import VideoReader, frames_at
 from stdit.variants import pick
-from stdit.warn import warn_user
+from stdit.warn import warn_once
 
 
 class LibraryReader(ABC):
@@ -23,8 +24,7 @@ class LibraryReader(ABC):
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        if not os.path.isfile(self.path):
-            raise VideoError(f"{self.path!r} is not a regular file; give a video file.")
+        open_regular(self.path).close()
 
     def __len__(self) -> int:
         return len(self.timestamps)
@@ -90,9 +90,10 @@ class DecordReader(LibraryReader):
             raise ValueError(
                 f"the backend 'decord' is not installed ({error}); run: pip install 'stdit[decord]'."
             ) from error
-        _warn_once(
+        warn_once(
+            "decord",
             "decord gives wrong frames on open-GOP video (11 of 60 measured) and misreads edit lists; "
-            "use 'pyav' for exact frames."
+            "use 'pyav' for exact frames.",
         )
         try:
             self._reader = decord.VideoReader(self.path, num_threads=1)
@@ -140,13 +141,6 @@ BACKENDS: dict[str, Callable[[str | os.PathLike], Reader]] = {
     "decord": DecordReader,
     "torchcodec": TorchcodecReader,
 }
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:  # `warnings` would repeat it for every caller
-        _warned.add(message)
-        warn_user(message)
 
 
 def open_video(path: str | os.PathLike, backend: str = "pyav") -> Reader:

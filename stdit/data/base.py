@@ -1,18 +1,33 @@
 """The interface of every dataset."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from stdit.data.samplers import ClipSize
 
 
+class Identity(NamedTuple):
+    """The identity of a sample, in plain values.
+
+    source: its file relative to the root of the data, or its number in the data. content: a number or a hash that
+    changes with what is in the file. label, caption, columns: its annotations.
+    """
+
+    source: str
+    content: int | str | None
+    label: int | None = None
+    caption: str = ""
+    columns: Mapping[str, Any] = {}
+
+
 class Dataset(Protocol):
     """A dataset of clips, whose samples are numbered from 0.
 
     num_classes: 0 for data without labels. class_names: the names of the classes, None if they have none. A
-    dataset whose samples need no decoding has `decodes = False`; loader processes would only slow it down.
+    dataset whose samples need no decoding has `decodes = False`; loader processes would only slow it down. A method
+    `identity(index, *, read=False)` gives the `Identity` of a sample; without it, `name` and `record` do.
     """
 
     num_classes: int
@@ -35,3 +50,15 @@ class Dataset(Protocol):
         The result has "pixels" (F, H, W, 3) uint8 and "clip" (`ClipFacts`), or latents (C, T, h, w) and raw conditions.
         Raises VideoError if the file cannot be read.
         """
+
+
+class Annotated:
+    """The single annotations of a dataset's samples by the method names of version 0.1.0, for one more version."""
+
+    def label(self: Dataset, index: int) -> int | None:
+        """The label of a sample, None if it has none."""
+        return self.record(index).get("label")
+
+    def caption(self: Dataset, index: int) -> str:
+        """The caption of a sample, empty if it has none."""
+        return self.record(index).get("caption") or ""

@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from stdit.conditions import ClipFacts, read_conditions
+from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
+from stdit.hashes import difference
 
 # Tensor names in caches of version 0.1.0, and their current names.
 _RENAMED = {"restarts": "reencoded"}
 
 
-class CachedLatents:
+class CachedLatents(Annotated):
     """Normalised latents in shards, as `cache_latents` writes them, with the fingerprint of their VAE.
 
     Each clip has `latents` (C, T, h, w), and `reencoded` (C, T, h, w), in which every latent frame is encoded without
@@ -28,7 +30,7 @@ class CachedLatents:
     decodes = False
 
     def __init__(self, root: Path, config: DataConfig):
-        self.root, self.info = root, json.loads((root / "cache.json").read_text())
+        self.root, self.info = root, _read_index(root / "cache.json")
         self.num_classes, self.class_names = self.info["num_classes"], self.info["class_names"]
         size = (self.info["num_frames"], self.info["height"], self.info["width"])
         asked = (config.num_frames, config.height, config.width)
@@ -37,6 +39,7 @@ class CachedLatents:
                 f"the latents in {str(root)!r} are of (frames, height, width) {size}, but the config asks for {asked}; set "
                 "data.num_frames, height and width to those of the latents, or cache again."
             )
+        _check_augmentation(root, self.info, config)
         self._starts = np.cumsum([0] + [shard["count"] for shard in self.info["shards"]])
         self._records = [record for shard in self.info["shards"] for record in _records(shard)]
 
@@ -51,6 +54,15 @@ class CachedLatents:
         """The folder of the cache and the number of the clip."""
         return f"{self.root}[{index}]"
 
+    def identity(self, index: int, *, read: bool = False) -> Identity:
+        """The shard and row, what the shard was encoded from, and the annotations of the clip."""
+        shard, row = self._place(index)
+        record, info = self._records[index], self.info["shards"][shard]
+        columns = {**record["conditions"], **{key: self.info.get(key) for key in ("seed", "fps", "crop", "flip")}}
+        return Identity(
+            f"{info['file']}[{row}]", info.get("sources"), record["label"], record["caption"], columns=columns
+        )
+
     def shape(self, index: int) -> tuple[int, int, int]:
         """The (frames, height, width) in pixels that all clips were encoded at."""
         return (self.info["num_frames"], self.info["height"], self.info["width"])
@@ -62,9 +74,8 @@ class CachedLatents:
             raise ValueError(
                 f"{self.root} holds latents of size {tuple(cached)} only, got {tuple(size)}; train buckets from the clips themselves."
             )
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        shard, row = self._place(index)
         file = self._shard(shard)
-        row = index - int(self._starts[shard])
         sample = {_RENAMED.get(name, name): file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (no mapping)
         if not all(torch.isfinite(value).all() for value in sample.values()):
             raise VideoError(f"{self.name(index)} has values that are not finite; cache the latents again.")
@@ -72,12 +83,24 @@ class CachedLatents:
         read = read_conditions(record, ClipFacts(cached, self.info["fps"] or 8.0))
         return {**sample, "conditions": {**read, **record.get("conditions", {})}}
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """The number of a clip's shard, and its row there."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return shard, index - int(self._starts[shard])
+
     def _shard(self, number: int) -> Any:
+        """An open shard, whose size and hash are compared with those of cache.json when it is opened."""
         if number not in self._open_shards:
-            file = self.root / self.info["shards"][number]["file"]
-            if not file.is_file():
-                raise ValueError(f"{file} is missing; run cache_latents again with the same --output.")
-            self._open_shards[number] = safe_open(file, framework="pt")
+            info = self.info["shards"][number]
+            file = self.root / info["file"]
+            if reason := difference(self.root, {info["file"]: info}):
+                raise ValueError(f"{self.root}: {reason}; run cache_latents again with the same --output.")
+            try:
+                self._open_shards[number] = safe_open(file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{file} is not a file of tensors ({error}); run cache_latents again with the same --output."
+                ) from error
         return self._open_shards[number]
 
     @cached_property
@@ -86,6 +109,35 @@ class CachedLatents:
 
     def __getstate__(self) -> dict:
         return {key: value for key, value in self.__dict__.items() if key != "_open_shards"}
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """The content of cache.json; ValueError in one line if it is not what `cache_latents` writes."""
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("num_classes", "class_names", "num_frames", "height", "width", "vae", "vae_fingerprint", "fps"):
+            info[key]
+        for shard in info["shards"]:
+            if Path(shard["file"]).name != shard["file"]:
+                raise ValueError(f"{shard['file']!r} is not the name of a file")
+            if len(shard["labels"]) != shard["count"]:
+                raise ValueError(f"{shard['file']} has {shard['count']} clips but {len(shard['labels'])} labels")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); run cache_latents again with the same --output."
+        ) from error
+    return info
+
+
+def _check_augmentation(root: Path, info: dict[str, Any], config: DataConfig) -> None:
+    """Raise ValueError for a mirroring or cropping at random that the latents do not have."""
+    for name, plain in (("flip", False), ("crop", "center")):
+        asked = getattr(config, name)
+        if asked not in (plain, info.get(name)):
+            raise ValueError(
+                f"data.{name}={str(asked).lower()} cannot change the latents in {str(root)!r}, which are encoded already; use "
+                f"data.{name}={str(plain).lower()}, or train from the clips themselves."
+            )
 
 
 def _records(shard: dict[str, Any]) -> list[dict[str, Any]]:

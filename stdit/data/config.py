@@ -3,6 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stdit.ranges import check_ranges
+
+_RANGES = {
+    "num_frames": "[1, inf)", "height": "[1, inf)", "width": "[1, inf)", "fps": "(0, inf)", "workers": "[0, inf)",
+    "timeout": "(0, inf)", "num_shapes": "[1, inf)", "max_bad_fraction": "[0, 1]",
+}  # fmt: skip
+
 
 @dataclass
 class DataConfig:
@@ -29,19 +36,13 @@ class DataConfig:
     max_bad_fraction: float = 0.1  # fraction of unreadable files above which training stops
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} must be >= 1, got {getattr(self, name)}.")
+        check_ranges(
+            "data", self, _RANGES,
+            fps="null takes consecutive frames at any rate",
+            workers="0 loads in the main process",
+        )  # fmt: skip
         for size in self.sizes:
             if len(size) != 3 or min(size) < 1:
                 raise ValueError(f"data.sizes has {size}; write each size as [frames, height, width], each 1 or more.")
         if self.packing and not self.sizes:
             raise ValueError("data.packing=true needs data.sizes, the shapes that clips may have.")
-        if self.fps is not None and self.fps <= 0:
-            raise ValueError(f"data.fps must be > 0, got {self.fps}; use null to take consecutive frames at any rate.")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(
-                f"data.workers must be >= 0 or null, got {self.workers}; use 0 to load in the main process."
-            )
-        if not 0 < self.timeout < float("inf"):
-            raise ValueError(f"data.timeout must be a number of seconds > 0, got {self.timeout}.")

@@ -1,6 +1,7 @@
 """Reading a user's image, clip or mask at the size and frame rate of a model, with a note of what was changed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from stdit import legacy
-from stdit.data.manifest import IMAGE_SUFFIXES
+from stdit.data.media import is_picture
+from stdit.data.pictures import BLACK, picture_size, read_picture
 from stdit.data.transforms import cover_size, crop, resize
 from stdit.data.video_io import VideoReader
 from stdit.pixels import to_float
@@ -28,8 +30,9 @@ class Input(NamedTuple):
 
 
 ImageSize = tuple[int, int]  # (H, W)
-# A gap in the time stamps or a mistyped rate can ask for more frames than fit into memory.
+# A gap in the time stamps or a mistyped rate can ask for more frames than fit into memory, as can a large size.
 MAX_FRAMES = 20_000
+MAX_PIXELS = 2**29  # of all frames of an input; in float32 they take 6 GiB
 
 
 def read_input(
@@ -41,15 +44,29 @@ def read_input(
     this rate. frames: read only the first `frames`. Raises ValueError (or VideoError) with a message of one line if the
     file cannot be read or is too short.
     """
-    original, rate_note = _read_frames(Path(path), fps, frames)
-    source = (original.shape[1], original.shape[2])
-    size = size(source) if callable(size) else size
-    covering = cover_size(source, size)
+    path = Path(path)
+    if is_picture(path):
+        if frames is not None and frames > 1:
+            raise ValueError(f"{path} is an image of one frame, but --frames is {frames}; leave --frames out.")
+        source, rate_note = picture_size(path), ""
+        size = size(source) if callable(size) else size
+        covering = cover_size(source, size)
+        scaled = read_picture(path, cover=size)[None]
+    else:
+        with _clip(path, fps, frames) as (reader, indices, rate_note):
+            source = reader.size
+            size = size(source) if callable(size) else size
+            covering = cover_size(source, size)
+            _check_memory(path, len(indices), size)
+            # One frame at a time, so that no more than one is held at the size of the file.
+            scaled = np.concatenate(
+                [crop(resize(frame[None], covering), size) for frame in reader.iter_frames(indices)]
+            )
     size_note = "" if source == size else f"{source[0]} x {source[1]} -> {size[0]} x {size[1]}"
     # A difference of one pixel is rounding, not a crop that a user would notice.
     if max(covering[0] - size[0], covering[1] - size[1]) > 1:
         size_note += f" (cropped from {covering[0]} x {covering[1]})"
-    pixels = to_float(crop(resize(original, covering), size))[None]
+    pixels = to_float(crop(scaled, size))[None]
     return Input(pixels, ", ".join(note for note in (size_note, rate_note) if note), source)
 
 
@@ -63,16 +80,16 @@ def read_mask(
     `frames`.
     """
     path, size = Path(path), clip[1:]
-    is_image = path.suffix.lower() in IMAGE_SUFFIXES
+    is_image = is_picture(path)
     if is_image:
-        grey = _read_image(path, "L")[None]
+        # On black, so that white strokes on a transparent layer are a mask.
+        _check_mask_size(path, picture_size(path), source, size)
+        grey = np.asarray(Image.fromarray(read_picture(path, ground=BLACK)).convert("L"))[None]
     else:
-        grey = _read_frames(path, fps, frames)[0].mean(-1).astype(np.uint8)
-    if grey.shape[1:] not in (source, size):
-        raise ValueError(
-            f"mask {path} is {grey.shape[1]} x {grey.shape[2]}, but the clip is {source[0]} x {source[1]}; draw the mask "
-            "on an image of the clip's size."
-        )
+        with _clip(path, fps, frames) as (reader, indices, _):
+            _check_mask_size(path, reader.size, source, size)
+            _check_memory(path, len(indices), reader.size)
+            grey = np.stack([frame.mean(-1).astype(np.uint8) for frame in reader.iter_frames(indices)])
     if not is_image and len(grey) != clip[0]:
         raise ValueError(
             f"mask {path} has {len(grey)} frames at {fps:g} fps, but the clip has {clip[0]}; give one mask per frame, or "
@@ -86,12 +103,26 @@ def read_mask(
     return mask[0] if is_image else mask
 
 
-def _read_frames(path: Path, fps: float, frames: int | None) -> tuple[np.ndarray, str]:
-    """(F, H, W, 3) uint8 of an image or a clip at a frame rate, and a note of how the rate was changed."""
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        if frames is not None and frames > 1:
-            raise ValueError(f"{path} is an image of one frame, but --frames is {frames}; leave --frames out.")
-        return _read_image(path, "RGB")[None], ""
+def _check_mask_size(path: Path, found: tuple[int, ...], source: ImageSize, size: ImageSize) -> None:
+    if found not in (source, size):
+        raise ValueError(
+            f"mask {path} is {found[0]} x {found[1]}, but the clip is {source[0]} x {source[1]}; draw the mask "
+            "on an image of the clip's size."
+        )
+
+
+def _check_memory(path: Path, count: int, size: ImageSize) -> None:
+    """ValueError, before any frame is decoded, if the frames together have too many pixels."""
+    if count * size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(
+            f"{count} frames of {size[0]} x {size[1]} of {path} are more than the {MAX_PIXELS >> 20} megapixels that are "
+            "read at a time; cut the clip, give --frames, or a smaller size."
+        )
+
+
+@contextmanager
+def _clip(path: Path, fps: float, frames: int | None) -> Iterator[tuple[VideoReader, list[int], str]]:
+    """A clip's reader, the numbers of its frames at a frame rate, and a note of how the rate was changed."""
     with VideoReader(path) as reader:
         keeps_rate = abs(reader.fps / fps - 1) < 0.01  # within 1 percent, every frame of the file is taken
         count = max(1, int(np.floor(float(reader.timestamps[-1]) * fps + 1e-3)) + 1)
@@ -107,17 +138,9 @@ def _read_frames(path: Path, fps: float, frames: int | None) -> tuple[np.ndarray
                 "cut it, or give --frames."
             )
         note = "" if keeps_rate else f"{len(reader)} frames at {reader.fps:.4g} fps -> {count} at {fps:g}"
-        indices = list(range(num_frames)) if keeps_rate else reader.indices_at(np.arange(num_frames) / fps)
-        return reader.get_frames(indices), note
-
-
-def _read_image(path: Path, mode: str) -> np.ndarray:
-    """An image file as an array, converted to a mode of PIL ("RGB", or "L" for grey)."""
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert(mode))  # a copy, since PIL's view is read-only
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{str(path)!r} is not an image that can be read ({error}); give another file.") from error
+        if not keeps_rate and reader.fps < fps:
+            note += ", some of them twice"
+        yield reader, list(range(num_frames)) if keeps_rate else reader.indices_at(np.arange(num_frames) / fps), note
 
 
 __getattr__ = legacy.aliases(__name__)

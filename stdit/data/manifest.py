@@ -1,16 +1,25 @@
 """Manifests and folders of media files, read as one table of paths, labels and captions."""
 
-import csv
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-VIDEO_SUFFIXES = {
-    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mpg", ".mpeg", ".m4v", ".3gp", ".ogv", ".gif", ".wmv",
+from stdit.data.labels import Classes, number_classes
+from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_one_of
+from stdit.data.records import Record, missing_path, read_records
+from stdit.warn import warn_user
+
+__all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "Row", "Table", "find_media", "read_manifest", "scan_folder"]
+
+# Files of the hub's convention that list a folder's media.
+FOLDER_MANIFESTS = ("metadata.jsonl", "metadata.csv")
+# Folders that systems and network storage put among a person's own; folders that begin with a dot are as well.
+_SYSTEM_FOLDERS = {
+    "@eaDir", "@tmp", "@__thumb", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information",
+    "lost+found", "__MACOSX", "__pycache__",
 }  # fmt: skip
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_MAX_CAPTION_BYTES = 1 << 16
 
 
 class Row(NamedTuple):
@@ -36,61 +45,101 @@ class Table(NamedTuple):
     class_names: list[str] | None
 
 
-class _Entry(NamedTuple):
-    """A row of a manifest, with the label as written there."""
-
-    line: int
-    path: Path
-    label: Any
-    caption: str
-    columns: Mapping[str, Any] = {}
-
-    def row(self, label: int | None) -> Row:
-        """The row of a table, with a class index as its label."""
-        return Row(self.path, label, self.caption, self.columns)
-
-
 def read_manifest(path: Path, root: Path | None = None) -> Table:
     """Read JSON lines or CSV with a column `path` and optionally `label` (a number or a name) and `caption`.
 
-    Paths are relative to the manifest and must stay under `root` (default: the manifest's folder). Raises ValueError
-    with the line and a remedy.
+    Other usual names of these columns are known (`records.COLUMNS`). Without a column of captions, the text file next to
+    a clip (a.txt next to a.mp4) is its caption. Paths are relative to the manifest and must stay under `root` (default:
+    the manifest's folder). Raises ValueError with the line and a remedy.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"data.manifest={str(path)!r} does not exist; give a .jsonl or .csv file.")
-    entries = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
-    allowed = (Path(root) if root else path.parent).resolve()
-    rows = []
-    for number, entry in entries:
-        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-            found = f"it has {sorted(entry)}" if isinstance(entry, dict) else "it is not an object"
-            raise ValueError(f"{path}, line {number}: the column 'path' is missing ({found}); every row needs one.")
-        try:
-            file = (path.parent / entry["path"]).resolve()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: {entry['path']!r} is not a path ({error}); correct it."
-            ) from error
-        if not file.is_relative_to(allowed):
-            raise ValueError(
-                f"{path}, line {number}: {entry['path']!r} leads outside data.root={str(allowed)!r}; "
-                "move the file, or set data.root to a folder that holds it."
-            )
-        rows.append(_Entry(number, file, entry.get("label"), entry.get("caption") or "", columns=_further(entry)))
-    if not rows:
+    records = read_records(path)
+    if not records:
         raise ValueError(f"{path} has no rows; write one line per clip.")
-    return _with_class_indices(path, rows)
+    allowed = (Path(root) if root else path.parent).resolve()
+    files = [_file_of(record, path, allowed) for record in records]
+    if any("caption" in record.values for record in records):
+        captions = [_caption_of(record, path) for record in records]
+    else:
+        captions = _captions_next_to(files, allowed)
+    classes = _classes_of(records, path)
+    rows = [
+        Row(file, label, caption, _further(record))
+        for file, label, caption, record in zip(files, classes.indices, captions, records, strict=True)
+    ]
+    return Table(rows, classes.num_classes, classes.names)
 
 
-def _further(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _file_of(record: Record, manifest: Path, allowed: Path) -> Path:
+    """The file of a row, resolved; a path with the backslashes of Windows is read as one with slashes."""
+    place, given = f"{manifest}, line {record.line}", record.values.get("path")
+    if not isinstance(given, str):
+        raise ValueError(f"{place}: {missing_path(record.values)}; every row needs one.")
+    if not given.strip():
+        raise ValueError(f"{place}: the path is empty; every row needs one.")
+    try:
+        if "\\" in given and not (manifest.parent / given).exists():
+            given = given.replace("\\", "/")
+        file = (manifest.parent / given).resolve()
+        os.fsencode(file)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{place}: {given!r} is not a path ({error}); correct it.") from error
+    if not file.is_relative_to(allowed):
+        raise ValueError(
+            f"{place}: {given!r} leads outside data.root={str(allowed)!r} (paths are relative to the manifest); "
+            "move the file, or set data.root to a folder that holds it."
+        )
+    return file
+
+
+def _caption_of(record: Record, manifest: Path) -> str:
+    caption = record.values.get("caption")
+    place = f"{manifest}, line {record.line}"
+    if caption is None:
+        return ""
+    if not isinstance(caption, str):
+        raise ValueError(f"{place}: caption {caption!r} is not text; write one text per row, in quotation marks.")
+    return _utf8(caption, place)
+
+
+def _utf8(caption: str, place: str) -> str:
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: the caption {caption!r} is not text ({error.reason}); correct it.") from error
+    return caption
+
+
+def _classes_of(records: Sequence[Record], manifest: Path) -> Classes:
+    labels = [record.values.get("label") for record in records]
+    missing = [label is None or (isinstance(label, str) and not label.strip()) for label in labels]
+    if all(missing):
+        return Classes([None] * len(labels), 0, None)
+    if any(missing):
+        line = records[missing.index(True)].line
+        raise ValueError(f"{manifest}, line {line} has no label, but other rows have one; label every row, or none.")
+    return number_classes(labels, lambda i: f"{manifest}, line {records[i].line}")
+
+
+def _further(record: Record) -> dict[str, Any]:
     """The columns other than path, label and caption."""
-    return {name: value for name, value in entry.items() if name not in ("path", "label", "caption")}
+    return {name: value for name, value in record.values.items() if name not in ("path", "label", "caption")}
+
+
+class Found(NamedTuple):
+    """What a walk through a folder found: media files, and what was left out of them (for messages)."""
+
+    files: list[Path]
+    left_out: str
 
 
 def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
     """Find all files below `root` with one of `suffixes`; if they are in folders, the top folder's name is the label.
 
+    A text file next to a clip is its caption; a `metadata.jsonl` or `metadata.csv` in `root` is read as its manifest.
+    Hidden folders, and those of the system, are left out; so are links that lead outside `root`, with a warning.
     what: the noun for such files in messages ("videos"). Raises ValueError if there are none, or if only some are in
     folders.
     """
@@ -100,87 +149,124 @@ def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
             f"data.root={str(root)!r} does not exist; give a folder of {what}, or use generated clips of moving "
             "shapes: data.source=shapes."
         )
-    allowed, found = root.resolve(), []
-    for folder, folders, files in os.walk(root):  # links to folders are not followed: they may form a loop
-        folders.sort()
-        for name in sorted(files):
-            file = Path(folder) / name
-            escapes = file.is_symlink() and not file.resolve().is_relative_to(allowed)
-            if file.suffix.lower() in suffixes and not name.startswith(".") and not escapes:
-                found.append(file)
+    found, left_out = find_media(root, suffixes)
+    for name in FOLDER_MANIFESTS:
+        if (root / name).is_file() and _is_inside(root / name, root.resolve()):
+            return _listed(root, root / name, found, what)
     if not found:
+        also = f"; {left_out}" if left_out else ""
         raise ValueError(
-            f"data.root={str(root)!r} holds no {what} ({', '.join(sorted(suffixes))}); put some there or give another "
-            "folder."
+            f"data.root={str(root)!r} holds no {what} ({', '.join(sorted(suffixes))}){also}; put some there or give "
+            "another folder."
         )
-    parts = [file.relative_to(root).parts for file in found]
+    if left_out:
+        warn_user(f"data.root={str(root)!r}: {left_out}.")
+    captions = _captions_next_to(found, root.resolve())
+    classes = _classes_of_folders(root, found, what)
+    rows = [Row(*row) for row in zip(found, classes.indices, captions, strict=True)]
+    missing = captions.count("")
+    if 0 < missing < len(captions):
+        first = found[captions.index("")]
+        warn_user(
+            f"data.root={str(root)!r}: {missing} of {len(rows)} {what} have no caption in a text file of their name, "
+            f"such as {first.with_suffix('.txt').name!r}; theirs is empty."
+        )
+    return Table(rows, classes.num_classes, classes.names)
+
+
+def _listed(root: Path, manifest: Path, found: Sequence[Path], what: str) -> Table:
+    """The table of a folder's own manifest, with a warning of files that are not in it."""
+    table = read_manifest(manifest, root)
+    inside = {row.path for row in table.rows}
+    missing = [file for file in found if file.resolve() not in inside]
+    if missing:
+        warn_user(
+            f"{manifest} does not list {len(missing)} of the {len(found)} {what} in its folder (the first: "
+            f"{missing[0].name!r}); they are left out."
+        )
+    folders = {file.relative_to(root).parts[0] for file in found if file.parent != root}
+    if not table.num_classes and len(folders) > 1:
+        warn_user(
+            f"{manifest} has no column 'label', so that the {len(folders)} folders next to it are no classes; add that "
+            "column, or rename the file to have the folders as classes and no captions of it."
+        )
+    return table
+
+
+def _classes_of_folders(root: Path, files: Sequence[Path], what: str) -> Classes:
+    """The classes that the folders just below `root` are; none if the files lie in `root` itself."""
+    parts = [file.relative_to(root).parts for file in files]
     nested = [len(p) > 1 for p in parts]
-    if any(nested) and not all(nested):
-        loose = found[nested.index(False)]
+    if not any(nested):
+        return Classes([None] * len(files), 0, None)
+    if not all(nested):
+        loose = files[nested.index(False)]
         raise ValueError(
             f"data.root={str(root)!r} has {what} both in class folders and loose ({loose.name!r}); put all of them in "
             "folders, or none."
         )
-    if not any(nested):
-        return Table([Row(file, None) for file in found], 0, None)
-    names = sorted({p[0] for p in parts})
-    return Table([Row(file, names.index(p[0])) for file, p in zip(found, parts, strict=True)], len(names), names)
+    return number_classes([p[0] for p in parts], lambda i: f"the folder {str(root / parts[i][0])!r}")
 
 
-def _csv_rows(path: Path) -> list[tuple[int, Any]]:
-    """(line number, row as a dictionary) of a CSV file."""
+def find_media(root: Path, suffixes: set[str]) -> Found:
+    """All files with one of `suffixes`, in order, without what is hidden and without links that lead outside."""
+    allowed = root.resolve()
+    found: list[Path] = []
+    links: list[Path] = []
+    unreadable: list[OSError] = []
+    for folder, folders, files in os.walk(root, onerror=unreadable.append):  # follows no links: they may form a loop
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SYSTEM_FOLDERS)
+        links += [Path(folder, name) for name in folders if not _is_inside(Path(folder, name), allowed)]
+        for name in sorted(files):
+            file = Path(folder, name)
+            if not name.startswith(".") and is_one_of(file, suffixes):
+                (found if _is_inside(file, allowed) else links).append(file)
+    reasons = []
+    if links:
+        reasons.append(
+            f"{len(links)} link(s) lead outside it and are left out (the first: {links[0].name!r}); copy the files "
+            "(from the hub: hf download --local-dir), or list them in a manifest and set data.root to a folder that "
+            "holds links and files"
+        )
+    if unreadable:
+        reasons.append(
+            f"{len(unreadable)} folder(s) cannot be read and are left out (the first: {unreadable[0]}); change their "
+            "permissions"
+        )
+    return Found(found, ". ".join(reasons))
+
+
+def _is_inside(path: Path, allowed: Path) -> bool:
+    """Whether a path is no link, or a link that stays under `allowed`."""
+    if not path.is_symlink():
+        return True
     try:
-        with open(path, newline="", encoding="utf-8") as stream:
-            reader = csv.DictReader(stream)
-            if "path" not in (reader.fieldnames or []):
-                raise ValueError(
-                    f"{path}: the column 'path' is missing (it has {reader.fieldnames}); name it in the first line."
-                )
-            return [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV file in UTF-8 ({error}); save it as one.") from error
+        return path.resolve().is_relative_to(allowed)
+    except (OSError, RuntimeError):  # a link to itself: what opens the file says so
+        return True
 
 
-def _json_rows(path: Path) -> list[tuple[int, Any]]:
-    """(line number, parsed value) of every line of a JSON lines file that is not blank."""
-    rows = []
+def _captions_next_to(files: Sequence[Path], allowed: Path) -> list[str]:
+    """The caption of each file: the text of the file of its name with the suffix .txt, empty if there is none."""
+    names: dict[Path, dict[str, str]] = {}  # by folder: name of a text file without its suffix -> its full name
+    for folder in {file.parent for file in files}:
+        listed = os.listdir(folder) if folder.is_dir() else []
+        names[folder] = {name[:-4]: name for name in sorted(listed) if name.lower().endswith(".txt")}
+    return [
+        _read_caption(file.parent / names[file.parent][file.stem], allowed) if file.stem in names[file.parent] else ""
+        for file in files
+    ]
+
+
+def _read_caption(file: Path, allowed: Path) -> str:
+    if not file.is_file() or not _is_inside(file, allowed):
+        return ""
+    size = file.stat().st_size
+    if size > _MAX_CAPTION_BYTES:
+        raise ValueError(
+            f"{str(file)!r} is too long for a caption ({size} bytes, at most {_MAX_CAPTION_BYTES}); shorten or rename it."
+        )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as JSON lines.") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); write one object per line.") from error
-    return rows
-
-
-def _with_class_indices(path: Path, entries: list[_Entry]) -> Table:
-    """Turn labels into class indices: numbers are used as they are; if any label is a name, all count as names.
-
-    Names are numbered in alphabetical order.
-    """
-    labelled = [entry.label is not None and entry.label != "" for entry in entries]
-    if not any(labelled):
-        return Table([entry.row(None) for entry in entries], 0, None)
-    if not all(labelled):
-        line = entries[labelled.index(False)].line
-        raise ValueError(f"{path}, line {line} has no label, but other rows have one; label every row, or none.")
-    for entry in entries:
-        if isinstance(entry.label, bool | float | list | dict):
-            raise ValueError(
-                f"{path}, line {entry.line}: label {entry.label!r} is neither a whole number nor a name; correct it."
-            )
-    values = [str(entry.label).strip() for entry in entries]
-    if all(value.removeprefix("-").isdecimal() for value in values):
-        numbers = [int(value) for value in values]
-        if min(numbers) < 0:
-            line = entries[numbers.index(min(numbers))].line
-            raise ValueError(f"{path}, line {line}: label {min(numbers)} is negative; number the classes from 0.")
-        rows = [entry.row(number) for number, entry in zip(numbers, entries, strict=True)]
-        return Table(rows, max(numbers) + 1, None)
-    names = sorted(set(values))
-    rows = [entry.row(names.index(value)) for value, entry in zip(values, entries, strict=True)]
-    return Table(rows, len(names), names)
+        raise ValueError(f"{str(file)!r} is not text in UTF-8 ({error}); save the caption as UTF-8.") from error

@@ -3,10 +3,21 @@
 import numpy as np
 from PIL import Image
 
+from stdit.data.media import VideoError
+
+# A strip of 1 x 50,000 pixels that covers a square would become 50,000 times as large as what is left of it.
+MAX_CROPPED = 64
+
 
 def cover_size(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (H, W) with the aspect ratio of `size` that covers `target`."""
-    scale = max(target[0] / size[0], target[1] / size[1])
+    """The smallest (H, W) with the aspect ratio of `size` that covers `target`; VideoError if hardly any of it would fit."""
+    heights, widths = target[0] / size[0], target[1] / size[1]
+    scale = max(heights, widths)
+    if scale > MAX_CROPPED * min(heights, widths):
+        raise VideoError(
+            f"a picture of {size[0]} x {size[1]} (height x width) is too narrow for {target[0]} x {target[1]}: less than "
+            f"1/{MAX_CROPPED} of it would be seen; crop it or leave it out."
+        )
     return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
 
 

@@ -10,13 +10,16 @@ from types import TracebackType
 import av
 import numpy as np
 import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image
 from torch import Tensor
 
 from stdit.files import atomic_write
 from stdit.pixels import to_bytes
+from stdit.warn import warn_user
 
 Frames = np.ndarray | Tensor
+GIF_FPS = 50
 
 
 def to_uint8(frames: Frames) -> np.ndarray:
@@ -65,12 +68,17 @@ class _Mp4Encoder:
     """Encodes frames of one size into an mp4 file, which is complete when the `with` block ends without an error."""
 
     def __init__(self, path: Path, fps: float, height: int, width: int):
-        self._container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+        # With the protocol in front, a colon in the name is part of the name.
+        self._container = av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"})
         # A rate must be a fraction; denominators up to 1001 include the NTSC rates (30000/1001) exactly.
         self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         self._stream.height, self._stream.width = height + height % 2, width + width % 2
         self._stream.pix_fmt = "yuv420p"
         self._stream.options = {"crf": "16", "preset": "fast"}
+        # Players take clips of an unknown colour space for BT.709 or for BT.601, by their size and their own habits.
+        context = self._stream.codec_context
+        context.colorspace, context.color_primaries = Colorspace.ITU709, ColorPrimaries.BT709
+        context.color_trc, context.color_range = ColorTrc.BT709, ColorRange.MPEG
 
     def __enter__(self) -> "_Mp4Encoder":
         return self
@@ -80,7 +88,11 @@ class _Mp4Encoder:
         height, width = frames.shape[1:3]
         padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         for frame in padded:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            picture = rgb.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
+                dst_color_trc=ColorTrc.BT709, dst_color_primaries=ColorPrimaries.BT709,
+            )  # fmt: skip
             self._container.mux(self._stream.encode(picture))
 
     def __exit__(
@@ -129,9 +141,15 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    # Browsers play frames of less than 20 ms as if they lasted 100 ms.
-    duration = max(20, round(1000 / fps))
-    first.save(path, format="gif", save_all=True, append_images=rest, duration=duration, loop=0)
+    if fps > GIF_FPS:
+        # Browsers play frames of less than 20 ms as if they lasted 100 ms.
+        warn_user(
+            f"a gif shows at most {GIF_FPS} frames a second, {fps:g} were asked for: it plays slower; write an mp4."
+        )
+    # A gif counts hundredths of a second: each frame ends at the one nearest to its time, so that rounding does not add up.
+    ends = np.round(np.arange(len(frames) + 1) * 100 / min(fps, GIF_FPS))
+    durations = (10 * np.diff(ends)).astype(int).tolist()
+    first.save(path, format="gif", save_all=True, append_images=rest, duration=durations, loop=0)
 
 
 def _write_png(path: Path, frames: np.ndarray, fps: float) -> None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from stdit.ranges import check_ranges
+
 Distribution = Literal["logit_normal", "uniform"]
 Betas = Literal["linear", "scaled_linear"]
 
@@ -10,6 +12,11 @@ Betas = Literal["linear", "scaled_linear"]
 DEFAULT_MASK_PROBS = {
     "shared": 0.875, "prefix": 0.04, "motion": 0.015, "suffix": 0.025, "ends": 0.02, "region": 0.015, "every_kth": 0.005,
     "per_frame": 0.0025, "random": 0.0025,
+}  # fmt: skip
+
+_RANGES = {
+    "mask_warmup_steps": "[0, inf)", "cond_noise_max": "[0, 1)", "cond_timestep_shift": "(0, inf)", "mask_ratio": "[0, 0.75]",
+    "shift": "(0, inf)", "shift_tokens": "[0, inf)",
 }  # fmt: skip
 
 
@@ -33,11 +40,11 @@ class ObjectiveConfig:
     shift_tokens: int = 0  # flow: latent positions at which shift holds; it scales with the root of the size; 0: off
 
     def __post_init__(self) -> None:
-        for name in ("shift", "cond_timestep_shift"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"objective.{name} must be > 0, got {getattr(self, name)}; 1 leaves the levels as they are."
-                )
+        unchanged = "1 leaves the levels as they are"
+        check_ranges(
+            "objective", self, _RANGES, shift=unchanged, cond_timestep_shift=unchanged, mask_ratio="MDT v2 uses 0.3",
+            cond_noise_max="0 keeps known frames clean",
+        )  # fmt: skip
         for name in self.mask_probs:
             _check_strategy(name, "strategy in objective.mask_probs")
         for name, probability in self.mask_probs.items():
@@ -50,14 +57,6 @@ class ObjectiveConfig:
             raise ValueError(
                 "objective.mask_probs.teacher_forcing gives every clip a noised history and mixes with no other strategy; "
                 "set it to 0, or use objective.mask_strategy=teacher_forcing."
-            )
-        if self.mask_warmup_steps < 0:
-            raise ValueError(f"objective.mask_warmup_steps must be >= 0, got {self.mask_warmup_steps}; 0: no warmup.")
-        if not 0 <= self.mask_ratio <= 0.75:
-            raise ValueError(f"objective.mask_ratio must lie in [0, 0.75], got {self.mask_ratio}; MDT v2 uses 0.3.")
-        if not 0 <= self.cond_noise_max < 1:
-            raise ValueError(
-                f"objective.cond_noise_max must lie in [0, 1), got {self.cond_noise_max}; 0 keeps known frames clean."
             )
 
     @property

@@ -5,10 +5,17 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from stdit.nn.config import Axis
+from stdit.ranges import check_ranges
 from stdit.variants import pick
 
 # depth, hidden size, heads
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+
+_RANGES = {
+    "unet_channels": "[1, inf)", "unet_layers": "[1, inf)", "patch_size": "[1, inf)", "depth": "[1, inf)",
+    "hidden_size": "[1, inf)", "num_heads": "[1, inf)", "mlp_ratio": "(0, inf)", "num_classes": "[0, inf)",
+    "window": "[2, inf)", "sink": "[0, inf)", "num_decoder_blocks": "[0, inf)", "num_single_blocks": "[0, inf)",
+}  # fmt: skip
 
 
 @dataclass
@@ -52,6 +59,12 @@ class ModelConfig:
     extra_conditions: dict[str, Any] = field(default_factory=dict)  # more conditions: name -> its arguments
 
     def __post_init__(self) -> None:
+        check_ranges("model", self, _RANGES)
+        if self.patch_size is not None and len(self.patch_size) != 3:
+            raise ValueError(
+                f"model.patch_size={self.patch_size} is not [frames, rows, columns]; use [1, 2, 2] or null."
+            )
+        size_arguments(self.size)
         for name in ("axes", "caption_axes"):
             for axis in getattr(self, name):
                 pick(dict.fromkeys(get_args(Axis)), axis, f"axis in model.{name}")

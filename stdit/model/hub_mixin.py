@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from stdit.files import read_json
+from stdit.hashes import check_weights
 from stdit.legacy import renamed_parameter, renamed_section
 from stdit.model.lora import check_lora
 from stdit.weights import check_fits
@@ -70,6 +71,7 @@ class HubMixin:
         folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
         if read_json(folder / "config.json"):  # bounded, as diffusers' reading is not
             check_fits(folder, lambda: cls.from_config(cls.load_config(folder)))
+            check_weights(Path(pretrained_model_name_or_path), within="transformer/")
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         loaded: Any = super().from_pretrained(  # type: ignore[misc]

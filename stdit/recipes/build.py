@@ -15,6 +15,7 @@ from stdit.data.datasets import CachedLatents, Dataset
 from stdit.data.samplers import BatchSampler, BucketSampler, ClipSize, PackedSampler, UniformSampler, assign_buckets
 from stdit.data.video_io import VideoError
 from stdit.diffusion.objective import Objective
+from stdit.hub import check_reachable, resolve_source
 from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
@@ -47,8 +48,8 @@ def build_captions(config: Config, dataset: Dataset, device: torch.device, *, ma
     texts = [dataset.record(i)["caption"] for i in range(len(dataset))]
     if not any(texts):
         raise ValueError(
-            f"text.encoder={config.text.encoder} but no clip of {config.data.root!r} has a caption; give a manifest with "
-            "captions (and cache latents again), or leave text.encoder out."
+            f"text.encoder={config.text.encoder} but no clip of {config.data.root!r} has a caption; put a.txt next to "
+            "a.mp4, or give a manifest with a column 'caption' (and cache latents again), or leave text.encoder out."
         )
     encoder = load_text_encoder(config.text.encoder, device)
     cache = CaptionCache(Path(config.text.cache), encoder)
@@ -80,7 +81,7 @@ def build_model(
         shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)
         return UNet(**given, sample_size=shape, channels=config.model.unet_channels, layers=config.model.unet_layers)
     arguments = model_arguments(config.model)
-    image = STDiT.from_pretrained(config.init_from.path) if config.init_from.path else None
+    image = load_start(config.init_from.path) if config.init_from.path else None
     if image is not None:
         arguments |= inflated_arguments(image, arguments, config.model.depth, config.init_from)
     shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width, arguments["patch_size"])
@@ -90,6 +91,19 @@ def build_model(
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
+
+
+def load_start(path: str) -> STDiT:
+    """The model of `init_from.path`; ValueError at once, without asking the hub in vain, if there is none."""
+    source, options = resolve_source(path, "init_from.path")
+    try:
+        check_reachable(source, "config.json", options)
+        return STDiT.from_pretrained(source, **options)
+    except OSError as error:
+        raise ValueError(
+            f"init_from.path={path!r} is no folder, and as a hub id it cannot be read: {' '.join(str(error).split())[:200]}; "
+            "give the folder of a model."
+        ) from error
 
 
 def check_batch(config: Config, processes: int) -> None:

@@ -1,31 +1,34 @@
-"""Encode the clips of a config once, so that training reads latents instead of video.
+"""Encode the clips of a config once, so that training reads latents instead of video: one window of each clip, drawn by seed.
 
     stdit cache-latents quickstart data.root=data/shapes data.manifest=data/shapes/manifest.jsonl data.source=videos --output data/shapes_latents
 
-Several processes can share the work (torchrun). Every shard is written under a temporary name, hashed and renamed. If
-the command is run again, finished shards are not encoded again.
+Several processes can share the work (torchrun, or the same command started twice): every shard is written under a
+temporary name, hashed and renamed. The same command, run again, encodes only clips that are new or that changed, and
+takes over changed labels and captions.
 """
 
-import hashlib
 import json
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from stdit.conditions import CONDITIONERS
 from stdit.config import Config, load_typed
+from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
+from stdit.data.identity import columns_of, hash_of, identity_of
 from stdit.data.loader import conditions_of_sample
 from stdit.data.video_io import VideoError
 from stdit.files import atomic_write, write_text
+from stdit.hashes import difference, file_sha256
 from stdit.pixels import to_float
 from stdit.precision import autocast
 from stdit.recipes.entry import command, command_parser
@@ -37,8 +40,7 @@ from stdit.vae import VideoVAE, load_vae
 class Shard(NamedTuple):
     """The latents of a part of the data.
 
-    tensors: name -> (N, C, T, h, w) float16, see `_encode`. indices: of the N clips in the dataset. conditions: raw
-    conditions of each clip. bad: unreadable file -> the reason. waited: seconds spent waiting for data.
+    conditions: raw conditions of each clip; bad: unreadable files with the reason; waited: seconds spent waiting for data.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -70,9 +72,7 @@ def encode_shard(dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, see
             ahead.extend([pool.submit(read, i) for i in later] for later in chunks[number + 4 : number + 5])
             began = time.perf_counter()
             samples = dict(zip(chunk, (future.result() for future in futures), strict=True))
-            waited += (time.perf_counter() - began) * (
-                number > 0
-            )  # not for the first clips, which no encoding can overlap
+            waited += (time.perf_counter() - began) * (number > 0)  # nothing is encoded while the first clips are read
             bad |= {dataset.name(i): str(sample) for i, sample in samples.items() if isinstance(sample, VideoError)}
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
@@ -101,9 +101,10 @@ def _encode(vae: VideoVAE, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         groups = [vae.frames_of_latent(batch, t) for t in range(1, latents.shape[2])]
         heads = vae.encode_segment(torch.cat(groups)) if groups else latents[:0]
     heads = torch.cat([latents[:, :, :1], *heads.split(len(batch))], dim=2)
-    if not torch.isfinite(latents).all() or not torch.isfinite(heads).all():
-        raise ValueError(f"VAE {vae.name!r} gave latents that are not finite; use the VAE in float32.")
-    return {"latents": latents.half().cpu(), "reencoded": heads.half().cpu()}
+    tensors = {"latents": latents.half().cpu(), "reencoded": heads.half().cpu()}
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError(f"VAE {vae.name!r} gave latents that are not finite in 16 bits; use it in float32.")
+    return tensors
 
 
 @command
@@ -114,10 +115,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--output", required=True, type=Path, help="folder for the latents; data.root of the training")
     parser.add_argument("--shard-size", type=int, default=1024, help="clips per file")
+    parser.add_argument(
+        "--freeze-augmentation",
+        action="store_true",
+        help="allow data.flip and data.crop=random, which are then drawn once for each clip, not anew in every epoch",
+    )
     args = parser.parse_intermixed_args(argv)
     config = load_typed(Config, args.config, args.overrides)
     if config.data.source == "latents":
         config.data.source = "auto"
+    check_augmentation(config.data, frozen=args.freeze_augmentation)
+    if args.shard_size < 1:
+        raise ValueError(f"--shard-size must be >= 1, got {args.shard_size}.")
     dataset = build_dataset(config.data)
     if args.output.resolve() == Path(config.data.root).resolve():
         raise ValueError(
@@ -125,28 +134,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     vae = load_vae(config.vae.name).to(default_device())
     vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)  # raises for sizes that do not fit
-    source = {key: getattr(config.data, key) for key in SOURCE_KEYS}
     head = {
-        "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "clips": len(dataset),
-        "num_classes": dataset.num_classes, "class_names": dataset.class_names, "shard_size": args.shard_size, "tensors": ["latents", "reencoded"], **source,
+        "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "shard_size": args.shard_size,
+        "tensors": ["latents", "reencoded"], **{key: getattr(config.data, key) for key in SOURCE_KEYS},
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
     check_settings(args.output, head)
     write_shards(args.output, dataset, vae, shard_size=args.shard_size, seed=config.seed)
-    return write_index(args.output, head)
+    return write_index(args.output, head, dataset)
 
 
-# The keys of the data config on which latents depend; --shard-size and seed are checked as well.
-SOURCE_KEYS = ("root", "manifest", "num_frames", "height", "width", "fps", "crop")
+# The keys of the data config on which latents depend; VAE, seed and --shard-size are checked as well.
+SOURCE_KEYS = ("root", "manifest", "num_frames", "height", "width", "fps", "crop", "flip")
+
+
+def check_augmentation(config: DataConfig, frozen: bool) -> None:
+    """Refuse what a cache would make the same in every epoch, or, with `frozen`, say that it is."""
+    drawn = [("data.flip=true", "data.flip=false")] * config.flip
+    drawn += [("data.crop=random", "data.crop=center")] * (config.crop == "random")
+    given, plain = (" ".join(choice) for choice in zip(*drawn, strict=True)) if drawn else ("", "")
+    if frozen and drawn:
+        print(f"{given}: drawn once for each clip and kept, not anew in every epoch")
+    elif drawn:
+        raise ValueError(
+            f"{given} would be drawn once for each clip and then be the same in every epoch; use {plain}, train from the clips "
+            "themselves, or pass --freeze-augmentation to have it so."
+        )
 
 
 def check_settings(output: Path, head: dict) -> None:
-    """Raise ValueError if the folder has latents of other settings; a run with the same settings adds to them."""
+    """ValueError if the folder holds latents made with other settings; a run with the same settings adds to them."""
     path = output / "settings.json"
     if not path.is_file():
         write_text(path, json.dumps(head))
-    elif (found := json.loads(path.read_text())) != head:
-        changed = [key for key in head if found.get(key) != head[key]]
+        return
+    try:
+        found = {"flip": False, **json.loads(path.read_text())}  # version 0.1.0 did not record it
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); choose another --output, or remove it.") from error
+    changed = [key for key in head if found.get(key) != head[key]]
+    if changed:
         raise ValueError(
             f"{output} holds latents made with other settings ({', '.join(changed)}); choose another --output, or remove it."
         )
@@ -158,52 +185,136 @@ def _rank() -> tuple[int, int]:
 
 
 def write_shards(output: Path, dataset: Dataset, vae: VideoVAE, *, shard_size: int, seed: int) -> None:
-    """Encode the shards of this process that are missing or damaged."""
+    """Write the shards of this process, encoding the clips that are new or changed, and those of missing or damaged shards."""
     (rank, world), waited, began = _rank(), 0.0, time.perf_counter()
     starts = range(0, len(dataset), shard_size)
+    done: Counter[str] = Counter()
     for start in tqdm(starts[rank::world], unit="shard", desc="encoding", disable=rank > 0):
-        name = f"latents-{start // shard_size:05d}"
-        if _is_complete(output, name):
-            continue
-        shard = encode_shard(dataset, vae, range(start, min(start + shard_size, len(dataset))), seed=seed)
-        waited += shard.waited
-        file = output / f"{name}.safetensors"
-        with atomic_write(file) as tmp:
-            save_file(shard.tensors, tmp)
-            digest = hashlib.sha256(tmp.read_bytes()).hexdigest()
-        rows = [dataset.record(i) for i in shard.indices]
-        record = {
-            "file": file.name, "count": len(rows), "sha256": digest, "bad": shard.bad,
-            "labels": [row["label"] for row in rows], "captions": [row["caption"] for row in rows], "conditions": shard.conditions,
-        }  # fmt: skip
-        write_text(output / f"{name}.json", json.dumps(record))
+        indices = range(start, min(start + shard_size, len(dataset)))
+        file = output / f"latents-{start // shard_size:05d}.safetensors"
+        waited += _write_shard(file, dataset, vae, indices=indices, seed=seed, done=done)
     if not rank:
         print(f"waited {waited:.1f} s of {time.perf_counter() - began:.1f} s for data")
+    if done["kept"]:
+        print(
+            f"{done['kept']} clips kept, {done['encoded']} encoded; labels or captions of {done['annotated']} shards renewed"
+        )
 
 
-def write_index(output: Path, head: dict) -> int:
-    """Write cache.json if every shard is written, which holds in the last process to finish. Returns the exit code."""
-    shards = [output / f"latents-{i:05d}.json" for i in range(-(-head["clips"] // head["shard_size"]))]
-    if not all(path.is_file() for path in shards):
-        print(f"process {_rank()[0]} is done; the last process to finish writes {output / 'cache.json'}")
-        return 0
-    records = [json.loads(path.read_text()) for path in shards]
+def _write_shard(
+    file: Path, dataset: Dataset, vae: VideoVAE, *, indices: range, seed: int, done: Counter[str]
+) -> float:
+    """Bring one shard up to date; counts what was done -> seconds spent waiting for data."""
+    sources = [source_of(dataset, i) for i in indices]
+    old = _read_record(file)
+    unchanged = {
+        i: old["rows"][n] for n, i in enumerate(indices) if n < len(old["rows"]) and old["sources"][n] == sources[n]
+    }
+    wanted = [i for i in indices if i not in unchanged]
+    done.update(kept=len(unchanged), encoded=len(wanted))
+    annotations = hash_of([dataset.record(i) for i in indices])
+    if not wanted and len(old["rows"]) == len(indices):
+        if old["annotations"] != annotations:
+            done["annotated"] += 1
+            record = {**old, **_annotations(dataset, [i for i in indices if unchanged[i] is not None])}
+            write_text(file.with_suffix(".json"), json.dumps({**record, "annotations": annotations}))
+        return 0.0
+    shard = encode_shard(dataset, vae, wanted, seed=seed)
+    record = _merge(file, old, shard, unchanged=unchanged, indices=indices)
+    bad = {name: reason for name, reason in old["bad"].items() if name in {dataset.name(i) for i in unchanged}}
+    record |= {"bad": bad | shard.bad, "sources": sources, "annotations": annotations}
+    record |= _annotations(dataset, [i for i, row in zip(indices, record["rows"], strict=True) if row is not None])
+    write_text(file.with_suffix(".json"), json.dumps(record))
+    return shard.waited
+
+
+def source_of(dataset: Dataset, index: int) -> list:
+    """What a clip's latents and stored conditions are made from: its file, what is in it, and its further columns."""
+    one = identity_of(dataset, index, read=True)
+    return [one.source, one.content, hash_of(columns_of(one))]
+
+
+def _annotations(dataset: Dataset, indices: Sequence[int]) -> dict[str, list]:
+    rows = [dataset.record(i) for i in indices]
+    return {"labels": [row["label"] for row in rows], "captions": [row["caption"] for row in rows]}
+
+
+def _merge(file: Path, old: dict, shard: Shard, *, unchanged: dict[int, int | None], indices: range) -> dict:
+    """Write the tensors of a shard, those of the clips that are kept and of the new ones in the order of `indices`.
+
+    unchanged: index of a clip -> its row in the old shard, None for a file that could not be read. The record that is returned
+    has the row of every index in `rows`.
+    """
+    before = load_file(file) if any(row is not None for row in unchanged.values()) else {}
+    new = {i: row for row, i in enumerate(shard.indices)}
+    origins = {i: (before, unchanged[i], old["conditions"]) for i in unchanged if unchanged[i] is not None}
+    origins |= {i: (shard.tensors, row, shard.conditions) for i, row in new.items()}
+    order = [origins[i] for i in indices if i in origins]
+    tensors = {
+        name: torch.stack([part[name][row] for part, row, _ in order]) for name in (order[0][0] if order else ())
+    }
+    with atomic_write(file) as tmp:
+        save_file(tensors or {"latents": torch.zeros(0)}, tmp)
+        digest, size = file_sha256(tmp), tmp.stat().st_size
+    numbers = iter(range(len(order)))
+    return {
+        "file": file.name, "count": len(order), "bytes": size, "sha256": digest,
+        "conditions": [conditions[row] for _, row, conditions in order],
+        "rows": [next(numbers) if i in origins else None for i in indices],
+    }  # fmt: skip
+
+
+# The record of a shard that is not there.
+_NOTHING: dict[str, Any] = {"rows": [], "sources": [], "conditions": [], "bad": {}, "annotations": None}
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    """The record of a shard; one without rows if it is missing, damaged, or does not say what it was made from."""
+    try:
+        record = json.loads(file.with_suffix(".json").read_text())
+        rows = [row for row in record["rows"] if row is not None]
+        whole = (
+            len(record["sources"]) == len(record["rows"]) and len(record["conditions"]) == len(rows) == record["count"]
+        )
+        return {**_NOTHING, **record} if whole and difference(file.parent, {file.name: record}) is None else _NOTHING
+    except (OSError, ValueError, KeyError, TypeError):
+        return _NOTHING
+
+
+def write_index(output: Path, head: dict, dataset: Dataset) -> int:
+    """Write cache.json once every shard is there and of this data (the last process does)."""
+    size = head["shard_size"]
+    starts = range(0, len(dataset), size)
+    records = []
+    for number, start in enumerate(starts):
+        path = output / f"latents-{number:05d}.json"
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        indices = range(start, min(start + size, len(dataset)))
+        if record.get("annotations") != hash_of([dataset.record(i) for i in indices]):
+            print(f"process {_rank()[0]} is done; the last process to finish writes {output / 'cache.json'}")
+            return 0
+        index = {key: value for key, value in record.items() if key not in ("rows", "annotations")}
+        records.append({**index, "sources": hash_of(record["sources"])})
     bad = {name: reason for record in records for name, reason in record.pop("bad").items()}
     if not any(record["count"] for record in records):
         raise ValueError(
-            f"none of the {head['clips']} clips could be read; stdit check-media lists the reasons, the first is: {next(iter(bad.values()))}"
+            f"none of the {len(dataset)} clips could be read; stdit check-media lists the reasons, the first is: {next(iter(bad.values()))}"
         )
-    write_text(output / "cache.json", json.dumps({**head, "shards": records, "skipped": bad}))
+    classes = {"num_classes": dataset.num_classes, "class_names": dataset.class_names}
+    head = {**head, **classes, "clips": len(dataset), "shards": records, "skipped": bad}
+    write_text(output / "cache.json", json.dumps(head))
+    _remove_further(output, len(records))
     for reason in list(bad.values())[:10]:
         print(f"skipped a file: {reason}")
     skipped = f"; {len(bad)} skipped" if bad else ""
-    print(f"{head['clips'] - len(bad)} clips as latents of {head['vae']!r} in {output}{skipped}")
+    print(f"{len(dataset) - len(bad)} clips as latents of {head['vae']!r} in {output}{skipped}")
     return 0
 
 
-def _is_complete(output: Path, name: str) -> bool:
-    """Whether a shard exists and its file matches the recorded hash."""
-    record, file = output / f"{name}.json", output / f"{name}.safetensors"
-    if not (record.is_file() and file.is_file()):
-        return False
-    return hashlib.sha256(file.read_bytes()).hexdigest() == json.loads(record.read_text())["sha256"]
+def _remove_further(output: Path, count: int) -> None:
+    """Remove shards of an earlier run on more clips."""
+    names = {f"latents-{number:05d}" for number in range(count)}
+    for path in output.glob("latents-*"):
+        if path.stem not in names and path.stem.removeprefix("latents-").isdecimal():
+            print(f"removed {path}, of clips that the data no longer has")
+            path.unlink()

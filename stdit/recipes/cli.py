@@ -20,7 +20,7 @@ COMMANDS = {
     "plan": "memory, speed and days of a run on a GPU, before it starts",
     "convert": "convert weights of DiT, SiT, Latte, U-ViT, MDT or diffusers, and back",
     "make-shapes": "draw clips of moving shapes, with a manifest",
-    "check-media": "read every video of a folder in full and name what cannot be read",
+    "check-media": "read every file of a folder in full and say which training cannot use",
     "model-table": "parameters and Gflops of every model size",
     "plot-runs": "loss and samples of several runs in one picture",
     "train-vae": "train the tiny VAE",

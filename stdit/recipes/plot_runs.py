@@ -9,8 +9,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image
 
+from stdit.data.pictures import read_picture
 from stdit.recipes.entry import command, command_parser
 
 matplotlib.use("Agg")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=100, help="steps to average over")
     args = parser.parse_args(argv)
     sheets = [run / "samples" / "contact_sheet.png" for run in args.runs]
-    pictures = [np.asarray(Image.open(sheet).convert("RGB")) if sheet.is_file() else None for sheet in sheets]
+    pictures = [read_picture(sheet) if sheet.is_file() else None for sheet in sheets]
     shown = [i for i, picture in enumerate(pictures) if picture is not None]
     figure = plt.figure(figsize=(10, 4 + (7 if shown else 0)), layout="constrained")
     grid = figure.add_gridspec(2 if shown else 1, max(1, len(shown)), height_ratios=[4, 7] if shown else [1])

@@ -19,7 +19,9 @@ from torch import nn
 
 from stdit.config import Config, load_typed, to_plain
 from stdit.data.datasets import Dataset, build_dataset
+from stdit.data.identity import fingerprint
 from stdit.data.loader import batches
+from stdit.data.rates import clip_rate
 from stdit.data.samplers import BatchSampler
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import build_objective
@@ -59,10 +61,11 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     model = build_model(config, vae, dataset, objective, caption_channels=channels).to(accelerator.device)
     folders = RunFolders(config.name)
     if main:
+        clip_rate(config.data, dataset)  # says if the clips' rates differ
         folders.lock()
     accelerator.wait_for_everyone()
     order = build_order(config, dataset, vae, patch=model.patch_size, processes=processes)
-    resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint()}
+    resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
     checkpoint = find_checkpoint(config.train, folders, resolved, to_plain(Config()), main=main)
     accelerator.wait_for_everyone()
     trainer = Trainer(
@@ -116,7 +119,7 @@ def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
     accelerator, folders = trainer.accelerator, trainer.folders
     if not code:
         with swap_ema(trainer.model, trainer.ema):
-            export(trainer.model, trainer.vae, config, folders)
+            export(trainer.model, trainer.vae, config, folders, fps=clip_rate(config.data, run.dataset))
             write_results(trainer.model, trainer.vae, config, folders, dataset=run.dataset)
     folders.write_summary(
         {

@@ -5,7 +5,6 @@ stdit train-vae vae_tiny --export stdit/vae/weights
 """
 
 import copy
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,52 +14,52 @@ import torch
 from tqdm import tqdm
 
 from stdit.config import load_typed, to_plain
+from stdit.data.identity import hash_of, relative_name, size_of
 from stdit.data.idx import read_idx
+from stdit.data.manifest import read_manifest
 from stdit.data.transforms import resize_short_side
 from stdit.data.video_io import VideoReader
 from stdit.data.video_write import write_contact_sheet
-from stdit.files import inside, write_json
+from stdit.files import write_json
 from stdit.pixels import to_float
 from stdit.recipes.build import build_accelerator
 from stdit.recipes.entry import command, command_parser
 from stdit.training.fit import Stopped, swap_ema
 from stdit.training.optim import build_optimizers
+from stdit.training.results import check_finite
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
 from stdit.training.vae import ClipPool, VAEConfig, VAETrainer, psnr, vae_batches
 from stdit.vae.tiny import TinyVAE
 
 
+def data_fingerprint(config: VAEConfig) -> dict[str, str]:
+    """Hashes of the clips and images that the VAE is trained on, by their names, sizes and groups."""
+    root = Path(config.data.root)
+    rows = read_manifest(root / config.data.manifest, root).rows
+    clips = [(relative_name(row.path, root), size_of(row.path), row.columns.get("group")) for row in rows]
+    images = [(Path(path).name, size_of(Path(path))) for path in config.data.images]
+    return {"files": hash_of(clips), "images": hash_of(images)}
+
+
 def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.ndarray]]:
     """Read the training clips, as dicts of short side -> frames, and the held-out clips (F, H, W, 3) at full size."""
+    root = Path(config.data.root)
+    rows = read_manifest(root / config.data.manifest, root).rows
+    if config.data.hold_out and not any("group" in row.columns for row in rows):
+        raise ValueError(
+            f"{config.data.manifest} has no column 'group' for data.hold_out={config.data.hold_out}; add it, or use hold_out=[]."
+        )
     training, held_out = [], []
-    for path, row in tqdm(_rows(config), desc="reading clips", unit="clip"):
-        with VideoReader(path) as reader:
+    for row in tqdm(rows, desc="reading clips", unit="clip"):
+        with VideoReader(row.path) as reader:
             frames = reader.get_frames(range(len(reader)))
-        if row["group"] in config.data.hold_out:
+        if row.columns.get("group") in config.data.hold_out:
             held_out.append(frames)
         else:
             sides = [side for side in config.data.short_sides if side <= min(frames.shape[1:3])]
             training.append({side: resize_short_side(frames, side) for side in sides})
     return training, held_out
-
-
-def _rows(config: VAEConfig) -> list[tuple[Path, dict[str, str]]]:
-    """The rows of the manifest with the paths of their clips; ValueError for one without a path or a group, or elsewhere."""
-    root = Path(config.data.root)
-    manifest = root / config.data.manifest
-    if not manifest.is_file():
-        raise ValueError(
-            f"data.manifest={str(manifest)!r} does not exist; give a CSV file with the columns path and group."
-        )
-    with open(manifest, newline="", encoding="utf-8-sig") as stream:
-        rows = list(csv.DictReader(stream))
-    for number, row in enumerate(rows, 1):
-        if not (row.get("path") and row.get("group") is not None):
-            raise ValueError(f"{manifest}, row {number} has no path or no group; every row needs both.")
-    if not rows:
-        raise ValueError(f"{manifest} has no rows; write one per clip.")
-    return [(inside(root, row["path"], f"{manifest}, row {number}"), row) for number, row in enumerate(rows, 1)]
 
 
 def center_crop(frames: np.ndarray, size: int, count: int = 17) -> torch.Tensor:
@@ -106,6 +105,7 @@ def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: lis
     """Write the EMA weights in 16 bits, with a record of the training; returns the PSNR on held-out clips."""
     with swap_ema(trainer.model, trainer.ema):
         measure_latents(trainer.model, pool, config.seed)
+        check_finite(trainer.model, f"{folder} was not written; resume an older checkpoint with a lower train.lr")
         scores = evaluate(trainer.model, held_out)
         write_preview(trainer.model, held_out, trainer.folders.output / "reconstructions.png")
         copy.deepcopy(trainer.model).half().save_pretrained(folder)
@@ -133,8 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.manual_seed(config.seed)
         vae = TinyVAE(**asdict(config.model)).to(accelerator.device)
         optimizers = build_optimizers(vae, config.train.optimizer, config.train.lr, config.train.weight_decay)
-        trainer = VAETrainer(accelerator, folders, vae, optimizers, config=config.train, resolved=to_plain(config))
-        checkpoint = find_checkpoint(config.train, folders, to_plain(config), to_plain(VAEConfig()))
+        resolved = {**to_plain(config), "data_fingerprint": data_fingerprint(config)}
+        trainer = VAETrainer(accelerator, folders, vae, optimizers, config=config.train, resolved=resolved)
+        checkpoint = find_checkpoint(config.train, folders, resolved, to_plain(VAEConfig()))
         if checkpoint is not None:
             trainer.restore(checkpoint)
             print(f"resumed from {checkpoint.path}")

@@ -12,7 +12,7 @@ from stdit.conditions.values import frames as select_frames
 from stdit.nn.cache import FrameCache
 from stdit.sampling.canvas import Canvas
 from stdit.sampling.conditioning import condition_frames
-from stdit.sampling.engine import Engine, Keys, Size
+from stdit.sampling.engine import Engine, Keys, Size, check_latents
 from stdit.sampling.guidance import Denoiser, Guidance
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.schedule import Schedule
@@ -76,6 +76,7 @@ class AutoregressiveSampler:
 
         def finish(frame: int, latents: Tensor) -> Tensor:
             """Write a finished frame into the cache, at level 0."""
+            check_latents(latents)
             cache.writing = True
             denoiser(frame)(latents, torch.zeros(1, latents.shape[2], device=latents.device))
             cache.writing = False

@@ -26,6 +26,15 @@ Keys = Sequence[tuple[int, ...]]  # (seed, clip, ...) of every clip of a batch, 
 Size = tuple[int, int, int]  # frames, height, width
 
 
+def check_latents(latents: Tensor) -> None:
+    """Raise ValueError if sampled latents are not finite: their pixels would be black or noise."""
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            "the sampled latents have numbers that are not finite, so nothing is written; lower the guidance, use "
+            "precision='fp32', or take an earlier checkpoint."
+        )
+
+
 class TrainedOn(NamedTuple):
     """Size and rate of the clips of training, and the names of the mask strategies that chose known frames."""
 
@@ -106,6 +115,7 @@ class Engine:
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Decode latents to pixels on the CPU, a few clips at a time; `tile`: the side of tiles in latents."""
+        check_latents(latents)
         return decode(self.vae, latents, tile)
 
     def progress(self, iterable: Iterable, show: bool = True) -> Iterable:

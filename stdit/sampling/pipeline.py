@@ -14,6 +14,7 @@ from torch import Tensor
 from stdit.conditions import Guided, Label
 from stdit.conditions.label import label_number  # noqa: F401 (under its former name)
 from stdit.conditions.values import map_tensors, rows
+from stdit.hashes import check_weights, write_weights_manifest
 from stdit.hub import check_reachable, resolve_source
 from stdit.legacy import aliases, renamed_section
 from stdit.model.stdit import STDiT
@@ -108,9 +109,15 @@ class STDiTPipeline(DiffusionPipeline):
             if not folder.is_dir():
                 source, options = cls.download(source, use_safetensors=True, **options), {}
             check_folder(Path(source))
+            check_weights(folder)
             return super().from_pretrained(source, use_safetensors=True, **options, **kwargs)
         except (OSError, TypeError, AttributeError, KeyError) as error:  # the latter of a scheduler's config
             raise ValueError(f"{source!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does, with MANIFEST.json: the hashes of the weights, which loading compares."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_weights_manifest(Path(save_directory))
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

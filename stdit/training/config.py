@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-_POSITIVE = ("steps", "checkpoint_every", "log_every", "preview_every", "max_skipped")
+from stdit.ranges import check_ranges
+
+_LOOP_RANGES = {
+    "steps": "[1, inf)", "decay_steps": "[1, inf)", "warmup_steps": "[0, inf)", "lr": "(0, inf)", "weight_decay": "[0, inf)",
+    "clip_norm": "(0, inf)", "ema_decay": "[0, 1)", "checkpoint_every": "[1, inf)", "keep_checkpoints": "[2, inf)",
+    "log_every": "[1, inf)", "preview_every": "[1, inf)", "max_skipped": "[1, inf)",
+}  # fmt: skip
+_TRAIN_RANGES = {
+    "batch_size": "[1, inf)", "tokens": "[1, inf)", "micro_batch": "[1, inf)", "label_dropout": "[0, 1)", "samples": "[0, inf)",
+    "sample_steps": "[1, inf)", "guidance": "[0, inf)",
+}  # fmt: skip
 
 
 @dataclass
@@ -28,23 +38,7 @@ class LoopConfig:
     max_skipped: int = 20  # steps in a row with a non-finite loss or gradient, after which a run stops
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be >= 1, got {getattr(self, name)}.")
-        if self.decay_steps is not None and self.decay_steps < 1:
-            raise ValueError(f"train.decay_steps must be >= 1 or null, got {self.decay_steps}.")
-        if self.lr <= 0 or self.clip_norm <= 0:
-            raise ValueError(f"train.lr and train.clip_norm must be > 0, got {self.lr} and {self.clip_norm}.")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ValueError(
-                f"train.warmup_steps and train.weight_decay must be >= 0, got {self.warmup_steps} and {self.weight_decay}."
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}.")
-        if self.keep_checkpoints < 2:
-            raise ValueError(
-                f"train.keep_checkpoints must be >= 2, got {self.keep_checkpoints}, since the newest checkpoint may be damaged."
-            )
+        check_ranges("train", self, _LOOP_RANGES, keep_checkpoints="the newest checkpoint may be damaged")
 
 
 @dataclass
@@ -61,14 +55,4 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "sample_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be >= 1, got {getattr(self, name)}.")
-        for name in ("micro_batch", "tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"train.{name} must be >= 1 or null, got {value}.")
-        if self.samples < 0:
-            raise ValueError(f"train.samples must be >= 0, got {self.samples}.")
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"train.label_dropout must be in [0, 1), got {self.label_dropout}.")
+        check_ranges("train", self, _TRAIN_RANGES, guidance="1 is no guidance")

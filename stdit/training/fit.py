@@ -147,7 +147,14 @@ class TrainingLoop(ABC):
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint: weights, their moving average, optimizers, step."""
         tensors, info = checkpoint.tensors, checkpoint.info
-        self.model.load_state_dict({renamed_parameter(name): value for name, value in tensors["model"].items()})
+        weights = {renamed_parameter(name): value for name, value in tensors["model"].items()}
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:  # with allow_changes
+            raise ValueError(
+                f"{checkpoint.path} does not fit the model of this config: {' '.join(str(error).split())[:300]}; choose another "
+                "name=, or start from its weights with init_from."
+            ) from error
         averages = {renamed_parameter(name): value for name, value in tensors["ema"].items()}
         self.step, self.skipped, self.seconds = checkpoint.step, info["skipped"], info["seconds"]
         names = [name for name, _ in self.model.named_parameters()]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stdit.data.datasets import Dataset
+from stdit.data.rates import DEFAULT_FPS, clip_rate
 from stdit.data.video_io import VideoError
 from stdit.data.video_write import write_contact_sheet, write_video
 from stdit.files import atomic_write, write_text
@@ -21,8 +22,8 @@ from stdit.training.run import RunFolders
 from stdit.vae import VideoVAE
 
 
-def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
-    """Build the pipeline of a model in training; `config` is a `stdit.config.Config`."""
+def build_pipeline(model: STDiT, vae: VideoVAE, config: Any, fps: float | None = None) -> STDiTPipeline:
+    """Build the pipeline of a model in training; `config` is a `stdit.config.Config`, fps: the rate of its clips."""
     data, objective = config.data, config.objective
     scheduler = STDiTScheduler(
         objective.name,
@@ -38,7 +39,7 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any) -> STDiTPipeline:
         num_frames=data.num_frames,
         height=data.height,
         width=data.width,
-        fps=data.fps or 8.0,
+        fps=fps or data.fps or DEFAULT_FPS,
         objective=objective.name,
         vae_fingerprint=vae.fingerprint(),
         mask_strategies=sorted(objective.active_mask_probs),
@@ -70,14 +71,25 @@ def _sample(model: STDiT, vae: VideoVAE, config: Any, given: dict[str, Any], *, 
     )  # fmt: skip
 
 
-def export(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders) -> None:
-    """Write models/NAME, a pipeline folder. A model of an earlier run is replaced only when the new one is complete."""
+def export(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, fps: float | None = None) -> None:
+    """Write models/NAME, a pipeline folder. A model of an earlier run is replaced only when the new one is complete.
+
+    ValueError, and nothing is written, if a weight is not finite.
+    """
+    check_finite(model, f"{folders.model} was not written; resume an older checkpoint with a lower train.lr")
     before = folders.model.with_name(f".{folders.name}-before-{os.getpid()}")
     with atomic_write(folders.model) as tmp:
-        build_pipeline(model, vae, config).save_pretrained(tmp, safe_serialization=True)
+        build_pipeline(model, vae, config, fps).save_pretrained(tmp, safe_serialization=True)
         if folders.model.exists():
             os.rename(folders.model, before)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def check_finite(model: nn.Module, remedy: str) -> None:
+    """Raise ValueError if a weight of a model is nan or infinite. remedy: what to do, and what was not done."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"the weights {name} have numbers that are not finite; {remedy}.")
 
 
 def write_results(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, dataset: Dataset) -> None:
@@ -93,7 +105,7 @@ def write_results(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders,
     suffix = "png" if clips.shape[2] == 1 else "mp4"
     for i, clip in enumerate(clips):
         label = f"-class-{labels[i]}" if labels else ""
-        write_video(folders.samples / f"{i:03d}{label}.{suffix}", clip, fps=config.data.fps or 8)
+        write_video(folders.samples / f"{i:03d}{label}.{suffix}", clip, fps=clip_rate(config.data, dataset))
     write_contact_sheet(folders.samples / "contact_sheet.png", list(clips), columns=2)
     if "captions" in given:
         write_text(folders.samples / "captions.txt", "\n".join(given["captions"]) + "\n")

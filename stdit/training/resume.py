@@ -38,6 +38,10 @@ def find_checkpoint(
     if checkpoint is None:
         return None
     saved = renamed_config(checkpoint.info["config"])
+    if "data_fingerprint" in resolved and "data_fingerprint" not in saved:
+        if main:
+            print(f"{checkpoint.path} does not say which data it was trained on; it is not compared.", file=sys.stderr)
+        resolved = {key: value for key, value in resolved.items() if key != "data_fingerprint"}
     changed = [
         line
         for line in differences(_canonicalize(_merge(defaults, saved), saved), _canonicalize(resolved))
@@ -45,7 +49,8 @@ def find_checkpoint(
     ]
     if changed and not config.allow_changes:
         raise ValueError(
-            f"{checkpoint.path} was made with a different config ({'; '.join(changed)}). Undo the change, choose another name=, "
+            f"{checkpoint.path} was made with a different config{' or data' if 'data_fingerprint' in resolved else ''} "
+            f"({'; '.join(changed)}). Undo the change, choose another name=, "
             "start again with train.resume=never, or resume all the same with train.allow_changes=true."
         )
     return checkpoint

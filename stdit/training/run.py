@@ -67,7 +67,7 @@ class RunFolders:
         for before in _matching(self.model.parent, rf"\.{name}-before-\d+"):
             if not self.model.exists():
                 os.rename(before, self.model)
-        left = _matching(self.model.parent, rf"\.{name}-(before-)?\d+")
+        left = _matching(self.model.parent, rf"\.{name}-(before-)?\d+|\.\d+-{name}")
         for path in [*left, *_matching(self.output, r"\.\d+-.+"), *_matching(self.samples, r"\.\d+-.+")]:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -119,5 +119,15 @@ def differences(before: Mapping, now: Mapping, prefix: str = "") -> list[str]:
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key}: {old} -> {new}")
+            found.append(f"{prefix}{key}: {' -> '.join(_shown(old, new))}")
     return found
+
+
+def _shown(old: Any, new: Any) -> tuple[str, str]:
+    """Two values as text; of long lists only their lengths and where they begin to differ."""
+    if not (isinstance(old, list) and isinstance(new, list)) or max(len(old), len(new)) <= 12:
+        return str(old), str(new)
+    first = next(
+        (i for i, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]), min(len(old), len(new))
+    )
+    return f"{len(old)} with {old[first : first + 3]} at {first}", f"{len(new)} with {new[first : first + 3]}"

@@ -1,6 +1,5 @@
 """Checkpoints that survive kills, full disks and flipped bits: written under a temporary name, hashed, fsynced, then renamed."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-MANIFEST = "MANIFEST.json"
+from stdit.hashes import MANIFEST, describe_files, difference, file_sha256
 
 # Checkpoints that this process wrote, or read and found undamaged; they are not hashed again at every save.
 _verified: set[tuple] = set()
@@ -53,7 +52,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
             save_file({key: _plain(value) for key, value in group.items()}, tmp / f"{name}.safetensors")
         (tmp / "info.json").write_text(json.dumps({"step": step, **info}, indent=1))
         files = sorted(tmp.iterdir())
-        manifest = {file.name: {"sha256": _hash_and_sync(file), "bytes": file.stat().st_size} for file in files}
+        for file in files:
+            _sync(file)
+        manifest = describe_files(tmp, files)
         (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _sync(tmp / MANIFEST)
         _sync(tmp)
@@ -107,14 +108,10 @@ def damage(path: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None if every file matches its recorded size and hash."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        for name, recorded in manifest.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != recorded["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {recorded['bytes']}"
-            if _hash(file) != recorded["sha256"]:
-                return f"{name} does not match its hash"
+        if not all({"sha256", "bytes"} <= recorded.keys() for recorded in manifest.values()):
+            return f"{MANIFEST} has no hashes"
+        if reason := difference(path, manifest):
+            return reason
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     unlisted = sorted(file.name for file in path.glob("*.safetensors") if file.name not in manifest)
@@ -178,17 +175,7 @@ def _identity(path: Path) -> tuple:
 
 def manifest_hash(path: Path) -> str:
     """The hash of a checkpoint's manifest, which identifies all of its content."""
-    return _hash(path / MANIFEST)
-
-
-def _hash(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _hash_and_sync(file: Path) -> str:
-    _sync(file)
-    return _hash(file)
+    return file_sha256(path / MANIFEST)
 
 
 def _sync(path: Path) -> None:

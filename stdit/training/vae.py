@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stdit.data.shapes import draw, random_clip
 from stdit.pixels import to_float
+from stdit.ranges import check_ranges
 from stdit.training.config import LoopConfig
 from stdit.training.fit import StepLosses, TrainingLoop
 from stdit.training.metrics import Breakdown
@@ -28,6 +29,9 @@ class VAEDataConfig:
     short_sides: list[int] = field(default_factory=lambda: [64, 80, 96, 128, 160])  # short sides of the clips in pixels
     share_shapes: float = 0.15  # fraction of the clips that are drawn shapes
     share_images: float = 0.05  # fraction of the clips that are grey images
+
+    def __post_init__(self) -> None:
+        check_ranges("data", self, {"short_sides": "[1, inf)", "share_shapes": "[0, 1]", "share_images": "[0, 1]"})
 
 
 @dataclass
@@ -47,6 +51,11 @@ class VAETrainConfig(LoopConfig):
     latent_weight: float = 1e-4  # weight of squared latents, which keeps them near unit size (KL of fixed variance)
     l1_weight: float = 0.02  # weight of the absolute error
     flicker_weight: float = 0.25  # weight of the squared error of frame differences
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = ("latent_noise", "scale_weight", "latent_weight", "l1_weight", "flicker_weight")
+        check_ranges("train", self, dict.fromkeys(weights, "[0, inf)"))
 
 
 @dataclass
@@ -69,6 +78,13 @@ class ClipPool:
 
     def __init__(self, clips: Sequence[dict[int, np.ndarray]], images: np.ndarray | None, config: VAEDataConfig):
         self.clips, self.images, self.config = clips, images, config
+        for (frames, size, _), _ in BATCH_SHAPES:
+            fits = any(side >= size and len(clip) >= frames for sizes in clips for side, clip in sizes.items())
+            if not fits and config.share_shapes < 1:
+                raise ValueError(
+                    f"no clip of {config.manifest!r} has {frames} frames with a short side of {size} pixels (of "
+                    "data.short_sides); add such clips, or set data.share_shapes=1 to train on drawn shapes only."
+                )
 
     def batch(self, seed: int, step: int) -> Tensor:
         """Draw a batch (B, 3, F, S, S) in [-1, 1], a pure function of seed and step."""

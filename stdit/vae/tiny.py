@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stdit import legacy
+from stdit.ranges import check_ranges
 from stdit.vae.base import VideoVAE, split_frames
 
 
@@ -28,6 +29,12 @@ class TinyVAEConfig:
     encoder_blocks: list[int] = field(default_factory=lambda: [1, 1])  # residual blocks per resolution
     decoder_widths: list[int] = field(default_factory=lambda: [144, 80, 32])  # widths at strides of 8, 4 and 2
     decoder_blocks: list[int] = field(default_factory=lambda: [2, 3, 1])  # residual blocks per resolution
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            "model", self, {"channels": "[1, inf)", "encoder_widths": "[1, inf)", "decoder_widths": "[1, inf)"}
+        )
+        check_ranges("model", self, {"encoder_blocks": "[0, inf)", "decoder_blocks": "[0, inf)"})
 
 
 class CausalConvCache(dict[nn.Module, Tensor]):

@@ -43,7 +43,7 @@ def test_every_backend_refuses_a_file_that_is_not_a_video_in_one_line(tmp_path, 
 
 def test_decord_warns_once_of_its_errors(tmp_path, monkeypatch):
     pytest.importorskip("decord")
-    monkeypatch.setattr("stdit.data.backends._warned", set())
+    monkeypatch.setattr("stdit.warn._warned", set())
     path = write_barcodes(tmp_path / "a.mp4", 3)
     with pytest.warns(UserWarning, match="wrong frames on open-GOP"):
         open_video(path, "decord")

@@ -145,7 +145,7 @@ def test_images_and_digits_are_one_frame_clips(tmp_path):
     [
         ({"num_frames": 0}, "data.num_frames must be >= 1, got 0"),
         ({"height": -8}, "data.height must be >= 1, got -8"),
-        ({"fps": -1.0}, "data.fps must be > 0, got -1.0"),
+        ({"fps": -1.0}, "data.fps must be > 0 or null, got -1.0"),
         ({"workers": -1}, "data.workers must be >= 0 or null, got -1"),
         ({"backend": "pyavv"}, "Unknown video backend 'pyavv'. Did you mean 'pyav'"),
     ],

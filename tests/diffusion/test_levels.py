@@ -114,7 +114,7 @@ def test_cond_timestep_shift_raises_the_levels_of_clips_with_known_frames():
         ({"mask_probs": {"sufix": 1.0}}, "Did you mean 'suffix'"),
         ({"mask_probs": {"prefix": -1.0}}, r"objective.mask_probs.prefix must be >= 0 and finite, got -1.0"),
         ({"mask_probs": {"prefix": 0.0}}, "are all 0"),
-        ({"cond_noise_max": 1.0}, "cond_noise_max must lie in .* got 1.0"),
+        ({"cond_noise_max": 1.0}, "cond_noise_max must be in .* got 1.0"),
     ],
 )
 def test_invalid_mask_strategies_are_refused(config, message):

@@ -1,0 +1,199 @@
+"""Datasets of media files. `load(index, rng)` gives a sample; all its randomness comes from `rng`."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stdit.conditions import ClipFacts
+from stdit.data.backends import Reader, open_video
+from stdit.data.base import Annotated, Identity
+from stdit.data.config import DataConfig
+from stdit.data.facts import Facts, frames_at_rate, no_clip, too_short
+from stdit.data.identity import content_of, relative_name, size_of
+from stdit.data.manifest import Table
+from stdit.data.measures import Measures
+from stdit.data.media import VideoError, is_picture
+from stdit.data.pictures import picture_size, read_picture
+from stdit.data.rates import some_rates, warn_of_repeats
+from stdit.data.samplers import ClipSize
+from stdit.data.transforms import cover_size, crop
+from stdit.data.video_io import VideoReader
+from stdit.hashes import file_sha256
+
+# The most readers that a worker keeps, which bounds its memory however many files there are.
+MAX_READERS = 4096
+
+
+class TableDataset(Annotated):
+    """The common part of datasets of files: a table of rows, resizing and cropping."""
+
+    def __init__(self, table: Table, config: DataConfig):
+        self.rows, self.num_classes, self.class_names = table
+        self.config = config
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """Label, caption and further columns of a row."""
+        row = self.rows[index]
+        return {**row.columns, "label": row.label, "caption": row.caption}
+
+    def name(self, index: int) -> str:
+        """The path of the file."""
+        return str(self.rows[index].path)
+
+    def identity(self, index: int, *, read: bool = False) -> Identity:
+        """The file below the root, its size (or, if it is read, a hash of its content), and its annotations."""
+        path, label, caption, columns = self.rows[index]
+        content = content_of(path) if read else size_of(path)
+        return Identity(relative_name(path, Path(self.config.root)), content, label, caption, columns=columns)
+
+    def _path(self, index: int) -> Path:
+        """The file of a row. VideoError if the manifest has a column sha256 and the file another hash."""
+        row = self.rows[index]
+        expected = str(row.columns.get("sha256") or "").strip().lower()
+        if expected and (row.path, expected) not in self._hashed and row.path.is_file():
+            if (found := file_sha256(row.path)) != expected:
+                raise VideoError(
+                    f"{str(row.path)!r} does not have the sha256 of the manifest ({found[:12]}... in place of "
+                    f"{expected[:12]}...); restore the file, or correct the manifest."
+                )
+            self._hashed.add((row.path, expected))
+        return row.path
+
+    @cached_property
+    def _hashed(self) -> set[tuple[Path, str]]:
+        return set()
+
+    def _size(self, size: ClipSize | None) -> ClipSize:
+        return size or ClipSize(self.config.num_frames, self.config.height, self.config.width)
+
+    def _finish(
+        self,
+        frames: np.ndarray,
+        size: ClipSize,
+        fps: float,
+        rng: np.random.Generator,
+        picked: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        frames = crop(frames, (size.height, size.width), rng if self.config.crop == "random" else None)
+        if self.config.flip and rng.random() < 0.5:
+            frames = frames[:, :, ::-1]
+        return {"pixels": torch.from_numpy(np.ascontiguousarray(frames)), "clip": ClipFacts(size, fps, picked)}
+
+
+class VideoClips(TableDataset):
+    """Random windows of video files, scaled to cover the size and cropped.
+
+    With `fps`, frames are picked by their time stamps. Images among the files are clips of one frame.
+    """
+
+    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
+        """Decode a window at a random position of a video, or an image as a clip of one frame."""
+        size, path = self._size(size), self._path(index)
+        target = (size.height, size.width)
+        if is_picture(path):
+            _refuse(path, no_clip(size.frames))
+            return self._finish(read_picture(path, cover=target)[None], size, self.config.fps or 1.0, rng)
+        with self._open(path) as reader:
+            if size.frames > 1:
+                warn_of_repeats(reader, self.config.fps)
+            picked = window(reader, size.frames, self.config.fps, rng)
+            frames = reader.get_frames(picked, size=cover_size(reader.size, target))
+            rate = self.config.fps or reader.fps
+        return self._finish(frames, size, rate, rng, picked=picked)
+
+    def facts(self, index: int) -> Facts:
+        """What is measured of a file. Measurements are remembered on disk while the file stays as it is."""
+        path = self.rows[index].path
+        facts = self._measures.get(path)
+        if facts is None:
+            if is_picture(path):
+                facts = Facts.of_image(*picture_size(path))
+            else:
+                with self._open(path) as reader:
+                    facts = facts_of(reader)
+            self._measures.put(path, facts)
+        return facts
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """The frames of a file, counted at `fps`, and the size of its frames."""
+        facts = self.facts(index)
+        return (frames_at_rate(facts.frames, facts.last, self.config.fps), facts.height, facts.width)
+
+    @cached_property
+    def rates(self) -> list[float]:
+        """The frame rates of a few of the clips, in rising order."""
+        return some_rates([row.path for row in self.rows], self._open)
+
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Reader]:
+        """A reader of a file, used by nobody else: threads may read clips of one file at the same time.
+
+        PyAV's are cached with their index of packets, so that a worker scans each file once.
+        """
+        if self.config.backend != "pyav":
+            with open_video(path, self.config.backend) as reader:
+                yield reader
+            return
+        readers = self._readers
+        kept = readers.pop(path, None)
+        with VideoReader(path) if kept is None else kept as reader:
+            yield reader
+        readers[path] = reader
+        if len(readers) > MAX_READERS:
+            readers.popitem(last=False)
+
+    @cached_property
+    def _readers(self) -> OrderedDict[Path, VideoReader]:
+        return OrderedDict()
+
+    @cached_property
+    def _measures(self) -> Measures:
+        return Measures(Path(self.config.root), self.config.backend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_measures")}
+
+
+def facts_of(reader: Reader) -> Facts:
+    """What is measured of an open video."""
+    return Facts(len(reader), float(reader.timestamps[-1]), reader.fps, height=reader.size[0], width=reader.size[1])
+
+
+def _refuse(path: str | Path, reason: str | None) -> None:
+    """Raise VideoError if there is a reason."""
+    if reason is not None:
+        raise VideoError(f"{str(path)!r} {reason}.")
+
+
+def window(reader: Reader, num_frames: int, fps: float | None, rng: np.random.Generator) -> list[int]:
+    """Draw the frame numbers of a window at a random position; VideoError if the clip is too short for it."""
+    last = float(reader.timestamps[-1])
+    _refuse(reader.path, too_short(len(reader), last, num_frames, fps=fps))
+    if fps is None:
+        start = int(rng.integers(len(reader) - num_frames + 1))
+        return list(range(start, start + num_frames))
+    begin = rng.uniform(0, max(0.0, last - (num_frames - 1) / fps))
+    return reader.indices_at(begin + np.arange(num_frames) / fps)
+
+
+class Images(TableDataset):
+    """Image files as clips of one frame."""
+
+    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
+        """Read an image, scale it to cover the size, and crop it."""
+        size = self._size(size)
+        frames = read_picture(self.rows[index].path, cover=(size.height, size.width))[None]
+        return self._finish(frames, size, 1.0, rng)
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """One frame of the size of the file."""
+        return (1, *picture_size(self.rows[index].path))

@@ -1,0 +1,82 @@
+"""Which files hold pictures and clips, and the opening of a file that may be anything."""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image
+
+VIDEO_SUFFIXES = {
+    ".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".f4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".m2v", ".vob",
+    ".m4v", ".3gp", ".3g2", ".mj2", ".ogv", ".ogg", ".wmv", ".asf", ".mxf", ".y4m", ".gif", ".apng", ".webp", ".avif",
+}  # fmt: skip
+IMAGE_SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm",
+}  # fmt: skip
+# Pictures that nobody here decodes: a message of the reader of pictures says so, which one of the decoder of video cannot.
+_OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".eps", ".exr", ".ico", ".tga"}
+
+
+class VideoError(ValueError):
+    """A file that cannot be read as video or picture, or not completely; the message has file, reason and remedy."""
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a file for reading that must be a regular one: a pipe would block, a device never end; or raise VideoError."""
+    name = os.fspath(path)
+    try:
+        # Opening a FIFO must not block.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(name, flags)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise VideoError(f"{name!r} is not a regular file; give a file of a video or picture.")
+        return os.fdopen(descriptor, "rb")
+    except (OSError, ValueError) as error:
+        if isinstance(error, VideoError):
+            raise
+        raise VideoError(
+            f"{name!r} cannot be opened ({reason_of(error)}); check the path and its permissions."
+        ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The text of an error in one line, without the number and path in those of FFmpeg and the system."""
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+
+
+def is_picture(path: str | os.PathLike) -> bool:
+    """Whether a file is read as a still picture, not as a clip: by its suffix, and by its header if that leaves both."""
+    suffix = Path(path).suffix.lower()
+    if suffix in _OTHER_PICTURES:
+        return True
+    return suffix in IMAGE_SUFFIXES and not (suffix in VIDEO_SUFFIXES | {".png"} and _moves(path))
+
+
+def is_one_of(path: Path, suffixes: set[str]) -> bool:
+    """Whether a file is of a kind: VIDEO_SUFFIXES, IMAGE_SUFFIXES or both; a header tells still and animated ones apart."""
+    suffix = path.suffix.lower()
+    if suffix not in suffixes or suffix not in VIDEO_SUFFIXES & IMAGE_SUFFIXES:
+        return suffix in suffixes
+    stills, clips = suffixes >= IMAGE_SUFFIXES, suffixes >= VIDEO_SUFFIXES
+    return stills == clips or is_picture(path) == stills
+
+
+def animated_by_pillow(path: str | os.PathLike) -> bool:
+    """Whether a file is an animated WebP or a sequence of AVIF, which Pillow decodes and FFmpeg does not."""
+    with open_regular(path) as file:
+        head = file.read(32)
+    webp = head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and len(head) > 20 and bool(head[20] & 0b10)
+    return webp or head[4:12] == b"ftypavis"
+
+
+def _moves(path: str | os.PathLike) -> bool:
+    """Whether a file of a format for pictures and clips is a clip; False for one that cannot be read."""
+    try:
+        if animated_by_pillow(path):
+            return True
+        with open_regular(path) as file, Image.open(file, formats=("GIF", "PNG")) as image:
+            return bool(getattr(image, "is_animated", False))
+    except Exception:  # damaged files make Pillow raise many types; reading the file will say what is wrong
+        return False

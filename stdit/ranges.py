@@ -1,0 +1,39 @@
+"""Check the numbers of a config against ranges, in the notation of intervals."""
+
+from typing import Any
+
+
+def check_ranges(section: str, values: Any, ranges: dict[str, str], **remedies: str) -> None:
+    """Raise ValueError, with the key and the range, for an attribute of `values` outside its range.
+
+    section: the prefix of keys in messages ("train"), or "". ranges: attribute -> an interval such as "[1, inf)" or
+    "(0, 1]". Neither nan nor an infinite number is in any range, None is in all; in a list every number is checked.
+    remedies: attribute -> the end of its message.
+    """
+    for name, interval in ranges.items():
+        given = getattr(values, name)
+        for number in given if isinstance(given, list | tuple) else [given]:
+            if number is not None and not _contains(interval, number):
+                key = f"{section}.{name}" if section else name
+                null = " or null" if getattr(type(values), name, given) is None else ""  # the default of its field
+                remedy = f"; {remedies[name]}" if name in remedies else ""
+                raise ValueError(f"{key} must be {_described(interval)}{null}, got {given}{remedy}.")
+
+
+def _ends(interval: str) -> tuple[float, float]:
+    low, high = interval[1:-1].split(",")
+    return float(low), float(high)
+
+
+def _contains(interval: str, number: float) -> bool:
+    low, high = _ends(interval)
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    return above and below
+
+
+def _described(interval: str) -> str:
+    if not interval.endswith("inf)"):
+        return f"in {interval}"
+    low = interval[1:].partition(",")[0]
+    return f"{'>=' if interval[0] == '[' else '>'} {low}"
