@@ -75,6 +75,8 @@ def _read(path: Path) -> dict:
         raise ValueError(f"{what} cannot be read: {error}; give another.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} is not UTF-8 text ({error}); save it as UTF-8.") from error
+    if not text.strip():
+        raise ValueError(f"{what} is empty; see configs/ for examples, or name one of them.")
     return _parsed(text, what, OmegaConf.create)
 
 

@@ -117,11 +117,15 @@ def _read_index(path: Path) -> dict[str, Any]:
         info = json.loads(path.read_text(encoding="utf-8"))
         for key in ("num_classes", "class_names", "num_frames", "height", "width", "vae", "vae_fingerprint", "fps"):
             info[key]
+        if not (info["fps"] is None or isinstance(info["fps"], int | float)):
+            raise ValueError(f"fps is {info['fps']!r}, not a number")
         for shard in info["shards"]:
             if Path(shard["file"]).name != shard["file"]:
                 raise ValueError(f"{shard['file']!r} is not the name of a file")
             if len(shard["labels"]) != shard["count"]:
                 raise ValueError(f"{shard['file']} has {shard['count']} clips but {len(shard['labels'])} labels")
+            if not all(isinstance(one, dict) for one in shard.get("conditions", [])):
+                raise ValueError(f"{shard['file']} has conditions that are no objects")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}: {error}); run cache_latents again with the same --output."
