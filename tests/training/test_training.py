@@ -351,7 +351,7 @@ def test_latents_of_another_vae_are_refused(home, capsys):
     info = json.loads((home / "latents/cache.json").read_text())
     (home / "latents/cache.json").write_text(json.dumps({**info, "vae_fingerprint": "0" * 16}))
     assert go("data.source=latents", "data.root=latents", "name=other") == 1
-    assert "were made with VAE 'tiny' of other weights" in capsys.readouterr().err
+    assert "were made with VAE 'tiny', whose weights differ" in capsys.readouterr().err
     assert go("data.source=latents", "data.root=latents", "data.num_frames=9", "name=other") == 1
     assert "cache again" in capsys.readouterr().err
 
