@@ -50,9 +50,9 @@ def too_short(frames: int, last: float, num_frames: int, *, fps: float | None) -
     if frames_at_rate(frames, last, fps) >= num_frames:
         return None
     if fps is None:
-        return f"has {frames} frames, but {num_frames} are needed; lower data.num_frames or leave it out"
+        return f"has {frames} frames of the {num_frames} needed; lower data.num_frames or leave it out"
     needed = (num_frames - 1) / fps
-    return f"lasts {last:.2f} s, but {needed:.2f} s are needed; raise data.fps, lower data.num_frames or leave it out"
+    return f"lasts {last:.2f} s of the {needed:.2f} s needed; raise data.fps, lower data.num_frames or leave it out"
 
 
 def no_clip(num_frames: int) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import av
 import av.error
+import numpy as np
 
 from stdit.data.media import VideoError, open_regular, reason_of
 from stdit.data.pictures import read_animation
@@ -20,9 +21,7 @@ FORMATS = (
 # In these formats a frame may depend on all earlier ones, although every packet may be marked as a key frame.
 _NOT_SEEKABLE = {"gif", "apng", "h264", "hevc", "m4v", "mpegvideo", "av1", "obu"}
 SALVAGE = "repair it, leave it out, or pass salvage=True to get the frames that can be decoded"
-# FFmpeg's own decoders of these leave out the plane of alpha, which is a second stream beside each frame.
-_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-_MAX_STREAMS = 64  # streams that are probed within `max_pixels`
+_MAX_STREAMS = 16  # streams that are probed within `max_pixels`
 
 
 class Packets(NamedTuple):
@@ -164,12 +163,44 @@ class VideoFile:
         context = stream.codec_context
         if context.width * context.height > self.max_pixels:
             raise self.error(f"has frames of {context.width}x{context.height} pixels", "pass a larger max_pixels")
-        if stream.metadata.get("alpha_mode") == "1" and context.name in _WITH_ALPHA:
-            context = av.CodecContext.create(_WITH_ALPHA[context.name], "r")
-        context.thread_count = 1
         limit = {"max_pixels": str(self.max_pixels)}  # also of frames that the header does not announce
-        context.options = limit if self.salvage else {"err_detect": "explode", **limit}
-        return context
+        options = limit if self.salvage else {"err_detect": "explode", **limit}
+        context.thread_count, context.options = 1, options
+        beside = stream.metadata.get("alpha_mode") == "1" and context.name in ("vp8", "vp9")
+        return _AlphaDecoder(context, options) if beside else context
+
+
+class _AlphaDecoder:
+    """Decodes VP8 and VP9 with transparency: beside each packet there is one of a second stream, whose grey is the alpha."""
+
+    def __init__(self, colours: Any, options: dict[str, str]):
+        self._colours, self._alpha = colours, av.CodecContext.create(colours.name, "r")
+        self._alpha.thread_count, self._alpha.options = 1, options
+
+    def flush_buffers(self) -> None:
+        """Forget the frames that later ones would refer to, before decoding elsewhere."""
+        self._colours.flush_buffers()
+        self._alpha.flush_buffers()
+
+    def decode(self, packet: "av.Packet") -> list["av.VideoFrame"]:
+        """The frames of a packet, in rgba."""
+        frames = self._colours.decode(packet)
+        beside = [bytes(data)[8:] for data in packet.iter_sidedata() if data.data_type == "matroska_block_additional"]
+        planes = self._alpha.decode(av.Packet(beside[0])) if packet.size and beside else []
+        return (
+            [_with_alpha(*pair) for pair in zip(frames, planes, strict=True)] if len(planes) == len(frames) else frames
+        )
+
+
+def _with_alpha(colours: "av.VideoFrame", alpha: "av.VideoFrame") -> "av.VideoFrame":
+    """One frame of both, which a damaged frame, or one of another size, leaves as it is."""
+    if colours.is_corrupt or (colours.width, colours.height) != (alpha.width, alpha.height):
+        return colours
+    plane = np.frombuffer(alpha.planes[0], np.uint8).reshape(-1, alpha.planes[0].line_size)
+    rgb = colours.to_ndarray(format="rgb24")
+    frame = av.VideoFrame.from_ndarray(np.dstack([rgb, plane[: alpha.height, : alpha.width]]), format="rgba")
+    frame.pts, frame.time_base = colours.pts, colours.time_base
+    return frame
 
 
 class Animation:

@@ -1,10 +1,10 @@
-"""Encode a config's clips once, so that training reads latents instead of video: one window of each clip, drawn by seed.
+"""Encode the clips of a config once, so that training reads latents instead of video: one window of each clip, drawn by seed.
 
     stdit cache-latents quickstart data.root=data/shapes data.manifest=data/shapes/manifest.jsonl data.source=videos --output data/shapes_latents
 
-Several processes may share the work (torchrun, or the same command started twice): every shard is written under a
-temporary name, hashed and renamed. The same command again encodes only clips that are new or that changed, and takes
-over changed labels and captions.
+Several processes can share the work (torchrun, or the same command started twice): every shard is written under a
+temporary name, hashed and renamed. The same command, run again, encodes only clips that are new or that changed, and
+takes over changed labels and captions.
 """
 
 import json
@@ -40,8 +40,7 @@ from stdit.vae import VideoVAE, load_vae
 class Shard(NamedTuple):
     """The latents of a part of the data.
 
-    tensors: name -> (N, C, T, h, w) float16, see `_encode`. indices: of the N clips in the dataset. conditions: raw
-    conditions of each clip. bad: unreadable file -> the reason. waited: seconds spent waiting for data.
+    conditions: raw conditions of each clip; bad: unreadable files with the reason; waited: seconds spent waiting for data.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -73,9 +72,7 @@ def encode_shard(dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, see
             ahead.extend([pool.submit(read, i) for i in later] for later in chunks[number + 4 : number + 5])
             began = time.perf_counter()
             samples = dict(zip(chunk, (future.result() for future in futures), strict=True))
-            waited += (time.perf_counter() - began) * (
-                number > 0
-            )  # not for the first clips, which no encoding can overlap
+            waited += (time.perf_counter() - began) * (number > 0)  # nothing is encoded while the first clips are read
             bad |= {dataset.name(i): str(sample) for i, sample in samples.items() if isinstance(sample, VideoError)}
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
@@ -136,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--output {args.output} is data.root itself; set data.root=FOLDER to the folder of the clips."
         )
     vae = load_vae(config.vae.name).to(default_device())
-    vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)  # refuses sizes that do not fit
+    vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)  # raises for sizes that do not fit
     head = {
         "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "shard_size": args.shard_size,
         "tensors": ["latents", "reencoded"], **{key: getattr(config.data, key) for key in SOURCE_KEYS},
@@ -147,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return write_index(args.output, head, dataset)
 
 
-# The part of the data config that decides what a clip's latents are; VAE, seed and --shard-size are checked as well.
+# The keys of the data config on which latents depend; VAE, seed and --shard-size are checked as well.
 SOURCE_KEYS = ("root", "manifest", "num_frames", "height", "width", "fps", "crop", "flip")
 
 
@@ -166,7 +163,7 @@ def check_augmentation(config: DataConfig, frozen: bool) -> None:
 
 
 def check_settings(output: Path, head: dict) -> None:
-    """Raise ValueError if the folder has latents of other settings; a run with the same settings adds to them."""
+    """ValueError if the folder holds latents made with other settings; a run with the same settings adds to them."""
     path = output / "settings.json"
     if not path.is_file():
         write_text(path, json.dumps(head))
@@ -294,13 +291,15 @@ def write_index(output: Path, head: dict, dataset: Dataset) -> int:
         record = json.loads(path.read_text()) if path.is_file() else {}
         indices = range(start, min(start + size, len(dataset)))
         if record.get("annotations") != hash_of([dataset.record(i) for i in indices]):
-            print(f"process {_rank()[0]}: done; the last process to finish writes {output / 'cache.json'}")
+            print(f"process {_rank()[0]} is done; the last process to finish writes {output / 'cache.json'}")
             return 0
         index = {key: value for key, value in record.items() if key not in ("rows", "annotations")}
         records.append({**index, "sources": hash_of(record["sources"])})
     bad = {name: reason for record in records for name, reason in record.pop("bad").items()}
     if not any(record["count"] for record in records):
-        raise ValueError(f"none of the {len(dataset)} clips could be read; the first: {next(iter(bad.values()))}")
+        raise ValueError(
+            f"none of the {len(dataset)} clips could be read; stdit check-media lists the reasons, the first is: {next(iter(bad.values()))}"
+        )
     classes = {"num_classes": dataset.num_classes, "class_names": dataset.class_names}
     head = {**head, **classes, "clips": len(dataset), "shards": records, "skipped": bad}
     write_text(output / "cache.json", json.dumps(head))

@@ -103,7 +103,10 @@ def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
 
 
 def _flush_output(text: str = "") -> bool:
-    """Write `text` to stdout and flush it; False if its reader is gone. The rest is then discarded, so that Python's exit prints no error."""
+    """Write `text` to stdout and flush it; False if its reader is gone.
+
+    All further output is then discarded, so that Python prints no error at exit.
+    """
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

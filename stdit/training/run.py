@@ -67,7 +67,7 @@ class RunFolders:
         for before in _matching(self.model.parent, rf"\.{name}-before-\d+"):
             if not self.model.exists():
                 os.rename(before, self.model)
-        left = _matching(self.model.parent, rf"\.{name}-(before-)?\d+")
+        left = _matching(self.model.parent, rf"\.{name}-(before-)?\d+|\.\d+-{name}")
         for path in [*left, *_matching(self.output, r"\.\d+-.+"), *_matching(self.samples, r"\.\d+-.+")]:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -52,9 +52,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
             save_file({key: _plain(value) for key, value in group.items()}, tmp / f"{name}.safetensors")
         (tmp / "info.json").write_text(json.dumps({"step": step, **info}, indent=1))
         files = sorted(tmp.iterdir())
-        for file in files:
-            _sync(file)
-        manifest = describe_files(tmp, files)
+        manifest = {file.name: {"sha256": _hash_and_sync(file), "bytes": file.stat().st_size} for file in files}
         (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _sync(tmp / MANIFEST)
         _sync(tmp)
@@ -176,6 +174,11 @@ def _identity(path: Path) -> tuple:
 def manifest_hash(path: Path) -> str:
     """The hash of a checkpoint's manifest, which identifies all of its content."""
     return file_sha256(path / MANIFEST)
+
+
+def _hash_and_sync(file: Path) -> str:
+    _sync(file)
+    return file_sha256(file)
 
 
 def _sync(path: Path) -> None:

@@ -247,7 +247,7 @@ def fault(read: Callable[[Path], object], folder: Path) -> str | None:
     except (ValueError, OSError) as error:
         if type(error).__name__ in ("JSONDecodeError", "UnicodeDecodeError", "UnicodeEncodeError"):
             said = f"a bare {type(error).__name__}: {error}"
-        elif len(str(error).strip().splitlines()) > 1:
+        elif "\n" in str(error).strip():  # other separators are escaped where it is printed
             said = f"more than one line: {error!r}"
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
