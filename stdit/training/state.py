@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stdit.hashes import MANIFEST, describe_files, difference, file_sha256
+from stdit.hashes import MANIFEST, difference, file_sha256
 
 # Checkpoints that this process wrote, or read and found undamaged; they are not hashed again at every save.
 _verified: set[tuple] = set()
