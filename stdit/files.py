@@ -1,11 +1,14 @@
 """Write files atomically: under a temporary name in the same folder, then renamed."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 
 @contextmanager
@@ -21,6 +24,31 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(paths: Iterable[Path]) -> Iterator[None]:
+    """A context manager that keeps files for this process; ValueError if another process is about to write one of them.
+
+    The claim on a file is a lock next to it, which the system lets go if this process is killed.
+    """
+    with ExitStack() as claims:
+        for path in paths:
+            digest = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # a lock's name is never too long
+            file = path.with_name(f".{digest}.lock")
+            lock = FileLock(file)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(f"{path} is being written by another process; choose another --output.") from None
+            claims.callback(_let_go, lock, file)
+        yield
+
+
+def _let_go(lock: BaseFileLock, file: Path) -> None:
+    lock.release()
+    with suppress(OSError):  # another process has taken it
+        file.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

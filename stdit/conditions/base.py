@@ -129,14 +129,15 @@ class Conditioner(ABC):
             )
         return values.expand(count, *values.shape[1:])
 
-    def pair(self, given: Any, count: int) -> tuple[Value, Value]:
-        """The value for `count` clips and the null of the same shape, for guidance."""
+    def pair(self, given: Any, count: int, negative: Any = None) -> tuple[Value, Value]:
+        """The value for `count` clips, and what guidance leads away from, of the same shape: `negative`, or the null."""
         value = self.parse(given, count)
-        if not self.guided:
+        if negative is None and not self.guided:
             return value, value
-        null = self.null(count)
+        null = self.null(count) if negative is None else self.parse(negative, count)
         assert isinstance(value, Tensor) and isinstance(null, Tensor)
-        return value, null.expand_as(value)
+        value, null = torch.broadcast_tensors(value, null)
+        return value, null
 
     def of_clip(self, clip: ClipFacts) -> Value | None:
         """Value that follows from the clip to be generated; None for a condition that the user gives."""

@@ -19,13 +19,14 @@ from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.precision import Precision, resolve
+from stdit.recipes.models import default_device
 from stdit.text import CaptionCache, load_text_encoder
 from stdit.vae import VideoVAE
 
 
 def build_accelerator(precision: Precision, unused_parameters: bool = False) -> Accelerator:
     """Accelerate's view of this process. unused_parameters: whether a step may leave some without a gradient (DDP must know)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     AcceleratorState._reset_state()  # an earlier run in this process may have had a different precision
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else two processes on CPUs would be two runs of one process

@@ -72,12 +72,17 @@ def _sample(model: STDiT, vae: VideoVAE, config: Any, given: dict[str, Any], *, 
 
 def export(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders) -> None:
     """Write models/NAME, a pipeline folder. A model of an earlier run is replaced only when the new one is complete."""
-    tmp = folders.model.with_name(f".{folders.name}-{os.getpid()}")
-    build_pipeline(model, vae, config).save_pretrained(tmp, safe_serialization=True)
-    before = folders.model.with_name(f".{folders.name}-before-{os.getpid()}")
-    if folders.model.exists():
-        os.rename(folders.model, before)
-    os.rename(tmp, folders.model)
+    replace_model(build_pipeline(model, vae, config), folders.model)
+
+
+def replace_model(pipeline: STDiTPipeline, folder: Path) -> None:
+    """Write a pipeline to a folder. A model that is there is replaced only when the new one is complete."""
+    tmp = folder.with_name(f".{folder.name}-{os.getpid()}")
+    pipeline.save_pretrained(tmp, safe_serialization=True)
+    before = folder.with_name(f".{folder.name}-before-{os.getpid()}")
+    if folder.exists():
+        os.rename(folder, before)
+    os.rename(tmp, folder)
     shutil.rmtree(before, ignore_errors=True)
 
 
