@@ -267,6 +267,9 @@ class STDiTPipeline(DiffusionPipeline):
         engine, total = self.engine, clip.shape[2] + after
         with torch.no_grad():
             found = self.conditions(len(clip), class_labels=class_labels, captions=captions, **given)
+        warn_of_conditions(
+            canvas, options, self.transformer.conditioners, {**given, "class_labels": class_labels, "captions": captions}
+        )
         check(engine, canvas, options, frames=total)
         check_conditions(found.conditions, total, self.video_vae.stride[0])
         sampler = AutoregressiveSampler(engine, dataclasses.replace(options, progress=False))
