@@ -311,7 +311,9 @@ def build_call(args: argparse.Namespace, pipe: STDiTPipeline, options: SamplingO
     numbers = pipe.labels(_rounds(labels, count))
     away = {"negative_class_labels": args.negative_class_label, "negative_captions": args.negative_caption}
     negative = {keyword: values[0] if len(values) == 1 else values for keyword, values in away.items() if values}
-    return Call(options, count, numbers if labels else None, _rounds(captions, count), negative)
+    return Call(
+        options, count, labels=numbers if labels else None, captions=_rounds(captions, count), negative=negative
+    )
 
 
 def _rounds(values: list | None, count: int) -> list | None:

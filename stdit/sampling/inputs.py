@@ -81,7 +81,7 @@ def count_clips(class_labels: Labels, captions: Captions, num_videos: int | None
     positive = {keyword: value for keyword, value in given.items() if not keyword.startswith(NEGATIVE)}
     counts += [_count(keyword, value) for keyword, value in positive.items() if value is not None]
     count = num_videos or max(counts)
-    if any(several not in (1, count) for several in counts):
+    if num_videos and any(several not in (1, count) for several in counts):
         raise ValueError(
             f"num_videos={num_videos} does not fit {max(counts)} labels, captions or values of other conditions; give one "
             "of them, or one per clip."

@@ -268,7 +268,10 @@ class STDiTPipeline(DiffusionPipeline):
         with torch.no_grad():
             found = self.conditions(len(clip), class_labels=class_labels, captions=captions, **given)
         warn_of_conditions(
-            canvas, options, self.transformer.conditioners, {**given, "class_labels": class_labels, "captions": captions}
+            canvas,
+            options,
+            self.transformer.conditioners,
+            {**given, "class_labels": class_labels, "captions": captions},
         )
         check(engine, canvas, options, frames=total)
         check_conditions(found.conditions, total, self.video_vae.stride[0])

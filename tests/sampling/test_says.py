@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from stdit.files import claimed
@@ -97,11 +98,22 @@ def test_the_statistics_of_an_adapted_vae_follow_the_autoencoder_to_its_device()
     assert adapted.decode(torch.zeros(1, 4, 1, 8, 8, device="meta")).is_meta
 
 
-def test_offloading_by_module_changes_nothing(pipe):
-    clip = torch.rand(1, 3, 1, 16, 16)
-    before = pipe.extend(clip, after=4, class_labels=0, num_inference_steps=2, progress=False)
-    pipe.enable_sequential_cpu_offload(device="cpu")
-    assert torch.equal(pipe.extend(clip, after=4, class_labels=0, num_inference_steps=2, progress=False), before)
+class CountedHook(ModelHook):
+    """Counts how often a module is put on its device, as offloading does."""
+
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+def test_an_offloaded_vae_is_put_on_its_device_before_it_encodes_and_decodes(pipe):
+    hook = CountedHook()
+    add_hook_to_module(pipe.vae, hook)
+    pipe.extend(torch.rand(1, 3, 1, 16, 16), after=4, class_labels=0, num_inference_steps=1, progress=False)
+    assert hook.calls >= 2
+    assert pipe.model_cpu_offload_seq == "transformer->vae"
 
 
 def test_words_are_letters_with_their_marks_in_one_form_and_single_letters_where_scripts_have_no_blanks():
