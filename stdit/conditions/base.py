@@ -122,7 +122,14 @@ class Conditioner(ABC):
             return self.null(count)
         given = torch.as_tensor(given)
         values = self.value(given if given.ndim >= self.clip_ndim else given[None])
-        assert isinstance(values, Tensor)
+        null = self.null(1)
+        assert isinstance(values, Tensor) and isinstance(null, Tensor)
+        if values.shape[2:] != null.shape[2:]:
+            shape = ", ".join(map(str, null.shape[2:]))
+            raise ValueError(
+                f"{self.keywords[0]} of shape {tuple(given.shape)} does not fit; give (clips, {shape}), or (clips, latent "
+                f"frames, {shape})."
+            )
         if len(values) not in (1, count):
             raise ValueError(
                 f"{len(values)} values of {self.name!r} for {count} clips; give one per clip, or one for all."

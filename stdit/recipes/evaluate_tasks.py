@@ -99,9 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = Path("output") / Path(path).name
         (output / "tasks").mkdir(parents=True, exist_ok=True)
         suite_of = suite(load(path), args.clips, args.seed, options)
-        unknown = [name for name in args.tasks or [] if name not in suite_of]
-        if unknown and args.tasks == unknown:
-            raise ValueError(f"--tasks {unknown[0]} is none of {', '.join(suite_of)}.")
+        if args.tasks and not set(args.tasks) & set(suite_of):
+            raise ValueError(f"--tasks {' '.join(args.tasks)}: {path} has none of them, but {', '.join(suite_of)}.")
         metrics = []
         for name, run in suite_of.items():
             if args.tasks and name not in args.tasks:
