@@ -69,14 +69,14 @@ def compare_with_reference(args: argparse.Namespace) -> int:
     made = batches if batches is not None else _read(args.input, size, args.clips)
     found: dict = {"extractor": extractor.name}
     if args.paired:
-        made, real = list(made), list(real)
-        counts = [sum(map(len, side)) for side in (made, real)]
+        sides = list(made), list(real)
+        counts = [sum(map(len, side)) for side in sides]
         if counts[0] != counts[1]:
             raise ValueError(
                 f"--paired needs as many clips on both sides, but --input has {counts[0]} and --reference {counts[1]}; give the "
                 "same clips in the same order, or leave --paired out."
             )
-        pairs = list(zip(made, real, strict=True))
+        pairs = list(zip(*sides, strict=True))
         found |= {
             "PSNR, dB": psnr(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])),
             "SSIM": float(np.mean([ssim(a, b) for a, b in pairs])),
