@@ -1,13 +1,16 @@
 """Files: written atomically, read within bounds, and names and texts of strangers made harmless."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 LONGEST_NAME = 255  # bytes of a file name, on all common file systems
 LARGEST_JSON = 16 << 20  # bytes of a JSON file of a model or a cache's settings; real ones have kilobytes
@@ -54,6 +57,31 @@ def check_writable(path: Path) -> None:
     tmp = temporary_name(path)
     tmp.touch()
     tmp.unlink()
+
+
+@contextmanager
+def claimed(paths: Iterable[Path]) -> Iterator[None]:
+    """A context manager that keeps files for this process; ValueError if another process is about to write one of them.
+
+    The claim on a file is a lock next to it, which the system lets go if this process is killed.
+    """
+    with ExitStack() as claims:
+        for path in paths:
+            digest = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # a lock's name is never too long
+            file = path.with_name(f".{digest}.lock")
+            lock = FileLock(file)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(f"{path} is being written by another process; choose another --output.") from None
+            claims.callback(_let_go, lock, file)
+        yield
+
+
+def _let_go(lock: BaseFileLock, file: Path) -> None:
+    lock.release()
+    with suppress(OSError):  # another process has taken it
+        file.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

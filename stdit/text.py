@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from stdit.files import atomic_write, read_json, write_text
 from stdit.hub import check_reachable, resolve_source
 from stdit.legacy import aliases
 from stdit.nn.positions import sincos
+from stdit.warn import warn_user
 from stdit.weights import check_fits
 
 __getattr__ = aliases(__name__)
@@ -36,17 +38,22 @@ class Encoded(NamedTuple):
 class TextEncoder(Protocol):
     """The interface of a text encoder.
 
-    name: the name by which `load_text_encoder` loads it. channels: the size C of its tokens.
+    name: the name by which `load_text_encoder` loads it. channels: the size C of its tokens. max_length: the largest
+    number of tokens of a text.
     """
 
     name: str
     channels: int
+    max_length: int
 
     def fingerprint(self) -> str:
         """A digest of everything that decides the output."""
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each text, not truncated."""
+
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Encode a batch of texts."""
+        """Encode a batch of texts; what exceeds `max_length` tokens is left out."""
 
 
 class HashedWordEncoder:
@@ -59,8 +66,12 @@ class HashedWordEncoder:
     name, channels, max_length = "words", 64, 32
 
     def fingerprint(self) -> str:
-        """The sizes, since there are no weights."""
-        return f"words-{self.channels}-{self.max_length}"
+        """The sizes and the version of the division into words, since there are no weights."""
+        return f"words-{self.channels}-{self.max_length}-2"
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """The number of words of each text, with its end token."""
+        return [len(_words(text)) + 1 for text in texts]
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode the words of each text, in lower case and without punctuation, and an end token."""
@@ -77,8 +88,33 @@ class HashedWordEncoder:
         return Encoded(tokens, mask)
 
 
+# Scripts that put no blanks between words, by how Unicode's names of their letters begin: every letter is a word.
+_WITHOUT_BLANKS = (
+    "CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "YI ", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE",
+)  # fmt: skip
+
+
 def _words(text: str) -> list[str]:
-    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    """Split a text into words of letters, digits and the marks on them, in lower case and in one Unicode form (NFC)."""
+    words: list[str] = []
+    joins = takes_marks = False  # whether the last word goes on with a letter, or with a mark
+    for c in unicodedata.normalize("NFC", text.lower()):
+        kind = unicodedata.category(c)
+        if c.isalnum():
+            alone = not c.isascii() and unicodedata.name(c, "").startswith(_WITHOUT_BLANKS)
+            if joins and not alone:
+                words[-1] += c
+            else:
+                words.append(c)
+            joins, takes_marks = not alone, True
+        elif kind[0] == "M":
+            if takes_marks:
+                words[-1] += c
+        elif (
+            kind != "Cf" or c == "\u200b"
+        ):  # joiners and direction marks are within words, the blank without width is not
+            joins = takes_marks = False
+    return words
 
 
 @lru_cache(maxsize=65536)
@@ -135,6 +171,10 @@ class TransformersTextEncoder:
             digest.update(value.flatten()[:64].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each text, not truncated."""
+        return [len(ids) for ids in self.tokenizer(list(texts), verbose=False).input_ids]
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode texts, padded to the longest and truncated to `max_length` tokens."""
@@ -151,6 +191,20 @@ def load_text_encoder(name: str, device: torch.device | str = "cpu") -> TextEnco
     Raises ValueError if it cannot be loaded.
     """
     return HashedWordEncoder() if name == "words" else TransformersTextEncoder(name, device)
+
+
+def warn_of_length(encoder: TextEncoder, texts: Sequence[str]) -> None:
+    """Warn of the number of texts that are longer than the encoder takes, of which the end is not read."""
+    if not hasattr(encoder, "lengths"):  # an encoder of before version 0.2
+        return
+    lengths = encoder.lengths(texts) if texts else []
+    longer = [i for i, length in enumerate(lengths) if length > encoder.max_length]
+    if longer:
+        warn_user(
+            f"{len(longer)} of {len(texts)} captions are longer than the {encoder.max_length} tokens that text encoder "
+            f"{encoder.name!r} takes, and their ends are not read; the first is {texts[longer[0]][:60]!r} ... of "
+            f"{lengths[longer[0]]} tokens: shorten them, or put what matters first."
+        )
 
 
 class CaptionCache:
@@ -174,6 +228,7 @@ class CaptionCache:
     def add(self, encoder: TextEncoder, texts: Sequence[str], progress: bool = True) -> None:
         """Encode and store those of `texts`, and the empty text, that are not in the cache yet."""
         new = [text for text in dict.fromkeys(["", *texts]) if text not in self._index]
+        warn_of_length(encoder, list(dict.fromkeys(texts)))
         self.folder.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=len(new), desc=f"captions ({encoder.name})", unit="caption", disable=not progress or not new)
         for first in range(0, len(new), self.SHARD):

@@ -288,8 +288,8 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
         (["--tile", "2"], "tile must be >= 3, got 2"),
         (["--pos-scaling", "squeezed"], "Unknown pos_scaling 'squeezed'"),
         (
-            ["--task", "edit", "--input", "shapes/000000.mp4", "--num-videos", "3"],
-            "--num-videos belongs to --task generate",
+            ["--class-label", "0", "1", "2", "--num-videos", "2"],
+            "--num-videos 2 is less than the 3 labels or captions",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stdit.checkpoint.wrappers import unwrapped
 from stdit.files import read_json
 from stdit.weights import check_tensor_bytes, check_torch_file, safetensors_shapes
 
@@ -36,7 +37,8 @@ def read_weights(path: str | Path, which: str = "ema") -> Weights:
     elif not path.is_file():
         raise ValueError(f"{str(path)!r} does not exist; give a file of weights, or a folder that diffusers wrote.")
     elif path.suffix == ".safetensors":
-        weights = Weights(_read_safetensors(path), read_json(path.parent / "config.json"), str(path))
+        tensors = unwrapped(_read_safetensors(path), which)
+        weights = Weights(tensors, read_json(path.parent / "config.json"), str(path))
     else:
         weights = Weights(_pick(_read_torch(path), which, path), read_json(path.parent / "config.json"), str(path))
     check_tensors(weights.tensors, weights.origin)
@@ -78,7 +80,7 @@ def _pick(loaded: object, which: str, path: Path) -> dict[str, Tensor]:
         content = sorted(map(str, loaded))[:6] if isinstance(loaded, dict) else type(loaded).__name__
         raise ValueError(f"{str(path)!r} holds {content}, not a state dict; give a file of a model's weights.")
     check_tensor_bytes(loaded, path)
-    return {str(key).removeprefix("module."): value for key, value in loaded.items()}
+    return unwrapped({str(key): value for key, value in loaded.items()}, which)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -110,7 +112,7 @@ def _read_folder(folder: Path) -> Weights:
         hint = f"name {others[0]} itself" if others else "a folder needs *.safetensors"
         raise ValueError(f"{str(folder)!r} has no safetensors; {hint}.")
     tensors = {key: value for name in sorted(files) for key, value in _read_safetensors(folder / name).items()}
-    return Weights(tensors, read_json(folder / "config.json"), str(folder))
+    return Weights(unwrapped(tensors), read_json(folder / "config.json"), str(folder))
 
 
 def check_tensors(tensors: dict[str, Tensor], origin: str) -> None:

@@ -79,10 +79,18 @@ def pop_sincos_table(tensors: Tensors, key: str, make_table: Callable[[int, int]
     if table is None:
         return
     expected = make_table(table.shape[1], table.shape[2])
-    if expected.shape != table.shape[1:] or (expected - table[0].float()).abs().max() > 1e-4:
+    if expected.shape != table.shape[1:] or (expected - table[0].float()).abs().max() > _rounding(table):
         raise ValueError(
             f"{key!r} is not the sin-cos table of this format; learned tables are not supported here, convert weights without one."
         )
+
+
+def _rounding(table: Tensor) -> float:
+    """How far the numbers of a table, at most 1, may be from exact ones: more if weights of half precision hold it."""
+    for dtype in (torch.bfloat16, torch.float16):  # float32 by now, but with numbers of the shorter type alone
+        if torch.equal(table.to(dtype).to(table.dtype), table):
+            return torch.finfo(dtype).eps
+    return 1e-4
 
 
 def square_pos_embed(count: int, dim: int) -> Tensor:

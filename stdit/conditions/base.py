@@ -122,21 +122,29 @@ class Conditioner(ABC):
             return self.null(count)
         given = torch.as_tensor(given)
         values = self.value(given if given.ndim >= self.clip_ndim else given[None])
-        assert isinstance(values, Tensor)
+        null = self.null(1)
+        assert isinstance(values, Tensor) and isinstance(null, Tensor)
+        if values.shape[2:] != null.shape[2:]:
+            shape = ", ".join(map(str, null.shape[2:]))
+            raise ValueError(
+                f"{self.keywords[0]} of shape {tuple(given.shape)} does not fit; give (clips, {shape}), or (clips, latent "
+                f"frames, {shape})."
+            )
         if len(values) not in (1, count):
             raise ValueError(
                 f"{len(values)} values of {self.name!r} for {count} clips; give one per clip, or one for all."
             )
         return values.expand(count, *values.shape[1:])
 
-    def pair(self, given: Any, count: int) -> tuple[Value, Value]:
-        """The value for `count` clips and the null of the same shape, for guidance."""
+    def pair(self, given: Any, count: int, negative: Any = None) -> tuple[Value, Value]:
+        """The value for `count` clips, and what guidance leads away from, of the same shape: `negative`, or the null."""
         value = self.parse(given, count)
-        if not self.guided:
+        if negative is None and not self.guided:
             return value, value
-        null = self.null(count)
+        null = self.null(count) if negative is None else self.parse(negative, count)
         assert isinstance(value, Tensor) and isinstance(null, Tensor)
-        return value, null.expand_as(value)
+        value, null = torch.broadcast_tensors(value, null)
+        return value, null
 
     def of_clip(self, clip: ClipFacts) -> Value | None:
         """Value that follows from the clip to be generated; None for a condition that the user gives."""

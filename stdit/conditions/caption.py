@@ -83,10 +83,11 @@ class Caption(Conditioner):
         """Encode texts, one per clip or one for all; None is the empty text."""
         return self.encode(self._texts(given, count), 1)
 
-    def pair(self, given: Any, count: int) -> tuple[Tokens, Tokens]:
-        """The encoded texts and the encoded empty text, padded to one length."""
+    def pair(self, given: Any, count: int, negative: Any = None) -> tuple[Tokens, Tokens]:
+        """The encoded texts, and the encoded negative or empty ones, padded to one length."""
         texts = self._texts(given, count)
-        both = self.encode([*texts, ""], 1)  # encoded together, so that both are padded to one length
+        away = [""] if negative is None else self._texts(negative, count)
+        both = self.encode([*texts, *away], 1)  # encoded together, so that both are padded to one length
         null = map_value(both, lambda x: x[count:].expand(count, *x.shape[1:]))
         return map_value(both, lambda x: x[:count]), null  # type: ignore[return-value]
 

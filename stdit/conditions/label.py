@@ -77,8 +77,10 @@ class Label(Conditioner):
 def label_number(value: int | str, num_classes: int, names: Sequence[str] | None) -> int:
     """Number of a label that is given as number or name; ValueError if it is unknown or out of range."""
     if isinstance(value, str) and names:
+        if value in names:  # before names that contain it
+            return list(names).index(value)
         for i, name in enumerate(names):  # ImageNet's names are lists: "tench, Tinca tinca"
-            if value == name or value in name.split(", "):
+            if value in name.split(", "):
                 return i
     if isinstance(value, str) and not value.lstrip("-").isdecimal():
         choices = (

@@ -20,6 +20,7 @@ from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.precision import Precision, resolve
+from stdit.recipes.models import default_device
 from stdit.text import CaptionCache, load_text_encoder
 from stdit.vae import VideoVAE
 
@@ -29,7 +30,7 @@ def build_accelerator(precision: Precision, unused_parameters: bool = False) -> 
 
     unused_parameters: whether a step may leave some parameters without a gradient, which DDP must know.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     AcceleratorState._reset_state()  # which an earlier run in this process may have set to another precision
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise two processes on CPUs are two separate runs

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model from a config; the same command resumes",
     "sample": "sample clips, or edit and continue clips and pictures of your own",
     "cache-latents": "encode the clips of a config once, so that training reads latents",
+    "export": "write models/NAME from the newest checkpoint of a run",
     "evaluate": "measure a model or clips: shapes, captions, Fréchet distances",
     "evaluate-tasks": "measure extend, connect, inpaint and the other tasks on moving shapes",
     "held-out-loss": "loss on held-out clips by mask strategy and noise level",

@@ -59,6 +59,10 @@ def _output(model: Path) -> Path:
 
 def compare_with_reference(args: argparse.Namespace) -> int:
     """Measure the distances of the clips of a model, or of a folder, to real clips."""
+    if args.paired and not args.input:
+        raise ValueError(
+            "--paired compares --input with --reference; name both, since samples of a model have no pairs."
+        )
     extractor = load_extractor(args.features)
     if args.input:
         output, batches, size = None, None, (args.frames or 17, args.size or 64)
@@ -74,7 +78,14 @@ def compare_with_reference(args: argparse.Namespace) -> int:
     made = batches if batches is not None else _read(args.input, size, args.clips)
     found: dict = {"extractor": extractor.name}
     if args.paired:
-        pairs = [(a, b) for a, b in zip(made, real, strict=True)]
+        sides = list(made), list(real)
+        counts = [sum(map(len, side)) for side in sides]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"--paired needs as many clips on both sides, but --input has {counts[0]} and --reference {counts[1]}; give the "
+                "same clips in the same order, or leave --paired out."
+            )
+        pairs = list(zip(*sides, strict=True))
         found |= {
             "PSNR, dB": psnr(torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])),
             "SSIM": float(np.mean([ssim(a, b) for a, b in pairs])),

@@ -1,27 +1,107 @@
-"""Find and load the trained model of a command: a named folder or the newest one, on the available device."""
+"""Find and load the trained model of a command: a named folder, a run's checkpoint or the newest model, on the available device."""
 
+import sys
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from stdit.config import Config
+from stdit.legacy import renamed_parameter
+from stdit.model.stdit import STDiT
+from stdit.model.unet import UNet
 from stdit.sampling.pipeline import STDiTPipeline
+from stdit.training.results import build_pipeline
+from stdit.training.state import Checkpoint, damage, list_checkpoints, load_checkpoint, read_checkpoint
+from stdit.vae import load_vae
+
+CHECKPOINTS = Path("checkpoints")
 
 
 def newest_model(folder: Path = Path("models")) -> Path:
-    """The folder of the model that was exported last. ValueError if there is none."""
+    """The folder of the model trained last; without any, of the run that wrote a checkpoint last.
+
+    ValueError with the command that makes one if there is neither.
+    """
     found = [path.parent for path in folder.glob("[!.]*/model_index.json")]
-    if not found:
-        raise ValueError(
-            f"there is no model under {folder}/; train one with make quickstart, or with stdit train CONFIG."
-        )
-    return max(found, key=lambda path: (path / "model_index.json").stat().st_mtime)
+    if found:
+        return max(found, key=lambda path: (path / "model_index.json").stat().st_mtime)
+    steps = [path for path in CHECKPOINTS.glob("[!.]*/step-*/info.json") if folder == Path("models")]
+    if steps:
+        return max(steps, key=lambda path: path.stat().st_mtime).parents[1]
+    raise ValueError(f"There is no model under {folder}/; make one with: make quickstart   (or stdit train CONFIG).")
 
 
 def default_device() -> str:
-    """The device of a command: "cuda" if available, otherwise "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The accelerator of this machine ("cuda", "mps", ...), or "cpu"."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if found is None else found.type
 
 
 def load_pipeline(model: str | Path) -> STDiTPipeline:
-    """Load the pipeline of a folder onto `default_device`."""
-    return STDiTPipeline.from_pretrained(str(model)).to(default_device())
+    """The pipeline in a folder, on `default_device`.
+
+    A folder of checkpoints, and the name of a run under models/ that has only checkpoints, give the averaged weights of
+    the newest one, with a note on stderr.
+    """
+    run = checkpoint_folder(Path(model))
+    if run is None:
+        return STDiTPipeline.from_pretrained(str(model)).to(default_device())
+    checkpoint = find_checkpoint(run)
+    name = checkpoint.path.parent.name
+    print(
+        f"{model}: sampled from {checkpoint.path}, the averaged weights of an unfinished run; stdit export {name} writes "
+        f"models/{name}.",
+        file=sys.stderr,
+    )
+    return pipeline_of(checkpoint).to(default_device())
+
+
+def checkpoint_folder(model: Path) -> Path | None:
+    """The folder of a run's checkpoints, or of one of them, that a name of a model means; None if it means neither."""
+    if _is_checkpoint(model) or list_checkpoints(model):
+        return model
+    run = CHECKPOINTS / model.name
+    return run if not model.exists() and model.parent == Path("models") and list_checkpoints(run) else None
+
+
+def find_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder step-N, or the newest undamaged one of a run; ValueError if there is none."""
+    if _is_checkpoint(folder):
+        if reason := damage(folder):
+            raise ValueError(f"{folder} is damaged ({reason}); give {folder.parent}, which finds the newest whole one.")
+        return read_checkpoint(folder)
+    found = load_checkpoint(folder)
+    if found is None:
+        raise ValueError(f"{str(folder)!r} has no checkpoint (step-N); give a folder that training wrote.")
+    return found
+
+
+def pipeline_of(checkpoint: Checkpoint) -> STDiTPipeline:
+    """The pipeline of a checkpoint's averaged weights; ValueError for a checkpoint of before version 0.2."""
+    info, path = checkpoint.info, checkpoint.path
+    if "model" not in info or "ema" not in checkpoint.tensors:
+        raise ValueError(
+            f"{path} does not hold the config of its model, as an older version wrote it; run its training again with "
+            "train.steps of one step more, which resumes and writes the model."
+        )
+    saved = {key: value for key, value in info["config"].items() if key not in ("vae_fingerprint", "data_fingerprint")}
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: its config cannot be read: {str(error).splitlines()[0]}.") from error
+    assert isinstance(config, Config)
+    vae = load_vae(config.vae.name)
+    if info["config"].get("vae_fingerprint") not in (None, vae.fingerprint()):
+        raise ValueError(f"{path} was trained with vae.name={config.vae.name!r} of other weights; use that one.")
+    network = UNet if config.model.network == "unet" else STDiT
+    arguments = {key: value for key, value in info["model"].items() if not key.startswith("_")}
+    model = network(**arguments)
+    weights = {**checkpoint.tensors["model"], **checkpoint.tensors["ema"]}  # buffers have no average
+    model.load_state_dict({renamed_parameter(name): value for name, value in weights.items()})
+    return build_pipeline(model.eval(), vae, config)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "info.json").is_file() and (folder / "MANIFEST.json").is_file()

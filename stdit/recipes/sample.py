@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from stdit.data.inputs import Input, read_input, read_mask
 from stdit.data.video_write import WRITERS, VideoStream, write_video
-from stdit.files import check_writable, printable, write_json
+from stdit.files import check_writable, claimed, printable, write_json
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
 from stdit.sampling.options import SamplingOptions, add_flags, options_from
@@ -55,13 +55,18 @@ def output_paths(args: argparse.Namespace, model: Path, *, count: int, suffix: s
     unknown = [path for path in paths if path.suffix.lower() not in WRITERS]
     if unknown:
         raise ValueError(f"--output {unknown[0]}: cannot write {unknown[0].suffix}; use one of {', '.join(WRITERS)}.")
-    existing = [file for path in paths for file in (path, path.with_suffix(".json")) if file.exists()]
-    if existing and not args.overwrite:
-        raise ValueError(f"{existing[0]} exists; choose another --output or --seed, or pass --overwrite.")
+    refuse_existing(paths, args.overwrite)
     for path in paths:
         check_writable(path)
         check_writable(path.with_suffix(".json"))
     return paths
+
+
+def refuse_existing(paths: list[Path], overwrite: bool) -> None:
+    """ValueError if one of the files, or the JSON file next to it, exists, unless they may be overwritten."""
+    existing = [file for path in paths for file in (path, path.with_suffix(".json")) if file.exists()]
+    if existing and not overwrite:
+        raise ValueError(f"{existing[0]} exists; choose another --output or --seed, or pass --overwrite.")
 
 
 def write_clips(paths: list[Path], clips: torch.Tensor | Iterable[torch.Tensor], fps: float) -> Iterator[tuple]:
@@ -85,7 +90,7 @@ def write_clips(paths: list[Path], clips: torch.Tensor | Iterable[torch.Tensor],
 
 
 def _generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    return pipe(num_frames=args.frames, height=args.height, width=args.width, num_videos=args.num_videos, **call)
+    return pipe(num_frames=args.frames, height=args.height, width=args.width, num_videos=args.num_clips, **call)
 
 
 def _animate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
@@ -145,7 +150,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "generate": Task(0, _generate, ("frames", "num_videos")),
+    "generate": Task(0, _generate, ("frames",)),
     "animate": Task(1, _animate, ("frames",)),
     "extend": Task(1, _extend, ("after", "before", "frames"), trims=True),
     "connect": Task(2, _connect, ("frames",)),
@@ -161,8 +166,7 @@ TASK_OPTIONS = {
     "mask": None,
     "strength": 0.6,
     "factor": 2,
-    "num_videos": 4,
-}
+}  # and their defaults
 COUNTS = ("frames", "height", "width", "num_videos", "factor")  # each must be >= 1
 
 
@@ -207,7 +211,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line. ValueError for numbers out of range."""
     parser = command_parser("sample", __doc__)
     add = parser.add_argument
-    add("--model", help="folder of a trained model; default: the newest under models/")
+    add("--model", help="folder of a trained model, or of checkpoints; default: the newest under models/")
     add("--task", choices=TASKS, default="generate")
     add("--input", nargs="+", default=[], metavar="PATH", help="clips or pictures to start from")
     add("--after", type=int, default=0, help="extend: number of new frames after the clip")
@@ -221,12 +225,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="numbers or names, one clip for each; default: one clip per class, or no label for tasks with --input",
     )
     add(
+        "--negative-class-label",
+        nargs="+",
+        help="classes that guidance leads away from; one for all clips, or one each",
+    )
+    add(
+        "--negative-caption",
+        nargs="+",
+        metavar="TEXT",
+        help="texts that guidance leads away from; one for all clips, or one each",
+    )
+    add(
         "--caption",
         nargs="+",
         metavar="TEXT",
         help="text prompts, one clip for each; for a model trained with captions",
     )
-    add("--num-videos", type=int, default=4, help="number of clips of an unconditional model")
+    add(
+        "--num-videos",
+        type=int,
+        help="number of clips in all, over which labels and captions go round; default: one for each of them, 4 of an "
+        "unconditional model",
+    )
     add(
         "--frames",
         type=int,
@@ -256,39 +276,62 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 class Call(NamedTuple):
     """One call of the pipeline.
 
-    num_clips: the number of clips it gives. labels (B,): their classes, if any. captions: one, or one per clip.
+    num_clips: the number of clips it gives. labels (B,): their classes, if any. captions: one, or one per clip. negative:
+    what guidance leads away from, by keyword.
     """
 
     options: SamplingOptions
     num_clips: int
     labels: torch.Tensor | None
     captions: list[str] | None
+    negative: dict[str, Any]
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of every task."""
         given = {"captions": self.captions} if self.captions else {}
-        return {"class_labels": self.labels, "options": self.options, **given}
+        return {"class_labels": self.labels, "options": self.options, **given, **self.negative}
 
 
 def build_call(args: argparse.Namespace, pipe: STDiTPipeline, options: SamplingOptions) -> Call:
-    """Labels, captions and number of clips; without both, `generate` has one clip per class, at most 12."""
+    """Labels, captions and number of clips; without both, `generate` has one clip per class, at most 12.
+
+    With --num-videos, labels and captions are repeated in turn up to that number.
+    """
     generating, classes, captions = args.task == "generate", pipe.transformer.num_classes, args.caption
     labels = args.class_label
     if not labels and classes and generating and not captions:
-        labels = list(range(min(classes, 12)))
-    without_labels = len(captions or []) or (args.num_videos if generating else 1)
-    numbers = pipe.labels(labels, without_labels)
-    count = len(numbers) if numbers is not None else without_labels
-    return Call(options, count, numbers, captions)
+        labels = list(range(classes if args.num_videos else min(classes, 12)))
+        labels = labels[: args.num_videos]
+    given = {len(values) for values in (labels, captions) if values and len(values) > 1}
+    if len(given) > 1:
+        raise ValueError(
+            f"{len(labels)} labels and {len(captions)} captions do not fit together; give as many of both, or one of them."
+        )
+    count = args.num_videos or max([len(values) for values in (labels, captions) if values] or [4 if generating else 1])
+    if any(n > count for n in given):
+        raise ValueError(
+            f"--num-videos {count} is less than the {max(given)} labels or captions; raise it, or give fewer."
+        )
+    numbers = pipe.labels(_rounds(labels, count))
+    away = {"negative_class_labels": args.negative_class_label, "negative_captions": args.negative_caption}
+    negative = {keyword: values[0] if len(values) == 1 else values for keyword, values in away.items() if values}
+    return Call(
+        options, count, labels=numbers if labels else None, captions=_rounds(captions, count), negative=negative
+    )
+
+
+def _rounds(values: list | None, count: int) -> list | None:
+    """So many values, which go round; None for none."""
+    return [values[i % len(values)] for i in range(count)] if values else None
 
 
 def describe_settings(args: argparse.Namespace, pipe: STDiTPipeline, model: Path, call: Call) -> dict[str, Any]:
     """The settings that are written to the JSON file of every clip, and hashed into its name."""
     frames = args.frames or (pipe.config.num_frames if args.task == "generate" else None)
     return {
-        "model": str(model), "task": args.task, "class_labels": args.class_label, "captions": call.captions,
+        "model": str(model), "task": args.task, "class_labels": args.class_label, "captions": args.caption, **call.negative,
         "num_frames": frames, "height": args.height or pipe.config.height, "width": args.width or pipe.config.width,
-        **dataclasses.asdict(call.options), **{name: getattr(args, name) for name in ("input", "pos_scaling", *TASK_OPTIONS)},
+        **dataclasses.asdict(call.options), **{name: getattr(args, name) for name in ("input", "pos_scaling", "num_videos", *TASK_OPTIONS)},
     }  # fmt: skip
 
 
@@ -297,7 +340,7 @@ def clip_record(pipe: STDiTPipeline, call: Call, index: int) -> dict[str, Any]:
     names, captions = pipe.transformer.config.class_names, call.captions
     label = None if call.labels is None else int(call.labels[index])
     name = names[label] if names and label is not None and label < len(names) else label
-    caption = captions[index if len(captions) > 1 else 0] if captions else None
+    caption = captions[index] if captions else None
     return {"clip": index, "label": label, "label_name": name, "caption": caption}
 
 
@@ -312,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipe.transformer.set_pos_scaling(args.pos_scaling)
     inputs = read_inputs(args, pipe)
     call = build_call(args, pipe, options)
+    args.num_clips = call.num_clips
     inputs = [clip._replace(pixels=clip.pixels.expand(call.num_clips, *clip.pixels.shape[1:])) for clip in inputs]
     settings = describe_settings(args, pipe, model, call)
     task = TASKS[args.task]
@@ -321,7 +365,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     suffix = ".png" if is_image else ".gif" if args.gif else ".mp4"
     paths = output_paths(args, model, count=call.num_clips, suffix=suffix, settings=settings)
     fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
-    with warnings.catch_warnings(record=True) as caught:
+    with claimed(paths), warnings.catch_warnings(record=True) as caught:
+        refuse_existing(paths, args.overwrite)  # another process may have written them since
         clips = task.call(pipe, inputs, args, call.keywords())
         for i, (path, size) in enumerate(zip(paths, write_clips(paths, clips, fps), strict=True)):
             written = dict(zip(("num_frames", "height", "width"), size, strict=True))

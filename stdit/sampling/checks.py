@@ -1,11 +1,15 @@
 """Validate a sampling call against a model before any work; warn about conditioning that training did not have."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
-from stdit.conditions import Conditions, Tokens
+from stdit.conditions import Conditioner, Conditions, Tokens
 from stdit.sampling.canvas import Canvas
 from stdit.sampling.engine import Engine
 from stdit.sampling.groups import is_continuation
+from stdit.sampling.inputs import NEGATIVE
 from stdit.sampling.options import SamplingOptions
 from stdit.warn import warn_user
 
@@ -58,6 +62,24 @@ def check_conditions(conditions: Conditions, frames: int, stride: int) -> None:
                 f"condition {name!r} has {given} values per clip, but its {frames} frames are {expected} latent frames; give one value "
                 "per latent frame, or one per clip."
             )
+
+
+def warn_of_conditions(
+    canvas: Canvas, options: SamplingOptions, conditioners: Mapping[str, Conditioner], given: Mapping[str, Any]
+) -> None:
+    """Warn if known frames have no label to go with, or negative conditions have no effect.
+
+    given: conditions of the call, by keyword.
+    """
+    said = {keyword for keyword, value in given.items() if value is not None}
+    alone = "label" in conditioners and not said & {conditioner.keywords[0] for conditioner in conditioners.values()}
+    if alone and not canvas.mask.all():
+        warn_user(
+            "this model has classes, but no label is given for the known frames: what is generated next to them may be of "
+            "another class; give the class of what they show, class_labels= (--class-label)."
+        )
+    if options.guidance_scale == 1 and any(keyword.startswith(NEGATIVE) for keyword in said):
+        warn_user("negative conditions have no effect at guidance_scale=1 (--guidance 1); raise it, or leave them out.")
 
 
 def _check_channels(engine: Engine, options: SamplingOptions) -> None:

@@ -14,6 +14,8 @@ from stdit.text import Encoded
 Labels = Sequence[int | str] | int | str | Tensor | None
 Captions = Sequence[str] | str | None
 
+NEGATIVE = "negative_"  # before the keyword of a condition: what guidance leads away from
+
 _REFUSALS = {
     "class_labels": "class_labels={!r} but the model is unconditional; leave class_labels out.",
     "captions": "captions={!r} but the model was trained without captions; leave them out.",
@@ -21,9 +23,9 @@ _REFUSALS = {
 
 
 def split(options: SamplingOptions | None, choices: Mapping[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
-    """Split the keywords of a call into sampling options, applied to `options`, and conditions."""
+    """Split the keywords of a call into sampling options, applied to `options`, and conditions (also negative ones)."""
     keywords = {kind.keywords[0] for kind in CONDITIONERS.values()}
-    given = {name: value for name, value in choices.items() if name in keywords}
+    given = {name: value for name, value in choices.items() if name.removeprefix(NEGATIVE) in keywords}
     return make_options(options, {name: value for name, value in choices.items() if name not in given}), given
 
 
@@ -36,7 +38,8 @@ def pair_conditions(
 ) -> Guided:
     """The conditions of `count` clips, and the null conditions that guidance leads away from.
 
-    given: by keyword, one value per clip or one for all, None for the default. encode: gives a function from texts to
+    given: by keyword, one value per clip or one for all, None for the default; by keyword after `NEGATIVE`, what is
+    led away from in place of the null. encode: gives a function from texts to
     tokens, called if the model takes captions. Raises ValueError for a condition that the model does not have.
     """
     rest = {keyword: value for keyword, value in given.items() if value is not None}
@@ -44,12 +47,14 @@ def pair_conditions(
     nulls: Conditions = {}
     for name, conditioner in conditioners.items():
         value = rest.pop(keyword := conditioner.keywords[0], None)
-        if value is not None and type(conditioner).of_clip is not Conditioner.of_clip:
+        negative = rest.pop(NEGATIVE + keyword, None)
+        if (value is not None or negative is not None) and type(conditioner).of_clip is not Conditioner.of_clip:
             raise ValueError(f"{keyword} follow from the clip to generate and from fps; leave them out.")
         if isinstance(conditioner, Caption):  # a copy, because a model in training keeps its cache of tokens
             conditioner = copy.copy(conditioner)
             conditioner.tokenize = encode()
-        conditions[name], nulls[name] = conditioner.pair(value, count)
+        away = {} if negative is None else {"negative": negative}
+        conditions[name], nulls[name] = conditioner.pair(value, count, **away)
     for keyword, value in rest.items():
         raise ValueError(refusal(keyword, value))
     return Guided(conditions, nulls)
@@ -57,19 +62,31 @@ def pair_conditions(
 
 def refusal(keyword: str, value: Any) -> str:
     """The message for a condition that a model does not have."""
-    if keyword in _REFUSALS:
-        return _REFUSALS[keyword].format(value)
+    kind = keyword.removeprefix(NEGATIVE)
+    if kind in _REFUSALS:
+        return keyword.removesuffix(kind) + _REFUSALS[kind].format(value)
     return f"{keyword} is given but the model was trained without it; leave it out."
 
 
 def count_clips(class_labels: Labels, captions: Captions, num_videos: int | None, given: Mapping[str, Any]) -> int:
-    """The number of clips of a call: as many as labels, captions or other values; else `num_videos`, or 1."""
-    texts = 1 if captions is None or isinstance(captions, str) else len(captions)
-    counts = [texts, *(_count(keyword, value) for keyword, value in given.items() if value is not None)]
-    if class_labels is None:
-        return max(num_videos or 1, *counts)
-    one = isinstance(class_labels, int | str) or (isinstance(class_labels, Tensor) and not class_labels.ndim)
-    return max(1 if one else len(class_labels), *counts)  # type: ignore[arg-type]
+    """The number of clips of a call: `num_videos`, or else as many as labels, captions or other values, or 1.
+
+    ValueError for several labels, captions or values of another number than `num_videos`.
+    """
+    one_text = captions is None or isinstance(captions, str)
+    one_label = class_labels is None or isinstance(class_labels, int | str)
+    if isinstance(class_labels, Tensor):
+        one_label = not class_labels.ndim
+    counts = [1 if one_text else len(captions), 1 if one_label else len(class_labels)]  # type: ignore[arg-type]
+    positive = {keyword: value for keyword, value in given.items() if not keyword.startswith(NEGATIVE)}
+    counts += [_count(keyword, value) for keyword, value in positive.items() if value is not None]
+    count = num_videos or max(counts)
+    if num_videos and any(several not in (1, count) for several in counts):
+        raise ValueError(
+            f"num_videos={num_videos} does not fit {max(counts)} labels, captions or values of other conditions; give one "
+            "of them, or one per clip."
+        )
+    return count
 
 
 def _count(keyword: str, value: Any) -> int:

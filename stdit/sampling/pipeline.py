@@ -1,7 +1,7 @@
 """STDiTPipeline, which samples clips from labels, captions, images and clips."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +23,7 @@ from stdit.precision import autocast
 from stdit.sampling import tasks
 from stdit.sampling.autoregressive import AutoregressiveSampler
 from stdit.sampling.canvas import Canvas
-from stdit.sampling.checks import check, check_conditions, streams
+from stdit.sampling.checks import check, check_conditions, streams, warn_of_conditions
 from stdit.sampling.engine import Engine, TrainedOn
 from stdit.sampling.groups import fits, pad_to_groups
 from stdit.sampling.inputs import Captions, Labels, count_clips, pair_conditions, refusal, split
@@ -32,7 +32,7 @@ from stdit.sampling.options import SamplingOptions
 from stdit.sampling.scheduler import STDiTScheduler, check_compatible
 from stdit.sampling.windowed import WindowedSampler
 from stdit.sampling.windows import window_size
-from stdit.text import TextEncoder, load_text_encoder
+from stdit.text import Encoded, TextEncoder, load_text_encoder, warn_of_length
 from stdit.vae import as_video_vae
 from stdit.vae.tiling import decode
 
@@ -48,6 +48,18 @@ class STDiTPipeline(DiffusionPipeline):
     (`objective.mask_strategy`), for warnings about tasks that need others. text_encoder: name of the encoder of
     captions (`text.load_text_encoder`).
     """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _trained_scheduler: STDiTScheduler | None = None  # which knows the noise levels of training, whatever replaces it
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; ValueError for a scheduler that means another parameterisation than the model's."""
+        if name == "scheduler":
+            if isinstance(value, STDiTScheduler):
+                self._trained_scheduler = value
+            elif (objective := self.config.get("objective")) is not None:
+                check_compatible(value, objective, self._trained_scheduler)
+        super().__setattr__(name, value)
 
     def __init__(
         self,
@@ -149,7 +161,7 @@ class STDiTPipeline(DiffusionPipeline):
                     "this model needs captions and its pipeline names no text encoder; build the pipeline with "
                     "text_encoder=FOLDER of the one it was trained with."
                 )
-            self._encoder = load_text_encoder(self.config.text_encoder, self.device)
+            self._encoder = load_text_encoder(self.config.text_encoder, self._execution_device)
         channels = self.transformer.config.caption_channels
         if self._encoder.channels != channels:
             raise ValueError(
@@ -161,16 +173,21 @@ class STDiTPipeline(DiffusionPipeline):
     def conditions(self, count: int, **given: Any) -> Guided:
         """The conditions of `count` clips, and the null conditions that guidance leads away from.
 
-        given: class_labels, captions, or the keyword of another condition; one value per clip, or one for all.
-        ValueError for a condition that the model does not have.
+        given: class_labels, captions, or the keyword of another condition; one value per clip, or one for all. With
+        `negative_` before the keyword: the value in place of the null. ValueError for a condition that the model does
+        not have.
         """
-        return pair_conditions(self.transformer.conditioners, given, count, encode=lambda: self.encoder.encode)
+        return pair_conditions(self.transformer.conditioners, given, count, encode=lambda: self._encode)
+
+    def _encode(self, texts: Sequence[str]) -> Encoded:
+        warn_of_length(self.encoder, list(dict.fromkeys(texts)))
+        return self.encoder.encode(texts)
 
     @property
     def engine(self) -> Engine:
         """The parts of this pipeline that samplers need."""
         scheduler, config = self.scheduler, self.config
-        ours = scheduler if isinstance(scheduler, STDiTScheduler) else STDiTScheduler(config.objective)
+        ours = self._trained_scheduler or STDiTScheduler(config.objective)
         trained_on = TrainedOn(
             num_frames=config.num_frames,
             height=config.height,
@@ -184,7 +201,7 @@ class STDiTPipeline(DiffusionPipeline):
             objective=ours.objective,
             scheduler=scheduler,
             trained_on=trained_on,
-            device=self.device,
+            device=self._execution_device,
         )
 
     def __call__(
@@ -197,17 +214,20 @@ class STDiTPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         *,
         captions: Captions = None,
+        negative_captions: Captions = None,
+        negative_class_labels: Labels = None,
         num_videos: int | None = None,
         options: SamplingOptions | None = None,
         **choices: Any,
     ) -> Tensor:
-        """Sample clips (B, 3, F, H, W) in [-1, 1], one per label or caption (`num_videos` if neither is given).
+        """Sample clips (B, 3, F, H, W) in [-1, 1], one per label or caption, or `num_videos` of one or of none.
 
         Clip i depends on (seed, i) alone, not on the other clips. Frame count and size may be any that fit the VAE and
         the patch. All frames are sampled at once unless `window` is given. Options: those of `fill`.
         """
         positional = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         choices |= {name: value for name, value in positional.items() if value is not None}
+        choices |= {"negative_captions": negative_captions, "negative_class_labels": negative_class_labels}
         options, given = split(options, choices)
         size = (num_frames or self.config.num_frames, height or self.config.height, width or self.config.width)
         self.video_vae.latent_shape(*size, self.transformer.patch_size)
@@ -258,11 +278,17 @@ class STDiTPipeline(DiffusionPipeline):
         engine, total = self.engine, clip.shape[2] + after
         with torch.no_grad():
             found = self.conditions(len(clip), class_labels=class_labels, captions=captions, **given)
+        warn_of_conditions(
+            canvas,
+            options,
+            self.transformer.conditioners,
+            {**given, "class_labels": class_labels, "captions": captions},
+        )
         check(engine, canvas, options, frames=total)
         check_conditions(found.conditions, total, self.video_vae.stride[0])
         sampler = AutoregressiveSampler(engine, dataclasses.replace(options, progress=False))
         keys = [(options.seed, i) for i in range(len(clip))]
-        found = found.change(partial(map_tensors, change=lambda x: x.to(self.device)))
+        found = found.change(partial(map_tensors, change=lambda x: x.to(engine.device)))
         parts = sampler.stream(clip, (total, *clip.shape[3:]), found, keys)
         return self._one_by_one(parts, options)
 
@@ -314,18 +340,28 @@ class STDiTPipeline(DiffusionPipeline):
         class_labels: Labels = None,
         captions: Captions = None,
         *,
+        negative_captions: Captions = None,
+        negative_class_labels: Labels = None,
         options: SamplingOptions | None = None,
         **choices: Any,
     ) -> Tensor:
         """Generate the pixels that a canvas's mask marks -> (B, 3, F, H, W) in [-1, 1]; known pixels are unchanged.
 
         class_labels: numbers or names. captions: texts. Both have one value per clip, or one for all; None stands for
-        no label and for the empty text. Other conditions are given by their keyword. options: a `SamplingOptions`;
-        choices: its fields.
+        no label and for the empty text. Other conditions are given by their keyword. `negative_captions`,
+        `negative_class_labels` and `negative_` before another keyword: what guidance leads away from, in place of no
+        condition. options: a `SamplingOptions`; choices: its fields.
         """
+        choices |= {"negative_captions": negative_captions, "negative_class_labels": negative_class_labels}
         options, given = split(options, choices)
         with torch.no_grad():
             found = self.conditions(len(canvas.pixels), class_labels=class_labels, captions=captions, **given)
+        warn_of_conditions(
+            canvas,
+            options,
+            self.transformer.conditioners,
+            {**given, "class_labels": class_labels, "captions": captions},
+        )
         canvas = pad_to_groups(canvas, self.video_vae)
         engine = self.engine
         window = window_size(
@@ -342,13 +378,13 @@ class STDiTPipeline(DiffusionPipeline):
             if streams(engine, canvas, options)
             else WindowedSampler(engine, options, window)
         )
-        to_device = partial(map_tensors, change=lambda x: x.to(self.device))
+        to_device = partial(map_tensors, change=lambda x: x.to(engine.device))
         filled = []
         for first in range(0, len(canvas.pixels), options.batch_size):
             which = slice(first, first + options.batch_size)
             part = canvas.clips(which)
             keys = [(options.seed, first + i) for i in range(len(part.pixels))]
-            with torch.no_grad(), autocast(options.precision, self.device):
+            with torch.no_grad(), autocast(options.precision, engine.device):
                 batch = found.change(partial(rows, which=which)).change(to_device)
                 filled.append(sampler.fill(part, batch, keys))
         return torch.cat(filled)[:, :, canvas.output]
@@ -359,7 +395,7 @@ class STDiTPipeline(DiffusionPipeline):
 
     def _one_by_one(self, parts: Iterator[Tensor], options: SamplingOptions) -> Iterator[Tensor]:
         while True:  # not a for loop: a generator must not keep contexts open between its parts
-            with torch.no_grad(), autocast(options.precision, self.device):
+            with torch.no_grad(), autocast(options.precision, self._execution_device):
                 part = next(parts, None)
             if part is None:
                 return

@@ -76,12 +76,20 @@ def export(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, fps
 
     ValueError, and nothing is written, if a weight is not finite.
     """
-    check_finite(model, f"{folders.model} was not written; resume an older checkpoint with a lower train.lr")
-    before = folders.model.with_name(f".{folders.name}-before-{os.getpid()}")
-    with atomic_write(folders.model) as tmp:
-        build_pipeline(model, vae, config, fps).save_pretrained(tmp, safe_serialization=True)
-        if folders.model.exists():
-            os.rename(folders.model, before)
+    replace_model(build_pipeline(model, vae, config, fps), folders.model)
+
+
+def replace_model(pipeline: STDiTPipeline, folder: Path) -> None:
+    """Write a pipeline to a folder. A model that is there is replaced only when the new one is complete.
+
+    ValueError, and nothing is written, if a weight is not finite.
+    """
+    check_finite(pipeline.transformer, f"{folder} was not written; resume an older checkpoint with a lower train.lr")
+    before = folder.with_name(f".{folder.name}-before-{os.getpid()}")
+    with atomic_write(folder) as tmp:
+        pipeline.save_pretrained(tmp, safe_serialization=True)
+        if folder.exists():
+            os.rename(folder, before)
     shutil.rmtree(before, ignore_errors=True)
 
 

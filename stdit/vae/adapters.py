@@ -110,7 +110,7 @@ class DiffusersVAE(VideoVAE):
             raw = rearrange(raw, "(b t) c h w -> b c t h w", b=batch)
         else:
             raw = self.vae.encode(x).latent_dist.mode()
-        return (raw.float() - _per_channel(self.latent_mean)) / _per_channel(self.latent_std)
+        return (raw.float() - _per_channel(self.latent_mean, raw)) / _per_channel(self.latent_std, raw)
 
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode as `VideoVAE.decode_stream`: an image VAE yields single frames, the others yield the whole clip."""
@@ -121,7 +121,8 @@ class DiffusersVAE(VideoVAE):
             yield self.decode(frame)
 
     def _decode(self, latents: Tensor) -> Tensor:
-        raw = (latents.float() * _per_channel(self.latent_std) + _per_channel(self.latent_mean)).to(self.dtype)
+        mean, std = _per_channel(self.latent_mean, latents), _per_channel(self.latent_std, latents)
+        raw = (latents.float() * std + mean).to(self.dtype)
         if self.spec.per_frame:
             frames = self.vae.decode(rearrange(raw, "b c t h w -> (b t) c h w")).sample
             return rearrange(frames, "(b t) c h w -> b c t h w", b=len(latents))
@@ -134,9 +135,12 @@ class DiffusersVAE(VideoVAE):
         return decoded
 
 
-def _per_channel(values: Tensor) -> Tensor:
-    """(C,) or (1,) -> a shape that broadcasts over (B, C, T, h, w)."""
-    return values[None, :, None, None, None]
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """(C,) or (1,) -> a shape that broadcasts over latents (B, C, T, h, w), on the device of `like`.
+
+    A pipeline moves the autoencoder alone, without this wrapper of it and the statistics in it.
+    """
+    return values.to(like.device)[None, :, None, None, None]
 
 
 def as_video_vae(vae: nn.Module) -> VideoVAE:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -195,6 +196,7 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
         """Decode latents (B, C, T, h, w) before normalisation to pixels (B, 3, F, H, W)."""
         return self._to_frames(self.decoder(latents.transpose(1, 2), CausalConvCache()), clip_start=True)
 
+    @apply_forward_hook  # an offloaded VAE is put on its device, as by a call of `forward`
     def _encode(self, pixels: Tensor) -> Tensor:
         # The first group is encoded by itself, as an image is, which gives the latents of an image to the last bit.
         cache, groups = CausalConvCache(), self._to_groups(pixels)
@@ -205,9 +207,11 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
     def _denormalise(self, latents: Tensor) -> Tensor:
         return latents * _per_channel(self.latent_std, latents) + _per_channel(self.latent_mean, latents)
 
+    @apply_forward_hook
     def _decode(self, latents: Tensor) -> Tensor:
         return self.decode_raw(self._denormalise(latents))
 
+    @apply_forward_hook
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode as `VideoVAE.decode_stream`, in constant memory: each group with the cache of the one before it."""
         cache = CausalConvCache()
@@ -217,8 +221,8 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """(C,) -> (1, C, 1, 1, 1) in the data type of `like`."""
-    return values.to(like.dtype)[None, :, None, None, None]
+    """(C,) -> (1, C, 1, 1, 1) in the data type and on the device of `like`."""
+    return values.to(like)[None, :, None, None, None]
 
 
 __getattr__ = legacy.aliases(__name__)

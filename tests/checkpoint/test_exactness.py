@@ -21,6 +21,9 @@ from stdit.sampling.solvers import DDIM, DDPM, solve
 
 REFERENCE = Path(__file__).parent / "reference"
 
+# Relative error that exponentials of another processor may leave: 1.4e-5 was seen, weights in the wrong place give > 1e-2.
+ACROSS_PROCESSORS = 5e-5
+
 
 def reference(name: str) -> tuple[dict, dict]:
     """(weights, inputs and outputs) of an original."""
@@ -64,14 +67,14 @@ CASES = [("dit", "dit"), ("sit", "sit"), ("latte", "latte"), ("latte_uncondition
 
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_outputs_equal_the_originals_at_every_timestep_and_label(name, form):
-    assert max(errors(name, form)) < 1e-5
+    assert max(errors(name, form)) < ACROSS_PROCESSORS
 
 
 @torch.no_grad()
 def test_a_masked_trunk_predicts_what_mdt_predicts():
     model, case = convert("mdt", "mdt")
     ours = model(case["x"][:, :, None], case["t"].float(), case["y"], visible=case["kept"])[:, :, 0]
-    assert max(error(a, b) for a, b in zip(ours, case["masked"], strict=True)) < 1e-5
+    assert max(error(a, b) for a, b in zip(ours, case["masked"], strict=True)) < ACROSS_PROCESSORS
 
 
 @torch.no_grad()

@@ -53,8 +53,8 @@ def pipe(tiny_model):
 @pytest.mark.parametrize(
     "call",
     [
-        lambda p, clip: p.fill(tasks.extend(clip, 4, 0, p.video_vae), **FAST),
-        lambda p, clip: p.extend(clip, after=4, **FAST),
+        lambda p, clip: p.fill(tasks.extend(clip, 4, 0, p.video_vae), 0, **FAST),
+        lambda p, clip: p.extend(clip, after=4, class_labels=0, **FAST),
         lambda p, clip: p(0, 5, history_guidance=2.0, **FAST),
     ],
     ids=["fill", "extend", "call"],

@@ -1,0 +1,144 @@
+"""Sampling does what its options say: counts, negative conditions, schedulers, devices, claims on outputs."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+from stdit.files import claimed
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.text import HashedWordEncoder, _words, warn_of_length
+from stdit.vae import as_video_vae
+from stdit.vae.tiny import TinyVAE
+
+FAST = {"num_inference_steps": 2, "progress": False, "num_frames": 5, "height": 16, "width": 16}
+
+
+def make_pipe(tiny_model, objective="flow", **model):
+    arguments = {"in_channels": 16, "num_classes": 3, "learn_sigma": False, **model}
+    vae = TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))
+    scheduler = STDiTScheduler(objective, learn_sigma=False)
+    return STDiTPipeline(tiny_model(**arguments), vae, scheduler, 5, 16, 16, 8.0, objective)
+
+
+@pytest.fixture
+def pipe(tiny_model):
+    return make_pipe(tiny_model)
+
+
+def test_num_videos_of_one_label_are_so_many_clips_and_of_several_labels_as_many_as_these(pipe):
+    many = pipe(1, num_videos=3, **FAST)
+    assert len(many) == 3 and not torch.equal(many[0], many[1])
+    assert torch.equal(pipe([1, 1, 1], **FAST), many)
+    with pytest.raises(ValueError, match="num_videos=3 does not fit 2 labels"):
+        pipe([0, 1], num_videos=3, **FAST)
+
+
+def test_a_negative_label_is_what_guidance_leads_away_from(pipe):
+    plain = pipe(0, guidance_scale=3.0, **FAST)
+    null = pipe(0, negative_class_labels=3, guidance_scale=3.0, **FAST)
+    away = pipe(0, negative_class_labels=1, guidance_scale=3.0, **FAST)
+    assert torch.equal(plain, null) and not torch.equal(plain, away)
+    same = pipe(0, negative_class_labels=0, guidance_scale=3.0, **FAST)
+    assert torch.allclose(same, pipe(0, guidance_scale=1.0, **FAST), atol=1e-5)
+    with pytest.warns(UserWarning, match="no effect at guidance_scale=1"):
+        pipe(0, negative_class_labels=1, guidance_scale=1.0, **FAST)
+
+
+def test_a_negative_caption_is_what_guidance_leads_away_from(tiny_model):
+    pipe = make_pipe(tiny_model, num_classes=0, caption_channels=64)
+    pipe._encoder = HashedWordEncoder()
+    pipe.register_to_config(text_encoder="words")
+    plain, away = (pipe(captions="red", guidance_scale=3.0, negative_captions=n, **FAST) for n in (None, "a blue one"))
+    assert not torch.equal(plain, away)
+    assert torch.allclose(plain, pipe(captions="red", guidance_scale=3.0, negative_captions="", **FAST), atol=1e-5)
+    assert len(pipe(captions="red", num_videos=2, **FAST)) == 2
+
+
+def test_known_frames_without_a_label_are_warned_of_and_with_one_are_not(pipe):
+    image = torch.zeros(1, 3, 16, 16)
+    with pytest.warns(UserWarning, match="no label is given"):
+        pipe.animate(image, 5, num_inference_steps=1, progress=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe.animate(image, 5, class_labels=0, num_inference_steps=1, progress=False)
+    assert not [one for one in caught if "no label" in str(one.message)]
+
+
+def test_a_scheduler_of_another_parameterisation_is_refused_when_it_is_assigned(pipe, tiny_model):
+    for wrong in (DDIMScheduler(), DPMSolverMultistepScheduler(prediction_type="flow_prediction")):
+        with pytest.raises(ValueError, match="use_flow_sigmas=True"):
+            pipe.scheduler = wrong
+    assert isinstance(pipe.scheduler, STDiTScheduler)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    ddpm = make_pipe(tiny_model, "ddpm")
+    for wrong in (
+        FlowMatchEulerDiscreteScheduler(),
+        DDIMScheduler(prediction_type="v_prediction"),
+        DDIMScheduler(beta_schedule="scaled_linear"),
+        DDIMScheduler(num_train_timesteps=500),
+    ):
+        with pytest.raises(ValueError, match="beta_schedule='linear', beta_start=0.0001, beta_end=0.02"):
+            ddpm.scheduler = wrong
+    ddpm.scheduler = DDIMScheduler()
+    assert ddpm.engine.objective.config.learn_sigma is False  # what training did is known, whatever the scheduler
+
+
+def test_the_statistics_of_an_adapted_vae_follow_the_autoencoder_to_its_device():
+    vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
+    adapted = as_video_vae(vae)
+    vae.to("meta")  # as a pipeline does with its component
+    assert adapted.encode(torch.zeros(1, 3, 1, 8, 8, device="meta")).is_meta
+    assert adapted.decode(torch.zeros(1, 4, 1, 8, 8, device="meta")).is_meta
+
+
+class CountedHook(ModelHook):
+    """Counts how often a module is put on its device, as offloading does."""
+
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+def test_an_offloaded_vae_is_put_on_its_device_before_it_encodes_and_decodes(pipe):
+    hook = CountedHook()
+    add_hook_to_module(pipe.vae, hook)
+    pipe.extend(torch.rand(1, 3, 1, 16, 16), after=4, class_labels=0, num_inference_steps=1, progress=False)
+    assert hook.calls >= 2
+    assert pipe.model_cpu_offload_seq == "transformer->vae"
+
+
+def test_words_are_letters_with_their_marks_in_one_form_and_single_letters_where_scripts_have_no_blanks():
+    assert _words("cafe\u0301") == _words("caf\u00e9") == ["caf\u00e9"]
+    assert len(_words("हिन्दी में")) == 2
+    assert _words("红色的圆 moves") == ["红", "色", "的", "圆", "moves"]
+    assert len(_words("สวัสดี")) == 4  # marks stay on their letters
+    assert _words("A red-circle, don't") == ["a", "red", "circle", "don", "t"]
+
+
+def test_captions_longer_than_the_encoder_takes_are_counted():
+    with pytest.warns(UserWarning, match="1 of 2 captions are longer than the 32 tokens"):
+        warn_of_length(HashedWordEncoder(), ["short", "long " * 40])
+
+
+def test_an_output_that_another_process_writes_is_refused_and_freed_by_its_death(tmp_path):
+    script = "import sys, os; from pathlib import Path; from stdit.files import claimed\nwith claimed([Path(sys.argv[1])]): print('held', flush=True); input()\n"
+    file = tmp_path / ("é" * 120 + ".mp4")
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ
+    ) as other:
+        assert other.stdout.readline()
+        with pytest.raises(ValueError, match="being written by another process"), claimed([file]):
+            pass
+        other.kill()
+    with claimed([file]):
+        pass
+    assert not list(tmp_path.iterdir())
