@@ -23,10 +23,10 @@ from stdit.data.config import DataConfig
 from stdit.data.datasets import Images, VideoClips, build_dataset
 from stdit.data.facts import Facts, assess
 from stdit.data.inspect import inspect
+from stdit.data.media_report import Checked, overview, write_clean_manifest, write_sheet
 from stdit.data.workers import WorkerPool, num_workers
 from stdit.files import check_writable, write_text
 from stdit.recipes.entry import command, command_parser
-from stdit.recipes.media_report import Checked, overview, write_clean_manifest, write_sheet
 
 _FACTS = Facts._fields
 

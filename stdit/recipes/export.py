@@ -7,11 +7,12 @@ stdit export checkpoints/quickstart/step-500 --output early      of one checkpoi
 from collections.abc import Sequence
 from pathlib import Path
 
-from stdit.recipes.entry import command_parser
+from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import CHECKPOINTS, find_checkpoint, pipeline_of
 from stdit.training.results import replace_model
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Export one checkpoint."""
     parser = command_parser("export", __doc__)

@@ -30,7 +30,7 @@ def newest_model(folder: Path = Path("models")) -> Path:
     steps = [path for path in CHECKPOINTS.glob("[!.]*/step-*/info.json") if folder == Path("models")]
     if steps:
         return max(steps, key=lambda path: path.stat().st_mtime).parents[1]
-    raise ValueError(f"There is no model under {folder}/; make one with: make quickstart   (or stdit train CONFIG).")
+    raise ValueError(f"there is no model under {folder}/; train one with make quickstart, or with stdit train CONFIG.")
 
 
 def default_device() -> str:

@@ -112,7 +112,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(tiny_model, tmp_path):
         ({"axes": []}, "the list is empty. Choose from: joint, spatial, temporal"),
         ({"patch_size": (0, 2, 2)}, "Use \\[1, 2, 2\\]"),
         ({"class_names": ["one"]}, "1 class_names for num_classes=5"),
-        ({"depth": 0}, "at least one block"),
+        ({"depth": 0}, "depth must be >= 1"),
     ],
 )
 def test_impossible_models_are_refused(tiny_model, arguments, message):
