@@ -13,7 +13,7 @@ from stdit.data.shapes import draw, random_clip
 from stdit.pixels import to_float
 from stdit.ranges import check_ranges
 from stdit.training.config import LoopConfig
-from stdit.training.fit import StepLosses, TrainingLoop
+from stdit.training.loop import StepLosses, TrainingLoop
 from stdit.training.metrics import Breakdown
 from stdit.vae.tiny import TinyVAE, TinyVAEConfig
 

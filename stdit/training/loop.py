@@ -1,0 +1,350 @@
+"""The training loop, whatever it trains: accumulate gradients, clip, step, average weights, log, save.
+
+It receives finished objects and builds none. `Trainer` (stdit/training/fit.py) and `VAETrainer` (stdit/training/vae.py) say
+what a batch costs.
+"""
+
+import math
+import signal
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from stdit.legacy import renamed_parameter
+from stdit.training.config import LoopConfig
+from stdit.training.estimate import Estimate
+from stdit.training.metrics import Breakdown, MetricsLogger
+from stdit.training.optim import learning_rate, set_learning_rate
+from stdit.training.run import RunFolders
+from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
+
+
+class Stopped(Exception):
+    """Raised after a signal stopped the run, whose state is saved; `code` is the exit code to use."""
+
+    def __init__(self, code: int, step: int):
+        super().__init__(f"stopped at step {step} by a signal, and saved; run the same command again to resume")
+        self.code = code
+
+
+class StepBatch(Protocol):
+    """The interface of a batch, as the training loop uses it."""
+
+    @property
+    def keys(self) -> list[tuple[int, int, int]]:
+        """The (seed, step, slot) of each sample."""
+
+    @property
+    def total(self) -> int:
+        """The number of samples of the step, over all processes."""
+
+
+class StepLosses(NamedTuple):
+    """The losses of a micro-batch.
+
+    clips: (B,) losses, whose mean is minimised. sums: (2, n) sums and counts for the n columns of the breakdown.
+    """
+
+    clips: Tensor
+    sums: Tensor
+
+
+class StepMetrics(NamedTuple):
+    """The metrics of one optimizer step, still on the device.
+
+    loss: the part of this process. sums: (2, n), as in `StepLosses`.
+    """
+
+    step: int
+    loss: Tensor
+    sums: Tensor
+    lr: float
+    grad_norm: Tensor
+    skipped: int
+
+
+# Signals after which a run saves its state and stops: from a user, a scheduler (SLURM sends USR1), a closed terminal.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+class _Interrupted(Exception):
+    """Raised by the signal handler while the loop waits for data, to end the wait."""
+
+
+def _no_preview(model: nn.Module, step: int) -> None:
+    pass
+
+
+@dataclass
+class TrainingLoop(ABC):
+    """The training loop of any model; a subclass defines the loss of a batch (`losses`).
+
+    Build it, call `restore` to resume from a checkpoint, then call `fit`.
+    """
+
+    accelerator: Accelerator
+    folders: RunFolders
+    model: Any  # an nn.Module
+    optimizers: list
+    config: LoopConfig
+    resolved: dict  # the whole config, kept in checkpoints
+    preview: Callable[[Any, int], None] = field(default=_no_preview, kw_only=True)  # of (model, step)
+    step: int = field(default=0, init=False)
+    skipped: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        self.ema = EMAModel(self.model.parameters(), decay=self.config.ema_decay, foreach=True)
+        self.ema.to(self.accelerator.device)
+        self._signal: int | None = None
+        self._waiting = False  # whether the loop waits for data
+        self._origin: str | None = (
+            None  # manifest hash of the checkpoint that the run began with, see training/resume.py
+        )
+        self._skipped_in_a_row = 0
+
+    @property
+    @abstractmethod
+    def breakdown(self) -> Breakdown:
+        """The parts of the loss that are logged in separate columns."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches per step on this process."""
+        return 1
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Any) -> StepLosses:
+        """Compute the losses of one micro-batch; `model` is `self.model` as prepared by Accelerate (DDP)."""
+
+    def further_info(self) -> dict[str, Any]:
+        """Further state of the run for the checkpoint, as plain values."""
+        return {}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Load a checkpoint: weights, their moving average, optimizers, step."""
+        tensors, info = checkpoint.tensors, checkpoint.info
+        weights = {renamed_parameter(name): value for name, value in tensors["model"].items()}
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError as error:  # with allow_changes
+            raise ValueError(
+                f"{checkpoint.path} does not fit the model of this config: {' '.join(str(error).split())[:300]}; choose another "
+                "name=, or start from its weights with init_from."
+            ) from error
+        averages = {renamed_parameter(name): value for name, value in tensors["ema"].items()}
+        self.step, self.skipped, self.seconds = checkpoint.step, info["skipped"], info["seconds"]
+        names = [name for name, _ in self.model.named_parameters()]
+        for shadow, name in zip(self.ema.shadow_params, names, strict=True):
+            shadow.data.copy_(averages[name])
+        self.ema.optimization_step = info["ema_step"]
+        self._origin = info.get("origin")
+        for i, optimizer in enumerate(self.optimizers):
+            restore_optimizer(optimizer, tensors.get(f"optimizer_{i}", {}), info["optimizers"][i])
+
+    def save(self) -> None:
+        """Write a checkpoint from the main process."""
+        further = self.further_info()
+        if self.accelerator.is_main_process:
+            states = [flatten_optimizer(optimizer) for optimizer in self.optimizers]
+            names = [name for name, _ in self.model.named_parameters()]
+            tensors = {
+                "model": dict(self.model.state_dict()),
+                "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
+            }
+            tensors |= {f"optimizer_{i}": state for i, (state, _) in enumerate(states)}
+            info = {
+                "config": self.resolved, "optimizers": [numbers for _, numbers in states], "skipped": self.skipped,
+                "seconds": self.seconds, "ema_step": self.ema.optimization_step, "origin": self._origin, **further,
+            }  # fmt: skip
+            save_checkpoint(self.folders.checkpoints, self.step, tensors, info, keep=self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def fit(self, batches: Iterator[Any]) -> None:
+        """Train to `config.steps`; `preview` is called with averaged weights every `preview_every` steps.
+
+        Raises Stopped after a signal, and ValueError if too many files are unreadable or too many gradients are not
+        finite.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        wrapped, *optimizers = self.accelerator.prepare(self.model, *self.optimizers)
+        logger = MetricsLogger(self.folders.output, self.step, self.breakdown) if main else None
+        metrics: list[StepMetrics] = []
+        clips = 0
+        progress = tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, dynamic_ncols=True)
+        began, mark = time.perf_counter() - self.seconds, time.perf_counter()
+        estimate = Estimate(self.step, config.steps)
+        with self._signals_caught(), closing(progress), closing(logger) if logger else nullcontext():
+            while self.step < config.steps:
+                try:
+                    measured, count = self._one_step(wrapped, optimizers, batches)
+                except _Interrupted:  # this step was not applied
+                    stopping = saving = True
+                else:
+                    metrics.append(measured)
+                    clips += count
+                    self.step += 1
+                    self.seconds = time.perf_counter() - began
+                    stopping = self._stopping()
+                    saving = self.step % config.checkpoint_every == 0 or self.step == config.steps or stopping
+                    if main and (message := estimate.after(self.step)):
+                        tqdm.write(message, file=sys.stderr)
+                if metrics and (self.step % config.log_every == 0 or saving):
+                    rate = clips / (time.perf_counter() - mark)
+                    mark, clips = time.perf_counter(), 0
+                    rows = self._gather(metrics, rate)
+                    metrics = []
+                    if logger is not None:
+                        logger.write(rows)
+                        progress.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {rate:.1f} clips/s")
+                progress.update(self.step - progress.n)
+                if saving:
+                    self.save()
+                    if logger is not None:
+                        logger.curves(last=stopping or self.step == config.steps)
+                if stopping:
+                    raise Stopped(128 + self._signal if self._signal else 143, self.step)
+                if self.step % config.preview_every == 0 and self.step < config.steps:
+                    if main:
+                        self._preview()
+                    mark, clips = time.perf_counter(), 0
+                    self.accelerator.wait_for_everyone()
+
+    def _one_step(self, model: nn.Module, optimizers: list, batches: Iterator[Any]) -> tuple[StepMetrics, int]:
+        """Take one optimizer step -> its metrics and the number of its clips."""
+        config, device = self.config, self.accelerator.device
+        total, sums = torch.zeros((), device=device), torch.zeros(2, len(self.breakdown.columns), device=device)
+        for part in range(self.micro_batches):
+            batch = self._next(batches)
+            share = self.accelerator.num_processes / batch.total  # each process adds its part of the mean over clips
+            last = part == self.micro_batches - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                losses = self.losses(model, batch)
+                self.accelerator.backward(losses.clips.sum() * share)
+            total += losses.clips.detach().sum() * share
+            sums += losses.sums
+        lr = learning_rate(self.step, config.lr, config.warmup_steps, config.decay_steps)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        if math.isfinite(float(norm)):
+            set_learning_rate(optimizers, lr)
+            for optimizer in optimizers:
+                optimizer.step()
+            self.ema.step(self.model.parameters())
+            self._skipped_in_a_row = 0
+        else:
+            self._skip(batch)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.model.zero_grad()
+        metrics = StepMetrics(self.step + 1, total, sums, lr=lr, grad_norm=torch.as_tensor(norm), skipped=self.skipped)
+        return metrics, batch.total
+
+    @contextmanager
+    def _signals_caught(self) -> Iterator[None]:
+        """Record signals, which end the run after the current step; handlers can be set in the main thread only."""
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS if in_main_thread}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _next(self, batches: Iterator[Any]) -> StepBatch:
+        """The next batch; in a run of one process a signal ends the wait for it, else all stop after the same step."""
+        self._waiting = self.accelerator.num_processes == 1
+        try:
+            if self._waiting and self._signal is not None:
+                raise _Interrupted
+            return next(batches)
+        finally:
+            self._waiting = False
+
+    def _preview(self) -> None:
+        """Call `preview`; if it fails, for example because memory suffices for training alone, the run continues."""
+        try:
+            with swap_ema(self.model, self.ema):
+                self.preview(self.model, self.step)
+        except (RuntimeError, MemoryError, OSError, ValueError) as error:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            tqdm.write(
+                f"the preview of step {self.step} failed ({reason}); training goes on. Lower train.samples if memory ran out, or "
+                "set train.preview_every higher than train.steps.",
+                file=sys.stderr,
+            )
+
+    def _skip(self, batch: StepBatch) -> None:
+        """Count a step that is not applied because its gradient is not finite."""
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        self.accelerator.print(
+            f"step {self.step + 1}: the gradient is not finite; the step is not applied (samples {batch.keys[:4]} ...)"
+        )
+        if self._skipped_in_a_row >= self.config.max_skipped:
+            raise ValueError(
+                f"{self._skipped_in_a_row} steps in a row up to step {self.step + 1} had a gradient that is not finite, and were not "
+                "applied. Lower train.lr, or use train.precision=fp32, and run again: it resumes from the last checkpoint."
+            )
+        if self.step + 1 == self.config.steps:
+            raise ValueError(
+                f"the last step, {self.step + 1}, had a gradient that is not finite, so the run is not finished. Lower train.lr, or "
+                "use train.precision=fp32, and run again: it resumes from the last checkpoint."
+            )
+
+    def _gather(self, metrics: list[StepMetrics], rate: float) -> list[dict]:
+        """Rows of the CSV file, losses averaged over processes."""
+        totals = self.accelerator.reduce(torch.stack([m.loss for m in metrics]), "mean").tolist()
+        sums = self.accelerator.reduce(torch.stack([m.sums for m in metrics]), "sum")
+        means = (
+            sums[:, 0] / sums[:, 1]
+        ).tolist()  # nan where no clip counted, such as for a noise level that no clip had
+        return [
+            {
+                "step": m.step, "loss": total, "lr": m.lr, "grad_norm": float(m.grad_norm), "skipped": m.skipped,
+                "clips_per_second": round(rate, 2), **dict(zip(self.breakdown.columns, values, strict=True)),
+            }
+            for m, total, values in zip(metrics, totals, means, strict=True)
+        ]  # fmt: skip
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        self._signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+        if self._waiting:
+            self._waiting = False
+            raise _Interrupted
+
+    def _stopping(self) -> bool:
+        """Whether any process was asked to stop, so that all stop after the same step."""
+        asked = self._signal is not None
+        if self.accelerator.num_processes == 1:
+            return asked
+        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum") > 0)
+
+
+class swap_ema:
+    """A context manager in which the model has the averaged weights and is in evaluation mode."""
+
+    def __init__(self, model: nn.Module, ema: EMAModel):
+        self.model, self.ema = model, ema
+
+    def __enter__(self) -> None:
+        self.ema.store(self.model.parameters())
+        self.ema.copy_to(self.model.parameters())
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.ema.restore(self.model.parameters())
+        self.model.train()
