@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "fp32", "bf16"]
 
+WITHOUT_FLOAT64 = {"mps"}
+
 
 def native_bf16(device: "torch.device | str" = "cpu") -> bool:
     """Whether bfloat16 products run in hardware; in software they are slower than float32."""
@@ -34,6 +36,11 @@ def _cpu_limited(kernels: str) -> bool:
         return True
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
     return limit.upper().startswith(("SSE", "AVX2")) or limit.upper() in ("AVX", "AVX512_CORE", "AVX512_CORE_VNNI")
+
+
+def wide(x: "torch.Tensor") -> "torch.Tensor":
+    """`x` in float64, or in float32 on devices that have no float64 (Apple's MPS)."""
+    return x.float() if x.device.type in WITHOUT_FLOAT64 else x.double()
 
 
 def resolve(precision: Precision, device: "torch.device | str" = "cpu") -> Literal["fp32", "bf16"]:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from stdit.precision import wide
 from stdit.variants import pick
 
 
@@ -89,12 +90,12 @@ class DDPMPath:
 
     def index(self, levels: Tensor) -> Tensor:
         """Index into `alpha_bar`: the level times 1000, rounded."""
-        return (levels.double() * self.num_steps).round().long()
+        return (wide(levels) * self.num_steps).round().long()
 
     def alpha_sigma(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of data and noise at these levels: the roots of alpha_bar and 1 - alpha_bar."""
-        bar = self.alpha_bar[self.index(levels).cpu()].to(levels.device)
-        return bar.sqrt().to(levels.dtype), (1 - bar).sqrt().to(levels.dtype)
+        bar = self.alpha_bar[self.index(levels).cpu()]
+        return tuple(factor.sqrt().to(levels.dtype).to(levels.device) for factor in (bar, 1 - bar))  # type: ignore[return-value]
 
     def timestep(self, levels: Tensor) -> Tensor:
         """Convert levels to the model's timesteps, 0..999."""
@@ -143,7 +144,7 @@ class DDPMPath:
 
     def ode_scale_time(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Scale alpha and time sigma / alpha of the probability flow ODE, as for `FlowPath`."""
-        alpha, sigma = self.alpha_sigma(levels.double())
+        alpha, sigma = self.alpha_sigma(wide(levels))
         return alpha.to(levels.dtype), (sigma / alpha).to(levels.dtype)
 
     def velocity(self, clean: Tensor, noise: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from stdit.diffusion.paths import Path, like
+from stdit.precision import wide
 
 
 class Estimate(NamedTuple):
@@ -26,5 +27,5 @@ def from_velocity(velocity: Tensor, x: Tensor, levels: Tensor) -> Estimate:
 
 def from_epsilon(epsilon: Tensor, x: Tensor, levels: Tensor, path: Path) -> Estimate:
     """Estimate from the noise (epsilon) that a DDPM model predicts."""
-    alpha, sigma = path.alpha_sigma(like(levels, x).double())
-    return Estimate(((x.double() - sigma * epsilon.double()) / alpha).to(x.dtype), epsilon)
+    alpha, sigma = path.alpha_sigma(wide(like(levels, x)))
+    return Estimate(((wide(x) - sigma * wide(epsilon)) / alpha).to(x.dtype), epsilon)

@@ -7,25 +7,26 @@ from torch import Tensor
 
 from stdit.diffusion.paths import Path, like
 from stdit.diffusion.predictions import Estimate
+from stdit.precision import wide
 
 
 def posterior(path: Path, x: Tensor, clean: Tensor, now: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and variance of q(x_after | x_now, clean) for after < now, and the largest sensible variance.
 
-    All (B, C, T, h, w) or broadcastable, float64. For DDPM the largest is beta. Where after is 0 the variance is 0.
+    All (B, C, T, h, w) or broadcastable, in `wide` precision. For DDPM the largest is beta. Where after is 0 the variance is 0.
     """
-    alpha, sigma = path.alpha_sigma(like(now, x).double())
-    alpha_after, sigma_after = path.alpha_sigma(like(after, x).double())
+    alpha, sigma = path.alpha_sigma(wide(like(now, x)))
+    alpha_after, sigma_after = path.alpha_sigma(wide(like(after, x)))
     ratio = alpha / alpha_after
     largest = sigma**2 - ratio**2 * sigma_after**2
     safe = (sigma**2).clamp(min=1e-20)
-    mean = (ratio * sigma_after**2 / safe) * x.double() + (alpha_after * largest / safe) * clean.double()
+    mean = (ratio * sigma_after**2 / safe) * wide(x) + (alpha_after * largest / safe) * wide(clean)
     return mean, largest * sigma_after**2 / safe, largest
 
 
 def learned_log_variance(variance: Tensor, smallest: Tensor, largest: Tensor) -> Tensor:
     """Interpolate log variances: at -1 the smallest (the posterior's), at 1 the largest (beta)."""
-    fraction = (variance.double() + 1) / 2
+    fraction = (wide(variance) + 1) / 2
     return fraction * largest.log() + (1 - fraction) * smallest.log()
 
 
@@ -61,14 +62,14 @@ def variational_bound(
     true_mean, true_variance, largest = posterior(path, x, clean, now=levels, after=after)
     mean = posterior(path, x, estimate.clean, now=levels, after=after)[0]
     # The posterior of the last step has variance 0; the next step's is used instead, as in DiT.
-    _, floor, _ = posterior(path, x[:1, :1, :1, :1, :1], x[:1, :1, :1, :1, :1], *_second_step(one_step))
+    _, floor, _ = posterior(path, x[:1, :1, :1, :1, :1], x[:1, :1, :1, :1, :1], *_second_step(one_step, x.device))
     smallest = torch.where(like(after, x) > 0, true_variance, floor)
     assert estimate.variance is not None
     log_variance = learned_log_variance(estimate.variance, smallest, largest)
     kl = normal_kl(true_mean, smallest.log(), mean, log_variance)
-    likelihood = -discretized_normal_log_likelihood(clean.double(), mean, 0.5 * log_variance)
+    likelihood = -discretized_normal_log_likelihood(wide(clean), mean, 0.5 * log_variance)
     return torch.where(like(after, x) > 0, kl, likelihood) / math.log(2)
 
 
-def _second_step(one_step: float) -> tuple[Tensor, Tensor]:
-    return torch.tensor([[2 * one_step]], dtype=torch.float64), torch.tensor([[one_step]], dtype=torch.float64)
+def _second_step(one_step: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor([[2 * one_step]], device=device), torch.tensor([[one_step]], device=device)

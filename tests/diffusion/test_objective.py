@@ -94,3 +94,23 @@ def test_the_last_step_is_a_likelihood_of_quantized_data():
 def test_a_shift_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match=r"objective.shift must be > 0, got 0.0"):
         ObjectiveConfig(shift=0.0)
+
+
+def test_a_device_without_float64_computes_the_same_losses_in_float32(monkeypatch):
+    from stdit import precision
+    from stdit.diffusion.config import ObjectiveConfig
+    from stdit.diffusion.objective import build_objective
+
+    objective = build_objective(ObjectiveConfig(name="ddpm", learn_sigma=True))
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn((2, 4, 3, 4, 4), generator=generator) for _ in range(2))
+    output = torch.randn((2, 8, 3, 4, 4), generator=generator)
+    levels = torch.tensor([[0.001, 0.3, 1.0], [0.5, 0.5, 0.002]])
+    noisy = objective.noisy(clean, noise, levels)
+
+    def loss():
+        return objective.loss(output, noisy, clean, noise=noise, levels=levels)
+
+    exact = loss()
+    monkeypatch.setattr(precision, "WITHOUT_FLOAT64", {"cpu"})
+    assert torch.allclose(loss(), exact, rtol=2e-3)
