@@ -38,6 +38,7 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "entry",
         "build",
         "models",
+        "outputs",
     }
     for command in cli.COMMANDS:
         with pytest.raises(SystemExit) as stop:
