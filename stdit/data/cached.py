@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from stdit.conditions import ClipFacts, read_conditions
 from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
+from stdit.data.rates import DEFAULT_FPS
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
 from stdit.hashes import difference
@@ -45,6 +46,12 @@ class CachedLatents(Annotated):
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def rates(self) -> list[float]:
+        """The frame rate of the clips, as a list; empty for caches that were written without one."""
+        rate = self.info["fps"] or self.info.get("rate")
+        return [float(rate)] if rate else []
 
     def record(self, index: int) -> dict[str, Any]:
         """Label, caption and further conditions of a clip, from cache.json."""
@@ -80,7 +87,7 @@ class CachedLatents(Annotated):
         if not all(torch.isfinite(value).all() for value in sample.values()):
             raise VideoError(f"{self.name(index)} has values that are not finite; cache the latents again.")
         record = self._records[index]
-        read = read_conditions(record, ClipFacts(cached, self.info["fps"] or 8.0))
+        read = read_conditions(record, ClipFacts(cached, self.rates[0] if self.rates else DEFAULT_FPS))
         return {**sample, "conditions": {**read, **record.get("conditions", {})}}
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -117,8 +124,9 @@ def _read_index(path: Path) -> dict[str, Any]:
         info = json.loads(path.read_text(encoding="utf-8"))
         for key in ("num_classes", "class_names", "num_frames", "height", "width", "vae", "vae_fingerprint", "fps"):
             info[key]
-        if not (info["fps"] is None or isinstance(info["fps"], int | float)):
-            raise ValueError(f"fps is {info['fps']!r}, not a number")
+        for key in ("fps", "rate"):
+            if not (info.get(key) is None or isinstance(info[key], int | float)):
+                raise ValueError(f"{key} is {info[key]!r}, not a number")
         for shard in info["shards"]:
             if Path(shard["file"]).name != shard["file"]:
                 raise ValueError(f"{shard['file']!r} is not the name of a file")

@@ -26,6 +26,7 @@ from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.identity import columns_of, hash_of, identity_of
 from stdit.data.loader import conditions_of_sample
+from stdit.data.rates import clip_rate
 from stdit.data.video_io import VideoError
 from stdit.files import atomic_write, write_text
 from stdit.hashes import difference, file_sha256
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     check_settings(args.output, head)
     write_shards(args.output, dataset, vae, shard_size=args.shard_size, seed=config.seed)
-    return write_index(args.output, head, dataset)
+    return write_index(args.output, head, dataset, rate=clip_rate(config.data, dataset))
 
 
 # The keys of the data config on which latents depend; VAE, seed and --shard-size are checked as well.
@@ -281,8 +282,8 @@ def _read_record(file: Path) -> dict[str, Any]:
         return _NOTHING
 
 
-def write_index(output: Path, head: dict, dataset: Dataset) -> int:
-    """Write cache.json once every shard is there and of this data (the last process does)."""
+def write_index(output: Path, head: dict, dataset: Dataset, *, rate: float) -> int:
+    """Write cache.json once every shard is there and of this data (the last process does). rate: frames per second."""
     size = head["shard_size"]
     starts = range(0, len(dataset), size)
     records = []
@@ -301,7 +302,7 @@ def write_index(output: Path, head: dict, dataset: Dataset) -> int:
             f"none of the {len(dataset)} clips could be read; stdit check-media lists the reasons, the first is: {next(iter(bad.values()))}"
         )
     classes = {"num_classes": dataset.num_classes, "class_names": dataset.class_names}
-    head = {**head, **classes, "clips": len(dataset), "shards": records, "skipped": bad}
+    head = {**head, **classes, "clips": len(dataset), "rate": rate, "shards": records, "skipped": bad}
     write_text(output / "cache.json", json.dumps(head))
     _remove_further(output, len(records))
     for reason in list(bad.values())[:10]:

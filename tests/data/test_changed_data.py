@@ -15,6 +15,7 @@ from stdit.data.cached import CachedLatents
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.identity import content_of, fingerprint
+from stdit.data.rates import clip_rate
 from stdit.data.video_io import VideoError
 from stdit.data.video_write import write_video
 from stdit.recipes import cache_latents, train
@@ -133,6 +134,14 @@ def test_a_cache_refuses_what_it_would_freeze_unless_it_is_asked_for(cache, caps
     with pytest.raises(ValueError, match=r"made with other settings \(flip\)"):
         cache("data.flip=true", "--freeze-augmentation")
     assert "data.flip=true: drawn once" in capsys.readouterr().out
+
+
+def test_a_cache_keeps_the_rate_of_its_clips(cache):
+    for name in "abcd":
+        write_video(f"clips/{name}.mp4", np.zeros((5, 32, 32, 3), np.uint8), fps=30)
+    cache()
+    dataset = CachedLatents(Path("lat"), DataConfig(num_frames=5, height=32, width=32))
+    assert clip_rate(DataConfig(), dataset) == 30
 
 
 def test_a_shard_that_is_not_the_recorded_one_is_not_read(cache):
