@@ -211,6 +211,8 @@ def _classes_of_folders(root: Path, files: Sequence[Path], what: str) -> Classes
 def find_media(root: Path, suffixes: set[str]) -> Found:
     """All files with one of `suffixes`, in order, without what is hidden and without links that lead outside."""
     allowed = root.resolve()
+    if allowed == Path(allowed.anchor):
+        raise ValueError(f"{str(root)!r} is the whole file system; give the folder of the clips.")
     found: list[Path] = []
     links: list[Path] = []
     unreadable: list[OSError] = []

@@ -240,3 +240,8 @@ def test_a_table_of_very_many_columns_is_answered_in_time(tmp_path):
     with pytest.raises(ValueError, match="and 49992 more"):
         read_manifest(tmp_path / "m.csv")
     assert time.perf_counter() - began < 5
+
+
+def test_the_whole_file_system_is_not_searched():
+    with pytest.raises(ValueError, match="is the whole file system; give the folder of the clips"):
+        scan_folder(Path("/"), VIDEO_SUFFIXES, "videos")
