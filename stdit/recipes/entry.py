@@ -119,6 +119,9 @@ def _flush_output(text: str = "") -> bool:
 def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None) -> int:
     try:
         return command(main)(argv)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and not _flush_output("\n"):  # of stdout, not of a loader's worker
             return 1

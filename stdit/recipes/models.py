@@ -47,6 +47,7 @@ def load_pipeline(model: str | Path) -> STDiTPipeline:
     """
     run = checkpoint_folder(Path(model))
     if run is None:
+        _note_newer_checkpoint(Path(model))
         return STDiTPipeline.from_pretrained(str(model)).to(default_device())
     checkpoint = find_checkpoint(run)
     name = checkpoint.path.parent.name
@@ -56,6 +57,15 @@ def load_pipeline(model: str | Path) -> STDiTPipeline:
         file=sys.stderr,
     )
     return pipeline_of(checkpoint).to(default_device())
+
+
+def _note_newer_checkpoint(model: Path) -> None:
+    """Say, on stderr, that a run went on after its model was exported."""
+    newest, exported = list_checkpoints(CHECKPOINTS / model.name)[:1], model / "model_index.json"
+    if model.parent == Path("models") and newest and exported.is_file():
+        info = newest[0] / "info.json"
+        if info.is_file() and info.stat().st_mtime > exported.stat().st_mtime:
+            print(f"{newest[0]} is newer than {model}; stdit export {model.name} writes it there.", file=sys.stderr)
 
 
 def checkpoint_folder(model: Path) -> Path | None:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     began = time.time()
     if not native_bf16():
-        print("This CPU has no bfloat16 instructions: training runs in float32, at about two thirds of the speed.")
+        print("This CPU has no bfloat16 instructions: training runs in float32, and takes about twice as long.")
     print("1/4  drawing clips of moving shapes")
     make_shapes.main(["--output", "data/shapes", "--num-clips", str(args.num_clips)])
     print("2/4  encoding them with the tiny VAE")

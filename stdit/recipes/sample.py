@@ -15,6 +15,7 @@ stdit sample --task edit --input clip.mp4 --strength 0.6 --class-label "square u
 
 import argparse
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -168,7 +169,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--class-label",
         nargs="+",
-        help="numbers or names, one clip for each; default: one clip per class, or no label for tasks with --input",
+        help="numbers or names, one clip for each; default: one clip per class (12 at most), or no label for tasks with --input",
     )
     add(
         "--negative-class-label",
@@ -296,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     options = options_from(args)
     model = Path(args.model) if args.model else newest_model()
+    if not args.model:
+        print(f"model: {model}, the newest; --model names another", file=sys.stderr)
     pipe = load_pipeline(model)
     if args.pos_scaling:
         pipe.transformer.set_pos_scaling(args.pos_scaling)

@@ -5,6 +5,7 @@ what a batch costs.
 """
 
 import math
+import os
 import signal
 import sys
 import threading
@@ -322,6 +323,9 @@ class TrainingLoop(ABC):
     def _on_signal(self, number: int, _: Any) -> None:
         self._signal = number
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+        name = signal.Signals(number).name
+        said = f"\n{name}: the run stops and is saved after this step; a second {name} ends it at once, unsaved\n"
+        os.write(2, said.encode())  # print is not safe in a handler that interrupts another print
         if self._waiting:
             self._waiting = False
             raise _Interrupted
