@@ -232,7 +232,9 @@ def _work(connection: Connection, samples: Loadable) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process handles signals to all
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # its place is multiprocessing's, not the user's
+    warnings.formatwarning = lambda message, *_, **__: (
+        f"warning: {message}\n"
+    )  # its place is multiprocessing's, not the user's
     torch.set_num_threads(1)  # many processes must not compete for the cores
     parent = multiprocessing.parent_process()
     assert parent is not None
