@@ -110,9 +110,8 @@ def _words(text: str) -> list[str]:
         elif kind[0] == "M":
             if takes_marks:
                 words[-1] += c
-        elif (
-            kind != "Cf" or c == "\u200b"
-        ):  # joiners and direction marks are within words, the blank without width is not
+        # Joiners and direction marks are within words, the blank without width is not.
+        elif kind != "Cf" or c == "\u200b":
             joins = takes_marks = False
     return words
 

@@ -194,7 +194,7 @@ def test_a_text_encoder_with_code_of_its_own_is_refused_without_a_question(tmp_p
         load_text_encoder(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/b", "/tmp/a", ".a", "a\0b", "a\nb", "a\\b", "x" * 300])
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/b", "/a", ".a", "a\0b", "a\nb", "a\\b", "x" * 300])
 def test_a_name_that_becomes_a_path_is_one_visible_part_of_it(name):
     with pytest.raises(ValueError, match="is not a folder name"):
         check_name(name)

@@ -9,7 +9,10 @@ MAX_CLASSES = 100_000
 
 
 class Classes(NamedTuple):
-    """The class index of every row, None without classes. num_classes: how many there may be. names: in the order of the indices, None if the labels are numbers."""
+    """The classes of the rows of a table.
+
+    indices: of every row, None without classes. names: in the order of the indices, None if the labels are numbers.
+    """
 
     indices: Sequence[int | None]
     num_classes: int

@@ -143,9 +143,8 @@ def batches(
             step += 1
 
     if workers:
-        pool = WorkerPool(samples, workers, timeout, set_aside)
-        with closing(pool):
-            for group in pool.batches(keys()):
-                yield collate(group)
-    for group_of_keys in keys():
-        yield collate([samples.load(key, set_aside, lambda name: None) for key in group_of_keys])
+        with closing(WorkerPool(samples, workers, timeout, set_aside)) as pool:
+            yield from map(collate, pool.batches(keys()))
+    else:
+        for group in keys():
+            yield collate([samples.load(key, set_aside, lambda name: None) for key in group])

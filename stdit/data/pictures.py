@@ -96,9 +96,8 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
 
 
 def _check_size(image: Image.Image, path: str | os.PathLike) -> None:
-    most = (
-        MAX_PIXELS if image.mode in ("RGB", "L") else MAX_PIXELS // 2
-    )  # other modes are held twice while they are converted
+    # Other modes are held twice while they are converted.
+    most = MAX_PIXELS if image.mode in ("RGB", "L") else MAX_PIXELS // 2
     if image.width * image.height > most:
         raise VideoError(
             f"{os.fspath(path)!r} has {image.width}x{image.height} pixels, more than the {most} that are read of a picture "

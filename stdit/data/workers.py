@@ -69,7 +69,8 @@ class _Worker:
     def give(self, job: _Job, set_aside: dict[str, str]) -> None:
         """Send a job to the process."""
         self.job, self.file, self.since = job, None, time.monotonic()
-        self.connection.send((job.key, set_aside))
+        with contextlib.suppress(OSError):  # it has died, which the next read of its connection shows
+            self.connection.send((job.key, set_aside))
 
     def end(self) -> None:
         """Kill the process."""
@@ -167,8 +168,7 @@ class WorkerPool:
                 if worker.job is not None or not self._waiting:
                     continue
                 job = self._waiting.pop(0)
-            with contextlib.suppress(OSError):  # it has died, which the next read of its connection shows
-                worker.give(job, self.set_aside)
+            worker.give(job, self.set_aside)
 
     def _receive(self, worker: _Worker) -> None:
         try:
@@ -232,9 +232,8 @@ def _work(connection: Connection, samples: Loadable) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process handles signals to all
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    warnings.formatwarning = lambda message, *_, **__: (
-        f"warning: {message}\n"
-    )  # its place is multiprocessing's, not the user's
+    # Without the line of code, which is one of multiprocessing's and not the user's.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     torch.set_num_threads(1)  # many processes must not compete for the cores
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -41,7 +41,8 @@ from stdit.vae import VideoVAE, load_vae
 class Shard(NamedTuple):
     """The latents of a part of the data.
 
-    conditions: raw conditions of each clip; bad: unreadable files with the reason; waited: seconds spent waiting for data.
+    tensors: name -> (N, C, T, h, w) float16, see `_encode`. indices: of the N clips in the dataset. conditions: raw
+    conditions of each clip. bad: unreadable file -> the reason. waited: seconds spent waiting for data.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -222,7 +223,8 @@ def _write_shard(
         return 0.0
     shard = encode_shard(dataset, vae, wanted, seed=seed)
     record = _merge(file, old, shard, unchanged=unchanged, indices=indices)
-    bad = {name: reason for name, reason in old["bad"].items() if name in {dataset.name(i) for i in unchanged}}
+    kept = {dataset.name(i) for i in unchanged}
+    bad = {name: reason for name, reason in old["bad"].items() if name in kept}
     record |= {"bad": bad | shard.bad, "sources": sources, "annotations": annotations}
     record |= _annotations(dataset, [i for i, row in zip(indices, record["rows"], strict=True) if row is not None])
     write_text(file.with_suffix(".json"), json.dumps(record))

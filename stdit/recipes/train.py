@@ -61,7 +61,6 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     model = build_model(config, vae, dataset, objective, caption_channels=channels).to(accelerator.device)
     folders = RunFolders(config.name)
     if main:
-        clip_rate(config.data, dataset)  # says if the clips' rates differ
         folders.lock()
     accelerator.wait_for_everyone()
     order = build_order(config, dataset, vae, patch=model.patch_size, processes=processes)
@@ -73,6 +72,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
         config=config.train, resolved=resolved, objective=objective, vae=vae,
         bad_files=BadFiles(len(dataset), config.data.max_bad_fraction), captions=captions,
+        fps=clip_rate(config.data, dataset) if main else None,  # it warns if the clips' rates differ, which is said once
         preview=lambda m, step: preview(m, vae, config, folders, step=step, dataset=dataset),
     )  # fmt: skip
     if checkpoint is not None:
@@ -119,7 +119,7 @@ def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
     accelerator, folders = trainer.accelerator, trainer.folders
     if not code:
         with swap_ema(trainer.model, trainer.ema):
-            export(trainer.model, trainer.vae, config, folders, fps=clip_rate(config.data, run.dataset))
+            export(trainer.model, trainer.vae, config, folders, fps=trainer.fps)
             write_results(trainer.model, trainer.vae, config, folders, dataset=run.dataset)
     folders.write_summary(
         {

@@ -39,8 +39,8 @@ def pair_conditions(
     """The conditions of `count` clips, and the null conditions that guidance leads away from.
 
     given: by keyword, one value per clip or one for all, None for the default; by keyword after `NEGATIVE`, what is
-    led away from in place of the null. encode: gives a function from texts to
-    tokens, called if the model takes captions. Raises ValueError for a condition that the model does not have.
+    led away from in place of the null. encode: gives a function from texts to tokens, called if the model takes
+    captions. Raises ValueError for a condition that the model does not have.
     """
     rest = {keyword: value for keyword, value in given.items() if value is not None}
     conditions: Conditions = {}

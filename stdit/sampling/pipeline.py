@@ -121,7 +121,7 @@ class STDiTPipeline(DiffusionPipeline):
             if not folder.is_dir():
                 source, options = cls.download(source, use_safetensors=True, **options), {}
             check_folder(Path(source))
-            check_weights(folder)
+            check_weights(Path(source))
             return super().from_pretrained(source, use_safetensors=True, **options, **kwargs)
         except (OSError, TypeError, AttributeError, KeyError) as error:  # the latter of a scheduler's config
             raise ValueError(f"{source!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error

@@ -56,9 +56,9 @@ class Trainer(TrainingLoop):
     vae: VideoVAE
     bad_files: BadFiles
     captions: CaptionCache | None = None
-    set_aside: dict[str, str] = field(
-        default_factory=dict
-    )  # files that crashed or stalled their loader process: name -> reason
+    # Files that crashed or stalled their loader process: name -> reason.
+    set_aside: dict[str, str] = field(default_factory=dict)
+    fps: float | None = None  # frames per second of the clips, for pipelines that are built from a checkpoint
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,13 +67,14 @@ class Trainer(TrainingLoop):
             self.conditioners["caption"].tokenize = self.captions  # type: ignore[attr-defined]
 
     def further_info(self) -> dict[str, Any]:
-        """The files that any process has set aside, and the config of the model."""
+        """The files that any process has set aside, the config of the model and the rate of the clips."""
         set_aside = [self.set_aside]
         if self.accelerator.num_processes > 1:
             set_aside = gather_object(set_aside)
         return {
             "set_aside": {name: reason for found in set_aside for name, reason in found.items()},
             "model": dict(self.model.config),
+            "fps": self.fps,
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:

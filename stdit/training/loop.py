@@ -110,9 +110,8 @@ class TrainingLoop(ABC):
         self.ema.to(self.accelerator.device)
         self._signal: int | None = None
         self._waiting = False  # whether the loop waits for data
-        self._origin: str | None = (
-            None  # manifest hash of the checkpoint that the run began with, see training/resume.py
-        )
+        # The manifest hash of the checkpoint that the run began with, see training/resume.py.
+        self._origin: str | None = None
         self._skipped_in_a_row = 0
 
     @property
@@ -309,9 +308,7 @@ class TrainingLoop(ABC):
         """Rows of the CSV file, losses averaged over processes."""
         totals = self.accelerator.reduce(torch.stack([m.loss for m in metrics]), "mean").tolist()
         sums = self.accelerator.reduce(torch.stack([m.sums for m in metrics]), "sum")
-        means = (
-            sums[:, 0] / sums[:, 1]
-        ).tolist()  # nan where no clip counted, such as for a noise level that no clip had
+        means = (sums[:, 0] / sums[:, 1]).tolist()  # nan where no clip counted
         return [
             {
                 "step": m.step, "loss": total, "lr": m.lr, "grad_norm": float(m.grad_norm), "skipped": m.skipped,
@@ -323,9 +320,10 @@ class TrainingLoop(ABC):
     def _on_signal(self, number: int, _: Any) -> None:
         self._signal = number
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-        name = signal.Signals(number).name
-        said = f"\n{name}: the run stops and is saved after this step; a second {name} ends it at once, unsaved\n"
-        os.write(2, said.encode())  # print is not safe in a handler that interrupts another print
+        if self.accelerator.is_main_process:
+            name = signal.Signals(number).name
+            said = f"\n{name}: the run stops and is saved after this step; a second {name} ends it at once, unsaved\n"
+            os.write(2, said.encode())  # print is not safe in a handler that interrupts another print
         if self._waiting:
             self._waiting = False
             raise _Interrupted
