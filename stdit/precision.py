@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
@@ -50,9 +51,20 @@ def resolve(precision: Precision, device: "torch.device | str" = "cpu") -> Liter
     return precision
 
 
-def autocast(precision: Precision, device: "torch.device | str") -> AbstractContextManager[None]:
-    """A context in which matrix products use bfloat16 if `precision` resolves to it; weights keep their data type."""
+def autocast(
+    precision: Precision, device: "torch.device | str", weights: "Iterable[torch.dtype]" = ()
+) -> AbstractContextManager[None]:
+    """A context in which matrix products use bfloat16 if `precision` resolves to it; weights keep their data type.
+
+    weights: data types of the weights; those in half precision are computed in it, whatever `precision` says. ValueError
+    if they are in both float16 and bfloat16, which torch cannot combine.
+    """
     import torch
 
-    kind = torch.device(device).type
-    return torch.autocast(kind, torch.bfloat16) if resolve(precision, device) == "bf16" else nullcontext()
+    kind, half = torch.device(device).type, {dtype for dtype in weights if dtype != torch.float32}
+    if len(half) > 1:
+        found = " and ".join(sorted(str(dtype) for dtype in half))
+        raise ValueError(f"parts of this model are in {found}; load all of them in one of these, or in torch.float32.")
+    if resolve(precision, device) == "bf16" or half:
+        return torch.autocast(kind, next(iter(half), torch.bfloat16))
+    return nullcontext()

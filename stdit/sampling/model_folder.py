@@ -21,7 +21,15 @@ OURS = {"transformer": (STDiT, UNet), "vae": (TinyVAE,), "scheduler": (STDiTSche
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ValueError, in one line, for a folder whose parts are not those of a pipeline, or larger than their weights."""
+    """Raise ValueError, in one line, for a folder that holds no pipeline, or parts larger than their weights."""
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds no model (no model_index.json); give a folder that stdit train wrote, such as models/NAME."
+        )
+    if not any((folder / "transformer").glob("*.safetensors*")):
+        raise ValueError(
+            f"{str(folder)!r} has no weights (transformer/*.safetensors); train again, or copy them there."
+        )
     index = read_json(folder / "model_index.json")
     classes = {name: _component(folder, name, index.get(name)) for name in OURS}
     with warnings.catch_warnings():  # loading warns of old names

@@ -109,25 +109,28 @@ class STDiTPipeline(DiffusionPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a folder written by training, or a hub id; ValueError in one line if it holds no model."""
         source, options = resolve_source(str(pretrained_model_name_or_path), "model")
-        folder = Path(source)
-        if folder.is_dir() and not (folder / "model_index.json").is_file():
-            raise ValueError(
-                f"{source!r} holds no model (no model_index.json); give a folder that tools/train.py wrote, such as models/NAME."
-            )
-        if folder.is_dir() and not any((folder / "transformer").glob("*.safetensors*")):
-            raise ValueError(f"{source!r} has no weights (transformer/*.safetensors); train again, or copy them there.")
         try:
             check_reachable(source, "model_index.json", options)
-            if not folder.is_dir():
+            if not Path(source).is_dir():
                 source, options = cls.download(source, use_safetensors=True, **options), {}
             check_folder(Path(source))
             check_weights(Path(source))
-            return super().from_pretrained(source, use_safetensors=True, **options, **kwargs)
+            # The VAE is loaded in float32, where its fingerprint can be compared, and converted afterwards.
+            dtypes = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.float32
+            dtypes = dict(dtypes) if isinstance(dtypes, dict) else {"default": dtypes}
+            vae_dtype = dtypes.get("vae", dtypes.get("default", torch.float32))
+            dtypes["vae"] = torch.float32
+            pipe = super().from_pretrained(source, use_safetensors=True, dtype=dtypes, **options, **kwargs)
+            if "vae" not in kwargs:
+                torch.nn.Module.to(pipe.vae, vae_dtype)  # diffusers' own `to` warns of every conversion
+            return pipe
         except (OSError, TypeError, AttributeError, KeyError) as error:  # the latter of a scheduler's config
             raise ValueError(f"{source!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, with MANIFEST.json: the hashes of the weights, which loading compares."""
+        if self.config.vae_fingerprint and self.video_vae.dtype != torch.float32:  # the saved weights are rounded ones
+            self.register_to_config(vae_fingerprint=self.video_vae.fingerprint())
         super().save_pretrained(save_directory, *args, **kwargs)
         write_weights_manifest(Path(save_directory))
 
@@ -182,6 +185,10 @@ class STDiTPipeline(DiffusionPipeline):
     def _encode(self, texts: Sequence[str]) -> Encoded:
         warn_of_length(self.encoder, list(dict.fromkeys(texts)))
         return self.encoder.encode(texts)
+
+    @property
+    def _dtypes(self) -> set[torch.dtype]:
+        return {self.transformer.dtype, self.video_vae.dtype}
 
     @property
     def engine(self) -> Engine:
@@ -384,7 +391,7 @@ class STDiTPipeline(DiffusionPipeline):
             which = slice(first, first + options.batch_size)
             part = canvas.clips(which)
             keys = [(options.seed, first + i) for i in range(len(part.pixels))]
-            with torch.no_grad(), autocast(options.precision, engine.device):
+            with torch.no_grad(), autocast(options.precision, engine.device, self._dtypes):
                 batch = found.change(partial(rows, which=which)).change(to_device)
                 filled.append(sampler.fill(part, batch, keys))
         return torch.cat(filled)[:, :, canvas.output]
@@ -395,7 +402,7 @@ class STDiTPipeline(DiffusionPipeline):
 
     def _one_by_one(self, parts: Iterator[Tensor], options: SamplingOptions) -> Iterator[Tensor]:
         while True:  # not a for loop: a generator must not keep contexts open between its parts
-            with torch.no_grad(), autocast(options.precision, self._execution_device):
+            with torch.no_grad(), autocast(options.precision, self._execution_device, self._dtypes):
                 part = next(parts, None)
             if part is None:
                 return

@@ -50,7 +50,7 @@ def make_schedule(
 
 def delayed(levels: Tensor, delays: Tensor) -> Tensor:
     """Delay the levels (steps + 1,) of frame t by delays[t] rows -> (steps + max(delays) + 1, T)."""
-    rows = torch.arange(len(levels) + int(delays.max()))
+    rows = torch.arange(len(levels) + int(delays.max()), device=levels.device)
     return levels[(rows[:, None] - delays).clamp(0, len(levels) - 1)]
 
 

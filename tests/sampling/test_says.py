@@ -98,6 +98,26 @@ def test_the_statistics_of_an_adapted_vae_follow_the_autoencoder_to_its_device()
     assert adapted.decode(torch.zeros(1, 4, 1, 8, 8, device="meta")).is_meta
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, {"default": torch.bfloat16, "vae": torch.float32}])
+def test_a_model_loads_in_half_precision_is_saved_so_and_loads_again(pipe, tmp_path, dtype):
+    pipe.register_to_config(vae_fingerprint=pipe.video_vae.fingerprint())
+    pipe.save_pretrained(tmp_path / "whole")
+    expected = pipe(1, **FAST)
+    half = STDiTPipeline.from_pretrained(tmp_path / "whole", dtype=dtype)
+    assert half.transformer.dtype == (dtype["default"] if isinstance(dtype, dict) else dtype)
+    assert (half(1, **FAST) - expected).abs().mean() < 0.02
+    half.save_pretrained(tmp_path / "half")
+    again = STDiTPipeline.from_pretrained(tmp_path / "half", dtype=dtype)
+    assert torch.equal(again(1, **FAST), half(1, **FAST))
+
+
+def test_parts_in_both_half_precisions_are_refused(pipe):
+    pipe.transformer.to(torch.bfloat16)
+    pipe.vae.to(torch.float16)
+    with pytest.raises(ValueError, match=r"torch.bfloat16 and torch.float16; load all of them in one"):
+        pipe(1, **FAST)
+
+
 class CountedHook(ModelHook):
     """Counts how often a module is put on its device, as offloading does."""
 
