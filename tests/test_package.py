@@ -57,7 +57,24 @@ def test_an_unknown_command_names_the_nearest_and_the_version_is_printed(capsys)
     assert "--num-clips" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [ValueError("a value"), FileNotFoundError(2, "No such file", "a"), None])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "a/b"), "'a/b': No space left on device; free some room"),
+        (OSError(28, "No space left on device"), "No space left on device; free some room"),
+        (OSError(30, "Read-only file system", "a"), "'a': Read-only file system; make it writable"),
+        (FileNotFoundError(2, "No such file", "a"), "'a': No such file; check the path."),
+    ],
+)
+def test_what_the_system_refuses_is_said_with_a_remedy(error, said, capsys):
+    def main(argv):
+        raise error
+
+    assert entry.run(main) == 1
+    assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("error", [ValueError("a value"), None])
 def test_errors_that_a_user_can_cause_end_in_one_line(error, capsys):
     import torch
 

@@ -32,6 +32,22 @@ _ALLOCATORS = (
 _READERS = (csv.Error, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
 _FILES = {"Symlink loop": "a link", "inline_container": "a file of torch weights", "PytorchStream": "a file of weights"}
 
+# What the system refuses, and what to do about it.
+_REMEDIES = {
+    errno.ENOSPC: "free some room, or give a folder on another disk",
+    errno.EDQUOT: "free some room, or give a folder on another disk",
+    errno.EROFS: "make it writable, or give another folder",
+    errno.EACCES: "change its permissions, or give another path",
+    errno.EPERM: "change its permissions, or give another path",
+    errno.ENOENT: "check the path",
+    errno.EEXIST: "give another name, or remove it",
+    errno.ENOTDIR: "give a path through folders",
+    errno.EISDIR: "give the path of a file",
+    errno.ENAMETOOLONG: "shorten the name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "the disk fails: copy the file from elsewhere, or give another disk",
+}
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, a GPU's, or that of torch's allocator for CPUs."""
@@ -61,6 +77,9 @@ def one_line(error: Exception) -> str | None:
         if about is None:
             return None
         said = f"{about} cannot be read or written ({said}); check it, and the room on the disk."
+    elif isinstance(error, OSError) and said.startswith("[Errno") and error.errno in _REMEDIES:
+        where = f"{str(error.filename)!r}: " if error.filename else ""
+        said = f"{where}{error.strerror}; {_REMEDIES[error.errno]}."
     elif not isinstance(error, ValueError | OSError):
         return None
     said = printable(" ".join(said.split()) if len(said.splitlines()) > 1 else said.strip())
@@ -76,7 +95,7 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[[Sequence[s
             return main(argv)
         except Exception as error:
             said = one_line(error)
-            if said is None or (isinstance(error, ValueError | OSError) and said == str(error)):
+            if said is None or isinstance(error, OSError) or (isinstance(error, ValueError) and said == str(error)):
                 raise
             raise ValueError(said) from error
 
@@ -125,7 +144,7 @@ def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and not _flush_output("\n"):  # of stdout, not of a loader's worker
             return 1
-        print(error, file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
     return 1
 
 
