@@ -53,8 +53,8 @@ class AxialAttnProcessor:
         if attn.qkv_time is not None:
             bias = layout.expand_to_tokens(attn.qkv_time(ctx.condition.embedding))
             projected = projected + layout.fold(bias.expand(*hidden_states.shape[:3], -1), axis)
-        qkv = rearrange(projected, "n l (three h d) -> three n l h d", three=3, h=attn.heads)
-        query, key, value = attn.q_norm(qkv[0]), attn.k_norm(qkv[1]), qkv[2]
+        query, key, value = rearrange(projected, "n l (three h d) -> three n l h d", three=3, h=attn.heads).unbind(0)
+        query, key = attn.q_norm(query), attn.k_norm(key)
         if ctx.cache is not None and axis != "spatial":
             key, value = ctx.cache.extend(attn, key, value, tables.retained)
         if tables.query_rope is not None and tables.key_rope is not None:
@@ -88,9 +88,11 @@ class CrossAttnProcessor(AxialAttnProcessor):
         axis = "joint" if tokens.shape[1] == 1 else "spatial"
         fold, unfold = AXES[axis]
         query = rearrange(attn.q(rearrange(hidden_states, fold)), "n l (h d) -> n l h d", h=attn.heads)
-        kv = rearrange(attn.kv(rearrange(tokens, fold)), "n l (two h d) -> two n l h d", two=2, h=attn.heads)
+        key, value = rearrange(
+            attn.kv(rearrange(tokens, fold)), "n l (two h d) -> two n l h d", two=2, h=attn.heads
+        ).unbind(0)
         mask = None if token_mask is None else rearrange(token_mask, "b t l -> (b t) 1 1 l")
-        out = self._kernel(query, kv[0], kv[1], mask)
+        out = self._kernel(query, key, value, mask)
         return rearrange(attn.proj(out.flatten(2)), unfold, t=hidden_states.shape[1], s=hidden_states.shape[2])
 
 

@@ -11,6 +11,8 @@ from stdit.sampling.engine import Engine
 from stdit.sampling.groups import is_continuation
 from stdit.sampling.inputs import NEGATIVE
 from stdit.sampling.options import SamplingOptions
+from stdit.sampling.solvers import SOLVERS
+from stdit.variants import pick
 from stdit.warn import warn_user
 
 
@@ -88,9 +90,18 @@ def _check_channels(engine: Engine, options: SamplingOptions) -> None:
         raise ValueError(f"guidance_channels must be 1 to {channels}, the latents' channels, got {guided_channels}.")
 
 
+def _check_solver(engine: Engine, options: SamplingOptions) -> None:
+    name = options.solver or engine.default_solver
+    least, steps = pick(SOLVERS, name, "solver").least_steps, options.num_inference_steps
+    if isinstance(steps, int) and steps < least:
+        raise ValueError(
+            f"solver {name!r} needs at least {least} steps, got num_inference_steps={steps}; use euler, or more steps."
+        )
+
+
 def _check_scheduler(engine: Engine, canvas: Canvas, options: SamplingOptions) -> None:
     if not engine.uses_diffusers(options.solver):
-        return
+        return _check_solver(engine, options)
     name = type(engine.scheduler).__name__
     if not canvas.mask.all() or canvas.strength != 1 or options.arrangement != "together":
         raise ValueError(

@@ -90,7 +90,7 @@ class SamplingOptions:
     seed: int = _option(0, "seed of the noise; clip i depends on (seed, i) alone", flag="--seed", type=int, least=0)
     solver: str | None = _option(
         None,
-        "solver, a row of solvers.SOLVERS (euler, heun, ddim, ddpm); by default the model's",
+        "solver, a row of solvers.SOLVERS (euler, heun, ab2, dpmpp_2m, ddim, ddpm); by default the model's",
         flag="--solver",
         type=str,
     )

@@ -10,7 +10,7 @@ from stdit.diffusion.paths import DDPMPath
 class STDiTScheduler(SchedulerMixin, ConfigMixin):
     """Selects stdit's solvers, with a noise level per frame; any diffusers scheduler may take its place in a pipeline.
 
-    solver: euler, heun, ddim or ddpm; by default euler for flow, ddpm for DDPM.
+    solver: a row of `solvers.SOLVERS`; by default euler for flow, ddpm for DDPM.
     """
 
     @register_to_config

@@ -23,7 +23,12 @@ Draw = Callable[[], Tensor]  # noise like x for this step
 
 
 class Solver(ABC):
-    """One run of a solver along a path; `solve` restores frames whose level does not change after every step."""
+    """One run of a solver along a path; `solve` restores frames whose level does not change after every step.
+
+    least_steps: the fewest steps with which it is what its name says.
+    """
+
+    least_steps = 1
 
     def __init__(self, path: Path):
         self.path = path
@@ -89,7 +94,66 @@ class DDPM(Solver):
         return (mean + noisy * variance.clamp(min=0).sqrt() * draw()).to(x.dtype)
 
 
-SOLVERS: dict[str, type[Solver]] = {"euler": Euler, "heun": Heun, "ddim": DDIM, "ddpm": DDPM}
+class AB2(Solver):
+    """Adams-Bashforth of second order: the velocity, extrapolated to the middle of the step from that of the step before.
+
+    One model call per step. A frame or patch that did not move in the step before takes a step of Euler, as does the
+    first step; so with schedules of any arrangement the order stays two.
+    """
+
+    least_steps = 2
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.before: tuple[Tensor, Tensor] | None = None  # velocity and length of the step before
+
+    def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        """Step along v + length / (2 length_before) (v - v_before)."""
+        estimate = predict(x, t)
+        velocity = self.path.velocity(estimate.clean, estimate.noise)
+        length = self.path.ode_scale_time(like(t_next, x))[1] - self.path.ode_scale_time(like(t, x))[1]
+        mean = velocity
+        if self.before is not None:
+            mean = velocity + _half_ratio(length, self.before[1]) * (velocity - self.before[0])
+        self.before = velocity, length
+        return self.along(x, t, t_next, mean)
+
+
+class DPMSolver2M(Solver):
+    """DPM-Solver++(2M) (Lu et al., "DPM-Solver++", algorithm 2): clean data, extrapolated in the log of alpha / sigma.
+
+    One model call per step. The first step, the last one to level 0, and those of frames or patches that did not move
+    in the step before are of first order (DDIM).
+    """
+
+    least_steps = 2
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self.before: tuple[Tensor, Tensor] | None = None  # clean data and length of the step before
+
+    def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        """Step toward clean + length / (2 length_before) (clean - clean_before)."""
+        clean = predict(x, t).clean
+        (alpha, sigma), (alpha_next, sigma_next) = (self.path.alpha_sigma(like(levels, x)) for levels in (t, t_next))
+        length = (alpha_next.log() - sigma_next.log()) - (alpha.log() - sigma.log())
+        toward = clean
+        if self.before is not None:
+            toward = clean + _half_ratio(length, self.before[1]) * (clean - self.before[0])
+        self.before = clean, length
+        kept = torch.where(sigma > 0, sigma_next / sigma, 1)
+        return kept * x + (alpha_next - kept * alpha) * toward
+
+
+def _half_ratio(length: Tensor, before: Tensor) -> Tensor:
+    """length / (2 before); 0 where a step has no length or an infinite one, so that the step is of first order."""
+    known = torch.isfinite(length) & (before.abs() > 0)
+    return torch.where(known, length / (2 * before), 0)
+
+
+SOLVERS: dict[str, type[Solver]] = {
+    "euler": Euler, "heun": Heun, "ab2": AB2, "dpmpp_2m": DPMSolver2M, "ddim": DDIM, "ddpm": DDPM,
+}  # fmt: skip
 
 
 def solve(

@@ -90,7 +90,7 @@ def test_every_option_has_a_help_text_and_the_old_flag_is_hidden(monkeypatch):
     add_flags(parser)
     shown = parser.format_help()
     assert "--stagger" in shown
-    assert "euler, heun, ddim, ddpm" in shown
+    assert "euler, heun, ab2, dpmpp_2m, ddim, ddpm" in shown
     assert "--every" not in shown
 
 
