@@ -24,8 +24,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     m, n = matrices.shape[1:]
-    x = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if x.dtype == torch.bfloat16 or 2 * n < 3 * m:
+    norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if matrices.dtype == torch.bfloat16 or 2 * n < 3 * m:
+        x = matrices / norm
         for _ in range(STEPS):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -33,8 +34,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     # Every step multiplies by a polynomial of the Gram matrix, so a wide matrix itself is needed only first and last:
     # (4 STEPS - 3) m^3 + 2 m^2 n products in place of STEPS (m^3 + 2 m^2 n). It needs float32: errors in the Gram
     # matrix are not corrected by later steps.
-    gram = x @ x.mT
-    product = a * torch.eye(m, dtype=x.dtype, device=x.device) + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    gram = (matrices @ matrices.mT) / norm.square()
+    product = a * torch.eye(m, dtype=gram.dtype, device=gram.device) + torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     factor = product
     for _ in range(STEPS - 1):
         half = factor @ gram
@@ -42,7 +43,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
         product = factor @ product
-    return product @ x
+    return (product / norm) @ matrices
 
 
 class Muon(torch.optim.Optimizer):
@@ -84,12 +85,14 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        directions = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov's look ahead
         if weight_decay:
             torch._foreach_mul_(list[Tensor](params), 1 - lr * weight_decay)
-        for chunk in _chunks(directions):
-            rows, columns = directions[chunk[0]].shape
-            wide = torch.stack([directions[i] if rows <= columns else directions[i].mT for i in chunk])
+        for chunk in _chunks(gradients):
+            rows, columns = gradients[chunk[0]].shape
+            stacked = gradients[chunk[0]].new_empty(len(chunk), rows, columns)
+            for i, direction in zip(chunk, stacked, strict=True):
+                torch.lerp(gradients[i], buffers[i], momentum, out=direction)  # Nesterov's look ahead
+            wide = stacked if rows <= columns else stacked.mT
             dtype = torch.bfloat16 if native_bf16(wide.device) else torch.float32
             updates = orthogonalize(wide.to(dtype))
             for i, update in zip(chunk, updates if rows <= columns else updates.mT, strict=True):
