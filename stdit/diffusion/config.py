@@ -16,7 +16,7 @@ DEFAULT_MASK_PROBS = {
 
 _RANGES = {
     "mask_warmup_steps": "[0, inf)", "cond_noise_max": "[0, 1)", "cond_timestep_shift": "(0, inf)", "mask_ratio": "[0, 0.75]",
-    "shift": "(0, inf)", "shift_tokens": "[0, inf)",
+    "shift": "(0, inf)", "shift_tokens": "[0, inf)", "distilled_guidance": "[1, inf)",
 }  # fmt: skip
 
 
@@ -37,6 +37,8 @@ class ObjectiveConfig:
     learn_sigma: bool = True  # ddpm: the network also predicts the variance
     distribution: Distribution = "logit_normal"  # flow: distribution of levels in training
     shift: float = 1.0  # flow: shifts levels toward noise, in training and sampling
+    flow_map: bool = False  # flow: the network also learns where steps end, for sampling in few of them
+    distilled_guidance: float = 1.0  # flow_map: guidance scale that is learnt into the network; 1: none
     shift_tokens: int = 0  # flow: latent positions at which shift holds; it scales with the root of the size; 0: off
 
     def __post_init__(self) -> None:
@@ -45,6 +47,15 @@ class ObjectiveConfig:
             "objective", self, _RANGES, shift=unchanged, cond_timestep_shift=unchanged, mask_ratio="MDT v2 uses 0.3",
             cond_noise_max="0 keeps known frames clean",
         )  # fmt: skip
+        if self.flow_map and (self.name != "flow" or self.mask_ratio):
+            other = f"name={self.name}" if self.name != "flow" else f"mask_ratio={self.mask_ratio}"
+            raise ValueError(
+                f"objective.flow_map=true does not go with objective.{other}; use name=flow and mask_ratio=0, or flow_map=false."
+            )
+        if self.distilled_guidance != 1 and not self.flow_map:
+            raise ValueError(
+                f"objective.distilled_guidance={self.distilled_guidance} has no effect without objective.flow_map=true; set both."
+            )
         for name in self.mask_probs:
             _check_strategy(name, "strategy in objective.mask_probs")
         for name, probability in self.mask_probs.items():

@@ -13,12 +13,13 @@ class LevelSample(NamedTuple):
     """Noise levels and generation mask of one clip, (T,) or per patch (T, rows, columns).
 
     The loss counts where the mask is true. history: the level () of the earlier frames that each frame attends to
-    (teacher forcing), or None.
+    (teacher forcing), or None. target: like levels, where a step of a flow map ends, or None.
     """
 
     levels: Tensor
     mask: Tensor
     history: Tensor | None = None
+    target: Tensor | None = None
 
 
 def sample_levels(generator: torch.Generator, count: int, distribution: Distribution) -> Tensor:

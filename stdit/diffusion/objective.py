@@ -10,6 +10,7 @@ from stdit.diffusion.levels import LevelSample, sample_levels, shift_levels, siz
 from stdit.diffusion.masks import MASK_STRATEGIES, Grid
 from stdit.diffusion.paths import DDPMPath, FlowPath, Path, like
 from stdit.diffusion.predictions import Estimate, from_epsilon, from_velocity
+from stdit.diffusion.segments import VELOCITY_SHARE, Order, draw_segment
 from stdit.diffusion.variational import variational_bound
 from stdit.variants import pick
 
@@ -99,6 +100,24 @@ class FlowObjective(Objective):
         return self._shift(self.path.schedule(steps), tokens)
 
 
+class FlowMapObjective(FlowObjective):
+    """Rectified flow whose network also learns mean velocities, for sampling in few steps (`diffusion.flow_map`)."""
+
+    def sample(
+        self, generator: torch.Generator, strategy: str, grid: Grid, tokens: int, level: float | None = None
+    ) -> LevelSample:
+        """As for flow, with the levels where a step ends; frames that do not move while others do are left out."""
+        found = super().sample(generator, strategy, grid, tokens=tokens, level=level)
+        if level is not None or float(torch.rand((), generator=generator)) < VELOCITY_SHARE:
+            return found._replace(target=found.levels)
+        kind = MASK_STRATEGIES[strategy]
+        order: Order = "alone" if kind.teacher_forcing else "delayed" if kind.level_per_frame else "together"
+        drawn = draw_segment(generator, found.mask, lambda levels: self._shift(levels, tokens), order)
+        t, r = (part.view(-1, *[1] * (found.mask.ndim - 1)) for part in drawn)
+        levels, target = (torch.where(found.mask, part, found.levels) for part in (t, r))
+        return found._replace(levels=levels, target=target)
+
+
 class DDPMObjective(Objective):
     """DDPM as in DiT: the network predicts epsilon, and the variance if it is learned.
 
@@ -142,4 +161,4 @@ OBJECTIVES: dict[str, type[Objective]] = {"flow": FlowObjective, "ddpm": DDPMObj
 
 def build_objective(config: ObjectiveConfig) -> Objective:
     """Make the objective that a config names."""
-    return pick(OBJECTIVES, config.name, "objective")(config)
+    return FlowMapObjective(config) if config.flow_map else pick(OBJECTIVES, config.name, "objective")(config)

@@ -50,14 +50,23 @@ class ConditionEmbedder(TakesConditions):
     trunk: Trunk
     patch_size: tuple[int, int, int]
     t_embedder: nn.Module
+    r_embedder: nn.Module | None
     adaLN_single: nn.Sequential | None
 
-    def condition(self, timestep: Tensor, conditions: Conditions, batch: int) -> Condition:
+    def condition(
+        self, timestep: Tensor, conditions: Conditions, batch: int, target_timestep: Tensor | None = None
+    ) -> Condition:
         """Embed timestep and conditions, summed to a vector or as tokens.
 
-        timestep: (), (B,), (B, T) or (B, T, S); conditions: completed by `gather_conditions`.
+        timestep: (), (B,), (B, T) or (B, T, S); conditions: completed by `gather_conditions`. target_timestep: where the
+        step of a flow map ends, like timestep; None: at timestep. ValueError if the model is no flow map.
         """
-        time = self.t_embedder(timestep.expand(batch) if timestep.ndim == 0 else timestep)
+        timestep = timestep.expand(batch) if timestep.ndim == 0 else timestep
+        time = self.t_embedder(timestep)
+        if self.r_embedder is not None:
+            time = time + self.r_embedder(timestep - (timestep if target_timestep is None else target_timestep))
+        elif target_timestep is not None:
+            raise ValueError("this model is no flow map, so it takes no target_timestep; leave it out.")
         if timestep.ndim > 1 and self.patch_size[0] > 1:  # frames that share a token share a condition
             time = time.unflatten(1, (-1, self.patch_size[0])).mean(2)
         while time.ndim < 4:

@@ -47,6 +47,8 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
     Conditions: num_classes with class_names, micro_conditions (`conditions.micro`), caption_channels with caption_axes,
     extra_conditions (name of a conditioner -> its arguments); conditioning, a row of `nn.conditioning.CONDITIONINGS`.
     Trunk: a row of `model.trunks.TRUNKS`, with num_decoder_blocks (masked) and num_single_blocks (dual_stream).
+    Flow maps: flow_map, whether the model also takes the timesteps where a step ends; distilled_guidance, the guidance
+    scale that is learnt into it (1: none).
     For other models' weights: timestep_scale, timestep_reversed, timestep_offset, timestep_mlp and frequency_shift
     (`nn.embedders.TimestepEmbedder`), norm2_eps, gelu ("tanh" or "exact"), output_conv, and block_sources, the block of
     an image model from which each block was initialised (None: a new block).
@@ -57,7 +59,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
     _supports_gradient_checkpointing = True
     _no_split_modules = [kind.__name__ for kind in BLOCK_CLASSES]
     _repeated_blocks = [kind.__name__ for kind in BLOCK_CLASSES]
-    _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder", "norm", "final_layer"]
+    _skip_layerwise_casting_patterns = ["x_embedder", "t_embedder", "r_embedder", "norm", "final_layer"]
 
     @accept_old_keywords("model")
     @register_to_config
@@ -99,6 +101,8 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         timestep_offset: float = 0.0,
         sink: int = 0,
         extra_conditions: dict[str, dict[str, Any]] | None = None,
+        flow_map: bool = False,
+        distilled_guidance: float = 1.0,
     ):
         super().__init__()
         defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
@@ -121,6 +125,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
             frequency_shift=frequency_shift,
             mlp=timestep_mlp,
         )
+        self.r_embedder = TimestepEmbedder(hidden_size) if flow_map else None
         for name, kind in CONDITIONERS.items():
             embedder = self.conditioners[name].embedder(hidden_size) if name in self.conditioners else None
             setattr(self, kind.module, embedder)
@@ -172,9 +177,12 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         for conditioner in self.conditioners.values():
             if hasattr(embedder := getattr(self, conditioner.module), "reset"):
                 embedder.reset()
-        for name, parameter in self.t_embedder.named_parameters():
-            if name.endswith("weight"):
-                nn.init.normal_(parameter, std=0.02)
+        for embedder in (self.t_embedder, self.r_embedder):
+            for name, parameter in () if embedder is None else embedder.named_parameters():
+                if name.endswith("weight"):
+                    nn.init.normal_(parameter, std=0.02)
+        if self.r_embedder is not None:  # its bias is zero, too, so that a fresh one changes nothing
+            nn.init.zeros_(self.r_embedder.get_parameter("mlp.2.weight"))
         for module in (*self.blocks, self.final_layer, self.trunk):
             module.reset()
         if self.adaLN_single is not None:
@@ -190,6 +198,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         conditions: Conditions | None = None,
         history: tuple[Tensor, Tensor] | None = None,
         visible: Tensor | None = None,
+        target_timestep: Tensor | None = None,
         **keywords: Tensor | None,
     ) -> Tensor:
         """Predict from noisy latents: (B, C, T, H, W) -> (B, C_out, T, H, W).
@@ -200,23 +209,30 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         (B, T, L), true for tokens; micro_conditions (B|1, N), nan where unknown. cache: keys and values of earlier
         frames, for a causal model. history: clean (or slightly noisy) latents of the same clips and their timesteps
         (B, T), to which each frame attends in place of the noisy earlier frames (teacher forcing of causal models).
-        visible: (B, n) indices of the patches that a masked trunk's encoder sees. Lists of latents and timesteps run as
+        visible: (B, n) indices of the patches that a masked trunk's encoder sees. target_timestep: like timestep, where
+        the step ends, for a flow map, which predicts the mean velocity on the way; None: at timestep itself. Lists of latents and timesteps run as
         one packed sequence (see `packed`).
         """
         if not isinstance(hidden_states, Tensor):
             return self.packed(  # type: ignore[return-value]
-                hidden_states, timestep, class_labels, conditions=conditions, **keywords
+                hidden_states,
+                timestep,
+                class_labels,
+                conditions=conditions,
+                target_timesteps=target_timestep,
+                **keywords,
             )
         given = self.gather_conditions(len(hidden_states), conditions, class_labels=class_labels, **keywords)
         if history is not None:
             hidden_states = torch.cat([history[0], hidden_states], dim=2)
-            timestep = torch.cat([history[1], timestep.view(len(history[1]), -1).expand_as(history[1])], dim=1)
+            timestep = _after_history(history[1], timestep)
+            target_timestep = None if target_timestep is None else _after_history(history[1], target_timestep)
             given = repeat_frames(given, 2)
         self._check_call(hidden_states.shape[2], cache, history is not None, visible)
         grid = token_grid(hidden_states.shape[2:], self.patch_size)
         frames, rows, columns = grid
         scale = self._position_scale(grid)
-        condition = self.condition(timestep, given, hidden_states.shape[0])
+        condition = self.condition(timestep, given, hidden_states.shape[0], target_timestep)
         tokens = self.x_embedder(hidden_states)
         tokens = tokens + self._spatial_pos_embed(rows, columns, scale[1:]).to(tokens)
         tokens, num_prefix, prefix_mask = self._with_prefix(tokens, condition)
@@ -272,6 +288,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         class_labels: Tensor | None = None,
         *,
         conditions: Conditions | None = None,
+        target_timesteps: Sequence[Tensor] | None = None,
         **keywords: Tensor | None,
     ) -> list[Tensor]:
         """Predict for clips of different shapes in one sequence without padding (Dehghani et al., "Patch n' Pack").
@@ -291,7 +308,11 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
             embedded = self.x_embedder(x[None])
             parts.append((embedded + self._spatial_pos_embed(rows, columns).to(embedded)).flatten(1, 2))
         frames = torch.tensor([t for t, _, _ in grids], device=latents[0].device)
-        steps = torch.cat([step.expand(t) for step, (t, _, _) in zip(timesteps, grids, strict=True)])
+        steps, targets = (
+            None if given is None else torch.cat([step.expand(t) for step, (t, _, _) in zip(given, grids, strict=True)])
+            for given in (timesteps, target_timesteps)
+        )
+        assert steps is not None
         given = self.gather_conditions(len(grids), conditions, class_labels=class_labels, **keywords)
 
         def per_frame(x: Tensor) -> Tensor:
@@ -301,7 +322,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
                 )
             return x.expand(len(grids), *x.shape[1:]).to(steps.device).repeat_interleave(frames, 0)
 
-        condition = self.condition(steps, map_tensors(given, per_frame), len(steps))
+        condition = self.condition(steps, map_tensors(given, per_frame), len(steps), targets)
         embedding, adaln = (None if x is None else x.reshape(1, 1, len(steps), -1) for x in condition[:2])
         assert embedding is not None
         condition = Condition(embedding, adaln)
@@ -350,6 +371,11 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *inputs)
         return block(*inputs)
+
+
+def _after_history(history: Tensor, timestep: Tensor) -> Tensor:
+    """Timesteps (B,) or (B, T) of the noisy frames after those of their history (B, T) -> (B, 2 T)."""
+    return torch.cat([history, timestep.view(len(history), -1).expand_as(history)], dim=1)
 
 
 register_cacheable_blocks(BLOCK_CLASSES)

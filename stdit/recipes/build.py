@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -74,14 +75,17 @@ def build_model(
             f"model.num_classes={classes} but the data has no labels; use model.num_classes=0, folders by class or a manifest with labels."
         )
     names = dataset.class_names if classes == dataset.num_classes else None
-    given = {
+    given: dict[str, Any] = {
         "in_channels": vae.channels, "num_classes": classes, "learn_sigma": objective.learns_sigma, "class_names": names,
         "caption_channels": caption_channels,
     }  # fmt: skip
     if config.model.network == "unet":
+        if config.objective.flow_map:
+            raise ValueError("objective.flow_map=true needs model.network=transformer; set it, or flow_map=false.")
         shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)
         return UNet(**given, sample_size=shape, channels=config.model.unet_channels, layers=config.model.unet_layers)
     arguments = model_arguments(config.model)
+    given |= {"flow_map": config.objective.flow_map, "distilled_guidance": config.objective.distilled_guidance}
     image = load_start(config.init_from.path) if config.init_from.path else None
     if image is not None:
         arguments |= inflated_arguments(image, arguments, config.model.depth, config.init_from)
@@ -105,6 +109,14 @@ def load_start(path: str) -> STDiT:
             f"init_from.path={path!r} is no folder, and as a hub id it cannot be read: {' '.join(str(error).split())[:200]}; "
             "give the folder of a model."
         ) from error
+
+
+def build_teacher(config: Config) -> STDiT | None:
+    """The model whose velocity a flow map learns: that of `init_from.path`; None for other runs, and from a flow map."""
+    if not config.objective.flow_map or config.init_from.path is None:
+        return None
+    teacher = load_start(config.init_from.path)
+    return None if teacher.config.flow_map else teacher.requires_grad_(False).eval()
 
 
 def check_batch(config: Config, processes: int) -> None:

@@ -27,7 +27,15 @@ from stdit.data.workers import num_workers
 from stdit.diffusion.objective import build_objective
 from stdit.model.trunks import TRUNKS
 from stdit.recipes import entry
-from stdit.recipes.build import build_accelerator, build_captions, build_model, build_order, check_batch, check_cache
+from stdit.recipes.build import (
+    build_accelerator,
+    build_captions,
+    build_model,
+    build_order,
+    build_teacher,
+    check_batch,
+    check_cache,
+)
 from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.optim import build_optimizers
@@ -72,6 +80,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
         config=config.train, resolved=resolved, objective=objective, vae=vae,
         bad_files=BadFiles(len(dataset), config.data.max_bad_fraction), captions=captions,
+        teacher=None if (teacher := build_teacher(config)) is None else teacher.to(accelerator.device),
         fps=clip_rate(config.data, dataset) if main else None,  # it warns if the clips' rates differ, which is said once
         preview=lambda m, step: preview(m, vae, config, folders, step=step, dataset=dataset),
     )  # fmt: skip

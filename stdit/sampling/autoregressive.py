@@ -68,7 +68,7 @@ class AutoregressiveSampler:
         given = engine.with_clip_facts(given, (trained_frames, size[1], size[2]), options.fps)
         cache = FrameCache(config.window, config.sink)
         # Every call must run the same branches of guidance, since each branch has its own keys and values in the cache.
-        guidance = Guidance.of(options)._replace(interval=(0.0, 1.0), history=1.0)
+        guidance = Guidance.of(options, engine.default_guidance)._replace(interval=(0.0, 1.0), history=1.0)
 
         def denoiser(frame: int) -> Denoiser:
             conditions = given.change(partial(select_frames, which=[condition_index[frame]]))

@@ -24,6 +24,7 @@ def check(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: i
     height, width = canvas.pixels.shape[3:]
     engine.latent_shape((frames, height, width))
     _check_channels(engine, options)
+    _check_guidance(engine, options)
     _check_scheduler(engine, canvas, options)
     if canvas.mask.shape[1] > 1 and not engine.model.supports_patch_levels:
         raise ValueError(
@@ -67,7 +68,7 @@ def check_conditions(conditions: Conditions, frames: int, stride: int) -> None:
 
 
 def warn_of_conditions(
-    canvas: Canvas, options: SamplingOptions, conditioners: Mapping[str, Conditioner], given: Mapping[str, Any]
+    canvas: Canvas, guidance_scale: float, conditioners: Mapping[str, Conditioner], given: Mapping[str, Any]
 ) -> None:
     """Warn if known frames have no label to go with, or negative conditions have no effect.
 
@@ -80,7 +81,7 @@ def warn_of_conditions(
             "this model has classes, but no label is given for the known frames: what is generated next to them may be of "
             "another class; give the class of what they show, class_labels= (--class-label)."
         )
-    if options.guidance_scale == 1 and any(keyword.startswith(NEGATIVE) for keyword in said):
+    if guidance_scale == 1 and any(keyword.startswith(NEGATIVE) for keyword in said):
         warn_user("negative conditions have no effect at guidance_scale=1 (--guidance 1); raise it, or leave them out.")
 
 
@@ -90,12 +91,25 @@ def _check_channels(engine: Engine, options: SamplingOptions) -> None:
         raise ValueError(f"guidance_channels must be 1 to {channels}, the latents' channels, got {guided_channels}.")
 
 
+def _check_guidance(engine: Engine, options: SamplingOptions) -> None:
+    if engine.distilled_guidance != 1 and options.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"guidance_scale={options.guidance_scale} on top of the {engine.distilled_guidance:g} that this model has learnt; leave "
+            "it out (--guidance 1)."
+        )
+
+
 def _check_solver(engine: Engine, options: SamplingOptions) -> None:
     name = options.solver or engine.default_solver
     least, steps = pick(SOLVERS, name, "solver").least_steps, options.num_inference_steps
     if isinstance(steps, int) and steps < least:
         raise ValueError(
             f"solver {name!r} needs at least {least} steps, got num_inference_steps={steps}; use euler, or more steps."
+        )
+    if name == "flow_map" and not getattr(engine.model.config, "flow_map", False):
+        raise ValueError(
+            "solver 'flow_map' needs a model that was trained with objective.flow_map=true; use euler, ab2 or dpmpp_2m, or train "
+            "one (configs/quickstart_few.yaml)."
         )
 
 

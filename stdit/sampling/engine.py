@@ -70,6 +70,16 @@ class Engine:
         ours = scheduler if isinstance(scheduler, STDiTScheduler) else STDiTScheduler(self.objective.config.name)
         return ours.solver
 
+    @property
+    def distilled_guidance(self) -> float:
+        """The guidance scale that the model has learnt; 1: none."""
+        return getattr(self.model.config, "distilled_guidance", 1.0)
+
+    @property
+    def default_guidance(self) -> float:
+        """The guidance scale of calls that give none: 2, or 1 if the model has learnt one."""
+        return 2.0 if self.distilled_guidance == 1 else 1.0
+
     def latent_shape(self, size: Size) -> Size:
         """The shape (T, h, w) of a clip's latents; ValueError if the clip does not fit the VAE or the patches."""
         return self.vae.latent_shape(*size, self.model.patch_size)
@@ -102,14 +112,14 @@ class Engine:
         noised_context: Tensor | None = None,
         cache: FrameCache | None = None,
     ) -> Denoiser:
-        """Make a function (x, levels) -> output of the guided model."""
+        """Make a function (x, levels, target) -> output of the guided model."""
         return guided(self.model, self.objective, given, guidance, noised_context=noised_context, cache=cache)
 
     def predictor(self, output: Denoiser) -> Predict:
-        """Make a function (x, levels) -> estimate of clean data and noise, from a denoiser."""
+        """Make a function (x, levels, target) -> estimate of clean data and noise, from a denoiser."""
 
-        def predict(x: Tensor, levels: Tensor) -> Estimate:
-            return self.objective.estimate(output(x, levels), x, levels)
+        def predict(x: Tensor, levels: Tensor, target: Tensor | None = None) -> Estimate:
+            return self.objective.estimate(output(x, levels, target), x, levels)
 
         return predict
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,12 @@ from stdit.diffusion.paths import like
 from stdit.nn.cache import FrameCache
 from stdit.sampling.options import SamplingOptions
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x, levels) -> the model's output
+
+class Denoiser(Protocol):
+    """A guided model: (x, levels) -> its output. target: for a flow map, the levels where the step ends."""
+
+    def __call__(self, x: Tensor, levels: Tensor, target: Tensor | None = None) -> Tensor:
+        """The model's output for x (B, C, T, h, w)."""
 
 
 class Guidance(NamedTuple):
@@ -32,10 +37,10 @@ class Guidance(NamedTuple):
     history: float = 1.0
 
     @classmethod
-    def of(cls, options: SamplingOptions) -> Self:
-        """The guidance of sampling options."""
+    def of(cls, options: SamplingOptions, default: float) -> Self:
+        """The guidance of sampling options; `default`: the scale if they give none."""
         return cls(
-            scale=options.guidance_scale,
+            scale=default if options.guidance_scale is None else options.guidance_scale,
             interval=options.guidance_interval,
             channels=options.guidance_channels,
             history=options.history_guidance,
@@ -51,7 +56,7 @@ def guided(
     noised_context: Tensor | None = None,
     cache: FrameCache | None = None,
 ) -> Denoiser:
-    """Make a function (x, levels) -> the model's output, guided.
+    """Make a function (x, levels, target) -> the model's output, guided.
 
     levels: (B|1, T), or per patch (B|1, T, rows, columns). Outside the interval, and at scale 1, the model runs once. A
     learned variance is the conditional branch's. noised_context: noise like x; in the branch that history guidance
@@ -60,30 +65,42 @@ def guided(
     extra: dict[str, Any] = {} if cache is None else {"cache": cache}
     null = None if guidance.scale == 1.0 or given.unconditional else given.null
 
-    def run(x: Tensor, levels: Tensor, conditions: Conditions, context: str) -> Tensor:
-        timestep = objective.timestep(levels)
-        timestep = (timestep.flatten(2) if timestep.ndim > 2 else timestep).expand(
-            len(x), *[-1] * (min(levels.ndim, 3) - 1)
-        )
+    def timestep(levels: Tensor, count: int) -> Tensor:
+        found = objective.timestep(levels)
+        return (found.flatten(2) if found.ndim > 2 else found).expand(count, *[-1] * (min(levels.ndim, 3) - 1))
+
+    def run(x: Tensor, levels: Tensor, conditions: Conditions, target: Tensor | None, *, context: str) -> Tensor:
+        ends = {} if target is None else {"target_timestep": timestep(target, len(x))}
         with model.cache_context(context) if hasattr(model, "cache_context") else nullcontext():
             hidden_states = x.to(getattr(model, "dtype", x.dtype))
             given = _arguments(model, conditions)
-            return model(hidden_states=hidden_states, timestep=timestep, **given, **extra).float()
+            return model(
+                hidden_states=hidden_states, timestep=timestep(levels, len(x)), **given, **extra, **ends
+            ).float()
 
-    def output(x: Tensor, levels: Tensor) -> Tensor:
+    def twice(levels: Tensor, count: int) -> Tensor:
+        return torch.cat([levels.expand(count, *[-1] * (levels.ndim - 1))] * 2)
+
+    def output(x: Tensor, levels: Tensor, target: Tensor | None = None) -> Tensor:
         noisiest = float(levels.max())
         if null is None or not guidance.interval[0] <= noisiest <= guidance.interval[1]:
-            conditional = mean = run(x, levels, given.conditions, "cond")
+            conditional = mean = run(x, levels, given.conditions, target, context="cond")
         else:
-            both_levels = torch.cat([levels.expand(len(x), *[-1] * (levels.ndim - 1))] * 2)
+            both_levels = twice(levels, len(x))
+            both_targets = None if target is None else twice(target, len(x))
             # By keyword and with the unconditional half first, as diffusers' FasterCache expects.
-            both = run(torch.cat([x, x]), both_levels, concatenate(null, given.conditions), "cond_uncond")
+            both = run(
+                torch.cat([x, x]), both_levels, concatenate(null, given.conditions), both_targets, context="cond_uncond"
+            )
             unconditional, conditional = both.chunk(2)
             mean = unconditional + guidance.scale * (conditional - unconditional)
         known = levels == 0
         if guidance.history != 1.0 and noised_context is not None and bool(known.any()) and not bool(known.all()):
             x_without = torch.where(like(known, x), noised_context, x)
-            uncond_history = run(x_without, torch.where(known, 1.0, levels), given.conditions, "uncond_history")
+            ends = None if target is None else torch.where(known, 1.0, target)
+            uncond_history = run(
+                x_without, torch.where(known, 1.0, levels), given.conditions, ends, context="uncond_history"
+            )
             mean = mean + (guidance.history - 1) * (conditional - uncond_history)
         channels = guidance.channels or x.shape[1]
         return torch.cat([mean[:, :channels], conditional[:, channels:]], dim=1)

@@ -55,9 +55,9 @@ class SamplingOptions:
     num_inference_steps: int | str = _option(
         30, "solver steps, a number; for DDPM also ddim50: 50 steps of DiT's spacing", flag="--steps", type=_steps
     )
-    guidance_scale: float = _option(
-        2.0,
-        "classifier-free guidance toward label or caption; 1: none",
+    guidance_scale: float | None = _option(
+        None,
+        "classifier-free guidance toward label or caption; 1: none; default: 2, or 1 for a model that has learnt it",
         flag="--guidance",
         type=float,
         least=0,

@@ -26,6 +26,7 @@ from stdit.sampling.canvas import Canvas
 from stdit.sampling.checks import check, check_conditions, streams, warn_of_conditions
 from stdit.sampling.engine import Engine, TrainedOn
 from stdit.sampling.groups import fits, pad_to_groups
+from stdit.sampling.guidance import Guidance
 from stdit.sampling.inputs import Captions, Labels, count_clips, pair_conditions, refusal, split
 from stdit.sampling.model_folder import check_folder
 from stdit.sampling.options import SamplingOptions
@@ -287,7 +288,7 @@ class STDiTPipeline(DiffusionPipeline):
             found = self.conditions(len(clip), class_labels=class_labels, captions=captions, **given)
         warn_of_conditions(
             canvas,
-            options,
+            Guidance.of(options, self.engine.default_guidance).scale,
             self.transformer.conditioners,
             {**given, "class_labels": class_labels, "captions": captions},
         )
@@ -365,7 +366,7 @@ class STDiTPipeline(DiffusionPipeline):
             found = self.conditions(len(canvas.pixels), class_labels=class_labels, captions=captions, **given)
         warn_of_conditions(
             canvas,
-            options,
+            Guidance.of(options, self.engine.default_guidance).scale,
             self.transformer.conditioners,
             {**given, "class_labels": class_labels, "captions": captions},
         )

@@ -17,7 +17,7 @@ from stdit.diffusion.variational import learned_log_variance, posterior
 from stdit.sampling.schedule import Schedule
 from stdit.variants import pick
 
-Predict = Callable[[Tensor, Tensor], Estimate]  # (x, levels (B|1, T)) -> estimate
+Predict = Callable[..., Estimate]  # (x, levels (B|1, T)), for a flow map also the levels where a step ends -> estimate
 DrawStep = Callable[[int], Tensor]  # index of the step -> noise like x
 Draw = Callable[[], Tensor]  # noise like x for this step
 
@@ -50,6 +50,15 @@ class Euler(Solver):
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
         """Step along the velocity at the current levels."""
         estimate = predict(x, t)
+        return self.along(x, t, t_next, self.path.velocity(estimate.clean, estimate.noise))
+
+
+class FlowMap(Solver):
+    """A step of a flow map, which predicts the mean velocity from the levels t to t_next: exact for a perfect model."""
+
+    def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
+        """Step along the mean velocity."""
+        estimate = predict(x, t, t_next)
         return self.along(x, t, t_next, self.path.velocity(estimate.clean, estimate.noise))
 
 
@@ -152,7 +161,7 @@ def _half_ratio(length: Tensor, before: Tensor) -> Tensor:
 
 
 SOLVERS: dict[str, type[Solver]] = {
-    "euler": Euler, "heun": Heun, "ab2": AB2, "dpmpp_2m": DPMSolver2M, "ddim": DDIM, "ddpm": DDPM,
+    "euler": Euler, "flow_map": FlowMap, "heun": Heun, "ab2": AB2, "dpmpp_2m": DPMSolver2M, "ddim": DDIM, "ddpm": DDPM,
 }  # fmt: skip
 
 

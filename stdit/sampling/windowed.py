@@ -79,7 +79,7 @@ class WindowedSampler:
         on_device = canvas._replace(pixels=canvas.pixels.to(engine.device), mask=canvas.mask.to(engine.device))
         latent_mask, boundary_mask = latent_masks(on_device.mask, vae, engine.model.patch_size)
         noise = engine.draw(keys, 0, shape)
-        guidance = Guidance.of(options)
+        guidance = Guidance.of(options, engine.default_guidance)
         output = engine.denoiser(
             engine.with_clip_facts(given, size, options.fps),
             guidance,

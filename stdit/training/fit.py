@@ -16,7 +16,7 @@ from stdit.training.config import TrainConfig
 from stdit.training.loop import StepLosses, Stopped, TrainingLoop, swap_ema
 from stdit.training.metrics import LEVELS, Breakdown, level_sums
 from stdit.training.state import Checkpoint
-from stdit.training.step import diffusion_losses, to_latents
+from stdit.training.step import FlowMapTraining, diffusion_losses, to_latents
 from stdit.vae import VideoVAE
 
 __all__ = ["BadFiles", "Stopped", "Trainer", "TrainingLoop", "diffusion_losses", "swap_ema", "to_latents"]
@@ -58,6 +58,7 @@ class Trainer(TrainingLoop):
     captions: CaptionCache | None = None
     # Files that crashed or stalled their loader process: name -> reason.
     set_aside: dict[str, str] = field(default_factory=dict)
+    teacher: nn.Module | None = None  # whose velocity a flow map learns
     fps: float | None = None  # frames per second of the clips, for pipelines that are built from a checkpoint
 
     def __post_init__(self) -> None:
@@ -101,8 +102,20 @@ class Trainer(TrainingLoop):
         conditions, clips = self._conditions(batch), to_latents(batch, self.vae)
         with self.accelerator.autocast():
             given = (clips, conditions, batch.keys)
-            losses = diffusion_losses(model, self.objective, *given, patch=self.model.patch_size)
+            losses = diffusion_losses(
+                model, self.objective, *given, patch=self.model.patch_size, flow_map=self._flow_map(conditions, batch)
+            )
         return StepLosses(losses.clips, level_sums(losses.clips, losses.levels))
+
+    def _flow_map(self, conditions: Conditions, batch: Batch) -> FlowMapTraining | None:
+        if not self.objective.config.flow_map:
+            return None
+        null = {
+            name: self.conditioners[name].null(len(batch.keys)) if self.conditioners[name].guided else value
+            for name, value in conditions.items()
+        }
+        null = map_tensors(null, lambda x: x.to(self.accelerator.device))
+        return FlowMapTraining(self.model, null, self.teacher)
 
     def _conditions(self, batch: Batch) -> Conditions:
         """The conditions of a batch for the model, each dropped with probability `label_dropout`."""

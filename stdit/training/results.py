@@ -28,6 +28,7 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any, fps: float | None =
     scheduler = STDiTScheduler(
         objective.name,
         objective.shift,
+        solver="flow_map" if objective.flow_map else None,
         shift_tokens=objective.shift_tokens,
         betas=objective.betas,
         learn_sigma=objective.learn_sigma,

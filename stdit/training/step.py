@@ -8,7 +8,9 @@ from torch import Tensor
 
 from stdit.conditions import Conditions
 from stdit.conditions.base import Key
+from stdit.conditions.values import map_tensors
 from stdit.data.loader import Batch
+from stdit.diffusion.flow_map import mean_velocity
 from stdit.diffusion.masks import Grid, choose_strategy
 from stdit.diffusion.objective import Objective
 from stdit.diffusion.paths import like
@@ -48,7 +50,8 @@ class LatentBatch(NamedTuple):
 class NoisyBatch(NamedTuple):
     """A noised batch, and what its loss needs.
 
-    mask: (B, T) or (B, T, rows, columns), true where the loss counts. history: for teacher forcing, the latents and the
+    mask: (B, T) or (B, T, rows, columns), true where the loss counts. target: like levels, where the step of a flow map
+    ends, and velocity: what it is to predict, like clean; else None. history: for teacher forcing, the latents and the
     timesteps (B, T) of the earlier frames that each frame attends to, else None.
     """
 
@@ -59,6 +62,20 @@ class NoisyBatch(NamedTuple):
     mask: Tensor
     timestep: Tensor
     history: tuple[Tensor, Tensor] | None
+    target: Tensor | None = None
+    velocity: Tensor | None = None
+
+
+class FlowMapTraining(NamedTuple):
+    """What the target of a flow map needs besides the batch.
+
+    model: the network, without gradients and in float32. null: conditions for the unconditional branch of the guidance
+    that is learnt. teacher: a trained flow model whose guided velocity is learnt; None: that of the data.
+    """
+
+    model: Callable[..., Tensor]
+    null: Conditions
+    teacher: Callable[..., Tensor] | None = None
 
 
 def to_latents(batch: Batch, vae: VideoVAE) -> list[LatentBatch]:
@@ -100,12 +117,13 @@ def diffusion_losses(
     patch: tuple[int, int, int] = (1, 1, 1),
     level: float | None = None,
     strategy: str | None = None,
+    flow_map: FlowMapTraining | None = None,
 ) -> Losses:
     """The diffusion loss of each clip: noise at levels drawn by key, predict, and compare where the mask is true.
 
     The mask strategy is drawn for each clip, so that a step has clips of several strategies. Clips of many shapes go
     through the model in one packed sequence. level, strategy: used in place of drawn ones, for the loss at a given
-    noise level.
+    noise level. flow_map: needed to train a flow map.
     """
     counts = [len(part.latents) for part in clips]
     begins = [sum(counts[:i]) for i in range(len(counts))]
@@ -116,15 +134,20 @@ def diffusion_losses(
     arguments: dict[str, Any] = {"conditions": conditions}
     if noisy[0].history is not None:
         arguments["history"] = noisy[0].history
+    if flow_map is not None:
+        noisy = [_with_velocity(objective, one, conditions, flow_map) for one in noisy]
     if len(noisy) == 1:
         one = noisy[0]
-        outputs = [model(one.noisy, one.timestep, **arguments)]
+        ends = {} if flow_map is None else {"target_timestep": _timestep(objective, one.target)}
+        outputs = [model(one.noisy, one.timestep, **arguments, **ends)]
         if objective.config.mask_ratio:  # once with all patches, once with some hidden (MDT)
             visible = _visible_patches(objective.config.mask_ratio, keys, one, patch)
             outputs.append(model(one.noisy, one.timestep, **arguments, visible=visible))
             losses = [_compare(objective, output, one) for output in outputs]
             return Losses(losses[0].clips + losses[1].clips, losses[0].levels)
     else:
+        if flow_map is not None:
+            arguments["target_timestep"] = [_timestep(objective, one.target)[0] for one in noisy]
         packed = model([one.noisy[0] for one in noisy], [one.timestep[0] for one in noisy], **arguments)
         outputs = [output[None] for output in packed]
     losses = [_compare(objective, output, one) for output, one in zip(outputs, noisy, strict=True)]
@@ -165,9 +188,13 @@ def _add_noise(
     levels, mask = levels.to(clips.latents.device), mask.to(clips.latents.device)
     latents = _with_segments_reencoded(clips, mask)
     noise = keyed_normal("noise", list(keys), tuple(latents.shape[1:])).to(latents.device)
-    shared = bool((levels == levels[:, :1]).all())  # one condition per clip is cheaper than one per frame
-    timestep = objective.timestep(levels[:, 0] if shared and not per_patch else levels)
-    timestep = timestep.flatten(2) if per_patch else timestep
+    target = None
+    if samples[0].target is not None:
+        ends = [one.target for one in samples if one.target is not None]
+        target = torch.stack([_per_patch(end, grid) if per_patch else end for end in ends]).repeat_interleave(pt, 1)
+        target = target.to(levels.device)
+    shared = target is None and bool((levels == levels[:, :1]).all())  # a condition per clip is cheaper than per frame
+    timestep = _timestep(objective, levels[:, 0] if shared and not per_patch else levels)
     history = None
     if samples[0].history is not None:
         clean = torch.stack([one.history for one in samples if one.history is not None])
@@ -179,9 +206,55 @@ def _add_noise(
         noise=noise,
         noisy=objective.noisy(latents, noise, levels),
         levels=levels,
-        mask=mask,
+        mask=mask if target is None else mask & _moves(levels, target),
         timestep=timestep,
         history=history,
+        target=target,
+    )
+
+
+def _timestep(objective: Objective, levels: Tensor | None) -> Tensor:
+    """Timesteps (B,), (B, T) or, for levels per patch (B, T, rows, columns), per token."""
+    assert levels is not None
+    found = objective.timestep(levels)
+    return found.flatten(2) if found.ndim > 2 else found
+
+
+def _moves(levels: Tensor, target: Tensor) -> Tensor:
+    """Where a step changes the level; everywhere in clips whose step has no length, which train the velocity."""
+    moves = levels > target
+    return moves | ~moves.flatten(1).any(1).view(-1, *[1] * (moves.ndim - 1))
+
+
+@torch.no_grad()
+def _with_velocity(objective: Objective, one: NoisyBatch, conditions: Conditions, given: FlowMapTraining) -> NoisyBatch:
+    """Add what a flow map is to predict: the mean velocity on the way of the data, or of the teacher."""
+    assert one.target is not None
+    scale = objective.config.distilled_guidance
+
+    def run(network: Callable[..., Tensor], noisy: NoisyBatch, target: Tensor | None, conditions: Conditions) -> Tensor:
+        further = {} if noisy.history is None else {"history": noisy.history}
+        ends = {} if target is None else {"target_timestep": _timestep(objective, target)}
+        timestep = _timestep(objective, noisy.levels)
+        return network(noisy.noisy, timestep, conditions=conditions, **further, **ends).float()
+
+    if given.teacher is not None:
+        velocity = run(given.teacher, one, None, conditions)
+        if scale != 1:
+            null = run(given.teacher, one, None, given.null)
+            velocity = null + scale * (velocity - null)
+    else:
+        velocity = one.noise - one.clean
+        if scale != 1:  # as in MeanFlow, equation 19: the null branch learns the velocity of the data
+            velocity = scale * velocity + (1 - scale) * run(given.model, one, one.levels, given.null)
+
+    def rest(x: Tensor, levels: Tensor, target: Tensor, which: Tensor) -> Tensor:
+        history = None if one.history is None else (one.history[0][which], one.history[1][which])
+        chosen = map_tensors(conditions, lambda value: value if len(value) == 1 else value[which])
+        return run(given.model, one._replace(noisy=x, levels=levels, history=history), target, chosen)
+
+    return one._replace(
+        velocity=mean_velocity(rest, one.noisy, velocity=velocity, levels=one.levels, target=one.target)
     )
 
 
@@ -192,7 +265,10 @@ def _per_patch(frames: Tensor, grid: Grid) -> Tensor:
 
 def _compare(objective: Objective, output: Tensor, one: NoisyBatch) -> Losses:
     """The mean loss over the masked positions of each frame, then over the frames that have any."""
-    loss = objective.loss(output, one.noisy, one.clean, noise=one.noise, levels=one.levels)
+    if one.velocity is None:
+        loss = objective.loss(output, one.noisy, one.clean, noise=one.noise, levels=one.levels)
+    else:
+        loss = (output.float() - one.velocity).square().mean(dim=1)
     counted = like(one.mask, one.clean)[:, 0].expand_as(loss)
     frames = (loss * counted).sum((2, 3)) / counted.sum((2, 3)).clamp(min=1)
     predicted = counted.any(3).any(2)

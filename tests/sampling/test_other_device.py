@@ -37,7 +37,11 @@ CALLS = {
     "history": lambda pipe, **given: pipe.extend(clip(5), after=4, history_guidance=1.5, **given),
     "autoregressive": lambda pipe, **given: pipe([1], arrangement="autoregressive", **given),
     "pyramid": lambda pipe, **given: pipe([1], arrangement="pyramid", **given),
-    **{f"solver {name}": lambda pipe, name=name, **given: pipe([1], solver=name, **given) for name in SOLVERS},
+    **{
+        f"solver {name}": lambda pipe, name=name, **given: pipe([1], solver=name, **given)
+        for name in SOLVERS
+        if name != "flow_map"
+    },
 }
 
 
@@ -62,6 +66,11 @@ def on_both(call, objective: str, **model) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("name", "objective"), [*((name, "flow") for name in CALLS), ("solver ddpm", "ddpm")])
 def test_every_call_gives_the_same_clip_on_another_device(name, objective):
     expected, found = on_both(lambda pipe: CALLS[name](pipe, **FAST), objective, axes=["spatial", "temporal"])
+    assert (expected - found).abs().max() < 1e-4
+
+
+def test_a_flow_map_gives_the_same_clip_on_another_device():
+    expected, found = on_both(lambda pipe: pipe([1], solver="flow_map", **FAST), "flow", flow_map=True)
     assert (expected - found).abs().max() < 1e-4
 
 

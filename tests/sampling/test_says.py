@@ -127,6 +127,34 @@ def test_a_multistep_solver_serves_tasks_and_streams_and_refuses_a_single_step(p
         pipe(0, solver=solver, num_inference_steps=1)
 
 
+def test_a_model_with_learnt_guidance_is_sampled_without_and_refuses_more(tiny_model, tmp_path):
+    made = make_pipe(tiny_model, flow_map=True, distilled_guidance=3.0)
+    assert torch.equal(made(1, **FAST), made(1, guidance_scale=1, **FAST))
+    with pytest.raises(ValueError, match=r"guidance_scale=2.0 on top of the 3 that this model has learnt"):
+        made(1, guidance_scale=2.0, **FAST)
+    made.save_pretrained(tmp_path)
+    again = STDiTPipeline.from_pretrained(tmp_path)
+    assert again.transformer.config.distilled_guidance == 3.0
+    assert torch.equal(again(1, **FAST), made(1, **FAST))
+
+
+def test_the_default_guidance_of_other_models_is_two(pipe):
+    assert torch.equal(pipe(1, **FAST), pipe(1, guidance_scale=2.0, **FAST))
+
+
+def test_a_flow_map_serves_tasks_arrangements_and_streams_and_other_models_refuse_it(pipe, tiny_model):
+    made = make_pipe(tiny_model, flow_map=True)
+    clip, given = torch.rand(1, 3, 5, 16, 16), {"solver": "flow_map", "num_inference_steps": 2, "progress": False}
+    for arrangement in ("together", "autoregressive", "pyramid"):
+        extended = made.extend(clip, after=4, class_labels=0, arrangement=arrangement, **given)
+        assert torch.equal(extended[:, :, :5], clip) and torch.isfinite(extended).all()
+    causal = make_pipe(tiny_model, flow_map=True, axes=["joint"], causal=True, position_encoding="rope_3d", window=2)
+    streamed = torch.cat(list(causal.stream(clip, 8, 0, **given)), 2)
+    assert torch.equal(causal.extend(clip, after=8, class_labels=0, **given)[:, :, 5:], streamed)
+    with pytest.raises(ValueError, match=r"'flow_map' needs a model .* objective.flow_map=true"):
+        pipe(0, solver="flow_map", num_inference_steps=2)
+
+
 def test_parts_in_both_half_precisions_are_refused(pipe):
     pipe.transformer.to(torch.bfloat16)
     pipe.vae.to(torch.float16)

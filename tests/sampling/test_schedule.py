@@ -32,7 +32,7 @@ def test_known_latents_never_move_by_a_bit(mask, arrangement, solver):
     path = DDPMPath() if solver == "ddpm" else FlowPath()
     x = torch.randn(2, 3, 6, 4, 4)
     schedule = Schedule(x, make_schedule(path.schedule(5), mask, arrangement))
-    end = solve(schedule, lambda x, _: Estimate(torch.randn_like(x), torch.randn_like(x)), path, solver)
+    end = solve(schedule, lambda x, *_: Estimate(torch.randn_like(x), torch.randn_like(x)), path, solver)
     known = ~mask.view(6, *mask.shape[1:], *[1] * (3 - mask.ndim)).expand(6, 2, 2)
     known = known.repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert torch.equal(end[:, :, known], x[:, :, known])

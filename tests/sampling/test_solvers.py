@@ -15,7 +15,7 @@ SPREAD = 0.5  # data is normal with this standard deviation: the ideal network i
 def ideal(path):
     """The best prediction for data with the distribution N(0, SPREAD^2)."""
 
-    def predict(x, levels):
+    def predict(x, levels, target=None):
         alpha, sigma = path.alpha_sigma(like(levels, x).double())
         total = alpha**2 * SPREAD**2 + sigma**2
         clean = alpha * SPREAD**2 / total * x.double()
@@ -49,7 +49,7 @@ def test_heun_is_of_second_order_and_euler_of_first():
 def correlated(path, covariance):
     """The best prediction for frames that are normal with this covariance (T, T): linear in x, at any levels of the frames."""
 
-    def predict(x, levels):
+    def predict(x, levels, target=None):
         alpha, sigma = (part.double() for part in path.alpha_sigma(levels.expand(1, x.shape[2])[0]))
         total = alpha[:, None] * covariance * alpha + torch.diag(sigma**2)
         weighted = torch.einsum("st,bcthw->bcshw", torch.linalg.inv(total), x)
@@ -102,7 +102,7 @@ def test_ddim_and_euler_give_equal_results():
 def test_ancestral_sampling_ends_at_the_datas_spread(learned):
     path = DDPMPath()
 
-    def predict(x, levels):
+    def predict(x, levels, target=None):
         estimate = ideal(path)(x, levels)
         return estimate._replace(variance=torch.zeros_like(x)) if learned else estimate
 
@@ -116,7 +116,7 @@ def test_known_frames_never_move_by_a_bit(path, solver):
     x = torch.randn(2, 3, 5, 4, 4)
     levels = make_schedule(path.schedule(7), torch.ones(5, dtype=torch.bool)).clone()
     levels[:, [0, 3]] = 0
-    end = solve(Schedule(x, levels), lambda x, t: Estimate(torch.randn_like(x), torch.randn_like(x)), path, solver)
+    end = solve(Schedule(x, levels), lambda x, t, *_: Estimate(torch.randn_like(x), torch.randn_like(x)), path, solver)
     assert torch.equal(end[:, :, [0, 3]], x[:, :, [0, 3]])
     assert torch.isfinite(end).all()
     assert not torch.equal(end[:, :, 1], x[:, :, 1])

@@ -1,0 +1,39 @@
+"""The target of a flow map: the mean velocity u of the probability flow from levels t to levels r.
+
+x_r = x_t - h u(x_t, t, r) with h = t - r, per frame. Along the segment x' = h v and t' = h, with r fixed, this gives
+u = v - du/dtau at its start (Geng et al., "Mean Flows for One-step Generative Modeling", equation 6, where h is one number).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stdit.diffusion.paths import like
+
+# (x, levels, target levels, which clips of the batch (B,) bool) -> the model's mean velocity
+MeanVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+STEP = 1 / 32  # length of the first part of a segment, in levels: that of a solver with as many steps
+
+
+@torch.no_grad()
+def mean_velocity(
+    model: MeanVelocity, x: Tensor, *, velocity: Tensor, levels: Tensor, target: Tensor, step: float = STEP
+) -> Tensor:
+    """The target for x (B, C, T, h, w): the velocity for a first part of the segment, then the model's own mean velocity.
+
+    velocity: v at x, like x. levels, target: t and r, (B, T) or (B, T, rows, columns). Clips whose segment is no longer
+    than its first part get v.
+    """
+    length = levels - target
+    longest = length.flatten(1).amax(1)
+    split = longest > step
+    if not bool(split.any()):
+        return velocity
+    x, v, t, r, h = (part[split] for part in (x, velocity, levels, target, length))
+    share = (step / longest[split]).view(-1, *[1] * (t.ndim - 1))
+    rest = model(x - like(share * h, x) * v, t - share * h, r, split)
+    found = velocity.clone()
+    found[split] = like(share, x) * v + (1 - like(share, x)) * rest
+    return found
