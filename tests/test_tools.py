@@ -75,6 +75,11 @@ def test_measured_shapes_agree_with_the_truth_of_drawn_files(home, capsys):
     assert "direction right     24  100.0%" in out
 
 
+def test_clips_of_one_frame_are_cached_and_train(home):
+    assert cache_latents.main(["t.yaml", "data.num_frames=1", "--output", "stills"]) == 0
+    assert train.main(["t.yaml", "data.root=stills", "data.source=latents", "data.num_frames=1", "name=stills"]) == 0
+
+
 def test_cached_latents_train_like_the_clips_they_came_from(home):
     assert cache_latents.main(["t.yaml", "--output", "latents", "--shard-size", "10"]) == 0
     info = json.loads((home / "latents" / "cache.json").read_text())

@@ -166,7 +166,7 @@ def build_dataset(config: DataConfig) -> Dataset:
     source = _guess(root, config) if config.source == "auto" else config.source
     if source == "latents" and not (root / "cache.json").is_file():
         raise ValueError(
-            f"data.root={str(root)!r} holds no cached latents; write them with: python tools/cache_latents.py CONFIG --output {root}."
+            f"data.root={str(root)!r} holds no cached latents; write them from clips: stdit cache-latents CONFIG data.root=CLIPS data.source=auto --output {root} (moving shapes: stdit make-shapes, or stdit quickstart)."
         )
     return pick(SOURCES, source, "data source")(root, config)
 

@@ -71,11 +71,13 @@ def assign_buckets(shapes: Sequence[tuple[int, int, int]], sizes: Sequence[ClipS
     """Assign each clip of (frames, height, width) to one of `sizes`; None where the clip is shorter than all of them.
 
     Among the sizes that are not longer than the clip, those of the nearest aspect ratio are candidates; one is drawn
-    at random, keyed by the seed and the clip's index.
+    at random, keyed by the seed and the clip's index. Sizes of one frame are for images, and for clips that are too
+    short for all others.
     """
     buckets: list[int | None] = []
     for index, (frames, height, width) in enumerate(shapes):
         fits = [i for i, size in enumerate(sizes) if size.frames <= frames]
+        fits = [i for i in fits if sizes[i].frames > 1] or fits
         if not fits:
             buckets.append(None)
             continue
@@ -94,7 +96,8 @@ class BucketSampler:
     """Batches of one size each, of as many clips as fit into `tokens`, in multiples of `processes`.
 
     buckets: for each sample its index into `sizes`, or None to leave it out (`assign_buckets`). costs: tokens of one
-    clip of each size. An epoch covers every clip; the last batch of a bucket is filled up with clips from its start.
+    clip of each size. An epoch covers every clip; the last batch of a bucket is filled up with clips from its start. A
+    batch has no more clips than its bucket.
     """
 
     def __init__(
@@ -109,7 +112,9 @@ class BucketSampler:
         _check_any_assigned(buckets)
         self.seed, self.sizes = seed, list(sizes)
         self.members = [[i for i, bucket in enumerate(buckets) if bucket == number] for number in range(len(sizes))]
-        self.batch_sizes = [max(1, tokens // (cost * processes)) * processes for cost in costs]
+        most = [max(1, tokens // (cost * processes)) for cost in costs]
+        held = [-(-len(members) // processes) for members in self.members]
+        self.batch_sizes = [max(1, min(pair)) * processes for pair in zip(most, held, strict=True)]
         # The bucket of every batch of an epoch, before shuffling.
         self.plan = [
             bucket

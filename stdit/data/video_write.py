@@ -74,7 +74,8 @@ class _Mp4Encoder:
         self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         self._stream.height, self._stream.width = height + height % 2, width + width % 2
         self._stream.pix_fmt = "yuv420p"
-        self._stream.options = {"crf": "16", "preset": "fast"}
+        # Without macroblock trees, whose sums depend on what memory held before: the same frames give the same file.
+        self._stream.options = {"crf": "16", "preset": "fast", "x264-params": "mbtree=0"}
         # Players take clips of an unknown colour space for BT.709 or for BT.601, by their size and their own habits.
         context = self._stream.codec_context
         context.colorspace, context.color_primaries = Colorspace.ITU709, ColorPrimaries.BT709

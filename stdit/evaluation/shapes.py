@@ -128,6 +128,7 @@ class Report(NamedTuple):
     """Shares of clips whose shape, direction, or both are those of the label, with 95 % intervals, and by class.
 
     clean: the share with one object of one colour and nothing else. bend, unevenness, misfit: medians over clips.
+    right: for shape, direction and both, which clips are right, in order.
     """
 
     clips: int
@@ -140,6 +141,7 @@ class Report(NamedTuple):
     unevenness: float
     misfit: float
     clean: float
+    right: dict[str, list[bool]]
 
 
 def report(clips: Sequence[np.ndarray], labels: Sequence[int]) -> Report:
@@ -172,6 +174,7 @@ def report(clips: Sequence[np.ndarray], labels: Sequence[int]) -> Report:
         clips=len(clips), shape=float(shape.mean()), direction=float(direction.mean()), both=float(both.mean()),
         intervals={"shape": wilson(shape), "direction": wilson(direction), "both": wilson(both)}, by_class=by_class,
         bend=bend, unevenness=unevenness, misfit=misfit, clean=clean,
+        right={"shape": shape.tolist(), "direction": direction.tolist(), "both": both.tolist()},
     )  # fmt: skip
 
 
@@ -180,6 +183,14 @@ def wilson(successes: np.ndarray) -> tuple[float, float]:
     n, p, z = len(successes), float(successes.mean()), 1.96
     middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+
+
+def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float, float]:
+    """The difference of two shares over the same clips, and its 95 % interval (Agresti and Min, 2005)."""
+    a, b = np.asarray(ours), np.asarray(theirs)
+    n, won, lost = len(a) + 2, int((a & ~b).sum()) + 0.5, int((~a & b).sum()) + 0.5
+    middle, spread = (won - lost) / n, 1.96 * math.sqrt(won + lost - (won - lost) ** 2 / n) / n
+    return float(a.mean() - b.mean()), middle - spread, middle + spread
 
 
 def table(result: Report) -> str:

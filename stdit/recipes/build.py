@@ -1,6 +1,7 @@
 """Build the parts of a training run from its config: model, captions, order of clips, accelerator."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,15 +99,15 @@ def build_model(
     return model
 
 
-def load_start(path: str) -> STDiT:
-    """The model of `init_from.path`; ValueError at once, without asking the hub in vain, if there is none."""
-    source, options = resolve_source(path, "init_from.path")
+def load_start(path: str, key: str = "init_from.path") -> STDiT:
+    """The model of a folder or hub id that `key` names; ValueError at once, without asking the hub in vain, if there is none."""
+    source, options = resolve_source(path, key)
     try:
         check_reachable(source, "config.json", options)
         return STDiT.from_pretrained(source, **options)
     except OSError as error:
         raise ValueError(
-            f"init_from.path={path!r} is no folder, and as a hub id it cannot be read: {' '.join(str(error).split())[:200]}; "
+            f"{key}={path!r} is no folder, and as a hub id it cannot be read: {' '.join(str(error).split())[:200]}; "
             "give the folder of a model."
         ) from error
 
@@ -161,12 +162,28 @@ def build_order(
         except VideoError as error:
             shapes.append((0, 1, 1))  # fits no bucket
             print(f"clip left out: {error}")
+    buckets = assign_buckets(shapes, sizes, config.seed)
+    _tell_short(shapes, sizes, buckets)
     order = (PackedSampler if data.packing else BucketSampler)(
-        config.seed, assign_buckets(shapes, sizes, config.seed), sizes, costs, tokens=train.tokens, processes=processes
+        config.seed, buckets, sizes, costs, tokens=train.tokens, processes=processes
     )
     for size, cost in zip(sizes, costs, strict=True):
         print(f"  {size.frames} x {size.height} x {size.width}: {len(order.candidates(size))} clips of {cost} tokens")
     return order
+
+
+def _tell_short(
+    shapes: Sequence[tuple[int, int, int]], sizes: Sequence[ClipSize], buckets: Sequence[int | None]
+) -> None:
+    """Say how many clips are too short for the sizes of several frames, and what becomes of them."""
+    pairs = list(zip(shapes, buckets, strict=True))
+    stills = sum(shape[0] > 1 and bucket is not None and sizes[bucket].frames == 1 for shape, bucket in pairs)
+    left_out = sum(shape[0] > 0 and bucket is None for shape, bucket in pairs)
+    for count, what in ((stills, "are trained as single frames"), (left_out, "are left out")):
+        if count:
+            print(
+                f"{count} clips are shorter than every size of several frames in data.sizes and {what}; add a shorter size."
+            )
 
 
 def check_cache(dataset: Dataset, vae: VideoVAE) -> None:

@@ -101,8 +101,8 @@ def _encode(vae: VideoVAE, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
     with autocast("auto", vae.device):
         latents = vae.encode(batch)
         groups = [vae.frames_of_latent(batch, t) for t in range(1, latents.shape[2])]
-        heads = vae.encode_segment(torch.cat(groups)) if groups else latents[:0]
-    heads = torch.cat([latents[:, :, :1], *heads.split(len(batch))], dim=2)
+        heads = vae.encode_segment(torch.cat(groups)).split(len(batch)) if groups else ()  # an image has no groups
+    heads = torch.cat([latents[:, :, :1], *heads], dim=2)
     tensors = {"latents": latents.half().cpu(), "reencoded": heads.half().cpu()}
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise ValueError(f"VAE {vae.name!r} gave latents that are not finite in 16 bits; use it in float32.")

@@ -123,6 +123,9 @@ def _data_config(source: Path, config: str | None, overrides: list[str]) -> Data
     """The data config of a training, with `source` as its data; without a config one that any file is long enough for."""
     if config is None and overrides:
         raise ValueError(f"{overrides[0]!r} overrides a config; say which with --config, for example --config video.")
+    manifest = next((one for one in overrides if one.startswith("data.manifest=")), None)
+    if manifest is not None:
+        raise ValueError(f"{manifest} has no effect here; give the manifest itself in place of {str(source)!r}.")
     data = load_typed(Config, config, overrides).data if config else DataConfig(num_frames=1, height=1, width=1)
     if source.is_file():
         chosen = any(override.startswith("data.root=") for override in overrides)

@@ -18,7 +18,7 @@ from stdit.checkpoint.convert import (
 )
 from stdit.checkpoint.files import read_weights
 from stdit.checkpoint.keymaps import FORMATS
-from stdit.model.stdit import STDiT
+from stdit.recipes.build import load_start
 from stdit.recipes.entry import command, command_parser
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--set has an effect with --from only; with --to the model is written unchanged. Leave --set out."
         )
     if args.target:
-        write_original(STDiT.from_pretrained(args.source), args.target, args.output)
+        write_original(load_start(args.source, "source"), args.target, args.output)
         print(f"{args.target} weights: {args.output}")
         return 0
 

@@ -25,8 +25,8 @@ from stdit.data.video_write import to_uint8, write_contact_sheet
 from stdit.evaluation.captions import caption_grid, sample_and_measure
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.metrics import psnr, ssim
-from stdit.evaluation.shapes import measure_shape, report, table
-from stdit.files import check_writable, write_json
+from stdit.evaluation.shapes import Report, measure_shape, paired_difference, report, table
+from stdit.files import check_writable, read_json, write_json
 from stdit.pixels import to_float
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
@@ -45,9 +45,13 @@ def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int]
     labels, output = [i % len(CLASS_NAMES) for i in range(args.clips)], _output(model)
     clips = pipe(
         [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, num_inference_steps=args.steps,
-        guidance_scale=args.guidance, seed=args.seed, solver=args.solver,
+        guidance_scale=_guidance(pipe, args), seed=args.seed, solver=args.solver,
     )  # fmt: skip
     return [to_uint8(clip) for clip in clips], labels, output
+
+
+def _guidance(pipe: STDiTPipeline, args: argparse.Namespace) -> float:
+    return args.guidance or (3.0 if pipe.engine.distilled_guidance == 1 else 1.0)
 
 
 def _output(model: Path) -> Path:
@@ -55,6 +59,17 @@ def _output(model: Path) -> Path:
     output = Path("output") / model.name
     check_writable(output / "evaluation.json")
     return output
+
+
+def print_differences(result: Report, path: Path) -> None:
+    """Print the differences to a saved evaluation over the clips that both have, with 95 % intervals."""
+    saved = read_json(path).get("right")
+    if not isinstance(saved, dict) or not set(result.right) <= set(saved):
+        raise ValueError(f"{path} holds no clips to compare with; write it again with stdit evaluate.")
+    for name, ours in result.right.items():
+        count = min(len(ours), len(saved[name]))
+        found, low, high = (100 * part for part in paired_difference(ours[:count], saved[name][:count]))
+        print(f"{name + ' right':<16} {count:>5} {found:+6.1f} points against {path} (95 %: {low:+.1f} to {high:+.1f})")
 
 
 def compare_with_reference(args: argparse.Namespace) -> int:
@@ -107,7 +122,7 @@ def _sampled(pipe: STDiTPipeline, args: argparse.Namespace, size: tuple[int, int
         count = min(32, args.clips - first)
         labels = [(first + i) % classes for i in range(count)] if classes else None
         yield pipe(
-            labels, size[0], size[1], size[1], num_inference_steps=args.steps, guidance_scale=args.guidance, seed=args.seed + first, solver=args.solver,
+            labels, size[0], size[1], size[1], num_inference_steps=args.steps, guidance_scale=_guidance(pipe, args), seed=args.seed + first, solver=args.solver,
             num_videos=count, progress=False,
         )  # fmt: skip
 
@@ -133,7 +148,7 @@ def evaluate_captions(args: argparse.Namespace) -> int:
     pipe = load_pipeline(model)
     output = _output(model)
     options = {
-        "num_inference_steps": args.steps, "guidance_scale": args.guidance, "seed": args.seed, "num_frames": args.frames,
+        "num_inference_steps": args.steps, "guidance_scale": _guidance(pipe, args), "seed": args.seed, "num_frames": args.frames,
         "height": args.size, "width": args.size,
     }  # fmt: skip
     every = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
@@ -214,8 +229,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=int)
     parser.add_argument("--size", type=int)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, help="default: 3, or 1 for a model that has learnt it")
     parser.add_argument("--solver")
+    parser.add_argument(
+        "--against", metavar="FILE", help="an evaluation.json of the same seed: print the differences, clip by clip"
+    )
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     if "" in (args.input, args.reference, args.model):
@@ -235,6 +253,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         clips, labels, output = sample_shapes(args)
     result = report(clips, labels)
     print(table(result))
+    if args.against:
+        print_differences(result, Path(args.against))
     if output is not None:
         write_json(output / "evaluation.json", {**vars(args), **result._asdict()})
         write_contact_sheet(output / "evaluation.png", clips[:48], columns=4)

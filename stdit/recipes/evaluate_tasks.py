@@ -41,21 +41,21 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
             "extend-forward": lambda: op.extension(pipe, data, 5, backward=False, max_error=2.0, **options),
             "extend-backward": lambda: op.extension(pipe, data, 8, backward=True, max_error=2.0, **options),
         }
-    labelled = {**options, "guidance_scale": 2.0}
+
+    def at(scale: float) -> dict:
+        return {**options, "guidance_scale": scale if pipe.engine.distilled_guidance == 1 else 1.0}
+
+    labelled = at(2.0)
     return {
         "extend-forward": lambda: op.extension(pipe, data, 5, backward=False, max_error=2.0, **labelled),
         "extend-backward": lambda: op.extension(pipe, data, 8, backward=True, max_error=2.0, **labelled),
         "interpolate": lambda: op.interpolation(pipe, data, 2, **labelled),
         "inpaint": lambda: op.inpainting(pipe, data, **labelled),
-        "edit-0.3": lambda: op.editing(
-            pipe, data, 0.3, min_share=0.9, new_label=False, **{**options, "guidance_scale": 1.0}
-        ),
-        "edit-0.8": lambda: op.editing(
-            pipe, data, 0.8, min_share=0.8, new_label=True, **{**options, "guidance_scale": 5.0}
-        ),
-        "animate": lambda: op.animation(pipe, data, **{**options, "guidance_scale": 3.0}),
+        "edit-0.3": lambda: op.editing(pipe, data, 0.3, min_share=0.9, new_label=False, **at(1.0)),
+        "edit-0.8": lambda: op.editing(pipe, data, 0.8, min_share=0.8, new_label=True, **at(5.0)),
+        "animate": lambda: op.animation(pipe, data, **at(3.0)),
         "known": lambda: op.known_frames(pipe, data, **labelled),
-        "sizes": lambda: op.sizes(pipe, count, **{**options, "guidance_scale": 3.0}),
+        "sizes": lambda: op.sizes(pipe, count, **at(3.0)),
     }
 
 

@@ -32,6 +32,7 @@ HUB_VAES = {
     "stabilityai/sd-vae-ft-ema": ((1, 8, 8), 4),
 }
 RESERVED = 1.5 * GIB  # of the CUDA context, kernels' workspaces and fragmentation
+LAUNCH_SECONDS = 0.01  # of a training step of a small model on a GPU: some thousand kernels of a few microseconds
 
 
 def find_vae(name: str) -> VAEGeometry:
@@ -101,9 +102,16 @@ def speed_line(args: argparse.Namespace, config: Config, flops: float, peak: flo
         4 if config.model.gradient_checkpointing else 3
     )  # a backward pass costs two forwards, checkpointing one more
     seconds = 2 * passes * flops * train.batch_size / (peak * 1e12 * args.utilisation * args.count)
+    if seconds < LAUNCH_SECONDS:
+        return (
+            f"speed         this model is too small for {args.gpu}: launching its operations takes longer than computing them; "
+            f"expect at most some {1 / LAUNCH_SECONDS:.0f} steps/s, and {train.steps:,} steps in minutes"
+        )
+    hours = train.steps * seconds / 3600
+    whole = f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} hours"
     return (
         f"speed         {1 / seconds:.2f} steps/s, {train.batch_size / seconds:.0f} clips/s on {args.count} x {args.gpu} at {args.utilisation:.0%} of {peak:.0f} Tflops; "
-        f"{train.steps:,} steps in {train.steps * seconds / 86400:.1f} days (without the VAE: cache latents)"
+        f"{train.steps:,} steps in {whole} (without the VAE: cache latents)"
     )
 
 
@@ -130,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     micro = train.micro_batch or -(-train.batch_size // args.count)
     on_cpu = args.gpu == "cpu"
     described = on_cpu or (args.tflops and args.memory)  # such a device needs no row in GPUS
-    peak, gib = (0.0, 0.0) if described else pick(GPUS, args.gpu, "GPU")
+    peak, gib = (0.0, 0.0) if described else pick({**GPUS, "cpu": (0.0, 0.0)}, args.gpu, "GPU")
     peak, room = args.tflops or peak, (args.memory or gib) * GIB
     bf16 = resolve(train.precision, "cpu") == "bf16" if on_cpu else train.precision != "fp32"
 
@@ -165,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # On a CPU, saving a checkpoint copies its largest file in memory.
     saving = found.persistent + found.optimizer if on_cpu else 0.0
     need = max(found.peak + other, saving)
+    print(f"  reserved    {other / GIB:>8.2f}  by the device's libraries, and by several devices")
     print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))
     if peak:
         print(speed_line(args, config, cost.total, peak))

@@ -1,7 +1,7 @@
 """Sample clips (or images) from a trained model, or continue and edit clips and images of your own.
 
 stdit sample                                    newest model under models/
-stdit sample --model models/quickstart --class-label "circle left" 7 --frames 25 --seed 3
+stdit sample --model models/quickstart --class-label "circle left" 7 --seed 3
 stdit sample --model models/captions --caption "a red circle moves left" "a blue square moves up"
 stdit sample --frames 1 --output picture.png
 stdit sample --task animate --input picture.png --class-label "circle left"

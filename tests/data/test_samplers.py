@@ -37,6 +37,21 @@ def test_a_clip_is_assigned_to_the_nearest_aspect_and_a_length_that_fits():
     assert assign_buckets([(3, 10, 10)], [ClipSize(5, 32, 32)], 0) == [None]
 
 
+def test_a_size_of_one_frame_takes_images_and_clips_that_are_too_short_for_others():
+    sizes = [ClipSize(17, 64, 64), ClipSize(5, 64, 64), ClipSize(1, 64, 64)]
+    shapes = [(40, 64, 64)] * 20 + [(7, 64, 64), (3, 64, 64), (1, 64, 64)]
+    buckets = assign_buckets(shapes, sizes, 0)
+    assert set(buckets[:20]) == {0, 1} and buckets[20:] == [1, 2, 2]
+
+
+def test_a_batch_has_no_more_clips_than_its_bucket_but_for_a_clip_on_every_process():
+    for processes, expected in ((1, {3, 4}), (2, {4})):
+        sampler = BucketSampler(
+            0, [0] * 8 + [1] * 3, [ClipSize(5, 8, 8), ClipSize(1, 8, 8)], [10, 1], tokens=40, processes=processes
+        )
+        assert {len(sampler.batch(step)) for step in range(12)} == expected
+
+
 @pytest.mark.parametrize("sampler", all_samplers(), ids=ids)
 def test_a_batch_depends_on_seed_and_step_alone(sampler):
     twin = next(other for other in all_samplers() if type(other) is type(sampler) and vars(other) == vars(sampler))

@@ -10,6 +10,7 @@ import torch
 from media import SHARED, barcode, read_barcode, write_barcodes
 
 from stdit.data import VideoError, VideoReader, write_video
+from stdit.data.shapes import draw, random_clip
 from stdit.data.video_write import VideoStream, to_uint8
 
 av.logging.set_level(None)
@@ -268,6 +269,15 @@ def test_floats_and_bytes_of_any_type_and_library_become_the_same_pixels():
     for frames in (clip.int(), clip[:2], clip[0], expected.astype(np.int64), torch.zeros(2, 4, 4, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="neither"):
             to_uint8(frames)
+
+
+def test_the_same_frames_give_the_same_file(tmp_path):
+    frames = [draw(random_clip(np.random.default_rng(i))) for i in range(4)]
+    files = set()
+    for i in range(24):
+        write_video(tmp_path / f"{i}.mp4", frames[i % 4])
+        files.add((i % 4, (tmp_path / f"{i}.mp4").read_bytes()))
+    assert len(files) == 4
 
 
 def test_a_video_stream_without_frames_writes_no_file(tmp_path):
