@@ -1,7 +1,13 @@
 """The target of a flow map: the mean velocity u of the probability flow from levels t to levels r.
 
-x_r = x_t - h u(x_t, t, r) with h = t - r, per frame. Along the segment x' = h v and t' = h, with r fixed, this gives
-u = v - du/dtau at its start (Geng et al., "Mean Flows for One-step Generative Modeling", equation 6, where h is one number).
+A step is x_r = x_t - h u(x_t, t, r) with h = t - r, per frame. For a level s on the straight segment between, the steps
+from t to s and from s to r make the step from t to r:
+
+    (t - r) u(x_t, t, r) = (t - s) u(x_t, t, s) + (s - r) u(x_s, s, r)
+
+(Kim et al., "Consistency Trajectory Models"; Boffi et al., "Flow Map Matching"; there t, s and r are numbers). With s near
+t, u(x_t, t, s) is the velocity, and the rest is the model's own. MeanFlow is the limit of s to t, and needs the
+derivative of the model by its levels, which a trained model does not have in usable form (dev/LOG.md).
 """
 
 from collections.abc import Callable
