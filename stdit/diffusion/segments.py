@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-MOST_STEPS = 16  # of a frame; more steps are short enough to be taken along the velocity
+MOST_STEPS = 10  # of a frame; more steps are short enough to be taken along the velocity
 Order = Literal["together", "delayed", "alone"]
 # Clips that train the velocity, where the step has no length; clips that start below pure noise, as edits do.
-VELOCITY_SHARE, PARTIAL_SHARE = 0.25, 0.2
+VELOCITY_SHARE, PARTIAL_SHARE = 0.15, 0.15
 
 
 def draw_segment(

@@ -88,7 +88,7 @@ def test_segments_fall_only_where_something_is_generated_and_known_frames_stand_
         assert ((found.target >= 0) & (found.target <= found.levels) & (found.levels <= 1)).all()
         assert torch.equal(found.target[~found.mask], found.levels[~found.mask])
         lengths.append(float((found.levels - found.target).max()))
-    assert 0.15 < sum(length == 0 for length in lengths) / 200 < 0.4 and max(lengths) > 0.9
+    assert 0.08 < sum(length == 0 for length in lengths) / 200 < 0.3 and max(lengths) > 0.9
 
 
 def test_segments_of_delayed_frames_are_rows_of_the_plans_of_sampling():
