@@ -94,8 +94,8 @@ def pixel_guided(
     canvas: on the device of x; boundary_mask: (T, 1, 1) or (T, rows, columns); decode: latents to pixels.
     """
 
-    def guided(x: Tensor, levels: Tensor) -> Estimate:
-        estimate = predict(x, levels)
+    def guided(x: Tensor, levels: Tensor, target: Tensor | None = None) -> Estimate:
+        estimate = predict(x, levels, target)
         decoded = clamp_to_bounds(decode(estimate.clean).to(canvas.pixels), canvas.bounds)
         pixels = torch.where(canvas.mask, decoded, canvas.pixels)
         encoded = vae.encode(pixels.to(vae.dtype)).to(x.dtype)

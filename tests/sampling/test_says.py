@@ -148,6 +148,10 @@ def test_a_flow_map_serves_tasks_arrangements_and_streams_and_other_models_refus
     for arrangement in ("together", "autoregressive", "pyramid"):
         extended = made.extend(clip, after=4, class_labels=0, arrangement=arrangement, **given)
         assert torch.equal(extended[:, :, :5], clip) and torch.isfinite(extended).all()
+    assert torch.isfinite(made.interpolate(clip[:, :, :3], 2, class_labels=0, **given)).all()
+    mask = torch.zeros(5, 16, 16, dtype=torch.bool)
+    mask[:, 3:9, 2:7] = True  # a boundary inside patches, where pixels guide
+    assert torch.equal(made.inpaint(clip, mask, class_labels=0, **given)[:, :, ~mask], clip[:, :, ~mask])
     causal = make_pipe(tiny_model, flow_map=True, axes=["joint"], causal=True, position_encoding="rope_3d", window=2)
     streamed = torch.cat(list(causal.stream(clip, 8, 0, **given)), 2)
     assert torch.equal(causal.extend(clip, after=8, class_labels=0, **given)[:, :, 5:], streamed)
