@@ -67,7 +67,7 @@ def test_pixel_guidance_brings_known_pixels_of_partly_known_patches_into_the_est
     other = vae.encode(torch.full_like(pixels, 0.2))
     path = build_objective(ObjectiveConfig()).path
 
-    def predict(x, levels):
+    def predict(x, levels, target=None):
         return Estimate(other, x)
 
     levels = torch.where(latent_mask, 0.5, 0.0).view(1, -1)
