@@ -51,7 +51,9 @@ def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int]
 
 
 def _guidance(pipe: STDiTPipeline, args: argparse.Namespace) -> float:
-    return args.guidance or (3.0 if pipe.engine.distilled_guidance == 1 else 1.0)
+    if args.guidance is not None:
+        return args.guidance
+    return 3.0 if pipe.engine.distilled_guidance == 1 else 1.0
 
 
 def _output(model: Path) -> Path:

@@ -78,7 +78,7 @@ def bouncing(pipe: STDiTPipeline, count: int, seed: int, options: dict):
 def long(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     """Task name -> its measurement, for a causal model of shapes that bounce: a rollout of 40 trained lengths."""
     data = op.held_out(min(count, 48), pipe.config.num_frames, "bounce", pipe.config.height, seed=seed + 2)
-    choices = {**{key: options[key] for key in ("num_inference_steps", "seed")}, "guidance_scale": 2.0}
+    choices = {key: options[key] for key in ("num_inference_steps", "seed")}
     return {"rollout": lambda: rollout(pipe, data, 13, 40 * (pipe.config.num_frames - 1), **choices)}
 
 
