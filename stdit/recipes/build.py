@@ -14,6 +14,7 @@ from tqdm import tqdm
 from stdit.checkpoint.inflate import inflate, inflated_arguments
 from stdit.config import Config
 from stdit.data.datasets import CachedLatents, Dataset
+from stdit.data.holdout import split
 from stdit.data.samplers import BatchSampler, BucketSampler, ClipSize, PackedSampler, UniformSampler, assign_buckets
 from stdit.data.video_io import VideoError
 from stdit.diffusion.objective import Objective
@@ -24,6 +25,7 @@ from stdit.model.unet import UNet
 from stdit.precision import Precision, resolve
 from stdit.recipes.models import default_device
 from stdit.text import CaptionCache, load_text_encoder
+from stdit.training.held_out import HeldOutDraws
 from stdit.vae import VideoVAE
 
 
@@ -155,14 +157,7 @@ def build_order(
     sizes = [ClipSize(*size) for size in data.sizes]
     grids = [vae.latent_shape(*size, patch) for size in sizes]
     costs = [math.prod(n // p for n, p in zip(grid, patch, strict=True)) for grid in grids]
-    shapes = []
-    for index in tqdm(range(len(dataset)), desc="measuring clips", unit="clip", disable=None):
-        try:
-            shapes.append(dataset.shape(index))
-        except VideoError as error:
-            shapes.append((0, 1, 1))  # fits no bucket
-            print(f"clip left out: {error}")
-    buckets = assign_buckets(shapes, sizes, config.seed)
+    shapes, buckets = _measure(dataset, sizes, config.seed)
     _tell_short(shapes, sizes, buckets)
     order = (PackedSampler if data.packing else BucketSampler)(
         config.seed, buckets, sizes, costs, tokens=train.tokens, processes=processes
@@ -170,6 +165,39 @@ def build_order(
     for size, cost in zip(sizes, costs, strict=True):
         print(f"  {size.frames} x {size.height} x {size.width}: {len(order.candidates(size))} clips of {cost} tokens")
     return order
+
+
+def _measure(
+    dataset: Dataset, sizes: Sequence[ClipSize], seed: int
+) -> tuple[list[tuple[int, int, int]], list[int | None]]:
+    """The (frames, height, width) of every clip, and the bucket it is assigned to."""
+    shapes = []
+    for index in tqdm(range(len(dataset)), desc="measuring clips", unit="clip", disable=None):
+        try:
+            shapes.append(dataset.shape(index))
+        except VideoError as error:
+            shapes.append((0, 1, 1))  # fits no bucket
+            print(f"clip left out: {error}")
+    return shapes, assign_buckets(shapes, sizes, seed)
+
+
+def split_holdout(config: Config, dataset: Dataset) -> tuple[Dataset, HeldOutDraws | None]:
+    """The clips to train on, and what the held-out loss is measured on: None without a hold-out."""
+    train = config.train
+    if not train.holdout and not train.holdout_values:
+        return dataset, None
+    kept, held = split(dataset, train.holdout, train.holdout_column, train.holdout_values)
+    sizes: dict[int, ClipSize | None] = dict.fromkeys(range(len(held)))
+    if config.data.sizes:
+        candidates = [ClipSize(*size) for size in config.data.sizes]
+        buckets = _measure(held, candidates, config.seed)[1]
+        sizes = {index: candidates[bucket] for index, bucket in enumerate(buckets) if bucket is not None}
+        if not sizes:
+            raise ValueError(
+                f"none of the {len(held)} held-out clips is long enough for any of data.sizes; hold out more, or add a size "
+                "with fewer frames."
+            )
+    return kept, HeldOutDraws(held, sizes, config.seed)
 
 
 def _tell_short(

@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "sample clips, or edit and continue clips and pictures of your own",
     "cache-latents": "encode the clips of a config once, so that training reads latents",
     "export": "write models/NAME from the newest checkpoint of a run",
+    "average": "average a run's weights over the length that its held-out loss, or you, choose",
     "evaluate": "measure a model or clips: shapes, captions, Fréchet distances",
     "evaluate-tasks": "measure extend, connect, inpaint and the other tasks on moving shapes",
     "held-out-loss": "loss on held-out clips by mask strategy and noise level",

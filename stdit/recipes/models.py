@@ -88,6 +88,18 @@ def find_checkpoint(folder: Path) -> Checkpoint:
     return found
 
 
+def config_of(checkpoint: Checkpoint) -> Config:
+    """The config of the run that wrote a checkpoint."""
+    info, path = checkpoint.info, checkpoint.path
+    saved = {key: value for key, value in info["config"].items() if key not in ("vae_fingerprint", "data_fingerprint")}
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: its config cannot be read: {str(error).splitlines()[0]}.") from error
+    assert isinstance(config, Config)
+    return config
+
+
 def pipeline_of(checkpoint: Checkpoint) -> STDiTPipeline:
     """The pipeline of a checkpoint's averaged weights; ValueError for a checkpoint of before version 0.2."""
     info, path = checkpoint.info, checkpoint.path
@@ -96,12 +108,7 @@ def pipeline_of(checkpoint: Checkpoint) -> STDiTPipeline:
             f"{path} does not hold the config of its model, as an older version wrote it; run its training again with "
             "train.steps of one step more, which resumes and writes the model."
         )
-    saved = {key: value for key, value in info["config"].items() if key not in ("vae_fingerprint", "data_fingerprint")}
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: its config cannot be read: {str(error).splitlines()[0]}.") from error
-    assert isinstance(config, Config)
+    config = config_of(checkpoint)
     vae = load_vae(config.vae.name)
     if info["config"].get("vae_fingerprint") not in (None, vae.fingerprint()):
         raise ValueError(f"{path} was trained with vae.name={config.vae.name!r} of other weights; use that one.")

@@ -35,9 +35,11 @@ from stdit.recipes.build import (
     build_teacher,
     check_batch,
     check_cache,
+    split_holdout,
 )
 from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
+from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers
 from stdit.training.results import export, preview, write_results
 from stdit.training.resume import find_checkpoint
@@ -71,7 +73,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     if main:
         folders.lock()
     accelerator.wait_for_everyone()
-    order = build_order(config, dataset, vae, patch=model.patch_size, processes=processes)
+    kept, held_out = split_holdout(config, dataset)
+    order = build_order(config, kept, vae, patch=model.patch_size, processes=processes)
     resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
     checkpoint = find_checkpoint(config.train, folders, resolved, to_plain(Config()), main=main)
     accelerator.wait_for_everyone()
@@ -82,6 +85,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         bad_files=BadFiles(len(dataset), config.data.max_bad_fraction), captions=captions,
         teacher=None if (teacher := build_teacher(config)) is None else teacher.to(accelerator.device),
         fps=clip_rate(config.data, dataset) if main else None,  # it warns if the clips' rates differ, which is said once
+        held_out=held_out, held_out_every=steps_between(len(order.batch(0))),
         preview=lambda m, step: preview(m, vae, config, folders, step=step, dataset=dataset),
     )  # fmt: skip
     if checkpoint is not None:
@@ -89,7 +93,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         accelerator.print(f"resumed from {checkpoint.path}")
     if main:
         folders.write_config(config)
-    return Run(config, dataset, order, trainer)
+    return Run(config, kept, order, trainer)
 
 
 def fit(run: Run) -> int:

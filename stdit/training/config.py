@@ -1,6 +1,6 @@
 """Settings of a training run: those of every training loop, and those of diffusion training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from stdit.ranges import check_ranges
@@ -12,7 +12,7 @@ _LOOP_RANGES = {
 }  # fmt: skip
 _TRAIN_RANGES = {
     "batch_size": "[1, inf)", "tokens": "[1, inf)", "micro_batch": "[1, inf)", "label_dropout": "[0, 1)", "samples": "[0, inf)",
-    "sample_steps": "[1, inf)", "guidance": "[0, inf)",
+    "sample_steps": "[1, inf)", "guidance": "[0, inf)", "holdout": "[0, 1)",
 }  # fmt: skip
 
 
@@ -28,6 +28,8 @@ class LoopConfig:
     weight_decay: float = 0.0  # decoupled weight decay
     clip_norm: float = 1.0  # largest norm of the gradient
     ema_decay: float = 0.9999  # decay of the averaged weights, which are exported
+    # Lengths of further averages, as shares of the training: `stdit average` makes any length between them afterwards.
+    average_lengths: list[float] = field(default_factory=list)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where the device has it, fp32, or auto
     resume: str = "auto"  # auto, never, or the path of a checkpoint or of a folder of them
     allow_changes: bool = False  # resume although the config differs
@@ -39,6 +41,11 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         check_ranges("train", self, _LOOP_RANGES, keep_checkpoints="the newest checkpoint may be damaged")
+        for length in self.average_lengths:
+            if not 0 < length <= 0.288:
+                raise ValueError(
+                    f"train.average_lengths has {length}, which must be > 0 and <= 0.288; the usual pair is [0.05,0.1]."
+                )
 
 
 @dataclass
@@ -52,7 +59,20 @@ class TrainConfig(LoopConfig):
     samples: int = 16  # clips sampled at the end
     sample_steps: int = 30  # solver steps of previews and samples
     guidance: float = 2.0  # guidance scale of previews and samples
+    holdout: float = 0.0  # share of the files that are not trained on, and on which the loss is measured; 0: none
+    holdout_column: str | None = None  # hold out values of this column of the manifest instead of single files
+    holdout_values: list[str] = field(default_factory=list)  # hold out these values of the column instead of a share
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges("train", self, _TRAIN_RANGES, guidance="1 is no guidance")
+        check_ranges("train", self, _TRAIN_RANGES, guidance="1 is no guidance", holdout="0 holds out nothing")
+        if self.holdout_values and (self.holdout or self.holdout_column is None):
+            raise ValueError(
+                f"train.holdout_values={self.holdout_values} are values of train.holdout_column, in place of a share; set the "
+                "column, and train.holdout=0."
+            )
+        if self.holdout_column is not None and not (self.holdout or self.holdout_values):
+            raise ValueError(
+                f"train.holdout_column={self.holdout_column!r} holds out nothing by itself; set train.holdout to a share of "
+                "its values, or train.holdout_values."
+            )

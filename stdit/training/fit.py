@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 
 from stdit.conditions import Conditions, conditioners_of
 from stdit.conditions.values import map_tensors
@@ -13,6 +14,7 @@ from stdit.diffusion.objective import Objective
 from stdit.legacy import aliases
 from stdit.text import CaptionCache
 from stdit.training.config import TrainConfig
+from stdit.training.held_out import HeldOutDraws
 from stdit.training.loop import StepLosses, Stopped, TrainingLoop, swap_ema
 from stdit.training.metrics import LEVELS, Breakdown, level_sums
 from stdit.training.state import Checkpoint
@@ -60,6 +62,8 @@ class Trainer(TrainingLoop):
     set_aside: dict[str, str] = field(default_factory=dict)
     teacher: nn.Module | None = None  # whose velocity a flow map learns
     fps: float | None = None  # frames per second of the clips, for pipelines that are built from a checkpoint
+    held_out: HeldOutDraws | None = None
+    held_out_every: int = 1  # steps between measurements of the loss on held-out clips
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +90,7 @@ class Trainer(TrainingLoop):
     @property
     def breakdown(self) -> Breakdown:
         """The loss by noise level."""
-        return LEVELS
+        return LEVELS._replace(held_out=self.held_out is not None)
 
     @property
     def micro_batches(self) -> int:
@@ -99,13 +103,34 @@ class Trainer(TrainingLoop):
         for reason in self.bad_files.add(batch.bad):
             self.accelerator.print(f"skipped a file: {reason}")
         self.bad_files.check()
-        conditions, clips = self._conditions(batch), to_latents(batch, self.vae)
+        conditions, clips = self._conditions(batch, self.config.label_dropout), to_latents(batch, self.vae)
         with self.accelerator.autocast():
             given = (clips, conditions, batch.keys)
             losses = diffusion_losses(
                 model, self.objective, *given, patch=self.model.patch_size, flow_map=self._flow_map(conditions, batch)
             )
         return StepLosses(losses.clips, level_sums(losses.clips, losses.levels))
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float | None:
+        """The mean loss of the held-out draws, every `held_out_every` steps and after the last."""
+        if self.held_out is None or (self.step % self.held_out_every and self.step != self.config.steps):
+            return None
+        accelerator = self.accelerator
+        with swap_ema(self.model, self.ema):
+            losses = self.held_out.losses(
+                self.loss_of, process=accelerator.process_index, processes=accelerator.num_processes
+            )
+        return accelerator.reduce(losses.to(accelerator.device), "sum").double().mean().item()
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The losses (B,) of a batch with the model's weights as they are, and all conditions."""
+        conditions = self._conditions(batch, dropout=0.0)
+        with self.accelerator.autocast():
+            return diffusion_losses(
+                self.model, self.objective, to_latents(batch, self.vae), conditions, batch.keys,
+                patch=self.model.patch_size, flow_map=self._flow_map(conditions, batch),
+            ).clips  # fmt: skip
 
     def _flow_map(self, conditions: Conditions, batch: Batch) -> FlowMapTraining | None:
         if not self.objective.config.flow_map:
@@ -117,8 +142,8 @@ class Trainer(TrainingLoop):
         null = map_tensors(null, lambda x: x.to(self.accelerator.device))
         return FlowMapTraining(self.model, null, self.teacher)
 
-    def _conditions(self, batch: Batch) -> Conditions:
-        """The conditions of a batch for the model, each dropped with probability `label_dropout`."""
+    def _conditions(self, batch: Batch, dropout: float) -> Conditions:
+        """The conditions of a batch for the model, each dropped with probability `dropout`."""
         found: Conditions = {}
         for name, conditioner in self.conditioners.items():
             if name not in batch.conditions:
@@ -126,6 +151,6 @@ class Trainer(TrainingLoop):
                     f"the model takes {name!r}, which the data does not have; give a manifest with it (and cache latents "
                     "again), or train a model without it."
                 )
-            values = conditioner.drop(batch.conditions[name], batch.keys, self.config.label_dropout)
+            values = conditioner.drop(batch.conditions[name], batch.keys, dropout)
             found[name] = conditioner.encode(values, self.vae.stride[0])
         return map_tensors(found, lambda x: x.to(self.accelerator.device))

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stdit.legacy import renamed_parameter
+from stdit.training.averages import PowerAverages
 from stdit.training.config import LoopConfig
 from stdit.training.estimate import Estimate
-from stdit.training.metrics import Breakdown, MetricsLogger
+from stdit.training.metrics import HELD_OUT, Breakdown, MetricsLogger
 from stdit.training.optim import learning_rate, set_learning_rate
 from stdit.training.run import RunFolders
 from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
@@ -64,7 +65,8 @@ class StepLosses(NamedTuple):
 class StepMetrics(NamedTuple):
     """The metrics of one optimizer step, still on the device.
 
-    loss: the part of this process. sums: (2, n), as in `StepLosses`.
+    loss: the part of this process. sums: (2, n), as in `StepLosses`. held_out: the loss on
+    held-out clips, if it was measured after this step.
     """
 
     step: int
@@ -73,6 +75,7 @@ class StepMetrics(NamedTuple):
     lr: float
     grad_norm: Tensor
     skipped: int
+    held_out: float | None = None
 
 
 # Signals after which a run saves its state and stops: from a user, a scheduler (SLURM sends USR1), a closed terminal.
@@ -108,6 +111,7 @@ class TrainingLoop(ABC):
     def __post_init__(self) -> None:
         self.ema = EMAModel(self.model.parameters(), decay=self.config.ema_decay, foreach=True)
         self.ema.to(self.accelerator.device)
+        self.averages = PowerAverages(self.model, self.config.average_lengths)
         self._signal: int | None = None
         self._waiting = False  # whether the loop waits for data
         # The manifest hash of the checkpoint that the run began with, see training/resume.py.
@@ -127,6 +131,10 @@ class TrainingLoop(ABC):
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any) -> StepLosses:
         """Compute the losses of one micro-batch; `model` is `self.model` as prepared by Accelerate (DDP)."""
+
+    def held_out_loss(self) -> float | None:
+        """The loss of the averaged weights on held-out clips, if it is to be measured after this step."""
+        return None
 
     def further_info(self) -> dict[str, Any]:
         """Further state of the run for the checkpoint, as plain values."""
@@ -149,6 +157,7 @@ class TrainingLoop(ABC):
         for shadow, name in zip(self.ema.shadow_params, names, strict=True):
             shadow.data.copy_(averages[name])
         self.ema.optimization_step = info["ema_step"]
+        self.averages.restore(tensors)
         self._origin = info.get("origin")
         for i, optimizer in enumerate(self.optimizers):
             restore_optimizer(optimizer, tensors.get(f"optimizer_{i}", {}), info["optimizers"][i])
@@ -164,11 +173,14 @@ class TrainingLoop(ABC):
                 "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
             }
             tensors |= {f"optimizer_{i}": state for i, (state, _) in enumerate(states)}
+            tensors |= self.averages.state()
             info = {
                 "config": self.resolved, "optimizers": [numbers for _, numbers in states], "skipped": self.skipped,
                 "seconds": self.seconds, "ema_step": self.ema.optimization_step, "origin": self._origin, **further,
             }  # fmt: skip
             save_checkpoint(self.folders.checkpoints, self.step, tensors, info, keep=self.config.keep_checkpoints)
+            if self.averages.lengths:
+                self.averages.write(self.folders.checkpoints / "averages", self.step)
         self.accelerator.wait_for_everyone()
 
     def fit(self, batches: Iterator[Any]) -> None:
@@ -192,9 +204,11 @@ class TrainingLoop(ABC):
                 except _Interrupted:  # this step was not applied
                     stopping = saving = True
                 else:
-                    metrics.append(measured)
                     clips += count
                     self.step += 1
+                    asked = time.perf_counter()
+                    metrics.append(measured._replace(held_out=self.held_out_loss()))
+                    mark += time.perf_counter() - asked  # the rate is that of training
                     self.seconds = time.perf_counter() - began
                     stopping = self._stopping()
                     saving = self.step % config.checkpoint_every == 0 or self.step == config.steps or stopping
@@ -244,6 +258,7 @@ class TrainingLoop(ABC):
             self._skipped_in_a_row = 0
         else:
             self._skip(batch)
+        self.averages.update(self.model, self.step + 1)
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.model.zero_grad()
@@ -313,6 +328,7 @@ class TrainingLoop(ABC):
             {
                 "step": m.step, "loss": total, "lr": m.lr, "grad_norm": float(m.grad_norm), "skipped": m.skipped,
                 "clips_per_second": round(rate, 2), **dict(zip(self.breakdown.columns, values, strict=True)),
+                **({HELD_OUT: m.held_out} if self.breakdown.held_out else {}),
             }
             for m, total, values in zip(metrics, totals, means, strict=True)
         ]  # fmt: skip

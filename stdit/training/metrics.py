@@ -16,18 +16,21 @@ from stdit.legacy import aliases
 __getattr__ = aliases(__name__)
 
 REDRAW_SECONDS = 30.0  # a drawing takes half a second, as long as many steps of a small model
+HELD_OUT = "held_out_loss"
 BINS = 4  # loss by noise level: [0, 1/4), [1/4, 1/2), ...
 
 
 class Breakdown(NamedTuple):
     """The parts of a loss that are logged in separate columns.
 
-    title: of the plot. columns: in the CSV file. labels: in the legend of the plot.
+    title: of the plot. columns: in the CSV file. labels: in the legend of the plot. held_out: whether the loss on
+    held-out clips has a column, too, which is empty in the rows of most steps.
     """
 
     title: str
     columns: Sequence[str]
     labels: Sequence[str]
+    held_out: bool = False
 
 
 LEVELS = Breakdown(
@@ -39,7 +42,8 @@ LEVELS = Breakdown(
 
 def columns(breakdown: Breakdown) -> list[str]:
     """The columns of training_metrics.csv."""
-    return ["step", "loss", *breakdown.columns, "lr", "grad_norm", "clips_per_second", "skipped"]
+    further = [HELD_OUT] if breakdown.held_out else []
+    return ["step", "loss", *breakdown.columns, *further, "lr", "grad_norm", "clips_per_second", "skipped"]
 
 
 def level_sums(losses: Tensor, levels: Tensor) -> Tensor:
@@ -74,6 +78,9 @@ class MetricsLogger:
         if self._tensorboard is not None and rows:
             for key in ("loss", "lr", "grad_norm", "clips_per_second"):
                 self._tensorboard.add_scalar(f"train/{key}", float(rows[-1][key]), rows[-1]["step"])
+            for row in rows:
+                if row.get(HELD_OUT) is not None:
+                    self._tensorboard.add_scalar(f"train/{HELD_OUT}", row[HELD_OUT], row["step"])
 
     def close(self) -> None:
         """Close TensorBoard's writer, which holds a file and a thread."""
@@ -137,6 +144,9 @@ def plot_curves(metrics: Path, picture: Path, breakdown: Breakdown = LEVELS) -> 
     loss.plot(*_smooth(steps, values["loss"], width), color="black", label="all")
     for column, label in zip(breakdown.columns, breakdown.labels, strict=True):
         loss.plot(*_smooth(steps, values[column], width), label=label)
+    if breakdown.held_out:
+        have = np.isfinite(values[HELD_OUT])
+        loss.plot(steps[have], values[HELD_OUT][have], "o-", color="tab:red", ms=3, label="held out, averaged weights")
     finite = values["loss"][np.isfinite(values["loss"])]
     if len(finite):
         loss.set_ylim(0, 1.2 * np.quantile(finite, 0.99))  # a few spikes must not flatten the rest

@@ -1,0 +1,87 @@
+"""Clips that are kept from training, so that a run can measure its loss on them."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stdit.data.base import Dataset, Identity
+from stdit.data.identity import identity_of
+from stdit.data.samplers import ClipSize
+
+
+class Subset:
+    """Some samples of a dataset, numbered from 0 in the order of `indices`."""
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]):
+        self.dataset, self.indices = dataset, np.asarray(indices, dtype=np.int64)
+        self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
+        self.decodes = getattr(dataset, "decodes", True)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def record(self, index: int) -> Mapping[str, Any]:
+        """The annotations of a sample."""
+        return self.dataset.record(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        """The name of a sample in messages."""
+        return self.dataset.name(int(self.indices[index]))
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """The (frames, height, width) of a sample before it is cut to a size."""
+        return self.dataset.shape(int(self.indices[index]))
+
+    def identity(self, index: int, *, read: bool = False) -> Identity:
+        """The `Identity` of a sample."""
+        return identity_of(self.dataset, int(self.indices[index]), read=read)
+
+    def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
+        """Load a sample, as the dataset does."""
+        return self.dataset.load(int(self.indices[index]), rng, size)
+
+
+def split(
+    dataset: Dataset, share: float, column: str | None = None, values: Sequence[str] = ()
+) -> tuple[Subset, Subset]:
+    """Split a dataset into the samples to train on and those to hold out.
+
+    share: of the files to hold out, or, with a column of the manifest, of its values, so that the clips of one scene or
+    source stay together. A hash of their names decides which, so that every run on this data holds out the same. values:
+    hold out these values of the column instead of a share. ValueError if either part would be empty.
+    """
+    groups = [_group(dataset, index, column) for index in range(len(dataset))]
+    found = sorted(set(groups))
+    if unknown := sorted(set(values) - set(found)):
+        raise ValueError(
+            f"train.holdout_values has {unknown[0]!r}, which the column {column!r} does not; it has "
+            f"{', '.join(found[:8])}{' ...' if len(found) > 8 else ''}."
+        )
+    chosen = set(values) or set(sorted(found, key=_hash)[: max(1, round(share * len(found)))])
+    if len(chosen) == len(found):
+        what = f"{len(found)} value(s) of the column {column!r}" if column else f"{len(found)} file(s)"
+        raise ValueError(
+            f"the hold-out of {what} leaves no clip to train on; hold out fewer (train.holdout, train.holdout_values), or "
+            "give more data."
+        )
+    parts = [[i for i, group in enumerate(groups) if (group in chosen) == held] for held in (False, True)]
+    return Subset(dataset, parts[0]), Subset(dataset, parts[1])
+
+
+def _group(dataset: Dataset, index: int, column: str | None) -> str:
+    """The value of a column for a sample, or the name of its file."""
+    one = identity_of(dataset, index)
+    if column is None:
+        return one.source
+    if column not in one.columns:
+        raise ValueError(
+            f"train.holdout_column={column!r} is no column that {dataset.name(index)} has; it has "
+            f"{', '.join(map(str, one.columns)) or 'none'}. Leave it out to hold out files."
+        )
+    return str(one.columns[column])
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()

@@ -1,0 +1,110 @@
+"""Choose the length of the averaged weights after training: the one with the least loss on held-out clips.
+
+stdit average own_videos                         tries lengths about those of train.average_lengths
+stdit average own_videos --length 0.07           of this length, measured or not
+
+The run needs train.average_lengths=[0.05,0.1], and train.holdout to choose by. A length is a share of the training.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from stdit.config import Config
+from stdit.data.datasets import build_dataset
+from stdit.diffusion.objective import build_objective
+from stdit.legacy import renamed_parameter
+from stdit.recipes.build import build_accelerator, build_captions, build_teacher, split_holdout
+from stdit.recipes.entry import command, command_parser
+from stdit.recipes.models import CHECKPOINTS, config_of, find_checkpoint, pipeline_of
+from stdit.training.averages import Snapshot, average, read_snapshots, weights_of
+from stdit.training.fit import BadFiles, Trainer
+from stdit.training.held_out import HeldOutDraws
+from stdit.training.results import replace_model
+from stdit.training.run import RunFolders
+from stdit.vae import VideoVAE
+
+LENGTHS_TRIED = 9
+
+
+def lengths_between(snapshots: Sequence[Snapshot], lengths: Sequence[float], step: int) -> list[float]:
+    """Lengths to try, evenly spaced by ratio; those that the snapshots do not give are left out."""
+    low, high = 0.8 * min(lengths), 1.5 * max(lengths)
+    tried = [min(0.288, low * (high / low) ** (i / (LENGTHS_TRIED - 1))) for i in range(LENGTHS_TRIED)]
+    return [length for length in tried if _gives(snapshots, length, step)]
+
+
+def _gives(snapshots: Sequence[Snapshot], length: float, step: int) -> bool:
+    try:
+        weights_of(snapshots, length, step)
+    except ValueError:
+        return False
+    return True
+
+
+def _trainer(config: Config, model: nn.Module, vae: VideoVAE) -> tuple[Trainer, HeldOutDraws]:
+    """What measures the held-out loss of a run; ValueError if it held nothing out."""
+    dataset = build_dataset(config.data)
+    kept, held_out = split_holdout(config, dataset)
+    if held_out is None:
+        raise ValueError(
+            f"the run {config.name!r} held no clips out, so no length can be chosen by their loss; give --length, or train "
+            "with train.holdout=0.1."
+        )
+    accelerator = build_accelerator(config.train.precision)
+    captions = build_captions(config, dataset, accelerator.device, main=True)
+    teacher = build_teacher(config)
+    trainer = Trainer(
+        accelerator, RunFolders(config.name), model.to(accelerator.device), [],
+        config=config.train, resolved={}, objective=build_objective(config.objective), vae=vae.to(accelerator.device),
+        bad_files=BadFiles(len(kept), config.data.max_bad_fraction), captions=captions,
+        teacher=None if teacher is None else teacher.to(accelerator.device),
+    )  # fmt: skip
+    return trainer, held_out
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Choose a length, print what was tried, and write the model."""
+    parser = command_parser("average", __doc__)
+    parser.add_argument("run", metavar="NAME", help="name of a run, or the folder of its checkpoints")
+    parser.add_argument("--length", type=float, help="the length, as a share of the training; default: the best")
+    parser.add_argument("--output", type=Path, help="default: models/NAME-average")
+    args = parser.parse_args(argv)
+    given = Path(args.run)
+    folder = given if given.is_dir() else CHECKPOINTS / given.name
+    output = args.output or Path("models") / f"{folder.name}-average"
+    if output.exists():
+        raise ValueError(f"{output} exists; choose another --output.")
+    checkpoint = find_checkpoint(folder)
+    config, snapshots = config_of(checkpoint), read_snapshots(folder / "averages", checkpoint.step)
+    if args.length is not None:
+        weights_of(snapshots, args.length, checkpoint.step)
+    pipe = pipeline_of(checkpoint)
+    model = pipe.transformer
+
+    def use(length: float) -> None:
+        values = average(snapshots, length, checkpoint.step)
+        model.load_state_dict({renamed_parameter(name): value for name, value in values.items()}, strict=False)
+
+    length = args.length
+    if length is None:
+        trainer, held_out = _trainer(config, model, pipe.video_vae)
+
+        @torch.no_grad()
+        def measured() -> float:
+            return held_out.losses(trainer.loss_of, process=0, processes=1).double().mean().item()
+
+        print(f"held-out loss of the average in training (train.ema_decay={config.train.ema_decay}): {measured():.5f}")
+        found = {}
+        for tried in lengths_between(snapshots, config.train.average_lengths, checkpoint.step):
+            use(tried)
+            found[tried] = measured()
+            print(f"  length {tried:.3f}: {found[tried]:.5f}", flush=True)
+        length = min(found, key=found.__getitem__)
+    use(length)
+    replace_model(pipe, output)
+    print(f"{checkpoint.path}, weights averaged over a length of {length:.3f}: {output}")
+    return 0

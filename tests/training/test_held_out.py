@@ -1,0 +1,214 @@
+"""The loss on held-out clips, and averages whose length is chosen afterwards."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from stdit.data.config import DataConfig
+from stdit.data.datasets import build_dataset
+from stdit.data.holdout import split
+from stdit.recipes import average as average_recipe
+from stdit.recipes import entry, train
+from stdit.training.averages import PowerAverages, average, exponent, read_snapshots, weights_of
+from stdit.training.held_out import HeldOutDraws, steps_between
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = """
+name: t
+data: {source: shapes, num_frames: 5, height: 32, width: 32, num_shapes: 40, workers: 0}
+model: {size: S/2, depth: 1, hidden_size: 32, num_heads: 2}
+objective: {mask_strategy: mixed}
+train: {steps: 60, batch_size: 2, lr: 1.0e-3, ema_decay: 0.9, checkpoint_every: 20, log_every: 7, preview_every: 1000,
+        samples: 0, precision: fp32, holdout: 0.2, average_lengths: [0.05, 0.1]}
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.yaml").write_text(TINY)
+    return tmp_path
+
+
+def go(*overrides: str) -> int:
+    return train.run(["t.yaml", *overrides])
+
+
+def measured(name: str) -> dict[int, float]:
+    with open(f"output/{name}/training_metrics.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    return {int(row["step"]): float(row["held_out_loss"]) for row in rows if row["held_out_loss"]}
+
+
+def shapes(count: int = 40):
+    return build_dataset(DataConfig(source="shapes", num_frames=5, height=32, width=32, num_shapes=count))
+
+
+def table(folder: Path, rows: list[str]):
+    """A dataset of a manifest whose files are never opened."""
+    for row in rows[1:]:
+        (folder / row.split(",")[0]).write_bytes(row.encode())
+    (folder / "clips.csv").write_text("\n".join(rows) + "\n")
+    return build_dataset(
+        DataConfig(root=str(folder), manifest=str(folder / "clips.csv"), num_frames=5, height=32, width=32)
+    )
+
+
+def test_a_share_of_the_files_is_held_out_and_each_is_on_one_side():
+    kept, held = split(shapes(), 0.2)
+    assert len(held) == 8 and len(kept) == 32
+    assert sorted([*kept.indices, *held.indices]) == list(range(40))
+    assert list(split(shapes(), 0.2)[1].indices) == list(held.indices)
+
+
+def test_clips_of_one_value_of_a_column_stay_together(tmp_path):
+    data = table(tmp_path, ["path,scene", *(f"{i}.mp4,scene{i % 5}" for i in range(20))])
+    kept, held = split(data, 0.4, "scene")
+    scenes = [{part.record(i)["scene"] for i in range(len(part))} for part in (kept, held)]
+    assert len(scenes[1]) == 2 and not scenes[0] & scenes[1]
+    kept, held = split(data, 0.0, "scene", ["scene3"])
+    assert len(held) == 4 and {held.record(i)["scene"] for i in range(4)} == {"scene3"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((0.99,), "leaves no clip to train on"),
+        ((0.0, "scene", ["scene0", "scene1"]), "leaves no clip to train on"),
+        ((0.2, "place"), "it has scene"),
+        ((0.0, "scene", ["scene7"]), "'scene7', which the column 'scene' does not"),
+    ],
+)
+def test_a_holdout_that_cannot_be_is_refused(tmp_path, arguments, words):
+    data = table(tmp_path, ["path,scene", *(f"{i}.mp4,scene{i % 2}" for i in range(4))])
+    with pytest.raises(ValueError, match=words):
+        split(data, *arguments)
+
+
+def test_the_held_out_loss_is_written_and_no_held_out_clip_is_trained_on(home, monkeypatch):
+    trained, loaded = set(), build_dataset
+    original = train.batches
+
+    def watching(dataset, *args, **kwargs):
+        trained.update(dataset.indices.tolist())
+        return original(dataset, *args, **kwargs)
+
+    monkeypatch.setattr(train, "batches", watching)
+    assert go("train.steps=4") == 0
+    assert list(measured("t")) == [4]  # after the last step
+    held = split(loaded(DataConfig(source="shapes", num_frames=5, height=32, width=32, num_shapes=40)), 0.2)[1]
+    assert trained and not trained & set(held.indices.tolist())
+
+
+def test_a_resumed_run_measures_the_same_held_out_losses_and_averages(home, monkeypatch):
+    monkeypatch.setattr(train, "steps_between", lambda clips: 20)
+    assert go("name=whole") == 0
+    assert go("name=parts", "train.steps=40") == 0
+    assert go("name=parts") == 0
+    assert list(measured("whole")) == [20, 40, 60] and measured("parts") == measured("whole")
+    for step in (20, 40, 60):
+        one, two = (load_file(f"checkpoints/{n}/averages/step-{step}.safetensors") for n in ("whole", "parts"))
+        assert one and all(torch.equal(value, two[key]) for key, value in one.items())
+
+
+def test_the_held_out_loss_is_that_of_one_process_with_two(home):
+    assert go("name=one", "train.steps=2") == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tools/train.py"), "t.yaml", "name=two", "train.steps=2"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert measured("two")[2] == pytest.approx(measured("one")[2], rel=1e-6)
+
+
+def test_draws_do_not_depend_on_the_number_of_processes():
+    draws = HeldOutDraws(shapes(7), dict.fromkeys(range(7)), seed=0)
+
+    def loss(batch):
+        return batch.pixels.float().flatten(1).mean(1) + torch.tensor([key[1] + key[2] for key in batch.keys])
+
+    alone = draws.losses(loss, process=0, processes=1)
+    shared = sum(draws.losses(loss, process=p, processes=3) for p in range(3))
+    assert len(alone) == 64 and torch.equal(alone, shared)
+
+
+def test_measuring_takes_less_than_two_percent_of_the_clips():
+    for clips in (1, 4, 16, 256, 4096):
+        assert 64 / (steps_between(clips) * clips) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.holdout=1.0", "holdout"),
+        ("train.holdout_column=scene", "scene"),
+        ("train.holdout_values=[a]", "holdout_column"),
+        ("train.average_lengths=[0.5]", "0.288"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_line(home, capsys, override, words):
+    (home / "t.yaml").write_text(TINY.replace("holdout: 0.2, ", "") if "holdout_column" in override else TINY)
+    assert go(override) == 1
+    said = capsys.readouterr().err.strip()
+    assert words in said and "\n" not in said
+
+
+def test_exponents_have_the_lengths_of_their_power_functions():
+    for length in (0.02, 0.05, 0.1, 0.25):
+        gamma = exponent(length)
+        assert ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5 == pytest.approx(length, rel=1e-9)
+
+
+def test_snapshots_give_averages_of_other_lengths(tmp_path):
+    """Of weights that move at random, against the average that was kept all along."""
+    torch.manual_seed(0)
+    model = nn.Linear(30, 30)
+    kept, truth = PowerAverages(model, [0.05, 0.1]), PowerAverages(model, [0.07, 0.13])
+    for step in range(1, 801):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01 * torch.randn_like(p))
+        for averages in (kept, truth):
+            averages.update(model, step)
+        if step % 100 == 0:
+            kept.write(tmp_path, step)
+    snapshots = read_snapshots(tmp_path, 800)
+    for length, values in zip(truth.lengths, truth.values, strict=True):
+        found = average(snapshots, length, 800)
+        wanted = dict(zip(truth.names, values, strict=True))
+        last = (model.weight - wanted["weight"]).norm()
+        assert (found["weight"] - wanted["weight"]).norm() < 0.05 * last
+    assert np.isclose(weights_of(snapshots, 0.08, 800).sum(), 1, atol=0.01)
+
+
+def test_a_length_that_the_snapshots_cannot_give_is_refused(tmp_path):
+    averages = PowerAverages(nn.Linear(2, 2), [0.05, 0.1])
+    averages.write(tmp_path, 100)
+    with pytest.raises(ValueError, match=r"do not give an average of length 0\.01 .*choose one between"):
+        weights_of(read_snapshots(tmp_path, 100), 0.01, 100)
+    with pytest.raises(ValueError, match="has no snapshots"):
+        read_snapshots(tmp_path / "none", 100)
+
+
+def test_the_average_command_writes_the_length_with_the_least_held_out_loss(home, capsys):
+    assert go() == 0
+    capsys.readouterr()
+    assert entry.run(average_recipe.main, ["t"]) == 0
+    said = capsys.readouterr().out
+    tried = {
+        float(line.split()[1].rstrip(":")): float(line.split()[2]) for line in said.splitlines() if "  length" in line
+    }
+    best = min(tried, key=tried.__getitem__)
+    assert len(tried) > 3 and f"over a length of {best:.3f}" in said
+    assert (home / "models/t-average/model_index.json").is_file()
+    assert entry.run(average_recipe.main, ["t"]) == 1 and "exists" in capsys.readouterr().err
+    assert entry.run(average_recipe.main, ["t", "--length", "0.07", "--output", "models/other"]) == 0
+    assert entry.run(average_recipe.main, ["t", "--length", "0.001", "--output", "models/none"]) == 1
+    assert "do not give" in capsys.readouterr().err
