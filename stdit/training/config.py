@@ -28,8 +28,9 @@ class LoopConfig:
     weight_decay: float = 0.0  # decoupled weight decay
     clip_norm: float = 1.0  # largest norm of the gradient
     ema_decay: float = 0.9999  # decay of the averaged weights, which are exported
-    # Lengths of further averages, as shares of the training: `stdit average` makes any length between them afterwards.
-    average_lengths: list[float] = field(default_factory=list)
+    average_lengths: list[float] = field(
+        default_factory=list
+    )  # lengths of two further averages, as shares of the training ([0.05,0.1]), for stdit average
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where the device has it, fp32, or auto
     resume: str = "auto"  # auto, never, or the path of a checkpoint or of a folder of them
     allow_changes: bool = False  # resume although the config differs
