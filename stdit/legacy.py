@@ -53,7 +53,7 @@ CONFIG_KEYS = {
         "time_entry": "position_encoding", "positions": "pos_scaling", "learned_places": "learned_pos_embed",
         "place_bias": "relative_position_bias", "time_mlp": "timestep_mlp", "conditions": "micro_conditions",
         "decode_depth": "num_decoder_blocks", "single_depth": "num_single_blocks", "clock_scale": "timestep_scale",
-        "clock_reversed": "timestep_reversed", "clock_offset": "timestep_offset",
+        "clock_reversed": "timestep_reversed", "clock_offset": "timestep_offset", "gelu": "activation",
     },
     "objective": {
         "scheme": "mask_strategy", "shares": "mask_probs", "mixed_from": "mask_warmup_steps", "known_noise": "cond_noise_max",
@@ -72,7 +72,7 @@ CONFIG_VALUES: dict[str, dict[str, dict[str, str]]] = {
         },
         "pos_scaling": {"extrapolate": "none"},
         "trunk": {"joint": "dual_stream"},
-        "gelu": {"none": "exact"},
+        "activation": {"tanh": "gelu_tanh", "none": "gelu", "exact": "gelu"},
     },
     "objective": {"mask_strategy": _STRATEGIES, "mask_probs": _STRATEGIES},
     "pipeline": {"mask_strategies": _STRATEGIES},

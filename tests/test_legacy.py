@@ -93,4 +93,4 @@ def test_old_keywords_of_the_model_are_accepted(monkeypatch):
     monkeypatch.setattr(legacy, "_warned", set())
     with pytest.warns(UserWarning, match="time_mlp"):
         model = STDiT(depth=1, hidden_size=32, num_heads=4, time_mlp=False, gelu="none")
-    assert model.config.timestep_mlp is False and model.config.gelu == "exact"
+    assert model.config.timestep_mlp is False and model.config.activation == "gelu"

@@ -20,7 +20,7 @@ _FROM_WEIGHTS = ("timestep_scale", "timestep_reversed", "timestep_offset", "freq
 _SIZES = ("hidden_size", "num_heads")
 _MUST_AGREE = (
     *_SIZES, "mlp_ratio", "qk_norm", "conditioning", "trunk", "num_decoder_blocks", "num_single_blocks", "learned_pos_embed",
-    "relative_position_bias", "timestep_mlp", "output_conv", "gelu",
+    "relative_position_bias", "timestep_mlp", "output_conv", "activation",
 )  # fmt: skip
 _CLASS_TABLE = "y_embedder.embedding_table.weight"
 

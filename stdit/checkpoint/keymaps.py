@@ -178,7 +178,7 @@ def _mismatch(model: STDiT, needs_classes: bool = True, **required: Any) -> str:
 # The architecture that DiT, SiT, Latte and diffusers' DiT have in common.
 _DIT_CONFIG: dict[str, Any] = {
     "conditioning": "adaln_zero", "caption_channels": None, "trunk": "stack", "learned_pos_embed": False, "timestep_mlp": True,
-    "output_conv": False, "gelu": "tanh", "relative_position_bias": False,
+    "output_conv": False, "activation": "gelu_tanh", "relative_position_bias": False,
 }  # fmt: skip
 _DIT_NUMERICS: dict[str, Any] = {**_DIT_CONFIG, "qk_norm": False, "frequency_shift": 0.0, "norm2_eps": 1e-6}
 _DIT_TIMESTEPS: dict[str, Any] = {"timestep_scale": 1.0, "timestep_reversed": False, "timestep_offset": 0.0}

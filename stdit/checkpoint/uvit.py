@@ -14,7 +14,7 @@ NAMES = {
     "final_layer": "final_conv",
 }
 FIXED_CONFIG = {
-    "conditioning": "in_context", "trunk": "long_skip", "learned_pos_embed": True, "timestep_mlp": False, "gelu": "exact",
+    "conditioning": "in_context", "trunk": "long_skip", "learned_pos_embed": True, "timestep_mlp": False, "activation": "gelu",
     "timestep_offset": 1.0,  # its first timestep is 1
 }  # fmt: skip
 HEADS = {512: 8}  # by width: U-ViT-S; its other widths have as many heads as DiT's

@@ -8,6 +8,7 @@ from stdit.model.capabilities import check_trunk_options
 from stdit.model.trunks import TRUNKS
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.layout import AXES
+from stdit.nn.mlp import ACTIVATIONS
 from stdit.variants import pick
 
 POS_SCALINGS = ("none", "interpolate")
@@ -24,7 +25,7 @@ def check_arguments(config: Any, defaults: Mapping[str, object]) -> None:
     check_axes(config.axes)
     check_axes(config.caption_axes, "caption_axes", may_be_empty=True)
     check_choice("pos_scaling", config.pos_scaling, POS_SCALINGS)
-    check_choice("gelu", config.gelu, ("tanh", "exact"))
+    check_choice("activation", config.activation, tuple(ACTIVATIONS))
     check_causal(
         config.position_encoding,
         config.axes,

@@ -51,7 +51,7 @@ class ModelConfig:
     learned_pos_embed: bool = False  # spatial position embedding is learned, initialised with sin-cos
     timestep_mlp: bool = True  # false: the timestep embedding is the sinusoid without an MLP (U-ViT)
     output_conv: bool = False  # a 3 x 3 convolution over every frame at the end (U-ViT)
-    gelu: Literal["tanh", "exact"] = "tanh"  # the form of GELU: tanh (DiT), or exact (U-ViT)
+    activation: Literal["gelu_tanh", "gelu", "relu2"] = "gelu_tanh"  # of MLPs: DiT, U-ViT, or squared ReLU
     relative_position_bias: bool = False  # learned bias per spatial distance in every attention (MDT)
     num_decoder_blocks: int = 4  # trunk=masked: blocks at the end that see all patches
     num_single_blocks: int = 0  # trunk=dual_stream: last blocks, in which text and video share weights (FLUX)

@@ -50,7 +50,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
     Flow maps: flow_map, whether the model also takes the timesteps where a step ends; distilled_guidance, the guidance
     scale that is learnt into it (1: none).
     For other models' weights: timestep_scale, timestep_reversed, timestep_offset, timestep_mlp and frequency_shift
-    (`nn.embedders.TimestepEmbedder`), norm2_eps, gelu ("tanh" or "exact"), output_conv, and block_sources, the block of
+    (`nn.embedders.TimestepEmbedder`), norm2_eps, activation (`nn.mlp.ACTIVATIONS`), output_conv, and block_sources, the block of
     an image model from which each block was initialised (None: a new block).
 
     Raises ValueError for sizes that are not divisible, and for choices that are unknown or conflict.
@@ -94,7 +94,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         learned_pos_embed: bool = False,
         timestep_mlp: bool = True,
         output_conv: bool = False,
-        gelu: str = "tanh",
+        activation: str = "gelu_tanh",
         relative_position_bias: bool = False,
         num_decoder_blocks: int = 4,
         num_single_blocks: int = 0,

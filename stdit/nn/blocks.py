@@ -40,7 +40,7 @@ class STDiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, elementwise_affine=affine, eps=eps)
         self.attn = Attention(config, axis, position_encoding, conditioning.qkv_bias_from_cond)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=affine, eps=eps if affine else config.norm2_eps)
-        self.mlp = Mlp(dim, config.mlp_dim, config.gelu)
+        self.mlp = Mlp(dim, config.mlp_dim, config.activation)
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
         attends = conditioning.cross_attention or (captions and not conditioning.in_context)
         self.norm_cross = nn.LayerNorm(dim, eps=1e-6) if conditioning.cross_attention else None

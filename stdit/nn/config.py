@@ -25,7 +25,7 @@ class BlockConfig:
     qk_norm: bool = False
     conditioning: str = "adaln_zero"
     norm2_eps: float = 1e-6
-    gelu: Literal["tanh", "exact"] = "tanh"
+    activation: str = "gelu_tanh"
     causal: bool = False
     window: int | None = None
     sink: int = 0

@@ -128,7 +128,7 @@ class Trainer(TrainingLoop):
         conditions = self._conditions(batch, dropout=0.0)
         with self.accelerator.autocast():
             return diffusion_losses(
-                self.model, self.objective, to_latents(batch, self.vae), conditions, batch.keys,
+                self.model, self.objective, to_latents(batch, self.vae), conditions, keys=batch.keys,
                 patch=self.model.patch_size, flow_map=self._flow_map(conditions, batch),
             ).clips  # fmt: skip
 

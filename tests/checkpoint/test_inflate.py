@@ -248,7 +248,7 @@ def test_only_the_timestep_convention_and_the_epsilon_come_from_the_image_model(
 
 OTHER = {
     "conditioning": "in_context", "trunk": "long_skip", "learned_pos_embed": True, "relative_position_bias": True,
-    "timestep_mlp": False, "output_conv": True, "gelu": "exact", "qk_norm": True, "mlp_ratio": 2.0, "micro_conditions": ["fps"],
+    "timestep_mlp": False, "output_conv": True, "activation": "gelu", "qk_norm": True, "mlp_ratio": 2.0, "micro_conditions": ["fps"],
 }  # fmt: skip
 
 
@@ -309,7 +309,7 @@ def test_inserted_blocks_are_the_identity_with_every_conditioning_and_learn(tiny
 @pytest.mark.parametrize(
     "choices",
     [
-        {"trunk": "long_skip", "conditioning": "in_context", "learned_pos_embed": True, "timestep_mlp": False, "output_conv": True, "gelu": "exact"},
+        {"trunk": "long_skip", "conditioning": "in_context", "learned_pos_embed": True, "timestep_mlp": False, "output_conv": True, "activation": "gelu"},
         {"trunk": "masked", "learned_pos_embed": True, "relative_position_bias": True, "depth": 6, "num_decoder_blocks": 2},
         {"conditioning": "adaln_single", "micro_conditions": ["fps"]},
     ],

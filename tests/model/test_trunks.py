@@ -15,7 +15,7 @@ from stdit.training.step import LatentBatch, diffusion_losses
 
 TRUNKS = {
     "u-vit": {"trunk": "long_skip", "depth": 5, "conditioning": "in_context", "learned_pos_embed": True, "timestep_mlp": False,
-              "gelu": "exact", "output_conv": True},
+              "activation": "gelu", "output_conv": True},
     "mdt": {"trunk": "masked", "depth": 4, "num_decoder_blocks": 2, "learned_pos_embed": True, "relative_position_bias": True},
     "diffit": {"trunk": "u_shape", "depth": 3, "conditioning": "time_attention", "relative_position_bias": True},
     "long skips and adaLN": {"trunk": "long_skip", "depth": 4, "learned_pos_embed": True},

@@ -18,7 +18,7 @@ from stdit.training.step import LatentBatch, diffusion_losses
 from stdit.vae import load_vae
 
 UVIT = {"trunk": "long_skip", "depth": 3, "conditioning": "in_context", "learned_pos_embed": True, "timestep_mlp": False,
-        "gelu": "exact", "output_conv": True}  # fmt: skip
+        "activation": "gelu", "output_conv": True}  # fmt: skip
 VARIANTS = {
     "adaLN-Zero": {},
     "adaLN": {"conditioning": "adaln"},

@@ -21,7 +21,7 @@ FAMILY = {
     "captions": [*WORDS, "model.conditioning=adaln_single"],
     "captions and labels": ["text.encoder=words", "model.conditioning=cross_attention"],
     "u-vit": ["model.conditioning=in_context", "model.trunk=long_skip", "model.learned_pos_embed=true", "model.timestep_mlp=false",
-              "model.gelu=exact", "model.output_conv=true"],
+              "model.activation=gelu", "model.output_conv=true"],
     "mdt": ["model.trunk=masked", "model.num_decoder_blocks=1", "model.learned_pos_embed=true", "model.relative_position_bias=true",
             "objective.mask_ratio=0.3"],
     "diffit": ["model.conditioning=time_attention", "model.relative_position_bias=true", "model.trunk=u_shape"],

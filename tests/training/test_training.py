@@ -312,7 +312,7 @@ def test_unreadable_files_are_named_in_the_summary_and_too_many_stop_the_run(hom
         (["model.extra_conditions={label: {}}"], "which other config keys turn on"),
         (["model.extra_conditions={camra: {}}"], "Unknown condition in model.extra_conditions 'camra'"),
         (["model.trunk=joint", "model.time_entry=rotary", "model.position_encoding=rope"], "two names of one setting"),
-        (["model.gelu=exat"], "Unknown model.gelu 'exat'. Did you mean 'exact'?"),
+        (["model.activation=gelu_tan"], "Unknown model.activation 'gelu_tan'. Did you mean 'gelu_tanh'?"),
         (["model.trunk=stak"], "Did you mean 'stack'?"),
         (["model.position_encoding=rop"], "Unknown model.position_encoding 'rop'. Did you mean 'rope'?"),
         (["text.encoder=wrds"], "'wrds'"),

@@ -47,7 +47,7 @@ class TrunkConfig:
             qk_norm=config.qk_norm,
             conditioning=config.conditioning,
             norm2_eps=config.norm2_eps,
-            gelu=config.gelu,
+            activation=config.activation,
             causal=config.causal,
             window=config.window,
             sink=config.sink,
