@@ -16,6 +16,8 @@ _MAX_COLOR_DISTANCE = 0.3
 _MAX_STRANGE_AREA = 0.15
 _MIN_SPEED = 0.15  # pixels per frame; a slower object stands still
 _MIN_COVER = 0.25  # of a pixel; less is noise of the background
+# Shares of its bounding box that a square and a circle fill at least; a triangle fills half of it.
+_SQUARE_FILL, _CIRCLE_FILL = 0.885, 0.66
 _MIN_CONTRAST = 0.01  # squared distance of the colours of object and background; with less there is no object
 
 
@@ -36,6 +38,18 @@ class ShapeMeasurement(NamedTuple):
     unevenness: float  # standard deviation of the steps over their mean
     misfit: float  # mean error of the best outline, as a share of the object's area
     strange: float  # area in colours of neither object, background nor blurred edges, as a share of the object's area
+    fill: float  # share of its bounding box that the object fills, the median over frames
+    second: int  # pixels of the largest part in the object's colour that is not connected to it, in any frame
+
+    @property
+    def shape_by_fill(self) -> str:
+        """The shape that fills as much of its bounding box, which ragged edges and horns enlarge."""
+        return "square" if self.fill > _SQUARE_FILL else "circle" if self.fill >= _CIRCLE_FILL else "triangle"
+
+    @property
+    def clean(self) -> bool:
+        """Whether the clip shows one object of one colour and nothing else."""
+        return self.shape is not None and self.strange < _MAX_STRANGE_AREA and self.second < _MIN_AREA
 
 
 def measure_shape(frames: np.ndarray) -> ShapeMeasurement:
@@ -49,6 +63,7 @@ def measure_shape(frames: np.ndarray) -> ShapeMeasurement:
     nothing = ShapeMeasurement(
         shape=None, direction=None, speed=0.0, size=0.0, color=color, background=background,
         centers=np.zeros((len(frames), 2)), bend=0.0, unevenness=0.0, misfit=1.0, strange=0.0,
+        fill=0.0, second=0,
     )  # fmt: skip
     if strength < _MIN_CONTRAST:
         return nothing
@@ -71,9 +86,11 @@ def measure_shape(frames: np.ndarray) -> ShapeMeasurement:
         unit = (int(np.sign(velocity[0])), 0) if horizontal else (0, int(np.sign(velocity[1])))
         direction = next(name for name, value in DIRECTIONS.items() if value == unit)
     speed = float(np.hypot(*velocity))
+    fill, second = _fill(along > 0.5)
     return ShapeMeasurement(
         shape=shape, direction=direction, speed=speed, size=size, color=color, background=background, centers=centers,
         bend=bend, unevenness=unevenness, misfit=misfits[shape], strange=float(strange.sum() / areas.sum()),
+        fill=fill, second=second,
     )  # fmt: skip
 
 
@@ -107,6 +124,33 @@ def _misfit(cover: np.ndarray, centers: np.ndarray, size: float, shape: str) -> 
     return float(min(errors) / cover.sum())
 
 
+def _fill(inside: np.ndarray) -> tuple[float, int]:
+    """From masks (F, H, W): the share that the largest part fills of its bounding box, and pixels of the second part."""
+    labels = _connected(inside)
+    fills, second = [], 0
+    for frame in labels:
+        names, counts = np.unique(frame[frame > 0], return_counts=True)
+        if not len(names):
+            continue
+        *others, largest = np.sort(counts)
+        second = max(second, int(others[-1]) if others else 0)
+        y, x = np.nonzero(frame == names[counts.argmax()])
+        fills.append(largest / ((np.ptp(y) + 1) * (np.ptp(x) + 1)))
+    return float(np.median(fills)) if fills else 0.0, second
+
+
+def _connected(inside: np.ndarray) -> np.ndarray:
+    """Number the parts of masks (F, H, W) whose pixels are connected by their sides; 0 outside of them."""
+    labels = np.arange(1, inside.size + 1).reshape(inside.shape) * inside
+    while True:  # the largest number of a part spreads by one pixel
+        padded = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
+        beside = [padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:]]
+        spread = np.maximum.reduce([labels, *beside]) * inside
+        if np.array_equal(spread, labels):
+            return labels
+        labels = spread
+
+
 def _path(centers: np.ndarray) -> tuple[np.ndarray, float, float]:
     """Mean velocity by least squares, bend and unevenness of a path (F, 2)."""
     if len(centers) < 2:
@@ -127,7 +171,8 @@ def _path(centers: np.ndarray) -> tuple[np.ndarray, float, float]:
 class Report(NamedTuple):
     """Shares of clips whose shape, direction, or both are those of the label, with 95 % intervals, and by class.
 
-    clean: the share with one object of one colour and nothing else. bend, unevenness, misfit: medians over clips.
+    fill: the share whose object fills as much of its bounding box as its label's shape. clean: the share with one
+    object of one colour and nothing else. bend, unevenness, misfit: medians over clips.
     right: for shape, direction and both, which clips are right, in order.
     """
 
@@ -140,6 +185,7 @@ class Report(NamedTuple):
     bend: float
     unevenness: float
     misfit: float
+    fill: float
     clean: float
     right: dict[str, list[bool]]
 
@@ -169,12 +215,14 @@ def report(clips: Sequence[np.ndarray], labels: Sequence[int]) -> Report:
     bend, unevenness, misfit = (
         float(np.median([getattr(m, k) for m in with_object])) for k in ("bend", "unevenness", "misfit")
     )
-    clean = float(np.mean([m.shape is not None and m.strange < _MAX_STRANGE_AREA for m in measurements]))
+    fill = np.array([m.shape_by_fill == e[0] for m, e in zip(measurements, expected, strict=True)])
+    clean = np.array([m.clean for m in measurements])
+    shares = {"shape": shape, "direction": direction, "both": both, "fill": fill, "clean": clean}
     return Report(
         clips=len(clips), shape=float(shape.mean()), direction=float(direction.mean()), both=float(both.mean()),
-        intervals={"shape": wilson(shape), "direction": wilson(direction), "both": wilson(both)}, by_class=by_class,
-        bend=bend, unevenness=unevenness, misfit=misfit, clean=clean,
-        right={"shape": shape.tolist(), "direction": direction.tolist(), "both": both.tolist()},
+        intervals={name: wilson(share) for name, share in shares.items()}, by_class=by_class,
+        bend=bend, unevenness=unevenness, misfit=misfit, fill=float(fill.mean()), clean=float(clean.mean()),
+        right={name: share.tolist() for name, share in shares.items()},
     )  # fmt: skip
 
 
@@ -200,13 +248,11 @@ def table(result: Report) -> str:
         f"{name:<16} {row['clips']:>5} {row['shape']:>7.1%} {row['direction']:>9.1%}"
         for name, row in result.by_class.items()
     ]
-    for key in ("shape", "direction", "both"):
+    names = {key: f"{key} right" for key in ("shape", "direction", "both")}
+    for key, name in {**names, "fill": "shape by fill", "clean": "one object"}.items():
         low, high = result.intervals[key]
-        lines.append(
-            f"{key + ' right':<16} {result.clips:>5} {getattr(result, key):>7.1%} (95 %: {low:.1%} to {high:.1%})"
-        )
+        lines.append(f"{name:<16} {result.clips:>5} {getattr(result, key):>7.1%} (95 %: {low:.1%} to {high:.1%})")
     lines.append(
-        f"median bend {result.bend:.2f} px, unevenness {result.unevenness:.2f}, outline misfit {result.misfit:.1%}; "
-        f"one object and nothing else in {result.clean:.1%}"
+        f"median bend {result.bend:.2f} px, unevenness {result.unevenness:.2f}, outline misfit {result.misfit:.1%}"
     )
     return "\n".join(lines)

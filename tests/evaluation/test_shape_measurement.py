@@ -10,7 +10,7 @@ def test_drawn_clips_are_measured_as_they_were_drawn():
     clips = [random_clip(keyed_rng("sample", 7, i), i % 12) for i in range(240)]
     frames = [draw(clip) for clip in clips]
     result = report(frames, [clip.label for clip in clips])
-    assert result.shape == result.direction == result.both == result.clean == 1.0
+    assert result.shape == result.direction == result.both == result.fill == result.clean == 1.0
     for clip, drawn in zip(clips, frames, strict=True):
         measured = measure_shape(drawn)
         assert np.hypot(*(measured.centers[0] - clip.start)) < 0.5
@@ -41,6 +41,27 @@ def test_a_second_object_of_another_colour_is_detected():
     assert report([alone], [1]).clean == 1
     assert report([both], [1]).clean == 0
     assert measure_shape(alone).strange < 0.02 < measure_shape(both).strange
+
+
+def test_a_second_object_of_the_same_colour_is_detected():
+    clip = random_clip(keyed_rng("sample", 3), 1)
+    alone = draw(clip)
+    both = alone.copy()
+    both[5, 2:7, 2:7] = np.round(255 * np.array(clip.color))
+    assert report([alone], [1]).clean == 1
+    assert report([both], [1]).clean == 0
+    assert (measure_shape(alone).second, measure_shape(both).second) == (0, 25)
+
+
+def test_horns_change_the_shape_by_fill_and_not_the_shape_by_outline():
+    clip = random_clip(keyed_rng("sample", 8), 5)  # a square
+    clip.color, clip.background, clip.size = [0.9, 0.1, 0.1], [0.1, 0.1, 0.1], 11.0
+    ragged = draw(clip)
+    for frame, (x, y) in zip(ragged, clip.centers().round().astype(int), strict=True):
+        frame[y - 13 : y - 8, x - 13 : x - 9] = [230, 26, 26]
+    smooth, horned = measure_shape(draw(clip)), measure_shape(ragged)
+    assert (smooth.shape, smooth.shape_by_fill) == ("square", "square") and smooth.fill > 0.97
+    assert (horned.shape, horned.shape_by_fill) == ("square", "circle") and horned.misfit > smooth.misfit
 
 
 def test_a_bent_path_is_measured():
