@@ -216,7 +216,7 @@ def _tell_short(
 
 def check_cache(dataset: Dataset, vae: VideoVAE) -> None:
     """Raise ValueError if cached latents were made with a different VAE."""
-    if isinstance(dataset, CachedLatents) and dataset.info["vae_fingerprint"] != vae.fingerprint():
+    if isinstance(dataset, CachedLatents) and not vae.has_fingerprint(dataset.info["vae_fingerprint"]):
         raise ValueError(
             f"the latents in {str(dataset.root)!r} were made with VAE {dataset.info['vae']!r}, whose weights differ from vae.name={vae.name!r}; use that VAE, or cache the latents again."
         )

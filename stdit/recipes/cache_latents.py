@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "tensors": ["latents", "reencoded"], **{key: getattr(config.data, key) for key in SOURCE_KEYS},
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
-    check_settings(args.output, head)
+    check_settings(args.output, head, vae)
     write_shards(args.output, dataset, vae, shard_size=args.shard_size, seed=config.seed)
     return write_index(args.output, head, dataset, rate=clip_rate(config.data, dataset))
 
@@ -164,7 +164,7 @@ def check_augmentation(config: DataConfig, frozen: bool) -> None:
         )
 
 
-def check_settings(output: Path, head: dict) -> None:
+def check_settings(output: Path, head: dict, vae: VideoVAE) -> None:
     """ValueError if the folder holds latents made with other settings; a run with the same settings adds to them."""
     path = output / "settings.json"
     if not path.is_file():
@@ -174,6 +174,8 @@ def check_settings(output: Path, head: dict) -> None:
         found = {"flip": False, **json.loads(path.read_text())}  # version 0.1.0 did not record it
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); choose another --output, or remove it.") from error
+    if vae.has_fingerprint(str(found.get("vae_fingerprint"))):
+        found["vae_fingerprint"] = head["vae_fingerprint"]
     changed = [key for key in head if found.get(key) != head[key]]
     if changed:
         raise ValueError(

@@ -110,7 +110,8 @@ def pipeline_of(checkpoint: Checkpoint) -> STDiTPipeline:
         )
     config = config_of(checkpoint)
     vae = load_vae(config.vae.name)
-    if info["config"].get("vae_fingerprint") not in (None, vae.fingerprint()):
+    recorded = info["config"].get("vae_fingerprint")
+    if recorded is not None and not vae.has_fingerprint(recorded):
         raise ValueError(f"{path} was trained with vae.name={config.vae.name!r} of other weights; use that one.")
     network = UNet if config.model.network == "unet" else STDiT
     arguments = {key: value for key, value in info["model"].items() if not key.startswith("_")}

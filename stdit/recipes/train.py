@@ -76,7 +76,9 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     kept, held_out = split_holdout(config, dataset)
     order = build_order(config, kept, vae, patch=model.patch_size, processes=processes)
     resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
-    checkpoint = find_checkpoint(config.train, folders, resolved, to_plain(Config()), main=main)
+    checkpoint = find_checkpoint(
+        config.train, folders, resolved, to_plain(Config()), main=main, same_vae=vae.has_fingerprint
+    )
     accelerator.wait_for_everyone()
     trainer = Trainer(
         accelerator, folders, model,

@@ -100,7 +100,7 @@ class STDiTPipeline(DiffusionPipeline):
         )
         self.video_vae = video_vae.requires_grad_(False).eval()
         self._encoder: TextEncoder | None = None
-        if vae_fingerprint and self.video_vae.fingerprint() != vae_fingerprint:
+        if vae_fingerprint and not self.video_vae.has_fingerprint(vae_fingerprint):
             raise ValueError(
                 f"VAE {video_vae.name!r} has other weights than the one this model was trained with "
                 f"({self.video_vae.fingerprint()} instead of {vae_fingerprint}); load that one."

@@ -50,6 +50,8 @@ class PowerAverages:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after a step, counted from 1 (equation 2 of the paper)."""
+        if not self.lengths:
+            return
         parameters = [p.detach() for p in model.parameters()]
         for gamma, values in zip(self._exponents, self.values, strict=True):
             torch._foreach_lerp_(values, [p.float() for p in parameters], 1 - (1 - 1 / step) ** (gamma + 1))

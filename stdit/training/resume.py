@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from stdit.legacy import renamed_config
@@ -20,12 +21,19 @@ _FREE = (
 
 
 def find_checkpoint(
-    config: LoopConfig, folders: RunFolders, resolved: dict, defaults: dict, *, main: bool = True
+    config: LoopConfig,
+    folders: RunFolders,
+    resolved: dict,
+    defaults: dict,
+    *,
+    main: bool = True,
+    same_vae: Callable[[str], bool] = lambda fingerprint: False,
 ) -> Checkpoint | None:
     """The checkpoint that `train.resume` asks for, or None to start from step 0. ValueError if its config differs.
 
     resolved: the config of this run; defaults: the default config, for keys that did not exist when the checkpoint was
-    written; main: whether this is the main process, which moves old checkpoints away with resume=never.
+    written; main: whether this is the main process, which moves old checkpoints away with resume=never. same_vae: whether
+    another fingerprint is that of the run's VAE.
     """
     if config.resume == "never":
         for kept in folders.archive() if main else ():
@@ -42,6 +50,8 @@ def find_checkpoint(
         if main:
             print(f"{checkpoint.path} does not say which data it was trained on; it is not compared.", file=sys.stderr)
         resolved = {key: value for key, value in resolved.items() if key != "data_fingerprint"}
+    if same_vae(saved.get("vae_fingerprint", "")):
+        saved = {**saved, "vae_fingerprint": resolved["vae_fingerprint"]}
     changed = [
         line
         for line in differences(_canonicalize(_merge(defaults, saved), saved), _canonicalize(resolved))

@@ -2,12 +2,17 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from stdit import legacy
+
+# Parts of the names of weights that only decode: latents do not depend on them, so they may be trained further.
+_DECODER = {"decoder", "post_quant_conv"}
+# Fingerprints of version 0.1.0 that covered a decoder which ships no more, and what the same encoder has now.
+_WITH_EARLIER_DECODER = {"a980c6890d92b274": "6925f4ce8261ee80"}
 
 
 class VAEGeometry:
@@ -153,11 +158,20 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
         yield self.decode(torch.cat(list(split_frames(latents)), dim=2))
 
     def fingerprint(self) -> str:
-        """A hash of class name and weights, 16 hexadecimal digits: VAEs of equal fingerprints have the same latents."""
+        """A hash of all that makes the latents, 16 hexadecimal digits: of class name and weights but for the decoder's."""
+        return self._hash(lambda key: _DECODER.isdisjoint(key.split(".")))
+
+    def has_fingerprint(self, value: str) -> bool:
+        """Whether a recorded fingerprint is that of this VAE; before version 0.2 it covered the decoder too."""
+        own = self.fingerprint()
+        return value in (own, self._hash(lambda key: True)) or _WITH_EARLIER_DECODER.get(value) == own
+
+    def _hash(self, counts: Callable[[str], bool]) -> str:
         digest = hashlib.sha256(type(self).__name__.encode())
         for key, value in sorted(self.state_dict().items()):
-            digest.update(key.encode() + str(tuple(value.shape)).encode())
-            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+            if counts(key):
+                digest.update(key.encode() + str(tuple(value.shape)).encode())
+                digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 

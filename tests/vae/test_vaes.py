@@ -156,14 +156,19 @@ def test_tensors_of_another_layout_are_refused(vae):
         vae.decode(torch.zeros(1, vae.channels + 1, 1, 2, 2))
 
 
-def test_a_fingerprint_changes_with_the_weights(vae):
-    before = vae.fingerprint()
-    assert before == vae.fingerprint()
-    weight = next(p for p in vae.parameters() if p.numel() > 1)
-    with torch.no_grad():
-        weight.view(-1)[0] += 1
-        assert vae.fingerprint() != before
-        weight.view(-1)[0] -= 1
+def test_a_fingerprint_changes_with_the_weights_that_make_latents(vae):
+    before, whole = vae.fingerprint(), vae._hash(lambda key: True)
+    assert before == vae.fingerprint() and vae.has_fingerprint(before) and vae.has_fingerprint(whole)
+    by_part = {"decoder" in name: p for name, p in vae.named_parameters() if p.numel() > 1}
+    for decodes, weight in by_part.items():
+        with torch.no_grad():
+            weight.view(-1)[0] += 1
+            assert (vae.fingerprint() == before) == decodes and not vae.has_fingerprint(whole)
+            weight.view(-1)[0] -= 1
+
+
+def test_caches_and_runs_of_the_earlier_decoder_are_those_of_the_vae_that_ships():
+    assert load_vae("tiny").has_fingerprint("a980c6890d92b274")
 
 
 def test_patches_that_do_not_divide_latents_are_refused_in_pixels(vae):
