@@ -118,7 +118,8 @@ def pipeline_of(checkpoint: Checkpoint) -> STDiTPipeline:
     model = network(**arguments)
     weights = {**checkpoint.tensors["model"], **checkpoint.tensors["ema"]}  # buffers have no average
     model.load_state_dict({renamed_parameter(name): value for name, value in weights.items()})
-    return build_pipeline(model.eval(), vae, config, info.get("fps"))
+    guide = checkpoint.tensors.get("guide")
+    return build_pipeline(model.eval(), vae, config, info.get("fps"), guide=guide)
 
 
 def _is_checkpoint(folder: Path) -> bool:

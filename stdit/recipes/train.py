@@ -41,7 +41,7 @@ from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers
-from stdit.training.results import export, preview, write_results
+from stdit.training.results import build_pipeline, preview, replace_model, write_results
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
 from stdit.vae import load_vae
@@ -134,8 +134,9 @@ def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
     accelerator, folders = trainer.accelerator, trainer.folders
     if not code:
         with swap_ema(trainer.model, trainer.ema):
-            export(trainer.model, trainer.vae, config, folders, fps=trainer.fps)
-            write_results(trainer.model, trainer.vae, config, folders, dataset=run.dataset)
+            pipeline = build_pipeline(trainer.model, trainer.vae, config, trainer.fps, guide=trainer.guide)
+            replace_model(pipeline, folders.model)
+            write_results(pipeline, config, folders, dataset=run.dataset)
     folders.write_summary(
         {
             "name": config.name, "step": trainer.step, "finished": not code, "training_seconds": round(trainer.seconds, 1),

@@ -13,7 +13,7 @@ from stdit.nn.cache import FrameCache
 from stdit.sampling.canvas import Canvas
 from stdit.sampling.conditioning import condition_frames
 from stdit.sampling.engine import Engine, Keys, Size, check_latents
-from stdit.sampling.guidance import Denoiser, Guidance
+from stdit.sampling.guidance import Denoiser
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.schedule import Schedule
 from stdit.sampling.solvers import solve
@@ -68,7 +68,9 @@ class AutoregressiveSampler:
         given = engine.with_clip_facts(given, (trained_frames, size[1], size[2]), options.fps)
         cache = FrameCache(config.window, config.sink)
         # Every call must run the same branches of guidance, since each branch has its own keys and values in the cache.
-        guidance = Guidance.of(options, engine.default_guidance)._replace(interval=(0.0, 1.0), history=1.0)
+        guidance = engine.guidance(options)._replace(interval=(0.0, 1.0), history=1.0)
+        if guidance.guider == "auto":  # the cache has the keys and values of one model
+            guidance = guidance._replace(guider="cfg")
 
         def denoiser(frame: int) -> Denoiser:
             conditions = given.change(partial(select_frames, which=[condition_index[frame]]))

@@ -92,6 +92,11 @@ def _check_channels(engine: Engine, options: SamplingOptions) -> None:
 
 
 def _check_guidance(engine: Engine, options: SamplingOptions) -> None:
+    if options.guider == "auto" and engine.guide is None:
+        raise ValueError(
+            "guider='auto' leads away from a weaker model, which this one does not have; leave it out, or train with "
+            "train.guide_step=STEP, which saves one."
+        )
     if engine.distilled_guidance != 1 and options.guidance_scale not in (None, 1):
         raise ValueError(
             f"guidance_scale={options.guidance_scale} on top of the {engine.distilled_guidance:g} that this model has learnt; leave "
@@ -132,7 +137,7 @@ def _check_scheduler(engine: Engine, canvas: Canvas, options: SamplingOptions) -
 def _check_stream(options: SamplingOptions) -> None:
     """Raise ValueError for options that do not apply when frames are generated one by one with a cache."""
     defaults = SamplingOptions()
-    names = ("history_guidance", "guidance_interval", "arrangement", "tile")
+    names = ("history_guidance", "guidance_interval", "arrangement", "tile", "guider")
     changed = [
         f"{name}={getattr(options, name)}" for name in names if getattr(options, name) != getattr(defaults, name)
     ]

@@ -17,6 +17,7 @@ from stdit.model.unet import UNet
 from stdit.nn.cache import FrameCache
 from stdit.rng import keyed_normal
 from stdit.sampling.guidance import Denoiser, Guidance, guided
+from stdit.sampling.options import SamplingOptions
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.sampling.solvers import Predict
 from stdit.vae import VideoVAE
@@ -49,7 +50,8 @@ class TrainedOn(NamedTuple):
 class Engine:
     """A trained model ready to sample, for the samplers in `windowed` and `autoregressive`.
 
-    scheduler: stdit's, or one of diffusers. objective: that of training, whatever the scheduler.
+    scheduler: stdit's, or one of diffusers. objective: that of training, whatever the scheduler. guide: a weaker model to
+    lead away from, an earlier state of the same run.
     """
 
     model: STDiT | UNet
@@ -58,6 +60,7 @@ class Engine:
     scheduler: SchedulerMixin
     trained_on: TrainedOn
     device: torch.device
+    guide: STDiT | UNet | None = None
 
     def uses_diffusers(self, solver: str | None) -> bool:
         """Whether a diffusers scheduler takes the steps; a solver given by name is one of stdit's."""
@@ -79,6 +82,15 @@ class Engine:
     def default_guidance(self) -> float:
         """The guidance scale of calls that give none: 2, or 1 if the model has learnt one."""
         return 2.0 if self.distilled_guidance == 1 else 1.0
+
+    @property
+    def default_guider(self) -> str:
+        """The guider of calls that give none."""
+        return "cfg" if self.guide is None else "auto"
+
+    def guidance(self, options: SamplingOptions) -> Guidance:
+        """The guidance of a call, with the model's defaults for what it does not say."""
+        return Guidance.of(options, self.default_guidance, self.default_guider)
 
     def latent_shape(self, size: Size) -> Size:
         """The shape (T, h, w) of a clip's latents; ValueError if the clip does not fit the VAE or the patches."""
@@ -113,7 +125,9 @@ class Engine:
         cache: FrameCache | None = None,
     ) -> Denoiser:
         """Make a function (x, levels, target) -> output of the guided model."""
-        return guided(self.model, self.objective, given, guidance, noised_context=noised_context, cache=cache)
+        return guided(
+            self.model, self.objective, given, guidance, weaker=self.guide, noised_context=noised_context, cache=cache
+        )
 
     def predictor(self, output: Denoiser) -> Predict:
         """Make a function (x, levels, target) -> estimate of clean data and noise, from a denoiser."""

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans) and history guidance (Song et al.) around a model."""
+"""Guidance around a model: classifier-free (Ho and Salimans), by a weaker model (Karras et al.), toward history (Song et al.)."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,26 +25,50 @@ class Denoiser(Protocol):
 class Guidance(NamedTuple):
     """The strength of guidance, and the levels and channels at which it is applied.
 
-    scale: classifier-free guidance, 1 is none. interval: levels of the noisiest frame at which it is applied
+    scale: 1 is none. guider: a row of `GUIDERS`, what it leads away from. interval: levels of the noisiest frame at which it is applied
     (Kynkaanniemi et al.). channels: the number of latent channels that are guided, from the first (DiT's published
     samples: three of four), None is all. history: guidance toward known frames (Song et al., "History-Guided Video
     Diffusion"), 1 is none.
     """
 
     scale: float = 1.0
+    guider: str = "cfg"
     interval: tuple[float, float] = (0.0, 1.0)
     channels: int | None = None
     history: float = 1.0
 
     @classmethod
-    def of(cls, options: SamplingOptions, default: float) -> Self:
-        """The guidance of sampling options; `default`: the scale if they give none."""
+    def of(cls, options: SamplingOptions, default: float, guider: str = "cfg") -> Self:
+        """The guidance of sampling options; `default`, `guider`: if they give none."""
         return cls(
             scale=default if options.guidance_scale is None else options.guidance_scale,
+            guider=options.guider or guider,
             interval=options.guidance_interval,
             channels=options.guidance_channels,
             history=options.history_guidance,
         )
+
+
+def away_from_null(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: away from the output without conditions (Ho and Salimans, equation 6)."""
+    return null + scale * (conditional - null)
+
+
+def away_from_scaled_null(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
+    """CFG-Zero* (Fan et al., equation 9): the output without conditions, scaled to be nearest to that with them."""
+    over = tuple(range(1, null.ndim))
+    share = (conditional * null).sum(over, keepdim=True) / null.square().sum(over, keepdim=True).clamp(min=1e-8)
+    return away_from_null(conditional, share * null, scale)
+
+
+# How outputs with conditions are led away from others: (outputs, others, scale) -> outputs. The others are the outputs
+# without conditions; of `auto` those of a weaker model (Karras et al., "Guiding a Diffusion Model with a Bad Version of
+# Itself"), an earlier state of the same run.
+GUIDERS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "cfg": away_from_null,
+    "cfg_zero": away_from_scaled_null,
+    "auto": away_from_null,
+}
 
 
 def guided(
@@ -53,23 +77,36 @@ def guided(
     given: Guided,
     guidance: Guidance = Guidance(),  # noqa: B008 (a tuple: nothing can change it)
     *,
+    weaker: Callable[..., Tensor] | None = None,
     noised_context: Tensor | None = None,
     cache: FrameCache | None = None,
 ) -> Denoiser:
     """Make a function (x, levels, target) -> the model's output, guided.
+
+    weaker: the model that the guider `auto` leads away from.
 
     levels: (B|1, T), or per patch (B|1, T, rows, columns). Outside the interval, and at scale 1, the model runs once. A
     learned variance is the conditional branch's. noised_context: noise like x; in the branch that history guidance
     leads away from, it replaces the known frames. cache: keys and values of earlier frames, for a causal model.
     """
     extra: dict[str, Any] = {} if cache is None else {"cache": cache}
-    null = None if guidance.scale == 1.0 or given.unconditional else given.null
+    null = None if guidance.scale == 1.0 or given.unconditional or guidance.guider == "auto" else given.null
+    weaker = weaker if guidance.scale != 1.0 and guidance.guider == "auto" else None
+    combine = GUIDERS[guidance.guider]
 
     def timestep(levels: Tensor, count: int) -> Tensor:
         found = objective.timestep(levels)
         return (found.flatten(2) if found.ndim > 2 else found).expand(count, *[-1] * (min(levels.ndim, 3) - 1))
 
-    def run(x: Tensor, levels: Tensor, conditions: Conditions, target: Tensor | None, *, context: str) -> Tensor:
+    def run(
+        x: Tensor,
+        levels: Tensor,
+        conditions: Conditions,
+        target: Tensor | None,
+        *,
+        context: str,
+        model: Callable[..., Tensor] = model,
+    ) -> Tensor:
         ends = {} if target is None else {"target_timestep": timestep(target, len(x))}
         with model.cache_context(context) if hasattr(model, "cache_context") else nullcontext():
             hidden_states = x.to(getattr(model, "dtype", x.dtype))
@@ -83,8 +120,12 @@ def guided(
 
     def output(x: Tensor, levels: Tensor, target: Tensor | None = None) -> Tensor:
         noisiest = float(levels.max())
-        if null is None or not guidance.interval[0] <= noisiest <= guidance.interval[1]:
+        inside = guidance.interval[0] <= noisiest <= guidance.interval[1]
+        if null is None or not inside:
             conditional = mean = run(x, levels, given.conditions, target, context="cond")
+            if weaker is not None and inside:
+                worse = run(x, levels, given.conditions, target, context="cond", model=weaker)
+                mean = combine(conditional, worse, guidance.scale)
         else:
             both_levels = twice(levels, len(x))
             both_targets = None if target is None else twice(target, len(x))
@@ -93,7 +134,7 @@ def guided(
                 torch.cat([x, x]), both_levels, concatenate(null, given.conditions), both_targets, context="cond_uncond"
             )
             unconditional, conditional = both.chunk(2)
-            mean = unconditional + guidance.scale * (conditional - unconditional)
+            mean = combine(conditional, unconditional, guidance.scale)
         known = levels == 0
         if guidance.history != 1.0 and noised_context is not None and bool(known.any()) and not bool(known.all()):
             x_without = torch.where(like(known, x), noised_context, x)

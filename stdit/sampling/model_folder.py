@@ -17,7 +17,7 @@ from stdit.vae.adapters import VAE_SPECS
 from stdit.vae.tiny import TinyVAE
 from stdit.weights import check_fits
 
-OURS = {"transformer": (STDiT, UNet), "vae": (TinyVAE,), "scheduler": (STDiTScheduler,)}
+OURS = {"transformer": (STDiT, UNet), "vae": (TinyVAE,), "scheduler": (STDiTScheduler,), "guide": (STDiT, UNet)}
 
 
 def check_folder(folder: Path) -> None:
@@ -31,12 +31,15 @@ def check_folder(folder: Path) -> None:
             f"{str(folder)!r} has no weights (transformer/*.safetensors); train again, or copy them there."
         )
     index = read_json(folder / "model_index.json")
-    classes = {name: _component(folder, name, index.get(name)) for name in OURS}
+    parts = [name for name in OURS if name != "guide" or index.get(name) not in (None, [None, None])]
+    classes = {name: _component(folder, name, index.get(name)) for name in parts}
     with warnings.catch_warnings():  # loading warns of old names
         warnings.simplefilter("ignore")
         _check_settings(folder, renamed_section("pipeline", index))
     read_json(folder / "scheduler" / "scheduler_config.json")  # bounded and finite, as diffusers' reading is not
-    for name in ("transformer", "vae"):
+    for name in parts:
+        if name == "scheduler":
+            continue
         read_json(folder / name / "config.json")
         check_fits(folder / name, lambda cls=classes[name], name=name: cls.from_config(cls.load_config(folder / name)))  # type: ignore[misc]
 
@@ -51,7 +54,7 @@ def _component(folder: Path, name: str, entry: Any) -> Any:
     if library == "diffusers" and isinstance(class_name, str):
         cls = getattr(diffusers, class_name, None)
         taken = class_name in VAE_SPECS if name == "vae" else isinstance(cls, type) and issubclass(cls, SchedulerMixin)
-        if taken and name != "transformer":
+        if taken and name in ("vae", "scheduler"):
             return cls
     raise ValueError(
         f"{str(folder)!r}: model_index.json gives {printable(repr(entry))[:100]} as its {name}, which is none of stdit's or of those "

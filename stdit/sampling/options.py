@@ -15,6 +15,7 @@ from stdit.variants import pick
 # Names of the rows of `schedule.ARRANGEMENTS`, and of `precision.Precision`; those files import torch.
 Arrangement = Literal["together", "autoregressive", "pyramid"]
 Precision = Literal["auto", "fp32", "bf16"]
+Guider = Literal["cfg", "cfg_zero", "auto"]  # rows of `guidance.GUIDERS`
 
 
 def _option(
@@ -62,6 +63,14 @@ class SamplingOptions:
         type=float,
         least=0,
         remedy="; 1 is no guidance",
+    )
+    guider: Guider | None = _option(  # noqa: RUF009
+        None,
+        "what guidance leads away from: cfg: no label or caption; cfg_zero: the same, scaled to fit (CFG-Zero*); auto: the "
+        "weaker model that was saved in training (train.guide_step); default: auto for a model that has one, else cfg",
+        flag="--guider",
+        type=str,
+        choices=get_args(Guider),
     )
     guidance_interval: tuple[float, float] = _option(
         (0.0, 1.0),

@@ -26,8 +26,7 @@ from stdit.sampling.canvas import Canvas
 from stdit.sampling.checks import check, check_conditions, streams, warn_of_conditions
 from stdit.sampling.engine import Engine, TrainedOn
 from stdit.sampling.groups import fits, pad_to_groups
-from stdit.sampling.guidance import Guidance
-from stdit.sampling.inputs import Captions, Labels, count_clips, pair_conditions, refusal, split
+from stdit.sampling.inputs import NEGATIVE, Captions, Labels, count_clips, pair_conditions, refusal, split
 from stdit.sampling.model_folder import check_folder
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.scheduler import STDiTScheduler, check_compatible
@@ -47,10 +46,11 @@ class STDiTPipeline(DiffusionPipeline):
     num_frames, height, width, fps: those of training, used where a call gives none. objective: what the transformer's
     output means, whatever the scheduler. mask_strategies: how known frames were chosen in training
     (`objective.mask_strategy`), for warnings about tasks that need others. text_encoder: name of the encoder of
-    captions (`text.load_text_encoder`).
+    captions (`text.load_text_encoder`). guide: a weaker model of the same kind, which guidance leads away from.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq = "guide->transformer->vae"
+    _optional_components = ["guide"]
     _trained_scheduler: STDiTScheduler | None = None  # which knows the noise levels of training, whatever replaces it
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -75,6 +75,7 @@ class STDiTPipeline(DiffusionPipeline):
         vae_fingerprint: str | None = None,
         mask_strategies: list[str] | None = None,
         text_encoder: str | None = None,
+        guide: STDiT | UNet | None = None,
     ):
         super().__init__()
         video_vae = as_video_vae(vae)
@@ -87,7 +88,7 @@ class STDiTPipeline(DiffusionPipeline):
             check_compatible(scheduler, objective)
         # The component is the bare model, which diffusers can save; `video_vae` wraps it in the interface of VideoVAE.
         component = getattr(vae, "vae", vae)
-        self.register_modules(transformer=transformer, vae=component, scheduler=scheduler)
+        self.register_modules(transformer=transformer, vae=component, scheduler=scheduler, guide=guide)
         self.register_to_config(
             num_frames=num_frames,
             height=height,
@@ -210,6 +211,7 @@ class STDiTPipeline(DiffusionPipeline):
             scheduler=scheduler,
             trained_on=trained_on,
             device=self._execution_device,
+            guide=self.guide,
         )
 
     def __call__(
@@ -288,7 +290,7 @@ class STDiTPipeline(DiffusionPipeline):
             found = self.conditions(len(clip), class_labels=class_labels, captions=captions, **given)
         warn_of_conditions(
             canvas,
-            Guidance.of(options, self.engine.default_guidance).scale,
+            self.engine.guidance(options).scale,
             self.transformer.conditioners,
             {**given, "class_labels": class_labels, "captions": captions},
         )
@@ -362,11 +364,13 @@ class STDiTPipeline(DiffusionPipeline):
         """
         choices |= {"negative_captions": negative_captions, "negative_class_labels": negative_class_labels}
         options, given = split(options, choices)
+        if options.guider is None and any(given[key] is not None for key in given if key.startswith(NEGATIVE)):
+            options = dataclasses.replace(options, guider="cfg")  # which leads away from them
         with torch.no_grad():
             found = self.conditions(len(canvas.pixels), class_labels=class_labels, captions=captions, **given)
         warn_of_conditions(
             canvas,
-            Guidance.of(options, self.engine.default_guidance).scale,
+            self.engine.guidance(options).scale,
             self.transformer.conditioners,
             {**given, "class_labels": class_labels, "captions": captions},
         )

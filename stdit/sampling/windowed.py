@@ -19,7 +19,7 @@ from stdit.sampling.conditioning import (
     pixel_guided,
 )  # fmt: skip
 from stdit.sampling.engine import Engine, Keys, Size
-from stdit.sampling.guidance import Denoiser, Guidance
+from stdit.sampling.guidance import Denoiser
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.schedule import make_schedule
 from stdit.sampling.solvers import solve
@@ -79,7 +79,7 @@ class WindowedSampler:
         on_device = canvas._replace(pixels=canvas.pixels.to(engine.device), mask=canvas.mask.to(engine.device))
         latent_mask, boundary_mask = latent_masks(on_device.mask, vae, engine.model.patch_size)
         noise = engine.draw(keys, 0, shape)
-        guidance = Guidance.of(options, engine.default_guidance)
+        guidance = engine.guidance(options)
         output = engine.denoiser(
             engine.with_clip_facts(given, size, options.fps),
             guidance,

@@ -12,7 +12,7 @@ _LOOP_RANGES = {
 }  # fmt: skip
 _TRAIN_RANGES = {
     "batch_size": "[1, inf)", "tokens": "[1, inf)", "micro_batch": "[1, inf)", "label_dropout": "[0, 1)", "samples": "[0, inf)",
-    "sample_steps": "[1, inf)", "guidance": "[0, inf)", "holdout": "[0, 1)",
+    "sample_steps": "[1, inf)", "guidance": "[0, inf)", "holdout": "[0, 1)", "guide_step": "[1, inf)",
 }  # fmt: skip
 
 
@@ -56,6 +56,9 @@ class TrainConfig(LoopConfig):
     batch_size: int = 256  # clips per optimizer step over all processes
     tokens: int | None = None  # with data.sizes, in place of batch_size: patches per step over all processes
     micro_batch: int | None = None  # clips at a time on one process; fewer take less memory; null: all
+    guide_step: int | None = (
+        None  # the averaged weights of this step, a weaker model, are kept to lead guidance away from
+    )
     label_dropout: float = 0.1  # probability that a clip is trained without a condition, for guidance
     samples: int = 16  # clips sampled at the end
     sample_steps: int = 30  # solver steps of previews and samples

@@ -62,6 +62,7 @@ class Trainer(TrainingLoop):
     set_aside: dict[str, str] = field(default_factory=dict)
     teacher: nn.Module | None = None  # whose velocity a flow map learns
     fps: float | None = None  # frames per second of the clips, for pipelines that are built from a checkpoint
+    guide: dict[str, Tensor] | None = None  # weights of a weaker model, an earlier state of this run
     held_out: HeldOutDraws | None = None
     held_out_every: int = 1  # steps between measurements of the loss on held-out clips
 
@@ -83,9 +84,14 @@ class Trainer(TrainingLoop):
         }
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Load a checkpoint, and which files were set aside."""
+        """Load a checkpoint, which files were set aside, and the guide."""
         super().restore(checkpoint)
         self.set_aside |= checkpoint.info.get("set_aside", {})
+        self.guide = checkpoint.tensors.get("guide")
+
+    def further_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The weights of the guide, once its step is taken."""
+        return {} if self.guide is None else {"guide": self.guide}
 
     @property
     def breakdown(self) -> Breakdown:
@@ -110,6 +116,12 @@ class Trainer(TrainingLoop):
                 model, self.objective, *given, patch=self.model.patch_size, flow_map=self._flow_map(conditions, batch)
             )
         return StepLosses(losses.clips, level_sums(losses.clips, losses.levels))
+
+    def after_step(self) -> None:
+        """Keep the averaged weights of `guide_step` as the guide."""
+        if self.step == self.config.guide_step:
+            with swap_ema(self.model, self.ema):
+                self.guide = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
 
     @torch.no_grad()
     def held_out_loss(self) -> float | None:

@@ -132,6 +132,14 @@ class TrainingLoop(ABC):
     def losses(self, model: nn.Module, batch: Any) -> StepLosses:
         """Compute the losses of one micro-batch; `model` is `self.model` as prepared by Accelerate (DDP)."""
 
+    def further_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Further groups of tensors for the checkpoint."""
+        return {}
+
+    def after_step(self) -> None:
+        """Called after each step, before it is logged and saved."""
+        return
+
     def held_out_loss(self) -> float | None:
         """The loss of the averaged weights on held-out clips, if it is to be measured after this step."""
         return None
@@ -173,7 +181,7 @@ class TrainingLoop(ABC):
                 "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
             }
             tensors |= {f"optimizer_{i}": state for i, (state, _) in enumerate(states)}
-            tensors |= self.averages.state()
+            tensors |= {**self.averages.state(), **self.further_tensors()}
             info = {
                 "config": self.resolved, "optimizers": [numbers for _, numbers in states], "skipped": self.skipped,
                 "seconds": self.seconds, "ema_step": self.ema.optimization_step, "origin": self._origin, **further,
@@ -206,6 +214,7 @@ class TrainingLoop(ABC):
                 else:
                     clips += count
                     self.step += 1
+                    self.after_step()
                     asked = time.perf_counter()
                     metrics.append(measured._replace(held_out=self.held_out_loss()))
                     mark += time.perf_counter() - asked  # the rate is that of training

@@ -1,7 +1,9 @@
 """The results of a run: the exported pipeline, samples, real clips to compare them with, and pictures."""
 
+import copy
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,22 @@ from stdit.training.run import RunFolders
 from stdit.vae import VideoVAE
 
 
-def build_pipeline(model: STDiT, vae: VideoVAE, config: Any, fps: float | None = None) -> STDiTPipeline:
-    """Build the pipeline of a model in training; `config` is a `stdit.config.Config`, fps: the rate of its clips."""
+def build_pipeline(
+    model: STDiT,
+    vae: VideoVAE,
+    config: Any,
+    fps: float | None = None,
+    *,
+    guide: Mapping[str, Tensor] | None = None,
+) -> STDiTPipeline:
+    """Build the pipeline of a model in training; `config` is a `stdit.config.Config`, fps: the rate of its clips.
+
+    guide: the weights of a weaker model of the same kind, which guidance leads away from.
+    """
+    weaker = None
+    if guide is not None:
+        weaker = copy.deepcopy(model).eval().requires_grad_(False)
+        weaker.load_state_dict(guide)
     data, objective = config.data, config.objective
     scheduler = STDiTScheduler(
         objective.name,
@@ -45,6 +61,7 @@ def build_pipeline(model: STDiT, vae: VideoVAE, config: Any, fps: float | None =
         vae_fingerprint=vae.fingerprint(),
         mask_strategies=sorted(objective.active_mask_probs),
         text_encoder=config.text.encoder,
+        guide=weaker,
     )
 
 
@@ -60,24 +77,15 @@ def preview(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, st
     """Write a contact sheet of a few clips, always from the same noise, to samples/."""
     count = min(12, config.train.samples) or 1
     given = preview_conditions(model, dataset, count)
-    clips = _sample(model, vae, config, given, steps=max(8, config.train.sample_steps // 2))
+    clips = _sample(build_pipeline(model, vae, config), config, given, steps=max(8, config.train.sample_steps // 2))
     write_contact_sheet(folders.samples / f"step-{step:07d}.png", list(clips), columns=2)
 
 
-def _sample(model: STDiT, vae: VideoVAE, config: Any, given: dict[str, Any], *, steps: int) -> Tensor:
-    pipeline = build_pipeline(model, vae, config)
+def _sample(pipeline: STDiTPipeline, config: Any, given: dict[str, Any], *, steps: int) -> Tensor:
     return pipeline(
         **given, num_inference_steps=steps, guidance_scale=config.train.guidance, seed=config.seed, progress=False,
         precision=config.train.precision,
     )  # fmt: skip
-
-
-def export(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, fps: float | None = None) -> None:
-    """Write models/NAME, a pipeline folder. A model of an earlier run is replaced only when the new one is complete.
-
-    ValueError, and nothing is written, if a weight is not finite.
-    """
-    replace_model(build_pipeline(model, vae, config, fps), folders.model)
 
 
 def replace_model(pipeline: STDiTPipeline, folder: Path) -> None:
@@ -101,15 +109,15 @@ def check_finite(model: nn.Module, remedy: str) -> None:
             raise ValueError(f"the weights {name} have numbers that are not finite; {remedy}.")
 
 
-def write_results(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, dataset: Dataset) -> None:
+def write_results(pipeline: STDiTPipeline, config: Any, folders: RunFolders, *, dataset: Dataset) -> None:
     """Write generated_samples.pt, target_samples.pt (plain tensors (B, 3, F, H, W) in [-1, 1]), clips and a contact sheet."""
     if not config.train.samples:
         return
-    given = preview_conditions(model, dataset, config.train.samples)
-    clips = _sample(model, vae, config, given, steps=config.train.sample_steps)
+    given = preview_conditions(pipeline.transformer, dataset, config.train.samples)
+    clips = _sample(pipeline, config, given, steps=config.train.sample_steps)
     _save(clips, folders.output / "generated_samples.pt")
     labels = given.get("class_labels")
-    targets = target_clips(dataset, vae, labels, count=len(clips), seed=config.seed)
+    targets = target_clips(dataset, pipeline.video_vae, labels, count=len(clips), seed=config.seed)
     _save(targets, folders.output / "target_samples.pt")
     suffix = "png" if clips.shape[2] == 1 else "mp4"
     for i, clip in enumerate(clips):

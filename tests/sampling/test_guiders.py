@@ -1,0 +1,122 @@
+"""Guidance by a weaker model (Karras et al.) and CFG-Zero* (Fan et al.)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import fill
+from safetensors.torch import load_file
+
+from stdit import STDiTPipeline
+from stdit.recipes import train
+from stdit.sampling.guidance import GUIDERS
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.vae import TinyVAE
+
+CALL = {
+    "class_labels": [1, 2],
+    "num_frames": 5,
+    "height": 32,
+    "width": 32,
+    "num_inference_steps": 3,
+    "progress": False,
+    "precision": "fp32",
+}
+TINY = """
+name: t
+data: {source: shapes, num_frames: 5, height: 32, width: 32, num_shapes: 8, workers: 0}
+model: {size: S/2, depth: 1, hidden_size: 32, num_heads: 2}
+train: {steps: 4, batch_size: 2, lr: 1.0e-2, ema_decay: 0.9, checkpoint_every: 2, samples: 0, precision: fp32, guide_step: 2}
+"""
+
+
+@pytest.fixture
+def models(tiny_model):
+    vae = fill(TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8)))
+    strong = tiny_model(in_channels=16, learn_sigma=False)
+    weak = tiny_model(in_channels=16, learn_sigma=False)
+    with torch.no_grad():
+        for p in weak.parameters():
+            p.mul_(0.7)
+    return strong, weak, vae
+
+
+def pipeline(models, guide=None) -> STDiTPipeline:
+    strong, _, vae = models
+    return STDiTPipeline(strong, vae, STDiTScheduler("flow"), num_frames=5, height=32, width=32, guide=guide)
+
+
+def test_cfg_zero_leads_away_from_the_nearest_multiple_of_the_null_output():
+    torch.manual_seed(0)
+    conditional, null = torch.randn(2, 2, 3, 4, 1, 1)
+    zero = GUIDERS["cfg_zero"]
+    assert torch.allclose(zero(conditional, 5 * null, 3.0), zero(conditional, null, 3.0), atol=1e-5)
+    assert torch.allclose(zero(conditional, 0.3 * conditional, 3.0), conditional, atol=1e-5)
+    away = (zero(conditional, null, 2.0) - conditional).flatten(1)
+    assert torch.allclose((away * null.flatten(1)).sum(1), torch.zeros(2), atol=1e-4)  # orthogonal to it
+
+
+def test_a_guide_is_led_away_from_by_default_and_only_above_scale_1(models):
+    weak = models[1]
+    plain, guided = pipeline(models), pipeline(models, weak)
+    same = plain(**CALL, guidance_scale=1.0)
+    assert torch.equal(guided(**CALL, guidance_scale=1.0), same)
+    away = guided(**CALL, guidance_scale=2.0)
+    assert torch.equal(away, guided(**CALL, guidance_scale=2.0, guider="auto"))
+    assert not torch.allclose(away, same) and not torch.allclose(away, plain(**CALL, guidance_scale=2.0))
+    assert torch.equal(guided(**CALL, guidance_scale=2.0, guider="cfg"), plain(**CALL, guidance_scale=2.0))
+
+
+def test_a_guide_as_good_as_the_model_changes_nothing(models):
+    guided = pipeline(models, models[0])
+    assert torch.equal(guided(**CALL, guidance_scale=3.0), guided(**CALL, guidance_scale=1.0))
+
+
+def test_negative_conditions_are_what_guidance_leads_away_from_with_a_guide_too(models):
+    plain, guided = pipeline(models), pipeline(models, models[1])
+    call = {**CALL, "guidance_scale": 2.0, "negative_class_labels": [3, 4]}
+    assert torch.equal(guided(**call), plain(**call))
+
+
+def test_a_saved_guide_samples_as_before(models, tmp_path):
+    guided = pipeline(models, models[1])
+    guided.save_pretrained(tmp_path / "m")
+    again = STDiTPipeline.from_pretrained(tmp_path / "m")
+    assert torch.equal(again(**CALL), guided(**CALL))
+    without = STDiTPipeline.from_pretrained(tmp_path / "m", guide=None)
+    assert torch.equal(without(**CALL), pipeline(models)(**CALL))
+
+
+def test_a_guide_of_a_strange_class_is_refused(models, tmp_path):
+    pipeline(models, models[1]).save_pretrained(tmp_path / "m")
+    index = json.loads((tmp_path / "m/model_index.json").read_text())
+    (tmp_path / "m/model_index.json").write_text(json.dumps({**index, "guide": ["os", "system"]}))
+    with pytest.raises(ValueError, match="as its guide, which is none of stdit's"):
+        STDiTPipeline.from_pretrained(tmp_path / "m")
+
+
+def test_the_guider_auto_needs_a_guide(models):
+    with pytest.raises(ValueError, match="train.guide_step=STEP"):
+        pipeline(models)(**CALL, guider="auto")
+
+
+def test_training_keeps_the_averaged_weights_of_the_guides_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t.yaml").write_text(TINY)
+    assert train.run(["t.yaml", "train.steps=2", "name=parts"]) == 0
+    assert train.run(["t.yaml", "name=parts"]) == 0
+    assert train.run(["t.yaml"]) == 0
+    guide, early = (
+        load_file("checkpoints/t/step-4/guide.safetensors"),
+        load_file("checkpoints/t/step-2/ema.safetensors"),
+    )
+    assert all(torch.equal(guide[name], value) for name, value in early.items())
+    resumed = load_file("checkpoints/parts/step-4/guide.safetensors")
+    assert all(torch.equal(guide[name], value) for name, value in resumed.items())
+    exported = STDiTPipeline.from_pretrained("models/t").guide.state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in early.items())
+    assert not torch.equal(
+        exported["x_embedder.proj.weight"],
+        STDiTPipeline.from_pretrained("models/t").transformer.state_dict()["x_embedder.proj.weight"],
+    )
