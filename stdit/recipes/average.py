@@ -55,12 +55,11 @@ def _trainer(config: Config, model: nn.Module, vae: VideoVAE) -> tuple[Trainer, 
         )
     accelerator = build_accelerator(config.train.precision)
     captions = build_captions(config, dataset, accelerator.device, main=True)
-    teacher = build_teacher(config)
     trainer = Trainer(
         accelerator, RunFolders(config.name), model.to(accelerator.device), [],
         config=config.train, resolved={}, objective=build_objective(config.objective), vae=vae.to(accelerator.device),
         bad_files=BadFiles(len(kept), config.data.max_bad_fraction), captions=captions,
-        teacher=None if teacher is None else teacher.to(accelerator.device),
+        teacher=build_teacher(config, accelerator.device),
     )  # fmt: skip
     return trainer, held_out
 

@@ -25,6 +25,7 @@ from stdit.model.unet import UNet
 from stdit.precision import Precision, resolve
 from stdit.recipes.models import default_device
 from stdit.text import CaptionCache, load_text_encoder
+from stdit.training.fit import Teacher
 from stdit.training.held_out import HeldOutDraws
 from stdit.vae import VideoVAE
 
@@ -114,12 +115,21 @@ def load_start(path: str, key: str = "init_from.path") -> STDiT:
         ) from error
 
 
-def build_teacher(config: Config) -> STDiT | None:
-    """The model whose velocity a flow map learns: that of `init_from.path`; None for other runs, and from a flow map."""
+def build_teacher(config: Config, device: torch.device) -> Teacher | None:
+    """The model of `init_from.path`, with its guide if it has one, from which a flow map learns; else None.
+
+    None for other runs, and from a flow map.
+    """
     if not config.objective.flow_map or config.init_from.path is None:
         return None
-    teacher = load_start(config.init_from.path)
-    return None if teacher.config.flow_map else teacher.requires_grad_(False).eval()
+    model = load_start(config.init_from.path)
+    if model.config.flow_map:
+        return None
+    folder = Path(config.init_from.path)
+    guide = STDiT.from_pretrained(folder, subfolder="guide") if (folder / "guide" / "config.json").is_file() else None
+    for part in filter(None, (model, guide)):
+        part.requires_grad_(False).eval().to(device)
+    return Teacher(model, guide)
 
 
 def check_batch(config: Config, processes: int) -> None:

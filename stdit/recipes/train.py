@@ -85,7 +85,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
         config=config.train, resolved=resolved, objective=objective, vae=vae,
         bad_files=BadFiles(len(dataset), config.data.max_bad_fraction), captions=captions,
-        teacher=None if (teacher := build_teacher(config)) is None else teacher.to(accelerator.device),
+        teacher=build_teacher(config, accelerator.device),
         fps=clip_rate(config.data, dataset) if main else None,  # it warns if the clips' rates differ, which is said once
         held_out=held_out, held_out_every=steps_between(len(order.batch(0))),
         preview=lambda m, step: preview(m, vae, config, folders, step=step, dataset=dataset),

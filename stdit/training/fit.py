@@ -1,7 +1,7 @@
 """The training of a diffusion model, in the loop of stdit/training/loop.py."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -49,6 +49,13 @@ class BadFiles:
             )
 
 
+class Teacher(NamedTuple):
+    """A trained model whose velocity a flow map learns, and the weaker model that its guidance leads away from."""
+
+    model: nn.Module
+    guide: nn.Module | None = None
+
+
 @dataclass
 class Trainer(TrainingLoop):
     """A training run of a diffusion model."""
@@ -60,7 +67,7 @@ class Trainer(TrainingLoop):
     captions: CaptionCache | None = None
     # Files that crashed or stalled their loader process: name -> reason.
     set_aside: dict[str, str] = field(default_factory=dict)
-    teacher: nn.Module | None = None  # whose velocity a flow map learns
+    teacher: Teacher | None = None  # whose velocity a flow map learns
     fps: float | None = None  # frames per second of the clips, for pipelines that are built from a checkpoint
     guide: dict[str, Tensor] | None = None  # weights of a weaker model, an earlier state of this run
     held_out: HeldOutDraws | None = None
@@ -152,7 +159,7 @@ class Trainer(TrainingLoop):
             for name, value in conditions.items()
         }
         null = map_tensors(null, lambda x: x.to(self.accelerator.device))
-        return FlowMapTraining(self.model, null, self.teacher)
+        return FlowMapTraining(self.model, null, *(self.teacher or ()))
 
     def _conditions(self, batch: Batch, dropout: float) -> Conditions:
         """The conditions of a batch for the model, each dropped with probability `dropout`."""

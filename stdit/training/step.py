@@ -70,12 +70,14 @@ class FlowMapTraining(NamedTuple):
     """What the target of a flow map needs besides the batch.
 
     model: the network, without gradients and in float32. null: conditions for the unconditional branch of the guidance
-    that is learnt. teacher: a trained flow model whose guided velocity is learnt; None: that of the data.
+    that is learnt. teacher: a trained flow model whose guided velocity is learnt; None: that of the data. guide: the weaker
+    model that guidance of the teacher leads away from; None: its unconditional branch.
     """
 
     model: Callable[..., Tensor]
     null: Conditions
     teacher: Callable[..., Tensor] | None = None
+    guide: Callable[..., Tensor] | None = None
 
 
 def to_latents(batch: Batch, vae: VideoVAE) -> list[LatentBatch]:
@@ -241,8 +243,12 @@ def _with_velocity(objective: Objective, one: NoisyBatch, conditions: Conditions
     if given.teacher is not None:
         velocity = run(given.teacher, one, None, conditions)
         if scale != 1:
-            null = run(given.teacher, one, None, given.null)
-            velocity = null + scale * (velocity - null)
+            worse = (
+                run(given.teacher, one, None, given.null)
+                if given.guide is None
+                else run(given.guide, one, None, conditions)
+            )
+            velocity = worse + scale * (velocity - worse)
     else:
         velocity = one.noise - one.clean
         if scale != 1:  # as in MeanFlow, equation 19: the null branch learns the velocity of the data

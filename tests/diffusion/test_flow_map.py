@@ -141,11 +141,11 @@ def test_a_trained_flow_map_answers_to_where_the_step_ends_per_frame_and_per_pat
     torch.testing.assert_close(torch.stack(lists), alone, atol=1e-5, rtol=1e-5)
 
 
-def losses(model: STDiT, objective, strategy: str, teacher=None) -> torch.Tensor:
+def losses(model: STDiT, objective, strategy: str, teacher=None, *, guide=None) -> torch.Tensor:
     latents, labels = torch.randn(4, 4, 5, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 1])
     conditions: Conditions = {"label": labels[:, None]}
     null = {"label": torch.full((4, 1), 3)}
-    given = FlowMapTraining(model, null, teacher) if objective.config.flow_map else None
+    given = FlowMapTraining(model, null, teacher, guide) if objective.config.flow_map else None
     clips = [LatentBatch(latents, lambda mask: latents.transpose(1, 2)[mask])]
     keys = [(0, 5, slot) for slot in range(4)]
     return diffusion_losses(
@@ -164,6 +164,15 @@ def test_every_mask_strategy_trains_a_flow_map_and_its_new_embedder(strategy, ta
     assert found.shape == (4,) and torch.isfinite(found).all()
     found.sum().backward()
     assert model.r_embedder.mlp[2].weight.grad.abs().max() > 0
+
+
+def test_the_guide_of_the_teacher_is_what_its_guidance_leads_away_from():
+    model, teacher = fill(build(flow_map=True)), fill(build()).requires_grad_(False)
+    plain, guided = (build_objective(ObjectiveConfig(flow_map=True, distilled_guidance=g)) for g in (1.0, 3.0))
+    alone = losses(model, plain, "shared", teacher)
+    torch.testing.assert_close(losses(model, guided, "shared", teacher, guide=teacher), alone)
+    worse = fill(build(), 0.2).requires_grad_(False)
+    assert not torch.allclose(losses(model, guided, "shared", teacher, guide=worse), alone)
 
 
 def test_where_no_segment_has_a_length_the_loss_is_that_of_flow(monkeypatch):
