@@ -181,6 +181,15 @@ def test_a_vae_is_trained_stopped_and_resumed_exactly(home):
     assert train_vae.main(["v.yaml", "name=whole", "--export", "weights"]) == 0
     assert (home / "weights" / "training.json").is_file()
 
+    decoder = ["v.yaml", "name=decoder", "init_from=weights", "train.decoder_only=true", "train.noisy_share=0.5"]
+    assert train_vae.main([*decoder, "train.scale_weight=0"]) == 0
+    assert train_vae.main([*decoder, "train.scale_weight=0", "--export", "again"]) == 0
+    before, after = (load_file(f"{folder}/diffusion_pytorch_model.safetensors") for folder in ("weights", "again"))
+    changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == {"decoder"}
+    with pytest.raises(ValueError, match="set init_from=tiny"):
+        train_vae.main(["v.yaml", "name=none", "train.decoder_only=true"])
+
 
 def test_an_image_model_is_trained_and_inflated_by_config_alone(home, capsys):
     assert train.main(["t.yaml", "name=image", "data.num_frames=1", "train.samples=0"]) == 0

@@ -53,7 +53,8 @@ def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int]
 def _guidance(pipe: STDiTPipeline, args: argparse.Namespace) -> float:
     if args.guidance is not None:
         return args.guidance
-    return 3.0 if pipe.engine.distilled_guidance == 1 else 1.0
+    plain = pipe.engine.distilled_guidance == 1 and pipe.guide is None
+    return 3.0 if plain else pipe.engine.default_guidance
 
 
 def _output(model: Path) -> Path:
@@ -234,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=int)
     parser.add_argument("--size", type=int)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, help="default: 3, or 1 for a model that has learnt it")
+    parser.add_argument(
+        "--guidance", type=float, help="default: 3; 2 for a model with a guide, 1 for one that has learnt it"
+    )
     parser.add_argument("--solver")
     parser.add_argument(
         "--against", metavar="FILE", help="an evaluation.json of the same seed: print the differences, clip by clip"

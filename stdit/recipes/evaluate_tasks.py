@@ -42,10 +42,11 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
             "extend-backward": lambda: op.extension(pipe, data, 8, backward=True, max_error=2.0, **options),
         }
 
-    def at(scale: float) -> dict:
-        return {**options, "guidance_scale": scale if pipe.engine.distilled_guidance == 1 else 1.0}
+    def at(scale: float, guider: str | None = "cfg") -> dict:
+        """Options of a task that must follow its label: guidance leads away from no label."""
+        return {**options, "guidance_scale": scale if pipe.engine.distilled_guidance == 1 else 1.0, "guider": guider}
 
-    labelled = at(2.0)
+    labelled = at(2.0, guider=None)
     return {
         "extend-forward": lambda: op.extension(pipe, data, 5, backward=False, max_error=2.0, **labelled),
         "extend-backward": lambda: op.extension(pipe, data, 8, backward=True, max_error=2.0, **labelled),

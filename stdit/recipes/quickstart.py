@@ -75,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f"done in {(time.time() - began) / 60:.1f} minutes. Look at output/quickstart/samples/contact_sheet.png, then try:"
         )
-        print(
-            f'  {_command()} sample --model models/quickstart --class-label "triangle up" --guidance 3 --seed 1 --gif'
-        )
+        print(f'  {_command()} sample --model models/quickstart --class-label "triangle up" --seed 1 --gif')
     return code
 
 

@@ -31,7 +31,6 @@ from stdit.files import claimed, printable, write_json
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
 from stdit.recipes.outputs import output_paths, refuse_existing, write_clips
-from stdit.sampling.guidance import Guidance
 from stdit.sampling.options import SamplingOptions, add_flags, options_from
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.tasks import outpaint_canvas
@@ -328,8 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in dict.fromkeys(str(warning.message) for warning in caught):
         print(f"warning: {printable(text)}")
     written_to = paths[0] if len(paths) == 1 else paths[0].parent
-    guidance = Guidance.of(call.options, pipe.engine.default_guidance).scale
+    guidance = pipe.engine.guidance(call.options)
     print(
-        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {guidance}: {written_to}"
+        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {guidance.scale:g} ({guidance.guider}): {written_to}"
     )
     return 0

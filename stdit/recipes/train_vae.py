@@ -30,6 +30,7 @@ from stdit.training.results import check_finite
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
 from stdit.training.vae import ClipPool, VAEConfig, VAETrainer, psnr, vae_batches
+from stdit.vae import load_vae
 from stdit.vae.tiny import TinyVAE
 
 
@@ -101,10 +102,26 @@ def measure_latents(vae: TinyVAE, pool: ClipPool, seed: int) -> None:
     vae.latent_std.copy_(raw.std(1))
 
 
+def build_vae(config: VAEConfig) -> TinyVAE:
+    """Make the VAE of a config, or load the one that training starts from; ValueError if that is of another kind."""
+    if config.init_from is None:
+        return TinyVAE(**asdict(config.model))
+    vae = load_vae(config.init_from)
+    if not isinstance(vae, TinyVAE):
+        raise ValueError(
+            f"init_from={config.init_from!r} is a VAE of diffusers; give the folder of a tiny VAE, or tiny."
+        )
+    vae.requires_grad_(True).train()
+    if config.train.decoder_only:
+        vae.encoder.requires_grad_(False)
+    return vae
+
+
 def export(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: list[np.ndarray], folder: Path) -> dict:
     """Write the EMA weights in 16 bits, with a record of the training; returns the PSNR on held-out clips."""
     with swap_ema(trainer.model, trainer.ema):
-        measure_latents(trainer.model, pool, config.seed)
+        if not config.train.decoder_only:
+            measure_latents(trainer.model, pool, config.seed)
         check_finite(trainer.model, f"{folder} was not written; resume an older checkpoint with a lower train.lr")
         scores = evaluate(trainer.model, held_out)
         write_preview(trainer.model, held_out, trainer.folders.output / "reconstructions.png")
@@ -131,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders.lock()
     try:
         torch.manual_seed(config.seed)
-        vae = TinyVAE(**asdict(config.model)).to(accelerator.device)
+        vae = build_vae(config).to(accelerator.device)
         optimizers = build_optimizers(vae, config.train.optimizer, config.train.lr, config.train.weight_decay)
         resolved = {**to_plain(config), "data_fingerprint": data_fingerprint(config)}
         trainer = VAETrainer(accelerator, folders, vae, optimizers, config=config.train, resolved=resolved)
@@ -164,7 +181,7 @@ def _train(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: lis
     trainer.folders.write_config(config)
     try:
         trainer.preview = preview
-        trainer.fit(vae_batches(pool, trainer.model, config.seed, trainer.step))
+        trainer.fit(vae_batches(pool, trainer.model, config, trainer.step))
     except Stopped as stopped:
         print(stopped)
         return stopped.code

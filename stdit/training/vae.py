@@ -47,6 +47,9 @@ class VAETrainConfig(LoopConfig):
     checkpoint_every: int = 500
     preview_every: int = 1000
     latent_noise: float = 0.05  # standard deviation of noise on latents in training, so that the decoder tolerates it
+    noisy_share: float = 0.0  # share of the clips with more noise than that, as generated latents have
+    most_noise: float = 0.4  # largest standard deviation of their noise
+    decoder_only: bool = False  # with init_from: encoder and latents stay as they are
     scale_weight: float = 0.5  # weight of the error at half size, which makes latents easier to generate (EQ-VAE)
     latent_weight: float = 1e-4  # weight of squared latents, which keeps them near unit size (KL of fixed variance)
     l1_weight: float = 0.02  # weight of the absolute error
@@ -55,7 +58,9 @@ class VAETrainConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         weights = ("latent_noise", "scale_weight", "latent_weight", "l1_weight", "flicker_weight")
-        check_ranges("train", self, dict.fromkeys(weights, "[0, inf)"))
+        check_ranges(
+            "train", self, {**dict.fromkeys(weights, "[0, inf)"), "noisy_share": "[0, 1]", "most_noise": "[0, inf)"}
+        )
 
 
 @dataclass
@@ -66,10 +71,15 @@ class VAEConfig:
     seed: int = 0  # seed of weights and data
     data: VAEDataConfig = field(default_factory=VAEDataConfig)  # clips, images and drawn shapes
     model: TinyVAEConfig = field(default_factory=TinyVAEConfig)  # sizes of the VAE
+    init_from: str | None = None  # "tiny", or the folder of a tiny VAE whose weights training starts from
     train: VAETrainConfig = field(default_factory=VAETrainConfig)  # steps, optimizer and weights of the loss
 
     def __post_init__(self) -> None:
         check_ranges("", self, {"seed": "[0, 4294967295]"})
+        if self.train.decoder_only and self.init_from is None:
+            raise ValueError(
+                "train.decoder_only=true needs a trained encoder; set init_from=tiny, or the folder of a VAE."
+            )
 
 
 # ((frames, size, clips) of a batch, probability): mostly small and short; batches have similar numbers of pixels.
@@ -140,6 +150,8 @@ class ClipPool:
         return (torch.stack(moving).numpy()[..., None] * tint).astype(np.uint8)
 
 
+_HALVING_NOISE = 0.2  # standard deviation of noise at which a clip counts half
+
 TERMS = Breakdown(
     "loss and its terms, without their weights",
     ["mse", "flicker", "latent", "half"],
@@ -147,22 +159,31 @@ TERMS = Breakdown(
 )
 
 
-def vae_loss(vae: TinyVAE, pixels: Tensor, noise: Tensor, config: VAETrainConfig) -> tuple[Tensor, Tensor]:
-    """Compute the loss, and its `TERMS` (4,) without their weights.
+def vae_loss(
+    vae: TinyVAE, pixels: Tensor, noise: Tensor, levels: Tensor, config: VAETrainConfig
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss, and its `TERMS` (4,) without their weights. levels: standard deviations (B,) of the noise.
 
     The loss has the squared error, a little absolute error (so that flat areas stay flat), the error of frame
-    differences, the error at half size, and the size of latents.
+    differences, the error at half size, and the size of latents. Clips of much noise, which cannot be decoded well,
+    count less.
     """
-    raw = vae.encode_raw(pixels)
-    # Noise is added to raw latents, whose size `latent_weight` keeps near 1.
-    decoded = vae.decode_raw(raw + config.latent_noise * noise).float()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not config.decoder_only):
+        raw = vae.encode_raw(pixels)
+    per_clip = levels.view(-1, 1, 1, 1, 1)
+    weight = torch.where(per_clip > config.latent_noise, 1 / (1 + (per_clip / _HALVING_NOISE) ** 2), 1)
+    # Noise is added to raw latents, whose size `latent_weight` keeps near 1, or whose size is known.
+    decoded = vae.decode_raw(raw + per_clip * vae.latent_std.view(1, -1, 1, 1, 1) * noise).float()
     error = decoded - pixels
-    mse = error.square().mean()
-    flicker = error.diff(dim=2).square().mean()
-    half = (decoded_half(vae, raw) - F.avg_pool3d(pixels, (1, 2, 2))).square().mean()
+    mse = (weight * error.square()).mean()
+    flicker = (weight * error.diff(dim=2).square()).mean()
     size = raw.float().square().mean()
-    loss = mse + config.l1_weight * error.abs().mean() + config.flicker_weight * flicker + config.latent_weight * size
-    loss = loss + config.scale_weight * half
+    l1 = (weight * error.abs()).mean()
+    loss = mse + config.l1_weight * l1 + config.flicker_weight * flicker + config.latent_weight * size
+    half = torch.zeros((), device=pixels.device)
+    if config.scale_weight:
+        half = (decoded_half(vae, raw) - F.avg_pool3d(pixels, (1, 2, 2))).square().mean()
+        loss = loss + config.scale_weight * half
     return loss, torch.stack([mse, flicker, size, half]).detach()
 
 
@@ -171,28 +192,37 @@ def decoded_half(vae: TinyVAE, raw: Tensor) -> Tensor:
     return vae.decode_raw(F.avg_pool3d(raw, (1, 2, 2))).float()
 
 
+def noise_levels(config: VAETrainConfig, count: int, generator: torch.Generator) -> Tensor:
+    """Draw the standard deviation (count,) of the noise on the latents of each clip."""
+    chance, level = torch.rand(2, count, generator=generator)
+    return torch.where(chance < config.noisy_share, config.most_noise * level, config.latent_noise)
+
+
 class VAEBatch(NamedTuple):
     """A batch of the VAE's training.
 
-    pixels: (B, 3, F, S, S) in [-1, 1]. noise: for the latents. keys, total: as in `stdit.training.fit.StepBatch`.
+    pixels: (B, 3, F, S, S) in [-1, 1]. noise: for the latents; levels: (B,) its standard deviations. keys, total: as in `stdit.training.fit.StepBatch`.
     """
 
     pixels: Tensor
     noise: Tensor
+    levels: Tensor
     keys: list[tuple[int, int, int]]
     total: int
 
 
-def vae_batches(pool: ClipPool, vae: TinyVAE, seed: int, start_step: int) -> Iterator[VAEBatch]:
+def vae_batches(pool: ClipPool, vae: TinyVAE, config: VAEConfig, start_step: int) -> Iterator[VAEBatch]:
     """Yield endless batches from `start_step` on, each a pure function of (seed, step)."""
-    step = start_step
+    step, seed = start_step, config.seed
     while True:
         pixels = pool.batch(seed, step)
         count = len(pixels)
         shape = (count, vae.channels, vae.latent_frames(pixels.shape[2]), *vae.latent_size(*pixels.shape[3:]))
         # With a factor that exceeds any number of steps, runs of different seeds share no noise.
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + step))
-        yield VAEBatch(pixels, noise, [(seed, step, slot) for slot in range(count)], count)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        noise = torch.randn(shape, generator=generator)
+        levels = noise_levels(config.train, count, generator)
+        yield VAEBatch(pixels, noise, levels, keys=[(seed, step, slot) for slot in range(count)], total=count)
         step += 1
 
 
@@ -218,7 +248,8 @@ class VAETrainer(TrainingLoop):
         """Compute the loss of a batch, which is the same for each of its clips."""
         device = self.accelerator.device
         with self.accelerator.autocast():
-            loss, terms = vae_loss(self.model, batch.pixels.to(device), batch.noise.to(device), self.config)
+            pixels, noise, levels = (part.to(device) for part in (batch.pixels, batch.noise, batch.levels))
+            loss, terms = vae_loss(self.model, pixels, noise, levels=levels, config=self.config)
         return StepLosses(loss.expand(batch.total), torch.stack([terms, torch.ones_like(terms)]))
 
 
