@@ -22,6 +22,11 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def rates(self) -> list[float]:
+        """The frame rates of the dataset's clips, as far as it knows them."""
+        return list(getattr(self.dataset, "rates", []))
+
     def record(self, index: int) -> Mapping[str, Any]:
         """The annotations of a sample."""
         return self.dataset.record(int(self.indices[index]))

@@ -123,10 +123,11 @@ def training_memory(
     bf16: bool,
     checkpointing: bool,
     fused: bool,
+    copies: int = 0,
 ) -> Memory:
     """Estimate the memory of a training step of `micro_batch` clips, from a forward pass over fake tensors.
 
-    fused: attention does not save its matrix (GPUs; CPUs in float32). Weights, gradients and EMA are float32.
+    fused: attention does not save its matrix (GPUs; CPUs in float32). copies: of the weights, besides their average. Weights, gradients and EMA are float32.
     """
     forward_cost(arguments, latent)  # fills the caches of position tables with real ones
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -150,7 +151,7 @@ def training_memory(
         weights=size,
         gradients=size,
         optimizer=moments,
-        ema=size,
+        ema=size * (1 + copies),
         activations=activations,
         recomputed=recomputed,
         working=2 * widest,

@@ -68,7 +68,7 @@ class HubMixin:
         """
         if (Path(pretrained_model_name_or_path) / "model_index.json").is_file():
             kwargs.setdefault("subfolder", "transformer")
-            check_weights(Path(pretrained_model_name_or_path), within="transformer/")
+            check_weights(Path(pretrained_model_name_or_path), within=f"{kwargs['subfolder']}/")
         folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
         if read_json(folder / "config.json"):  # bounded, as diffusers' reading is not
             check_fits(folder, lambda: cls.from_config(cls.load_config(folder)))

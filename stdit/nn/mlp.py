@@ -13,7 +13,8 @@ class SquaredReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply it to every number."""
-        return torch.relu(x).square()
+        x = torch.relu(x)
+        return x * x  # not a power, which autocast computes in float32 on GPUs
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

@@ -17,6 +17,7 @@ from stdit.data.datasets import CachedLatents, Dataset
 from stdit.data.holdout import split
 from stdit.data.samplers import BatchSampler, BucketSampler, ClipSize, PackedSampler, UniformSampler, assign_buckets
 from stdit.data.video_io import VideoError
+from stdit.data.workers import num_workers
 from stdit.diffusion.objective import Objective
 from stdit.hub import check_reachable, resolve_source
 from stdit.model.config import model_arguments
@@ -26,7 +27,7 @@ from stdit.precision import Precision, resolve
 from stdit.recipes.models import default_device
 from stdit.text import CaptionCache, load_text_encoder
 from stdit.training.fit import Teacher
-from stdit.training.held_out import HeldOutDraws
+from stdit.training.held_out import TOGETHER, HeldOutDraws
 from stdit.vae import VideoVAE
 
 
@@ -126,7 +127,13 @@ def build_teacher(config: Config, device: torch.device) -> Teacher | None:
     if model.config.flow_map:
         return None
     folder = Path(config.init_from.path)
+    folder = folder.parent if folder.name == "transformer" else folder
     guide = STDiT.from_pretrained(folder, subfolder="guide") if (folder / "guide" / "config.json").is_file() else None
+    if config.objective.distilled_guidance != 1:
+        away = "no condition" if guide is None else f"{folder / 'guide'}"
+        print(
+            f"the teacher is {config.init_from.path}, guided at {config.objective.distilled_guidance:g} away from {away}"
+        )
     for part in filter(None, (model, guide)):
         part.requires_grad_(False).eval().to(device)
     return Teacher(model, guide)
@@ -207,7 +214,12 @@ def split_holdout(config: Config, dataset: Dataset) -> tuple[Dataset, HeldOutDra
                 f"none of the {len(held)} held-out clips is long enough for any of data.sizes; hold out more, or add a size "
                 "with fewer frames."
             )
-    return kept, HeldOutDraws(held, sizes, config.seed)
+    decodes = num_workers(config.data.workers, held.decodes, 1) > 0
+    together = min(TOGETHER, train.micro_batch or TOGETHER)
+    draws = HeldOutDraws(
+        held, sizes, config.seed, together=together, decoder_process=decodes, timeout=config.data.timeout
+    )
+    return kept, draws
 
 
 def _tell_short(

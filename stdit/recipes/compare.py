@@ -193,7 +193,7 @@ def wanted(spec: Comparison, config: Config) -> list[tuple[str, str, str]]:
 def sample_clips(pipe: STDiTPipeline, spec: Comparison, config: Config) -> torch.Tensor:
     """Sample clips (N, 3, F, H, W) of every label or caption in turn, or of none if the model has none."""
     options: dict[str, Any] = {
-        "num_inference_steps": spec.sample_steps, "guidance_scale": spec.guidance, "seed": 1, "progress": False,
+        "num_inference_steps": spec.sample_steps, "guidance_scale": spec.guidance, "guider": "cfg", "seed": 1, "progress": False,
     }  # fmt: skip
     if config.text.encoder:
         return pipe(captions=[caption(*one) for one in wanted(spec, config)], **options)

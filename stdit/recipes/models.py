@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stdit.config import Config
-from stdit.legacy import renamed_parameter
+from stdit.legacy import renamed_config, renamed_parameter
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.sampling.pipeline import STDiTPipeline
@@ -91,7 +91,8 @@ def find_checkpoint(folder: Path) -> Checkpoint:
 def config_of(checkpoint: Checkpoint) -> Config:
     """The config of the run that wrote a checkpoint."""
     info, path = checkpoint.info, checkpoint.path
-    saved = {key: value for key, value in info["config"].items() if key not in ("vae_fingerprint", "data_fingerprint")}
+    settings = {key: value for key, value in info["config"].items() if not key.endswith("_fingerprint")}
+    saved = renamed_config(settings)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
     except OmegaConfBaseException as error:

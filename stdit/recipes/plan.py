@@ -145,8 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def memory(shape: Shape, clips: int, checkpointing: bool = config.model.gradient_checkpointing) -> Memory:
         fused = not (on_cpu and native_bf16() and bf16)
         return training_memory(
-            arguments, shape, clips, optimizer=train.optimizer, bf16=bf16, checkpointing=checkpointing, fused=fused
-        )
+            arguments, shape, clips, optimizer=train.optimizer, bf16=bf16, checkpointing=checkpointing, fused=fused,
+            copies=len(train.average_lengths) + (train.guide_step is not None),
+        )  # fmt: skip
 
     cost = forward_cost(arguments, latent)
     # DDP holds gradients twice.

@@ -301,7 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"model: {model}, the newest; --model names another", file=sys.stderr)
     pipe = load_pipeline(model)
     if args.pos_scaling:
-        pipe.transformer.set_pos_scaling(args.pos_scaling)
+        for model_part in filter(None, (pipe.transformer, pipe.guide)):
+            model_part.set_pos_scaling(args.pos_scaling)
     inputs = read_inputs(args, pipe)
     call = build_call(args, pipe, options)
     args.num_clips = call.num_clips
@@ -329,6 +330,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     written_to = paths[0] if len(paths) == 1 else paths[0].parent
     guidance = pipe.engine.guidance(call.options)
     print(
-        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {guidance.scale:g} ({guidance.guider}): {written_to}"
+        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {guidance.scale:g}: {written_to}"
     )
     return 0

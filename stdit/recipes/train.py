@@ -88,11 +88,19 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         teacher=build_teacher(config, accelerator.device),
         fps=clip_rate(config.data, dataset) if main else None,  # it warns if the clips' rates differ, which is said once
         held_out=held_out, held_out_every=steps_between(len(order.batch(0))),
-        preview=lambda m, step: preview(m, vae, config, folders, step=step, dataset=dataset),
+        preview=lambda m, step: preview(
+            build_pipeline(m, vae, config, guide=trainer.guide), config, folders, step=step, dataset=dataset
+        ),
     )  # fmt: skip
     if checkpoint is not None:
         trainer.restore(checkpoint)
         accelerator.print(f"resumed from {checkpoint.path}")
+    step = config.train.guide_step
+    if step is not None and trainer.guide is None and not trainer.step < step <= config.train.steps:
+        accelerator.print(
+            f"train.guide_step={step} is not among the steps from {trainer.step} to train.steps={config.train.steps}: the model "
+            "gets no guide."
+        )
     if main:
         folders.write_config(config)
     return Run(config, kept, order, trainer)

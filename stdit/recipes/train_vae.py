@@ -31,7 +31,7 @@ from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
 from stdit.training.vae import ClipPool, VAEConfig, VAETrainer, psnr, vae_batches
 from stdit.vae import load_vae
-from stdit.vae.tiny import TinyVAE
+from stdit.vae.tiny import TinyVAE, TinyVAEConfig
 
 
 def data_fingerprint(config: VAEConfig) -> dict[str, str]:
@@ -111,6 +111,8 @@ def build_vae(config: VAEConfig) -> TinyVAE:
         raise ValueError(
             f"init_from={config.init_from!r} is a VAE of diffusers; give the folder of a tiny VAE, or tiny."
         )
+    if asdict(config.model) not in (asdict(TinyVAEConfig()), {key: vae.config[key] for key in asdict(config.model)}):
+        raise ValueError(f"model.* has other sizes than the VAE of init_from={config.init_from!r}; leave model.* out.")
     vae.requires_grad_(True).train()
     if config.train.decoder_only:
         vae.encoder.requires_grad_(False)

@@ -68,11 +68,16 @@ def check_conditions(conditions: Conditions, frames: int, stride: int) -> None:
 
 
 def warn_of_conditions(
-    canvas: Canvas, guidance_scale: float, conditioners: Mapping[str, Conditioner], given: Mapping[str, Any]
+    canvas: Canvas,
+    guidance_scale: float,
+    conditioners: Mapping[str, Conditioner],
+    given: Mapping[str, Any],
+    *,
+    guider: str | None = None,
 ) -> None:
     """Warn if known frames have no label to go with, or negative conditions have no effect.
 
-    given: conditions of the call, by keyword.
+    given: conditions of the call, by keyword. guider: that of the call, None if it names none.
     """
     said = {keyword for keyword, value in given.items() if value is not None}
     alone = "label" in conditioners and not said & {conditioner.keywords[0] for conditioner in conditioners.values()}
@@ -80,6 +85,10 @@ def warn_of_conditions(
         warn_user(
             "this model has classes, but no label is given for the known frames: what is generated next to them may be of "
             "another class; give the class of what they show, class_labels= (--class-label)."
+        )
+    if guider == "auto" and any(keyword.startswith(NEGATIVE) for keyword in said):
+        warn_user(
+            "negative conditions have no effect with guider='auto', which leads away from a weaker model; use cfg."
         )
     if guidance_scale == 1 and any(keyword.startswith(NEGATIVE) for keyword in said):
         warn_user("negative conditions have no effect at guidance_scale=1 (--guidance 1); raise it, or leave them out.")
@@ -137,10 +146,11 @@ def _check_scheduler(engine: Engine, canvas: Canvas, options: SamplingOptions) -
 def _check_stream(options: SamplingOptions) -> None:
     """Raise ValueError for options that do not apply when frames are generated one by one with a cache."""
     defaults = SamplingOptions()
-    names = ("history_guidance", "guidance_interval", "arrangement", "tile", "guider")
+    names = ("history_guidance", "guidance_interval", "arrangement", "tile")
     changed = [
         f"{name}={getattr(options, name)}" for name in names if getattr(options, name) != getattr(defaults, name)
     ]
+    changed += ["guider=auto"] if options.guider == "auto" else []
     if changed:
         raise ValueError(
             f"a causal model generates frame by frame, to which these options do not apply: leave out {', '.join(changed)}, or "

@@ -86,6 +86,11 @@ class STDiTPipeline(DiffusionPipeline):
             )
         if not isinstance(scheduler, STDiTScheduler):
             check_compatible(scheduler, objective)
+        if guide is not None and _interface(guide) != _interface(transformer):
+            raise ValueError(
+                "The guide takes other inputs than the model, so guidance cannot lead away from it; give an earlier state of "
+                "the same run, or leave it out."
+            )
         # The component is the bare model, which diffusers can save; `video_vae` wraps it in the interface of VideoVAE.
         component = getattr(vae, "vae", vae)
         self.register_modules(transformer=transformer, vae=component, scheduler=scheduler, guide=guide)
@@ -277,6 +282,7 @@ class STDiTPipeline(DiffusionPipeline):
         sink), and pixels are decoded as a stream. Options: those of `fill`, without windows, blend and paste.
         """
         options, given = split(options, choices)
+        asked = options.guider
         if not self.transformer.config.causal:
             raise ValueError("this model is not causal; use extend, or train with model.causal=true.")
         changed = [name for name in _NOT_STREAMED if getattr(options, name) != getattr(SamplingOptions(), name)]
@@ -293,6 +299,7 @@ class STDiTPipeline(DiffusionPipeline):
             self.engine.guidance(options).scale,
             self.transformer.conditioners,
             {**given, "class_labels": class_labels, "captions": captions},
+            guider=asked,
         )
         check(engine, canvas, options, frames=total)
         check_conditions(found.conditions, total, self.video_vae.stride[0])
@@ -364,7 +371,8 @@ class STDiTPipeline(DiffusionPipeline):
         """
         choices |= {"negative_captions": negative_captions, "negative_class_labels": negative_class_labels}
         options, given = split(options, choices)
-        if options.guider is None and any(given[key] is not None for key in given if key.startswith(NEGATIVE)):
+        asked = options.guider
+        if asked is None and any(given[key] is not None for key in given if key.startswith(NEGATIVE)):
             options = dataclasses.replace(options, guider="cfg")  # which leads away from them
         with torch.no_grad():
             found = self.conditions(len(canvas.pixels), class_labels=class_labels, captions=captions, **given)
@@ -373,6 +381,7 @@ class STDiTPipeline(DiffusionPipeline):
             self.engine.guidance(options).scale,
             self.transformer.conditioners,
             {**given, "class_labels": class_labels, "captions": captions},
+            guider=asked,
         )
         canvas = pad_to_groups(canvas, self.video_vae)
         engine = self.engine
@@ -415,3 +424,10 @@ class STDiTPipeline(DiffusionPipeline):
 
 
 __getattr__ = aliases(__name__)
+
+
+def _interface(model: STDiT | UNet) -> tuple:
+    """What a model takes and gives, which a guide shares with its model."""
+    config = model.config
+    names = ("in_channels", "learn_sigma", "num_classes", "causal", "flow_map", "timestep_scale", "timestep_reversed")
+    return (model.patch_size, sorted(model.conditioners), *(config.get(name) for name in names))

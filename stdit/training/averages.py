@@ -61,7 +61,13 @@ class PowerAverages:
         return {f"average_{i}": dict(zip(self.names, values, strict=True)) for i, values in enumerate(self.values)}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Load what `state` gave."""
+        """Load what `state` gave; ValueError if that was none, or of another number of lengths."""
+        given = {name for name in tensors if name.startswith("average_")}
+        if len(given) != len(self.values):
+            raise ValueError(
+                f"the checkpoint has {len(given)} further averages, but train.average_lengths={self.lengths} asks for "
+                f"{len(self.values)}; they begin with a run. Set it as it was, or start again with train.resume=never."
+            )
         for i, values in enumerate(self.values):
             for name, value in zip(self.names, values, strict=True):
                 value.copy_(tensors[f"average_{i}"][name])

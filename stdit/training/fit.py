@@ -113,9 +113,7 @@ class Trainer(TrainingLoop):
 
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
         """Compute the diffusion loss of each clip of a batch."""
-        for reason in self.bad_files.add(batch.bad):
-            self.accelerator.print(f"skipped a file: {reason}")
-        self.bad_files.check()
+        self._note_bad(batch)
         conditions, clips = self._conditions(batch, self.config.label_dropout), to_latents(batch, self.vae)
         with self.accelerator.autocast():
             given = (clips, conditions, batch.keys)
@@ -138,18 +136,26 @@ class Trainer(TrainingLoop):
         accelerator = self.accelerator
         with swap_ema(self.model, self.ema):
             losses = self.held_out.losses(
-                self.loss_of, process=accelerator.process_index, processes=accelerator.num_processes
-            )
-        return accelerator.reduce(losses.to(accelerator.device), "sum").double().mean().item()
+                self.loss_of, process=accelerator.process_index, processes=accelerator.num_processes,
+                set_aside=self.set_aside,
+            )  # fmt: skip
+        return accelerator.reduce(losses.to(accelerator.device), "sum").cpu().double().mean().item()
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The losses (B,) of a batch with the model's weights as they are, and all conditions."""
+        self._note_bad(batch)
         conditions = self._conditions(batch, dropout=0.0)
         with self.accelerator.autocast():
             return diffusion_losses(
                 self.model, self.objective, to_latents(batch, self.vae), conditions, keys=batch.keys,
                 patch=self.model.patch_size, flow_map=self._flow_map(conditions, batch),
             ).clips  # fmt: skip
+
+    def _note_bad(self, batch: Batch) -> None:
+        """Say which files of a batch could not be read; ValueError if there are too many."""
+        for reason in self.bad_files.add(batch.bad):
+            self.accelerator.print(f"skipped a file: {reason}")
+        self.bad_files.check()
 
     def _flow_map(self, conditions: Conditions, batch: Batch) -> FlowMapTraining | None:
         if not self.objective.config.flow_map:

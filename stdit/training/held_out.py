@@ -2,6 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from stdit.data.base import Dataset
 from stdit.data.loader import Batch, KeyedSamples, collate
 from stdit.data.samplers import ClipSize, SampleRef
+from stdit.data.workers import WorkerPool
 
 DRAWS = 64  # clips that are measured, each with a noise and a level; fewer clips are measured several times each
 TOGETHER = 8  # draws in a batch, whatever the number of processes, so that their losses stay the same
@@ -21,34 +24,62 @@ class HeldOutDraws:
     """The draws of a held-out loss; they are read once and kept in memory.
 
     Crop, noise, level and known frames of a draw are functions of its key, as in training. sizes: for each clip the
-    size it is measured at (None: that of the config); clips that fit no size are left out of it.
+    size it is measured at (None: that of the config); clips that fit no size are left out of it. together: draws in a
+    batch. decoder_process, timeout: whether files are read in a process of its own, as in `WorkerPool`.
     """
 
-    def __init__(self, dataset: Dataset, sizes: dict[int, ClipSize | None], seed: int):
-        self._order = _FixedOrder(sizes)
+    def __init__(
+        self,
+        dataset: Dataset,
+        sizes: dict[int, ClipSize | None],
+        seed: int,
+        *,
+        together: int = TOGETHER,
+        decoder_process: bool = False,
+        timeout: float = 60.0,
+    ):
+        self._order = _FixedOrder(sizes, together)
         self._samples = KeyedSamples(dataset, seed, self._order)
         self._batches: dict[int, Batch] = {}
+        self._decoder_process, self._timeout = decoder_process, timeout
 
-    def losses(self, loss: Callable[[Batch], Tensor], *, process: int, processes: int) -> Tensor:
-        """The losses (draws,) on the CPU, 0 for the draws of other processes; loss: a batch -> (B,)."""
-        parts = []
-        for number, group in enumerate(self._order.groups):
-            mine = number % processes == process
-            parts.append(loss(self._batch(number)).float().cpu() if mine else torch.zeros(len(group)))
-        return torch.cat(parts)
+    def losses(
+        self,
+        loss: Callable[[Batch], Tensor],
+        *,
+        process: int = 0,
+        processes: int = 1,
+        set_aside: dict[str, str] | None = None,
+    ) -> Tensor:
+        """The losses (draws,) on the CPU, 0 for the draws of other processes; loss: a batch -> (B,).
 
-    def _batch(self, number: int) -> Batch:
-        if number not in self._batches:
-            step = _FIRST_STEP + number
-            slots = range(len(self._order.groups[number]))
-            self._batches[number] = collate([self._samples[step, slot] for slot in slots])
-        return self._batches[number]
+        set_aside: name -> reason of files that are not opened; those that crash or stall their process are added.
+        """
+        groups = self._order.groups
+        mine = range(process, len(groups), processes)
+        if not self._batches:
+            read = self._read(mine, {} if set_aside is None else set_aside)
+            self._batches = {number: collate(samples) for number, samples in zip(mine, read, strict=True)}
+        return torch.cat(
+            [
+                loss(self._batches[number]).float().cpu() if number in mine else torch.zeros(len(group))
+                for number, group in enumerate(groups)
+            ]
+        )
+
+    def _read(self, numbers: Sequence[int], set_aside: dict[str, str]) -> list[list[dict[str, Any]]]:
+        """The samples of each batch."""
+        keys = [[(_FIRST_STEP + n, slot) for slot in range(len(self._order.groups[n]))] for n in numbers]
+        if not self._decoder_process:
+            return [[self._samples.load(key, set_aside, lambda name: None) for key in group] for group in keys]
+        with closing(WorkerPool(self._samples, 1, self._timeout, set_aside)) as pool:
+            return list(pool.batches(iter(keys)))
 
 
 class _FixedOrder:
     """A batch sampler whose steps are the batches of a held-out loss, each of one size."""
 
-    def __init__(self, sizes: dict[int, ClipSize | None]):
+    def __init__(self, sizes: dict[int, ClipSize | None], together: int):
         self._sizes = sizes
         samples = list(sizes)
         picked = [samples[i * len(samples) // DRAWS] for i in range(DRAWS)]
@@ -56,7 +87,7 @@ class _FixedOrder:
         for sample in picked:
             by_size[sizes[sample]].append(SampleRef(sample, sizes[sample]))
         self.groups = [
-            refs[first : first + TOGETHER] for refs in by_size.values() for first in range(0, len(refs), TOGETHER)
+            refs[first : first + together] for refs in by_size.values() for first in range(0, len(refs), together)
         ]
 
     def batch(self, step: int) -> list[SampleRef]:

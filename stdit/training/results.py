@@ -73,11 +73,11 @@ def preview_conditions(model: STDiT, dataset: Dataset, count: int) -> dict[str, 
     return found
 
 
-def preview(model: STDiT, vae: VideoVAE, config: Any, folders: RunFolders, *, step: int, dataset: Dataset) -> None:
+def preview(pipeline: STDiTPipeline, config: Any, folders: RunFolders, *, step: int, dataset: Dataset) -> None:
     """Write a contact sheet of a few clips, always from the same noise, to samples/."""
     count = min(12, config.train.samples) or 1
-    given = preview_conditions(model, dataset, count)
-    clips = _sample(build_pipeline(model, vae, config), config, given, steps=max(8, config.train.sample_steps // 2))
+    given = preview_conditions(pipeline.transformer, dataset, count)
+    clips = _sample(pipeline, config, given, steps=max(8, config.train.sample_steps // 2))
     write_contact_sheet(folders.samples / f"step-{step:07d}.png", list(clips), columns=2)
 
 

@@ -85,6 +85,10 @@ def _from_path(path: Path, folders: RunFolders, *, main: bool) -> Checkpoint:
         aside = folders.new_archive(folders.checkpoints)
         for checkpoint_folder in newer:
             os.rename(checkpoint_folder, aside / checkpoint_folder.name)
+        for snapshot in (folders.checkpoints / "averages").glob("step-*.safetensors"):
+            if int(snapshot.stem.removeprefix("step-")) > source.step:
+                (aside / "averages").mkdir(exist_ok=True)
+                os.rename(snapshot, aside / "averages" / snapshot.name)
         print(f"train.resume={path}: newer checkpoints are now in {aside}", file=sys.stderr)
     return source._replace(info={**source.info, "origin": origin})
 

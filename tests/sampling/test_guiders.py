@@ -96,6 +96,27 @@ def test_a_guide_of_a_strange_class_is_refused(models, tmp_path):
         STDiTPipeline.from_pretrained(tmp_path / "m")
 
 
+def test_a_guide_with_other_inputs_is_refused(models, tiny_model):
+    with pytest.raises(ValueError, match="guide takes other inputs"):
+        pipeline(models, tiny_model(in_channels=16, learn_sigma=False, num_classes=3))
+
+
+def test_a_causal_model_takes_negative_conditions_and_no_guider_auto(tiny_model, models):
+    causal = tiny_model(in_channels=16, learn_sigma=False, causal=True, position_encoding="rope_3d")
+    pipe = pipeline((causal, None, models[2]), causal)
+    call = {**CALL, "class_labels": [1]}
+    assert not torch.equal(
+        pipe(**call, guidance_scale=2.0, negative_class_labels=[3]), pipe(**call, guidance_scale=2.0)
+    )
+    with pytest.raises(ValueError, match="leave out guider=auto"):
+        pipe(**call, guider="auto")
+
+
+def test_negative_conditions_that_have_no_effect_are_said(models):
+    with pytest.warns(UserWarning, match="guider='auto'"):
+        pipeline(models, models[1])(**CALL, guider="auto", negative_class_labels=[3, 4])
+
+
 def test_the_guider_auto_needs_a_guide(models):
     with pytest.raises(ValueError, match="train.guide_step=STEP"):
         pipeline(models)(**CALL, guider="auto")
@@ -120,3 +141,10 @@ def test_training_keeps_the_averaged_weights_of_the_guides_step(tmp_path, monkey
         exported["x_embedder.proj.weight"],
         STDiTPipeline.from_pretrained("models/t").transformer.state_dict()["x_embedder.proj.weight"],
     )
+
+
+def test_a_guide_step_that_no_step_reaches_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("t.yaml").write_text(TINY)
+    assert train.run(["t.yaml", "train.steps=1"]) == 0
+    assert "the model gets no guide" in capsys.readouterr().out

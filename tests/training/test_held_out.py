@@ -139,6 +139,26 @@ def test_draws_do_not_depend_on_the_number_of_processes():
     assert len(alone) == 64 and torch.equal(alone, shared)
 
 
+def test_unreadable_held_out_files_are_said_and_replaced(tmp_path):
+    data = table(tmp_path, ["path", *(f"{i}.mp4" for i in range(3))])
+    draws = HeldOutDraws(data, dict.fromkeys(range(3)), seed=0)
+    with pytest.raises(ValueError, match="could not be read"):  # none of them is a video
+        draws.losses(lambda batch: torch.zeros(len(batch.keys)))
+    aside: dict[str, str] = {}
+    processed = HeldOutDraws(shapes(4), dict.fromkeys(range(4)), seed=0, decoder_process=True, timeout=30)
+    here = HeldOutDraws(shapes(4), dict.fromkeys(range(4)), seed=0)
+    means = [
+        d.losses(lambda batch: batch.pixels.float().flatten(1).mean(1), set_aside=aside) for d in (processed, here)
+    ]
+    assert torch.equal(*means) and not aside
+
+
+def test_a_subset_knows_the_rates_of_its_clips():
+    whole = shapes(4)
+    whole.rates = [25.0]
+    assert split(whole, 0.5)[0].rates == [25.0]
+
+
 def test_measuring_takes_less_than_two_percent_of_the_clips():
     for clips in (1, 4, 16, 256, 4096):
         assert 64 / (steps_between(clips) * clips) < 0.02
@@ -195,6 +215,12 @@ def test_a_length_that_the_snapshots_cannot_give_is_refused(tmp_path):
         weights_of(read_snapshots(tmp_path, 100), 0.01, 100)
     with pytest.raises(ValueError, match="has no snapshots"):
         read_snapshots(tmp_path / "none", 100)
+
+
+def test_further_averages_cannot_begin_within_a_run(home, capsys):
+    assert go("train.steps=20", "train.average_lengths=[]") == 0
+    assert go("train.steps=40", "train.allow_changes=true") == 1
+    assert "they begin with a run" in capsys.readouterr().err
 
 
 def test_the_average_command_writes_the_length_with_the_least_held_out_loss(home, capsys):
