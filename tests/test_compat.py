@@ -76,13 +76,9 @@ def test_a_checkpoint_resumes_under_the_config_that_wrote_it(home, name, monkeyp
     assert losses == pytest.approx(RECORD["losses"][name][3:], rel=1e-2 if name == "causal" else TOLERANCE or 1e-12)
 
 
-def test_a_checkpoint_with_former_keys_in_its_config_is_sampled():
-    from stdit.recipes.models import pipeline_of
+def test_the_config_of_a_checkpoint_is_read_under_its_former_keys():
+    from stdit.recipes.models import config_of
     from stdit.training.state import read_checkpoint
 
-    found = read_checkpoint(Path(__file__).parent / "compat" / "checkpoints" / "stack" / "step-3")
-    model = {**json.loads((Path(__file__).parent / "compat/models/stack/transformer/config.json").read_text())}
-    config = {**found.info["config"], "vae": {"name": "tiny"}}
-    config.pop("vae_fingerprint", None)
-    found = found._replace(info={**found.info, "config": config, "model": model})
-    assert pipeline_of(found).transformer.config.activation == "gelu_tanh"
+    model = config_of(read_checkpoint(Path(__file__).parent / "compat" / "checkpoints" / "stack" / "step-3")).model
+    assert (model.activation, model.position_encoding) == ("gelu_tanh", "sincos+rope_3d")
