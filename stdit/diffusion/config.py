@@ -39,6 +39,9 @@ class ObjectiveConfig:
     shift: float = 1.0  # flow: shifts levels toward noise, in training and sampling
     flow_map: bool = False  # flow: the network also learns where steps end, for sampling in few of them
     distilled_guidance: float = 1.0  # flow_map: guidance scale that is learnt into the network; 1: none
+    distilled_guider: Literal["cfg", "auto"] = (
+        "cfg"  # what the teacher's guidance leads away from: no condition, or its guide
+    )
     shift_tokens: int = 0  # flow: latent positions at which shift holds; it scales with the root of the size; 0: off
 
     def __post_init__(self) -> None:
