@@ -128,12 +128,14 @@ def build_teacher(config: Config, device: torch.device) -> Teacher | None:
         return None
     folder = Path(config.init_from.path)
     folder = folder.parent if folder.name == "transformer" else folder
-    guide = STDiT.from_pretrained(folder, subfolder="guide") if (folder / "guide" / "config.json").is_file() else None
-    if config.objective.distilled_guidance != 1:
-        away = "no condition" if guide is None else f"{folder / 'guide'}"
-        print(
-            f"the teacher is {config.init_from.path}, guided at {config.objective.distilled_guidance:g} away from {away}"
-        )
+    guide = None
+    if config.objective.distilled_guider == "auto":
+        if not (folder / "guide" / "config.json").is_file():
+            raise ValueError(
+                f"objective.distilled_guider=auto, but init_from.path={config.init_from.path!r} has no folder guide; use cfg, or "
+                "a model that was trained with train.guide_step."
+            )
+        guide = STDiT.from_pretrained(folder, subfolder="guide")
     for part in filter(None, (model, guide)):
         part.requires_grad_(False).eval().to(device)
     return Teacher(model, guide)
