@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from stdit.pixels import to_float
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
 from stdit.rng import keyed_rng
+from stdit.sampling.options import Guider
 from stdit.sampling.pipeline import STDiTPipeline
 
 
@@ -45,7 +47,7 @@ def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int]
     labels, output = [i % len(CLASS_NAMES) for i in range(args.clips)], _output(model)
     clips = pipe(
         [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, num_inference_steps=args.steps,
-        guidance_scale=_guidance(pipe, args), seed=args.seed, solver=args.solver,
+        guidance_scale=_guidance(pipe, args), seed=args.seed, solver=args.solver, guider=args.guider,
     )  # fmt: skip
     return [to_uint8(clip) for clip in clips], labels, output
 
@@ -53,7 +55,7 @@ def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int]
 def _guidance(pipe: STDiTPipeline, args: argparse.Namespace) -> float:
     if args.guidance is not None:
         return args.guidance
-    plain = pipe.engine.distilled_guidance == 1 and pipe.guide is None
+    plain = pipe.engine.distilled_guidance == 1 and (pipe.guide is None or args.guider not in (None, "auto"))
     return 3.0 if plain else pipe.engine.default_guidance
 
 
@@ -237,6 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument(
         "--guidance", type=float, help="default: 3; 2 for a model with a guide, 1 for one that has learnt it"
+    )
+    parser.add_argument(
+        "--guider", choices=get_args(Guider), help="what guidance leads away from; default: the model's"
     )
     parser.add_argument("--solver")
     parser.add_argument(
