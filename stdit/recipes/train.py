@@ -88,9 +88,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         teacher=build_teacher(config, accelerator.device),
         fps=clip_rate(config.data, dataset) if main else None,  # it warns if the clips' rates differ, which is said once
         held_out=held_out, held_out_every=steps_between(len(order.batch(0))),
-        preview=lambda m, step: preview(
-            build_pipeline(m, vae, config, guide=trainer.guide), config, folders, step=step, dataset=dataset
-        ),
+        # Without the guide: a function that knew the trainer would keep it, and its lock, after an error.
+        preview=lambda m, step: preview(build_pipeline(m, vae, config), config, folders, step=step, dataset=dataset),
     )  # fmt: skip
     if checkpoint is not None:
         trainer.restore(checkpoint)

@@ -32,10 +32,10 @@ class Guidance(NamedTuple):
     """
 
     scale: float = 1.0
-    guider: str = "cfg"
     interval: tuple[float, float] = (0.0, 1.0)
     channels: int | None = None
     history: float = 1.0
+    guider: str = "cfg"
 
     @classmethod
     def of(cls, options: SamplingOptions, default: float, guider: str = "cfg") -> Self:

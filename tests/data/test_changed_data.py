@@ -214,7 +214,7 @@ def quick(monkeypatch):
     from stdit.training.metrics import MetricsLogger
 
     monkeypatch.setattr(MetricsLogger, "curves", lambda *args, **options: None)
-    monkeypatch.setattr(train, "export", lambda *args, **options: None)
+    monkeypatch.setattr(train, "replace_model", lambda *args, **options: None)
 
 
 def test_a_run_refuses_other_data_unless_changes_are_allowed_and_says_what_differs(home, quick, capsys):

@@ -51,6 +51,8 @@ def test_without_flags_options_have_their_defaults_and_each_flag_sets_its_field(
             "0.9",
             "--guidance-channels",
             "3",
+            "--guider",
+            "cfg_zero",
             "--history-guidance",
             "2",
             "--seed",

@@ -181,7 +181,7 @@ def test_an_offloaded_vae_is_put_on_its_device_before_it_encodes_and_decodes(pip
     add_hook_to_module(pipe.vae, hook)
     pipe.extend(torch.rand(1, 3, 1, 16, 16), after=4, class_labels=0, num_inference_steps=1, progress=False)
     assert hook.calls >= 2
-    assert pipe.model_cpu_offload_seq == "transformer->vae"
+    assert pipe.model_cpu_offload_seq == "guide->transformer->vae"
 
 
 def test_words_are_letters_with_their_marks_in_one_form_and_single_letters_where_scripts_have_no_blanks():
