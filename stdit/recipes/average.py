@@ -30,10 +30,10 @@ LENGTHS_TRIED = 9
 
 
 def lengths_between(snapshots: Sequence[Snapshot], lengths: Sequence[float], step: int) -> list[float]:
-    """Lengths to try, evenly spaced by ratio; those that the snapshots do not give are left out."""
+    """Lengths to try: those of training, and others about them, as far as the snapshots give them."""
     low, high = 0.8 * min(lengths), 1.5 * max(lengths)
     tried = [min(0.288, low * (high / low) ** (i / (LENGTHS_TRIED - 1))) for i in range(LENGTHS_TRIED)]
-    return [length for length in tried if _gives(snapshots, length, step)]
+    return [length for length in sorted({*tried, *lengths}) if _gives(snapshots, length, step)]
 
 
 def _gives(snapshots: Sequence[Snapshot], length: float, step: int) -> bool:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         @torch.no_grad()
         def measured() -> float:
-            return held_out.losses(trainer.loss_of, process=0, processes=1).double().mean().item()
+            return held_out.losses(trainer.loss_of).double().mean().item()
 
         print(f"held-out loss of the average in training (train.ema_decay={config.train.ema_decay}): {measured():.5f}")
         found = {}

@@ -117,9 +117,9 @@ def load_start(path: str, key: str = "init_from.path") -> STDiT:
 
 
 def build_teacher(config: Config, device: torch.device) -> Teacher | None:
-    """The model of `init_from.path`, with its guide if it has one, from which a flow map learns; else None.
+    """The model of `init_from.path` from which a flow map learns; None for other runs, and from a flow map.
 
-    None for other runs, and from a flow map.
+    With `objective.distilled_guider=auto` also its guide; ValueError if it has none.
     """
     if not config.objective.flow_map or config.init_from.path is None:
         return None

@@ -25,10 +25,10 @@ class Denoiser(Protocol):
 class Guidance(NamedTuple):
     """The strength of guidance, and the levels and channels at which it is applied.
 
-    scale: 1 is none. guider: a row of `GUIDERS`, what it leads away from. interval: levels of the noisiest frame at which it is applied
-    (Kynkaanniemi et al.). channels: the number of latent channels that are guided, from the first (DiT's published
-    samples: three of four), None is all. history: guidance toward known frames (Song et al., "History-Guided Video
-    Diffusion"), 1 is none.
+    scale: 1 is none. interval: levels of the noisiest frame at which it is applied (Kynkaanniemi et al.). channels: the
+    number of latent channels that are guided, from the first (DiT's published samples: three of four), None is all.
+    history: guidance toward known frames (Song et al., "History-Guided Video Diffusion"), 1 is none. guider: a row of
+    `GUIDERS`, what it leads away from.
     """
 
     scale: float = 1.0
