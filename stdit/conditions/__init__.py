@@ -6,6 +6,7 @@ The order of the table is the order in which embedders are made and summed, so a
 from collections.abc import Mapping
 from typing import Any
 
+from stdit.conditions.actions import Actions, ActionSpace
 from stdit.conditions.base import ClipFacts, Conditioner
 from stdit.conditions.caption import Caption
 from stdit.conditions.label import Label
@@ -13,10 +14,12 @@ from stdit.conditions.micro import Micro
 from stdit.conditions.values import Conditions, Guided, Tokens
 from stdit.variants import pick
 
-CONDITIONERS: dict[str, type[Conditioner]] = {"label": Label, "micro": Micro, "caption": Caption}
+CONDITIONERS: dict[str, type[Conditioner]] = {"label": Label, "micro": Micro, "caption": Caption, "actions": Actions}
 
 __all__ = [
     "CONDITIONERS",
+    "ActionSpace",
+    "Actions",
     "Caption",
     "ClipFacts",
     "Conditioner",
@@ -49,7 +52,7 @@ def check_extra_conditions(extra: Mapping[str, Any], key: str = "extra_condition
             raise ValueError(f"{key} has {name!r}, which other config keys turn on; leave it out of {key}.")
         try:
             kind.from_config({"extra_conditions": {name: arguments}})
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{key}.{name}={arguments}: {error}; give the arguments of {kind.__name__}.") from error
 
 

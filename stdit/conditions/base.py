@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from stdit.conditions.values import Value
+from stdit.conditions.values import Tokens, Value, map_value
 from stdit.rng import keyed_generator
 
 Key = tuple[int, int, int]  # (seed, step, slot) of a clip in training
@@ -33,7 +33,8 @@ class Conditioner(ABC):
     name: key in batches and in `conditions=` of a model. keywords: argument names in a model's forward and in pipeline
     calls. module: name of the embedder in the model. joins: "vector" is added to the conditioning vector, "tokens" are
     passed to the blocks as tokens. clip_ndim: dimensions of a value for whole clips, without the frame axis. guided:
-    whether guidance replaces it by its null in the unconditional branch. stored: whether a latent cache has a column of
+    whether guidance replaces it by its null in the unconditional branch. guided_by_default: whether a model of this
+    condition alone is guided by calls that give no scale. stored: whether a latent cache has a column of
     its raw values under its name.
     """
 
@@ -43,6 +44,7 @@ class Conditioner(ABC):
     joins: ClassVar[Literal["vector", "tokens"]] = "vector"
     clip_ndim: ClassVar[int]
     guided: ClassVar[bool] = True
+    guided_by_default: ClassVar[bool] = True
     stored: ClassVar[bool] = True
 
     # Model
@@ -146,14 +148,41 @@ class Conditioner(ABC):
         value, null = torch.broadcast_tensors(value, null)
         return value, null
 
+    def count(self, given: Any) -> int:
+        """The number of clips that a user's input is for."""
+        values = torch.as_tensor(given)
+        return len(values) if values.ndim >= self.clip_ndim else 1
+
+    def at(self, value: Value, frames: Sequence[int], total: int, *, stride: int, starts: bool) -> Value:
+        """The value for latent frames that end at pixel frames `frames` of an output of `total` frames.
+
+        value: of all latent frames of the output, or of whole clips. Frames outside the output take its first or last
+        value. stride: pixel frames per latent frame after the first. starts: whether the first of them is encoded alone,
+        as the start of a clip.
+        """
+        latents = [-(-min(max(frame, 0), total - 1) // stride) for frame in frames]
+        return map_value(value, lambda x: x if x.shape[1] == 1 else x[:, latents])
+
+    def check_frames(self, value: Value, frames: int, stride: int) -> None:
+        """Raise ValueError unless there is one value per clip, or one per latent frame of an output of `frames` frames."""
+        expected = -(-(frames - 1) // stride) + 1
+        given = (value.tokens if isinstance(value, Tokens) else value).shape[1]
+        if given not in (1, expected):
+            raise ValueError(
+                f"condition {self.name!r} has {given} values per clip, but its {frames} frames are {expected} latent frames; give one value "
+                "per latent frame, or one per clip."
+            )
+
     def of_clip(self, clip: ClipFacts) -> Value | None:
         """Value that follows from the clip to be generated; None for a condition that the user gives."""
         return None
 
-    def preview(self, records: Callable[[int], Mapping[str, Any]], samples: int, count: int) -> dict[str, Any]:
+    def preview(
+        self, records: Callable[[int], Mapping[str, Any]], samples: int, count: int, *, frames: int
+    ) -> dict[str, Any]:
         """Arguments of the pipeline call that samples `count` preview clips in training.
 
-        records: index of a sample, below `samples` -> its record.
+        records: index of a sample, below `samples` -> its record. frames: of a clip.
         """
         return {}
 

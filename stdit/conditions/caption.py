@@ -91,7 +91,9 @@ class Caption(Conditioner):
         null = map_value(both, lambda x: x[count:].expand(count, *x.shape[1:]))
         return map_value(both, lambda x: x[:count]), null  # type: ignore[return-value]
 
-    def preview(self, records: Callable[[int], Mapping[str, Any]], samples: int, count: int) -> dict[str, Any]:
+    def preview(
+        self, records: Callable[[int], Mapping[str, Any]], samples: int, count: int, *, frames: int
+    ) -> dict[str, Any]:
         """Captions of random samples of the data."""
         spread = keyed_rng("preview", 0).integers(samples, size=count)
         return {"captions": [records(int(i)).get("caption") or "" for i in spread], "class_labels": None}

@@ -65,7 +65,9 @@ class Label(Conditioner):
             raise ValueError(f"{len(labels)} class_labels for {count} clips; give one per clip, or one for all.")
         return labels.expand(count, -1)
 
-    def preview(self, records: Callable[[int], Mapping[str, Any]], samples: int, count: int) -> dict[str, Any]:
+    def preview(
+        self, records: Callable[[int], Mapping[str, Any]], samples: int, count: int, *, frames: int
+    ) -> dict[str, Any]:
         """Labels that cycle through the classes."""
         return {"class_labels": [i % self.num_classes for i in range(count)]}
 

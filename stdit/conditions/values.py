@@ -4,7 +4,7 @@ Every tensor is (B|1, T|1, ...). A frame axis of length 1 holds one value for th
 per latent frame; a batch axis of length 1 holds one value for all clips.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -37,11 +37,6 @@ def map_tensors(conditions: Mapping[str, Value], change: Callable[[Tensor], Tens
 def rows(conditions: Mapping[str, Value], which: slice) -> Conditions:
     """Select the conditions of some clips of a batch."""
     return map_tensors(conditions, lambda x: x if len(x) == 1 else x[which])
-
-
-def frames(conditions: Mapping[str, Value], which: Sequence[int]) -> Conditions:
-    """Select the conditions of some latent frames; conditions of whole clips stay unchanged."""
-    return map_tensors(conditions, lambda x: x if x.shape[1] == 1 else x[:, list(which)])
 
 
 def repeat_frames(conditions: Mapping[str, Value], times: int) -> Conditions:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from stdit.conditions import ClipFacts, read_conditions
+from stdit.conditions import ActionSpace, ClipFacts, read_conditions
 from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
 from stdit.data.rates import DEFAULT_FPS
@@ -33,6 +33,8 @@ class CachedLatents(Annotated):
     def __init__(self, root: Path, config: DataConfig):
         self.root, self.info = root, _read_index(root / "cache.json")
         self.num_classes, self.class_names = self.info["num_classes"], self.info["class_names"]
+        space = self.info.get("action_space")
+        self.action_space = None if space is None else ActionSpace.of(space, f"{root / 'cache.json'}: action_space")
         size = (self.info["num_frames"], self.info["height"], self.info["width"])
         asked = (config.num_frames, config.height, config.width)
         if size != asked:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stdit.conditions import ClipFacts
+from stdit.conditions import ActionSpace, ClipFacts
+from stdit.data.actions import actions_of_rows
 from stdit.data.backends import Reader, open_video
 from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
@@ -54,6 +55,11 @@ class TableDataset(Annotated):
         path, label, caption, columns = self.rows[index]
         content = content_of(path) if read else size_of(path)
         return Identity(relative_name(path, Path(self.config.root)), content, label, caption, columns=columns)
+
+    @cached_property
+    def action_space(self) -> ActionSpace | None:
+        """The actions of the clips, None if they have none."""
+        return actions_of_rows([row.columns for row in self.rows])
 
     def _path(self, index: int) -> Path:
         """The file of a row. VideoError if the manifest has a column sha256 and the file another hash."""
@@ -105,10 +111,15 @@ class VideoClips(TableDataset):
         with self._open(path) as reader:
             if size.frames > 1:
                 warn_of_repeats(reader, self.config.fps)
-            picked = window(reader, size.frames, self.config.fps, rng)
-            frames = reader.get_frames(picked, size=cover_size(reader.size, target))
+            first, picked = self._pick(index, reader, size.frames, rng)
+            frames = reader.get_frames([first + frame for frame in picked], size=cover_size(reader.size, target))
             rate = self.config.fps or reader.fps
         return self._finish(frames, size, rate, rng, picked=picked)
+
+    def _pick(self, index: int, reader: Reader, count: int, rng: np.random.Generator) -> tuple[int, list[int]]:
+        """The frame of the file at which a clip begins, and the numbers of the frames of a window, from there."""
+        repeat = 1 if self.action_space is None else self.action_space.repeat
+        return 0, window(reader, count, self.config.fps, rng, step=repeat)
 
     def facts(self, index: int) -> Facts:
         """What is measured of a file. Measurements are remembered on disk while the file stays as it is."""
@@ -174,12 +185,15 @@ def _refuse(path: str | Path, reason: str | None) -> None:
         raise VideoError(f"{str(path)!r} {reason}.")
 
 
-def window(reader: Reader, num_frames: int, fps: float | None, rng: np.random.Generator) -> list[int]:
-    """Draw the frame numbers of a window at a random position; VideoError if the clip is too short for it."""
+def window(reader: Reader, num_frames: int, fps: float | None, rng: np.random.Generator, *, step: int = 1) -> list[int]:
+    """Draw the frame numbers of a window at a random position; VideoError if the clip is too short for it.
+
+    step: without `fps`, windows begin at multiples of it, where an action that lasts several frames begins.
+    """
     last = float(reader.timestamps[-1])
     _refuse(reader.path, too_short(len(reader), last, num_frames, fps=fps))
     if fps is None:
-        start = int(rng.integers(len(reader) - num_frames + 1))
+        start = step * int(rng.integers((len(reader) - num_frames) // step + 1))
         return list(range(start, start + num_frames))
     begin = rng.uniform(0, max(0.0, last - (num_frames - 1) / fps))
     return reader.indices_at(begin + np.arange(num_frames) / fps)

@@ -17,7 +17,8 @@ class DataConfig:
 
     root: str = "data/clips"  # folder (or idx file) of the data
     manifest: str | None = None  # CSV or JSON lines: path, label, caption, further columns; null: scan root
-    source: Literal["auto", "videos", "images", "idx", "latents", "shapes"] = "auto"  # kind of data; auto: inferred
+    source: Literal["auto", "videos", "images", "idx", "latents", "shapes", "lerobot"] = "auto"  # auto: inferred
+    camera: str | None = None  # source=lerobot: the camera, if there are several
     num_frames: int = 17  # pixel frames of a clip; 1 for images
     height: int = 64  # height in pixels
     width: int = 64  # width in pixels

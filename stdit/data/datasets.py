@@ -14,6 +14,7 @@ from stdit.data.cached import CachedLatents
 from stdit.data.clips import Images, VideoClips, window
 from stdit.data.config import DataConfig
 from stdit.data.idx import read_idx
+from stdit.data.lerobot import LeRobotClips, is_lerobot
 from stdit.data.manifest import Table, find_media, read_manifest, scan_folder
 from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_picture
 from stdit.data.pictures import read_picture
@@ -156,6 +157,7 @@ SOURCES: dict[str, Callable[[Path, DataConfig], Dataset]] = {
     "images": _images,
     "idx": _idx,
     "latents": CachedLatents,
+    "lerobot": LeRobotClips,
     "shapes": lambda root, config: MovingShapes(config),
 }
 
@@ -175,6 +177,8 @@ def _guess(root: Path, config: DataConfig) -> str:
     if config.manifest is None and root.is_dir():
         if (root / "cache.json").is_file():
             return "latents"
+        if is_lerobot(root):
+            return "lerobot"
         if any("images-idx3" in p.name for p in root.iterdir()):
             return "idx"
     elif config.manifest is None and root.is_file() and "images-idx3" in root.name:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from stdit.conditions import ActionSpace
 from stdit.data.base import Dataset, Identity
 from stdit.data.identity import identity_of
 from stdit.data.samplers import ClipSize
@@ -18,6 +19,7 @@ class Subset:
         self.dataset, self.indices = dataset, np.asarray(indices, dtype=np.int64)
         self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
         self.decodes = getattr(dataset, "decodes", True)
+        self.action_space: ActionSpace | None = getattr(dataset, "action_space", None)
 
     def __len__(self) -> int:
         return len(self.indices)

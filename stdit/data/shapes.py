@@ -155,6 +155,11 @@ def _two_colors(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             return color, background
 
 
+def shape_extent(shape: str) -> tuple[float, float, float, float]:
+    """How far a shape of size 1 reaches from its centroid: left, right, up, down."""
+    return _EXTENTS[shape]
+
+
 def signed_distance(shape: str, size: float, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
     """The signed distance in pixels to the outline of a shape, negative inside; exact except outside of corners.
 

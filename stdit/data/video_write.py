@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from stdit.files import atomic_write
 from stdit.pixels import to_bytes
+from stdit.variants import pick
 from stdit.warn import warn_user
 
 Frames = np.ndarray | Tensor
@@ -45,37 +47,63 @@ def to_uint8(frames: Frames) -> np.ndarray:
     )
 
 
-def write_video(path: str | os.PathLike, frames: Frames, fps: float = 8) -> None:
-    """Write a clip in the format of the suffix: .mp4 (H.264, yuv420p, faststart), .gif, .png (all frames in a row).
+class Encoding(NamedTuple):
+    """How an mp4 file holds its frames: codec, format of the pixels, and options of the encoder."""
+
+    codec: str
+    pixels: str
+    options: dict[str, str]
+
+
+# Without macroblock trees, whose sums depend on what memory held before: the same frames give the same file.
+_STEADY = {"preset": "fast", "x264-params": "mbtree=0"}
+# What every player shows; what keeps colours at full resolution (above 40 dB even for small coloured objects); the frames
+# themselves. Browsers show the first only.
+ENCODINGS = {
+    "playable": Encoding("libx264", "yuv420p", {"crf": "16", **_STEADY}),
+    "faithful": Encoding("libx264", "yuv444p", {"crf": "16", **_STEADY}),
+    "lossless": Encoding("libx264rgb", "rgb24", {"qp": "0", **_STEADY}),
+}
+
+
+def write_video(path: str | os.PathLike, frames: Frames, fps: float = 8, *, encoding: str = "playable") -> None:
+    """Write a clip in the format of the suffix: .mp4 (H.264, faststart), .gif, .png (all frames in a row).
 
     frames: (N, H, W, 3) uint8, or (3, F, H, W) in [-1, 1]. mp4 holds even sizes only: an odd height or width is padded
-    by repeating the last row or column. The file appears only when it is complete.
+    by repeating the last row or column. encoding: of mp4, a row of `ENCODINGS`. The file appears only when it is complete.
     """
     path, frames = Path(path), to_uint8(frames)
     if not len(frames):
         raise ValueError(f"{path}: there are no frames to write; give at least one.")
     if not fps > 0:
         raise ValueError(f"{path}: fps must be > 0, got {fps}; use the frame rate of the clip.")
-    if path.suffix.lower() not in WRITERS:
+    if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
-            f"{path}: cannot write {path.suffix or 'a file without suffix'}; use one of {', '.join(WRITERS)}."
+            f"{path}: cannot write {path.suffix or 'a file without suffix'}; use one of {', '.join(SUFFIXES)}."
         )
+    chosen = pick(ENCODINGS, encoding, "encoding of videos")
     with atomic_write(path) as tmp:
-        WRITERS[path.suffix.lower()](tmp, frames, fps)
+        if path.suffix.lower() == ".mp4":
+            with _Mp4Encoder(tmp, fps, frames.shape[1:3], chosen) as encoder:
+                encoder.add(frames)
+        else:
+            WRITERS[path.suffix.lower()](tmp, frames, fps)
 
 
 class _Mp4Encoder:
     """Encodes frames of one size into an mp4 file, which is complete when the `with` block ends without an error."""
 
-    def __init__(self, path: Path, fps: float, height: int, width: int):
+    def __init__(self, path: Path, fps: float, size: tuple[int, ...], encoding: Encoding):
+        height, width = size
         # With the protocol in front, a colon in the name is part of the name.
         self._container = av.open(f"file:{path}", "w", format="mp4", options={"movflags": "+faststart"})
         # A rate must be a fraction; denominators up to 1001 include the NTSC rates (30000/1001) exactly.
-        self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        self._stream = self._container.add_stream(encoding.codec, rate=Fraction(fps).limit_denominator(1001))
         self._stream.height, self._stream.width = height + height % 2, width + width % 2
-        self._stream.pix_fmt = "yuv420p"
-        # Without macroblock trees, whose sums depend on what memory held before: the same frames give the same file.
-        self._stream.options = {"crf": "16", "preset": "fast", "x264-params": "mbtree=0"}
+        self._stream.pix_fmt, self._stream.options = encoding.pixels, encoding.options
+        self._convert = encoding.pixels != "rgb24"
+        if not self._convert:
+            return
         # Players take clips of an unknown colour space for BT.709 or for BT.601, by their size and their own habits.
         context = self._stream.codec_context
         context.colorspace, context.color_primaries = Colorspace.ITU709, ColorPrimaries.BT709
@@ -89,11 +117,12 @@ class _Mp4Encoder:
         height, width = frames.shape[1:3]
         padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         for frame in padded:
-            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            picture = rgb.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
-                dst_color_trc=ColorTrc.BT709, dst_color_primaries=ColorPrimaries.BT709,
-            )  # fmt: skip
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            if self._convert:
+                picture = picture.reformat(
+                    format=self._stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
+                    dst_color_trc=ColorTrc.BT709, dst_color_primaries=ColorPrimaries.BT709,
+                )  # fmt: skip
             self._container.mux(self._stream.encode(picture))
 
     def __exit__(
@@ -125,19 +154,14 @@ class VideoStream:
         frames = to_uint8(frames)
         if self._encoder is None:
             tmp = self._stack.enter_context(atomic_write(self.path))
-            height, width = frames.shape[1:3]
-            self._encoder = self._stack.enter_context(_Mp4Encoder(tmp, self.fps, height, width))
+            encoder = _Mp4Encoder(tmp, self.fps, frames.shape[1:3], ENCODINGS["playable"])
+            self._encoder = self._stack.enter_context(encoder)
         self._encoder.add(frames)
 
     def __exit__(
         self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.__exit__(error, value, traceback)
-
-
-def _write_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
-    with _Mp4Encoder(path, fps, *frames.shape[1:3]) as encoder:
-        encoder.add(frames)
 
 
 def _write_gif(path: Path, frames: np.ndarray, fps: float) -> None:
@@ -157,7 +181,8 @@ def _write_png(path: Path, frames: np.ndarray, fps: float) -> None:
     Image.fromarray(np.concatenate(list(frames), axis=1)).save(path, format="png")
 
 
-WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
+WRITERS = {".gif": _write_gif, ".png": _write_png}
+SUFFIXES = (".mp4", *WRITERS)
 
 
 def contact_sheet(clips: Sequence[Frames], columns: int = 1, count: int = 5, gap: int = 2) -> np.ndarray:

@@ -21,6 +21,11 @@ _SQUARE_FILL, _CIRCLE_FILL = 0.885, 0.66
 _MIN_CONTRAST = 0.01  # squared distance of the colours of object and background; with less there is no object
 
 
+def shape_of_fill(fill: float) -> str:
+    """The shape that fills this share of its bounding box."""
+    return "square" if fill > _SQUARE_FILL else "circle" if fill >= _CIRCLE_FILL else "triangle"
+
+
 class ShapeMeasurement(NamedTuple):
     """The measurement of one clip: lengths in pixels, speed in pixels per frame, colours in [0, 1].
 
@@ -44,7 +49,7 @@ class ShapeMeasurement(NamedTuple):
     @property
     def shape_by_fill(self) -> str:
         """The shape that fills as much of its bounding box, which ragged edges and horns enlarge."""
-        return "square" if self.fill > _SQUARE_FILL else "circle" if self.fill >= _CIRCLE_FILL else "triangle"
+        return shape_of_fill(self.fill)
 
     @property
     def clean(self) -> bool:
@@ -126,7 +131,7 @@ def _misfit(cover: np.ndarray, centers: np.ndarray, size: float, shape: str) -> 
 
 def _fill(inside: np.ndarray) -> tuple[float, int]:
     """From masks (F, H, W): the share that the largest part fills of its bounding box, and pixels of the second part."""
-    labels = _connected(inside)
+    labels = connected(inside)
     fills, second = [], 0
     for frame in labels:
         names, counts = np.unique(frame[frame > 0], return_counts=True)
@@ -139,7 +144,7 @@ def _fill(inside: np.ndarray) -> tuple[float, int]:
     return float(np.median(fills)) if fills else 0.0, second
 
 
-def _connected(inside: np.ndarray) -> np.ndarray:
+def connected(inside: np.ndarray) -> np.ndarray:
     """Number the parts of masks (F, H, W) whose pixels are connected by their sides; 0 outside of them."""
     labels = np.arange(1, inside.size + 1).reshape(inside.shape) * inside
     while True:  # the largest number of a part spreads by one pixel

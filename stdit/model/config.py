@@ -56,6 +56,7 @@ class ModelConfig:
     num_decoder_blocks: int = 4  # trunk=masked: blocks at the end that see all patches
     num_single_blocks: int = 0  # trunk=dual_stream: last blocks, in which text and video share weights (FLUX)
     gradient_checkpointing: bool = False  # saves memory, and takes about a third more time
+    actions: bool = False  # condition on the actions of the data, one for each frame
     extra_conditions: dict[str, Any] = field(default_factory=dict)  # more conditions: name -> its arguments
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ def size_arguments(name: str) -> dict:
 
 # Fields of ModelConfig that `model_arguments` does not copy: they choose the network, or are handled separately.
 _APART = {
-    "network", "unet_channels", "unet_layers", "size", "num_classes", "gradient_checkpointing", "depth", "hidden_size",
+    "actions", "network", "unet_channels", "unet_layers", "size", "num_classes", "gradient_checkpointing", "depth", "hidden_size",
     "num_heads", "patch_size",
 }  # fmt: skip
 

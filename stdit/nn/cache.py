@@ -46,6 +46,12 @@ class FrameCache:
         self.frames += frames
         self._positions.update(positions)
 
+    def copy(self) -> "FrameCache":
+        """A cache of the same content, for a clip that goes on in another way. The tensors are shared, and never changed."""
+        other = FrameCache(self.window, self.sink)
+        other.frames, other._entries, other._positions = self.frames, dict(self._entries), dict(self._positions)
+        return other
+
     def bytes(self) -> int:
         """Memory of the cached keys and values in bytes."""
         return sum(key.nbytes + value.nbytes for key, value in self._entries.values())

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from tqdm import tqdm
 
 from stdit.checkpoint.inflate import inflate, inflated_arguments
+from stdit.conditions import ActionSpace
 from stdit.config import Config
 from stdit.data.datasets import CachedLatents, Dataset
 from stdit.data.holdout import split
@@ -84,12 +85,16 @@ def build_model(
         "in_channels": vae.channels, "num_classes": classes, "learn_sigma": objective.learns_sigma, "class_names": names,
         "caption_channels": caption_channels,
     }  # fmt: skip
+    actions = action_arguments(config, vae, dataset)
     if config.model.network == "unet":
+        if actions:
+            raise ValueError("model.actions=true needs model.network=transformer; set it, or actions=false.")
         if config.objective.flow_map:
             raise ValueError("objective.flow_map=true needs model.network=transformer; set it, or flow_map=false.")
         shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)
         return UNet(**given, sample_size=shape, channels=config.model.unet_channels, layers=config.model.unet_layers)
     arguments = model_arguments(config.model)
+    arguments["extra_conditions"] = {**arguments["extra_conditions"], **actions}
     given |= {"flow_map": config.objective.flow_map, "distilled_guidance": config.objective.distilled_guidance}
     image = load_start(config.init_from.path) if config.init_from.path else None
     if image is not None:
@@ -101,6 +106,23 @@ def build_model(
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     return model
+
+
+def action_arguments(config: Config, vae: VideoVAE, dataset: Dataset) -> dict[str, Any]:
+    """The condition on actions, by name, whose space is that of the data; empty without `model.actions`."""
+    space: ActionSpace | None = getattr(dataset, "action_space", None)
+    if not config.model.actions:
+        if space is not None:
+            print("the clips have actions, which the model is not told: model.actions=true trains one that obeys them")
+        return {}
+    if space is None:
+        raise ValueError(
+            "model.actions=true but the clips have no actions; record some (stdit record), or give a manifest with a column "
+            "'actions', one for every frame."
+        )
+    if config.data.flip:
+        raise ValueError("data.flip=true mirrors the clips but not their actions; set data.flip=false.")
+    return {"actions": {"stride": vae.stride[0], **space.plain}}
 
 
 def load_start(path: str, key: str = "init_from.path") -> STDiT:

@@ -306,6 +306,8 @@ def write_index(output: Path, head: dict, dataset: Dataset, *, rate: float) -> i
             f"none of the {len(dataset)} clips could be read; stdit check-media lists the reasons, the first is: {next(iter(bad.values()))}"
         )
     classes = {"num_classes": dataset.num_classes, "class_names": dataset.class_names}
+    space = getattr(dataset, "action_space", None)
+    classes |= {"action_space": None if space is None else space.plain}
     head = {**head, **classes, "clips": len(dataset), "rate": rate, "shards": records, "skipped": bad}
     write_text(output / "cache.json", json.dumps(head))
     _remove_further(output, len(records))

@@ -21,6 +21,8 @@ COMMANDS = {
     "compare": "train variants of a config on one budget and compare them",
     "plan": "memory, speed and days of a run on a GPU, before it starts",
     "convert": "convert weights of DiT, SiT, Latte, U-ViT, MDT or diffusers, and back",
+    "record": "record episodes of an environment, with the actions that led to every frame",
+    "play": "play a world in the browser: frames go on as you press keys",
     "make-shapes": "draw clips of moving shapes, with a manifest",
     "check-media": "read every file of a folder in full and say which training cannot use",
     "model-table": "parameters and Gflops of every model size",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from stdit.data.video_write import WRITERS, VideoStream, write_video
+from stdit.data.video_write import SUFFIXES, VideoStream, write_video
 from stdit.files import check_writable
 
 
@@ -27,9 +27,9 @@ def output_paths(args: argparse.Namespace, model: Path, *, count: int, suffix: s
         folder = Path(args.output) if args.output else Path("output") / model.name / "samples"
         task = "" if args.task == "generate" else f"{args.task}-"
         paths = [folder / f"{task}{i:03d}-seed-{args.seed}-{digest}{suffix}" for i in range(count)]
-    unknown = [path for path in paths if path.suffix.lower() not in WRITERS]
+    unknown = [path for path in paths if path.suffix.lower() not in SUFFIXES]
     if unknown:
-        raise ValueError(f"--output {unknown[0]}: cannot write {unknown[0].suffix}; use one of {', '.join(WRITERS)}.")
+        raise ValueError(f"--output {unknown[0]}: cannot write {unknown[0].suffix}; use one of {', '.join(SUFFIXES)}.")
     refuse_existing(paths, args.overwrite)
     for path in paths:
         check_writable(path)

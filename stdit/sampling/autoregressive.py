@@ -1,22 +1,77 @@
 """Generate frame by frame with a causal model, whose cache holds keys and values of the finished frames."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from stdit.conditions import Guided
-from stdit.conditions.values import frames as select_frames
 from stdit.nn.cache import FrameCache
 from stdit.sampling.canvas import Canvas
-from stdit.sampling.conditioning import condition_frames
 from stdit.sampling.engine import Engine, Keys, Size, check_latents
-from stdit.sampling.guidance import Denoiser
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.schedule import Schedule
 from stdit.sampling.solvers import solve
+
+
+class Rollout:
+    """Clips that grow by one latent frame at a time: the cache of the finished frames, and what comes next.
+
+    size: height and width in pixels. keys: of the clips, which decide their noise. guided: whether any frame has conditions
+    that guidance leads toward.
+    """
+
+    def __init__(
+        self, engine: Engine, options: SamplingOptions, size: tuple[int, int], keys: Keys, *, guided: bool = True
+    ):
+        self.engine, self.keys = engine, keys
+        self.cache = FrameCache(engine.model.config.window, engine.model.config.sink)
+        self.solver = options.solver or engine.default_solver
+        # Every call must run the same branches of guidance, since each branch has its own keys and values in the cache.
+        guidance = engine.guidance(options)._replace(interval=(0.0, 1.0), history=1.0)
+        if guidance.guider == "auto":  # the cache has the keys and values of one model
+            guidance = guidance._replace(guider="cfg")
+        self.guidance = guidance if guided else guidance._replace(scale=1.0)
+        trained_frames = engine.trained_on.num_frames  # the duration that a model conditioned on it saw in training
+        shape = engine.latent_shape((trained_frames, *size))
+        self.levels = engine.schedule(options.num_inference_steps, shape)[:, None].to(engine.device)
+        self._frame_shape = (1, *shape[1:])
+
+    @property
+    def frames(self) -> int:
+        """The number of finished latent frames."""
+        return self.cache.frames
+
+    def add(self, latents: Tensor, given: Guided) -> Tensor:
+        """Write a finished frame (B, C, 1, h, w) into the cache, at level 0, and return it. given: its conditions."""
+        check_latents(latents)
+        self.cache.writing = True
+        self._denoiser(given)(latents, torch.zeros(1, latents.shape[2], device=latents.device))
+        self.cache.writing = False
+        return latents
+
+    def generate(self, given: Guided) -> Tensor:
+        """Generate the next frame (B, C, 1, h, w), from noise that is a function of the keys and its number, and add it."""
+        engine, keys = self.engine, [(*key, self.frames) for key in self.keys]
+        latents = solve(
+            Schedule(engine.draw(keys, 0, self._frame_shape), self.levels),
+            engine.predictor(self._denoiser(given)),
+            engine.objective.path,
+            self.solver,
+            draw=lambda step: engine.draw(keys, step + 1, self._frame_shape),
+        )
+        return self.add(latents, given)
+
+    def copy(self) -> "Rollout":
+        """The same clips, which can go on in another way."""
+        other = copy.copy(self)
+        other.cache = self.cache.copy()
+        return other
+
+    def _denoiser(self, given: Guided):
+        return self.engine.denoiser(given, self.guidance, cache=self.cache)
 
 
 @dataclass(frozen=True)
@@ -39,13 +94,10 @@ class AutoregressiveSampler:
         """Yield groups of generated pixels (B, 3, f, H, W) as soon as each is finished.
 
         known: (B, 3, F, H, W), F = 0 or whole groups of the VAE. size: frames, height and width of the whole clip.
-        given: conditions, those per latent frame for the latent frames of the pixel frames `output` (None: of the whole
-        clip).
+        given: conditions, those per frame for the frames `output` (None: of the whole clip).
         """
-        engine, vae = self.engine, self.engine.vae
-        output = output or range(size[0])
-        condition_index = condition_frames(0, engine.latent_shape(size)[0], output=output, stride=vae.stride[0])
-        latents = self._latent_frames(known, size, given, keys, condition_index=condition_index)
+        vae = self.engine.vae
+        latents = self._latent_frames(known, size, given, keys, output=output or range(size[0]))
         past = 0
         for pixels in vae.decode_stream(part.to(vae.dtype) for part in latents):
             new = pixels[:, :, max(0, known.shape[2] - past) :]
@@ -54,55 +106,22 @@ class AutoregressiveSampler:
                 yield new.clamp(-1, 1).float().cpu()
 
     def _latent_frames(
-        self, known: Tensor, size: Size, given: Guided, keys: Keys, *, condition_index: list[int]
+        self, known: Tensor, size: Size, given: Guided, keys: Keys, *, output: range
     ) -> Iterator[Tensor]:
-        """Yield latents (B, C, 1, h, w): those of the known frames, then each generated one when it is finished.
-
-        condition_index: per latent frame, the index of its conditions.
-        """
-        engine, options, vae = self.engine, self.options, self.engine.vae
-        config, path = engine.model.config, engine.objective.path
-        shape = engine.latent_shape(size)
-        frame_shape = (1, shape[1], shape[2])
+        """Yield latents (B, C, 1, h, w): those of the known frames, then each generated one when it is finished."""
+        engine, vae = self.engine, self.engine.vae
         trained_frames = engine.trained_on.num_frames  # the duration that a model conditioned on it saw in training
-        given = engine.with_clip_facts(given, (trained_frames, size[1], size[2]), options.fps)
-        cache = FrameCache(config.window, config.sink)
-        # Every call must run the same branches of guidance, since each branch has its own keys and values in the cache.
-        guidance = engine.guidance(options)._replace(interval=(0.0, 1.0), history=1.0)
-        if guidance.guider == "auto":  # the cache has the keys and values of one model
-            guidance = guidance._replace(guider="cfg")
+        given = engine.with_clip_facts(given, (trained_frames, *size[1:]), self.options.fps)
+        rollout = Rollout(engine, self.options, size[1:], keys, guided=not given.unconditional)
 
-        def denoiser(frame: int) -> Denoiser:
-            conditions = given.change(partial(select_frames, which=[condition_index[frame]]))
-            return engine.denoiser(conditions, guidance, cache=cache)
+        def conditions() -> Guided:
+            frame = rollout.frames
+            return engine.conditions_at(given, [frame * vae.stride[0] - output.start], len(output), starts=frame == 0)
 
-        def finish(frame: int, latents: Tensor) -> Tensor:
-            """Write a finished frame into the cache, at level 0."""
-            check_latents(latents)
-            cache.writing = True
-            denoiser(frame)(latents, torch.zeros(1, latents.shape[2], device=latents.device))
-            cache.writing = False
-            return latents
-
-        first = 0
         if known.shape[2]:
             encoded = vae.encode(known.to(engine.device, vae.dtype)).float()
             for part in encoded.split(1, dim=2):
-                yield finish(first, part)
-                first += 1
-        levels = engine.schedule(options.num_inference_steps, (vae.latent_frames(trained_frames), *shape[1:]))
-        levels = levels[:, None].to(engine.device)
-        for frame in engine.progress(range(first, shape[0]), options.progress):
-            frame_keys = [(*key, frame) for key in keys]
-
-            def draw(step: int, frame_keys: Keys = frame_keys) -> Tensor:
-                return engine.draw(frame_keys, step, frame_shape)
-
-            latents = solve(
-                Schedule(draw(0), levels),
-                engine.predictor(denoiser(frame)),
-                path,
-                options.solver or engine.default_solver,
-                draw=lambda step, draw=draw: draw(step + 1),  # type: ignore[misc]  # bound now: the loop rebinds it
-            )
-            yield finish(frame, latents)
+                yield rollout.add(part, conditions())
+        total = engine.latent_shape(size)[0]
+        for _ in engine.progress(range(rollout.frames, total), self.options.progress):
+            yield rollout.generate(conditions())

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stdit.conditions import Conditioner, Conditions, Tokens
+from stdit.conditions import Actions, Conditioner, Conditions
 from stdit.sampling.canvas import Canvas
 from stdit.sampling.engine import Engine
 from stdit.sampling.groups import is_continuation
@@ -52,19 +52,47 @@ def streams(engine: Engine, canvas: Canvas, options: SamplingOptions) -> bool:
     return bool(engine.model.config.causal) and plain and is_continuation(canvas, engine.vae)
 
 
-def check_conditions(conditions: Conditions, frames: int, stride: int) -> None:
-    """Raise ValueError unless each condition has one value per clip, or one per latent frame of the output.
+# Options that a stream does not have, because it has neither windows nor the whole clip.
+_NOT_STREAMED = ("window", "overlap", "blend", "paste")
 
-    frames: pixel frames of the output; stride: pixel frames per latent frame.
-    """
-    expected = -(-(frames - 1) // stride) + 1
+
+def not_streamed(options: SamplingOptions) -> list[str]:
+    """The options that are set although a stream does not have them."""
+    return [name for name in _NOT_STREAMED if getattr(options, name) != getattr(SamplingOptions(), name)]
+
+
+def check_streamed(options: SamplingOptions) -> None:
+    """Raise ValueError for options that a stream does not have."""
+    if changed := not_streamed(options):
+        raise ValueError(f"a stream takes no {' and no '.join(changed)}; leave them out, or use extend.")
+
+
+def check_world(engine: Engine, options: SamplingOptions) -> Actions:
+    """The condition on actions of a model that can be acted in; ValueError, in one line, if it cannot."""
+    if not engine.model.config.causal:
+        raise ValueError(
+            "a world goes on frame by frame, but this model is not causal; train one with model.causal=true (configs/room.yaml)."
+        )
+    condition = engine.model.conditioners.get(Actions.name)
+    if not isinstance(condition, Actions):
+        raise ValueError(
+            "this model takes no actions; train one with model.actions=true on clips that have them (stdit record)."
+        )
+    if not engine.vae.resumable:
+        raise ValueError(
+            f"VAE {engine.vae.name!r} decodes whole clips only, so a world cannot be shown as it goes on; use tiny."
+        )
+    check_streamed(options)
+    _check_guidance(engine, options)
+    _check_solver(engine, options)
+    _check_stream(options)
+    return condition
+
+
+def check_conditions(conditioners: Mapping[str, Conditioner], conditions: Conditions, frames: int, stride: int) -> None:
+    """Raise ValueError for a condition whose number of values does not fit an output of `frames` pixel frames."""
     for name, value in conditions.items():
-        given = (value.tokens if isinstance(value, Tokens) else value).shape[1]
-        if given not in (1, expected):
-            raise ValueError(
-                f"condition {name!r} has {given} values per clip, but its {frames} frames are {expected} latent frames; give one value "
-                "per latent frame, or one per clip."
-            )
+        conditioners[name].check_frames(value, frames, stride)
 
 
 def warn_of_conditions(

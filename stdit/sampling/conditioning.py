@@ -122,16 +122,6 @@ def paste(decoded: Tensor, pixels: Tensor, mask: Tensor, blend: int = 0) -> Tens
     return torch.where(weight > 0, weight * decoded + (1 - weight) * pixels, pixels)
 
 
-def condition_frames(begin: int, count: int, *, output: range, stride: int) -> list[int]:
-    """The latent frame of the output that each of `count` latent frames of a window shows, to select its conditions.
-
-    begin: the pixel frame at which the window begins. output: the pixel frames of the output. Latent frame j of the
-    window shows pixel frame begin + j * stride. Frames outside the output take its first or last condition.
-    """
-    pixels = (begin + j * stride - output.start for j in range(count))
-    return [-(-min(max(pixel, 0), len(output) - 1) // stride) for pixel in pixels]
-
-
 def _fill_holes(pixels: Tensor, mask: Tensor) -> Tensor:
     """Unknown pixels take the mean over the frames in which they are known, else over the known pixels of their frame."""
     known = (~mask)[None, None].float()

@@ -80,8 +80,10 @@ class Engine:
 
     @property
     def default_guidance(self) -> float:
-        """The guidance scale of calls that give none: 2, or 1 if the model has learnt one."""
-        return 2.0 if self.distilled_guidance == 1 else 1.0
+        """The guidance scale of calls that give none: 2, or 1 if the model has learnt one or is conditioned on actions alone."""
+        conditioners = self.model.conditioners.values()
+        unguided = bool(conditioners) and not any(conditioner.guided_by_default for conditioner in conditioners)
+        return 1.0 if unguided or self.distilled_guidance != 1 else 2.0
 
     @property
     def default_guider(self) -> str:
@@ -115,6 +117,21 @@ class Engine:
             if isinstance(value, Tensor):
                 found[name] = value.to(self.device)
         return given.change(lambda conditions: {**conditions, **found})
+
+    def conditions_at(self, given: Guided, frames: Sequence[int], total: int, *, starts: bool) -> Guided:
+        """The conditions of latent frames that end at pixel frames `frames` of an output of `total` frames.
+
+        starts: whether the first of them is encoded alone, as the start of a clip.
+        """
+        conditioners, stride = self.model.conditioners, self.vae.stride[0]
+
+        def at(conditions: Conditions) -> Conditions:
+            return {
+                name: conditioners[name].at(value, frames, total, stride=stride, starts=starts)
+                for name, value in conditions.items()
+            }
+
+        return given.change(at)
 
     def denoiser(
         self,

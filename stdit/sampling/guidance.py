@@ -90,7 +90,8 @@ def guided(
     leads away from, it replaces the known frames. cache: keys and values of earlier frames, for a causal model.
     """
     extra: dict[str, Any] = {} if cache is None else {"cache": cache}
-    null = None if guidance.scale == 1.0 or given.unconditional or guidance.guider == "auto" else given.null
+    alone = cache is None and given.unconditional  # with a cache, every frame runs the same branches
+    null = None if guidance.scale == 1.0 or alone or guidance.guider == "auto" else given.null
     weaker = weaker if guidance.scale != 1.0 and guidance.guider == "auto" else None
     combine = GUIDERS[guidance.guider]
 

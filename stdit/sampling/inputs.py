@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stdit.conditions import CONDITIONERS, Caption, Conditioner, Conditions, Guided
@@ -68,7 +67,14 @@ def refusal(keyword: str, value: Any) -> str:
     return f"{keyword} is given but the model was trained without it; leave it out."
 
 
-def count_clips(class_labels: Labels, captions: Captions, num_videos: int | None, given: Mapping[str, Any]) -> int:
+def count_clips(
+    conditioners: Mapping[str, Conditioner],
+    given: Mapping[str, Any],
+    *,
+    class_labels: Labels,
+    captions: Captions,
+    num_videos: int | None,
+) -> int:
     """The number of clips of a call: `num_videos`, or else as many as labels, captions or other values, or 1.
 
     ValueError for several labels, captions or values of another number than `num_videos`.
@@ -79,7 +85,11 @@ def count_clips(class_labels: Labels, captions: Captions, num_videos: int | None
         one_label = not class_labels.ndim
     counts = [1 if one_text else len(captions), 1 if one_label else len(class_labels)]  # type: ignore[arg-type]
     positive = {keyword: value for keyword, value in given.items() if not keyword.startswith(NEGATIVE)}
-    counts += [_count(keyword, value) for keyword, value in positive.items() if value is not None]
+    counts += [
+        conditioner.count(value)
+        for conditioner in conditioners.values()
+        if (value := positive.get(conditioner.keywords[0])) is not None
+    ]
     count = num_videos or max(counts)
     if num_videos and any(several not in (1, count) for several in counts):
         raise ValueError(
@@ -87,9 +97,3 @@ def count_clips(class_labels: Labels, captions: Captions, num_videos: int | None
             "of them, or one per clip."
         )
     return count
-
-
-def _count(keyword: str, value: Any) -> int:
-    (kind,) = (kind for kind in CONDITIONERS.values() if kind.keywords[0] == keyword)
-    values = torch.as_tensor(value)
-    return len(values) if values.ndim >= kind.clip_ndim else 1

@@ -21,9 +21,17 @@ from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.precision import autocast
 from stdit.sampling import tasks
-from stdit.sampling.autoregressive import AutoregressiveSampler
+from stdit.sampling.autoregressive import AutoregressiveSampler, Rollout
 from stdit.sampling.canvas import Canvas
-from stdit.sampling.checks import check, check_conditions, streams, warn_of_conditions
+from stdit.sampling.checks import (
+    check,
+    check_conditions,
+    check_streamed,
+    check_world,
+    not_streamed,
+    streams,
+    warn_of_conditions,
+)
 from stdit.sampling.engine import Engine, TrainedOn
 from stdit.sampling.groups import fits, pad_to_groups
 from stdit.sampling.inputs import NEGATIVE, Captions, Labels, count_clips, pair_conditions, refusal, split
@@ -32,12 +40,10 @@ from stdit.sampling.options import SamplingOptions
 from stdit.sampling.scheduler import STDiTScheduler, check_compatible
 from stdit.sampling.windowed import WindowedSampler
 from stdit.sampling.windows import window_size
+from stdit.sampling.world import World
 from stdit.text import Encoded, TextEncoder, load_text_encoder, warn_of_length
 from stdit.vae import as_video_vae
 from stdit.vae.tiling import decode
-
-# Options that `stream` does not support, because it has neither windows nor the whole clip.
-_NOT_STREAMED = ("window", "overlap", "blend", "paste")
 
 
 class STDiTPipeline(DiffusionPipeline):
@@ -248,7 +254,10 @@ class STDiTPipeline(DiffusionPipeline):
         self.video_vae.latent_shape(*size, self.transformer.patch_size)
         if options.window is None:
             options = dataclasses.replace(options, window=size[0])
-        canvas = tasks.blank(count_clips(class_labels, captions, num_videos, given), *size)
+        count = count_clips(
+            self.transformer.conditioners, given, class_labels=class_labels, captions=captions, num_videos=num_videos
+        )
+        canvas = tasks.blank(count, *size)
         return self.fill(canvas, class_labels, captions, options=options, **given)
 
     def animate(
@@ -285,9 +294,7 @@ class STDiTPipeline(DiffusionPipeline):
         asked = options.guider
         if not self.transformer.config.causal:
             raise ValueError("this model is not causal; use extend, or train with model.causal=true.")
-        changed = [name for name in _NOT_STREAMED if getattr(options, name) != getattr(SamplingOptions(), name)]
-        if changed:
-            raise ValueError(f"a stream takes no {' and no '.join(changed)}; leave them out, or use extend.")
+        check_streamed(options)
         step = self.video_vae.temporal_granularity or self.video_vae.stride[0]
         # The canvas of one group is checked in place of the whole one, which may not fit into memory.
         canvas = tasks.extend(clip, after if after % step else min(after, step), 0, self.video_vae)
@@ -302,17 +309,49 @@ class STDiTPipeline(DiffusionPipeline):
             guider=asked,
         )
         check(engine, canvas, options, frames=total)
-        check_conditions(found.conditions, total, self.video_vae.stride[0])
+        check_conditions(self.transformer.conditioners, found.conditions, total, self.video_vae.stride[0])
         sampler = AutoregressiveSampler(engine, dataclasses.replace(options, progress=False))
         keys = [(options.seed, i) for i in range(len(clip))]
         found = found.change(partial(map_tensors, change=lambda x: x.to(engine.device)))
         parts = sampler.stream(clip, (total, *clip.shape[3:]), found, keys)
         return self._one_by_one(parts, options)
 
+    def world(
+        self,
+        clip: Tensor | None = None,
+        class_labels: Labels = None,
+        captions: Captions = None,
+        *,
+        actions: Any = None,
+        options: SamplingOptions | None = None,
+        **choices: Any,
+    ) -> World:
+        """A world that goes on as one acts: `world.step(action)` returns the frames that follow.
+
+        clip: how it begins, (B, 3, F, H, W), an image (B, 3, H, W), or None: its first step draws a frame. actions: those of
+        the clip, one for every frame or for its last ones. Options: those of `stream`. ValueError for a model that is not
+        causal, or takes no actions.
+        """
+        options, given = split(options, choices)
+        config, engine = self.config, self.engine
+        condition = check_world(engine, options)
+        clip = clip[:, :, None] if clip is not None and clip.ndim == 4 else clip
+        known = torch.zeros(1, 3, 0, config.height, config.width) if clip is None else clip
+        count, size = len(known), known.shape[3:]
+        engine.latent_shape((max(1, known.shape[2]), *size))
+        with torch.no_grad():
+            found = self.conditions(count, class_labels=class_labels, captions=captions, **given)
+        base = engine.with_clip_facts(found, (config.num_frames, *size), options.fps)
+        rollout = Rollout(engine, options, size, [(options.seed, i) for i in range(count)])
+        world = World(rollout, condition, base, precision=options.precision)
+        if clip is not None:
+            world.begin(clip, actions)
+        return world
+
     def can_stream(self, clip: Tensor, options: SamplingOptions | None = None) -> bool:
         """Whether `stream` gives the same result as `extend` for new frames after this clip."""
         options = options or SamplingOptions()
-        plain = all(getattr(options, name) == getattr(SamplingOptions(), name) for name in _NOT_STREAMED)
+        plain = not not_streamed(options)
         return bool(self.transformer.config.causal) and plain and fits(self.video_vae, clip.shape[2])
 
     def connect(self, first: Tensor, last: Tensor, frames: int, class_labels: Labels = None, **choices: Any) -> Tensor:
@@ -393,7 +432,9 @@ class STDiTPipeline(DiffusionPipeline):
             overlap=options.overlap,
         )
         check(engine, canvas, options, frames=window.length)
-        check_conditions(found.conditions, len(canvas.output_frames), self.video_vae.stride[0])
+        check_conditions(
+            self.transformer.conditioners, found.conditions, len(canvas.output_frames), self.video_vae.stride[0]
+        )
         sampler = (
             AutoregressiveSampler(engine, options)
             if streams(engine, canvas, options)

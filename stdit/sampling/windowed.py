@@ -7,11 +7,9 @@ from torch import Tensor
 
 from stdit import legacy
 from stdit.conditions import Guided
-from stdit.conditions.values import frames as select_frames
 from stdit.sampling.canvas import Canvas
 from stdit.sampling.conditioning import (
     clamp_to_bounds,
-    condition_frames,
     encode_known,
     initial_schedule,
     latent_masks,
@@ -44,7 +42,7 @@ class WindowedSampler:
 
         given: conditions of the clips, those per latent frame for the latent frames of `canvas.output`.
         """
-        stride, frames, number = self.engine.vae.stride[0], canvas.pixels.shape[2], 0
+        engine, stride, frames, number = self.engine, self.engine.vae.stride[0], canvas.pixels.shape[2], 0
         output = canvas.output_frames
         canvas = canvas.lengthened(self.window.length)
         pixels, mask = canvas.pixels.clone(), canvas.mask.clone()
@@ -57,11 +55,11 @@ class WindowedSampler:
             bounds = None if canvas.bounds is None else canvas.bounds[:, :, :, view]
             part = canvas._replace(pixels=pixels[:, :, view], mask=mask[view], bounds=bounds)
             latent_frames = (window.end - window.begin - 1) // stride + 1
-            condition_index = condition_frames(window.begin, latent_frames, output=output, stride=stride)
+            shown = [window.begin + j * stride - output.start for j in range(latent_frames)]
             # The first window has the keys of a canvas that needs one window only.
             done = self.fill_window(
                 part,
-                given.change(partial(select_frames, which=condition_index)),
+                engine.conditions_at(given, shown, len(output), starts=True),
                 [(*key, number) for key in keys] if number else keys,
             )
             keep = slice(window.keep_from, window.keep_to)

@@ -65,18 +65,18 @@ def build_pipeline(
     )
 
 
-def preview_conditions(model: STDiT, dataset: Dataset, count: int) -> dict[str, Any]:
+def preview_conditions(pipeline: STDiTPipeline, dataset: Dataset, count: int) -> dict[str, Any]:
     """Arguments of a pipeline call for `count` clips: labels spread over the classes, captions of the data, their number."""
     found: dict[str, Any] = {"num_videos": count}
-    for conditioner in model.conditioners.values():
-        found |= conditioner.preview(dataset.record, len(dataset), count)
+    for conditioner in pipeline.transformer.conditioners.values():
+        found |= conditioner.preview(dataset.record, len(dataset), count, frames=pipeline.config.num_frames)
     return found
 
 
 def preview(pipeline: STDiTPipeline, config: Any, folders: RunFolders, *, step: int, dataset: Dataset) -> None:
     """Write a contact sheet of a few clips, always from the same noise, to samples/."""
     count = min(12, config.train.samples) or 1
-    given = preview_conditions(pipeline.transformer, dataset, count)
+    given = preview_conditions(pipeline, dataset, count)
     clips = _sample(pipeline, config, given, steps=max(8, config.train.sample_steps // 2))
     write_contact_sheet(folders.samples / f"step-{step:07d}.png", list(clips), columns=2)
 
@@ -113,7 +113,7 @@ def write_results(pipeline: STDiTPipeline, config: Any, folders: RunFolders, *, 
     """Write generated_samples.pt, target_samples.pt (plain tensors (B, 3, F, H, W) in [-1, 1]), clips and a contact sheet."""
     if not config.train.samples:
         return
-    given = preview_conditions(pipeline.transformer, dataset, config.train.samples)
+    given = preview_conditions(pipeline, dataset, config.train.samples)
     clips = _sample(pipeline, config, given, steps=config.train.sample_steps)
     _save(clips, folders.output / "generated_samples.pt")
     labels = given.get("class_labels")

@@ -1,6 +1,6 @@
 """Adapters from the autoencoders of diffusers to `VideoVAE`, with the normalisation that each of them defines."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stdit import legacy
 from stdit.files import read_json
 from stdit.hub import check_reachable, resolve_source
-from stdit.vae.base import VideoVAE, split_frames
+from stdit.vae.base import DecoderState, VideoVAE
 from stdit.vae.tiny import TinyVAE
 from stdit.variants import pick
 from stdit.weights import check_fits
@@ -112,13 +112,14 @@ class DiffusersVAE(VideoVAE):
             raw = self.vae.encode(x).latent_dist.mode()
         return (raw.float() - _per_channel(self.latent_mean, raw)) / _per_channel(self.latent_std, raw)
 
-    def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode as `VideoVAE.decode_stream`: an image VAE yields single frames, the others yield the whole clip."""
-        if not self.spec.per_frame:
-            yield from super().decode_stream(latents)
-            return
-        for frame in split_frames(latents):
-            yield self.decode(frame)
+    @property
+    def resumable(self) -> bool:  # type: ignore[override]
+        """Whether clips can be decoded frame by frame: those of an image VAE."""
+        return self.spec.per_frame
+
+    def decode_next(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+        """Decode as `VideoVAE.decode_next`; an image VAE remembers nothing."""
+        return (self.decode(latents), {}) if self.resumable else super().decode_next(latents, state)
 
     def _decode(self, latents: Tensor) -> Tensor:
         mean, std = _per_channel(self.latent_mean, latents), _per_channel(self.latent_std, latents)

@@ -2,7 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from stdit import legacy
 _DECODER = {"decoder", "post_quant_conv"}
 # Fingerprints of version 0.1.0 that covered a decoder which ships no more, and what the same encoder has now.
 _WITH_EARLIER_DECODER = {"a980c6890d92b274": "6925f4ce8261ee80"}
+
+
+DecoderState = Mapping[Any, Tensor]  # what a decoder remembers of the frames before
 
 
 class VAEGeometry:
@@ -89,6 +93,7 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
     """
 
     causal: bool = True  # no latent frame depends on later pixels
+    resumable: bool = False  # clips can be decoded frame by frame: `decode_next`
     image_is_first_frame: bool = True  # encode(clip[:, :, :1]) equals encode(clip)[:, :, :1]
 
     @property
@@ -149,13 +154,29 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
             )
         return self._decode(latents)
 
+    def decode_next(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+        """Decode the next latent frame (B, C, 1, h, w) of a clip to its pixels (B, 3, f, H, W).
+
+        state: what the call before it returned, None for the first frame of a clip; it is not changed, so that two clips can
+        go on from one. ValueError if the decoder cannot be resumed between frames (`resumable`).
+        """
+        raise ValueError(
+            f"VAE {self.name!r} decodes whole clips only; use a VAE whose decoder is causal, such as tiny."
+        )
+
     def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode group by group: yield pixels (B, 3, f, H, W), first 1 frame, then `stride[0]` at a time.
 
         latents: (B, C, T, h, w), or an iterable of its frames (B, C, 1, h, w). A VAE whose decoder cannot be resumed
         between groups yields the whole clip once, at the end.
         """
-        yield self.decode(torch.cat(list(split_frames(latents)), dim=2))
+        if not self.resumable:
+            yield self.decode(torch.cat(list(_split_frames(latents)), dim=2))
+            return
+        state = None
+        for frame in _split_frames(latents):
+            pixels, state = self.decode_next(frame, state)
+            yield pixels
 
     def fingerprint(self) -> str:
         """A hash of all that makes the latents, 16 hexadecimal digits: of class name and weights but for the decoder's."""
@@ -175,7 +196,7 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
         return digest.hexdigest()[:16]
 
 
-def split_frames(latents: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+def _split_frames(latents: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
     """Split latents (B, C, T, h, w) into frames (B, C, 1, h, w); an iterable of such frames is returned unchanged."""
     return latents.split(1, dim=2) if isinstance(latents, Tensor) else latents
 

@@ -5,7 +5,7 @@ of a group are stacked as channels, so that every convolution is two-dimensional
 Information flows between groups forward in time only, through convolutions over a group and the previous one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stdit import legacy
 from stdit.ranges import check_ranges
-from stdit.vae.base import VideoVAE, split_frames
+from stdit.vae.base import DecoderState, VideoVAE
 
 
 @dataclass
@@ -150,6 +150,7 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
 
     stride = (4, 8, 8)
     causal = True
+    resumable = True
     name = "tiny"
     latent_mean: Tensor
     latent_std: Tensor
@@ -212,12 +213,11 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
         return self.decode_raw(self._denormalise(latents))
 
     @apply_forward_hook
-    def decode_stream(self, latents: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode as `VideoVAE.decode_stream`, in constant memory: each group with the cache of the one before it."""
-        cache = CausalConvCache()
-        for t, frame in enumerate(split_frames(latents)):
-            group = self._denormalise(frame).transpose(1, 2)
-            yield self._to_frames(self.decoder(group, cache), clip_start=t == 0)
+    def decode_next(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+        """Decode as `VideoVAE.decode_next`; the state is the input of every convolution over time."""
+        cache = CausalConvCache(state or {})
+        group = self._denormalise(latents).transpose(1, 2)
+        return self._to_frames(self.decoder(group, cache), clip_start=state is None), cache
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import fill
 
-from stdit.sampling.conditioning import condition_frames
+from stdit.conditions import Label
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import TinyVAE
@@ -62,9 +62,14 @@ def test_each_frame_of_a_stream_gets_its_own_condition(make):
 
 
 def test_frames_outside_the_output_take_its_first_and_last_condition():
-    assert condition_frames(0, 4, output=range(4, 13), stride=4) == [0, 0, 1, 2]
-    assert condition_frames(8, 4, output=range(0, 14), stride=4) == [2, 3, 4, 4]
-    assert condition_frames(1, 3, output=range(0, 9), stride=4) == [1, 2, 2]
+    labels = torch.arange(5)[None]
+
+    def at(frames, total):
+        return Label(8).at(labels, frames, total, stride=4, starts=True)[0].tolist()
+
+    assert at([-4, 0, 4, 8], 9) == [0, 0, 1, 2]
+    assert at([8, 12, 16, 20], 14) == [2, 3, 4, 4]
+    assert at([1, 5, 9], 9) == [1, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,139 @@
+"""Play a world: a page on this machine that goes on as you press keys, beside the truth where the environment is installed.
+
+stdit play                          the room that ships; records and trains it first if there is no model of it
+stdit play models/NAME --steps 4
+stdit play models/NAME --input clip.mp4
+
+The page is at http://127.0.0.1:8000/ until Ctrl-C. It needs: pip install 'stdit[web]'
+"""
+
+import argparse
+import time
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stdit.conditions import Actions
+from stdit.data.inputs import read_input
+from stdit.data.video_write import to_uint8
+from stdit.pixels import to_float
+from stdit.recipes import cache_latents, record, train
+from stdit.recipes.entry import command, command_parser
+from stdit.recipes.models import load_pipeline
+from stdit.sampling.checks import check_world
+from stdit.sampling.options import SamplingOptions
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.worlds.environments import Environment, environment_of
+
+ROOM = Path("models/room")
+EPISODES, FRAMES = 4800, 25
+FIRST_SEED = 1_000_000  # of what is played: beyond all that is recorded
+
+
+def make_room() -> int:
+    """Record the room that ships, encode it and train a model of it; goes on where it was stopped."""
+    began = time.time()
+    print("1/3  recording the room")
+    recorded = ["room", "--episodes", str(EPISODES), "--frames", str(FRAMES), "--repeat", "4", "--output", "data/room"]
+    record.main(recorded)
+    print("2/3  encoding it with the tiny VAE")
+    clips = ["data.root=data/room", "data.manifest=data/room/manifest.jsonl", "data.source=videos"]
+    cache_latents.main(["room", *clips, "--output", "data/room_latents"])
+    print("3/3  training")
+    code = train.run(["room"])
+    if code == 0:
+        print(f"made in {(time.time() - began) / 60:.1f} minutes")
+    return code
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve the page of a model, which is made first if it is that of the room."""
+    parser = command_parser("play", __doc__)
+    parser.add_argument("model", nargs="?", help="folder of a causal model with actions; default: the room that ships")
+    parser.add_argument("--steps", type=int, default=6, help="solver steps for each latent frame")
+    parser.add_argument("--guidance", type=float, help="toward the actions; default: none")
+    parser.add_argument("--solver")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--input", help="a clip or picture to begin from; default: a new episode of the environment")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument(
+        "--sessions", type=int, default=2, help="tabs that can play at the same time, each its own world"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="do not open the page in a browser")
+    args = parser.parse_args(argv)
+    if args.sessions < 1:
+        raise ValueError(f"--sessions must be >= 1, got {args.sessions}.")
+    try:
+        from stdit.web.play import Stage
+        from stdit.web.server import Worker, address, make_app, open_port, serve
+    except ImportError as error:
+        raise ValueError(f"the page needs starlette and uvicorn ({error}): pip install 'stdit[web]'.") from error
+    opened = open_port(args.port)
+    try:
+        if args.model is None and not (ROOM / "model_index.json").is_file() and (code := make_room()):
+            return code
+        model = Path(args.model) if args.model else ROOM
+        pipe = load_pipeline(model)
+        options = SamplingOptions(
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            solver=args.solver,
+            seed=args.seed,
+            progress=False,
+        )
+        actions = check_world(pipe.engine, options)
+        scale = pipe.engine.guidance(options).scale
+        begin = Beginnings(pipe, options, actions, args)
+        worker = Worker()
+        stage = Stage(
+            begin, actions, fps=pipe.config.fps, evaluations=args.steps * (2 if scale != 1 else 1) + 1,
+            title=f"{model.name}", recordings=Path("output") / model.name / "played", sessions=args.sessions,
+        )  # fmt: skip
+        app = make_app(stage.routes(worker), worker)
+        print(f"{address(opened)}   (Ctrl-C stops)", flush=True)
+        if not args.no_browser:
+            webbrowser.open(address(opened))
+        serve(app, opened)
+    finally:
+        opened.close()
+    return 0
+
+
+class Beginnings:
+    """Makes worlds that begin with a clip of the user's, with an episode of the environment, or with the model's own frame."""
+
+    def __init__(self, pipe: STDiTPipeline, options: SamplingOptions, actions: Actions, args: argparse.Namespace):
+        self.pipe, self.options = pipe, options
+        self.size = (pipe.config.height, pipe.config.width)
+        self.clip = None if args.input is None else self._read(args.input)
+        self.about: Any = actions.space.environment
+        if self.clip is None and self.about is not None:
+            try:
+                environment_of(self.about)
+            except ValueError as error:
+                print(f"without the truth beside it, and from a frame of the model's own: {error}")
+                self.about = None
+
+    def __call__(self, seed: int, truth: Environment | None = None) -> tuple[Any, np.ndarray, Environment | None]:
+        """A world, its frames so far, and the environment that goes on beside it. truth: one that can be used again."""
+        clip = self.clip
+        if clip is None and self.about is not None:
+            truth = truth or environment_of(self.about)
+            truth.reset(FIRST_SEED + seed)
+            clip = to_float(truth.picture(self.size)[None])[None]
+        world = self.pipe.world(clip, options=self.options)
+        frames = np.zeros((0, *self.size, 3), np.uint8) if clip is None else to_uint8(clip[0])
+        return world, frames, truth
+
+    def _read(self, path: str) -> torch.Tensor:
+        found = read_input(path, self.size, self.pipe.config.fps).pixels
+        stride = self.pipe.video_vae.stride[0]
+        whole = (found.shape[2] - 1) // stride * stride + 1
+        if whole < found.shape[2]:
+            print(f"{path}: the last {found.shape[2] - whole} frames are no whole group of {stride}, and are left out")
+        return found[:, :, :whole]

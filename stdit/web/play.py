@@ -1,0 +1,270 @@
+"""Play a world: a page that sends keys over a WebSocket and shows the frames that follow as they are made.
+
+Messages of the page, as JSON: {"type": "act", "action": NUMBER, [NUMBERS] or null}, what is held from now on; {"type":
+"shown"}, the last group has begun to be shown, so that the next one may be made; {"type": "restart", "seed": N}; {"type":
+"rewind", "groups": N}; {"type": "record", "on": true or false}. The server sends JSON (hello, reset, recorded, error, full),
+and each group as binary: a header of 8 bytes (the number of its first frame, the number of its frames, and 1 if the truth is
+beside the dream), then the frames as PNG pictures, each after 4 bytes with its length.
+"""
+
+import asyncio
+import io
+import json
+import struct
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from stdit.conditions import Actions
+from stdit.data.video_write import VideoStream, to_uint8
+from stdit.sampling.world import World
+from stdit.web.server import Worker, page
+from stdit.worlds.environments import Environment
+
+
+class Start(NamedTuple):
+    """A world at its beginning: its frames so far (F, H, W, 3) uint8, and the environment that goes on beside it, or None."""
+
+    world: World
+    frames: np.ndarray
+    truth: Environment | None
+
+
+# From a seed, and an environment that can be used again, a new beginning.
+Begin = Callable[[int, Environment | None], tuple[World, np.ndarray, Environment | None]]
+
+
+@dataclass
+class Stage:
+    """What can be played: how a world begins, its actions, and limits.
+
+    begin: gives a new beginning. evaluations: of the network for each group. sessions: worlds at the same time.
+    recordings: folder for clips that are recorded from the page.
+    """
+
+    begin: Begin
+    actions: Actions
+    fps: float
+    evaluations: int
+    title: str
+    recordings: Path
+    sessions: int = 2
+    open: int = field(default=0, init=False)  # worlds that are played now
+
+    @property
+    def hello(self) -> dict[str, Any]:
+        """What the page needs to know."""
+        space = self.actions.space
+        return {
+            "type": "hello", "title": self.title, "fps": self.fps, "evaluations": self.evaluations,
+            "count": space.count, "width": space.width, "names": list(space.names or ()),
+            "low": list(space.low or ()), "high": list(space.high or ()), "repeat": space.repeat,
+            "turn_based": bool((space.environment or {}).get("turn_based")),
+        }  # fmt: skip
+
+    def routes(self, worker: Worker) -> list[BaseRoute]:
+        """The page, its WebSocket, and the clips that were recorded."""
+
+        async def play(socket: WebSocket) -> None:
+            await socket.accept()
+            if self.open >= self.sessions:
+                message = (
+                    f"{self.sessions} worlds are open, as many as this server holds; close another tab and reload."
+                )
+                await socket.send_json({"type": "full", "message": message})
+                await socket.close(1013)
+                return
+            self.open += 1
+            try:
+                await Session(self, socket, worker).run()
+            finally:
+                self.open -= 1
+
+        async def recording(request: Request) -> Response:
+            path = self.recordings / Path(request.path_params["name"]).name
+            return FileResponse(path) if path.is_file() else PlainTextResponse("there is no such recording", 404)
+
+        return [page("play.html"), WebSocketRoute("/play", play), Route("/recordings/{name}", recording)]
+
+
+class Session:
+    """One tab: a world of its own, what is held, and whether the page is ready for the next group."""
+
+    def __init__(self, stage: Stage, socket: WebSocket, worker: Worker):
+        self.stage, self.socket, self.worker = stage, socket, worker
+        self.action: Any = None
+        self.ready, self.acted = asyncio.Event(), asyncio.Event()
+        self.jobs: asyncio.Queue[Callable[[], Any]] = asyncio.Queue()  # restarts and the like, run between groups
+        self.recorder: VideoStream | None = None
+        self.start: Start | None = None
+        self.environment: Environment | None = (
+            None  # the truth, also after a rewind, so that it is used again and closed
+        )
+
+    async def run(self) -> None:
+        """Play until the tab closes."""
+        listening = asyncio.create_task(self._listen())
+        try:
+            await self.socket.send_json(self.stage.hello)
+            await self._restart(0)
+            while not listening.done():
+                await self._next(listening)
+        except (WebSocketDisconnect, RuntimeError):  # the tab closed while something was sent
+            pass
+        finally:
+            listening.cancel()
+            with suppress(asyncio.CancelledError, WebSocketDisconnect):
+                await listening
+            self._stop_recording()
+            self.start = None
+            if self.environment is not None:
+                self.environment.env.close()
+
+    async def _next(self, listening: asyncio.Task) -> None:
+        """Run what was asked for, or make and send the next group as soon as the page is ready for it."""
+        turn_based = self.stage.hello["turn_based"]
+        waits = [asyncio.create_task(self.jobs.get()), asyncio.create_task(self._may_go_on(turn_based))]
+        done, _ = await asyncio.wait([*waits, listening], return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            if wait not in done:
+                wait.cancel()
+        if waits[0] in done:
+            await waits[0].result()()
+        elif waits[1] in done:
+            self.ready.clear()
+            self.acted.clear()
+            action = self.action
+            if turn_based:
+                self.action = None
+            await self._send(*await self.worker.run(self._step, action))
+
+    async def _may_go_on(self, turn_based: bool) -> None:
+        await self.ready.wait()
+        if turn_based:
+            await self.acted.wait()
+
+    def _step(self, action: Any) -> tuple[int, np.ndarray, np.ndarray | None]:
+        """The next group and, beside it, what the environment does; runs in the worker."""
+        assert self.start is not None
+        world, truth = self.start.world, self.start.truth
+        first, size = world.frames, world.group
+        dream = to_uint8(world.step(action)[0])
+        real = None
+        if truth is not None and action is not None:
+            real = np.stack([outcome.picture for outcome in truth.act(action, size, dream.shape[1:3])])
+        elif truth is not None:
+            real = np.stack([truth.picture(dream.shape[1:3])] * size)
+        if self.recorder is not None:
+            self.recorder.add(_beside(dream, real))
+        return first, dream, real
+
+    async def _send(self, first: int, dream: np.ndarray, real: np.ndarray | None) -> None:
+        real = None if real is None or len(real) != len(dream) else real
+        parts = [struct.pack("<IHH", first, len(dream), int(real is not None))]
+        for frame in (*dream, *(() if real is None else real)):
+            picture = _png(frame)
+            parts += [struct.pack("<I", len(picture)), picture]
+        await self.socket.send_bytes(b"".join(parts))
+
+    async def _listen(self) -> None:
+        """Read messages until the tab closes; one that is not understood is refused, and the connection stays."""
+        while True:
+            message = await self.socket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            try:
+                self._take(json.loads(message.get("text") or ""))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                with suppress(RuntimeError, WebSocketDisconnect):
+                    await self.socket.send_json({"type": "error", "message": " ".join(str(error).split())[:300]})
+
+    def _take(self, message: Any) -> None:
+        """Do what a message says; ValueError for one that is none of those of this module's docstring."""
+        kind = message.get("type") if isinstance(message, Mapping) else None
+        if kind == "act":
+            action = message["action"]
+            self.action = None if action is None else self.stage.actions.number(action)
+            if action is not None:
+                self.acted.set()
+        elif kind == "shown":
+            self.ready.set()
+        elif kind == "restart":
+            seed = _whole(message.get("seed", 0), "seed", 2**31)
+            self.jobs.put_nowait(lambda: self._restart(seed))
+        elif kind == "rewind":
+            groups = _whole(message.get("groups", 1), "groups", 10**6)
+            self.jobs.put_nowait(lambda: self._rewind(groups))
+        elif kind == "record":
+            on = bool(message["on"])
+            self.jobs.put_nowait(lambda: self._record(on))
+        else:
+            raise ValueError(
+                f"a message of type {str(kind)[:40]!r} is no action; send act, shown, restart, rewind or record."
+            )
+
+    async def _restart(self, seed: int) -> None:
+        """Begin a new clip."""
+        self.action = None
+        self.acted.clear()
+        self.start = Start(*await self.worker.run(self.stage.begin, seed, self.environment))
+        self.environment = self.start.truth
+        await self.socket.send_json({"type": "reset", "seed": seed, "truth": self.start.truth is not None})
+        if len(self.start.frames):
+            last = self.start.frames[-1:]
+            await self._send(self.start.world.frames - 1, last, last if self.start.truth is not None else None)
+        else:
+            self.ready.set()
+
+    async def _rewind(self, groups: int) -> None:
+        """Take back some groups; the truth, which cannot go back, ends."""
+        assert self.start is not None
+        self.start.world.rewind(min(groups, self.start.world.rewindable))
+        self.start = self.start._replace(truth=None)
+        await self.socket.send_json({"type": "rewound", "frames": self.start.world.frames})
+        self.ready.set()
+
+    async def _record(self, on: bool) -> None:
+        """Begin or end a recording of what is shown."""
+        name = self._stop_recording()
+        if on:
+            self.stage.recordings.mkdir(parents=True, exist_ok=True)
+            stamp = time.strftime("%Y%m%d-%H%M%S") + f"-{time.time_ns() % 10**6:06d}"
+            self.recorder = VideoStream(self.stage.recordings / f"{stamp}.mp4", self.stage.fps).__enter__()
+            await self.socket.send_json({"type": "recording"})
+        else:
+            await self.socket.send_json({"type": "recorded", "url": None if name is None else f"/recordings/{name}"})
+
+    def _stop_recording(self) -> str | None:
+        """End a recording -> its name, None if there is none or it has no frames."""
+        recorder, self.recorder = self.recorder, None
+        if recorder is None:
+            return None
+        recorder.__exit__(None, None, None)
+        return recorder.path.name if recorder.path.is_file() else None
+
+
+def _whole(value: Any, name: str, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f"{name}={str(value)[:40]!r} is no whole number from 0 to {most}.")
+    return value
+
+
+def _beside(dream: np.ndarray, real: np.ndarray | None) -> np.ndarray:
+    """The dream, and the truth to its right if there is one: (F, H, W, 3)."""
+    return dream if real is None else np.concatenate([dream, np.resize(real, dream.shape)], axis=2)
+
+
+def _png(frame: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(frame).save(stream, "png", compress_level=1)
+    return stream.getvalue()

@@ -1,0 +1,1 @@
+"""Environments in which an agent acts: the one that ships, Gymnasium's, and recordings of both."""

@@ -1,0 +1,175 @@
+"""Environments by name: the one that ships, and Gymnasium's; their pictures and the space of their actions."""
+
+import importlib
+import importlib.metadata
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stdit.conditions import ActionSpace
+from stdit.data.transforms import resize
+from stdit.worlds.room import Room
+
+# Packages that register environments with Gymnasium when they are imported, and the distributions they come from.
+_PACKAGES = {"minigrid": "minigrid", "ale_py": "ale-py", "vizdoom.gymnasium_wrapper": "vizdoom"}
+_TURN_BASED = ("minigrid",)
+SHIPPED = "room"
+
+
+class Outcome(NamedTuple):
+    """What one frame of an environment gives: the picture (H, W, 3) uint8 and what `step` returns in Gymnasium."""
+
+    picture: np.ndarray
+    observation: Any
+    reward: float
+    done: bool
+    info: dict[str, Any]
+
+
+class Environment(NamedTuple):
+    """An environment that is drawn, and what its actions are.
+
+    env: with Gymnasium's interface. space: of its actions, as a model takes them. first: the number of its first action
+    (Gymnasium's `Discrete.start`). turn_based: whether nothing happens between actions (`act`). versions: of the packages
+    that it needs.
+    """
+
+    name: str
+    env: Any
+    space: ActionSpace
+    first: int = 0
+    turn_based: bool = False
+    versions: Mapping[str, str] = {}
+
+    @property
+    def fps(self) -> float:
+        """Frames a second at which it is meant to be seen."""
+        return float((self.env.metadata or {}).get("render_fps") or 8)
+
+    def reset(self, seed: int) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode -> observation and info."""
+        return self.env.reset(seed=seed)
+
+    def act(self, action: Any, frames: int, size: tuple[int, int] | None = None) -> Iterator[Outcome]:
+        """Take an action that lasts `frames` frames, or until the episode ends, and yield what follows, frame by frame.
+
+        In a turn-based environment it is one step, whose picture lasts as long; in others every frame is a step.
+        """
+        given = int(action) + self.first if self.space.width is None else np.asarray(action, dtype=np.float32)
+        outcome = None
+        for _ in range(frames):
+            if outcome is None or not self.turn_based:
+                observation, reward, terminated, truncated, info = self.env.step(given)
+                outcome = Outcome(
+                    self.picture(size), observation, float(reward), bool(terminated or truncated), dict(info)
+                )
+            yield outcome
+            if outcome.done and not self.turn_based:
+                return
+            outcome = outcome._replace(reward=0.0) if self.turn_based else outcome
+
+    def picture(self, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The picture (H, W, 3) uint8 as it is now. size: (H, W) to which it is scaled."""
+        frame = np.asarray(self.env.render())
+        if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+            raise ValueError(
+                f"environment {self.name!r} draws {frame.dtype} of shape {frame.shape}, not a picture (height, width, 3) of "
+                "uint8; choose another one."
+            )
+        return frame if size is None else resize(frame[None], size)[0]
+
+
+def make_environment(
+    name: str, options: Mapping[str, Any] | None = None, turn_based: bool | None = None
+) -> Environment:
+    """Make an environment: "room", which ships, or an id of Gymnasium's.
+
+    options: keyword arguments of its constructor. turn_based: None: of those whose module is known to be. ValueError, in one
+    line, for one that is not installed, draws no pictures, or whose actions are neither one of several nor a vector.
+    """
+    if name == SHIPPED:
+        try:
+            room = Room(**(options or {}))
+        except TypeError as error:
+            raise ValueError(f"options of environment 'room': {error}; it takes size.") from error
+        return Environment(name, room, ActionSpace(count=room.action_space.n, names=list(room.action_names)))
+    env, versions = _make(name, dict(options or {}))
+    try:
+        space, first = _space_of(name, env)
+    except ValueError:
+        env.close()
+        raise
+    known = type(env.unwrapped).__module__.partition(".")[0] in _TURN_BASED
+    return Environment(name, env, space, first, known if turn_based is None else turn_based, versions)
+
+
+def environment_of(about: Mapping[str, Any]) -> Environment:
+    """The environment that `ActionSpace.environment` describes."""
+    return make_environment(str(about["name"]), about.get("options"), about.get("turn_based"))
+
+
+def _make(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+    """An environment of Gymnasium's, and the versions of what it needs."""
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise ValueError(
+            f"environment {name!r} needs gymnasium, which is not installed: pip install 'stdit[worlds]'. 'room' needs nothing."
+        ) from error
+    installed = []
+    for module, distribution in _PACKAGES.items():
+        try:
+            found = importlib.import_module(module)
+        except ImportError:
+            continue
+        if module == "ale_py":
+            gymnasium.register_envs(found)
+            found.ALEInterface.setLoggerMode(found.LoggerMode.Error)
+        installed.append(distribution)
+    try:
+        env = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True, **options)
+    except gymnasium.error.Error as error:
+        missing = [distribution for distribution in _PACKAGES.values() if distribution not in installed]
+        hint = f" {', '.join(missing)} are not installed (pip install 'stdit[worlds]')." if missing else ""
+        raise ValueError(f"environment {name!r}: {' '.join(str(error).split())[:300]}{hint}") from error
+    except (TypeError, ImportError, AttributeError) as error:
+        raise ValueError(f"environment {name!r} cannot be made: {' '.join(str(error).split())[:300]}.") from error
+    if env.render_mode != "rgb_array":
+        raise ValueError(f"environment {name!r} draws no pictures (render_mode='rgb_array'); choose another one.")
+    needs = {"gymnasium"} | {
+        dist for mod, dist in _PACKAGES.items() if type(env.unwrapped).__module__.startswith(mod.split(".")[0])
+    }
+    return env, {dist: importlib.metadata.version(dist) for dist in sorted(needs)}
+
+
+def _space_of(name: str, env: Any) -> tuple[ActionSpace, int]:
+    from gymnasium import spaces
+
+    actions = env.action_space
+    if isinstance(actions, spaces.Discrete):
+        count = int(actions.n)
+        names = _action_names(env.unwrapped)
+        return ActionSpace(count=count, names=names if names and len(names) == count else None), int(actions.start)
+    if isinstance(actions, spaces.Box) and len(actions.shape) == 1:
+        low, high = actions.low.astype(float).tolist(), actions.high.astype(float).tolist()
+        bounded = all(math.isfinite(bound) for bound in (*low, *high))
+        return ActionSpace(width=len(low), low=low if bounded else None, high=high if bounded else None), 0
+    raise ValueError(
+        f"environment {name!r} has actions {actions}, which are neither one of several (Discrete) nor a vector (Box); wrap it, or "
+        "choose another one."
+    )
+
+
+def _action_names(env: Any) -> list[str] | None:
+    """The names of an environment's actions: of ALE, of an enumeration (MiniGrid), or of the buttons (ViZDoom)."""
+    if hasattr(env, "get_action_meanings"):
+        return [str(name).lower() for name in env.get_action_meanings()]
+    if hasattr(env, "button_map"):
+        buttons = [str(button).rpartition(".")[2].lower() for button in env.game.get_available_buttons()]
+        pressed = [[b for b, on in zip(buttons, combination, strict=False) if on] for combination in env.button_map]
+        return ["+".join(names) or "none" for names in pressed]
+    if isinstance(getattr(env, "actions", None), type):
+        return [str(action.name) for action in env.actions]
+    return None

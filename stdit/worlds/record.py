@@ -1,0 +1,108 @@
+"""Record episodes of an environment: frames, the actions that led to them, and what else is asked for."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stdit.conditions import ActionSpace
+from stdit.data.video_write import write_video
+from stdit.rng import keyed_rng
+from stdit.worlds.environments import Environment
+from stdit.worlds.policies import Policy
+
+
+class Recording(NamedTuple):
+    """How episodes are recorded.
+
+    frames: at most, of one episode. repeat: frames that one action of the policy lasts. size: (H, W) of the pictures.
+    info: names of the environment's info that are kept. lossless: whether the clips have exactly the frames.
+    """
+
+    frames: int
+    repeat: int
+    size: tuple[int, int]
+    fps: float
+    info: Sequence[str] = ()
+    lossless: bool = False
+
+
+class Episode(NamedTuple):
+    """The frames (F, H, W, 3) uint8 of an episode; for each of them the action that led to it (None for the first), the
+    reward that it gave, and the info that was asked for."""
+
+    frames: np.ndarray
+    actions: list[Any]
+    rewards: list[float]
+    info: dict[str, list[Any]]
+
+
+def play_episode(env: Environment, policy: Policy, how: Recording, *, seed: int) -> Episode:
+    """Play an episode, a function of the seed alone if the environment and the policy are."""
+    rng = keyed_rng("sample", seed)
+    return _run(env, lambda observation, info, frame: plain(policy(observation, info, rng)), how, seed=seed)
+
+
+def replay(env: Environment, actions: Sequence[Any], how: Recording, *, seed: int) -> Episode:
+    """The episode that recorded actions (one for each frame, the first None) and their seed give again."""
+    return _run(env, lambda observation, info, frame: actions[frame], how._replace(frames=len(actions)), seed=seed)
+
+
+def _run(env: Environment, choose: Callable[[Any, dict[str, Any], int], Any], how: Recording, *, seed: int) -> Episode:
+    observation, info = env.reset(seed)
+    frames, actions, rewards, done = [env.picture(how.size)], [None], [0.0], False
+    kept: dict[str, list[Any]] = {name: [_info_of(info, name, env)] for name in how.info}
+    while not done and len(frames) < how.frames:
+        action = choose(observation, info, len(frames))
+        for outcome in env.act(action, min(how.repeat, how.frames - len(frames)), how.size):
+            observation, info, done = outcome.observation, outcome.info, outcome.done
+            frames.append(outcome.picture)
+            actions.append(action)
+            rewards.append(outcome.reward)
+            for name, values in kept.items():
+                values.append(_info_of(info, name, env))
+    return Episode(np.stack(frames), actions, rewards, kept)
+
+
+def _info_of(info: dict[str, Any], name: str, env: Environment) -> Any:
+    """A value of the environment's info, or an attribute of the environment of that name, as plain values."""
+    if name in info:
+        return plain(info[name])
+    if hasattr(env.env.unwrapped, name):
+        return plain(getattr(env.env.unwrapped, name))
+    has = ", ".join(map(str, info)) or "none"
+    raise ValueError(
+        f"--info {name!r} is neither in the info of environment {env.name!r} ({has}) nor an attribute of it."
+    )
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        json.dumps(value)
+    except TypeError:
+        return str(value)
+    return value
+
+
+def frames_hash(frames: np.ndarray) -> str:
+    """The sha256 of frames (F, H, W, 3) uint8, as they are in memory."""
+    return hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
+
+
+def write_episode(
+    path: Path, episode: Episode, env: Environment, how: Recording, *, seed: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the clip of an episode -> its row of the manifest. options: with which the environment was made."""
+    write_video(path, episode.frames, fps=how.fps, encoding="lossless" if how.lossless else "faithful")
+    about = {"name": env.name, "options": dict(options), "turn_based": env.turn_based, "size": list(how.size)}
+    space: ActionSpace = env.space._replace(repeat=how.repeat, environment=about)
+    row = {
+        "path": path.name, "frames": len(episode.frames), "seed": seed, "actions": episode.actions,
+        "action_space": space.plain, "reward": episode.rewards, "frames_sha256": frames_hash(episode.frames),
+    }  # fmt: skip
+    return row | ({"info": episode.info} if episode.info else {})

@@ -1,0 +1,160 @@
+"""Recordings: clips, actions and seeds of episodes, from which the frames can be had again."""
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from stdit.data.video_io import VideoReader
+from stdit.evaluation.metrics import psnr
+from stdit.pixels import to_float
+from stdit.recipes import record
+from stdit.recipes.entry import run
+from stdit.worlds.environments import environment_of, make_environment
+from stdit.worlds.record import Recording, frames_hash, replay
+
+gymnasium = pytest.importorskip("gymnasium", reason="the extra [worlds] is not installed")
+SHORT = ["--episodes", "3", "--frames", "9", "--size", "32", "--workers", "1", "--output", "out"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(folder="out"):
+    with open(f"{folder}/manifest.jsonl") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def frames_of(path):
+    with VideoReader(path) as reader:
+        return reader.get_frames(range(len(reader)))
+
+
+class Line(gymnasium.Env):
+    """A dot on a line that a number moves; an episode ends after twelve steps."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    observation_space = gymnasium.spaces.Box(0, 32, (1,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at, self.time = self.np_random.uniform(8, 24), 0
+        return np.array([self.at], np.float32), {"at": self.at}
+
+    def step(self, action):
+        self.at, self.time = float(np.clip(self.at + action[0], 0, 31)), self.time + 1
+        return np.array([self.at], np.float32), 1.0, self.time >= 12, False, {"at": self.at}
+
+    def render(self):
+        frame = np.zeros((32, 32, 3), np.uint8)
+        frame[12:20, int(self.at)] = 255
+        return frame
+
+
+class Many(Line):
+    action_space = gymnasium.spaces.MultiDiscrete([3, 3])
+
+
+class Blind(Line):
+    metadata = {"render_modes": []}
+
+    def render(self):
+        return None
+
+
+for name, kind in (("Line", Line), ("Many", Many), ("Blind", Blind)):
+    gymnasium.register(f"{name}-v0", entry_point=kind)
+
+
+@pytest.mark.parametrize("environment", ["room", "Line-v0"])
+def test_recorded_actions_and_the_seed_give_the_recorded_frames(environment):
+    assert record.main([environment, "--repeat", "4", *SHORT]) == 0
+    for row in rows():
+        assert len(row["actions"]) == row["frames"] == len(row["reward"]) and row["actions"][0] is None
+        about = row["action_space"]["environment"]
+        how = Recording(99, row["action_space"]["repeat"], tuple(about["size"]), 8.0)
+        again = replay(environment_of(about), row["actions"], how, seed=row["seed"])
+        assert frames_hash(again.frames) == row["frames_sha256"]
+        assert psnr(to_float(frames_of(f"out/{row['path']}"))[None], to_float(again.frames)[None]) > 40
+
+
+def test_lossless_clips_have_exactly_the_frames():
+    assert record.main(["room", "--lossless", *SHORT]) == 0
+    for row in rows():
+        assert frames_hash(frames_of(f"out/{row['path']}")) == row["frames_sha256"]
+
+
+def test_an_action_lasts_so_many_frames_and_in_turns_it_is_one_step():
+    record.main(["Line-v0", "--repeat", "4", "--info", "at", *SHORT[:-1], "frames"])
+    record.main(["Line-v0", "--repeat", "4", "--turn-based", "--info", "at", *SHORT[:-1], "turns"])
+    for by_frames, by_turns in zip(rows("frames"), rows("turns"), strict=True):
+        assert by_frames["actions"][1:5] == [by_frames["actions"][1]] * 4
+        assert by_frames["actions"] == by_turns["actions"]
+        start, moved = by_turns["info"]["at"][0], by_turns["info"]["at"][1]
+        assert by_turns["info"]["at"][1:5] == [moved] * 4
+        assert by_frames["info"]["at"][4] - start == pytest.approx(4 * (moved - start), abs=1e-5)
+        assert by_turns["reward"][1:5] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_recording_goes_on_where_it_was_stopped_and_is_the_same_with_several_processes():
+    record.main(["room", *SHORT])
+    record.main(["room", "--episodes", "5", *SHORT[2:]])
+    first = rows()
+    record.main(["room", "--episodes", "5", "--frames", "9", "--size", "32", "--workers", "2", "--output", "whole"])
+    assert first == rows("whole") and len(first) == 5
+
+
+def test_a_policy_of_ones_own_chooses_the_actions(monkeypatch):
+    module = types.ModuleType("mine")
+    module.up = lambda observation, info, rng: 1
+    monkeypatch.setitem(sys.modules, "mine", module)
+    record.main(["room", "--policy", "mine:up", *SHORT])
+    assert all(row["actions"][1:] == [1] * 8 for row in rows())
+
+
+def test_the_rest_of_an_episode_that_ends_is_not_invented():
+    record.main(["Line-v0", "--episodes", "2", "--frames", "40", "--workers", "1", "--output", "out"])
+    assert [row["frames"] for row in rows()] == [13, 13]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Many-v0"], "neither one of several (Discrete) nor a vector (Box)"),
+        (["Blind-v0"], "draws"),
+        (["NoSuchWorld-v0"], "NoSuchWorld"),
+        (["room", "--policy", "clever"], "--policy 'clever' is unknown"),
+        (["room", "--policy", "no_such_module:f"], "no_such_module"),
+        (["room", "--info", "score"], "--info 'score'"),
+        (["room", "--option", "colour=red"], "options of environment 'room'"),
+        (["room", "--repeat", "0"], "--repeat must be >= 1"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_in_one_line_before_any_work(arguments, message, capsys, home):
+    assert run(record.main, [*arguments, *SHORT]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in said
+    assert not (home / "out" / "manifest.jsonl").exists()
+
+
+def test_a_folder_of_other_settings_is_left_as_it_is(capsys):
+    record.main(["room", *SHORT])
+    before = rows()
+    assert run(record.main, ["room", "--policy", "random", *SHORT]) == 1
+    assert "episodes of other settings (policy)" in capsys.readouterr().err
+    assert rows() == before
+
+
+def test_minigrid_is_turn_based_and_its_actions_have_names():
+    pytest.importorskip("minigrid", reason="the extra [worlds] is not installed")
+    env = make_environment("MiniGrid-Empty-8x8-v0")
+    assert env.turn_based and env.space.count == 7 and env.space.names[:3] == ["left", "right", "forward"]
