@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from stdit.conditions.values import Value
 LARGEST_COUNT, LARGEST_WIDTH = 100_000, 4096  # actions, and numbers of one; worlds and robots have far fewer
 
 
-class ActionSpace(NamedTuple):
+@dataclass(frozen=True)
+class ActionSpace:
     """The actions of an environment: one of `count`, or `width` numbers.
 
     names: of the actions, or of the numbers. low, high: bounds of each number. repeat: frames that one action lasts.
@@ -36,14 +38,15 @@ class ActionSpace(NamedTuple):
         try:
             space = cls(**{name: given[name] for name in given})
         except TypeError as error:
-            raise ValueError(f"{where}: {error}; give {', '.join(cls._fields)}.") from error
+            names = ", ".join(field.name for field in fields(cls))
+            raise ValueError(f"{where}: {error}; give {names}.") from error
         space.check(where)
         return space
 
     @property
     def plain(self) -> dict[str, Any]:
         """The fields that are set, as a dictionary that JSON can hold."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def check(self, where: str) -> None:
         """Raise ValueError for a space that contradicts itself."""
@@ -127,7 +130,16 @@ class Actions(Conditioner):
         if not isinstance(stride, int) or not 1 <= stride <= 64:
             raise ValueError(f"stride={stride} of the actions is not that of a VAE in time, 1 to 64.")
         self.stride, self.width = stride, self.space.width
-        self.clip_ndim = 2 if self.width is None else 3
+
+    @property
+    def clip_ndim(self) -> int:  # type: ignore[override]
+        """Dimensions of a value for whole clips: (B, stride), or (B, stride, width)."""
+        return 2 if self.width is None else 3
+
+    @property
+    def _count(self) -> int:
+        assert self.space.count is not None
+        return self.space.count
 
     def embedder(self, dim: int) -> nn.Module:
         """Make the embedder of a group's actions."""
@@ -139,7 +151,7 @@ class Actions(Conditioner):
 
     def _missing(self, *shape: int) -> Tensor:
         if self.width is None:
-            return torch.full(shape, self.space.count)
+            return torch.full(shape, self._count)
         return torch.full((*shape, self.width), float("nan"))
 
     # Data
@@ -286,10 +298,10 @@ class Actions(Conditioner):
                 raise ValueError(
                     f"actions of shape {tuple(values.shape)} do not fit: this model takes whole numbers, one for each frame."
                 )
-            wrong = values[(values < -1) | (values > self.space.count)]
+            wrong = values[(values < -1) | (values > self._count)]
             if len(wrong):
                 self.space.number(int(wrong[0]))  # raises
-            return torch.where(values < 0, self.space.count, values)  # type: ignore[arg-type]
+            return torch.where(values < 0, self._count, values)
         if values.ndim != 3 or values.shape[2] != self.width:
             raise ValueError(
                 f"actions of shape {tuple(values.shape)} do not fit: this model takes {self.width} numbers for each frame."

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from stdit.conditions import Actions, ActionSpace, ClipFacts
@@ -29,7 +30,9 @@ def actions_of_rows(rows: Sequence[Mapping[str, Any]]) -> ActionSpace | None:
     if text is not None:
         given = json.loads(text)
         if not isinstance(given, dict):
-            raise ValueError(f"action_space {text[:60]} is no object; give {', '.join(ActionSpace._fields)}.")
+            raise ValueError(
+                f"action_space {text[:60]} is no object; give {', '.join(field.name for field in fields(ActionSpace))}."
+            )
         return ActionSpace.of(given, "action_space")
     return _found([_values(row) for row in rows])
 

@@ -4,9 +4,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ from stdit.files import inside, read_json
 LAYOUTS = ("v2.0", "v2.1", "v3.0")
 
 
-class EpisodePlace(NamedTuple):
+@dataclass(frozen=True)
+class EpisodePlace:
     """Where an episode lies: its number and length, its tasks, its table, its video, and when it begins there in seconds."""
 
     index: int
@@ -175,7 +177,7 @@ def _episodes_v2(root: Path, info: Mapping[str, Any], camera: str) -> list[Episo
         index = int(row["episode_index"])
         parts = {"episode_chunk": index // int(info["chunks_size"]), "episode_index": index, "video_key": camera}
         table, video = (_place(root, info[key], parts) for key in ("data_path", "video_path"))
-        places.append(EpisodePlace(index, int(row["length"]), _flat(row.get("tasks")), table, video))
+        places.append(EpisodePlace(index, int(row["length"]), _flat(row.get("tasks")), table=table, video=video))
     return places
 
 
@@ -191,7 +193,11 @@ def _episodes_v3(root: Path, info: Mapping[str, Any], camera: str) -> list[Episo
             index, length, table_chunk, table_file, chunk, number, begins = (rows[name][i] for name in names)
             table = _place(root, info["data_path"], {"chunk_index": table_chunk, "file_index": table_file})
             video = _place(root, info["video_path"], {"video_key": camera, "chunk_index": chunk, "file_index": number})
-            places.append(EpisodePlace(int(index), int(length), _flat(rows["tasks"][i]), table, video, float(begins)))
+            places.append(
+                EpisodePlace(
+                    int(index), int(length), _flat(rows["tasks"][i]), table=table, video=video, begins=float(begins)
+                )
+            )
     return sorted(places, key=lambda place: place.index)
 
 

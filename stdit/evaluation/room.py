@@ -9,12 +9,12 @@ from stdit.evaluation.shapes import connected, shape_of_fill
 from stdit.evaluation.worlds import Rollout
 from stdit.worlds.room import HALF, SIDE, Room, player_offset
 
-AS_TOLD = 3.0  # pixels of 64 between the move of a group and that which the environment would make
+TOLERANCE = 3.0  # pixels of 64 between the move of a group and that which the environment would make
 INTO_WALL = 2.5  # pixels by which an outline may reach into a wall: of blur
 _MIN_AREA = 24.0  # pixels; less is no player
 
 
-class Seen(NamedTuple):
+class Player(NamedTuple):
     """The player as it is measured in a frame: centre of its box (x, y), nan if there is none; its shape by its fill."""
 
     center: np.ndarray
@@ -26,19 +26,19 @@ def state(room: Room) -> dict[str, Any]:
     return {**room.truth, "position": list(room.position)}
 
 
-def see(frame: np.ndarray, truth: dict[str, Any]) -> Seen:
+def measure_player(frame: np.ndarray, truth: dict[str, Any]) -> Player:
     """Find the player: the largest part of a frame (H, W, 3) uint8 whose pixels are nearest to the player's colour."""
     colors = np.array([truth[name] for name in ("color", "ground", "wall_color", "ball_color")])
     distance = np.linalg.norm(frame[:, :, None].astype(float) / 255 - colors, axis=-1)
     labels = connected((distance.argmin(-1) == 0)[None])[0]
     names, counts = np.unique(labels[labels > 0], return_counts=True)
     if not len(names) or counts.max() < _MIN_AREA * (len(frame) / SIDE) ** 2:
-        return Seen(np.full(2, np.nan), None)
+        return Player(np.full(2, np.nan), None)
     y, x = np.nonzero(labels == names[counts.argmax()])
     fill = counts.max() / ((np.ptp(y) + 1) * (np.ptp(x) + 1))
     center = np.array([x.mean(), y.mean()]) + 0.5
     offset = np.array([0.0, player_offset(truth["shape"])])
-    return Seen(center * SIDE / len(frame) - offset, shape_of_fill(fill))
+    return Player(center * SIDE / len(frame) - offset, shape_of_fill(fill))
 
 
 def expected_move(truth: dict[str, Any], center: np.ndarray, action: int, frames: int) -> np.ndarray:
@@ -53,39 +53,39 @@ def expected_move(truth: dict[str, Any], center: np.ndarray, action: int, frames
 class RoomReport(NamedTuple):
     """What rollouts of the room show.
 
-    told: per group, whether the player moved as told. blocked: per group in which a wall stops it, whether it held. errors:
+    moved: per group, whether the player moved as its action says. blocked: per group in which a wall stops it, whether it held. errors:
     horizon -> distance in pixels from the truth of each rollout (infinite if the player is lost). right: per rollout, whether
     shape and colour are right at the end.
     """
 
-    told: list[bool]
+    moved: list[bool]
     blocked: list[bool]
     errors: dict[int, list[float]]
     right: list[bool]
 
 
-def judge(rollouts: Sequence[Rollout], horizons: Sequence[int], group: int) -> RoomReport:
+def measure_rollouts(rollouts: Sequence[Rollout], horizons: Sequence[int], group: int) -> RoomReport:
     """Measure every group of every rollout."""
-    told, blocked, right = [], [], []
+    moved, blocked, right = [], [], []
     errors: dict[int, list[float]] = {horizon: [] for horizon in horizons}
     for rollout in rollouts:
         truth = rollout.truth.states[0]
-        seen = [see(frame, truth) for frame in rollout.frames]
+        seen = [measure_player(frame, truth) for frame in rollout.frames]
         for before, after, action in zip(seen, seen[1:], rollout.truth.actions, strict=False):
             if np.isnan(before.center).any():
-                told.append(False)
+                moved.append(False)
                 continue
             move = expected_move(truth, np.clip(before.center, HALF, SIDE - HALF), action, group)
             error = np.linalg.norm(after.center - before.center - move)
-            told.append(bool(error <= AS_TOLD))
-            if action and np.abs(move).sum() < 2 * group - AS_TOLD:
+            moved.append(bool(error <= TOLERANCE))
+            if action and np.abs(move).sum() < 2 * group - TOLERANCE:
                 blocked.append(bool(not np.isnan(after.center).any() and _depth(truth, after.center) <= INTO_WALL))
         for horizon in horizons:
             if horizon < len(seen):
                 error = np.linalg.norm(seen[horizon].center - rollout.truth.states[horizon]["position"])
                 errors[horizon].append(float("inf") if np.isnan(error) else float(error))
         right.append(seen[-1].shape == truth["shape"])
-    return RoomReport(told, blocked, errors, right)
+    return RoomReport(moved, blocked, errors, right)
 
 
 def _depth(truth: dict[str, Any], center: np.ndarray) -> float:

@@ -50,14 +50,14 @@ def play_truth(
     observation, info = env.reset(seed)
     frames, actions, states = [env.picture(size)], [], [state(env.env.unwrapped)]
     for _ in range(groups):
-        action, outcome = policy(observation, info, rng), None
-        for outcome in env.act(action, group, size):
-            observation, info = outcome.observation, outcome.info
-        assert outcome is not None
-        frames.append(outcome.picture)
+        action, taken = policy(observation, info, rng), None
+        for taken in env.act(action, group, size):
+            observation, info = taken.observation, taken.info
+        assert taken is not None
+        frames.append(taken.picture)
         actions.append(action)
         states.append(state(env.env.unwrapped))
-        if outcome.done:
+        if taken.done:
             break
     return Episode(np.stack(frames), actions, states)
 

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = make_environment(args.environment, dict(args.option), args.turn_based)
     make_policy(args.policy, env.space)  # raises if there is none
     versions, turn_based, size = env.versions, env.turn_based, args.size or _own_size(env)
-    how = Recording(args.frames, args.repeat, size, args.fps or env.fps, tuple(args.info), args.lossless)
+    how = Recording(
+        args.frames, args.repeat, size, fps=args.fps or env.fps, info=tuple(args.info), lossless=args.lossless
+    )
     play_episode(env, make_policy(args.policy, env.space)(), how._replace(frames=2), seed=args.seed)  # raises early
     env.env.close()
     output = Path(args.output)

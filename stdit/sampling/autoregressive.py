@@ -11,6 +11,7 @@ from stdit.conditions import Guided
 from stdit.nn.cache import FrameCache
 from stdit.sampling.canvas import Canvas
 from stdit.sampling.engine import Engine, Keys, Size, check_latents
+from stdit.sampling.guidance import Denoiser
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.schedule import Schedule
 from stdit.sampling.solvers import solve
@@ -70,7 +71,7 @@ class Rollout:
         other.cache = self.cache.copy()
         return other
 
-    def _denoiser(self, given: Guided):
+    def _denoiser(self, given: Guided) -> Denoiser:
         return self.engine.denoiser(given, self.guidance, cache=self.cache)
 
 

@@ -337,7 +337,7 @@ class STDiTPipeline(DiffusionPipeline):
         condition = check_world(engine, options)
         clip = clip[:, :, None] if clip is not None and clip.ndim == 4 else clip
         known = torch.zeros(1, 3, 0, config.height, config.width) if clip is None else clip
-        count, size = len(known), known.shape[3:]
+        count, size = len(known), (known.shape[3], known.shape[4])
         engine.latent_shape((max(1, known.shape[2]), *size))
         with torch.no_grad():
             found = self.conditions(count, class_labels=class_labels, captions=captions, **given)

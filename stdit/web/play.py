@@ -133,14 +133,13 @@ class Session:
     async def _next(self, listening: asyncio.Task) -> None:
         """Run what was asked for, or make and send the next group as soon as the page is ready for it."""
         turn_based = self.stage.hello["turn_based"]
-        waits = [asyncio.create_task(self.jobs.get()), asyncio.create_task(self._may_go_on(turn_based))]
-        done, _ = await asyncio.wait([*waits, listening], return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            if wait not in done:
-                wait.cancel()
-        if waits[0] in done:
-            await waits[0].result()()
-        elif waits[1] in done:
+        job, go = asyncio.create_task(self.jobs.get()), asyncio.create_task(self._may_go_on(turn_based))
+        done, _ = await asyncio.wait([job, go, listening], return_when=asyncio.FIRST_COMPLETED)
+        for waiting in {job, go} - done:
+            waiting.cancel()
+        if job in done:
+            await job.result()()
+        elif go in done:
             self.ready.clear()
             self.acted.clear()
             action = self.action
@@ -161,7 +160,7 @@ class Session:
         dream = to_uint8(world.step(action)[0])
         real = None
         if truth is not None and action is not None:
-            real = np.stack([outcome.picture for outcome in truth.act(action, size, dream.shape[1:3])])
+            real = np.stack([taken.picture for taken in truth.act(action, size, dream.shape[1:3])])
         elif truth is not None:
             real = np.stack([truth.picture(dream.shape[1:3])] * size)
         if self.recorder is not None:

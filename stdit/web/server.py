@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -68,7 +68,7 @@ def make_app(routes: Sequence[BaseRoute], worker: Worker, close: Callable[[], No
     """The application of some routes, and of the files in `static`. close: called when the server stops."""
 
     @asynccontextmanager
-    async def life(app: Starlette):
+    async def life(app: Starlette) -> AsyncIterator[None]:
         yield
         close()
         worker.close()

@@ -18,7 +18,7 @@ _TURN_BASED = ("minigrid",)
 SHIPPED = "room"
 
 
-class Outcome(NamedTuple):
+class EnvStep(NamedTuple):
     """What one frame of an environment gives: the picture (H, W, 3) uint8 and what `step` returns in Gymnasium."""
 
     picture: np.ndarray
@@ -52,23 +52,22 @@ class Environment(NamedTuple):
         """Begin an episode -> observation and info."""
         return self.env.reset(seed=seed)
 
-    def act(self, action: Any, frames: int, size: tuple[int, int] | None = None) -> Iterator[Outcome]:
+    def act(self, action: Any, frames: int, size: tuple[int, int] | None = None) -> Iterator[EnvStep]:
         """Take an action that lasts `frames` frames, or until the episode ends, and yield what follows, frame by frame.
 
         In a turn-based environment it is one step, whose picture lasts as long; in others every frame is a step.
         """
         given = int(action) + self.first if self.space.width is None else np.asarray(action, dtype=np.float32)
-        outcome = None
+        taken = None
         for _ in range(frames):
-            if outcome is None or not self.turn_based:
+            if taken is None or not self.turn_based:
                 observation, reward, terminated, truncated, info = self.env.step(given)
-                outcome = Outcome(
-                    self.picture(size), observation, float(reward), bool(terminated or truncated), dict(info)
-                )
-            yield outcome
-            if outcome.done and not self.turn_based:
+                done = bool(terminated or truncated)
+                taken = EnvStep(self.picture(size), observation, reward=float(reward), done=done, info=dict(info))
+            yield taken
+            if taken.done and not self.turn_based:
                 return
-            outcome = outcome._replace(reward=0.0) if self.turn_based else outcome
+            taken = taken._replace(reward=0.0) if self.turn_based else taken
 
     def picture(self, size: tuple[int, int] | None = None) -> np.ndarray:
         """The picture (H, W, 3) uint8 as it is now. size: (H, W) to which it is scaled."""
@@ -102,7 +101,8 @@ def make_environment(
         env.close()
         raise
     known = type(env.unwrapped).__module__.partition(".")[0] in _TURN_BASED
-    return Environment(name, env, space, first, known if turn_based is None else turn_based, versions)
+    turn_based = known if turn_based is None else turn_based
+    return Environment(name, env, space, first=first, turn_based=turn_based, versions=versions)
 
 
 def environment_of(about: Mapping[str, Any]) -> Environment:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,11 +58,11 @@ def _run(env: Environment, choose: Callable[[Any, dict[str, Any], int], Any], ho
     kept: dict[str, list[Any]] = {name: [_info_of(info, name, env)] for name in how.info}
     while not done and len(frames) < how.frames:
         action = choose(observation, info, len(frames))
-        for outcome in env.act(action, min(how.repeat, how.frames - len(frames)), how.size):
-            observation, info, done = outcome.observation, outcome.info, outcome.done
-            frames.append(outcome.picture)
+        for taken in env.act(action, min(how.repeat, how.frames - len(frames)), how.size):
+            observation, info, done = taken.observation, taken.info, taken.done
+            frames.append(taken.picture)
             actions.append(action)
-            rewards.append(outcome.reward)
+            rewards.append(taken.reward)
             for name, values in kept.items():
                 values.append(_info_of(info, name, env))
     return Episode(np.stack(frames), actions, rewards, kept)
@@ -91,7 +92,7 @@ def plain(value: Any) -> Any:
 
 def frames_hash(frames: np.ndarray) -> str:
     """The sha256 of frames (F, H, W, 3) uint8, as they are in memory."""
-    return hashlib.sha256(np.ascontiguousarray(frames)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(frames).tobytes()).hexdigest()
 
 
 def write_episode(
@@ -100,7 +101,7 @@ def write_episode(
     """Write the clip of an episode -> its row of the manifest. options: with which the environment was made."""
     write_video(path, episode.frames, fps=how.fps, encoding="lossless" if how.lossless else "faithful")
     about = {"name": env.name, "options": dict(options), "turn_based": env.turn_based, "size": list(how.size)}
-    space: ActionSpace = env.space._replace(repeat=how.repeat, environment=about)
+    space: ActionSpace = replace(env.space, repeat=how.repeat, environment=about)
     row = {
         "path": path.name, "frames": len(episode.frames), "seed": seed, "actions": episode.actions,
         "action_space": space.plain, "reward": episode.rewards, "frames_sha256": frames_hash(episode.frames),

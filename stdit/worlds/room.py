@@ -55,6 +55,7 @@ class Room:
         if size < 32 or size % 8:
             raise ValueError(f"size={size} is no multiple of 8 from 32; use 64.")
         self.render_mode, self.size = render_mode, size
+        self._rng = np.random.default_rng()
         self.action_space = Discrete(len(ACTIONS))
         self.reset(seed=0)
 
@@ -153,7 +154,7 @@ class Room:
 
 def _draw_wall(rng: np.random.Generator) -> list[int]:
     """A bar on the grid, away from the border."""
-    length = GRID * rng.integers(2, 5)
+    length = GRID * int(rng.integers(2, 5))
     extent = [length, GRID] if rng.random() < 0.5 else [GRID, length]
     begin = [GRID * int(rng.integers(1, (SIDE - GRID - along) // GRID + 1)) for along in extent]
     return [*begin, *(int(first + along) for first, along in zip(begin, extent, strict=True))]

@@ -13,7 +13,7 @@ from stdit.recipes import cache_latents
 from stdit.rng import keyed_rng
 
 pyarrow = pytest.importorskip("pyarrow", reason="the extra [lerobot] is not installed")
-import pyarrow.parquet
+parquet = pytest.importorskip("pyarrow.parquet")
 
 CAMERA, LENGTHS = "observation.images.front", (12, 15)
 FEATURES = {
@@ -24,7 +24,7 @@ FEATURES = {
 
 def write_table(path, columns):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    parquet.write_table(pyarrow.table(columns), path)
 
 
 def steps(episode):

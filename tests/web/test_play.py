@@ -187,14 +187,12 @@ def test_keys_change_the_picture_in_a_real_browser(tiny_model, tmp_path):
             page.on("pageerror", lambda error: said.append(str(error)))
             page.goto(url)
             page.wait_for_function("window.stdit.frames > 5")
-            pixels = (
-                "() => Array.from(document.getElementById('CANVAS').getContext('2d').getImageData(0, 0, 32, 32).data)"
-            )
-            before = [page.evaluate(pixels.replace("CANVAS", name)) for name in ("dream", "truth")]
+            picture = "document.getElementById('{}').toDataURL()"
+            before = [page.evaluate(picture.format(name)) for name in ("dream", "truth")]
             page.keyboard.down("ArrowLeft")
             assert page.locator(".key.pressed").inner_text().endswith("left")
             page.wait_for_function(f"window.stdit.frames > {page.evaluate('window.stdit.frames') + 30}")
-            after = [page.evaluate(pixels.replace("CANVAS", name)) for name in ("dream", "truth")]
+            after = [page.evaluate(picture.format(name)) for name in ("dream", "truth")]
             page.keyboard.up("ArrowLeft")
             assert not page.locator(".key.pressed").count()
             assert before[0] != after[0] and before[1] != after[1]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stdit.evaluation.room import expected_move, see, state
+from stdit.evaluation.room import expected_move, measure_player, state
 from stdit.worlds.room import ACTIONS, BALL, HALF, SIDE, SPEED, Room
 
 
@@ -38,7 +38,7 @@ def test_pictures_are_scaled_and_show_the_player_where_it_stands():
             room = Room(size=size)
             frame, info = room.reset(seed=seed)
             assert frame.shape == (size, size, 3) and frame.dtype == np.uint8
-            seen = see(frame, state(room))
+            seen = measure_player(frame, state(room))
             assert seen.shape == room.shape or size == 32
             assert np.allclose(seen.center, room.position, atol=1.0)
             assert np.allclose(np.array(info["position"]) * SIDE / size, room.position)
