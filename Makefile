@@ -1,5 +1,6 @@
-# The two commands of the README. Both create .venv first, and both can be run again at any time.
+# The two commands of the README, and more. All create .venv first, and all can be run again at any time.
 #   make quickstart    draw moving shapes, train a video diffusion transformer on them, sample clips (CPU or GPU)
+#   make world         record a small world, train a model of it, and open the page on which it is played
 #   make test          install the development tools and run the tests
 # Also: make lint, which runs ruff and mypy, and make docs, which builds the documentation in site/.
 
@@ -17,7 +18,7 @@ CONSTRAINTS := constraints/cpu.txt
 INDEX = $(shell curl -fsI -m 5 $(TORCH_CPU_INDEX)/ >/dev/null 2>&1 && echo --extra-index-url $(TORCH_CPU_INDEX))
 endif
 
-.PHONY: quickstart test lint docs
+.PHONY: quickstart world test lint docs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,9 @@ $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 
 quickstart: $(VENV)/.installed-tracking
 	$(RUN) -m stdit quickstart
+
+world: $(VENV)/.installed-web
+	$(RUN) -m stdit play
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile

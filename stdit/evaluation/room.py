@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stdit.evaluation.shapes import connected, shape_of_fill
-from stdit.evaluation.worlds import Rollout
+from stdit.evaluation.worlds import HORIZONS, DreamedEpisode
 from stdit.worlds.room import HALF, SIDE, Room, player_offset
 
 TOLERANCE = 3.0  # pixels of 64 between the move of a group and that which the environment would make
@@ -50,42 +50,37 @@ def expected_move(truth: dict[str, Any], center: np.ndarray, action: int, frames
     return room.position - center
 
 
-class RoomReport(NamedTuple):
-    """What rollouts of the room show.
+def measure_rollouts(dreams: Sequence[DreamedEpisode], group: int) -> dict[str, Any]:
+    """Measure every group of every rollout.
 
-    moved: per group, whether the player moved as its action says. blocked: per group in which a wall stops it, whether it held. errors:
-    horizon -> distance in pixels from the truth of each rollout (infinite if the player is lost). right: per rollout, whether
-    shape and colour are right at the end.
+    Distances are in pixels of 64, medians over rollouts, infinite where the player is lost. A wall holds if the player's box
+    reaches no more than `INTO_WALL` into it in a group in which the environment would have stopped it.
     """
-
-    moved: list[bool]
-    blocked: list[bool]
-    errors: dict[int, list[float]]
-    right: list[bool]
-
-
-def measure_rollouts(rollouts: Sequence[Rollout], horizons: Sequence[int], group: int) -> RoomReport:
-    """Measure every group of every rollout."""
-    moved, blocked, right = [], [], []
-    errors: dict[int, list[float]] = {horizon: [] for horizon in horizons}
-    for rollout in rollouts:
-        truth = rollout.truth.states[0]
-        seen = [measure_player(frame, truth) for frame in rollout.frames]
-        for before, after, action in zip(seen, seen[1:], rollout.truth.actions, strict=False):
+    moved, held, right = [], [], []
+    errors: dict[int, list[float]] = {}
+    for one in dreams:
+        truth = one.truth.states[0]
+        players = [measure_player(frame, truth) for frame in one.lasts]
+        for before, after, action in zip(players, players[1:], one.truth.actions, strict=False):
             if np.isnan(before.center).any():
                 moved.append(False)
                 continue
             move = expected_move(truth, np.clip(before.center, HALF, SIDE - HALF), action, group)
-            error = np.linalg.norm(after.center - before.center - move)
-            moved.append(bool(error <= TOLERANCE))
+            moved.append(bool(np.linalg.norm(after.center - before.center - move) <= TOLERANCE))
             if action and np.abs(move).sum() < 2 * group - TOLERANCE:
-                blocked.append(bool(not np.isnan(after.center).any() and _depth(truth, after.center) <= INTO_WALL))
-        for horizon in horizons:
-            if horizon < len(seen):
-                error = np.linalg.norm(seen[horizon].center - rollout.truth.states[horizon]["position"])
-                errors[horizon].append(float("inf") if np.isnan(error) else float(error))
-        right.append(seen[-1].shape == truth["shape"])
-    return RoomReport(moved, blocked, errors, right)
+                held.append(bool(not np.isnan(after.center).any() and _depth(truth, after.center) <= INTO_WALL))
+        for horizon in HORIZONS:
+            if horizon < len(players):
+                error = np.linalg.norm(players[horizon].center - one.truth.states[horizon]["position"])
+                errors.setdefault(horizon, []).append(float("inf") if np.isnan(error) else float(error))
+        right.append(players[-1].shape == truth["shape"])
+    return {
+        "moves as its action says": float(np.mean(moved)),
+        "walls hold": float(np.mean(held)) if held else None,
+        "attempts to pass a wall": len(held),
+        "distance from the truth after so many actions, px": {n: float(np.median(e)) for n, e in errors.items()},
+        "shape and colour right at the end": float(np.mean(right)),
+    }
 
 
 def _depth(truth: dict[str, Any], center: np.ndarray) -> float:

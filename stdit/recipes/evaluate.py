@@ -5,10 +5,12 @@ stdit evaluate --input data/shapes/manifest.jsonl            drawn clips against
 stdit evaluate --model models/NAME --reference data/clips --features inception=FILE     any model, against real clips
 stdit evaluate --input made/ --reference data/clips --features i3d=FILE      clips against clips (--paired: also PSNR, SSIM)
 stdit evaluate --model models/captions --captions "red circle" "blue square"      pairs that were left out of training
+stdit evaluate --world --model models/room       a world beside its truth (see stdit evaluate --world --help)
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import get_args
@@ -29,6 +31,7 @@ from stdit.evaluation.metrics import psnr, ssim
 from stdit.evaluation.shapes import Report, measure_shape, paired_difference, report, table
 from stdit.files import check_writable, read_json, write_json
 from stdit.pixels import to_float
+from stdit.recipes import evaluate_world
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
 from stdit.rng import keyed_rng
@@ -213,6 +216,9 @@ def read_recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure a model or clips, print the result and write it to the output folder of the model."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--world" in arguments:
+        return evaluate_world.main([argument for argument in arguments if argument != "--world"])
     parser = command_parser("evaluate", __doc__)
     parser.add_argument("--model", help="default: the newest under models/")
     parser.add_argument(
@@ -248,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--against", metavar="FILE", help="an evaluation.json of the same seed: print the differences, clip by clip"
     )
     parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     if "" in (args.input, args.reference, args.model):
         raise ValueError("--input, --reference or --model is empty; name a file or a folder, or leave it out.")
     if args.clips < 1:

@@ -54,16 +54,19 @@ class Rollout:
         return latents
 
     def generate(self, given: Guided) -> Tensor:
-        """Generate the next frame (B, C, 1, h, w), from noise that is a function of the keys and its number, and add it."""
+        """Generate the next frame (B, C, 1, h, w), and add it."""
+        return self.add(self.predict(given), given)
+
+    def predict(self, given: Guided) -> Tensor:
+        """Generate the next frame from noise that is a function of the keys and its number; nothing is added."""
         engine, keys = self.engine, [(*key, self.frames) for key in self.keys]
-        latents = solve(
+        return solve(
             Schedule(engine.draw(keys, 0, self._frame_shape), self.levels),
             engine.predictor(self._denoiser(given)),
             engine.objective.path,
             self.solver,
             draw=lambda step: engine.draw(keys, step + 1, self._frame_shape),
         )
-        return self.add(latents, given)
 
     def copy(self) -> "Rollout":
         """The same clips, which can go on in another way."""

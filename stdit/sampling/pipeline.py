@@ -344,8 +344,8 @@ class STDiTPipeline(DiffusionPipeline):
         base = engine.with_clip_facts(found, (config.num_frames, *size), options.fps)
         rollout = Rollout(engine, options, size, [(options.seed, i) for i in range(count)])
         world = World(rollout, condition, base, precision=options.precision)
-        if clip is not None:
-            world.begin(clip, actions)
+        if known.shape[2]:
+            world.begin(known, actions)
         return world
 
     def can_stream(self, clip: Tensor, options: SamplingOptions | None = None) -> bool:

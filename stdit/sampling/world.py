@@ -2,7 +2,7 @@
 
 import copy
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -57,14 +57,32 @@ class World:
 
     def begin(self, clip: Tensor, actions: Any = None) -> None:
         """Add known pixels (B, 3, F, H, W), which come first. actions: one for every frame, or for its last ones."""
-        engine = self._rollout.engine
+        for _ in self._follow(clip, actions, predicts=False):
+            pass
+
+    def predictions(self, clip: Tensor, actions: Any) -> Iterator[Tensor]:
+        """Follow known pixels (B, 3, F, H, W), and yield what would have been generated in place of each group but the first.
+
+        Every prediction (B, 3, f, H, W) is made from the true frames before it (teacher forcing).
+        """
+        yield from self._follow(clip, actions, predicts=True)
+
+    def _follow(self, clip: Tensor, actions: Any, predicts: bool) -> Iterator[Tensor]:
+        engine, rollout = self._rollout.engine, self._rollout
         vae, total = engine.vae, clip.shape[2]
         rows = self._actions.parse(actions, len(clip))
         self._actions.check_frames(rows, total, vae.stride[0])
         with self._context():
-            for frame, latents in enumerate(vae.encode(clip.to(engine.device, vae.dtype)).float().split(1, dim=2)):
+            encoded = vae.encode(clip.to(engine.device, vae.dtype)).float()
+        for frame, latents in enumerate(encoded.split(1, dim=2)):
+            predicted = None
+            with self._context():  # not around a yield: a generator must not keep contexts open
                 given = self._given(rows, vae.pixel_frames(frame + 1) - 1, total)
-                self._decode(self._rollout.add(latents, given))
+                if predicts and frame:
+                    predicted = vae.decode_next(rollout.predict(given).to(vae.dtype), self._decoder)[0]
+                self._decode(rollout.add(latents, given))
+            if predicted is not None:
+                yield predicted.clamp(-1, 1).float().cpu()
 
     def step(self, action: Any = None) -> Tensor:
         """Take an action, and return the frames (B, 3, f, H, W) in [-1, 1] that follow.

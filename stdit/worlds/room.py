@@ -15,7 +15,7 @@ SPEED = 2  # per frame
 BALL = 4  # radius
 GROUNDS = ((0.15, 0.95), (0.82, 0.05))  # greys of the ground and of the ball on it
 WALL = 0.5
-GRID = 8  # walls lie on this grid
+GRID = 8  # all that is drawn at `reset` lies on this grid: an action that lasts four frames is one step on it
 
 
 class Discrete(NamedTuple):
@@ -72,10 +72,8 @@ class Room:
         ground, ball = GROUNDS[rng.integers(len(GROUNDS))]
         self.ground, self.ball_color, self.wall_color = (np.full(3, grey) for grey in (ground, ball, WALL))
         self.walls = Walls(np.array([_draw_wall(rng) for _ in range(2)]))
-        steps = (SIDE - 2 * HALF) // SPEED
-        self.position = self._draw_free(lambda: HALF + SPEED * rng.integers(steps + 1, size=2).astype(float), HALF)
-        self.ball = self._draw_free(lambda: rng.integers(BALL, SIDE - BALL + 1, size=2).astype(float), BALL)
-        self.velocity = rng.choice([-1.0, 1.0], size=2)
+        self.position, self.ball = (self._draw_free(rng, half) for half in (HALF, BALL))
+        self.velocity = SPEED * rng.choice([-1.0, 1.0], size=2)
         self.blocked = False
         return self.render(), self._info()
 
@@ -146,10 +144,12 @@ class Room:
             "position": (self.position * scale).tolist(), "ball": (self.ball * scale).tolist(), "blocked": self.blocked,
         }  # fmt: skip
 
-    def _draw_free(self, draw: Any, half: float) -> np.ndarray:
-        while self.walls.hit(center := draw(), half):
-            pass
-        return center
+    def _draw_free(self, rng: np.random.Generator, half: int) -> np.ndarray:
+        """The centre of a box on the grid that overlaps no wall."""
+        while True:
+            center = half + GRID * rng.integers((SIDE - 2 * half) // GRID + 1, size=2).astype(float)
+            if not self.walls.hit(center, half):
+                return center
 
 
 def _draw_wall(rng: np.random.Generator) -> list[int]:

@@ -1,0 +1,169 @@
+"""Measure whether a world obeys: its dream beside the truth of its environment, under the same actions.
+
+stdit evaluate --world --model models/room
+stdit evaluate --world --model models/doom --actions 64 --episodes 96
+
+Writes report.json, report.png (curves, and dreams above their truth) and dream-N.mp4 into output/NAME/world.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stdit.data.video_write import write_video
+from stdit.evaluation import minigrid, motion, room
+from stdit.evaluation.features import load_extractor
+from stdit.evaluation.frechet import Gaussian, frechet_distance
+from stdit.evaluation.worlds import (
+    HORIZONS,
+    DreamedEpisode,
+    Play,
+    dream,
+    fidelity_by_horizon,
+    loss_under_other_actions,
+    play_episode,
+    teacher_forced,
+)  # fmt: skip
+from stdit.files import write_json
+from stdit.pixels import to_float
+from stdit.recipes.entry import command, command_parser
+from stdit.recipes.models import load_pipeline, newest_model
+from stdit.sampling.checks import check_world
+from stdit.sampling.options import SamplingOptions
+from stdit.worlds.environments import SHIPPED, environment_of
+from stdit.worlds.policies import make_policy
+
+FIRST_SEED = 2_000_000  # beyond the seeds that are recorded or played
+_SHOWN = 6  # episodes in the picture
+
+
+class Measure(NamedTuple):
+    """How a kind of environment is measured: what is read from it, and the measurements of rollouts."""
+
+    state: Callable[[Any], Any]
+    run: Callable[[Sequence[DreamedEpisode], int], dict[str, Any]]
+
+
+# By the beginning of an environment's name; others by the motion of whole pictures.
+MEASURES = {
+    SHIPPED: Measure(room.state, room.measure_rollouts),
+    "MiniGrid-": Measure(minigrid.state, minigrid.measure_rollouts),
+    "": Measure(motion.state, motion.measure_rollouts),
+}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Play, dream, measure, and write the report."""
+    parser = command_parser("evaluate --world", __doc__)
+    parser.add_argument("--model", help="default: the newest under models/")
+    parser.add_argument("--episodes", type=int, default=48, help="of seeds that were never recorded")
+    parser.add_argument("--actions", type=int, default=128, help="of an episode")
+    parser.add_argument("--policy", default="sticky", help="random, sticky, or MODULE:FUNCTION")
+    parser.add_argument("--steps", type=int, default=6, help="solver steps for each latent frame")
+    parser.add_argument("--solver")
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    args = parser.parse_args(argv)
+    for name in ("episodes", "actions"):
+        if getattr(args, name) < (2 if name == "episodes" else 1):
+            raise ValueError(f"--{name} {getattr(args, name)} is too few; use 48 episodes of 128 actions.")
+    model = Path(args.model) if args.model else newest_model()
+    pipe = load_pipeline(model)
+    options = SamplingOptions(
+        num_inference_steps=args.steps, solver=args.solver, guidance_scale=args.guidance, seed=args.seed, progress=False
+    )
+    space = check_world(pipe.engine, options).space
+    if space.environment is None:
+        raise ValueError(
+            f"{model} does not know its environment, so there is no truth; train it on what stdit record writes."
+        )
+    env = environment_of(space.environment)
+    name = str(space.environment["name"])
+    measure = next(found for prefix, found in MEASURES.items() if name.startswith(prefix))
+    size = (pipe.config.height, pipe.config.width)
+    stride = pipe.video_vae.stride[0]
+    how = Play(env, make_policy(args.policy, env.space), args.actions, group=stride, size=size, state=measure.state)
+    episodes = [play_episode(how, FIRST_SEED + i) for i in range(args.episodes)]
+    env.env.close()
+    dreams = list(dream(pipe, episodes, options))
+    forced, shuffled = teacher_forced(pipe, episodes, options), loss_under_other_actions(pipe, episodes)
+    curves = fidelity_by_horizon(dreams)
+    report = {
+        **measure.run(dreams, stride),
+        "loss under the actions of other clips, times as large": shuffled.ratio,
+        "of the difference, standard errors": (shuffled.shuffled - shuffled.true) / max(shuffled.error, 1e-12),
+        "PSNR predicted from true frames, dB": forced.predicted,
+        "PSNR of the VAE's round trip, dB": forced.decoded,
+        "PSNR after so many actions, dB": {n: one.psnr for n, one in curves.items()},
+        "SSIM after so many actions": {n: one.ssim for n, one in curves.items()},
+        "drift of mean colours after so many actions": {n: one.drift for n, one in curves.items()},
+        "Fréchet distance to the truth after so many actions": frechet_by_horizon(dreams),
+    }
+    for title, value in report.items():
+        shown = {n: round(v, 3) for n, v in value.items()} if isinstance(value, dict) else value
+        print(f"{title:<55} {f'{shown:.4g}' if isinstance(shown, float) else shown}")
+    folder = Path("output") / model.name / "world"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "report.json", {**vars(args), "environment": dict(space.environment), **report})
+    draw_report(folder / "report.png", dreams, report, title=f"{model.name}: {args.episodes} episodes of {name}")
+    for i, one in enumerate(dreams[:4]):
+        both = np.concatenate([one.lasts, one.truth.lasts], axis=2)
+        write_video(folder / f"dream-{i}.mp4", both, fps=max(1.0, pipe.config.fps / stride))
+    print(f"{folder / 'report.png'}, report.json and dream-0.mp4 (dream left, truth right) next to it")
+    return 0
+
+
+def frechet_by_horizon(dreams: Sequence[DreamedEpisode]) -> dict[int, float]:
+    """The distance between dreamed and true pictures after each horizon, in features of the tiny VAE."""
+    extractor, found = load_extractor("vae"), {}
+    for horizon in HORIZONS:
+        whole = [one for one in dreams if len(one.lasts) > horizon]
+        if len(whole) > 1:
+            made, real = (
+                Gaussian().add(extractor.run(to_float(np.stack(frames)[:, None]).clone()))
+                for frames in ([one.lasts[horizon] for one in whole], [one.truth.lasts[horizon] for one in whole])
+            )
+            found[horizon] = frechet_distance(made, real)
+    return found
+
+
+def draw_report(path: Path, dreams: Sequence[DreamedEpisode], report: dict[str, Any], *, title: str) -> None:
+    """Curves over the horizon, and below them strips of dreams above their truth."""
+    from matplotlib.figure import Figure
+
+    curves = {name: value for name, value in report.items() if isinstance(value, dict)}
+    shown = [n for n in (0, *HORIZONS) if n < len(dreams[0].lasts)]
+    strips = np.concatenate([_strip(one, shown) for one in dreams[:_SHOWN]])
+    columns = 3
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(11, 2.4 * rows + 11 * len(strips) / strips.shape[1]), layout="constrained")
+    upper, lower = figure.subfigures(2, height_ratios=[2.4 * rows, 11 * len(strips) / strips.shape[1]])
+    axes = upper.subplots(rows, columns, squeeze=False).flat
+    for (name, values), axis in zip(curves.items(), axes, strict=False):  # in this order no axis is lost
+        axis.plot(list(values), [np.nan if np.isinf(v) else v for v in values.values()], "o-", markersize=3)
+        axis.set_xscale("log", base=2)
+        axis.set_title(name, fontsize=8, wrap=True)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    for axis in axes:
+        axis.set_axis_off()
+    picture = lower.subplots()
+    picture.imshow(strips)
+    picture.set_axis_off()
+    picture.set_title(f"dream above truth after {', '.join(map(str, shown))} actions", fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
+def _strip(one: DreamedEpisode, shown: Sequence[int]) -> np.ndarray:
+    """Frames of a dream above those of its truth; white where the episode is over."""
+    blank = np.full_like(one.lasts[0], 255)
+    rows = [
+        np.concatenate([frames[n] if n < len(frames) else blank for n in shown], axis=1)
+        for frames in (one.lasts, one.truth.lasts)
+    ]
+    line = np.full((3, rows[0].shape[1], 3), 255, np.uint8)
+    return np.concatenate([*rows, line])
