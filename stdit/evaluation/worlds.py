@@ -16,6 +16,7 @@ from stdit.sampling.options import SamplingOptions
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.worlds.environments import Environment
 from stdit.worlds.policies import Policy
+from stdit.worlds.record import read_info
 
 HORIZONS = (1, 4, 8, 16, 32, 64, 128, 256)  # actions after which dream and truth are compared
 TOGETHER = 48  # rollouts that run as one batch
@@ -26,12 +27,14 @@ _CHANGED = 0.25  # of a latent's standard deviation: a position that differs mor
 
 class Episode(NamedTuple):
     """What an environment did. lasts (G + 1, H, W, 3) uint8: its first picture, and the last one of every group; clip: all
-    frames of its first groups. actions: one for each group. states: what `state` read with each picture of `lasts`."""
+    frames of its first groups. actions: one for each group. states: what `state` read with each picture of `lasts`. label:
+    None without one."""
 
     lasts: np.ndarray
     clip: np.ndarray
     actions: list[Any]
     states: list[Any]
+    label: int | str | None = None
 
 
 class DreamedEpisode(NamedTuple):
@@ -44,7 +47,7 @@ class DreamedEpisode(NamedTuple):
 class Play(NamedTuple):
     """How episodes are played: an environment and a policy for each, groups of frames, and the size of pictures (H, W).
 
-    state: reads from the environment what a measurement needs to know.
+    state: reads from the environment what a measurement needs to know. label: the name of what is an episode's label.
     """
 
     env: Environment
@@ -53,13 +56,14 @@ class Play(NamedTuple):
     group: int
     size: tuple[int, int]
     state: Callable[[Any], Any]
+    label: str | None = None
 
 
 def play_episode(how: Play, seed: int) -> Episode:
     """Play an episode of an action for each group; it is shorter if the environment ends it."""
     env, policy, rng = how.env, how.policy(), keyed_rng("sample", seed)
     observation, info = env.reset(seed)
-    first = env.picture(how.size)
+    first, label = env.picture(how.size), None if how.label is None else read_info(info, how.label, env)
     lasts, clip, actions, states = [first], [first], [], [how.state(env.env.unwrapped)]
     for number in range(how.groups):
         action = policy(observation, info, rng)
@@ -73,7 +77,7 @@ def play_episode(how: Play, seed: int) -> Episode:
                 clip += [step.picture for step in steps]
         if steps[-1].done:
             break
-    return Episode(np.stack(lasts), np.stack(clip), actions, states)
+    return Episode(np.stack(lasts), np.stack(clip), actions=actions, states=states, label=label)
 
 
 def dream(
@@ -82,7 +86,8 @@ def dream(
     """Roll out a model from the first picture of every episode under its actions, many at a time."""
     for first in range(0, len(episodes), TOGETHER):
         part = episodes[first : first + TOGETHER]
-        world = pipe.world(torch.cat([to_float(one.lasts[:1])[None] for one in part]), options=options)
+        starts = torch.cat([to_float(one.lasts[:1])[None] for one in part])
+        world = pipe.world(starts, labels_of(part), options=options)
         lasts = [np.stack([one.lasts[0] for one in part])]
         longest = max(len(one.actions) for one in part)
         for group in tqdm(range(longest), desc="dreaming", unit="group", disable=not progress, leave=False):
@@ -91,6 +96,12 @@ def dream(
             lasts.append(np.stack([to_uint8(clip[:, -1:])[0] for clip in pixels]))
         for own, one in zip(np.stack(lasts, axis=1), part, strict=True):
             yield DreamedEpisode(own[: len(one.lasts)], one)
+
+
+def labels_of(episodes: Sequence[Episode]) -> list[int | str] | None:
+    """The labels of episodes; None if they have none."""
+    labels = [one.label for one in episodes if one.label is not None]
+    return labels or None
 
 
 def hold(actions: Sequence[Any], frames: int) -> Tensor:
@@ -141,16 +152,14 @@ def teacher_forced(pipe: STDiTPipeline, episodes: Sequence[Episode], options: Sa
     for one in episodes:
         clip = to_float(one.clip)[None]
         actions = [None, *(action for action in one.actions[:FOLLOWED] for _ in range(pipe.video_vae.stride[0]))]
-        made = torch.cat(list(pipe.world(_none(clip), options=options).predictions(clip, actions)), 2)
+        made = torch.cat(
+            list(pipe.world(clip[:, :, :0], labels_of([one]), options=options).predictions(clip, actions)), 2
+        )
         with torch.no_grad():
             decoded = pipe.decode(pipe.video_vae.encode(clip.to(pipe.video_vae.device)))
         errors.append((made - clip[:, :, 1:]).square().mean())
         losses.append((decoded - clip)[:, :, 1:].square().mean())
     return Forced(decibel(torch.stack(errors).mean()), decibel(torch.stack(losses).mean()))
-
-
-def _none(clip: Tensor) -> Tensor:
-    return clip[:, :, :0]
 
 
 class Shuffled(NamedTuple):
@@ -187,12 +196,17 @@ def loss_under_other_actions(pipe: STDiTPipeline, episodes: Sequence[Episode]) -
         levels = torch.full((1, latents.shape[2]), _NOISE_LEVEL, device=latents.device)
         noisy = objective.noisy(latents, noise, levels)
         history = (latents, torch.zeros_like(levels))
+        named = None if one.label is None else pipe.labels(one.label)
+        labels = {} if named is None else {"label": named[:, None].to(latents.device)}
         for kept, source in zip(losses, (one, episodes[(i + 1) % len(episodes)]), strict=True):
             rows = hold(source.actions[: (frames - 1) // vae.stride[0]], vae.stride[0])
             rows = condition.parse([None, *rows.flatten(0, 1).tolist()], 1)
             given = condition.at(rows, range(0, frames, vae.stride[0]), frames, stride=vae.stride[0], starts=True)
             output = model(
-                noisy, objective.timestep(levels), conditions={"actions": given.to(latents.device)}, history=history
+                noisy,
+                objective.timestep(levels),
+                conditions={**labels, "actions": given.to(latents.device)},
+                history=history,
             )
             loss = objective.loss(output, noisy, latents, noise=noise, levels=levels)[:, 1:]
             kept.append(float(loss[changed].mean()))

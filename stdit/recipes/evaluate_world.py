@@ -85,7 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     measure = next(found for prefix, found in MEASURES.items() if name.startswith(prefix))
     size = (pipe.config.height, pipe.config.width)
     stride = pipe.video_vae.stride[0]
-    how = Play(env, make_policy(args.policy, env.space), args.actions, group=stride, size=size, state=measure.state)
+    label = space.environment.get("label") if pipe.transformer.num_classes else None
+    how = Play(
+        env,
+        make_policy(args.policy, env.space),
+        args.actions,
+        group=stride,
+        size=size,
+        state=measure.state,
+        label=label,
+    )
     episodes = [play_episode(how, FIRST_SEED + i) for i in range(args.episodes)]
     env.env.close()
     dreams = list(dream(pipe, episodes, options))

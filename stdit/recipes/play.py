@@ -28,6 +28,7 @@ from stdit.sampling.checks import check_world
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.worlds.environments import Environment, environment_of
+from stdit.worlds.record import read_info
 
 ROOM = Path("models/room")
 EPISODES, FRAMES = 4800, 25
@@ -38,7 +39,20 @@ def make_room() -> int:
     """Record the room that ships, encode it and train a model of it; goes on where it was stopped."""
     began = time.time()
     print("1/3  recording the room")
-    recorded = ["room", "--episodes", str(EPISODES), "--frames", str(FRAMES), "--repeat", "4", "--output", "data/room"]
+    recorded = [
+        "room",
+        "--episodes",
+        str(EPISODES),
+        "--frames",
+        str(FRAMES),
+        "--repeat",
+        "4",
+        "--label",
+        "object_name",
+        "--lossless",
+        "--output",
+        "data/room",
+    ]
     record.main(recorded)
     print("2/3  encoding it with the tiny VAE")
     clips = ["data.root=data/room", "data.manifest=data/room/manifest.jsonl", "data.source=videos"]
@@ -60,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--solver")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--input", help="a clip or picture to begin from; default: a new episode of the environment")
+    parser.add_argument("--class-label", help="of what --input shows, for a model with classes")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
     parser.add_argument(
         "--sessions", type=int, default=2, help="tabs that can play at the same time, each its own world"
@@ -109,6 +124,7 @@ class Beginnings:
 
     def __init__(self, pipe: STDiTPipeline, options: SamplingOptions, actions: Actions, args: argparse.Namespace):
         self.pipe, self.options = pipe, options
+        self.label: int | str | None = args.class_label
         self.size = (pipe.config.height, pipe.config.width)
         self.clip = None if args.input is None else self._read(args.input)
         self.about: Any = actions.space.environment
@@ -121,12 +137,14 @@ class Beginnings:
 
     def __call__(self, seed: int, truth: Environment | None = None) -> tuple[Any, np.ndarray, Environment | None]:
         """A world, its frames so far, and the environment that goes on beside it. truth: one that can be used again."""
-        clip = self.clip
+        clip, label = self.clip, self.label
         if clip is None and self.about is not None:
             truth = truth or environment_of(self.about)
-            truth.reset(FIRST_SEED + seed)
+            _, info = truth.reset(FIRST_SEED + seed)
             clip = to_float(truth.picture(self.size)[None])[None]
-        world = self.pipe.world(clip, options=self.options)
+            if label is None and self.about.get("label") and self.pipe.transformer.num_classes:
+                label = read_info(info, self.about["label"], truth)
+        world = self.pipe.world(clip, label, options=self.options)
         frames = np.zeros((0, *self.size, 3), np.uint8) if clip is None else to_uint8(clip[0])
         return world, frames, truth
 

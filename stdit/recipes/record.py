@@ -42,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_policy(args.policy, env.space)  # raises if there is none
     versions, turn_based, size = env.versions, env.turn_based, args.size or _own_size(env)
     how = Recording(
-        args.frames, args.repeat, size, fps=args.fps or env.fps, info=tuple(args.info), lossless=args.lossless
+        args.frames,
+        args.repeat,
+        size,
+        fps=args.fps or env.fps,
+        info=tuple(args.info),
+        lossless=args.lossless,
+        label=args.label,
     )
     play_episode(env, make_policy(args.policy, env.space)(), how._replace(frames=2), seed=args.seed)  # raises early
     env.env.close()
@@ -86,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fps", type=float, help="frames a second of the clips; default: the environment's")
     parser.add_argument("--seed", type=int, default=0, help="of the first episode; the others follow")
     parser.add_argument("--info", nargs="+", default=[], metavar="NAME", help="what of the environment's info is kept")
+    parser.add_argument(
+        "--label", metavar="NAME", help="what of it, at the start of an episode, is the label of its clip"
+    )
     parser.add_argument(
         "--option", type=_option, action="append", default=[], metavar="KEY=VALUE", help="of the environment"
     )

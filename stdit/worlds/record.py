@@ -20,7 +20,8 @@ class Recording(NamedTuple):
     """How episodes are recorded.
 
     frames: at most, of one episode. repeat: frames that one action of the policy lasts. size: (H, W) of the pictures.
-    info: names of the environment's info that are kept. lossless: whether the clips have exactly the frames.
+    info: names of the environment's info that are kept. lossless: whether the clips have exactly the frames. label: what of
+    the info, or which attribute of the environment, at the start of an episode is its label.
     """
 
     frames: int
@@ -29,16 +30,18 @@ class Recording(NamedTuple):
     fps: float
     info: Sequence[str] = ()
     lossless: bool = False
+    label: str | None = None
 
 
 class Episode(NamedTuple):
     """The frames (F, H, W, 3) uint8 of an episode; for each of them the action that led to it (None for the first), the
-    reward that it gave, and the info that was asked for."""
+    reward that it gave, and the info that was asked for; and its label, None without one."""
 
     frames: np.ndarray
     actions: list[Any]
     rewards: list[float]
     info: dict[str, list[Any]]
+    label: int | str | None = None
 
 
 def play_episode(env: Environment, policy: Policy, how: Recording, *, seed: int) -> Episode:
@@ -55,7 +58,8 @@ def replay(env: Environment, actions: Sequence[Any], how: Recording, *, seed: in
 def _run(env: Environment, choose: Callable[[Any, dict[str, Any], int], Any], how: Recording, *, seed: int) -> Episode:
     observation, info = env.reset(seed)
     frames, actions, rewards, done = [env.picture(how.size)], [None], [0.0], False
-    kept: dict[str, list[Any]] = {name: [_info_of(info, name, env)] for name in how.info}
+    kept: dict[str, list[Any]] = {name: [read_info(info, name, env)] for name in how.info}
+    label = None if how.label is None else read_info(info, how.label, env)
     while not done and len(frames) < how.frames:
         action = choose(observation, info, len(frames))
         for taken in env.act(action, min(how.repeat, how.frames - len(frames)), how.size):
@@ -64,20 +68,18 @@ def _run(env: Environment, choose: Callable[[Any, dict[str, Any], int], Any], ho
             actions.append(action)
             rewards.append(taken.reward)
             for name, values in kept.items():
-                values.append(_info_of(info, name, env))
-    return Episode(np.stack(frames), actions, rewards, kept)
+                values.append(read_info(info, name, env))
+    return Episode(np.stack(frames), actions, rewards, info=kept, label=label)
 
 
-def _info_of(info: dict[str, Any], name: str, env: Environment) -> Any:
+def read_info(info: dict[str, Any], name: str, env: Environment) -> Any:
     """A value of the environment's info, or an attribute of the environment of that name, as plain values."""
     if name in info:
         return plain(info[name])
     if hasattr(env.env.unwrapped, name):
         return plain(getattr(env.env.unwrapped, name))
     has = ", ".join(map(str, info)) or "none"
-    raise ValueError(
-        f"--info {name!r} is neither in the info of environment {env.name!r} ({has}) nor an attribute of it."
-    )
+    raise ValueError(f"{name!r} is neither in the info of environment {env.name!r} ({has}) nor an attribute of it.")
 
 
 def plain(value: Any) -> Any:
@@ -100,10 +102,13 @@ def write_episode(
 ) -> dict[str, Any]:
     """Write the clip of an episode -> its row of the manifest. options: with which the environment was made."""
     write_video(path, episode.frames, fps=how.fps, encoding="lossless" if how.lossless else "faithful")
-    about = {"name": env.name, "options": dict(options), "turn_based": env.turn_based, "size": list(how.size)}
+    about = {
+        "name": env.name, "options": dict(options), "turn_based": env.turn_based, "size": list(how.size), "label": how.label,
+    }  # fmt: skip
     space: ActionSpace = replace(env.space, repeat=how.repeat, environment=about)
     row = {
         "path": path.name, "frames": len(episode.frames), "seed": seed, "actions": episode.actions,
         "action_space": space.plain, "reward": episode.rewards, "frames_sha256": frames_hash(episode.frames),
     }  # fmt: skip
+    row |= {} if episode.label is None else {"label": episode.label}
     return row | ({"info": episode.info} if episode.info else {})

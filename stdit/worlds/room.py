@@ -110,6 +110,12 @@ class Room:
             picture = cover * color + (1 - cover) * picture
         return np.round(picture * 255).astype(np.uint8)
 
+    @property
+    def object_name(self) -> str:
+        """Colour and shape of the player, such as "red circle"."""
+        name = min(COLORS, key=lambda one: float(np.linalg.norm(np.subtract(COLORS[one], self.color))))
+        return f"{name} {self.shape}"
+
     @classmethod
     def like(cls, truth: dict[str, Any], size: int = SIDE) -> "Room":
         """A room whose `truth` is this one."""

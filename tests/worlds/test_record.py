@@ -134,7 +134,7 @@ def test_the_rest_of_an_episode_that_ends_is_not_invented():
         (["NoSuchWorld-v0"], "NoSuchWorld"),
         (["room", "--policy", "clever"], "--policy 'clever' is unknown"),
         (["room", "--policy", "no_such_module:f"], "no_such_module"),
-        (["room", "--info", "score"], "--info 'score'"),
+        (["room", "--info", "score"], "'score' is neither"),
         (["room", "--option", "colour=red"], "options of environment 'room'"),
         (["room", "--repeat", "0"], "--repeat must be >= 1"),
     ],
