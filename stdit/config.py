@@ -69,6 +69,10 @@ class Config:
                 f"model.sink={self.model.sink} counts from data.num_frames={self.data.num_frames}, but data.sizes has "
                 f"clips of {longest} frames; set data.num_frames={longest}."
             )
+        if self.model.actions and self.data.packing:
+            raise ValueError(
+                "model.actions=true is for batches of one shape: packed clips take conditions of whole clips; set data.packing=false."
+            )
         self._check_capabilities()
 
     def _check_capabilities(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from stdit.conditions import Actions, ActionSpace, ClipFacts
+from stdit.conditions import Actions, ActionSpace
 
 
 def actions_of_rows(rows: Sequence[Mapping[str, Any]]) -> ActionSpace | None:
@@ -33,8 +33,23 @@ def actions_of_rows(rows: Sequence[Mapping[str, Any]]) -> ActionSpace | None:
             raise ValueError(
                 f"action_space {text[:60]} is no object; give {', '.join(field.name for field in fields(ActionSpace))}."
             )
-        return ActionSpace.of(given, "action_space")
+        space = ActionSpace.of(given, "action_space")
+        for number, row in enumerate(rows, 1):
+            _check_row(space, _values(row), number)
+        return space
     return _found([_values(row) for row in rows])
+
+
+def _check_row(space: ActionSpace, actions: Sequence[Any], number: int) -> None:
+    """Raise ValueError for an action of a row that is none of its space."""
+    for action in actions:
+        if space.count is not None:
+            fits = isinstance(action, int) and 0 <= action < space.count
+        else:
+            fits = isinstance(action, Sequence) and len(action) == space.width
+        if not fits:
+            wanted = f"0 to {space.count - 1}" if space.count is not None else f"a list of {space.width} numbers"
+            raise ValueError(f"row {number} of the manifest: action {str(action)[:40]} is out of range; use {wanted}.")
 
 
 def _text(space: Any) -> str | None:
@@ -42,8 +57,7 @@ def _text(space: Any) -> str | None:
 
 
 def _values(row: Mapping[str, Any]) -> list[Any]:
-    actions = Actions.read(row, ClipFacts((len(Actions.listed(row["actions"])), 0, 0), 1.0))
-    return [one for one in actions if one is not None]
+    return [one for one in Actions.listed(row["actions"]) if one is not None]
 
 
 def _found(clips: Sequence[Sequence[Any]]) -> ActionSpace:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stdit.conditions import ActionSpace, ClipFacts
+from stdit.conditions import Actions, ActionSpace, ClipFacts
 from stdit.data.actions import actions_of_rows
 from stdit.data.backends import Reader, open_video
 from stdit.data.base import Annotated, Identity
@@ -118,7 +118,13 @@ class VideoClips(TableDataset):
 
     def _pick(self, index: int, reader: Reader, count: int, rng: np.random.Generator) -> tuple[int, list[int]]:
         """The frame of the file at which a clip begins, and the numbers of the frames of a window, from there."""
-        repeat = 1 if self.action_space is None else self.action_space.repeat
+        repeat = 1
+        if self.action_space is not None:
+            repeat, given = self.action_space.repeat, len(Actions.listed(self.rows[index].columns["actions"]))
+            if given != len(reader):
+                _refuse(
+                    reader.path, f"has {len(reader)} frames but {given} actions; give one for every frame of the file"
+                )
         return 0, window(reader, count, self.config.fps, rng, step=repeat)
 
     def facts(self, index: int) -> Facts:

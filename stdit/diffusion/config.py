@@ -15,7 +15,7 @@ DEFAULT_MASK_PROBS = {
 }  # fmt: skip
 
 _RANGES = {
-    "mask_warmup_steps": "[0, inf)", "cond_noise_max": "[0, 1)", "cond_timestep_shift": "(0, inf)", "mask_ratio": "[0, 0.75]",
+    "mask_warmup_steps": "[0, inf)", "cond_noise_max": "[0, 1)", "cond_clean_frames": "[0, inf)", "cond_timestep_shift": "(0, inf)", "mask_ratio": "[0, 0.75]",
     "shift": "(0, inf)", "shift_tokens": "[0, inf)", "distilled_guidance": "[1, inf)",
 }  # fmt: skip
 
@@ -31,6 +31,9 @@ class ObjectiveConfig:
     )  # mixed: probability of each strategy
     mask_warmup_steps: int = 0  # mixed: before this step no frame is known
     cond_noise_max: float = 0.0  # known frames get a random noise level up to this (conditioning augmentation)
+    cond_clean_frames: int = (
+        0  # teacher forcing: so many first frames get no such noise, as the frames of model.sink in sampling
+    )
     cond_timestep_shift: float = 1.0  # flow: additional shift toward noise for clips with known frames
     mask_ratio: float = 0.0  # trunk=masked: share of patches hidden from the encoder in a second pass (MDT v2: 0.3)
     betas: Betas = "linear"  # ddpm: linear (DiT), or scaled_linear (Stable Diffusion, U-ViT)

@@ -112,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Fréchet distance to the truth after so many actions": frechet_by_horizon(dreams),
     }
     for title, value in report.items():
-        shown = {n: round(v, 3) for n, v in value.items()} if isinstance(value, dict) else value
-        print(f"{title:<55} {f'{shown:.4g}' if isinstance(shown, float) else shown}")
+        rounded = {n: round(v, 3) for n, v in value.items()} if isinstance(value, dict) else value
+        print(f"{title:<55} {f'{rounded:.4g}' if isinstance(rounded, float) else rounded}")
     folder = Path("output") / model.name / "world"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", {**vars(args), "environment": dict(space.environment), **report})
@@ -144,12 +144,13 @@ def draw_report(path: Path, dreams: Sequence[DreamedEpisode], report: dict[str, 
     from matplotlib.figure import Figure
 
     curves = {name: value for name, value in report.items() if isinstance(value, dict)}
-    shown = [n for n in (0, *HORIZONS) if n < len(dreams[0].lasts)]
-    strips = np.concatenate([_strip(one, shown) for one in dreams[:_SHOWN]])
+    horizons = [n for n in (0, *HORIZONS) if n < len(dreams[0].lasts)]
+    strips = np.concatenate([_strip(one, horizons) for one in dreams[:_SHOWN]])
     columns = 3
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(11, 2.4 * rows + 11 * len(strips) / strips.shape[1]), layout="constrained")
-    upper, lower = figure.subfigures(2, height_ratios=[2.4 * rows, 11 * len(strips) / strips.shape[1]])
+    heights = [2.4 * rows, 11 * len(strips) / strips.shape[1]]
+    upper, lower = figure.subfigures(2, 1, height_ratios=heights)  # type: ignore[misc]
     axes = upper.subplots(rows, columns, squeeze=False).flat
     for (name, values), axis in zip(curves.items(), axes, strict=False):  # in this order no axis is lost
         axis.plot(list(values), [np.nan if np.isinf(v) else v for v in values.values()], "o-", markersize=3)
@@ -162,16 +163,16 @@ def draw_report(path: Path, dreams: Sequence[DreamedEpisode], report: dict[str, 
     picture = lower.subplots()
     picture.imshow(strips)
     picture.set_axis_off()
-    picture.set_title(f"dream above truth after {', '.join(map(str, shown))} actions", fontsize=9)
+    picture.set_title(f"dream above truth after {', '.join(map(str, horizons))} actions", fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
 
 
-def _strip(one: DreamedEpisode, shown: Sequence[int]) -> np.ndarray:
+def _strip(one: DreamedEpisode, horizons: Sequence[int]) -> np.ndarray:
     """Frames of a dream above those of its truth; white where the episode is over."""
     blank = np.full_like(one.lasts[0], 255)
     rows = [
-        np.concatenate([frames[n] if n < len(frames) else blank for n in shown], axis=1)
+        np.concatenate([frames[n] if n < len(frames) else blank for n in horizons], axis=1)
         for frames in (one.lasts, one.truth.lasts)
     ]
     line = np.full((3, rows[0].shape[1], 3), 255, np.uint8)

@@ -10,6 +10,7 @@ stdit sample --task connect --input first.mp4 last.mp4 --frames 12
 stdit sample --task loop --input clip.mp4 --frames 12
 stdit sample --task interpolate --input clip.mp4 --factor 2
 stdit sample --task inpaint --input clip.mp4 --mask mask.png        or, for outpainting, --height 64 --width 96
+stdit sample --task extend --input clip.mp4 --after 16 --actions left left up stay      (a model with actions)
 stdit sample --task edit --input clip.mp4 --strength 0.6 --class-label "square up"
 """
 
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from stdit.conditions import Actions
 from stdit.data.inputs import Input, read_input, read_mask
 from stdit.files import claimed, printable, write_json
 from stdit.recipes.entry import command, command_parser
@@ -172,6 +174,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="numbers or names, one clip for each; default: one clip per class (12 at most), or no label for tasks with --input",
     )
     add(
+        "--actions",
+        nargs="+",
+        default=[],
+        metavar="ACTION",
+        help="for a model with actions: numbers or names of those that lead to the last frames, each for as many frames as one lasts",
+    )
+    add(
         "--negative-class-label",
         nargs="+",
         help="classes that guidance leads away from; one for all clips, or one each",
@@ -224,7 +233,7 @@ class Call(NamedTuple):
     """One call of the pipeline.
 
     num_clips: the number of clips it gives. labels (B,): their classes, if any. captions: one, or one per clip. negative:
-    what guidance leads away from, by keyword.
+    what guidance leads away from, by keyword. actions: of the last frames, one for each.
     """
 
     options: SamplingOptions
@@ -232,10 +241,12 @@ class Call(NamedTuple):
     labels: torch.Tensor | None
     captions: list[str] | None
     negative: dict[str, Any]
+    actions: list[int | str] | None = None
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of every task."""
-        given = {"captions": self.captions} if self.captions else {}
+        given: dict[str, Any] = {"captions": self.captions} if self.captions else {}
+        given |= {"actions": self.actions} if self.actions else {}
         return {"class_labels": self.labels, "options": self.options, **given, **self.negative}
 
 
@@ -263,8 +274,21 @@ def build_call(args: argparse.Namespace, pipe: STDiTPipeline, options: SamplingO
     away = {"negative_class_labels": args.negative_class_label, "negative_captions": args.negative_caption}
     negative = {keyword: values[0] if len(values) == 1 else values for keyword, values in away.items() if values}
     return Call(
-        options, count, labels=numbers if labels else None, captions=_rounds(captions, count), negative=negative
-    )
+        options, count, labels=numbers if labels else None, captions=_rounds(captions, count), negative=negative,
+        actions=_held(args.actions, pipe),
+    )  # fmt: skip
+
+
+def _held(actions: list[str], pipe: STDiTPipeline) -> list[int | str] | None:
+    """Each action for as many frames as one lasts in the model's data; None for none. ValueError if it takes no names."""
+    if not actions:
+        return None
+    condition = pipe.transformer.conditioners.get("actions")
+    if not isinstance(condition, Actions) or condition.width is not None:
+        kind = "no actions" if condition is None else "actions of several numbers, which --actions cannot give"
+        raise ValueError(f"--actions {actions[0]}: this model takes {kind}; leave it out, or use Python.")
+    numbers = [condition.number(int(one) if one.isdecimal() else one) for one in actions]
+    return [number for number in numbers for _ in range(condition.space.repeat)]
 
 
 def _rounds(values: list | None, count: int) -> list | None:
@@ -277,6 +301,7 @@ def describe_settings(args: argparse.Namespace, pipe: STDiTPipeline, model: Path
     frames = args.frames or (pipe.config.num_frames if args.task == "generate" else None)
     return {
         "model": str(model), "task": args.task, "class_labels": args.class_label, "captions": args.caption, **call.negative,
+        **({"actions": args.actions} if args.actions else {}),
         "num_frames": frames, "height": args.height or pipe.config.height, "width": args.width or pipe.config.width,
         **dataclasses.asdict(call.options), **{name: getattr(args, name) for name in ("input", "pos_scaling", "num_videos", *TASK_OPTIONS)},
     }  # fmt: skip

@@ -200,7 +200,8 @@ def _add_noise(
     history = None
     if samples[0].history is not None:
         clean = torch.stack([one.history for one in samples if one.history is not None])
-        clean = clean.to(levels)[:, None].expand_as(levels)
+        clean = clean.to(levels)[:, None].repeat(1, levels.shape[1])
+        clean[:, : objective.config.cond_clean_frames] = 0
         other = keyed_normal("history", list(keys), tuple(latents.shape[1:])).to(latents.device)
         history = objective.noisy(latents, other, clean), objective.timestep(clean)
     return NoisyBatch(

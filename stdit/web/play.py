@@ -2,7 +2,7 @@
 
 Messages of the page, as JSON: {"type": "act", "action": NUMBER, [NUMBERS] or null}, what is held from now on; {"type":
 "shown"}, the last group has begun to be shown, so that the next one may be made; {"type": "restart", "seed": N}; {"type":
-"rewind", "groups": N}; {"type": "record", "on": true or false}. The server sends JSON (hello, reset, recorded, error, full),
+"rewind", "groups": N}; {"type": "record", "on": true or false}. The server sends JSON (hello, reset, rewound, alone, recording, recorded, error, full),
 and each group as binary: a header of 8 bytes (the number of its first frame, the number of its frames, and 1 if the truth is
 beside the dream), then the frames as PNG pictures, each after 4 bytes with its length.
 """
@@ -38,6 +38,15 @@ class Start(NamedTuple):
     world: World
     frames: np.ndarray
     truth: Environment | None
+
+
+class Group(NamedTuple):
+    """The frames (f, H, W, 3) uint8 of a step, the number of the first, and those of the truth, which may be over with them."""
+
+    first: int
+    dream: np.ndarray
+    truth: np.ndarray | None = None
+    over: bool = False
 
 
 # From a seed, and an environment that can be used again, a new beginning.
@@ -145,35 +154,57 @@ class Session:
             action = self.action
             if turn_based:
                 self.action = None
-            await self._send(*await self.worker.run(self._step, action))
+            try:
+                group = await self.worker.run(self._step, action)
+            except (ValueError, MemoryError) as error:  # the world is as before, and can be restarted
+                await self._tell_error(error)
+                return
+            await self._send(group)
 
     async def _may_go_on(self, turn_based: bool) -> None:
         await self.ready.wait()
         if turn_based:
             await self.acted.wait()
 
-    def _step(self, action: Any) -> tuple[int, np.ndarray, np.ndarray | None]:
+    def _step(self, action: Any) -> Group:
         """The next group and, beside it, what the environment does; runs in the worker."""
         assert self.start is not None
         world, truth = self.start.world, self.start.truth
         first, size = world.frames, world.group
         dream = to_uint8(world.step(action)[0])
-        real = None
-        if truth is not None and action is not None:
-            real = np.stack([taken.picture for taken in truth.act(action, size, dream.shape[1:3])])
-        elif truth is not None:
-            real = np.stack([truth.picture(dream.shape[1:3])] * size)
+        real, over = None, False
+        if truth is not None:
+            pictures = [truth.picture(dream.shape[1:3])] * size
+            if action is not None:
+                steps = list(truth.act(action, size, dream.shape[1:3]))
+                over = steps[-1].done
+                pictures = [step.picture for step in steps]
+            real = np.stack([pictures[min(i, len(pictures) - 1)] for i in range(size)])
         if self.recorder is not None:
-            self.recorder.add(_beside(dream, real))
-        return first, dream, real
+            self.recorder.add(dream if real is None else np.concatenate([dream, real], axis=2))
+        return Group(first, dream, real, over)
 
-    async def _send(self, first: int, dream: np.ndarray, real: np.ndarray | None) -> None:
-        real = None if real is None or len(real) != len(dream) else real
-        parts = [struct.pack("<IHH", first, len(dream), int(real is not None))]
-        for frame in (*dream, *(() if real is None else real)):
+    async def _send(self, group: Group) -> None:
+        parts = [struct.pack("<IHH", group.first, len(group.dream), int(group.truth is not None))]
+        for frame in (*group.dream, *(() if group.truth is None else group.truth)):
             picture = _png(frame)
             parts += [struct.pack("<I", len(picture)), picture]
         await self.socket.send_bytes(b"".join(parts))
+        if group.over:
+            await self._end_truth("the episode of the environment is over; the dream goes on alone")
+
+    async def _end_truth(self, reason: str) -> None:
+        """Go on without the truth, and end a recording, whose pictures would get another size."""
+        assert self.start is not None
+        if self.start.truth is not None:
+            self.start = self.start._replace(truth=None)
+            if self.recorder is not None:
+                await self._record(False)
+            await self.socket.send_json({"type": "alone", "message": reason})
+
+    async def _tell_error(self, error: BaseException) -> None:
+        with suppress(RuntimeError, WebSocketDisconnect):
+            await self.socket.send_json({"type": "error", "message": " ".join(str(error).split())[:300]})
 
     async def _listen(self) -> None:
         """Read messages until the tab closes; one that is not understood is refused, and the connection stays."""
@@ -184,8 +215,7 @@ class Session:
             try:
                 self._take(json.loads(message.get("text") or ""))
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                with suppress(RuntimeError, WebSocketDisconnect):
-                    await self.socket.send_json({"type": "error", "message": " ".join(str(error).split())[:300]})
+                await self._tell_error(error)
 
     def _take(self, message: Any) -> None:
         """Do what a message says; ValueError for one that is none of those of this module's docstring."""
@@ -220,7 +250,7 @@ class Session:
         await self.socket.send_json({"type": "reset", "seed": seed, "truth": self.start.truth is not None})
         if len(self.start.frames):
             last = self.start.frames[-1:]
-            await self._send(self.start.world.frames - 1, last, last if self.start.truth is not None else None)
+            await self._send(Group(self.start.world.frames - 1, last, last if self.start.truth is not None else None))
         else:
             self.ready.set()
 
@@ -228,7 +258,7 @@ class Session:
         """Take back some groups; the truth, which cannot go back, ends."""
         assert self.start is not None
         self.start.world.rewind(min(groups, self.start.world.rewindable))
-        self.start = self.start._replace(truth=None)
+        await self._end_truth("the truth cannot go back; the dream goes on alone")
         await self.socket.send_json({"type": "rewound", "frames": self.start.world.frames})
         self.ready.set()
 
@@ -256,11 +286,6 @@ def _whole(value: Any, name: str, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
         raise ValueError(f"{name}={str(value)[:40]!r} is no whole number from 0 to {most}.")
     return value
-
-
-def _beside(dream: np.ndarray, real: np.ndarray | None) -> np.ndarray:
-    """The dream, and the truth to its right if there is one: (F, H, W, 3)."""
-    return dream if real is None else np.concatenate([dream, np.resize(real, dream.shape)], axis=2)
 
 
 def _png(frame: np.ndarray) -> bytes:

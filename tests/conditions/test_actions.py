@@ -161,6 +161,8 @@ def test_a_model_without_actions_refuses_them(tiny_model):
         ([{"actions": [0], "action_space": {"count": 2, "width": 2}}], "give one of them"),
         ([{"actions": [0], "action_space": {"cuont": 2}}], "cuont"),
         ([{"actions": [0], "action_space": {"count": 10**9}}], "whole number from 1"),
+        ([{"actions": [None, 5], "action_space": {"count": 2}}], "row 1 of the manifest: action 5 is out of range"),
+        ([{"actions": [[1.0]], "action_space": {"width": 2}}], "a list of 2 numbers"),
         ([{"actions": [0], "action_space": {"count": 2}}, {"actions": [0], "action_space": {"count": 3}}], "differ"),
     ],
 )

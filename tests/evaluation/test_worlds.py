@@ -9,7 +9,7 @@ from conftest import fill
 
 from stdit.evaluation import minigrid, motion, room
 from stdit.evaluation.worlds import DreamedEpisode, Play, fidelity, fidelity_by_horizon, play_episode
-from stdit.recipes import evaluate
+from stdit.recipes import evaluate, sample
 from stdit.recipes.entry import run
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
@@ -133,3 +133,14 @@ def test_a_model_without_a_known_environment_or_with_too_little_to_measure_is_re
     assert run(evaluate.main, ["--world", "--model", "models/t"]) == 1
     assert "does not know its environment" in capsys.readouterr().err
     assert torch.is_grad_enabled()
+
+
+def test_actions_can_be_given_on_the_command_line(model, capsys):
+    one = ["--model", "models/t", "--steps", "1", "--output"]
+    assert sample.main([*one, "up.mp4", "--actions", "up", "1"]) == 0
+    assert sample.main([*one, "left.mp4", "--actions", "left", "left"]) == 0
+    clips = [(model / f"{name}.mp4").read_bytes() for name in ("up", "left")]
+    assert clips[0] != clips[1]
+    assert json.loads((model / "up.json").read_text())["actions"] == ["up", "1"]
+    assert run(sample.main, [*one, "no.mp4", "--actions", "jump"]) == 1
+    assert "'jump' is unknown" in capsys.readouterr().err

@@ -136,7 +136,8 @@ const handlers = {
     buildKeys(message);
   },
   reset(message) { state.queue = []; $("truth-figure").hidden = !message.truth; $("note").textContent = ""; if (state.hello.width) sendAction(); },
-  rewound(message) { state.queue = []; $("truth-figure").hidden = true; $("note").textContent = `back at frame ${message.frames}`; },
+  rewound(message) { state.queue = []; $("status").textContent = `back at frame ${message.frames}`; },
+  alone(message) { $("truth-figure").hidden = true; $("note").textContent = message.message; },
   recording() { state.recording = true; $("record").textContent = "stop recording"; $("record").className = "recording"; },
   recorded(message) {
     state.recording = false; $("record").textContent = "record"; $("record").className = "";
