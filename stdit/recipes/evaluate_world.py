@@ -64,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--policy", default="sticky", help="random, sticky, or MODULE:FUNCTION")
     parser.add_argument("--steps", type=int, default=6, help="solver steps for each latent frame")
     parser.add_argument("--solver")
+    parser.add_argument(
+        "--history-noise", type=float, help="level at which frames are remembered; default: the model's"
+    )
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     args = parser.parse_args(argv)
@@ -73,7 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = Path(args.model) if args.model else newest_model()
     pipe = load_pipeline(model)
     options = SamplingOptions(
-        num_inference_steps=args.steps, solver=args.solver, guidance_scale=args.guidance, seed=args.seed, progress=False
+        num_inference_steps=args.steps,
+        solver=args.solver,
+        guidance_scale=args.guidance,
+        seed=args.seed,
+        progress=False,
+        history_noise=args.history_noise,
     )
     space = check_world(pipe.engine, options).space
     if space.environment is None:

@@ -72,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=6, help="solver steps for each latent frame")
     parser.add_argument("--guidance", type=float, help="toward the actions; default: none")
     parser.add_argument("--solver")
+    parser.add_argument(
+        "--history-noise", type=float, help="level at which frames are remembered; default: the model's"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--input", help="a clip or picture to begin from; default: a new episode of the environment")
     parser.add_argument("--class-label", help="of what --input shows, for a model with classes")

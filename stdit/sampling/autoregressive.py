@@ -16,6 +16,9 @@ from stdit.sampling.options import SamplingOptions
 from stdit.sampling.schedule import Schedule
 from stdit.sampling.solvers import solve
 
+# Key of the noise with which finished frames are remembered; smaller keys are those of solver steps.
+_HISTORY = 2**31
+
 
 class Rollout:
     """Clips that grow by one latent frame at a time: the cache of the finished frames, and what comes next.
@@ -39,6 +42,8 @@ class Rollout:
         shape = engine.latent_shape((trained_frames, *size))
         self.levels = engine.schedule(options.num_inference_steps, shape)[:, None].to(engine.device)
         self._frame_shape = (1, *shape[1:])
+        asked = engine.history_noise if options.history_noise is None else options.history_noise
+        self.history_noise = engine.objective.path.quantize(torch.tensor(asked))
 
     @property
     def frames(self) -> int:
@@ -46,10 +51,19 @@ class Rollout:
         return self.cache.frames
 
     def add(self, latents: Tensor, given: Guided) -> Tensor:
-        """Write a finished frame (B, C, 1, h, w) into the cache, at level 0, and return it. given: its conditions."""
+        """Write a finished frame (B, C, 1, h, w) into the cache, and return it. given: its conditions.
+
+        It is remembered at the level `history_noise`, but for the frames of the model's sink.
+        """
         check_latents(latents)
+        engine, level = self.engine, torch.zeros(1, latents.shape[2], device=latents.device)
+        remembered = latents
+        if self.history_noise > 0 and self.frames >= engine.model.config.sink:
+            level = level + self.history_noise.to(level)
+            noise = engine.draw([(*key, self.frames) for key in self.keys], _HISTORY, self._frame_shape)
+            remembered = engine.objective.noisy(latents, noise, level)
         self.cache.writing = True
-        self._denoiser(given)(latents, torch.zeros(1, latents.shape[2], device=latents.device))
+        self._denoiser(given)(remembered, level)
         self.cache.writing = False
         return latents
 

@@ -40,7 +40,12 @@ def check(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: i
             )
         if streams(engine, canvas, options):
             _check_stream(options)
+            _check_history_noise(options)
             _warn_of_length(engine, max(frames, canvas.pixels.shape[2]))
+    elif options.history_noise is not None:
+        raise ValueError(
+            f"history_noise={options.history_noise} is for causal models, which remember the frames before; leave it out."
+        )
     _warn_of_strategies(engine.trained_on.mask_strategies, canvas, known, causal=causal)
     if options.history_guidance != 1 and not known.any():
         warn_user(f"history_guidance={options.history_guidance} has no effect without known frames; leave it out.")
@@ -86,6 +91,7 @@ def check_world(engine: Engine, options: SamplingOptions) -> Actions:
     _check_guidance(engine, options)
     _check_solver(engine, options)
     _check_stream(options)
+    _check_history_noise(options)
     return condition
 
 
@@ -183,6 +189,13 @@ def _check_stream(options: SamplingOptions) -> None:
         raise ValueError(
             f"a causal model generates frame by frame, to which these options do not apply: leave out {', '.join(changed)}, or "
             "use a model trained without model.causal."
+        )
+
+
+def _check_history_noise(options: SamplingOptions) -> None:
+    if options.history_noise is not None and options.history_noise >= 1:
+        raise ValueError(
+            f"history_noise={options.history_noise} would leave nothing of the frames before; use 0 to 0.5."
         )
 
 

@@ -51,7 +51,7 @@ class Engine:
     """A trained model ready to sample, for the samplers in `windowed` and `autoregressive`.
 
     scheduler: stdit's, or one of diffusers. objective: that of training, whatever the scheduler. guide: a weaker model to
-    lead away from, an earlier state of the same run.
+    lead away from, an earlier state of the same run. history_noise: of calls that give none.
     """
 
     model: STDiT | UNet
@@ -61,6 +61,7 @@ class Engine:
     trained_on: TrainedOn
     device: torch.device
     guide: STDiT | UNet | None = None
+    history_noise: float = 0.0
 
     def uses_diffusers(self, solver: str | None) -> bool:
         """Whether a diffusers scheduler takes the steps; a solver given by name is one of stdit's."""

@@ -96,6 +96,15 @@ class SamplingOptions:
         least=0,
         remedy="; 1 is no guidance",
     )
+    history_noise: float | None = _option(
+        None,
+        "causal models: noise level at which finished frames are remembered, against drift, for models that were trained with "
+        "such noise (objective.cond_noise_max); frames of model.sink stay clean; default: the model's",
+        flag="--history-noise",
+        type=float,
+        least=0,
+        remedy="; 0 remembers them as they are",
+    )
     seed: int = _option(0, "seed of the noise; clip i depends on (seed, i) alone", flag="--seed", type=int, least=0)
     solver: str | None = _option(
         None,

@@ -53,6 +53,7 @@ class STDiTPipeline(DiffusionPipeline):
     output means, whatever the scheduler. mask_strategies: how known frames were chosen in training
     (`objective.mask_strategy`), for warnings about tasks that need others. text_encoder: name of the encoder of
     captions (`text.load_text_encoder`). guide: a weaker model of the same kind, which guidance leads away from.
+    history_noise: the default of that option.
     """
 
     model_cpu_offload_seq = "guide->transformer->vae"
@@ -82,6 +83,7 @@ class STDiTPipeline(DiffusionPipeline):
         mask_strategies: list[str] | None = None,
         text_encoder: str | None = None,
         guide: STDiT | UNet | None = None,
+        history_noise: float = 0.0,
     ):
         super().__init__()
         video_vae = as_video_vae(vae)
@@ -109,6 +111,7 @@ class STDiTPipeline(DiffusionPipeline):
             vae_fingerprint=vae_fingerprint,
             mask_strategies=mask_strategies or ["shared"],
             text_encoder=text_encoder,
+            history_noise=history_noise,
         )
         self.video_vae = video_vae.requires_grad_(False).eval()
         self._encoder: TextEncoder | None = None
@@ -223,6 +226,7 @@ class STDiTPipeline(DiffusionPipeline):
             trained_on=trained_on,
             device=self._execution_device,
             guide=self.guide,
+            history_noise=config.history_noise,
         )
 
     def __call__(

@@ -12,7 +12,7 @@ _LOOP_RANGES = {
 }  # fmt: skip
 _TRAIN_RANGES = {
     "batch_size": "[1, inf)", "tokens": "[1, inf)", "micro_batch": "[1, inf)", "label_dropout": "[0, 1)", "samples": "[0, inf)",
-    "sample_steps": "[1, inf)", "guidance": "[0, inf)", "holdout": "[0, 1)", "guide_step": "[1, inf)",
+    "sample_steps": "[1, inf)", "guidance": "[0, inf)", "history_noise": "[0, 1)", "holdout": "[0, 1)", "guide_step": "[1, inf)",
 }  # fmt: skip
 
 
@@ -62,6 +62,9 @@ class TrainConfig(LoopConfig):
     label_dropout: float = 0.1  # probability that a clip is trained without a condition, for guidance
     samples: int = 16  # clips sampled at the end
     sample_steps: int = 30  # solver steps of previews and samples
+    history_noise: float = (
+        0.0  # causal models: level at which streams of the exported model remember frames, against drift
+    )
     guidance: float = 2.0  # guidance scale of previews and samples
     holdout: float = 0.0  # share of the files that are not trained on, and on which the loss is measured; 0: none
     holdout_column: str | None = None  # hold out values of this column of the manifest instead of single files

@@ -62,6 +62,7 @@ def build_pipeline(
         mask_strategies=sorted(objective.active_mask_probs),
         text_encoder=config.text.encoder,
         guide=weaker,
+        history_noise=config.train.history_noise,
     )
 
 

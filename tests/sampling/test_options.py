@@ -55,6 +55,8 @@ def test_without_flags_options_have_their_defaults_and_each_flag_sets_its_field(
             "cfg_zero",
             "--history-guidance",
             "2",
+            "--history-noise",
+            "0.3",
             "--seed",
             "4",
         ],

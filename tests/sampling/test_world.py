@@ -33,12 +33,12 @@ def clip(frames=5, count=1):
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_classes": 3}, {"sink": 1}], ids=str)
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_a_world_equals_a_stream_with_the_same_actions_to_the_last_bit(make, changes, guidance):
+@pytest.mark.parametrize(("guidance", "history"), [(1.0, 0.0), (2.5, 0.0), (1.0, 0.3)])
+def test_a_world_equals_a_stream_with_the_same_actions_to_the_last_bit(make, changes, guidance, history):
     pipe = make(**changes)
     actions = [1, 1, 1, 1, 2, 3, "left", 0, None, None, 4, 4]
     given = {"class_labels": [1, 2]} if changes.get("num_classes") else {}
-    options = {**FAST, "guidance_scale": guidance, "seed": 7, **given}
+    options = {**FAST, "guidance_scale": guidance, "history_noise": history, "seed": 7, **given}
     whole = torch.cat(list(pipe.stream(clip(count=2), 12, actions=actions, **options)), dim=2)
     world = pipe.world(clip(count=2), **options)
     parts = [world.step("up"), world.step([2, 3, 3, 0]), world.step([None, None, 4, 4])]
@@ -91,6 +91,19 @@ def test_numbers_are_held_or_given_for_each_frame(make):
     assert torch.equal(held, pipe.world(clip(), **FAST).step([[0.5, -1.0]] * 4))
 
 
+def test_frames_are_remembered_with_noise_but_for_those_of_the_sink_and_known_pixels_stay(make):
+    pipe = make(sink=1)
+    clean, noisy = (pipe.world(clip(1), **FAST, history_noise=level) for level in (0.0, 0.5))
+    assert torch.equal(clean.step(1), noisy.step(1))  # only the first frame is remembered so far
+    assert not torch.equal(clean.step(1), noisy.step(1))
+    longer = pipe.extend(clip(), after=4, history_noise=0.5, progress=False, **FAST)
+    assert torch.equal(longer[:, :, :5], clip())
+    pipe.register_to_config(history_noise=0.5)
+    assert torch.equal(pipe.extend(clip(), after=4, progress=False, **FAST), longer)
+    with pytest.raises(ValueError, match="is for causal models"):
+        make(causal=False, window=None).extend(clip(), after=4, history_noise=0.5, progress=False, **FAST)
+
+
 def test_memory_stays_constant_however_long_a_world_goes_on(make):
     world = make(sink=1).world(clip(), **FAST)
     sizes = []
@@ -114,6 +127,8 @@ def test_what_is_no_action_is_refused_and_the_world_is_as_before(make, action):
         ({"causal": False, "window": None}, {}, "not causal"),
         ({"conditions": None}, {}, "takes no actions"),
         ({}, {"window": 9}, "takes no window"),
+        ({}, {"history_noise": 1.0}, "nothing of the frames before"),
+        ({}, {"history_noise": -0.1}, "history_noise"),
         ({}, {"guider": "auto"}, "guider"),
         ({}, {"solver": "flow_map"}, "flow_map"),
     ],
