@@ -66,6 +66,6 @@ def collate_conditions(samples: list[dict[str, Any]]) -> dict[str, Any]:
     batch = {}
     for name, kind in CONDITIONERS.items():
         raws = [sample.get(name) for sample in samples]
-        if any(raw is not None for raw in raws):
-            batch[name] = kind.collate(raws)
+        if any(raw is not None for raw in raws) and (collated := kind.collate(raws)) is not None:
+            batch[name] = collated
     return batch

@@ -1,6 +1,7 @@
 """Actions, one for every pixel frame: what an agent did on the way to it."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -52,6 +53,12 @@ class ActionSpace:
         """Raise ValueError for a space that contradicts itself."""
         if (self.count is None) == (self.width is None):
             raise ValueError(f"{where}: count={self.count} and width={self.width}; give one of them.")
+        for field, kind in (("names", str), ("low", (int, float)), ("high", (int, float))):
+            value = getattr(self, field)
+            if value is not None and not (isinstance(value, Sequence) and all(isinstance(one, kind) for one in value)):
+                raise ValueError(
+                    f"{where}: {field}={str(value)[:60]!r} is no list of {'texts' if field == 'names' else 'numbers'}."
+                )
         size, name, most = (
             (self.width, "width", LARGEST_WIDTH) if self.count is None else (self.count, "count", LARGEST_COUNT)
         )
@@ -59,8 +66,9 @@ class ActionSpace:
             raise ValueError(f"{where}: {name}={size} is not a whole number from 1 to {most}.")
         if not isinstance(self.repeat, int) or self.repeat < 1:
             raise ValueError(f"{where}: repeat={self.repeat} is not a number of frames, 1 or more.")
-        if self.environment is not None and not isinstance(dict(self.environment).get("name"), str):
-            raise ValueError(f"{where}: environment={self.environment} has no name.")
+        about = self.environment
+        if about is not None and not (isinstance(about, Mapping) and isinstance(about.get("name"), str)):
+            raise ValueError(f"{where}: environment={str(about)[:60]} has no name.")
         for field in ("names", "low", "high"):
             value = getattr(self, field)
             if value is not None and len(value) != size:
@@ -75,8 +83,8 @@ class ActionSpace:
         known = f" ({', '.join(names[:12])})" if names else ""
         try:
             number = int(action)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"action {action!r} is unknown; use 0 to {self.count - 1}{known}.") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"action {str(action)[:40]!r} is unknown; use 0 to {self.count - 1}{known}.") from error
         if not 0 <= number < self.count or number != action:
             raise ValueError(f"action {action!r} is out of range; use 0 to {self.count - 1}{known}.")
         return number
@@ -158,17 +166,17 @@ class Actions(Conditioner):
 
     @classmethod
     def read(cls, record: Mapping[str, Any], clip: ClipFacts) -> Any:
-        """The actions of the clip's frames, None for the first and for those without one."""
-        if not record.get("actions"):
+        """The actions of the clip's frames, None for the first and for those without one.
+
+        None where the record has none that belong to these frames; `data.actions` says why before a run that needs them.
+        """
+        try:
+            actions = cls.listed(record.get("actions") or None)
+        except ValueError:
             return None
-        actions = cls.listed(record["actions"])
         frames = list(range(clip.size[0])) if clip.frames is None else list(clip.frames)
-        if any(after - before != 1 for before, after in pairwise(frames)):
-            raise ValueError(
-                "actions belong to single frames, but data.fps takes some of the frames or repeats them; set data.fps=null."
-            )
-        if frames[-1] >= len(actions):
-            raise ValueError(f"{len(actions)} actions for a clip of more frames; give one for every frame of the file.")
+        if frames[-1] >= len(actions) or any(after - before != 1 for before, after in pairwise(frames)):
+            return None
         return [None, *(actions[frame] for frame in frames[1:])]
 
     @staticmethod
@@ -186,13 +194,17 @@ class Actions(Conditioner):
 
     @classmethod
     def collate(cls, raws: Sequence[Any]) -> Any:
-        """Per pixel frame: whole numbers (B, F), -1 where missing, or numbers (B, F, width), nan where missing."""
+        """Per pixel frame: whole numbers (B, F), -1 where missing, or numbers (B, F, width), nan where missing.
+
+        None if some clips have none, or if they are of several kinds: a model without actions does not ask.
+        """
         if any(raw is None for raw in raws):
-            raise ValueError("'actions' are missing for some clips of the data; give them for all clips, or for none.")
-        widths = {len(one) for raw in raws for one in raw if isinstance(one, Sequence)}
-        if len(widths) > 1:
-            raise ValueError(f"actions of {min(widths)} and of {max(widths)} numbers; give as many for every frame.")
-        return torch.stack([_to_tensor(raw, next(iter(widths), None)) for raw in raws])
+            return None
+        widths = {len(one) for raw in raws for one in raw if isinstance(one, Sequence) and not isinstance(one, str)}
+        try:
+            return torch.stack([_to_tensor(raw, next(iter(widths), None)) for raw in raws]) if len(widths) < 2 else None
+        except ValueError:
+            return None
 
     # Training
 
@@ -267,10 +279,12 @@ class Actions(Conditioner):
             return self.space.number(action)
         try:
             values = [float(one) for one in action]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"action {action!r} is no list of {self.width} numbers; give these.") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"action {str(action)[:40]!r} is no list of {self.width} numbers; give these.") from error
+        if not all(math.isfinite(one) for one in values):
+            raise ValueError(f"action {str(action)[:40]} has numbers that are not finite; give others.")
         if len(values) != self.width:
-            raise ValueError(f"action {action!r} has {len(values)} numbers; this model takes {self.width}.")
+            raise ValueError(f"action {action!r} has {len(values)} numbers; give {self.width}.")
         self._scale(torch.tensor(values))  # raises for one that is out of range
         return values
 
@@ -298,7 +312,7 @@ class Actions(Conditioner):
                 raise ValueError(
                     f"actions of shape {tuple(values.shape)} do not fit: this model takes whole numbers, one for each frame."
                 )
-            wrong = values[(values < -1) | (values > self._count)]
+            wrong = values[(values < -1) | (values >= self._count)]
             if len(wrong):
                 self.space.number(int(wrong[0]))  # raises
             return torch.where(values < 0, self._count, values)

@@ -27,37 +27,38 @@ def actions_of_rows(rows: Sequence[Mapping[str, Any]]) -> ActionSpace | None:
             f"the rows of the manifest differ in action_space ({' and '.join(sorted(map(str, spaces))[:2])}); give one."
         )
     (text,) = spaces
-    if text is not None:
+    values = [_values(row, number) for number, row in enumerate(rows, 1)]
+    if text is None:
+        return _found(values)
+    try:
         given = json.loads(text)
-        if not isinstance(given, dict):
-            raise ValueError(
-                f"action_space {text[:60]} is no object; give {', '.join(field.name for field in fields(ActionSpace))}."
-            )
-        space = ActionSpace.of(given, "action_space")
-        for number, row in enumerate(rows, 1):
-            _check_row(space, _values(row), number)
-        return space
-    return _found([_values(row) for row in rows])
-
-
-def _check_row(space: ActionSpace, actions: Sequence[Any], number: int) -> None:
-    """Raise ValueError for an action of a row that is none of its space."""
-    for action in actions:
-        if space.count is not None:
-            fits = isinstance(action, int) and 0 <= action < space.count
-        else:
-            fits = isinstance(action, Sequence) and len(action) == space.width
-        if not fits:
-            wanted = f"0 to {space.count - 1}" if space.count is not None else f"a list of {space.width} numbers"
-            raise ValueError(f"row {number} of the manifest: action {str(action)[:40]} is out of range; use {wanted}.")
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"action_space {text[:60]} is no object; give {', '.join(field.name for field in fields(ActionSpace))}."
+        )
+    space = ActionSpace.of(given, "action_space")
+    check = Actions(**space.plain)
+    for number, actions in enumerate(values, 1):
+        for action in {str(one): one for one in actions}.values():
+            try:
+                check.number(action)
+            except ValueError as error:
+                raise ValueError(f"row {number} of the manifest: {error}") from error
+    return space
 
 
 def _text(space: Any) -> str | None:
     return space if isinstance(space, str) or space is None else json.dumps(space, sort_keys=True)
 
 
-def _values(row: Mapping[str, Any]) -> list[Any]:
-    return [one for one in Actions.listed(row["actions"]) if one is not None]
+def _values(row: Mapping[str, Any], number: int) -> list[Any]:
+    """The actions of a row, without those that are missing."""
+    try:
+        return [one for one in Actions.listed(row["actions"]) if one is not None]
+    except ValueError as error:
+        raise ValueError(f"row {number} of the manifest: {error}") from error
 
 
 def _found(clips: Sequence[Sequence[Any]]) -> ActionSpace:

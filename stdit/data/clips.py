@@ -118,14 +118,18 @@ class VideoClips(TableDataset):
 
     def _pick(self, index: int, reader: Reader, count: int, rng: np.random.Generator) -> tuple[int, list[int]]:
         """The frame of the file at which a clip begins, and the numbers of the frames of a window, from there."""
-        repeat = 1
-        if self.action_space is not None:
-            repeat, given = self.action_space.repeat, len(Actions.listed(self.rows[index].columns["actions"]))
-            if given != len(reader):
-                _refuse(
-                    reader.path, f"has {len(reader)} frames but {given} actions; give one for every frame of the file"
-                )
+        repeat, given = self._repeat(index)
+        if given is not None and given != len(reader):
+            _refuse(reader.path, f"has {len(reader)} frames but {given} actions; give one for every frame of the file")
         return 0, window(reader, count, self.config.fps, rng, step=repeat)
+
+    def _repeat(self, index: int) -> tuple[int, int | None]:
+        """The frames that an action lasts, and the number of a row's actions; (1, None) without actions."""
+        try:
+            space = self.action_space
+        except ValueError:  # another kind of column: a run that needs actions has refused it before
+            space = None
+        return (1, None) if space is None else (space.repeat, len(Actions.listed(self.rows[index].columns["actions"])))
 
     def facts(self, index: int) -> Facts:
         """What is measured of a file. Measurements are remembered on disk while the file stays as it is."""

@@ -220,6 +220,8 @@ def _bounds(root: Path) -> tuple[list[float], list[float]] | None:
         stats = [json.loads(line)["stats"] for line in each.read_text(encoding="utf-8").splitlines()]
     else:
         return None
+    if not all("action" in one for one in stats):
+        return None
     lows, highs = (np.array([one["action"][key] for one in stats], dtype=float) for key in ("min", "max"))
     return lows.min(0).tolist(), highs.max(0).tolist()
 
@@ -229,7 +231,7 @@ def _read_actions(table: Path) -> dict[int, np.ndarray]:
     """The actions of every episode of a table, each (length, width), in the order of its frames."""
     columns = _parquet(table, ["episode_index", "frame_index", "action"])
     episodes, frames = np.array(columns["episode_index"]), np.array(columns["frame_index"])
-    actions = np.array(columns["action"], dtype=np.float32)
+    actions = np.array(columns["action"], dtype=np.float32).reshape(len(frames), -1)  # one number is no list there
     found = {}
     for index in np.unique(episodes).tolist():
         chosen = np.flatnonzero(episodes == index)

@@ -31,7 +31,7 @@ _FACTS = {
     "aes", "aesthetic", "aspect", "bytes", "codec", "container", "duration", "end", "fmt", "format", "fps", "frame",
     "frames", "group", "hash", "height", "id", "index", "kind", "licence", "license", "match", "md5", "motion",
     "note", "ocr", "environment", "info", "rate", "seed", "ratio", "relpath", "resolution", "reward", "rotation", "scene", "score", "seconds", "session", "sha",
-    "sha256", "size", "source", "space", "split", "start", "subject", "time", "timestamp", "truth", "url", "vfr", "width",
+    "sha256", "size", "source", "space", "split", "start", "subject", "time", "timestamp", "truth", "url", "versions", "vfr", "width",
 }  # fmt: skip
 
 

@@ -61,7 +61,7 @@ _STEADY = {"preset": "fast", "x264-params": "mbtree=0"}
 # themselves. Browsers show the first only.
 ENCODINGS = {
     "playable": Encoding("libx264", "yuv420p", {"crf": "16", **_STEADY}),
-    "faithful": Encoding("libx264", "yuv444p", {"crf": "16", **_STEADY}),
+    "faithful": Encoding("libx264", "yuv444p", {"crf": "8", **_STEADY}),
     "lossless": Encoding("libx264rgb", "rgb24", {"qp": "0", **_STEADY}),
 }
 

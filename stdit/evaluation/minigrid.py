@@ -9,6 +9,7 @@ from stdit.data.transforms import resize
 from stdit.evaluation.worlds import HORIZONS, DreamedEpisode
 
 _TILE = 32  # pixels of a tile as MiniGrid draws it
+_SIDE = 8  # pixels of a tile when it is compared
 
 
 def state(env: Any) -> dict[str, Any]:
@@ -21,16 +22,14 @@ def state(env: Any) -> dict[str, Any]:
 
 
 def measure_agent(frame: np.ndarray, about: dict[str, Any]) -> tuple[tuple[int, int], int]:
-    """The cell (column, row) with most red in a frame (H, W, 3) uint8, and the heading whose picture is nearest to it."""
+    """The cell (column, row) of a frame (H, W, 3) uint8 that is nearest to an agent of any heading, and that heading."""
     columns, rows = about["grid"]
-    side = len(frame) // rows
-    red = frame[..., 0].astype(float) - frame[..., 1:].max(-1)
-    by_cell = red[: rows * side, : columns * side].reshape(rows, side, columns, side).clip(min=0).sum((1, 3))
-    row, column = np.unravel_index(by_cell.argmax(), by_cell.shape)
-    tile = frame[row * side : (row + 1) * side, column * side : (column + 1) * side].astype(float)
-    agents = resize(about["agents"], (side, side)).astype(float)
-    heading = int(((agents - tile) ** 2).mean((1, 2, 3)).argmin())
-    return (int(column), int(row)), heading
+    tiles = resize(frame[None], (rows * _SIDE, columns * _SIDE))[0].astype(float)
+    tiles = tiles.reshape((rows, _SIDE, columns, _SIDE, 3)).swapaxes(1, 2)
+    agents = resize(about["agents"], (_SIDE, _SIDE)).astype(float)
+    errors = ((tiles[:, :, None] - agents) ** 2).mean((-3, -2, -1))
+    row, column, heading = np.unravel_index(errors.argmin(), errors.shape)
+    return (int(column), int(row)), int(heading)
 
 
 def measure_rollouts(dreams: Sequence[DreamedEpisode], group: int) -> dict[str, Any]:

@@ -5,49 +5,62 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from stdit.data.shapes import COLORS
 from stdit.evaluation.shapes import connected, shape_of_fill
 from stdit.evaluation.worlds import HORIZONS, DreamedEpisode
-from stdit.worlds.room import HALF, SIDE, Room, player_offset
+from stdit.worlds.room import HALF, SIDE, SPEED, Room, player_offset
 
 TOLERANCE = 3.0  # pixels of 64 between the move of a group and that which the environment would make
 INTO_WALL = 2.5  # pixels by which an outline may reach into a wall: of blur
+_PALETTE = list(COLORS.values())
 _MIN_AREA = 24.0  # pixels; less is no player
 
 
 class Player(NamedTuple):
-    """The player as it is measured in a frame: centre of its box (x, y), nan if there is none; its shape by its fill."""
+    """The player as it is measured in a frame: centre of its box (x, y), nan if there is none; its shape by its fill, and
+    the nearest of `COLORS`."""
 
     center: np.ndarray
     shape: str | None
+    color: str | None
 
 
 def state(room: Room) -> dict[str, Any]:
     """What the judge needs to know of a room: what does not change, and where the player is."""
-    return {**room.truth, "position": list(room.position)}
+    return {**room.truth, "name": room.object_name, "position": list(room.position)}
 
 
 def measure_player(frame: np.ndarray, truth: dict[str, Any]) -> Player:
-    """Find the player: the largest part of a frame (H, W, 3) uint8 whose pixels are nearest to the player's colour."""
-    colors = np.array([truth[name] for name in ("color", "ground", "wall_color", "ball_color")])
-    distance = np.linalg.norm(frame[:, :, None].astype(float) / 255 - colors, axis=-1)
-    labels = connected((distance.argmin(-1) == 0)[None])[0]
+    """Find the player: the largest part of a frame (H, W, 3) uint8 that is nearer to any of `COLORS` than to greys.
+
+    Ground, walls and ball are grey.
+    """
+    pixels = frame.astype(float) / 255
+    greys = np.array([truth[name] for name in ("ground", "wall_color", "ball_color")])
+    to_colors, to_greys = (
+        np.linalg.norm(pixels[:, :, None] - np.array(colors), axis=-1) for colors in (_PALETTE, greys)
+    )
+    labels = connected((to_colors.min(-1) < to_greys.min(-1))[None])[0]
     names, counts = np.unique(labels[labels > 0], return_counts=True)
     if not len(names) or counts.max() < _MIN_AREA * (len(frame) / SIDE) ** 2:
-        return Player(np.full(2, np.nan), None)
+        return Player(np.full(2, np.nan), None, None)
     y, x = np.nonzero(labels == names[counts.argmax()])
     fill = counts.max() / ((np.ptp(y) + 1) * (np.ptp(x) + 1))
     center = np.array([x.mean(), y.mean()]) + 0.5
     offset = np.array([0.0, player_offset(truth["shape"])])
-    return Player(center * SIDE / len(frame) - offset, shape_of_fill(fill))
+    mean = np.median(pixels[y, x], axis=0)
+    color = list(COLORS)[int(np.linalg.norm(np.array(_PALETTE) - mean, axis=-1).argmin())]
+    return Player(center * SIDE / len(frame) - offset, shape_of_fill(fill), color)
 
 
 def expected_move(truth: dict[str, Any], center: np.ndarray, action: int, frames: int) -> np.ndarray:
-    """How far the environment would move a player that stands at `center`."""
+    """How far the environment would move a player that stands at `center`, or at the nearest place where one can stand."""
     room = Room.like(truth)
-    room.position = center.copy()
+    start = np.clip(SPEED * np.round(center / SPEED), HALF, SIDE - HALF)
+    room.position = start
     for _ in range(frames):
         room.step(action)
-    return room.position - center
+    return room.position - start
 
 
 def measure_rollouts(dreams: Sequence[DreamedEpisode], group: int) -> dict[str, Any]:
@@ -65,7 +78,7 @@ def measure_rollouts(dreams: Sequence[DreamedEpisode], group: int) -> dict[str, 
             if np.isnan(before.center).any():
                 moved.append(False)
                 continue
-            move = expected_move(truth, np.clip(before.center, HALF, SIDE - HALF), action, group)
+            move = expected_move(truth, before.center, action, group)
             moved.append(bool(np.linalg.norm(after.center - before.center - move) <= TOLERANCE))
             if action and np.abs(move).sum() < 2 * group - TOLERANCE:
                 held.append(bool(not np.isnan(after.center).any() and _depth(truth, after.center) <= INTO_WALL))
@@ -73,7 +86,7 @@ def measure_rollouts(dreams: Sequence[DreamedEpisode], group: int) -> dict[str, 
             if horizon < len(players):
                 error = np.linalg.norm(players[horizon].center - one.truth.states[horizon]["position"])
                 errors.setdefault(horizon, []).append(float("inf") if np.isnan(error) else float(error))
-        right.append(players[-1].shape == truth["shape"])
+        right.append(f"{players[-1].color} {players[-1].shape}" == truth["name"])
     return {
         "moves as its action says": float(np.mean(moved)),
         "walls hold": float(np.mean(held)) if held else None,

@@ -48,6 +48,7 @@ class Play(NamedTuple):
     """How episodes are played: an environment and a policy for each, groups of frames, and the size of pictures (H, W).
 
     state: reads from the environment what a measurement needs to know. label: the name of what is an episode's label.
+    repeat: frames that an action lasts (None: a group).
     """
 
     env: Environment
@@ -57,6 +58,7 @@ class Play(NamedTuple):
     size: tuple[int, int]
     state: Callable[[Any], Any]
     label: str | None = None
+    repeat: int | None = None
 
 
 def play_episode(how: Play, seed: int) -> Episode:
@@ -67,7 +69,7 @@ def play_episode(how: Play, seed: int) -> Episode:
     lasts, clip, actions, states = [first], [first], [], [how.state(env.env.unwrapped)]
     for number in range(how.groups):
         action = policy(observation, info, rng)
-        steps = list(env.act(action, how.group, how.size))
+        steps = list(env.act(action, how.group, how.size, repeat=how.repeat))
         observation, info = steps[-1].observation, steps[-1].info
         if len(steps) == how.group:  # a group that the end cuts short is no whole one
             lasts.append(steps[-1].picture)
@@ -183,10 +185,11 @@ def loss_under_other_actions(pipe: STDiTPipeline, episodes: Sequence[Episode]) -
     """
     vae, model, objective = pipe.video_vae, pipe.transformer, pipe.engine.objective
     condition = model.conditioners["actions"]
-    frames = min(pipe.config.num_frames, min(len(one.clip) for one in episodes))
-    frames = 1 + (frames - 1) // vae.stride[0] * vae.stride[0]
     losses: list[list[float]] = [[], []]
     for i, one in enumerate(episodes):
+        other = episodes[(i + 1) % len(episodes)]
+        frames = min(pipe.config.num_frames, len(one.clip), len(other.clip))
+        frames = 1 + (frames - 1) // vae.stride[0] * vae.stride[0]
         clip = to_float(one.clip[:frames])[None].to(vae.device, vae.dtype)
         latents = vae.encode(clip).float()
         changed = (latents[:, :, 1:] - latents[:, :, :-1]).abs().amax(1) > _CHANGED
@@ -198,7 +201,7 @@ def loss_under_other_actions(pipe: STDiTPipeline, episodes: Sequence[Episode]) -
         history = (latents, torch.zeros_like(levels))
         named = None if one.label is None else pipe.labels(one.label)
         labels = {} if named is None else {"label": named[:, None].to(latents.device)}
-        for kept, source in zip(losses, (one, episodes[(i + 1) % len(episodes)]), strict=True):
+        for kept, source in zip(losses, (one, other), strict=True):
             rows = hold(source.actions[: (frames - 1) // vae.stride[0]], vae.stride[0])
             rows = condition.parse([None, *rows.flatten(0, 1).tolist()], 1)
             given = condition.at(rows, range(0, frames, vae.stride[0]), frames, stride=vae.stride[0], starts=True)
@@ -210,6 +213,10 @@ def loss_under_other_actions(pipe: STDiTPipeline, episodes: Sequence[Episode]) -
             )
             loss = objective.loss(output, noisy, latents, noise=noise, levels=levels)[:, 1:]
             kept.append(float(loss[changed].mean()))
+    if len(losses[0]) < 2:
+        raise ValueError(
+            "nothing changes in the episodes, so the loss under other actions cannot be measured; play longer ones."
+        )
     true, shuffled = (np.array(kept) for kept in losses)
     error = float((shuffled - true).std(ddof=1) / np.sqrt(len(true)))
     return Shuffled(float(true.mean()), float(shuffled.mean()), error)

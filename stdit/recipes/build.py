@@ -110,11 +110,9 @@ def build_model(
 
 def action_arguments(config: Config, vae: VideoVAE, dataset: Dataset) -> dict[str, Any]:
     """The condition on actions, by name, whose space is that of the data; empty without `model.actions`."""
-    space: ActionSpace | None = getattr(dataset, "action_space", None)
     if not config.model.actions:
-        if space is not None:
-            print("the clips have actions, which the model is not told: model.actions=true trains one that obeys them")
         return {}
+    space: ActionSpace | None = getattr(dataset, "action_space", None)
     if space is None:
         raise ValueError(
             "model.actions=true but the clips have no actions; record some (stdit record), or give a manifest with a column "
@@ -122,6 +120,11 @@ def action_arguments(config: Config, vae: VideoVAE, dataset: Dataset) -> dict[st
         )
     if config.data.flip:
         raise ValueError("data.flip=true mirrors the clips but not their actions; set data.flip=false.")
+    if config.data.fps is not None and getattr(dataset, "decodes", True):
+        raise ValueError(
+            f"data.fps={config.data.fps:g} takes some of the frames or repeats them, but actions belong to single ones; set "
+            "data.fps=null."
+        )
     return {"actions": {"stride": vae.stride[0], **space.plain}}
 
 

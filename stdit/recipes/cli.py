@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "write models/NAME from the newest checkpoint of a run",
     "average": "average a run's weights over the length that its held-out loss, or you, choose",
     "evaluate": "measure a model or clips: shapes, captions, Fréchet distances",
+    "evaluate-world": "measure whether a world obeys its actions (stdit evaluate --world is the same)",
     "evaluate-tasks": "measure extend, connect, inpaint and the other tasks on moving shapes",
     "held-out-loss": "loss on held-out clips by mask strategy and noise level",
     "compare": "train variants of a config on one budget and compare them",

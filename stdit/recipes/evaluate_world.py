@@ -19,6 +19,7 @@ from stdit.evaluation.frechet import Gaussian, frechet_distance
 from stdit.evaluation.worlds import (
     HORIZONS,
     DreamedEpisode,
+    Episode,
     Play,
     dream,
     fidelity_by_horizon,
@@ -32,24 +33,27 @@ from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
 from stdit.sampling.checks import check_world
 from stdit.sampling.options import SamplingOptions
-from stdit.worlds.environments import SHIPPED, environment_of
+from stdit.worlds.environments import SHIPPED, environment_of, frames_of_action
 from stdit.worlds.policies import make_policy
 
 FIRST_SEED = 2_000_000  # beyond the seeds that are recorded or played
 _SHOWN = 6  # episodes in the picture
+_RIGHT = 0.98  # share of the truth that a measurement must find right
 
 
 class Measure(NamedTuple):
-    """How a kind of environment is measured: what is read from it, and the measurements of rollouts."""
+    """How a kind of environment is measured: what is read from it, the measurements of rollouts, and the one that must be
+    right on the truth itself."""
 
     state: Callable[[Any], Any]
     run: Callable[[Sequence[DreamedEpisode], int], dict[str, Any]]
+    share: str = ""
 
 
 # By the beginning of an environment's name; others by the motion of whole pictures.
 MEASURES = {
-    SHIPPED: Measure(room.state, room.measure_rollouts),
-    "MiniGrid-": Measure(minigrid.state, minigrid.measure_rollouts),
+    SHIPPED: Measure(room.state, room.measure_rollouts, "moves as its action says"),
+    "MiniGrid-": Measure(minigrid.state, minigrid.measure_rollouts, "cell and heading right after so many actions"),
     "": Measure(motion.state, motion.measure_rollouts),
 }
 
@@ -57,7 +61,7 @@ MEASURES = {
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Play, dream, measure, and write the report."""
-    parser = command_parser("evaluate --world", __doc__)
+    parser = command_parser("evaluate-world", __doc__)
     parser.add_argument("--model", help="default: the newest under models/")
     parser.add_argument("--episodes", type=int, default=48, help="of seeds that were never recorded")
     parser.add_argument("--actions", type=int, default=128, help="of an episode")
@@ -102,9 +106,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         size=size,
         state=measure.state,
         label=label,
+        repeat=frames_of_action(space, stride),
     )
     episodes = [play_episode(how, FIRST_SEED + i) for i in range(args.episodes)]
     env.env.close()
+    whole = [one for one in episodes if one.actions]
+    if len(whole) < len(episodes):
+        print(f"{len(episodes) - len(whole)} episodes end within their first group, and are left out")
+    if len(whole) < 2:
+        raise ValueError(f"{len(whole)} episodes of {name!r} last a group of {stride} frames; choose another --policy.")
+    episodes = whole
+    if measure.share and not right_on_truth(measure, episodes, stride):
+        print(
+            f"the measurement of {name!r} is not right on its own pictures at this size; the motion of whole pictures is measured"
+        )
+        measure = MEASURES[""]
     dreams = list(dream(pipe, episodes, options))
     forced, shuffled = teacher_forced(pipe, episodes, options), loss_under_other_actions(pipe, episodes)
     curves = fidelity_by_horizon(dreams)
@@ -124,13 +140,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{title:<55} {f'{rounded:.4g}' if isinstance(rounded, float) else rounded}")
     folder = Path("output") / model.name / "world"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", {**vars(args), "environment": dict(space.environment), **report})
+    write_json(folder / "report.json", {**vars(args), "environment": dict(space.environment), **finite(report)})
     draw_report(folder / "report.png", dreams, report, title=f"{model.name}: {args.episodes} episodes of {name}")
     for i, one in enumerate(dreams[:4]):
         both = np.concatenate([one.lasts, one.truth.lasts], axis=2)
         write_video(folder / f"dream-{i}.mp4", both, fps=max(1.0, pipe.config.fps / stride))
     print(f"{folder / 'report.png'}, report.json and dream-0.mp4 (dream left, truth right) next to it")
     return 0
+
+
+def right_on_truth(measure: Measure, episodes: Sequence[Episode], stride: int) -> bool:
+    """Whether a measurement finds the truth itself right."""
+    found = measure.run([DreamedEpisode(one.lasts, one) for one in episodes], stride)[measure.share]
+    return min(found.values() if isinstance(found, dict) else [found]) >= _RIGHT
+
+
+def finite(report: dict[str, Any]) -> dict[str, Any]:
+    """A report that JSON can hold: None for what is infinite or no number."""
+    return {
+        name: finite(value)
+        if isinstance(value, dict)
+        else None
+        if isinstance(value, float) and not np.isfinite(value)
+        else value
+        for name, value in report.items()
+    }
 
 
 def frechet_by_horizon(dreams: Sequence[DreamedEpisode]) -> dict[int, float]:

@@ -27,7 +27,7 @@ from stdit.recipes.models import load_pipeline
 from stdit.sampling.checks import check_world
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.pipeline import STDiTPipeline
-from stdit.worlds.environments import Environment, environment_of
+from stdit.worlds.environments import Environment, environment_of, frames_of_action
 from stdit.worlds.record import read_info
 
 ROOM = Path("models/room")
@@ -103,8 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             solver=args.solver,
             seed=args.seed,
             progress=False,
+            history_noise=args.history_noise,
         )
         actions = check_world(pipe.engine, options)
+        pipe.labels(args.class_label)  # raises for one that is unknown
+        frames_of_action(actions.space, pipe.video_vae.stride[0])
         scale = pipe.engine.guidance(options).scale
         begin = Beginnings(pipe, options, actions, args)
         worker = Worker()

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows |= {row["seed"]: row for row in found}
             kept.write("".join(json.dumps(row) + "\n" for row in found))
             kept.flush()
-    wanted = [rows[seed] for seed in range(args.seed, args.seed + args.episodes)]
+    wanted = [rows[seed] for seed in sorted(rows)]  # with those of earlier calls
     write_text(output / "manifest.jsonl", "".join(json.dumps(row) + "\n" for row in wanted))
     total = sum(row["frames"] for row in wanted)
     short = sum(row["frames"] < args.frames for row in wanted)

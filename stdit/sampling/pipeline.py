@@ -339,8 +339,11 @@ class STDiTPipeline(DiffusionPipeline):
         options, given = split(options, choices)
         config, engine = self.config, self.engine
         condition = check_world(engine, options)
-        clip = clip[:, :, None] if clip is not None and clip.ndim == 4 else clip
-        known = torch.zeros(1, 3, 0, config.height, config.width) if clip is None else clip
+        known = torch.zeros(1, 3, 0, config.height, config.width)
+        if clip is not None:
+            known = clip[:, :, None] if clip.ndim == 4 else clip
+            if known.ndim != 5 or known.shape[2]:  # one without frames has a size
+                tasks.check_clip(known, "clip")
         count, size = len(known), (known.shape[3], known.shape[4])
         engine.latent_shape((max(1, known.shape[2]), *size))
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """Play a world: a page that sends keys over a WebSocket and shows the frames that follow as they are made.
 
-Messages of the page, as JSON: {"type": "act", "action": NUMBER, [NUMBERS] or null}, what is held from now on; {"type":
+Messages of the page, as JSON: {"type": "act", "action": NUMBER, [NUMBERS] or null}, what is held from now on (in a turn-based
+world: one step; null: nothing); {"type":
 "shown"}, the last group has begun to be shown, so that the next one may be made; {"type": "restart", "seed": N}; {"type":
 "rewind", "groups": N}; {"type": "record", "on": true or false}. The server sends JSON (hello, reset, rewound, alone, recording, recorded, error, full),
 and each group as binary: a header of 8 bytes (the number of its first frame, the number of its frames, and 1 if the truth is
@@ -12,6 +13,7 @@ import io
 import json
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +32,9 @@ from stdit.data.video_write import VideoStream, to_uint8
 from stdit.sampling.world import World
 from stdit.web.server import Worker, page
 from stdit.worlds.environments import Environment
+
+_PRESSES = 8  # keys that wait for their step in a turn-based world
+_IDLE = ("stay", "noop", "none", "idle", "nothing")  # names of actions that do nothing
 
 
 class Start(NamedTuple):
@@ -78,8 +83,19 @@ class Stage:
             "type": "hello", "title": self.title, "fps": self.fps, "evaluations": self.evaluations,
             "count": space.count, "width": space.width, "names": list(space.names or ()),
             "low": list(space.low or ()), "high": list(space.high or ()), "repeat": space.repeat,
-            "turn_based": bool((space.environment or {}).get("turn_based")),
+            "turn_based": self.turn_based,
         }  # fmt: skip
+
+    @property
+    def turn_based(self) -> bool:
+        """Whether a world goes on by one step for each press of a key."""
+        return bool((self.actions.space.environment or {}).get("turn_based"))
+
+    @property
+    def idle(self) -> int | None:
+        """The action while no key is pressed; None if there is none, so that the world waits."""
+        names = [str(name).lower() for name in self.actions.space.names or ()]
+        return next((names.index(name) for name in _IDLE if name in names), None)
 
     def routes(self, worker: Worker) -> list[BaseRoute]:
         """The page, its WebSocket, and the clips that were recorded."""
@@ -111,60 +127,66 @@ class Session:
 
     def __init__(self, stage: Stage, socket: WebSocket, worker: Worker):
         self.stage, self.socket, self.worker = stage, socket, worker
-        self.action: Any = None
+        self.held: Any = None  # what goes on from now on; None: the world waits
+        self.presses: deque[Any] = deque(maxlen=_PRESSES)  # of a turn-based world, one step each
         self.ready, self.acted = asyncio.Event(), asyncio.Event()
         self.jobs: asyncio.Queue[Callable[[], Any]] = asyncio.Queue()  # restarts and the like, run between groups
         self.recorder: VideoStream | None = None
         self.start: Start | None = None
-        self.environment: Environment | None = (
-            None  # the truth, also after a rewind, so that it is used again and closed
-        )
+        # The truth, also after a rewind, so that it is used again and closed.
+        self.environment: Environment | None = None
 
     async def run(self) -> None:
         """Play until the tab closes."""
         listening = asyncio.create_task(self._listen())
         try:
             await self.socket.send_json(self.stage.hello)
-            await self._restart(0)
+            self.jobs.put_nowait(lambda: self._restart(0))
             while not listening.done():
                 await self._next(listening)
         except (WebSocketDisconnect, RuntimeError):  # the tab closed while something was sent
             pass
         finally:
             listening.cancel()
-            with suppress(asyncio.CancelledError, WebSocketDisconnect):
-                await listening
-            self._stop_recording()
+            await asyncio.gather(listening, return_exceptions=True)
             self.start = None
+            with suppress(OSError):
+                self._stop_recording()
             if self.environment is not None:
                 self.environment.env.close()
 
     async def _next(self, listening: asyncio.Task) -> None:
         """Run what was asked for, or make and send the next group as soon as the page is ready for it."""
-        turn_based = self.stage.hello["turn_based"]
-        job, go = asyncio.create_task(self.jobs.get()), asyncio.create_task(self._may_go_on(turn_based))
+        job, go = asyncio.create_task(self.jobs.get()), asyncio.create_task(self._may_go_on())
         done, _ = await asyncio.wait([job, go, listening], return_when=asyncio.FIRST_COMPLETED)
         for waiting in {job, go} - done:
             waiting.cancel()
-        if job in done:
-            await job.result()()
-        elif go in done:
-            self.ready.clear()
-            self.acted.clear()
-            action = self.action
-            if turn_based:
-                self.action = None
-            try:
-                group = await self.worker.run(self._step, action)
-            except (ValueError, MemoryError) as error:  # the world is as before, and can be restarted
-                await self._tell_error(error)
-                return
-            await self._send(group)
+        try:
+            if job in done:
+                await job.result()()
+            elif go in done:
+                self.ready.clear()
+                if self.start is None:  # it could not begin
+                    return
+                action = self.presses.popleft() if self.presses else self.held
+                self._wait_if_idle()
+                await self._send(await self.worker.run(self._step, action))
+        except WebSocketDisconnect:
+            raise
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            # The world is as before, and can be restarted.
+            await self._tell_error(error)
 
-    async def _may_go_on(self, turn_based: bool) -> None:
+    def _wait_if_idle(self) -> None:
+        """Wait before the next group unless something is held or was pressed."""
+        if self.held is None and not self.presses:
+            self.acted.clear()
+        else:
+            self.acted.set()
+
+    async def _may_go_on(self) -> None:
         await self.ready.wait()
-        if turn_based:
-            await self.acted.wait()
+        await self.acted.wait()
 
     def _step(self, action: Any) -> Group:
         """The next group and, beside it, what the environment does; runs in the worker."""
@@ -174,11 +196,9 @@ class Session:
         dream = to_uint8(world.step(action)[0])
         real, over = None, False
         if truth is not None:
-            pictures = [truth.picture(dream.shape[1:3])] * size
-            if action is not None:
-                steps = list(truth.act(action, size, dream.shape[1:3]))
-                over = steps[-1].done
-                pictures = [step.picture for step in steps]
+            repeat = self.stage.actions.space.repeat
+            steps = list(truth.act(action, size, dream.shape[1:3], repeat=repeat))
+            over, pictures = steps[-1].done, [step.picture for step in steps]
             real = np.stack([pictures[min(i, len(pictures) - 1)] for i in range(size)])
         if self.recorder is not None:
             self.recorder.add(dream if real is None else np.concatenate([dream, real], axis=2))
@@ -214,7 +234,7 @@ class Session:
                 return
             try:
                 self._take(json.loads(message.get("text") or ""))
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 await self._tell_error(error)
 
     def _take(self, message: Any) -> None:
@@ -222,9 +242,7 @@ class Session:
         kind = message.get("type") if isinstance(message, Mapping) else None
         if kind == "act":
             action = message["action"]
-            self.action = None if action is None else self.stage.actions.number(action)
-            if action is not None:
-                self.acted.set()
+            self._act(None if action is None else self.stage.actions.number(action))
         elif kind == "shown":
             self.ready.set()
         elif kind == "restart":
@@ -241,10 +259,20 @@ class Session:
                 f"a message of type {str(kind)[:40]!r} is no action; send act, shown, restart, rewind or record."
             )
 
+    def _act(self, action: Any) -> None:
+        """Hold an action from now on (None: the idle one), or, in a turn-based world, take one step with it."""
+        if not self.stage.turn_based:
+            self.held = self.stage.idle if action is None else action
+        elif action is not None:
+            self.presses.append(action)
+        self._wait_if_idle()
+
     async def _restart(self, seed: int) -> None:
-        """Begin a new clip."""
-        self.action = None
-        self.acted.clear()
+        """Begin a new clip; what is held goes on."""
+        self.presses.clear()
+        self._act(self.held)
+        if self.recorder is not None:
+            await self._record(False)
         self.start = Start(*await self.worker.run(self.stage.begin, seed, self.environment))
         self.environment = self.start.truth
         await self.socket.send_json({"type": "reset", "seed": seed, "truth": self.start.truth is not None})

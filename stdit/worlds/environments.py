@@ -54,15 +54,18 @@ class Environment(NamedTuple):
         """Begin an episode -> observation and info."""
         return self.env.reset(seed=seed)
 
-    def act(self, action: Any, frames: int, size: tuple[int, int] | None = None) -> Iterator[EnvStep]:
-        """Take an action that lasts `frames` frames, or until the episode ends, and yield what follows, frame by frame.
+    def act(
+        self, action: Any, frames: int, size: tuple[int, int] | None = None, *, repeat: int | None = None
+    ) -> Iterator[EnvStep]:
+        """Take an action for `frames` frames, or until the episode ends, and yield what follows, frame by frame.
 
-        In a turn-based environment it is one step, whose picture lasts as long; in others every frame is a step.
+        In a turn-based environment a step is taken every `repeat` frames (None: one for all of them), and its picture lasts
+        so long; in others every frame is a step.
         """
         given = int(action) + self.first if self.space.width is None else np.asarray(action, dtype=np.float32)
         taken = None
-        for _ in range(frames):
-            if taken is None or not self.turn_based:
+        for frame in range(frames):
+            if taken is None or not self.turn_based or (repeat and frame % repeat == 0 and not taken.done):
                 observation, reward, terminated, truncated, info = self.env.step(given)
                 done = bool(terminated or truncated)
                 taken = EnvStep(self.picture(size), observation, reward=float(reward), done=done, info=dict(info))
@@ -107,9 +110,22 @@ def make_environment(
     return Environment(name, env, space, first=first, turn_based=turn_based, versions=versions)
 
 
+def frames_of_action(space: ActionSpace, group: int) -> int:
+    """The frames that an action lasts; ValueError if a group of a turn-based environment is not whole actions."""
+    if (space.environment or {}).get("turn_based") and group % space.repeat:
+        raise ValueError(
+            f"an action of this turn-based environment lasts {space.repeat} frames, but the model makes {group} at a time; record it "
+            f"with --repeat {group}."
+        )
+    return space.repeat
+
+
 def environment_of(about: Mapping[str, Any]) -> Environment:
     """The environment that `ActionSpace.environment` describes."""
-    return make_environment(str(about["name"]), about.get("options"), about.get("turn_based"))
+    name, options = str(about["name"]), about.get("options") or {}
+    if ":" in name or not isinstance(options, Mapping):  # Gymnasium imports the module before a colon
+        raise ValueError(f"environment {name[:60]!r} would import a module; name one that is registered.")
+    return make_environment(name, options, about.get("turn_based"))
 
 
 def _make(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, str]]:
@@ -138,8 +154,9 @@ def _make(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, str]]:
         missing = [distribution for distribution in _PACKAGES.values() if distribution not in installed]
         hint = f" {', '.join(missing)} are not installed (pip install 'stdit[worlds]')." if missing else ""
         raise ValueError(f"environment {name!r}: {' '.join(str(error).split())[:300]}{hint}") from error
-    except (TypeError, ImportError, AttributeError) as error:
-        raise ValueError(f"environment {name!r} cannot be made: {' '.join(str(error).split())[:300]}.") from error
+    except (TypeError, ValueError, KeyError, AssertionError, ImportError, AttributeError, OSError) as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"environment {name!r} cannot be made with options {options}: {said}.") from error
     if env.render_mode != "rgb_array":
         raise ValueError(f"environment {name!r} draws no pictures (render_mode='rgb_array'); choose another one.")
     needs = {"gymnasium"} | {

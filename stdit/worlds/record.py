@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stdit.conditions import ActionSpace
+from stdit.conditions import Actions, ActionSpace
 from stdit.data.video_write import write_video
 from stdit.rng import keyed_rng
 from stdit.worlds.environments import Environment
@@ -46,8 +46,10 @@ class Episode(NamedTuple):
 
 def play_episode(env: Environment, policy: Policy, how: Recording, *, seed: int) -> Episode:
     """Play an episode, a function of the seed alone if the environment and the policy are."""
-    rng = keyed_rng("sample", seed)
-    return _run(env, lambda observation, info, frame: plain(policy(observation, info, rng)), how, seed=seed)
+    rng, check = keyed_rng("sample", seed), Actions(**env.space.plain)
+    return _run(
+        env, lambda observation, info, frame: check.number(plain(policy(observation, info, rng))), how, seed=seed
+    )
 
 
 def replay(env: Environment, actions: Sequence[Any], how: Recording, *, seed: int) -> Episode:
@@ -108,7 +110,7 @@ def write_episode(
     space: ActionSpace = replace(env.space, repeat=how.repeat, environment=about)
     row = {
         "path": path.name, "frames": len(episode.frames), "seed": seed, "actions": episode.actions,
-        "action_space": space.plain, "reward": episode.rewards, "frames_sha256": frames_hash(episode.frames),
+        "action_space": space.plain, "reward": episode.rewards, "frames_sha256": frames_hash(episode.frames), "versions": dict(env.versions),
     }  # fmt: skip
     row |= {} if episode.label is None else {"label": episode.label}
     return row | ({"info": episode.info} if episode.info else {})

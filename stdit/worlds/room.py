@@ -8,10 +8,8 @@ from stdit.data.shapes import COLORS, SHAPES, shape_extent, signed_distance
 
 ACTIONS = {"stay": (0, 0), "up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 SIDE = 64  # lengths below are in pixels of a picture of this side; others are scaled
-HALF = (
-    7  # half the side of the player's box; all its positions and all walls are whole, so that it touches walls exactly
-)
-SPEED = 2  # per frame
+HALF = 8  # half the side of the player's box
+SPEED = 2  # per frame, of the player, and of the ball along both axes
 BALL = 4  # radius
 GROUNDS = ((0.15, 0.95), (0.82, 0.05))  # greys of the ground and of the ball on it
 WALL = 0.5

@@ -122,6 +122,7 @@ def test_the_tasks_are_told_actions_by_name_or_number(tiny_model, causal):
         (lambda p: p(num_frames=9, actions=[7] * 9, **FAST), "action 7 is out of range; use 0 to 4"),
         (lambda p: p(num_frames=9, actions=["jump"] * 9, **FAST), "'jump' is unknown"),
         (lambda p: p(num_frames=9, actions=[1.5] * 9, **FAST), "action 1.5"),
+        (lambda p: p(num_frames=9, actions=torch.full((9,), 5), **FAST), "action 5 is out of range"),
         (lambda p: p(num_frames=9, actions=[[0.1, 0.2]] * 9, **FAST), "action"),
         (lambda p: p(num_frames=9, actions=[1] * 12, **FAST), "12 actions for 9 frames"),
         (lambda p: p(num_frames=9, num_videos=2, actions=[[1] * 9] * 3, **FAST), "num_videos=2"),
@@ -162,7 +163,11 @@ def test_a_model_without_actions_refuses_them(tiny_model):
         ([{"actions": [0], "action_space": {"cuont": 2}}], "cuont"),
         ([{"actions": [0], "action_space": {"count": 10**9}}], "whole number from 1"),
         ([{"actions": [None, 5], "action_space": {"count": 2}}], "row 1 of the manifest: action 5 is out of range"),
-        ([{"actions": [[1.0]], "action_space": {"width": 2}}], "a list of 2 numbers"),
+        ([{"actions": [[float("nan"), 1.0]], "action_space": {"width": 2}}], "not finite"),
+        ([{"actions": [[3.0]], "action_space": {"width": 1, "low": [0], "high": [1]}}], "out of range"),
+        ([{"actions": [0], "action_space": "{"}], "is no object"),
+        ([{"actions": [0], "action_space": {"count": 2, "names": 5}}], "no list of texts"),
+        ([{"actions": [[1.0]], "action_space": {"width": 2}}], "1 numbers; give 2"),
         ([{"actions": [0], "action_space": {"count": 2}}, {"actions": [0], "action_space": {"count": 3}}], "differ"),
     ],
 )
@@ -177,11 +182,10 @@ def test_the_space_is_found_from_rows_without_one_also_in_csv():
     assert actions_of_rows([{"caption": "a"}]) is None
 
 
-def test_frames_that_are_skipped_or_repeated_are_refused_since_actions_belong_to_single_ones():
-    with pytest.raises(ValueError, match=r"data\.fps"):
-        Actions.read({"actions": [0] * 9}, ClipFacts((3, 8, 8), 4.0, [0, 2, 4]))
-    with pytest.raises(ValueError, match="2 actions"):
-        Actions.read({"actions": [0] * 2}, ClipFacts((3, 8, 8), 4.0, [0, 1, 2]))
+def test_frames_that_are_skipped_or_repeated_have_no_actions():
+    for frames in ([0, 2, 4], [0, 0, 1], [7, 8, 9]):
+        assert Actions.read({"actions": [0] * 9}, ClipFacts((3, 8, 8), 4.0, frames)) is None
+    assert Actions.read({"actions": [0] * 9}, ClipFacts((3, 8, 8), 4.0, [6, 7, 8])) == [None, 0, 0]
 
 
 CONFIG = """
@@ -215,5 +219,12 @@ def test_a_model_learns_actions_from_clips_and_from_cached_latents_and_carries_t
     capsys.readouterr()
     assert train.run(["t.yaml", "name=flipped", "data.flip=true"]) == 1
     assert "mirrors the clips but not their actions" in capsys.readouterr().err
-    assert train.run(["t.yaml", "name=untold", "model.actions=false"]) == 0
-    assert "model.actions=true" in capsys.readouterr().out
+    assert train.run(["t.yaml", "name=faster", "data.fps=12"]) == 1
+    assert "data.fps=12 takes some of the frames" in capsys.readouterr().err
+    assert train.run(["t.yaml", "name=untold", "model.actions=false", "data.fps=12"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "world/manifest.jsonl").read_text().splitlines()]
+    rows[0]["actions"] = "walks"  # a column of that name in other data
+    (tmp_path / "world/manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert train.run(["t.yaml", "name=other", "model.actions=false"]) == 0
+    assert train.run(["t.yaml", "name=none"]) == 1
+    assert "row 1 of the manifest: actions 'walks' are no list" in capsys.readouterr().err

@@ -136,7 +136,7 @@ def test_a_model_without_a_known_environment_or_with_too_little_to_measure_is_re
 
 
 def test_actions_can_be_given_on_the_command_line(model, capsys):
-    one = ["--model", "models/t", "--steps", "1", "--output"]
+    one = ["--model", "models/t", "--steps", "1", "--num-videos", "1", "--output"]
     assert sample.main([*one, "up.mp4", "--actions", "up", "1"]) == 0
     assert sample.main([*one, "left.mp4", "--actions", "left", "left"]) == 0
     clips = [(model / f"{name}.mp4").read_bytes() for name in ("up", "left")]

@@ -94,7 +94,7 @@ def test_each_group_is_made_when_the_last_one_is_shown_and_not_before(client, st
     "message",
     [
         "", "{", "[1]", "null", '{"type": "jump"}', '{"type": "act"}', '{"type": "act", "action": 9}',
-        '{"type": "act", "action": [1]}', '{"type": "restart", "seed": "x"}', '{"type": "restart", "seed": -1}',
+        '{"type": "act", "action": [1]}', '{"type": "act", "action": 1e999}', '{"type": "act", "action": NaN}', '{"type": "restart", "seed": "x"}', '{"type": "restart", "seed": -1}',
         '{"type": "rewind", "groups": 1.5}', "[" * 5000,
     ],
 )  # fmt: skip

@@ -5,8 +5,7 @@ const $ = (id) => document.getElementById(id);
 const state = { hello: null, held: [], queue: [], frame: 0, shownAt: [], values: [], recording: false, frames: 0 };
 window.stdit = state; // for tests
 
-const ARROWS = { ArrowUp: ["up", "forward", "north", "fire"], ArrowDown: ["down", "backward", "south"], ArrowLeft: ["left", "west"], ArrowRight: ["right", "east"] };
-const IDLE = ["stay", "noop", "none", "done", "idle"];
+const ARROWS = { ArrowUp: ["up", "forward", "north"], ArrowDown: ["down", "backward", "south"], ArrowLeft: ["left", "west"], ArrowRight: ["right", "east"] };
 const SYMBOLS = { ArrowUp: "↑", ArrowDown: "↓", ArrowLeft: "←", ArrowRight: "→", " ": "space" };
 const LETTERS = "1234567890asdfghjklqwe".split("");
 
@@ -24,8 +23,7 @@ function sendAction() {
   if (!hello) return;
   if (hello.width) return send({ type: "act", action: state.values });
   const held = state.held[state.held.length - 1];
-  const idle = hello.names.findIndex((name) => IDLE.includes(String(name).toLowerCase()));
-  send({ type: "act", action: held !== undefined ? held : hello.turn_based || idle < 0 ? null : idle });
+  send({ type: "act", action: held !== undefined ? held : null });
 }
 
 function press(action) {
@@ -83,7 +81,7 @@ addEventListener("keyup", (event) => {
   const action = state.byKey?.[event.key] ?? state.byKey?.[event.key.toLowerCase()];
   if (action !== undefined) release(action);
 });
-addEventListener("blur", () => { state.held = []; mark(); sendAction(); });
+addEventListener("blur", () => { state.held = []; mark(); if (!state.hello?.turn_based) sendAction(); });
 
 function restart() { send({ type: "restart", seed: Math.floor(Math.random() * 2 ** 31) }); }
 function rewind() { send({ type: "rewind", groups: Math.max(1, Math.round(state.hello.fps / 4)) }); }
@@ -135,7 +133,7 @@ const handlers = {
     $("status").textContent = message.turn_based ? "each key is one step" : "hold a key";
     buildKeys(message);
   },
-  reset(message) { state.queue = []; $("truth-figure").hidden = !message.truth; $("note").textContent = ""; if (state.hello.width) sendAction(); },
+  reset(message) { state.queue = []; $("truth-figure").hidden = !message.truth; $("note").textContent = ""; if (!state.hello.turn_based) sendAction(); },
   rewound(message) { state.queue = []; $("status").textContent = `back at frame ${message.frames}`; },
   alone(message) { $("truth-figure").hidden = true; $("note").textContent = message.message; },
   recording() { state.recording = true; $("record").textContent = "stop recording"; $("record").className = "recording"; },
