@@ -32,7 +32,7 @@ from stdit.pixels import to_float
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
 from stdit.sampling.checks import check_world
-from stdit.sampling.options import SamplingOptions
+from stdit.sampling.options import WORLD_OPTIONS, add_flags, options_from
 from stdit.worlds.environments import SHIPPED, environment_of, frames_of_action
 from stdit.worlds.policies import make_policy
 
@@ -66,27 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=48, help="of seeds that were never recorded")
     parser.add_argument("--actions", type=int, default=128, help="of an episode")
     parser.add_argument("--policy", default="sticky", help="random, sticky, or MODULE:FUNCTION")
-    parser.add_argument("--steps", type=int, default=6, help="solver steps for each latent frame")
-    parser.add_argument("--solver")
-    parser.add_argument(
-        "--history-noise", type=float, help="level at which frames are remembered; default: the model's"
-    )
-    parser.add_argument("--guidance", type=float)
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    add_flags(parser, WORLD_OPTIONS, num_inference_steps=6)
     args = parser.parse_args(argv)
     for name in ("episodes", "actions"):
         if getattr(args, name) < (2 if name == "episodes" else 1):
             raise ValueError(f"--{name} {getattr(args, name)} is too few; use 48 episodes of 128 actions.")
     model = Path(args.model) if args.model else newest_model()
     pipe = load_pipeline(model)
-    options = SamplingOptions(
-        num_inference_steps=args.steps,
-        solver=args.solver,
-        guidance_scale=args.guidance,
-        seed=args.seed,
-        progress=False,
-        history_noise=args.history_noise,
-    )
+    options = options_from(args, progress=False)
     space = check_world(pipe.engine, options).space
     if space.environment is None:
         raise ValueError(

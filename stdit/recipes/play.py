@@ -25,7 +25,7 @@ from stdit.recipes import cache_latents, record, train
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.checks import check_world
-from stdit.sampling.options import SamplingOptions
+from stdit.sampling.options import WORLD_OPTIONS, SamplingOptions, add_flags, options_from
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.worlds.environments import Environment, environment_of, frames_of_action
 from stdit.worlds.record import read_info
@@ -69,13 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page of a model, which is made first if it is that of the room."""
     parser = command_parser("play", __doc__)
     parser.add_argument("model", nargs="?", help="folder of a causal model with actions; default: the room that ships")
-    parser.add_argument("--steps", type=int, default=6, help="solver steps for each latent frame")
-    parser.add_argument("--guidance", type=float, help="toward the actions; default: none")
-    parser.add_argument("--solver")
-    parser.add_argument(
-        "--history-noise", type=float, help="level at which frames are remembered; default: the model's"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    add_flags(parser, WORLD_OPTIONS, num_inference_steps=6)
     parser.add_argument("--input", help="a clip or picture to begin from; default: a new episode of the environment")
     parser.add_argument("--class-label", help="of what --input shows, for a model with classes")
     parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
@@ -97,14 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         model = Path(args.model) if args.model else ROOM
         pipe = load_pipeline(model)
-        options = SamplingOptions(
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            solver=args.solver,
-            seed=args.seed,
-            progress=False,
-            history_noise=args.history_noise,
-        )
+        options = options_from(args, progress=False)
         actions = check_world(pipe.engine, options)
         pipe.labels(args.class_label)  # raises for one that is unknown
         frames_of_action(actions.space, pipe.video_vae.stride[0])

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -221,28 +221,38 @@ def make_options(options: SamplingOptions | None = None, choices: Mapping[str, A
     return dataclasses.replace(options, **changes)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every option that has one; `--every` of version 0.1.0 is accepted, but hidden."""
-    for one in _FIELDS.values():
+# The options of a world, which goes on group by group.
+WORLD_OPTIONS = ("num_inference_steps", "guidance_scale", "history_noise", "solver", "seed")
+
+
+def add_flags(parser: argparse.ArgumentParser, only: Sequence[str] | None = None, **defaults: Any) -> None:
+    """Add a flag for every option that has one, or for some; `--every` of version 0.1.0 is accepted, but hidden.
+
+    defaults: of options for which this command has others.
+    """
+    for name, one in _FIELDS.items():
         metadata = one.metadata
-        if metadata["flag"] is None:
+        if metadata["flag"] is None or (only is not None and name not in only):
             continue
+        preset = defaults.get(name, one.default)
         choices = f": {', '.join(metadata['choices'])}" if metadata["choices"] else ""
-        default = "" if one.default is None or "default" in metadata["help"] else f" (default: {_shown(one.default)})"
+        default = "" if preset is None or "default" in metadata["help"] else f" (default: {_shown(preset)})"
         parser.add_argument(
             metadata["flag"],
             type=metadata["type"],
-            default=one.default,
+            default=preset,
             help=f"{metadata['help']}{choices}{default}",
             **metadata["argument"],
         )
-    parser.add_argument("--every", type=int, help=argparse.SUPPRESS)
+    if only is None:
+        parser.add_argument("--every", type=int, help=argparse.SUPPRESS)
 
 
 def options_from(args: argparse.Namespace, **choices: Any) -> SamplingOptions:
     """Make options from parsed flags, and from `choices` for options without a flag; ValueError names the flag."""
     flags = {name: one.metadata["flag"] for name, one in _FIELDS.items() if one.metadata["flag"]}
-    values = {name: getattr(args, flag.removeprefix("--").replace("-", "_")) for name, flag in flags.items()}
+    parsed = {name: flag.removeprefix("--").replace("-", "_") for name, flag in flags.items()}
+    values = {name: getattr(args, key) for name, key in parsed.items() if hasattr(args, key)}
     if getattr(args, "every", None) is not None:
         old = {"autoregressive": "chunk_size", "pyramid": "stagger"}.get(values["arrangement"], "chunk_size")
         warn_renamed(("--every", flags[old]))

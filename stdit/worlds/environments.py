@@ -3,9 +3,7 @@
 import importlib
 import importlib.metadata
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,9 +145,7 @@ def _make(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, str]]:
             found.ALEInterface.setLoggerMode(found.LoggerMode.Error)
         installed.append(distribution)
     try:
-        # ViZDoom writes its settings and screenshots into the current folder.
-        with chdir(tempfile.mkdtemp()) if name.startswith("Vizdoom") else nullcontext():
-            env = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True, **options)
+        env = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True, **options)
     except gymnasium.error.Error as error:
         missing = [distribution for distribution in _PACKAGES.values() if distribution not in installed]
         hint = f" {', '.join(missing)} are not installed (pip install 'stdit[worlds]')." if missing else ""

@@ -132,12 +132,8 @@ class Room:
             "ground": self.ground,
             "wall_color": self.wall_color,
         }
-        walls = self.walls.boxes * self.size / SIDE
-        return {
-            "shape": self.shape,
-            **{name: value.tolist() for name, value in colors.items()},
-            "walls": walls.tolist(),
-        }
+        plain = {name: value.tolist() for name, value in colors.items()}
+        return {"shape": self.shape, **plain, "walls": self.walls.boxes.tolist()}
 
     def close(self) -> None:
         """Nothing is open."""

@@ -42,6 +42,7 @@ def test_pictures_are_scaled_and_show_the_player_where_it_stands():
             assert seen.shape == room.shape or size == 32
             assert np.allclose(seen.center, room.position, atol=1.0)
             assert np.allclose(np.array(info["position"]) * SIDE / size, room.position)
+            assert np.array_equal(Room.like(room.truth).walls.boxes, room.walls.boxes)
 
 
 def test_the_judge_expects_what_the_room_does():
