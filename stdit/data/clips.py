@@ -17,7 +17,8 @@ from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
 from stdit.data.facts import Facts, frames_at_rate, no_clip, too_short
 from stdit.data.identity import content_of, relative_name, size_of
-from stdit.data.manifest import Table
+from stdit.data.index import MediaIndex
+from stdit.data.manifest import Row, Table
 from stdit.data.measures import Measures
 from stdit.data.media import VideoError, is_picture
 from stdit.data.pictures import picture_size, read_picture
@@ -32,11 +33,18 @@ MAX_READERS = 4096
 
 
 class TableDataset(Annotated):
-    """The common part of datasets of files: a table of rows, resizing and cropping."""
+    """The common part of datasets of files: a table of rows, resizing and cropping.
+
+    index: what the rows are read from if they are those of an index, else None.
+    """
+
+    index: MediaIndex | None = None
 
     def __init__(self, table: Table, config: DataConfig):
         self.rows, self.num_classes, self.class_names = table
         self.config = config
+        if isinstance(self.rows, MediaIndex):
+            self.index = self.rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,6 +60,8 @@ class TableDataset(Annotated):
 
     def identity(self, index: int, *, read: bool = False) -> Identity:
         """The file below the root, its size (or, if it is read, a hash of its content), and its annotations."""
+        if self.index is not None:
+            return self.index.identity(index, read=read)
         path, label, caption, columns = self.rows[index]
         content = content_of(path) if read else size_of(path)
         return Identity(relative_name(path, Path(self.config.root)), content, label, caption, columns=columns)
@@ -59,11 +69,22 @@ class TableDataset(Annotated):
     @cached_property
     def action_space(self) -> ActionSpace | None:
         """The actions of the clips, None if they have none."""
+        if self.index is not None:
+            return self.index.action_space
         return actions_of_rows([row.columns for row in self.rows])
+
+    def _row(self, index: int) -> Row:
+        """A row. VideoError if the index has found that its file cannot be read, or if the file has changed since."""
+        row = self.rows[index]
+        if self.index is not None:
+            _refuse(row.path, self.index.refused(index))
+            if self.index.changed(index):
+                _refuse(row.path, f"is not the file that {self.index.path} was made from; run stdit index again")
+        return row
 
     def _path(self, index: int) -> Path:
         """The file of a row. VideoError if the manifest has a column sha256 and the file another hash."""
-        row = self.rows[index]
+        row = self._row(index)
         expected = str(row.columns.get("sha256") or "").strip().lower()
         if expected and (row.path, expected) not in self._hashed and row.path.is_file():
             if (found := file_sha256(row.path)) != expected:
@@ -77,6 +98,10 @@ class TableDataset(Annotated):
     @cached_property
     def _hashed(self) -> set[tuple[Path, str]]:
         return set()
+
+    def shapes(self) -> np.ndarray | None:
+        """The `shape` of every clip (N, 3) if an index has them, else None; (0, 1, 1) for a file that cannot be read."""
+        return None if self.index is None else self.index.shapes(self.config.fps)
 
     def _size(self, size: ClipSize | None) -> ClipSize:
         return size or ClipSize(self.config.num_frames, self.config.height, self.config.width)
@@ -133,7 +158,9 @@ class VideoClips(TableDataset):
 
     def facts(self, index: int) -> Facts:
         """What is measured of a file. Measurements are remembered on disk while the file stays as it is."""
-        path = self.rows[index].path
+        if self.index is not None and (known := self.index.facts(index)) is not None:
+            return known
+        path = self._row(index).path
         facts = self._measures.get(path)
         if facts is None:
             if is_picture(path):
@@ -152,6 +179,8 @@ class VideoClips(TableDataset):
     @cached_property
     def rates(self) -> list[float]:
         """The frame rates of a few of the clips, in rising order."""
+        if self.index is not None:
+            return self.index.rates
         return some_rates([row.path for row in self.rows], self._open)
 
     @contextmanager
@@ -186,7 +215,9 @@ class VideoClips(TableDataset):
 
 def facts_of(reader: Reader) -> Facts:
     """What is measured of an open video."""
-    return Facts(len(reader), float(reader.timestamps[-1]), reader.fps, height=reader.size[0], width=reader.size[1])
+    height, width = reader.size
+    stored = {name: getattr(reader, name) for name in ("rotation", "codec") if hasattr(reader, name)}
+    return Facts(len(reader), float(reader.timestamps[-1]), reader.fps, height=height, width=width, **stored)
 
 
 def _refuse(path: str | Path, reason: str | None) -> None:
@@ -220,4 +251,6 @@ class Images(TableDataset):
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """One frame of the size of the file."""
-        return (1, *picture_size(self.rows[index].path))
+        if self.index is not None and (known := self.index.facts(index)) is not None:
+            return (1, known.height, known.width)
+        return (1, *picture_size(self._row(index).path))

@@ -14,6 +14,7 @@ from stdit.data.cached import CachedLatents
 from stdit.data.clips import Images, VideoClips, window
 from stdit.data.config import DataConfig
 from stdit.data.idx import read_idx
+from stdit.data.index import SUFFIX, MediaIndex
 from stdit.data.lerobot import LeRobotClips, is_lerobot
 from stdit.data.manifest import Table, find_media, read_manifest, scan_folder
 from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_picture
@@ -199,6 +200,10 @@ def _table(root: Path, config: DataConfig, suffixes: set[str], what: str) -> Tab
     within = root if root.is_dir() else None
     if not manifest.is_file() and (root / manifest).is_file():
         manifest = root / manifest
+    if manifest.suffix == SUFFIX and manifest.is_file():
+        index = MediaIndex(manifest)
+        index.check()
+        return index.table
     return read_manifest(manifest, within)
 
 

@@ -9,7 +9,8 @@ from stdit.data.config import DataConfig
 class Facts(NamedTuple):
     """A media file as it is read: frames, the time of the last one in seconds, frames per second, and pixels.
 
-    An image has one frame and fps 0.
+    An image has one frame and fps 0. rotation: degrees by which the frames are stored turned. codec: its name, empty for
+    pictures.
     """
 
     frames: int
@@ -17,6 +18,8 @@ class Facts(NamedTuple):
     fps: float
     height: int
     width: int
+    rotation: int = 0
+    codec: str = ""
 
     @classmethod
     def of_image(cls, height: int, width: int) -> Self:

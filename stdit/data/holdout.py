@@ -41,6 +41,11 @@ class Subset:
         """The (frames, height, width) of a sample before it is cut to a size."""
         return self.dataset.shape(int(self.indices[index]))
 
+    def shapes(self) -> np.ndarray | None:
+        """The shapes of all samples at once (N, 3), None if the dataset does not know them."""
+        known = self.dataset.shapes() if hasattr(self.dataset, "shapes") else None
+        return None if known is None else known[self.indices]
+
     def identity(self, index: int, *, read: bool = False) -> Identity:
         """The `Identity` of a sample."""
         return identity_of(self.dataset, int(self.indices[index]), read=read)

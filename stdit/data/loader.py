@@ -66,7 +66,9 @@ class KeyedSamples:
         for attempt in range(_ATTEMPTS):
             if attempt:
                 candidates = self.order.candidates(size)
-                index = candidates[int(keyed_rng("sample", self.seed, step, slot, attempt).integers(len(candidates)))]
+                index = int(
+                    candidates[int(keyed_rng("sample", self.seed, step, slot, attempt).integers(len(candidates)))]
+                )
             name = self.dataset.name(index)
             try:
                 known = set_aside.get(name) or self._bad.get(name)

@@ -40,7 +40,7 @@ class Table(NamedTuple):
     num_classes: 0 for data without labels. class_names: None if the labels are numbers.
     """
 
-    rows: list[Row]
+    rows: Sequence[Row]
     num_classes: int
     class_names: list[str] | None
 

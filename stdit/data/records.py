@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stdit.conditions import CONDITIONERS
+from stdit.data.parquet import read_parquet
 from stdit.files import write_text
 from stdit.warn import warn_user
 
@@ -43,13 +44,17 @@ class Record(NamedTuple):
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read a CSV file (`.csv`, `.tsv`) or JSON lines (any other suffix).
+    """Read a CSV file (`.csv`, `.tsv`), a parquet file (`.parquet`), or JSON lines (any other suffix).
 
     Byte-order marks, Windows line ends, other separators and other names of the columns (`COLUMNS`) are recognised; a
     column that nothing reads is named in a warning. Raises ValueError with the line and a remedy.
     """
-    text = _read_text(path)
-    rows = _csv_rows(path, text) if path.suffix.lower() in (".csv", ".tsv") else _json_rows(path, text)
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        rows = list(enumerate(read_parquet(path), 1))
+    else:
+        text = _read_text(path)
+        rows = _csv_rows(path, text) if suffix in (".csv", ".tsv") else _json_rows(path, text)
     columns = {name: None for _, row in rows for name in row}
     roles = find_columns(columns, str(path))
     if rows and "path" not in roles.values():

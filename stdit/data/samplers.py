@@ -7,7 +7,7 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class BatchSampler(Protocol):
     def batch(self, step: int) -> list[SampleRef]:
         """The samples of a step over all processes."""
 
-    def candidates(self, size: ClipSize | None) -> Sequence[int]:
+    def candidates(self, size: ClipSize | None) -> Sequence[int] | np.ndarray:
         """Indices of the samples that may be loaded at `size`; one of them replaces an unreadable sample."""
 
 
@@ -62,40 +62,51 @@ class UniformSampler:
         first = step * self.batch_size
         return [SampleRef(sample_index(self.seed, first + i, self.num_samples), None) for i in range(self.batch_size)]
 
-    def candidates(self, size: ClipSize | None) -> Sequence[int]:
+    def candidates(self, size: ClipSize | None) -> Sequence[int] | np.ndarray:
         """All samples, since they have one size."""
         return range(self.num_samples)
 
 
-def assign_buckets(shapes: Sequence[tuple[int, int, int]], sizes: Sequence[ClipSize], seed: int) -> list[int | None]:
-    """Assign each clip of (frames, height, width) to one of `sizes`; None where the clip is shorter than all of them.
+NO_BUCKET = -1
+
+
+def assign_buckets(
+    shapes: Sequence[tuple[int, int, int]] | np.ndarray, sizes: Sequence[ClipSize], seed: int
+) -> np.ndarray:
+    """Assign each clip of (frames, height, width) to one of `sizes` (N,); -1 where the clip is shorter than all of them.
 
     Among the sizes that are not longer than the clip, those of the nearest aspect ratio are candidates; one is drawn
     at random, keyed by the seed and the clip's index. Sizes of one frame are for images, and for clips that are too
     short for all others.
     """
-    buckets: list[int | None] = []
-    for index, (frames, height, width) in enumerate(shapes):
-        fits = [i for i, size in enumerate(sizes) if size.frames <= frames]
-        fits = [i for i in fits if sizes[i].frames > 1] or fits
-        if not fits:
-            buckets.append(None)
-            continue
-        distances = [abs(math.log(width / height) - math.log(sizes[i].width / sizes[i].height)) for i in fits]
-        nearest = [i for i, distance in zip(fits, distances, strict=True) if distance < min(distances) + 1e-6]
-        buckets.append(int(keyed_rng("order", seed, index, 1).choice(nearest)))
+    kinds, which = np.unique(np.asarray(shapes, np.int64).reshape(-1, 3), axis=0, return_inverse=True)
+    nearest = [_nearest(kind, sizes) for kind in kinds.tolist()]
+    first = np.array([found[0] if found else NO_BUCKET for found in nearest])
+    buckets = first[which.reshape(-1)] if len(kinds) else np.zeros(0, np.int64)
+    choices = np.array([len(found) > 1 for found in nearest], bool)
+    for index in np.flatnonzero(choices[which.reshape(-1)]) if choices.any() else ():
+        buckets[index] = keyed_rng("order", seed, int(index), 1).choice(nearest[which.reshape(-1)[index]])
     return buckets
 
 
-def _check_any_assigned(buckets: Sequence[int | None]) -> None:
-    if all(bucket is None for bucket in buckets):
+def _nearest(shape: Sequence[int], sizes: Sequence[ClipSize]) -> list[int]:
+    """The sizes that a clip of this shape may be cut to."""
+    frames, height, width = shape
+    fits = [i for i, size in enumerate(sizes) if size.frames <= frames]
+    fits = [i for i in fits if sizes[i].frames > 1] or fits
+    distances = [abs(math.log(width / height) - math.log(sizes[i].width / sizes[i].height)) for i in fits]
+    return [i for i, distance in zip(fits, distances, strict=True) if distance < min(distances) + 1e-6]
+
+
+def _check_any_assigned(buckets: np.ndarray) -> None:
+    if (buckets == NO_BUCKET).all():
         raise ValueError("none of the clips is long enough for any of data.sizes; add a size with fewer frames.")
 
 
 class BucketSampler:
     """Batches of one size each, of as many clips as fit into `tokens`, in multiples of `processes`.
 
-    buckets: for each sample its index into `sizes`, or None to leave it out (`assign_buckets`). costs: tokens of one
+    buckets: for each sample its index into `sizes`, or -1 to leave it out (`assign_buckets`). costs: tokens of one
     clip of each size. An epoch covers every clip; the last batch of a bucket is filled up with clips from its start. A
     batch has no more clips than its bucket.
     """
@@ -103,39 +114,42 @@ class BucketSampler:
     def __init__(
         self,
         seed: int,
-        buckets: Sequence[int | None],
+        buckets: np.ndarray,
         sizes: Sequence[ClipSize],
         costs: Sequence[int],
         tokens: int,
         processes: int = 1,
     ):
+        buckets = np.asarray(buckets)
         _check_any_assigned(buckets)
         self.seed, self.sizes = seed, list(sizes)
-        self.members = [[i for i, bucket in enumerate(buckets) if bucket == number] for number in range(len(sizes))]
+        self.members = [np.flatnonzero(buckets == number) for number in range(len(sizes))]
         most = [max(1, tokens // (cost * processes)) for cost in costs]
         held = [-(-len(members) // processes) for members in self.members]
         self.batch_sizes = [max(1, min(pair)) * processes for pair in zip(most, held, strict=True)]
-        # The bucket of every batch of an epoch, before shuffling.
-        self.plan = [
-            bucket
-            for bucket, members in enumerate(self.members)
-            for _ in range(-(-len(members) // self.batch_sizes[bucket]))
-        ]
+        # Where the batches of every bucket begin among those of an epoch, before shuffling, and their number.
+        batches = [-(-len(members) // size) for members, size in zip(self.members, self.batch_sizes, strict=True)]
+        self.begins = np.cumsum([0, *batches])
 
     def batch(self, step: int) -> list[SampleRef]:
         """The samples of a step, all of one size."""
-        epoch, offset = divmod(step, len(self.plan))
-        position = int(_shuffled(self.seed, epoch, len(self.plan))[offset])
-        bucket = self.plan[position]
-        number = position - self.plan.index(bucket)  # among the batches of this bucket
+        epoch, offset = divmod(step, int(self.begins[-1]))
+        position = int(_shuffled(self.seed, epoch, int(self.begins[-1]))[offset])
+        bucket = int(np.searchsorted(self.begins, position, side="right")) - 1
+        number = position - int(self.begins[bucket])  # among the batches of this bucket
         members, count = self.members[bucket], self.batch_sizes[bucket]
-        order = keyed_rng("order", self.seed, epoch, bucket, 2).permutation(len(members))
-        picked = [members[order[i % len(members)]] for i in range(number * count, (number + 1) * count)]
-        return [SampleRef(index, self.sizes[bucket]) for index in picked]
+        order = _shuffled_bucket(self.seed, epoch, bucket, len(members))
+        picked = members[order[np.arange(number * count, (number + 1) * count) % len(members)]]
+        return [SampleRef(index, self.sizes[bucket]) for index in picked.tolist()]
 
-    def candidates(self, size: ClipSize | None) -> Sequence[int]:
+    def candidates(self, size: ClipSize | None) -> Sequence[int] | np.ndarray:
         """The samples of the bucket of `size`."""
-        return self.members[self.sizes.index(size)] if size is not None else []
+        return self.members[self.sizes.index(size)] if size is not None else np.zeros(0, np.int64)
+
+
+@lru_cache(maxsize=32)  # the steps of an epoch go from one bucket to the next
+def _shuffled_bucket(seed: int, epoch: int, bucket: int, size: int) -> np.ndarray:
+    return keyed_rng("order", seed, epoch, bucket, 2).permutation(size)
 
 
 class PackedSampler:
@@ -148,27 +162,46 @@ class PackedSampler:
     def __init__(
         self,
         seed: int,
-        buckets: Sequence[int | None],
+        buckets: np.ndarray,
         sizes: Sequence[ClipSize],
         costs: Sequence[int],
         tokens: int,
         processes: int = 1,
     ):
-        _check_any_assigned(buckets)
+        self.buckets = np.asarray(buckets)
+        _check_any_assigned(self.buckets)
         self.seed, self.sizes = seed, list(sizes)
-        self.buckets = {i: bucket for i, bucket in enumerate(buckets) if bucket is not None}
-        self._samples = tuple(self.buckets)
-        self._costs = tuple(costs[bucket] for bucket in self.buckets.values())
         self.tokens, self.processes = tokens // processes, processes
+        self.members = np.flatnonzero(self.buckets != NO_BUCKET)
+        self._costs = np.asarray(costs, np.int64)
         self._epoch_starts = [0]  # the first step of each epoch; grows when later steps are asked for
+        self._packs_of = lru_cache(maxsize=2)(self._pack)  # a step may reach from one epoch into the next
         if max(costs) > self.tokens:
             raise ValueError(
                 f"a clip of {max(costs)} tokens does not fit into a pack of {self.tokens} (train.tokens over "
                 f"{processes} process(es)); use train.tokens={max(costs) * processes} or more."
             )
 
-    def _packs(self, epoch: int) -> list[list[int]]:
-        return _packed(self.seed, epoch, self._samples, costs=self._costs, tokens=self.tokens)
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_packs_of"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._packs_of = lru_cache(maxsize=2)(self._pack)
+
+    def _pack(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's samples in shuffled order, and where each pack begins among them, with their number at the end.
+
+        A new pack begins whenever the next clip does not fit into the last.
+        """
+        order = self.members[keyed_rng("order", self.seed, epoch, 3).permutation(len(self.members))]
+        ends = np.cumsum(self._costs[self.buckets[order]])
+        before = np.concatenate([[0], ends[:-1]])
+        following = np.searchsorted(ends, before + self.tokens, side="right").tolist()  # of a pack that begins there
+        begins = [0]
+        while begins[-1] < len(order):
+            begins.append(following[begins[-1]])
+        return order, np.array(begins)
 
     def batch(self, step: int) -> list[SampleRef]:
         """The samples of a step: number p + i * processes is the i-th clip of process p.
@@ -176,32 +209,19 @@ class PackedSampler:
         The shortest pack of the step limits how many clips every process takes.
         """
         while self._epoch_starts[-1] <= step:
-            num_packs = len(self._packs(len(self._epoch_starts) - 1))
+            num_packs = len(self._packs_of(len(self._epoch_starts) - 1)[1]) - 1
             self._epoch_starts.append(self._epoch_starts[-1] + -(-num_packs // self.processes))
-        epoch = next(e for e in range(len(self._epoch_starts)) if self._epoch_starts[e + 1] > step)
-        packs = self._packs(epoch)
+        epoch = int(np.searchsorted(self._epoch_starts, step, side="right")) - 1
+        order, begins = self._packs_of(epoch)
         first = (step - self._epoch_starts[epoch]) * self.processes
-        by_process = [packs[(first + p) % len(packs)] for p in range(self.processes)]
-        picked = [by_process[p][i] for i in range(min(map(len, by_process))) for p in range(self.processes)]
+        packs = [(first + p) % (len(begins) - 1) for p in range(self.processes)]
+        by_process = [order[begins[pack] : begins[pack + 1]] for pack in packs]
+        picked = [int(by_process[p][i]) for i in range(min(map(len, by_process))) for p in range(self.processes)]
         return [SampleRef(index, self.sizes[self.buckets[index]]) for index in picked]
 
-    def candidates(self, size: ClipSize | None) -> Sequence[int]:
+    def candidates(self, size: ClipSize | None) -> Sequence[int] | np.ndarray:
         """The samples that are packed at `size`."""
-        return [i for i, bucket in self.buckets.items() if self.sizes[bucket] == size]
-
-
-@lru_cache(maxsize=2)  # the loader asks for the steps of one epoch in turn
-def _packed(seed: int, epoch: int, samples: tuple[int, ...], costs: tuple[int, ...], tokens: int) -> list[list[int]]:
-    """An epoch's samples in shuffled order; a new pack begins whenever the next clip does not fit into the last."""
-    packs: list[list[int]] = [[]]
-    free = tokens
-    for i in keyed_rng("order", seed, epoch, 3).permutation(len(samples)):
-        if costs[i] > free:
-            packs.append([])
-            free = tokens
-        packs[-1].append(samples[i])
-        free -= costs[i]
-    return packs
+        return np.flatnonzero(self.buckets == self.sizes.index(size)) if size is not None else np.zeros(0, np.int64)
 
 
 __getattr__ = legacy.aliases(__name__)

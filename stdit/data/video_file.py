@@ -40,8 +40,10 @@ class Packets(NamedTuple):
 class VideoFile:
     """A file that FFmpeg decodes. Decoding is strict unless `salvage`; frames larger than `max_pixels` are refused.
 
-    pixel_aspect: the width of a pixel over its height.
+    pixel_aspect: the width of a pixel over its height. codec: its name.
     """
+
+    codec = ""
 
     def __init__(self, path: str, salvage: bool, max_pixels: int):
         self.path, self.salvage, self.max_pixels = path, salvage, max_pixels
@@ -143,6 +145,7 @@ class VideoFile:
             raise self.error("uses a codec that this build cannot decode")
         self._decoder = self._open_decoder(stream)
         self.pixel_aspect = _pixel_aspect(stream)
+        self.codec = stream.codec_context.name
         return self._container, stream
 
     def _probe(self, file: BinaryIO) -> Any:

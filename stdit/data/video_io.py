@@ -90,8 +90,20 @@ class VideoReader:
     @cached_property
     def size(self) -> tuple[int, int]:
         """The frame size (H, W) as displayed, with rotation applied."""
-        height, width = self[0].shape[:2]
+        frame = self._frame(0)
+        self._rotation = int(getattr(frame, "rotation", 0))
+        height, width = _to_array(frame, VideoReformatter(), None, self._file.pixel_aspect).shape[:2]
         return height, width
+
+    @property
+    def codec(self) -> str:
+        """The name of the codec, empty for animated pictures."""
+        return getattr(self._file, "codec", "")
+
+    @property
+    def rotation(self) -> int:
+        """The degrees by which the frames are stored turned."""
+        return self._rotation if self.size else 0
 
     def get_frames(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> np.ndarray:
         """Decode frames by number, in the order requested, with repeats -> (N, H, W, 3) uint8 RGB.

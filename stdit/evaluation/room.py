@@ -5,20 +5,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stdit.data.shapes import COLORS
-from stdit.evaluation.shapes import connected, shape_of_fill
+from stdit.data.shapes import COLORS, SHAPES, signed_distance
+from stdit.evaluation.shapes import connected
 from stdit.evaluation.worlds import HORIZONS, DreamedEpisode
-from stdit.worlds.room import HALF, SIDE, SPEED, Room, player_offset
+from stdit.worlds.room import HALF, SIDE, SPEED, Room, player_offset, player_size
 
 TOLERANCE = 3.0  # pixels of 64 between the move of a group and that which the environment would make
 INTO_WALL = 2.5  # pixels by which an outline may reach into a wall: of blur
 _PALETTE = list(COLORS.values())
 _MIN_AREA = 24.0  # pixels; less is no player
+_NEAR = 2
 
 
 class Player(NamedTuple):
-    """The player as it is measured in a frame: centre of its box (x, y), nan if there is none; its shape by its fill, and
-    the nearest of `COLORS`."""
+    """The player as it is measured in a frame: centre of its box (x, y), nan if there is none; and the shape and the one of
+    `COLORS` whose drawing is most like it."""
 
     center: np.ndarray
     shape: str | None
@@ -45,12 +46,26 @@ def measure_player(frame: np.ndarray, truth: dict[str, Any]) -> Player:
     if not len(names) or counts.max() < _MIN_AREA * (len(frame) / SIDE) ** 2:
         return Player(np.full(2, np.nan), None, None)
     y, x = np.nonzero(labels == names[counts.argmax()])
-    fill = counts.max() / ((np.ptp(y) + 1) * (np.ptp(x) + 1))
-    center = np.array([x.mean(), y.mean()]) + 0.5
-    offset = np.array([0.0, player_offset(truth["shape"])])
-    mean = np.median(pixels[y, x], axis=0)
-    color = list(COLORS)[int(np.linalg.norm(np.array(_PALETTE) - mean, axis=-1).argmin())]
-    return Player(center * SIDE / len(frame) - offset, shape_of_fill(fill), color)
+    centroid = (np.array([x.mean(), y.mean()]) + 0.5) * SIDE / len(frame)
+    shape, color = _most_like(pixels, centroid, ground=np.array(truth["ground"]))
+    return Player(centroid - np.array([0.0, player_offset(truth["shape"])]), shape, color)
+
+
+def _most_like(pixels: np.ndarray, centroid: np.ndarray, ground: np.ndarray) -> tuple[str, str]:
+    """The shape and colour whose drawing on a plain ground, at most `_NEAR` pixels from a centroid, is nearest to the pixels."""
+    pixel = SIDE / len(pixels)
+    grid = (np.arange(len(pixels)) + 0.5) * pixel
+    near = np.arange(-_NEAR, _NEAR + 1)
+    places = [(shape, x, y) for shape in SHAPES for x in near + centroid[0] for y in near + centroid[1]]
+    covers = np.stack([
+        np.clip(0.5 - signed_distance(shape, player_size(shape), grid[None] - x, grid[:, None] - y) / pixel, 0, 1).ravel()
+        for shape, x, y in places
+    ])  # fmt: skip
+    difference, colors = (pixels - ground).reshape(-1, 3), np.array(_PALETTE) - ground
+    # Squared error of cover * color, less what is the same for all drawings.
+    errors = (covers**2).sum(1)[:, None] * (colors**2).sum(1) - 2 * covers @ difference @ colors.T
+    place, color = np.unravel_index(errors.argmin(), errors.shape)
+    return places[place][0], list(COLORS)[color]
 
 
 def expected_move(truth: dict[str, Any], center: np.ndarray, action: int, frames: int) -> np.ndarray:
@@ -80,7 +95,7 @@ def measure_rollouts(dreams: Sequence[DreamedEpisode], group: int) -> dict[str, 
                 continue
             move = expected_move(truth, before.center, action, group)
             moved.append(bool(np.linalg.norm(after.center - before.center - move) <= TOLERANCE))
-            if action and np.abs(move).sum() < 2 * group - TOLERANCE:
+            if action and np.abs(move).sum() < SPEED * group - TOLERANCE:
                 held.append(bool(not np.isnan(after.center).any() and _depth(truth, after.center) <= INTO_WALL))
         for horizon in HORIZONS:
             if horizon < len(players):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -16,7 +17,16 @@ from stdit.conditions import ActionSpace
 from stdit.config import Config
 from stdit.data.datasets import CachedLatents, Dataset
 from stdit.data.holdout import split
-from stdit.data.samplers import BatchSampler, BucketSampler, ClipSize, PackedSampler, UniformSampler, assign_buckets
+from stdit.data.measures import remembered
+from stdit.data.samplers import (
+    NO_BUCKET,
+    BatchSampler,
+    BucketSampler,
+    ClipSize,
+    PackedSampler,
+    UniformSampler,
+    assign_buckets,
+)
 from stdit.data.video_io import VideoError
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import Objective
@@ -211,10 +221,12 @@ def build_order(
     return order
 
 
-def _measure(
-    dataset: Dataset, sizes: Sequence[ClipSize], seed: int
-) -> tuple[list[tuple[int, int, int]], list[int | None]]:
-    """The (frames, height, width) of every clip, and the bucket it is assigned to."""
+def _measure(dataset: Dataset, sizes: Sequence[ClipSize], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The (frames, height, width) of every clip (N, 3), and the bucket it is assigned to (N,)."""
+    known = dataset.shapes() if hasattr(dataset, "shapes") else None
+    if known is not None:  # drawn for a million clips in half a minute
+        drawn_from = (known.tobytes(), repr((sizes, seed)).encode())
+        return known, remembered("buckets", drawn_from, lambda: assign_buckets(known, sizes, seed))
     shapes = []
     for index in tqdm(range(len(dataset)), desc="measuring clips", unit="clip", disable=None):
         try:
@@ -222,7 +234,7 @@ def _measure(
         except VideoError as error:
             shapes.append((0, 1, 1))  # fits no bucket
             print(f"clip left out: {error}")
-    return shapes, assign_buckets(shapes, sizes, seed)
+    return np.array(shapes).reshape(-1, 3), assign_buckets(shapes, sizes, seed)
 
 
 def split_holdout(config: Config, dataset: Dataset) -> tuple[Dataset, HeldOutDraws | None]:
@@ -235,7 +247,7 @@ def split_holdout(config: Config, dataset: Dataset) -> tuple[Dataset, HeldOutDra
     if config.data.sizes:
         candidates = [ClipSize(*size) for size in config.data.sizes]
         buckets = _measure(held, candidates, config.seed)[1]
-        sizes = {index: candidates[bucket] for index, bucket in enumerate(buckets) if bucket is not None}
+        sizes = {index: candidates[bucket] for index, bucket in enumerate(buckets.tolist()) if bucket != NO_BUCKET}
         if not sizes:
             raise ValueError(
                 f"none of the {len(held)} held-out clips is long enough for any of data.sizes; hold out more, or add a size "
@@ -249,13 +261,11 @@ def split_holdout(config: Config, dataset: Dataset) -> tuple[Dataset, HeldOutDra
     return kept, draws
 
 
-def _tell_short(
-    shapes: Sequence[tuple[int, int, int]], sizes: Sequence[ClipSize], buckets: Sequence[int | None]
-) -> None:
+def _tell_short(shapes: np.ndarray, sizes: Sequence[ClipSize], buckets: np.ndarray) -> None:
     """Say how many clips are too short for the sizes of several frames, and what becomes of them."""
-    pairs = list(zip(shapes, buckets, strict=True))
-    stills = sum(shape[0] > 1 and bucket is not None and sizes[bucket].frames == 1 for shape, bucket in pairs)
-    left_out = sum(shape[0] > 0 and bucket is None for shape, bucket in pairs)
+    single = np.array([size.frames == 1 for size in sizes] + [False])  # the last entry is that of NO_BUCKET
+    stills = int(((shapes[:, 0] > 1) & single[buckets]).sum())
+    left_out = int(((shapes[:, 0] > 0) & (buckets == NO_BUCKET)).sum())
     for count, what in ((stills, "are trained as single frames"), (left_out, "are left out")):
         if count:
             print(

@@ -25,6 +25,7 @@ COMMANDS = {
     "record": "record episodes of an environment, with the actions that led to every frame",
     "play": "play a world in the browser: frames go on as you press keys",
     "make-shapes": "draw clips of moving shapes, with a manifest",
+    "index": "read every file of a folder or manifest once, and keep a table that runs of any size open at once",
     "check-media": "read every file of a folder in full and say which training cannot use",
     "model-table": "parameters and Gflops of every model size",
     "plot-runs": "loss and samples of several runs in one picture",

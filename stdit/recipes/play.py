@@ -31,7 +31,7 @@ from stdit.worlds.environments import Environment, environment_of, frames_of_act
 from stdit.worlds.record import read_info
 
 ROOM = Path("models/room")
-EPISODES, FRAMES = 4800, 25
+EPISODES, FRAMES = 3000, 25
 FIRST_SEED = 1_000_000  # of what is played: beyond all that is recorded
 
 

@@ -9,11 +9,11 @@ from stdit.data.shapes import COLORS, SHAPES, shape_extent, signed_distance
 ACTIONS = {"stay": (0, 0), "up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
 SIDE = 64  # lengths below are in pixels of a picture of this side; others are scaled
 HALF = 8  # half the side of the player's box
-SPEED = 2  # per frame, of the player, and of the ball along both axes
-BALL = 4  # radius
+SPEED = 4  # per frame, of the player
+BALL, BALL_SPEED = 4, 2  # radius, and speed per frame along both axes
 GROUNDS = ((0.15, 0.95), (0.82, 0.05))  # greys of the ground and of the ball on it
 WALL = 0.5
-GRID = 8  # all that is drawn at `reset` lies on this grid: an action that lasts four frames is one step on it
+GRID = 16  # walls and player are drawn on this grid: an action that lasts four frames is one step on it
 
 
 class Discrete(NamedTuple):
@@ -71,7 +71,7 @@ class Room:
         self.ground, self.ball_color, self.wall_color = (np.full(3, grey) for grey in (ground, ball, WALL))
         self.walls = Walls(np.array([_draw_wall(rng) for _ in range(2)]))
         self.position, self.ball = (self._draw_free(rng, half) for half in (HALF, BALL))
-        self.velocity = SPEED * rng.choice([-1.0, 1.0], size=2)
+        self.velocity = BALL_SPEED * rng.choice([-1.0, 1.0], size=2)
         self.blocked = False
         return self.render(), self._info()
 
@@ -100,7 +100,7 @@ class Room:
         picture = np.broadcast_to(self.ground, (self.size, self.size, 3))
         left, top, right, bottom = (edge[:, None, None] for edge in self.walls.boxes.T)
         walls = np.maximum(np.maximum(left - x, x - right), np.maximum(top - y, y - bottom)).min(0)
-        size, offset = _player_size(self.shape), player_offset(self.shape)
+        size, offset = player_size(self.shape), player_offset(self.shape)
         player = signed_distance(self.shape, size, x - self.position[0], y - self.position[1] - offset)
         ball = np.hypot(x - self.ball[0], y - self.ball[1]) - BALL
         for distance, color in ((walls, self.wall_color), (ball, self.ball_color), (player, self.color)):
@@ -145,22 +145,22 @@ class Room:
         }  # fmt: skip
 
     def _draw_free(self, rng: np.random.Generator, half: int) -> np.ndarray:
-        """The centre of a box on the grid that overlaps no wall."""
+        """The centre of a box that overlaps no wall, on a grid of its own size."""
         while True:
-            center = half + GRID * rng.integers((SIDE - 2 * half) // GRID + 1, size=2).astype(float)
+            center = half + 2 * half * rng.integers(SIDE // (2 * half), size=2).astype(float)
             if not self.walls.hit(center, half):
                 return center
 
 
 def _draw_wall(rng: np.random.Generator) -> list[int]:
-    """A bar on the grid, away from the border."""
-    length = GRID * int(rng.integers(2, 5))
+    """A bar of one or two places of the grid."""
+    length = GRID * int(rng.integers(1, 3))
     extent = [length, GRID] if rng.random() < 0.5 else [GRID, length]
-    begin = [GRID * int(rng.integers(1, (SIDE - GRID - along) // GRID + 1)) for along in extent]
+    begin = [GRID * int(rng.integers((SIDE - along) // GRID + 1)) for along in extent]
     return [*begin, *(int(first + along) for first, along in zip(begin, extent, strict=True))]
 
 
-def _player_size(shape: str) -> float:
+def player_size(shape: str) -> float:
     """The size at which a shape fills the player's box."""
     left, right, up, down = shape_extent(shape)
     return 2 * HALF / max(left + right, up + down)
@@ -169,4 +169,4 @@ def _player_size(shape: str) -> float:
 def player_offset(shape: str) -> float:
     """How far the centroid of a shape lies below the middle of the player's box, in pixels of 64."""
     _, _, up, down = shape_extent(shape)
-    return _player_size(shape) * (up - down) / 2
+    return player_size(shape) * (up - down) / 2

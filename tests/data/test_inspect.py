@@ -10,7 +10,7 @@ import pytest
 from media import write_barcodes
 from PIL import Image
 
-from stdit.data import measures
+from stdit.data import inspections, measures
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.inspect import inspect
@@ -147,8 +147,8 @@ def test_a_check_goes_on_from_its_report_and_reads_changed_files_again(clips, tm
     whole = report.read_text()
     report.write_text("".join(whole.splitlines(keepends=True)[:2]) + '{"path": "cut')  # as after a kill
     read = []
-    original = check_media.inspect
-    monkeypatch.setattr(check_media, "inspect", lambda path, *a, **k: read.append(path.name) or original(path, *a, **k))
+    original = inspections.inspect
+    monkeypatch.setattr(inspections, "inspect", lambda path, *a, **k: read.append(path.name) or original(path, *a, **k))
     assert check_media.main([str(clips), "--report", str(report)]) == 1
     assert read == ["short.mp4", "slow.mp4"]
     strip = lambda text: [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]  # noqa: E731
@@ -164,7 +164,7 @@ def test_a_check_goes_on_from_its_report_and_reads_changed_files_again(clips, tm
 
 def test_files_are_checked_in_processes_with_the_same_result(clips, tmp_path):
     paths = sorted(clips.glob("*.mp4"))
-    here, there = (list(check_media.check(paths, "pyav", workers, 60)) for workers in (0, 1))
+    here, there = (list(inspections.inspect_each(paths, "pyav", workers, 60)) for workers in (0, 1))
     assert [{**entry, "seconds": 0} for entry in here if "seconds" in entry] == [{**e, "seconds": 0} for e in there]
 
 
@@ -178,13 +178,13 @@ def test_reading_a_report_of_many_rows_is_fast(tmp_path):
     entry = {"path": "x", "frames": 1, "last": 0.0, "fps": 1.0, "height": 1, "width": 1}
     (tmp_path / "r.jsonl").write_text("".join(json.dumps({**entry, "path": str(i)}) + "\n" for i in range(20_000)))
     began = time.perf_counter()
-    assert len(check_media.read_report(tmp_path / "r.jsonl")) == 20_000
+    assert len(inspections.read_report(tmp_path / "r.jsonl")) == 20_000
     assert time.perf_counter() - began < 5
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_files_are_read(clips, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(check_media, "inspect", None)  # reading would fail
+    monkeypatch.setattr(inspections, "inspect", None)  # reading would fail
     for option in ("--manifest", "--sheet", "--report"):
         with pytest.raises((NotADirectoryError, FileExistsError)):
             check_media.main([str(clips), option, str(tmp_path / "file" / "out.jsonl")])

@@ -1,8 +1,18 @@
+import pickle
+
 import pytest
 
 from stdit import legacy
 from stdit.data import samplers
-from stdit.data.samplers import BucketSampler, ClipSize, PackedSampler, SampleRef, UniformSampler, assign_buckets
+from stdit.data.samplers import (
+    NO_BUCKET,
+    BucketSampler,
+    ClipSize,
+    PackedSampler,
+    SampleRef,
+    UniformSampler,
+    assign_buckets,
+)
 
 SIZES = [ClipSize(1, 32, 32), ClipSize(5, 32, 32), ClipSize(9, 32, 32), ClipSize(5, 32, 48)]
 COSTS = [4, 8, 12, 12]
@@ -33,15 +43,15 @@ def test_a_clip_is_assigned_to_the_nearest_aspect_and_a_length_that_fits():
         if frames >= 5:
             assert (size.width > size.height) == (width > height)
     assert {buckets[1 + 6 * i] for i in range(7)} > {buckets[0]} or len({buckets[1 + 6 * i] for i in range(7)}) > 1
-    assert buckets == assign_buckets(SHAPES, SIZES, 3) != assign_buckets(SHAPES, SIZES, 4)
-    assert assign_buckets([(3, 10, 10)], [ClipSize(5, 32, 32)], 0) == [None]
+    assert buckets.tolist() == assign_buckets(SHAPES, SIZES, 3).tolist() != assign_buckets(SHAPES, SIZES, 4).tolist()
+    assert assign_buckets([(3, 10, 10)], [ClipSize(5, 32, 32)], 0).tolist() == [NO_BUCKET]
 
 
 def test_a_size_of_one_frame_takes_images_and_clips_that_are_too_short_for_others():
     sizes = [ClipSize(17, 64, 64), ClipSize(5, 64, 64), ClipSize(1, 64, 64)]
     shapes = [(40, 64, 64)] * 20 + [(7, 64, 64), (3, 64, 64), (1, 64, 64)]
     buckets = assign_buckets(shapes, sizes, 0)
-    assert set(buckets[:20]) == {0, 1} and buckets[20:] == [1, 2, 2]
+    assert set(buckets[:20]) == {0, 1} and buckets[20:].tolist() == [1, 2, 2]
 
 
 def test_a_batch_has_no_more_clips_than_its_bucket_but_for_a_clip_on_every_process():
@@ -54,7 +64,7 @@ def test_a_batch_has_no_more_clips_than_its_bucket_but_for_a_clip_on_every_proce
 
 @pytest.mark.parametrize("sampler", all_samplers(), ids=ids)
 def test_a_batch_depends_on_seed_and_step_alone(sampler):
-    twin = next(other for other in all_samplers() if type(other) is type(sampler) and vars(other) == vars(sampler))
+    twin = pickle.loads(pickle.dumps(sampler))
     steps = [sampler.batch(step) for step in range(30)]
     assert [twin.batch(step) for step in reversed(range(30))] == steps[::-1]
     assert all(isinstance(ref, SampleRef) for batch in steps for ref in batch)
@@ -71,7 +81,7 @@ def test_a_bucket_batch_has_one_size_within_the_budget_and_an_epoch_covers_every
     buckets = assign_buckets(SHAPES, SIZES, 3)
     sampler = BucketSampler(3, buckets, SIZES, COSTS, tokens=40, processes=processes)
     covered = set()
-    for step in range(len(sampler.plan)):
+    for step in range(int(sampler.begins[-1])):
         batch = sampler.batch(step)
         sizes = {ref.size for ref in batch}
         assert len(sizes) == 1
@@ -100,7 +110,7 @@ def test_budgets_and_sizes_that_cannot_hold_a_clip_are_refused():
     with pytest.raises(ValueError, match=r"a clip of 12 tokens does not fit into a pack of 10 .* use train.tokens=12"):
         PackedSampler(0, [0, 2], SIZES, COSTS, tokens=10)
     with pytest.raises(ValueError, match="add a size with fewer frames"):
-        BucketSampler(0, [None], SIZES, COSTS, tokens=10)
+        BucketSampler(0, [NO_BUCKET], SIZES, COSTS, tokens=10)
 
 
 def test_names_of_version_0_1_are_read_with_a_warning(monkeypatch):

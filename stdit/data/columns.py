@@ -1,0 +1,113 @@
+"""A table in one file, column by column, which processes map into memory instead of reading it.
+
+The file is a safetensors file: numbers are arrays of the length of the table, texts are one heap of UTF-8 with the place
+where each begins.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from stdit.files import atomic_write
+
+_DTYPES = {
+    "BOOL": np.bool_, "U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F32": np.float32,
+    "F64": np.float64,
+}  # fmt: skip
+_MAX_HEADER = 1 << 24
+_HEAP, _STARTS = ".heap", ".starts"
+_INFO = "info"
+
+
+class Columns:
+    """The columns of a file. Nothing is read until it is asked for, and a copy in another process maps the same file.
+
+    info: what was written beside the columns.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        header, begin = _read_header(self.path)
+        try:
+            self.info: dict[str, Any] = json.loads(header.pop("__metadata__", {}).get(_INFO, "{}"))
+            size = self.path.stat().st_size
+            self._arrays = {name: _map(self.path, entry, begin=begin, size=size) for name, entry in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{self.path} is damaged ({error}); write it again.") from error
+        lengths = {len(array) for name, array in self._arrays.items() if not name.endswith((_HEAP, _STARTS))}
+        lengths |= {len(array) - 1 for name, array in self._arrays.items() if name.endswith(_STARTS)}
+        if len(lengths) != 1:
+            raise ValueError(f"{self.path} is damaged (columns of {sorted(lengths)} rows); write it again.")
+        self._length = lengths.pop()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays or name + _STARTS in self._arrays
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The numbers of a column, mapped from the file."""
+        return self._arrays[name]
+
+    def text(self, name: str, row: int) -> str:
+        """The text of a row."""
+        starts = self._arrays[name + _STARTS]
+        return self._arrays[name + _HEAP][starts[row] : starts[row + 1]].tobytes().decode()
+
+    def has_texts(self, name: str) -> bool:
+        """Whether any row of a column has a text."""
+        return bool(self._arrays[name + _STARTS][-1])
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.path,)
+
+
+def write_columns(path: Path, columns: Mapping[str, np.ndarray | Iterable[str]], info: Mapping[str, Any]) -> None:
+    """Write columns of one length, arrays of numbers or texts; the file is complete or not there."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, column in columns.items():
+        if isinstance(column, np.ndarray):
+            arrays[name] = np.ascontiguousarray(column)
+        else:
+            arrays[name + _HEAP], arrays[name + _STARTS] = _heap_of(column)
+    with atomic_write(path) as tmp:
+        save_file(arrays, tmp, metadata={_INFO: json.dumps(dict(info))})
+
+
+def _heap_of(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    heap, starts = bytearray(), [0]
+    for text in texts:
+        heap += text.encode()
+        starts.append(len(heap))
+    return np.frombuffer(bytes(heap), np.uint8), np.array(starts, np.int64)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data begins."""
+    try:
+        with open(path, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > _MAX_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no table of columns ({error}); write it again.") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is no table of columns (its header is no object); write it again.")
+    return header, 8 + length
+
+
+def _map(path: Path, entry: dict[str, Any], *, begin: int, size: int) -> np.ndarray:
+    dtype = np.dtype(_DTYPES[entry["dtype"]])
+    first, last = entry["data_offsets"]
+    (count,) = entry["shape"]
+    if not 0 <= first <= last <= size - begin or last - first != count * dtype.itemsize:
+        raise ValueError(f"it ends at byte {size}, before its columns do")
+    if not count:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r", offset=begin + first, shape=(count,))

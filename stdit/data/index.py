@@ -1,0 +1,220 @@
+"""An index: a table of media files in one file, with what was measured of each, which a run of any size opens at once."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from stdit.conditions import ActionSpace
+from stdit.data.base import Identity
+from stdit.data.columns import Columns, write_columns
+from stdit.data.facts import Facts
+from stdit.data.identity import content_of, relative_name
+from stdit.data.manifest import Row, Table
+from stdit.data.rates import LOOKED_AT
+
+SUFFIX = ".index"
+_VERSION = 1
+_LOOKED_AT = 1000  # files whose size and time of change are compared when an index is opened
+
+
+class MediaIndex(Sequence[Row]):
+    """The rows of an index, made one by one as they are asked for; a copy in another process maps the same file.
+
+    path: the file that `write_index` wrote. root: the folder of the media, as it lies from the index. ValueError if the file
+    is no index, is damaged or of another version.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.columns = Path(path), Columns(path)
+        self.info = self.columns.info
+        if self.info.get("version") != _VERSION:
+            raise ValueError(
+                f"{path} is no index of version {_VERSION} (it has version {self.info.get('version')!r}); make it again: stdit "
+                "index SOURCE --output FILE."
+            )
+        self.root = Path(os.path.abspath(self.path.parent / self.info["root"]))
+
+    def __reduce__(self) -> tuple[type["MediaIndex"], tuple[Path]]:
+        return type(self), (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        return Row(self.file(index), self.label(index), self.columns.text("caption", index), self.further(index))
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[i] for i in range(len(self)))
+
+    def file(self, index: int) -> Path:
+        """The file of a row."""
+        return self.root / self.columns.text("path", index)
+
+    def label(self, index: int) -> int | None:
+        """The class of a row, None without classes."""
+        label = int(self.columns["label"][index])
+        return None if label < 0 else label
+
+    def further(self, index: int) -> Mapping[str, Any]:
+        """The further columns of a row."""
+        text = self.columns.text("columns", index)
+        return json.loads(text) if text else {}
+
+    def facts(self, index: int) -> Facts | None:
+        """What was measured of a file; None if it could not be read."""
+        if not self.columns["frames"][index]:
+            return None
+        numbers = {name: self.columns[name][index].item() for name in Facts._fields if name != "codec"}
+        return Facts(**numbers, codec=self.columns.text("codec", index))
+
+    def refused(self, index: int) -> str | None:
+        """Why a file cannot be read; None if it can."""
+        return self.columns.text("refused", index) or None
+
+    def changed(self, index: int) -> bool:
+        """Whether a file is another than when it was measured, by its size and the time of its last change."""
+        return state_of(self.file(index)) != tuple(int(self.columns[name][index]) for name in ("bytes", "modified"))
+
+    def identity(self, index: int, *, read: bool = False) -> Identity:
+        """The file below the root, its size (or, if it is read, a hash of its content), and its annotations."""
+        _, label, caption, columns = self[index]
+        content = content_of(self.file(index)) if read else int(self.columns["bytes"][index])
+        return Identity(self.columns.text("path", index), content, label, caption, columns=columns)
+
+    def shapes(self, fps: float | None) -> np.ndarray:
+        """The (frames, height, width) of all files (N, 3), their frames counted at `fps`; (0, 1, 1) for what cannot be read."""
+        frames, height, width = (np.asarray(self.columns[name], np.int64) for name in ("frames", "height", "width"))
+        counted = frames
+        if fps is not None:
+            counted = np.where(frames > 1, (np.asarray(self.columns["last"]) * fps + 0.5).astype(np.int64) + 1, frames)
+        read = frames > 0
+        return np.stack([np.where(read, part, none) for part, none in ((counted, 0), (height, 1), (width, 1))], axis=1)
+
+    @property
+    def rates(self) -> list[float]:
+        """The frame rates of a few of the clips, in rising order."""
+        found = np.asarray(self.columns["fps"])[:: max(1, len(self) // LOOKED_AT)][:LOOKED_AT]
+        return sorted(float(rate) for rate in found if rate > 0)
+
+    @cached_property
+    def action_space(self) -> ActionSpace | None:
+        """The actions of the clips, None if they have none."""
+        space = self.info.get("action_space")
+        return None if space is None else ActionSpace.of(space, f"{self.path}: action_space")
+
+    @property
+    def table(self) -> Table:
+        """The table of all rows."""
+        return Table(self, self.info["num_classes"], self.info["class_names"])
+
+    def check(self) -> None:
+        """Raise ValueError if the source, or one of a thousand files spread over the index, is newer than the index."""
+        source = Path(os.path.normpath(self.path.parent / self.info["source"]))
+        if source.is_file() and list(state_of(source)) != self.info["state"]:
+            self._refuse(f"{source} has changed")
+        if source.is_dir() and (added := self._changed_folder()):
+            self._refuse(f"the files of {added} have changed")
+        for i in range(0, len(self), max(1, len(self) // _LOOKED_AT)):
+            if self.changed(i):
+                missing = "is missing" if not self.file(i).exists() else "has changed"
+                self._refuse(f"{self.file(i)} {missing}")
+
+    def _changed_folder(self) -> Path | None:
+        for name, modified in self.info["folders"].items():
+            folder = self.root / name
+            if not folder.is_dir() or folder.stat().st_mtime_ns != modified:
+                return folder
+        return None
+
+    def _refuse(self, what: str) -> None:
+        source = Path(os.path.normpath(self.path.parent / self.info["source"]))
+        raise ValueError(
+            f"{self.path} is older than its files ({what}); bring it up to date: stdit index {source} --output {self.path} "
+            "(only what has changed is read)."
+        )
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """The size of a file in bytes, and the time of its last change in nanoseconds; -1, -1 if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def write_index(
+    path: Path,
+    table: Table,
+    entries: Mapping[str, Mapping[str, Any]],
+    *,
+    source: Path,
+    root: Path,
+    fingerprint: Mapping[str, Any],
+    action_space: ActionSpace | None,
+    hashed: bool = False,
+) -> None:
+    """Write the index of a table.
+
+    entries: by path, what `stdit check-media` measures: bytes, modified, and the fields of `Facts` or the reason "refused".
+    source: the folder or manifest that the table was read from. root: the folder below which the files lie. fingerprint: that
+    of the dataset. hashed: with a hash of every file's content.
+    """
+    here = Path(os.path.abspath(path)).parent
+    rows = table.rows
+    found = [entries[str(row.path)] for row in rows]
+    numbers = {"frames": np.int32, "last": np.float64, "fps": np.float64, "height": np.int32, "width": np.int32}
+    arrays: dict[str, Any] = {
+        name: np.array([one.get(name, 0) for one in found], dtype) for name, dtype in numbers.items()
+    }
+    arrays |= {
+        name: np.array([one.get(name, default) for one in found], dtype)
+        for name, dtype, default in (("rotation", np.int16, 0), ("bytes", np.int64, -1), ("modified", np.int64, -1))
+    }
+    arrays["label"] = np.array([-1 if row.label is None else row.label for row in rows], np.int32)
+    arrays |= {
+        "path": (relative_name(row.path, root) for row in rows),
+        "caption": (row.caption for row in rows),
+        "columns": (json.dumps(row.columns, default=str) if row.columns else "" for row in rows),
+        "codec": (one.get("codec", "") for one in found),
+        "refused": (one.get("refused", "") for one in found),
+        "content": ((content_of(row.path) or "") if hashed else "" for row in rows),
+    }
+    folders = {row.path.parent for row in rows} | {root} if source.is_dir() else set()
+    info = {
+        "version": _VERSION,
+        "root": os.path.relpath(root.absolute(), here),
+        "source": os.path.relpath(source.absolute(), here),
+        "state": list(state_of(source)) if source.is_file() else None,
+        "folders": {os.path.relpath(one, root): one.stat().st_mtime_ns for one in sorted(folders) if one.is_dir()},
+        "num_classes": table.num_classes,
+        "class_names": table.class_names,
+        "action_space": None if action_space is None else action_space.plain,
+        "fingerprint": dict(fingerprint),
+    }
+    write_columns(path, arrays, info)
+
+
+def entries_of(index: MediaIndex) -> dict[str, dict[str, Any]]:
+    """The entries that an index was written from, by path, so that only files which have changed are read again."""
+    found = {}
+    for i in range(len(index)):
+        file = str(index.file(i))
+        facts, refused = index.facts(i), index.refused(i)
+        entry = {"path": file, **{name: int(index.columns[name][i]) for name in ("bytes", "modified")}}
+        found[file] = entry | (facts._asdict() if facts is not None else {"refused": refused or "was not read"})
+    return found

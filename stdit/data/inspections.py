@@ -1,0 +1,119 @@
+"""Files inspected in full, by processes that are replaced when one dies, with a report from which a stopped run goes on."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from stdit.data.config import DataConfig
+from stdit.data.facts import Facts
+from stdit.data.inspect import inspect
+from stdit.data.workers import WorkerPool, num_workers
+
+# What an entry says of a file that was read, besides path, bytes, modified and seconds.
+MEASURED = Facts._fields
+# Entries of earlier versions do not have all of it.
+_NEEDED = tuple(name for name in MEASURED if name not in Facts._field_defaults)
+
+
+class _Files:
+    """The files to read, as the loader's processes load them: by number, each to an entry of the report."""
+
+    def __init__(self, paths: list[Path], backend: str):
+        self.paths, self.config = paths, DataConfig(num_frames=1, height=1, width=1, backend=backend)  # type: ignore[arg-type]
+
+    def load(self, key: int, set_aside: Mapping[str, str], reading: Callable[[str], None]) -> dict[str, Any]:
+        """Read a file in full -> its entry; a file that crashed or stalled a process is refused."""
+        path, began = self.paths[key], time.perf_counter()
+        entry: dict[str, Any] = {"path": str(path), **_state(path)}
+        aside = set_aside.get(str(path))
+        if aside is not None:
+            return {**entry, "refused": aside.removeprefix(repr(str(path))).strip()}
+        reading(str(path))
+        found = inspect(path, self.config, decode=True)
+        if found.facts is None:
+            entry["refused"] = found.refused
+        else:
+            entry |= found.facts._asdict()
+        return {**entry, "seconds": round(time.perf_counter() - began, 2)}
+
+
+def _state(path: Path) -> dict[str, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return {}
+    return {"bytes": found.st_size, "modified": found.st_mtime_ns}
+
+
+def read_report(path: Path | None) -> dict[str, dict[str, Any]]:
+    """The entries of an earlier report by path; ValueError if the file is something else."""
+    if path is None or not path.is_file():
+        return {}
+    entries = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            entry = json.loads(line)
+            if "refused" in entry or all(name in entry for name in _NEEDED):
+                entries[entry["path"]] = entry
+        except (ValueError, KeyError, TypeError, RecursionError):  # also a line that was not written to its end
+            continue
+    if not entries and path.stat().st_size:
+        raise ValueError(f"{path} exists and is no report; choose another --report, or remove it.")
+    return entries
+
+
+def inspect_each(paths: list[Path], backend: str, workers: int, timeout: float) -> Iterator[dict[str, Any]]:
+    """Read files in full, in `workers` processes that are replaced when one dies -> an entry for each, in order."""
+    files = _Files(paths, backend)
+    if not workers:
+        yield from (files.load(i, {}, lambda name: None) for i in range(len(paths)))
+        return
+    pool = WorkerPool(files, workers, timeout, {})
+    with closing(pool.batches(iter([[i] for i in range(len(paths))]))) as groups:
+        for (entry,) in groups:
+            yield entry
+
+
+def inspect_all(
+    paths: Sequence[Path],
+    report: Path | None,
+    *,
+    backend: str,
+    workers: int | None,
+    timeout: float,
+    known: Mapping[str, dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
+    """The entry of every file: a known one if the file is as it was, else by reading it, added to the report at once.
+
+    report: a file of entries, which are known. known: further entries, by path.
+    """
+    entries = {**(known or {}), **read_report(report)}
+    missing = [path for path in paths if not _is_current(entries.get(str(path)), path)]
+    if len(missing) < len(paths):
+        print(f"{len(paths) - len(missing)} files were read before, and have not changed")
+    if workers is None:  # a process takes seconds to start
+        workers = min(num_workers(None, True), len(missing) // 32)
+    stream = open(report, "a", encoding="utf-8") if report else None  # noqa: SIM115 (closed below)
+    if stream is not None and stream.tell():
+        stream.write("\n")  # the last line may have been cut
+    try:
+        for entry in tqdm(
+            inspect_each(missing, backend, workers, timeout), total=len(missing), unit="file", disable=None
+        ):
+            entries[entry["path"]] = entry
+            if stream is not None:
+                stream.write(json.dumps(entry) + "\n")
+                stream.flush()
+    finally:
+        if stream is not None:
+            stream.close()
+    return [entries[str(path)] for path in paths]
+
+
+def _is_current(entry: dict[str, Any] | None, path: Path) -> bool:
+    return entry is not None and {key: entry[key] for key in ("bytes", "modified") if key in entry} == _state(path)

@@ -1,0 +1,96 @@
+"""Read every file of a folder or manifest in full, once, and keep what was found in one file that any number of runs opens.
+
+    stdit index data/clips --output data/clips.index
+    stdit index clips.csv --output data/clips.index --parquet clips.parquet
+    stdit train video data.manifest=data/clips.index
+
+The same command again reads only files that are new or have changed; one that was stopped goes on. A run on an index opens a
+million rows at once, in every process, and refuses an index that is older than its files.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+
+from stdit.data.clips import Images, VideoClips
+from stdit.data.datasets import build_dataset
+from stdit.data.identity import fingerprint, relative_name
+from stdit.data.index import SUFFIX, MediaIndex, entries_of, write_index
+from stdit.data.inspections import inspect_all
+from stdit.data.manifest import Table
+from stdit.data.media_report import overview
+from stdit.data.parquet import write_parquet
+from stdit.files import check_writable, claimed
+from stdit.recipes.check_media import data_config_of, judged
+from stdit.recipes.entry import command, command_parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the index; exit code 1 if none of the files can be read."""
+    parser = command_parser("index", __doc__)
+    parser.add_argument("source", type=Path, help="a folder, or a manifest (.jsonl, .csv, .parquet)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.root=FOLDER of the manifest's files")
+    parser.add_argument("--output", required=True, type=Path, help=f"the index, NAME{SUFFIX}")
+    parser.add_argument("--hash", action="store_true", help="keep a hash of every file's content")
+    parser.add_argument("--parquet", type=Path, help="write the table as parquet too (needs pyarrow)")
+    parser.add_argument("--workers", type=int, help="processes that read; 0: this one (default: by cores and files)")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one file in such a process")
+    args = parser.parse_intermixed_args(argv)
+    _check_output(args.output, args.source)
+    check_writable(args.output)
+    with claimed([args.output]):
+        return _index(args)
+
+
+def _index(args: Namespace) -> int:
+    av.logging.set_level(None)
+    data = data_config_of(args.source, None, args.overrides)
+    dataset = build_dataset(data)
+    if not isinstance(dataset, VideoClips | Images):
+        raise ValueError(f"{str(args.source)!r} holds no files of videos or pictures; an index is of nothing else.")
+    paths = list(dict.fromkeys(row.path for row in dataset.rows))
+    journal = args.output.with_suffix(".partial.jsonl")
+    before = entries_of(MediaIndex(args.output)) if args.output.is_file() else {}
+    absolute = {str(path): os.path.abspath(path) for path in paths}
+    known = {name: {**before[found], "path": name} for name, found in absolute.items() if found in before}
+    entries = inspect_all(paths, journal, backend=data.backend, workers=args.workers, timeout=args.timeout, known=known)
+    by_path = {str(path): entry for path, entry in zip(paths, entries, strict=True)}
+    write_index(
+        args.output, Table(dataset.rows, dataset.num_classes, dataset.class_names), by_path, source=args.source, root=Path(data.root), fingerprint=fingerprint(dataset),
+        action_space=dataset.action_space, hashed=args.hash,
+    )  # fmt: skip
+    journal.unlink(missing_ok=True)
+    checked = {path: judged(path, entry, data) for path, entry in zip(paths, entries, strict=True)}
+    print(overview(checked, dataset, data, ruled=False))
+    if args.parquet:
+        write_parquet(args.parquet, _plain_rows(MediaIndex(args.output)))
+    print(f"{args.output}: {len(dataset)} rows; train on them with data.manifest={args.output}")
+    return 0 if any(one.facts for one in checked.values()) else 1
+
+
+def _check_output(output: Path, source: Path) -> None:
+    """Raise ValueError for another suffix, and for an index inside the folder of its files, whose time it would change."""
+    if output.suffix != SUFFIX:
+        raise ValueError(f"--output {output} is no name of an index; call it {output.with_suffix(SUFFIX)}.")
+    if source.suffix == SUFFIX:
+        raise ValueError(f"{source} is an index already; give the folder or manifest that it was made from.")
+    if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+        raise ValueError(
+            f"--output {output} lies in {source} itself; put the index next to it, for example {source.resolve().name}{SUFFIX}."
+        )
+
+
+def _plain_rows(index: MediaIndex) -> list[dict[str, Any]]:
+    """The rows with what was measured, under the names that a manifest has."""
+    rows = []
+    for i, (path, label, caption, columns) in enumerate(index):
+        facts, names = index.facts(i), index.info["class_names"]
+        row = {"path": relative_name(path, index.root), "label": names[label] if names and label is not None else label}
+        measured = facts._asdict() if facts else {"refused": index.refused(i)}
+        rows.append({**row, "caption": caption or None, **measured, **columns})
+    return rows

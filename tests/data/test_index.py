@@ -1,0 +1,201 @@
+"""An index stands for the folder or manifest that it was made from, at any number of rows."""
+
+import json
+import os
+import pickle
+import time
+
+import numpy as np
+import pytest
+from media import write_barcodes
+
+from stdit.data import inspections
+from stdit.data.columns import Columns, write_columns
+from stdit.data.config import DataConfig
+from stdit.data.datasets import build_dataset
+from stdit.data.identity import fingerprint, identity_of
+from stdit.data.index import MediaIndex, write_index
+from stdit.data.manifest import Row, Table
+from stdit.data.samplers import ClipSize
+from stdit.data.video_io import VideoError
+from stdit.recipes import check_media, index
+from stdit.recipes.build import _measure
+
+SIZES = [ClipSize(5, 32, 32), ClipSize(9, 32, 48), ClipSize(1, 32, 32)]
+
+
+@pytest.fixture
+def clips(tmp_path, monkeypatch):
+    """A manifest of clips of several lengths, one of them broken, with labels, captions and further columns."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    rows = []
+    for number, count in enumerate((20, 8, 12, 30, 6, 20)):
+        name = f"clip é {number}.mp4"
+        write_barcodes(folder / name, count, fps=24 if number % 2 else 12)
+        rows.append({"path": name, "label": ["b", "a"][number % 2], "caption": f"clip «{number}»", "score": number})
+    (folder / "clip é 4.mp4").write_bytes(b"no video")
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def config_of(manifest, **settings):
+    return DataConfig(**{
+        "root": "clips", "manifest": str(manifest), "num_frames": 5, "height": 32, "width": 32, "source": "videos",
+        "sizes": [list(size) for size in SIZES], **settings,
+    })  # fmt: skip
+
+
+def make(*arguments):
+    return index.main(["clips/manifest.jsonl", "--output", "clips.index", "--workers", "0", *arguments])
+
+
+@pytest.mark.parametrize("fps", [None, 6.0])
+def test_a_dataset_of_an_index_is_that_of_its_manifest(clips, fps):
+    assert make() == 0
+    plain, indexed = (build_dataset(config_of(m, fps=fps)) for m in ("clips/manifest.jsonl", "clips.index"))
+    assert (len(plain), plain.num_classes, plain.class_names) == (6, 2, indexed.class_names)
+    assert list(indexed.rows) == list(plain.rows) and indexed.rows[1:3] == plain.rows[1:3]
+    assert fingerprint(indexed) == fingerprint(plain)
+    for i in range(6):
+        assert identity_of(indexed, i) == identity_of(plain, i) and indexed.record(i) == plain.record(i)
+        assert identity_of(indexed, i, read=True) == identity_of(plain, i, read=True)
+    (shapes, buckets), (known, found) = _measure(plain, SIZES, 3), _measure(indexed, SIZES, 3)
+    assert shapes.tolist() == known.tolist() and buckets.tolist() == found.tolist()
+    assert indexed.rates == plain.rates
+    for i in (0, 3):
+        one, other = (d.load(i, np.random.default_rng(i), SIZES[0])["pixels"] for d in (plain, indexed))
+        assert (one == other).all()
+
+
+def test_an_index_of_a_folder_is_made_again_when_files_are_added_and_reads_only_those(clips, monkeypatch, capsys):
+    (clips / "manifest.jsonl").unlink()
+    arguments = ["clips", "--output", "clips.index", "--workers", "0"]
+    assert index.main(arguments) == 0
+    config = DataConfig(root="clips", manifest="clips.index", num_frames=5, height=32, width=32)
+    assert len(build_dataset(config)) == 6
+    write_barcodes(clips / "new.mp4", 12)
+    with pytest.raises(ValueError, match="older than its files.*clips.*stdit index clips --output clips.index"):
+        build_dataset(config)
+    read, original = [], inspections.inspect
+    monkeypatch.setattr(inspections, "inspect", lambda path, *a, **k: read.append(path.name) or original(path, *a, **k))
+    assert index.main(arguments) == 0
+    assert read == ["new.mp4"] and len(build_dataset(config)) == 7
+
+
+def test_a_file_that_changes_after_a_run_has_begun_is_refused_by_name(clips):
+    make()
+    dataset = build_dataset(config_of("clips.index"))
+    write_barcodes(clips / "clip é 3.mp4", 25)
+    with pytest.raises(VideoError, match="clip é 3.mp4.*run stdit index again"):
+        dataset.load(3, np.random.default_rng(0), SIZES[0])
+    with pytest.raises(ValueError, match="older than its files .*clip é 3.mp4 has changed"):
+        build_dataset(config_of("clips.index"))
+
+
+def test_a_file_that_cannot_be_read_has_its_reason_in_the_index_and_is_not_opened(clips, monkeypatch):
+    make()
+    dataset = build_dataset(config_of("clips.index"))
+    with pytest.raises(VideoError) as plain:
+        build_dataset(config_of("clips/manifest.jsonl")).load(4, np.random.default_rng(0), SIZES[0])
+    monkeypatch.setattr(dataset, "_open", None)
+    with pytest.raises(VideoError) as found:
+        dataset.load(4, np.random.default_rng(0), SIZES[0])
+    assert str(found.value) == str(plain.value)
+
+
+def test_an_index_that_was_stopped_goes_on_from_its_journal(clips, monkeypatch):
+    original = inspections.inspect
+
+    def stop(path, *arguments, **options):
+        if path.name == "clip é 3.mp4":
+            raise KeyboardInterrupt
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(inspections, "inspect", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    read = []
+    monkeypatch.setattr(inspections, "inspect", lambda path, *a, **k: read.append(path.name) or original(path, *a, **k))
+    assert make() == 0 and read == [f"clip é {number}.mp4" for number in (3, 4, 5)]
+    assert not list(clips.parent.glob("*.partial*"))
+
+
+def test_check_media_reads_no_file_that_an_index_has(clips, monkeypatch, capsys):
+    make()
+    before = capsys.readouterr().out
+    monkeypatch.setattr(inspections, "inspect", None)
+    assert check_media.main(["clips.index"]) == 1
+    assert "5 of 6 files read in full" in before and "5 of 6 files read in full" in capsys.readouterr().out
+
+
+def test_an_index_moves_with_its_files(clips, tmp_path):
+    make("--hash")
+    (tmp_path / "moved").mkdir()
+    for name in ("clips", "clips.index"):
+        os.rename(tmp_path / name, tmp_path / "moved" / name)
+    found = MediaIndex(tmp_path / "moved" / "clips.index")
+    found.check()
+    assert found[0].path == tmp_path / "moved/clips/clip é 0.mp4" and len(found.columns.text("content", 0)) == 32
+
+
+def test_an_index_becomes_parquet_and_a_manifest_again(clips):
+    pytest.importorskip("pyarrow")
+    make("--parquet", "clips/all.parquet")
+    plain, parquet = (build_dataset(config_of(f"clips/{name}")) for name in ("manifest.jsonl", "all.parquet"))
+    assert [row[:3] for row in parquet.rows] == [row[:3] for row in plain.rows]
+    assert parquet.class_names == plain.class_names and parquet.record(0)["score"] == 0
+    assert parquet.record(3)["frames"] == 30 and parquet.record(3)["codec"] == "h264"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["clips", "--output", "clips/own.index"], "lies in clips itself; put the index next to it"),
+        (["clips", "--output", "table.jsonl"], "no name of an index; call it table.index"),
+        (["clips.index", "--output", "other.index"], "an index already"),
+    ],
+)
+def test_an_output_that_would_not_serve_is_refused(clips, arguments, reason):
+    make()
+    with pytest.raises(ValueError, match=reason):
+        index.main(arguments)
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "text", "other", "version"])
+def test_a_damaged_index_is_refused_in_one_line(clips, damage):
+    make()
+    file = clips.parent / "clips.index"
+    whole = file.read_bytes()
+    if damage == "version":
+        info = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+        columns = Columns(file)
+        names = [n for n in columns._arrays if "." not in n]
+        write_columns(file, {n: np.array(columns[n]) for n in names}, {**columns.info, "version": 99})
+        assert info
+    else:
+        damaged = {
+            "cut": whole[: len(whole) // 2], "header": b"\xff" * 8 + whole[8:], "text": b"path,label\n", "other": b"",
+        }  # fmt: skip
+        file.write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match="clips.index") as found:
+        build_dataset(config_of("clips.index"))
+    assert "\n" not in str(found.value) and "again" in str(found.value)
+
+
+def test_a_copy_in_another_process_has_the_name_of_the_file_and_no_rows(tmp_path):
+    count = 20_000
+    rows = [Row(tmp_path / f"{i:06d}.mp4", i % 10, f"caption {i}") for i in range(count)]
+    entry = {"bytes": 1, "modified": 1, "frames": 33, "last": 2.0, "fps": 16.0, "height": 64, "width": 64}
+    write_index(
+        tmp_path / "many.index", Table(rows, 10, None), {str(row.path): entry for row in rows}, source=tmp_path / "m.csv",
+        root=tmp_path, fingerprint={}, action_space=None,
+    )  # fmt: skip
+    began = time.perf_counter()
+    found = MediaIndex(tmp_path / "many.index")
+    opened = time.perf_counter() - began
+    assert len(pickle.dumps(found)) < 1000 and pickle.loads(pickle.dumps(found))[count - 1] == rows[-1] == found[-1]
+    assert opened < time.perf_counter() - began
+    with pytest.raises(IndexError):
+        found[count]
