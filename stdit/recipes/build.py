@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from tqdm import tqdm
 
 from stdit.checkpoint.inflate import inflate, inflated_arguments
@@ -42,17 +43,21 @@ from stdit.training.held_out import TOGETHER, HeldOutDraws
 from stdit.vae import VideoVAE
 
 
-def build_accelerator(precision: Precision, unused_parameters: bool = False) -> Accelerator:
+def build_accelerator(precision: Precision, unused_parameters: bool = False, *, timeout: float = 1800.0) -> Accelerator:
     """Make the `Accelerator` of this process.
 
-    unused_parameters: whether a step may leave some parameters without a gradient, which DDP must know.
+    unused_parameters: whether a step may leave some parameters without a gradient, which DDP must know. timeout: seconds
+    after which a process that the others wait for ends the run.
     """
     device = default_device()
     AcceleratorState._reset_state()  # which an earlier run in this process may have set to another precision
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise two processes on CPUs are two separate runs
         mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve(precision, device)],
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+        ],
     )
 
 

@@ -41,7 +41,8 @@ from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers
-from stdit.training.results import build_pipeline, preview, replace_model, write_results
+from stdit.training.parallel import make_mesh, parallelize
+from stdit.training.results import build_pipeline, preview, replace_model, whole_model, write_results
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
 from stdit.vae import load_vae
@@ -69,6 +70,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         captions = build_captions(config, dataset, accelerator.device, main=main)
     channels = None if captions is None else captions.channels
     model = build_model(config, vae, dataset, objective, caption_channels=channels).to(accelerator.device)
+    mesh = make_mesh(config.train.parallel, accelerator.device.type, processes)
+    parallelize(model, config.train.parallel, mesh, bf16=accelerator.mixed_precision == "bf16")
     folders = RunFolders(config.name)
     if main:
         folders.lock()
@@ -89,6 +92,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         fps=clip_rate(config.data, dataset) if main else None,  # it warns if the clips' rates differ, which is said once
         held_out=held_out, held_out_every=steps_between(len(order.batch(0))),
         # Without the guide: a function that knew the trainer would keep it, and its lock, after an error.
+        whole_model=whole_model,
         preview=lambda m, step: preview(build_pipeline(m, vae, config), config, folders, step=step, dataset=dataset),
     )  # fmt: skip
     if checkpoint is not None:
@@ -136,14 +140,19 @@ def fit(run: Run) -> int:
 
 
 def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
-    """Write summary.json after `fit`, and the model and samples if the run is finished. For the main process only."""
+    """Write summary.json after `fit`, and the model and samples if the run is finished. Only the main process writes."""
     config, trainer = run.config, run.trainer
     accelerator, folders = trainer.accelerator, trainer.folders
     if not code:
         with swap_ema(trainer.model, trainer.ema):
-            pipeline = build_pipeline(trainer.model, trainer.vae, config, trainer.fps, guide=trainer.guide)
+            model = whole_model(trainer.model, accelerator.is_main_process)
+            if not accelerator.is_main_process or model is None:
+                return
+            pipeline = build_pipeline(model, trainer.vae, config, trainer.fps, guide=trainer.guide)
             replace_model(pipeline, folders.model)
             write_results(pipeline, config, folders, dataset=run.dataset)
+    if not accelerator.is_main_process:
+        return
     folders.write_summary(
         {
             "name": config.name, "step": trainer.step, "finished": not code, "training_seconds": round(trainer.seconds, 1),
@@ -186,11 +195,11 @@ def _train(config: Config) -> int:
     """Build the run, train, and write the results; returns the exit code."""
     began = time.time()
     # The last dual-stream block's text output, and a mask's parameters in a step without a mask, get no gradient.
-    accelerator = build_accelerator(config.train.precision, TRUNKS[config.model.trunk].has_unused_parameters)
+    unused = TRUNKS[config.model.trunk].has_unused_parameters
+    accelerator = build_accelerator(config.train.precision, unused, timeout=config.train.parallel.timeout)
     run = build_run(config, accelerator)
     code = fit(run)
-    if accelerator.is_main_process:
-        write_summary_and_results(run, code, time.time() - began)
+    write_summary_and_results(run, code, time.time() - began)
     return code
 
 

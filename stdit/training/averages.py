@@ -5,7 +5,7 @@ functions as weights are kept in training and written now and then; least square
 of any length in between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ class PowerAverages:
         """The averages as groups of a checkpoint: average_0, average_1."""
         return {f"average_{i}": dict(zip(self.names, values, strict=True)) for i, values in enumerate(self.values)}
 
-    def restore(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Load what `state` gave; ValueError if that was none, or of another number of lengths."""
         given = {name for name in tensors if name.startswith("average_")}
         if len(given) != len(self.values):

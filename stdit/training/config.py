@@ -50,6 +50,23 @@ class LoopConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How a model is spread over the processes of a run; without it every process has all of the model."""
+
+    shard: Literal["none", "fsdp"] = "none"  # fsdp: weights, gradients, averages and optimizer in shards (FSDP2)
+    replicas: int = 1  # fsdp: groups of processes that each hold the whole model between them (HSDP)
+    reshard: bool = True  # fsdp: give gathered weights back after the forward pass; false takes memory and saves time
+    timeout: float = 1800.0  # seconds after which a process that does not answer ends the run
+
+    def __post_init__(self) -> None:
+        check_ranges("train.parallel", self, {"replicas": "[1, inf)", "timeout": "(0, inf)"})
+        if self.replicas > 1 and self.shard == "none":
+            raise ValueError(
+                f"train.parallel.replicas={self.replicas} has no effect without train.parallel.shard=fsdp; set both."
+            )
+
+
+@dataclass
 class TrainConfig(LoopConfig):
     """Settings of diffusion training. `batch_size` counts clips per optimizer step over all processes."""
 
@@ -69,10 +86,17 @@ class TrainConfig(LoopConfig):
     holdout: float = 0.0  # share of the files that are not trained on, and on which the loss is measured; 0: none
     holdout_column: str | None = None  # hold out values of this column of the manifest instead of single files
     holdout_values: list[str] = field(default_factory=list)  # hold out these values of the column instead of a share
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # the model over several processes
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges("train", self, _TRAIN_RANGES, guidance="1 is no guidance", holdout="0 holds out nothing")
+        given = {"holdout": self.holdout, "holdout_values": self.holdout_values, "guide_step": self.guide_step, "average_lengths": self.average_lengths}  # fmt: skip
+        if self.parallel.shard != "none" and any(given.values()):
+            name = next(name for name, value in given.items() if value)
+            raise ValueError(
+                f"train.{name}={given[name]} is not there for a sharded model (train.parallel.shard=fsdp); leave it out."
+            )
         if self.holdout_values and (self.holdout or self.holdout_column is None):
             raise ValueError(
                 f"train.holdout_values={self.holdout_values} are values of train.holdout_column, in place of a share; set the "

@@ -1,5 +1,6 @@
 """The training of a diffusion model, in the loop of stdit/training/loop.py."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ class Trainer(TrainingLoop):
     set_aside: dict[str, str] = field(default_factory=dict)
     teacher: Teacher | None = None  # whose velocity a flow map learns
     fps: float | None = None  # frames per second of the clips, for pipelines that are built from a checkpoint
-    guide: dict[str, Tensor] | None = None  # weights of a weaker model, an earlier state of this run
+    guide: Mapping[str, Tensor] | None = None  # weights of a weaker model, an earlier state of this run
     held_out: HeldOutDraws | None = None
     held_out_every: int = 1  # steps between measurements of the loss on held-out clips
 
@@ -96,7 +97,7 @@ class Trainer(TrainingLoop):
         self.set_aside |= checkpoint.info.get("set_aside", {})
         self.guide = checkpoint.tensors.get("guide")
 
-    def further_tensors(self) -> dict[str, dict[str, Tensor]]:
+    def further_tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """The weights of the guide, once its step is taken."""
         return {} if self.guide is None else {"guide": self.guide}
 
@@ -104,6 +105,11 @@ class Trainer(TrainingLoop):
     def breakdown(self) -> Breakdown:
         """The loss by noise level."""
         return LEVELS._replace(held_out=self.held_out is not None)
+
+    @property
+    def timeout(self) -> float:
+        """That of `train.parallel`."""
+        return self.config.parallel.timeout
 
     @property
     def micro_batches(self) -> int:

@@ -11,8 +11,8 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +28,10 @@ from stdit.training.config import LoopConfig
 from stdit.training.estimate import Estimate
 from stdit.training.metrics import HELD_OUT, Breakdown, MetricsLogger
 from stdit.training.optim import learning_rate, set_learning_rate
+from stdit.training.parallel import accumulating, is_sharded, like, local, local_parameters, whole
 from stdit.training.run import RunFolders
+from stdit.training.shard_files import part_of
+from stdit.training.shards import ShardWriter
 from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
 
 
@@ -104,14 +107,20 @@ class TrainingLoop(ABC):
     config: LoopConfig
     resolved: dict  # the whole config, kept in checkpoints
     preview: Callable[[Any, int], None] = field(default=_no_preview, kw_only=True)  # of (model, step)
+    # Of (model, whether this is the main process): the whole model there, None elsewhere.
+    whole_model: Callable[[Any, bool], Any] = field(default=lambda model, main: model, kw_only=True)
     step: int = field(default=0, init=False)
     skipped: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        self.ema = EMAModel(self.model.parameters(), decay=self.config.ema_decay, foreach=True)
+        self.ema = EMAModel(local_parameters(self.model), decay=self.config.ema_decay, foreach=True)
         self.ema.to(self.accelerator.device)
         self.averages = PowerAverages(self.model, self.config.average_lengths)
+        self.writer: ShardWriter | None = None  # of a sharded model, whose processes each write their part
+        if is_sharded(self.model):
+            place = (self.folders.checkpoints, self.accelerator.process_index, self.accelerator.num_processes)
+            self.writer = ShardWriter(*place, self.config.keep_checkpoints, timeout=self.timeout)
         self._signal: int | None = None
         self._waiting = False  # whether the loop waits for data
         # The manifest hash of the checkpoint that the run began with, see training/resume.py.
@@ -124,6 +133,11 @@ class TrainingLoop(ABC):
         """The parts of the loss that are logged in separate columns."""
 
     @property
+    def timeout(self) -> float:
+        """The seconds after which a process that does not answer is given up."""
+        return 1800.0
+
+    @property
     def micro_batches(self) -> int:
         """Micro-batches per step on this process."""
         return 1
@@ -132,7 +146,7 @@ class TrainingLoop(ABC):
     def losses(self, model: nn.Module, batch: Any) -> StepLosses:
         """Compute the losses of one micro-batch; `model` is `self.model` as prepared by Accelerate (DDP)."""
 
-    def further_tensors(self) -> dict[str, dict[str, Tensor]]:
+    def further_tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Further groups of tensors for the checkpoint."""
         return {}
 
@@ -151,7 +165,12 @@ class TrainingLoop(ABC):
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint: weights, their moving average, optimizers, step."""
         tensors, info = checkpoint.tensors, checkpoint.info
-        weights = {renamed_parameter(name): value for name, value in tensors["model"].items()}
+        expected = self.model.state_dict()
+        weights = {
+            new: tensors["model"][name] if new not in expected else part_of(tensors["model"], name, expected[new])
+            for name in tensors["model"]
+            for new in [renamed_parameter(name)]
+        }
         try:
             self.model.load_state_dict(weights)
         except RuntimeError as error:  # with allow_changes
@@ -159,11 +178,10 @@ class TrainingLoop(ABC):
                 f"{checkpoint.path} does not fit the model of this config: {' '.join(str(error).split())[:300]}; choose another "
                 "name=, or start from its weights with init_from."
             ) from error
-        averages = {renamed_parameter(name): value for name, value in tensors["ema"].items()}
+        saved = {renamed_parameter(name): name for name in tensors["ema"]}
         self.step, self.skipped, self.seconds = checkpoint.step, info["skipped"], info["seconds"]
-        names = [name for name, _ in self.model.named_parameters()]
-        for shadow, name in zip(self.ema.shadow_params, names, strict=True):
-            shadow.data.copy_(averages[name])
+        for shadow, (name, p) in zip(self.ema.shadow_params, self.model.named_parameters(), strict=True):
+            shadow.data.copy_(local(part_of(tensors["ema"], saved[name], p)))
         self.ema.optimization_step = info["ema_step"]
         self.averages.restore(tensors)
         self._origin = info.get("origin")
@@ -171,14 +189,15 @@ class TrainingLoop(ABC):
             restore_optimizer(optimizer, tensors.get(f"optimizer_{i}", {}), info["optimizers"][i])
 
     def save(self) -> None:
-        """Write a checkpoint from the main process."""
+        """Write a checkpoint: the main process, or, of a sharded model, every process its part while training goes on."""
         further = self.further_info()
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.writer is not None:
             states = [flatten_optimizer(optimizer) for optimizer in self.optimizers]
-            names = [name for name, _ in self.model.named_parameters()]
-            tensors = {
+            parameters = dict(self.model.named_parameters())
+            shadows = zip(parameters, self.ema.shadow_params, strict=True)
+            tensors: dict[str, Mapping[str, Tensor]] = {
                 "model": dict(self.model.state_dict()),
-                "ema": dict(zip(names, self.ema.shadow_params, strict=True)),
+                "ema": {name: like(shadow, parameters[name]) for name, shadow in shadows},
             }
             tensors |= {f"optimizer_{i}": state for i, (state, _) in enumerate(states)}
             tensors |= {**self.averages.state(), **self.further_tensors()}
@@ -186,6 +205,9 @@ class TrainingLoop(ABC):
                 "config": self.resolved, "optimizers": [numbers for _, numbers in states], "skipped": self.skipped,
                 "seconds": self.seconds, "ema_step": self.ema.optimization_step, "origin": self._origin, **further,
             }  # fmt: skip
+            if self.writer is not None:
+                self.writer.write(self.step, tensors, info)
+                return
             save_checkpoint(self.folders.checkpoints, self.step, tensors, info, keep=self.config.keep_checkpoints)
             if self.averages.lengths:
                 self.averages.write(self.folders.checkpoints / "averages", self.step)
@@ -198,7 +220,7 @@ class TrainingLoop(ABC):
         finite.
         """
         config, main = self.config, self.accelerator.is_main_process
-        wrapped, *optimizers = self.accelerator.prepare(self.model, *self.optimizers)
+        wrapped, optimizers = self._prepared()
         logger = MetricsLogger(self.folders.output, self.step, self.breakdown) if main else None
         metrics: list[StepMetrics] = []
         clips = 0
@@ -236,11 +258,13 @@ class TrainingLoop(ABC):
                     self.save()
                     if logger is not None:
                         logger.curves(last=stopping or self.step == config.steps)
+                if self.writer is not None and (stopping or self.step == config.steps):
+                    self.writer.wait()
+                    self.accelerator.wait_for_everyone()
                 if stopping:
                     raise Stopped(128 + self._signal if self._signal else 143, self.step)
                 if self.step % config.preview_every == 0 and self.step < config.steps:
-                    if main:
-                        self._preview()
+                    self._preview()
                     mark, clips = time.perf_counter(), 0
                     self.accelerator.wait_for_everyone()
 
@@ -252,18 +276,18 @@ class TrainingLoop(ABC):
             batch = self._next(batches)
             share = self.accelerator.num_processes / batch.total  # each process adds its part of the mean over clips
             last = part == self.micro_batches - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
+            with self._accumulating(model, last):
                 losses = self.losses(model, batch)
                 self.accelerator.backward(losses.clips.sum() * share)
             total += losses.clips.detach().sum() * share
             sums += losses.sums
         lr = learning_rate(self.step, config.lr, config.warmup_steps, config.decay_steps)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm))
         if math.isfinite(float(norm)):
             set_learning_rate(optimizers, lr)
             for optimizer in optimizers:
                 optimizer.step()
-            self.ema.step(self.model.parameters())
+            self.ema.step(local_parameters(self.model))
             self._skipped_in_a_row = 0
         else:
             self._skip(batch)
@@ -273,6 +297,19 @@ class TrainingLoop(ABC):
         self.model.zero_grad()
         metrics = StepMetrics(self.step + 1, total, sums, lr=lr, grad_norm=torch.as_tensor(norm), skipped=self.skipped)
         return metrics, batch.total
+
+    def _prepared(self) -> tuple[nn.Module, list]:
+        """The model and the optimizers as Accelerate prepares them; FSDP2 has the place of DDP for a sharded model."""
+        if is_sharded(self.model):
+            return self.model, [self.accelerator.prepare_optimizer(one) for one in self.optimizers]
+        wrapped, *optimizers = self.accelerator.prepare(self.model, *self.optimizers)
+        return wrapped, optimizers
+
+    def _accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager:
+        """A context manager in which gradients are summed here, and over processes in the last micro-batch."""
+        if is_sharded(model):
+            return accumulating(model, last)
+        return nullcontext() if last else self.accelerator.no_sync(model)
 
     @contextmanager
     def _signals_caught(self) -> Iterator[None]:
@@ -296,10 +333,15 @@ class TrainingLoop(ABC):
             self._waiting = False
 
     def _preview(self) -> None:
-        """Call `preview`; if it fails, for example because memory suffices for training alone, the run continues."""
+        """Call `preview` in the main process; if it fails, for example because of the memory it takes, the run continues."""
+        main = self.accelerator.is_main_process
+        if not main and self.writer is None:
+            return
         try:
             with swap_ema(self.model, self.ema):
-                self.preview(self.model, self.step)
+                model = self.whole_model(self.model, main)
+                if model is not None:
+                    self.preview(model, self.step)
         except (RuntimeError, MemoryError, OSError, ValueError) as error:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -368,10 +410,10 @@ class swap_ema:
         self.model, self.ema = model, ema
 
     def __enter__(self) -> None:
-        self.ema.store(self.model.parameters())
-        self.ema.copy_to(self.model.parameters())
+        self.ema.store(local_parameters(self.model))
+        self.ema.copy_to(local_parameters(self.model))
         self.model.eval()
 
     def __exit__(self, *_: object) -> None:
-        self.ema.restore(self.model.parameters())
+        self.ema.restore(local_parameters(self.model))
         self.model.train()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.precision import native_bf16
+from stdit.training.parallel import like, local, rows_of, whole
 
 # The quintic iteration of Jordan et al., "Muon" (2024): five steps bring singular values to between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -79,31 +80,37 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float) -> None:
-        gradients = [p.grad.flatten(1) for p in params if p.grad is not None]
-        for p, gradient in zip(params, gradients, strict=True):
+        for p in params:
             if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
-        buffers = [self.state[p]["momentum_buffer"] for p in params]
+                assert p.grad is not None
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.contiguous_format)
+        gradients = [local(p.grad).flatten(1) for p in params if p.grad is not None]
+        buffers = [local(self.state[p]["momentum_buffer"]).flatten(1) for p in params]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         if weight_decay:
-            torch._foreach_mul_(list[Tensor](params), 1 - lr * weight_decay)
-        for chunk in _chunks(gradients):
-            rows, columns = gradients[chunk[0]].shape
+            torch._foreach_mul_([local(p) for p in params], 1 - lr * weight_decay)
+        for chunk in _chunks(params):
+            rows = params[chunk[0]].shape[0]
+            columns = params[chunk[0]].numel() // rows
             stacked = gradients[chunk[0]].new_empty(len(chunk), rows, columns)
             for i, direction in zip(chunk, stacked, strict=True):
-                torch.lerp(gradients[i], buffers[i], momentum, out=direction)  # Nesterov's look ahead
+                part = torch.lerp(gradients[i], buffers[i], momentum)  # Nesterov's look ahead
+                # The iteration needs whole matrices, which every process gathers from the rows of all.
+                direction.copy_(whole(like(part.reshape(local(params[i]).shape), params[i])).flatten(1))
             wide = stacked if rows <= columns else stacked.mT
             dtype = torch.bfloat16 if native_bf16(wide.device) else torch.float32
             updates = orthogonalize(wide.to(dtype))
             for i, update in zip(chunk, updates if rows <= columns else updates.mT, strict=True):
-                params[i].add_(update.reshape(params[i].shape), alpha=-lr * 0.2 * math.sqrt(max(rows, columns)))
+                part = local(params[i])
+                first, end = rows_of(params[i]) or (0, rows)
+                part.add_(update[first:end].reshape(part.shape), alpha=-lr * 0.2 * math.sqrt(max(rows, columns)))
 
 
 def _chunks(matrices: Sequence[Tensor]) -> list[list[int]]:
     """Indices of matrices of one shape and device, in groups of at most CHUNK numbers (or one matrix)."""
     groups = defaultdict(list)
     for i, matrix in enumerate(matrices):
-        groups[matrix.shape, matrix.device].append(i)
+        groups[torch.Size((len(matrix), matrix.numel() // len(matrix))), matrix.device].append(i)
     chunks = []
     for (shape, _), members in groups.items():
         size = max(1, CHUNK // shape.numel())

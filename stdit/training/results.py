@@ -20,6 +20,7 @@ from stdit.pixels import to_float
 from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
+from stdit.training.parallel import gathered, is_sharded
 from stdit.training.run import RunFolders
 from stdit.vae import VideoVAE
 
@@ -64,6 +65,18 @@ def build_pipeline(
         guide=weaker,
         history_noise=config.train.history_noise,
     )
+
+
+def whole_model(model: STDiT, main: bool) -> STDiT | None:
+    """The model, or of a sharded one a whole copy on its device in the main process (None in others); all must call it."""
+    if not is_sharded(model):
+        return model
+    weights = gathered(model.state_dict().items(), keep=main)
+    if not main:
+        return None
+    copied = STDiT.from_config(dict(model.config))
+    copied.load_state_dict(weights)
+    return copied.to(next(model.parameters()).device).requires_grad_(False).eval()
 
 
 def preview_conditions(pipeline: STDiTPipeline, dataset: Dataset, count: int) -> dict[str, Any]:

@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stdit.hashes import MANIFEST, difference, file_sha256
+from stdit.training.shard_files import check_finite, group_files, part_of
 
 # Checkpoints that this process wrote, or read and found undamaged; they are not hashed again at every save.
 _verified: set[tuple] = set()
@@ -25,52 +27,72 @@ class Checkpoint(NamedTuple):
     """
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Mapping[str, Mapping[str, Tensor]]
     info: dict
     path: Path
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], info: dict, keep: int = 2) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], info: Mapping[str, Any], keep: int = 2
+) -> Path:
     """Write `folder/step-N`, then remove all but the newest `keep` (at least two) complete ones.
 
     A checkpoint appears under its name only when complete and on disk; no older one is touched before that.
     Raises OSError naming the space needed when the disk is full; earlier checkpoints stay intact.
     """
-    _check_finite(
+    check_finite(
         tensors,
         f"the state after step {step}",
         "nothing was written; resume from the last checkpoint with a lower train.lr, or with train.precision=fp32",
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step}"
     tmp = folder / f".tmp-{step}-{os.getpid()}"
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     try:
+        described = {}
         for name, group in tensors.items():
-            save_file({key: _plain(value) for key, value in group.items()}, tmp / f"{name}.safetensors")
-        (tmp / "info.json").write_text(json.dumps({"step": step, **info}, indent=1))
-        files = sorted(tmp.iterdir())
-        manifest = {file.name: {"sha256": _hash_and_sync(file), "bytes": file.stat().st_size} for file in files}
-        (tmp / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _sync(tmp / MANIFEST)
-        _sync(tmp)
-        if final.exists():  # written by a run that resumed from an older checkpoint
-            shutil.rmtree(final)
-        os.rename(tmp, final)
-        _sync(folder)
+            file = tmp / f"{name}.safetensors"
+            save_file({key: _plain(value) for key, value in group.items()}, file)
+            described[file.name] = {"sha256": hash_and_sync(file), "bytes": file.stat().st_size}
+        return publish(folder, tmp, step, info, described=described, keep=keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
         size = sum(value.numel() * value.element_size() for group in tensors.values() for value in group.values())
-        free = shutil.disk_usage(folder).free
-        raise OSError(
-            f"Checkpoint of step {step} could not be written to {folder}: {error}. It takes {size / 1e6:.1f} MB, "
-            f"{free / 1e6:.1f} MB are free; earlier checkpoints are untouched, free some space and run again to resume."
-        ) from error
+        raise free_space_error(folder, step, size, error) from error
+
+
+def publish(
+    folder: Path, tmp: Path, step: int, info: Mapping[str, Any], *, described: dict[str, dict], keep: int
+) -> Path:
+    """Complete a checkpoint whose tensors lie in `tmp`: info, manifest, and its name; then remove older ones.
+
+    described: sizes and hashes of the files of tensors, which are on disk.
+    """
+    final = folder / f"step-{step}"
+    (tmp / "info.json").write_text(json.dumps({"step": step, **info}, indent=1))
+    file = tmp / "info.json"
+    described = {**described, file.name: {"sha256": hash_and_sync(file), "bytes": file.stat().st_size}}
+    (tmp / MANIFEST).write_text(json.dumps(described, indent=1))
+    _sync(tmp / MANIFEST)
+    _sync(tmp)
+    if final.exists():  # written by a run that resumed from an older checkpoint
+        shutil.rmtree(final)
+    os.rename(tmp, final)
+    _sync(folder)
     _verified.add(_identity(final))
     _prune(folder, max(2, keep))
     return final
+
+
+def free_space_error(folder: Path, step: int, size: int, error: Exception) -> OSError:
+    """The error of a checkpoint that could not be written: the space that it takes, and that there is."""
+    free = shutil.disk_usage(folder).free
+    return OSError(
+        f"Checkpoint of step {step} could not be written to {folder}: {error}. It takes {size / 1e6:.1f} MB, "
+        f"{free / 1e6:.1f} MB are free; earlier checkpoints are untouched, free some space and run again to resume."
+    )
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -124,8 +146,10 @@ def damage(path: Path) -> str | None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Load one checkpoint folder without checking its hashes. ValueError if a number in it is not finite."""
     info = json.loads((path / "info.json").read_text())
+    if sharded := group_files(path):  # they are read, and checked, part by part
+        return Checkpoint(info["step"], sharded, info, path)
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    _check_finite(tensors, str(path), "use an older checkpoint")
+    check_finite(tensors, str(path), "use an older checkpoint")
     return Checkpoint(info["step"], tensors, info, path)
 
 
@@ -143,22 +167,18 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], info: dict) -> None:
-    """Restore an optimizer's state, the inverse of `flatten_optimizer`."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], info: dict) -> None:
+    """Restore an optimizer's state, the inverse of `flatten_optimizer`; of a sharded model, what this process holds of it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict] = {}
-    for key, value in tensors.items():
+    for key in tensors:
         index, name = key.split(".", 1)
+        # What has the size of a parameter is sharded as it is; a number of steps is not.
+        value = tensors[key] if name == "step" else part_of(tensors, key, parameters[int(index)])
         state.setdefault(int(index), {})[name] = value.clone()  # load_state_dict would share it
     for index, values in info["numbers"].items():
         state.setdefault(int(index), {}).update(values)
     optimizer.load_state_dict({"state": state, "param_groups": info["param_groups"]})
-
-
-def _check_finite(tensors: dict[str, dict[str, Tensor]], what: str, remedy: str) -> None:
-    for group, named in tensors.items():
-        for name, value in named.items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise ValueError(f"{what} has a number that is not finite in {group}/{name}; {remedy}.")
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -176,7 +196,8 @@ def manifest_hash(path: Path) -> str:
     return file_sha256(path / MANIFEST)
 
 
-def _hash_and_sync(file: Path) -> str:
+def hash_and_sync(file: Path) -> str:
+    """Wait until a file is on disk -> its sha256."""
     _sync(file)
     return file_sha256(file)
 

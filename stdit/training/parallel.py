@@ -1,0 +1,128 @@
+"""A model spread over processes: FSDP2 shards every block, and what a process holds of a sharded tensor.
+
+torch does the sharding (`torch.distributed.fsdp.fully_shard`); the code of the model does not know of it. Every parameter is
+split along its first dimension.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from stdit.training.config import ParallelConfig
+from stdit.warn import warn_user
+
+
+def make_mesh(config: ParallelConfig, device: str, processes: int) -> DeviceMesh | None:
+    """The mesh of processes over which a model is sharded; None without sharding.
+
+    With replicas, every group of processes / replicas holds the whole model between them (HSDP). ValueError if the processes
+    cannot be divided so; a warning for a single process, which has nothing to share with.
+    """
+    if config.shard == "none":
+        return None
+    if processes == 1:
+        warn_user(
+            "train.parallel.shard=fsdp has no effect with one process; start several: torchrun --nproc-per-node N -m stdit train ..."
+        )
+        return None
+    if processes % config.replicas:
+        fits = [n for n in range(1, processes + 1) if processes % n == 0]
+        raise ValueError(
+            f"train.parallel.replicas={config.replicas} does not divide {processes} processes; use one of "
+            f"{', '.join(map(str, fits))}."
+        )
+    if config.replicas == 1:
+        return init_device_mesh(device, (processes,), mesh_dim_names=("shard",))
+    shape = (config.replicas, processes // config.replicas)
+    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def parallelize(model: Any, config: ParallelConfig, mesh: DeviceMesh | None, *, bf16: bool) -> None:
+    """Shard a model in place, a unit for each block and one for the rest; nothing without a mesh.
+
+    bf16: gather weights in bfloat16, and reduce gradients in float32.
+    """
+    if mesh is None:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    for part in [*model.blocks, model]:
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `parallelize` has sharded a model."""
+    return isinstance(model, FSDPModule)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory; the tensor itself if it is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def local_parameters(model: nn.Module) -> list[Tensor]:
+    """What this process holds of a model's parameters, sharing their memory."""
+    return [p if not isinstance(p, DTensor) else local(p).requires_grad_(p.requires_grad) for p in model.parameters()]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor, gathered if it is sharded, which all processes must ask for."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.full_tensor()
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int] | None:
+    """The rows [first, end) of a sharded tensor that this process holds; None if the tensor is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh = tensor.device_mesh
+    name = mesh.mesh_dim_names[-1] if mesh.mesh_dim_names else None
+    count, position = mesh.size(mesh.ndim - 1), mesh.get_local_rank(name)
+    size = -(-tensor.shape[0] // count)
+    first = min(size * position, tensor.shape[0])
+    return first, min(first + size, tensor.shape[0])
+
+
+def like(part: Tensor, tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, as a tensor that is sharded as another one of its shape is."""
+    if not isinstance(tensor, DTensor):
+        return part
+    return DTensor.from_local(
+        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def is_writer(tensor: Tensor, main: bool) -> bool:
+    """Whether this process writes its part of a tensor: of replicas the first does, of unsharded tensors the main process."""
+    if not isinstance(tensor, DTensor):
+        return main
+    mesh = tensor.device_mesh
+    return mesh.ndim == 1 or mesh.get_local_rank(0) == 0
+
+
+@contextmanager
+def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
+    """A context manager in which gradients of a sharded model are summed here, and over processes in the last micro-batch."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)
+    yield
+
+
+def gathered(named: Iterable[tuple[str, Tensor]], keep: bool) -> Mapping[str, Tensor]:
+    """The whole tensors on the CPU if `keep`; all processes must call it, one tensor is gathered at a time."""
+    found = {}
+    for name, tensor in named:
+        full = whole(tensor)
+        if keep:
+            found[name] = full.cpu()
+    return found

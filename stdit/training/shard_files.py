@@ -1,0 +1,82 @@
+"""Files of a checkpoint in shards: GROUP-00001-of-00002.safetensors has the rows of the first of two processes.
+
+Its metadata says which rows they are, so that any number of processes can read the rows that they need.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from stdit.training.parallel import like, local, rows_of
+
+ROWS = "rows"  # in the metadata: the first row of every tensor that is in shards
+_NAME = re.compile(r"(?P<group>.+)-\d{5}-of-\d{5}")
+
+
+class ShardedTensors(Mapping[str, Tensor]):
+    """The tensors of a group of shards, read from the files when they are asked for; some rows of them take less memory."""
+
+    def __init__(self, files: Sequence[Path]):
+        self._parts: dict[str, list[tuple[int, Path]]] = {}  # the first row of each part
+        for file in files:
+            with safe_open(file, framework="pt") as shard:
+                rows = json.loads((shard.metadata() or {}).get(ROWS, "{}"))
+                for key in shard.keys():  # noqa: SIM118 (no mapping)
+                    self._parts.setdefault(key, []).append((int(rows.get(key, 0)), file))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, key: str) -> Tensor:
+        """The whole tensor."""
+        return self.rows(key, 0, None)
+
+    def rows(self, key: str, first: int, end: int | None) -> Tensor:
+        """The rows [first, end) of a tensor (None: to its last)."""
+        found: list[Tensor] = []
+        for start, file in sorted(self._parts[key], key=lambda part: part[0]):
+            with safe_open(file, framework="pt") as shard:
+                part = shard.get_slice(key)
+                shape = part.get_shape()
+                if not shape:
+                    return shard.get_tensor(key)
+                begin, stop = max(first - start, 0), shape[0] if end is None else min(end - start, shape[0])
+                if begin < stop or (not found and begin == stop):
+                    found.append(part[begin : max(begin, stop)])
+        tensor = torch.cat(found)
+        check_finite({"": {key: tensor}}, "the checkpoint", "use an older checkpoint")
+        return tensor
+
+
+def group_files(folder: Path) -> dict[str, Mapping[str, Tensor]]:
+    """The groups of a checkpoint that is in shards; empty for any other."""
+    groups: dict[str, list[Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if named := _NAME.fullmatch(file.stem):
+            groups.setdefault(named["group"], []).append(file)
+    return {group: ShardedTensors(files) for group, files in groups.items()}
+
+
+def part_of(group: Mapping[str, Tensor], key: str, tensor: Tensor) -> Tensor:
+    """A tensor of a checkpoint, or of one like `tensor`, which is sharded, what this process is to hold of it."""
+    rows = rows_of(tensor)
+    if rows is None:
+        return group[key]
+    part = group.rows(key, *rows) if isinstance(group, ShardedTensors) else group[key][slice(*rows)].clone()
+    return like(part.reshape(local(tensor).shape).to(local(tensor)), tensor)
+
+
+def check_finite(tensors: Mapping[str, Mapping[str, Tensor]], what: str, remedy: str) -> None:
+    """Raise ValueError if a number in groups of tensors is not finite."""
+    for group, named in tensors.items():
+        for name, value in named.items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise ValueError(f"{what} has a number that is not finite in {group}/{name}; {remedy}.")

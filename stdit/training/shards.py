@@ -1,0 +1,107 @@
+"""Checkpoints of a sharded model: every process writes what it holds, while training goes on, and the main process the manifest.
+
+What they write is read by `shard_files`.
+"""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stdit.training.parallel import is_writer, local, rows_of
+from stdit.training.shard_files import ROWS, check_finite
+from stdit.training.state import free_space_error, hash_and_sync, publish
+
+_POLL = 0.05  # seconds
+
+
+class ShardWriter:
+    """Writes the checkpoints of one of several processes in the background, one at a time.
+
+    All processes write into one folder, which they must share. The checkpoint appears under its name when the files of all
+    are complete and on disk; whatever ends the run before that leaves the older ones whole.
+    """
+
+    def __init__(self, folder: Path, process: int, processes: int, keep: int, timeout: float):
+        self.folder, self.process, self.processes = Path(folder), process, processes
+        self.keep, self.timeout = keep, timeout
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], info: Mapping[str, Any]) -> None:
+        """Copy what this process holds, and begin to write it; waits for the checkpoint before. All processes must call it."""
+        self.wait()
+        check_finite({name: {k: local(v) for k, v in group.items()} for name, group in tensors.items()}, f"the state after step {step}", "nothing was written; resume from the last checkpoint with a lower train.lr, or with train.precision=fp32")  # fmt: skip
+        main = self.process == 0
+        copies: dict[str, dict[str, Tensor]] = {}
+        rows: dict[str, dict[str, int]] = {}
+        for name, group in tensors.items():
+            kept = {key: value for key, value in group.items() if is_writer(value, main)}
+            copies[name] = {key: local(value).cpu().contiguous().clone() for key, value in kept.items()}
+            rows[name] = {key: found[0] for key, value in kept.items() if (found := rows_of(value)) is not None}
+        tmp = self.folder / f".tmp-{step}-shards"
+        if main:
+            shutil.rmtree(tmp, ignore_errors=True)
+            tmp.mkdir(parents=True)
+        dist.barrier()
+        if not tmp.is_dir():
+            raise ValueError(
+                f"process {self.process} does not see {tmp}, which the main process has made: all nodes need one folder of "
+                "checkpoints; start the run in a folder that they share."
+            )
+        arguments = (step, tmp, copies, rows, dict(info) if main else None)
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is complete; raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, step: int, tmp: Path, copies: dict, rows: dict, info: dict | None) -> None:
+        try:
+            described = {}
+            for group, tensors in copies.items():
+                file = tmp / f"{group}-{self.process + 1:05d}-of-{self.processes:05d}.safetensors"
+                save_file(tensors, file, metadata={ROWS: json.dumps(rows[group])})
+                described[file.name] = {"sha256": hash_and_sync(file), "bytes": file.stat().st_size}
+            _write_json(tmp / f".{self.process}.json", described)
+            if info is not None:
+                publish(self.folder, tmp, step, info, described=self._of_all(tmp), keep=self.keep)
+        except Exception as error:
+            size = sum(value.nbytes for group in copies.values() for value in group.values())
+            self._error = free_space_error(self.folder, step, size, error) if isinstance(error, OSError) else error
+
+    def _of_all(self, tmp: Path) -> dict[str, dict]:
+        """What the processes have written, once all have."""
+        began = time.monotonic()
+        described: dict[str, dict] = {}
+        for process in range(self.processes):
+            file = tmp / f".{process}.json"
+            while not file.is_file():
+                if time.monotonic() - began > self.timeout:
+                    raise TimeoutError(
+                        f"process {process} has not written its part of a checkpoint in {self.timeout:.0f} s "
+                        "(train.parallel.timeout); the older checkpoints are whole"
+                    )
+                time.sleep(_POLL)
+            described |= json.loads(file.read_text())
+            file.unlink()
+        return described
+
+
+def _write_json(path: Path, value: Any) -> None:
+    tmp = path.with_suffix(".part")
+    tmp.write_text(json.dumps(value))
+    tmp.rename(path)

@@ -1,0 +1,182 @@
+"""Runs whose model is sharded over processes (gloo on CPUs)."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stdit.recipes import export, train
+from stdit.training.config import ParallelConfig
+from stdit.training.parallel import make_mesh
+from stdit.training.shard_files import ShardedTensors
+from stdit.training.state import damage, list_checkpoints, read_checkpoint
+
+CONFIG = """
+name: t
+data: {source: shapes, num_frames: 5, height: 32, width: 32, num_shapes: 40, workers: 0}
+model: {size: S/2, depth: 2, hidden_size: 32, num_heads: 2, patch_size: [1, 2, 2]}
+train: {steps: 6, decay_steps: 20, batch_size: 4, optimizer: muon, lr: 1.0e-3, ema_decay: 0.9, checkpoint_every: 3,
+        log_every: 2, preview_every: 4, samples: 2, sample_steps: 2, precision: fp32}
+"""
+SHARDED = "train.parallel.shard=fsdp"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder in which runs of one process, and of two that share a model, were made."""
+    folder = tmp_path_factory.mktemp("sharded")
+    (folder / "t.yaml").write_text(CONFIG)
+    before = os.getcwd()
+    os.chdir(folder)
+    assert train.run(["t.yaml", "name=one"]) == 0
+    assert launch(2, "name=two", SHARDED).returncode == 0
+    yield folder
+    os.chdir(before)
+
+
+def command_of(processes: int, *overrides: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    return [sys.executable, *launcher, "-m", "stdit", "train", "t.yaml", *overrides]
+
+
+def launch(processes: int, *overrides: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command_of(processes, *overrides), capture_output=True, text=True, timeout=90, env=environment
+    )
+    if done.returncode:
+        print(done.stderr[-3000:])
+    return done
+
+
+def losses(name: str) -> list[float]:
+    lines = Path(f"output/{name}/training_metrics.csv").read_text().splitlines()
+    column = lines[0].split(",").index("loss")
+    return [float(line.split(",")[column]) for line in lines[1:]]
+
+
+def state(name: str, step: int) -> dict[str, torch.Tensor]:
+    groups = read_checkpoint(Path(f"checkpoints/{name}/step-{step}")).tensors
+    return {f"{group}/{key}": tensors[key] for group, tensors in groups.items() for key in tensors}
+
+
+def largest_difference(one: dict, two: dict) -> float:
+    assert one.keys() == two.keys()
+    pairs = [(value.double(), two[key].double().reshape(value.shape)) for key, value in one.items()]
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in pairs)
+
+
+def test_a_sharded_run_has_the_losses_and_the_weights_of_one_process(home):
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-6)
+    assert largest_difference(state("one", 6), state("two", 6)) < 1e-3
+
+
+def test_every_process_writes_its_rows_and_no_pickle_is_written(home):
+    folder = Path("checkpoints/two/step-6")
+    assert damage(folder) is None
+    names = {file.name for file in folder.iterdir()}
+    assert names == {"info.json", "MANIFEST.json"} | {
+        f"{group}-0000{i}-of-00002.safetensors"
+        for group in ("model", "ema", "optimizer_0", "optimizer_1")
+        for i in (1, 2)
+    }
+    sizes = [sum(file.stat().st_size for file in folder.glob(f"model-0000{i}-*")) for i in (1, 2)]
+    assert 0.8 < sizes[0] / sizes[1] < 1.25
+
+
+def test_a_sharded_run_exports_the_model_of_one_process(home):
+    one, two = (load_file(f"models/{name}/transformer/diffusion_pytorch_model.safetensors") for name in ("one", "two"))
+    assert largest_difference(one, two) < 1e-3
+    assert Path("output/two/samples/step-0000004.png").is_file()
+    shutil.move("models/two", "exported")
+    assert export.main(["two"]) == 0
+    again = load_file("models/two/transformer/diffusion_pytorch_model.safetensors")
+    assert all(
+        torch.equal(load_file("exported/transformer/diffusion_pytorch_model.safetensors")[k], again[k]) for k in again
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_goes_on_from_shards_at_any_number_of_processes(home, processes):
+    name = f"again{processes}"
+    folder = Path(f"checkpoints/{name}")
+    folder.mkdir(parents=True)
+    shutil.copytree("checkpoints/two/step-3", folder / "step-3")
+    if processes == 1:
+        assert train.run(["t.yaml", f"name={name}"]) == 0
+    else:
+        assert launch(processes, f"name={name}", SHARDED).returncode == 0
+    found = largest_difference(state("two", 6), state(name, 6))
+    assert found < 1e-3 if processes == 1 else found == 0
+
+
+def test_a_damaged_shard_is_found_and_the_checkpoint_before_it_is_used(home):
+    shutil.copytree("checkpoints/two", "checkpoints/damaged")
+    shard = Path("checkpoints/damaged/step-6/ema-00002-of-00002.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-8] + b"\0" * 8)
+    assert "ema-00002-of-00002.safetensors does not match its hash" in str(damage(shard.parent))
+    shard.unlink()
+    assert "ema-00002-of-00002.safetensors is missing" in str(damage(shard.parent))
+    done = launch(2, "name=damaged", SHARDED, "train.samples=0")
+    assert done.returncode == 0 and "resumed from checkpoints/damaged/step-3" in done.stdout
+    assert largest_difference(state("two", 6), state("damaged", 6)) == 0
+
+
+def test_a_signal_to_the_launcher_saves_the_shards_of_all(home):
+    process = subprocess.Popen(
+        command_of(2, "name=stopped", SHARDED, "train.steps=100000", "train.preview_every=100000", "train.decay_steps=null"),
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not list_checkpoints(Path("checkpoints/stopped")) and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    newest = list_checkpoints(Path("checkpoints/stopped"))[0]
+    assert damage(newest) is None and not list(newest.parent.glob(".tmp*"))
+    assert len(losses("stopped")) == int(newest.name.removeprefix("step-"))
+
+
+def test_some_rows_of_shards_are_read_without_the_others(tmp_path):
+    whole = torch.arange(30.0).reshape(10, 3)
+    for i, first in enumerate((0, 4, 8)):
+        metadata = {"rows": f'{{"w": {first}}}'}
+        save_file(
+            {"w": whole[first : first + 4].contiguous()}, tmp_path / f"model-0000{i + 1}-of-00003.safetensors", metadata
+        )
+    found = ShardedTensors(sorted(tmp_path.iterdir()))
+    assert torch.equal(found["w"], whole) and len(found) == 1
+    for first in range(11):
+        for end in range(first, 11):
+            assert torch.equal(found.rows("w", first, end), whole[first:end])
+
+
+def test_one_process_is_told_that_there_is_nothing_to_share(home):
+    with pytest.warns(UserWarning, match="no effect with one process; start several"):
+        assert make_mesh(ParallelConfig(shard="fsdp"), "cpu", 1) is None
+
+
+def test_replicas_that_do_not_divide_the_processes_are_refused():
+    with pytest.raises(ValueError, match="replicas=4 does not divide 6 processes; use one of 1, 2, 3, 6"):
+        make_mesh(ParallelConfig(shard="fsdp", replicas=4), "cpu", 6)
+    with pytest.raises(ValueError, match="no effect without train.parallel.shard=fsdp"):
+        ParallelConfig(replicas=2)
+
+
+@pytest.mark.parametrize("setting", ["train.holdout=0.1", "train.guide_step=3", "train.average_lengths=[0.1]"])
+def test_what_a_sharded_model_cannot_do_is_refused_before_step_1(home, setting, capsys):
+    assert train.run(["t.yaml", "name=refused", SHARDED, setting]) == 1
+    assert "is not there for a sharded model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_four_processes_in_two_replicas_have_the_losses_of_one(home):
+    assert launch(4, "name=four", SHARDED, "train.parallel.replicas=2", "train.samples=0").returncode == 0
+    assert losses("four") == pytest.approx(losses("one"), rel=1e-6)
+    assert largest_difference(state("one", 6), state("four", 6)) < 1e-3
