@@ -19,7 +19,7 @@ from torch import nn
 
 from stdit.config import Config, load_typed, to_plain
 from stdit.data.datasets import Dataset, build_dataset
-from stdit.data.identity import fingerprint
+from stdit.data.identity import fingerprint, hash_of
 from stdit.data.loader import batches
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import BatchSampler
@@ -41,10 +41,11 @@ from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers
-from stdit.training.parallel import make_mesh, parallelize
+from stdit.training.parallel import check_agreement, make_mesh, parallelize
 from stdit.training.results import build_pipeline, preview, replace_model, whole_model, write_results
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
+from stdit.training.state import manifest_hash
 from stdit.vae import load_vae
 
 
@@ -82,7 +83,11 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     checkpoint = find_checkpoint(
         config.train, folders, resolved, to_plain(Config()), main=main, same_vae=vae.has_fingerprint
     )
-    accelerator.wait_for_everyone()
+    start = {
+        "checkpoint": None if checkpoint is None else manifest_hash(checkpoint.path)[:12],
+        "config": hash_of(resolved),
+    }
+    check_agreement(accelerator, start)
     trainer = Trainer(
         accelerator, folders, model,
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),

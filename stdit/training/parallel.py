@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -126,3 +128,20 @@ def gathered(named: Iterable[tuple[str, Tensor]], keep: bool) -> Mapping[str, Te
         if keep:
             found[name] = full.cpu()
     return found
+
+
+def check_agreement(accelerator: Accelerator, found: Mapping[str, Any]) -> None:
+    """Raise ValueError, in every process, if the processes of a run have found different values.
+
+    A node that has another config, or that does not see the folder of checkpoints, would otherwise wait for ever.
+    """
+    if accelerator.num_processes == 1:
+        return
+    first, *others = gather_object([dict(found)])
+    for process, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise ValueError(
+                    f"process {process} has {name} {other[name]}, but process 0 has {value}; start all nodes with one command, in "
+                    "a folder that they share (checkpoints, data, output)."
+                )

@@ -1,8 +1,10 @@
 """Runs whose model is sharded over processes (gloo on CPUs)."""
 
 import os
+import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +145,25 @@ def test_a_signal_to_the_launcher_saves_the_shards_of_all(home):
     assert len(losses("stopped")) == int(newest.name.removeprefix("step-"))
 
 
+def test_a_node_without_the_folder_of_checkpoints_says_so_before_step_1(home, tmp_path):
+    shutil.copy("t.yaml", tmp_path)
+    shutil.copytree("checkpoints/two", "checkpoints/apart")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1",
+             "--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "stdit", "train", "t.yaml", "name=apart"],
+            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank, folder in enumerate((home, tmp_path))
+    ]  # fmt: skip
+    said = "".join(node.communicate(timeout=60)[1] for node in nodes)
+    assert all(node.returncode for node in nodes)
+    assert "process 1 has checkpoint None, but process 0 has" in said and "a folder that they share" in said
+
+
 def test_some_rows_of_shards_are_read_without_the_others(tmp_path):
     whole = torch.arange(30.0).reshape(10, 3)
     for i, first in enumerate((0, 4, 8)):
@@ -180,3 +201,28 @@ def test_four_processes_in_two_replicas_have_the_losses_of_one(home):
     assert launch(4, "name=four", SHARDED, "train.parallel.replicas=2", "train.samples=0").returncode == 0
     assert losses("four") == pytest.approx(losses("one"), rel=1e-6)
     assert largest_difference(state("one", 6), state("four", 6)) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_sharded_run_that_is_killed_again_and_again_ends_with_the_weights_of_an_undisturbed_one(home):
+    settings = (SHARDED, "train.steps=200", "train.checkpoint_every=2", "train.decay_steps=null", "train.samples=0",
+                "train.preview_every=1000")  # fmt: skip
+    assert launch(2, "name=whole", *settings).returncode == 0
+    rng, kills = random.Random(0), 0
+    while not Path("checkpoints/killed/step-200").is_dir():
+        process = subprocess.Popen(
+            command_of(2, "name=killed", *settings), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        try:
+            assert process.wait(timeout=5.5 + 2.5 * rng.random()) == 0
+        except subprocess.TimeoutExpired:
+            kills += 1
+            os.killpg(process.pid, signal.SIGKILL)
+            subprocess.run(["pkill", "-9", "-f", "name=killed"], check=False)
+            process.wait()
+            newest = list_checkpoints(Path("checkpoints/killed"))[:1]  # of an older one, the removal may be unfinished
+            assert all(damage(path) is None for path in newest)
+    print(f"{kills} kills")
+    assert kills >= 5
+    assert largest_difference(state("whole", 200), state("killed", 200)) == 0
