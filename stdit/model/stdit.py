@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from stdit.nn.blocks import FinalLayer
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.context import cached_positions
+from stdit.nn.context_parallel import ContextParallel, ContextParallelLayout
 from stdit.nn.embedders import LearnedPosEmbed, PatchEmbed, TimestepEmbedder
 from stdit.nn.layout import DenseLayout, Layout, TeacherForcingLayout
 from stdit.nn.modulation import Condition
@@ -111,6 +113,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         self.in_channels, self.num_classes = in_channels, num_classes
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
+        self.context_parallel: ContextParallel | None = None
         self.conditioning = CONDITIONINGS[conditioning]
         self.conditioners = conditioners_of(self.config)
         self.trunk_config = TrunkConfig.from_model_config(self.config)
@@ -230,19 +233,31 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
             given = repeat_frames(given, 2)
         self._check_call(hidden_states.shape[2], cache, history is not None, visible)
         grid = token_grid(hidden_states.shape[2:], self.patch_size)
-        frames, rows, columns = grid
         scale = self._position_scale(grid)
+        parallel = self.context_parallel
+        if parallel is not None:
+            own = partial(parallel.own_frames, copies=1 if history is None else 2)
+            hidden_states, timestep = own(hidden_states, dim=2), own(timestep)
+            target_timestep = None if target_timestep is None else own(target_timestep)
+            given = map_tensors(given, own)
+            grid = token_grid(hidden_states.shape[2:], self.patch_size)
+        frames, rows, columns = grid
         condition = self.condition(timestep, given, hidden_states.shape[0], target_timestep)
         tokens = self.x_embedder(hidden_states)
         tokens = tokens + self._spatial_pos_embed(rows, columns, scale[1:]).to(tokens)
         tokens, num_prefix, prefix_mask = self._with_prefix(tokens, condition)
+        first = 0 if cache is None else cache.frames
+        if parallel is not None:
+            first = parallel.first_frame(frames if history is None else frames // 2)
         layout = (DenseLayout if history is None else TeacherForcingLayout)(
             grid,
-            frame_offset=cache.frames if cache is not None else 0,
+            frame_offset=first,
             scale=scale,
             num_prefix_tokens=num_prefix,
             prefix_mask=prefix_mask,
         )
+        if parallel is not None:
+            layout = ContextParallelLayout(layout, parallel)
         ctx = self._trunk_context(condition, layout, cache=cache, visible=visible)
         tokens = self.trunk(tokens, ctx)[:, :, num_prefix:]
         if cache is not None and cache.writing:
@@ -250,11 +265,38 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         if history is not None:
             tokens = tokens[:, frames // 2 :]
             condition = condition._replace(embedding=condition.embedding[:, frames // 2 :])
-        return self._output(unpatchify(self.final_layer(tokens, condition), self.patch_size, rows))
+        output = self._output(unpatchify(self.final_layer(tokens, condition), self.patch_size, rows))
+        return output if parallel is None else parallel.gather(output, dim=2)
+
+    def enable_context_parallel(self, group: Any = None) -> None:
+        """Share the frames of every clip among the processes of a group (None: all), which all call the model alike.
+
+        Outputs and the mean of the processes' gradients are those of one process. ValueError for a model that attends to
+        other tokens than those of the frames, or whose patches have several frames.
+        """
+        c = self.config
+        own_blocks = c.trunk not in ("stack", "long_skip") or self.conditioning.in_context or c.relative_position_bias
+        if own_blocks or self.patch_size[0] > 1:
+            raise ValueError(
+                f"context parallelism needs trunk=stack or long_skip, patches of one frame, no tokens of the condition among the "
+                f"patches and no relative_position_bias; this model has trunk={c.trunk!r}, patch_size={list(self.patch_size)}, "
+                f"conditioning={c.conditioning!r}."
+            )
+        self.context_parallel = ContextParallel(group)
+
+    def disable_context_parallel(self) -> None:
+        """Undo `enable_context_parallel`."""
+        self.context_parallel = None
 
     def _check_call(self, frames: int, cache: FrameCache | None, has_history: bool, visible: Tensor | None) -> None:
         """Raise ValueError for another model's cache, a clip too long for a sink, or unsupported hidden patches."""
         c = self.config
+        if self.context_parallel is not None:
+            self.context_parallel.check(frames // (1 + has_history))
+            if cache is not None:
+                raise ValueError(
+                    "a stream makes frame after frame, which no other process can share; call disable_context_parallel()."
+                )
         if cache is not None and (cache.window, cache.sink) != (c.window, c.sink):
             raise ValueError(
                 f"the cache has window={cache.window} and sink={cache.sink}, but this model was trained with "

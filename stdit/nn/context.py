@@ -102,7 +102,9 @@ def _axis_tables(
         query_rope, key_rope = (
             rope_freqs(at[:, :rope_axes], config.head_dim // 2, layout.scale).to(device) for at in (positions, rebased)
         )
-    mask = _attention_mask(config, axis, positions, key_positions, noisy=layout.is_noisy_copy(axis))
+    among, noisy = layout.attended(axis)
+    among_keys = key_positions if cache is not None else among
+    mask = _attention_mask(config, axis, among, among_keys, noisy=noisy)
     mask = None if mask is None else mask.to(device)
     padding = layout.padding_mask(axis)
     if padding is not None:

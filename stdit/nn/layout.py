@@ -40,6 +40,9 @@ class Layout(Protocol):
     def is_noisy_copy(self, axis: str) -> np.ndarray:
         """(L,) bool, true for tokens of a noisy copy of the clip (teacher forcing)."""
 
+    def attended(self, axis: str) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (L, 3) of the tokens among which the kernel of `attend` runs, and which of them are noisy copies."""
+
     def padding_mask(self, axis: str) -> Tensor | None:
         """(N, 1, 1, L) bool, false for keys that are padding; None if there is no padding."""
 
@@ -119,6 +122,10 @@ class DenseLayout:
         """All false (L,): no frame is a noisy copy."""
         return np.zeros(len(self.positions(axis)), dtype=bool)
 
+    def attended(self, axis: str) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of every token, and which are noisy copies."""
+        return self.positions(axis), self.is_noisy_copy(axis)
+
     def padding_mask(self, axis: str) -> Tensor | None:
         """Mask (N, 1, 1, L) of padding among the prefix tokens, or None."""
         if self.prefix_mask is None or axis == "temporal":  # along time, prefix tokens attend only to themselves
@@ -146,7 +153,7 @@ class TeacherForcingLayout(DenseLayout):
         """Positions (L, 3), in which noisy frames have those of their clean counterparts."""
         positions = super().positions(axis)
         if axis != "spatial":
-            positions[:, 0] %= self.grid[0] // 2
+            positions[:, 0] = self.frame_offset + (positions[:, 0] - self.frame_offset) % (self.grid[0] // 2)
         return positions
 
     def is_noisy_copy(self, axis: str) -> np.ndarray:

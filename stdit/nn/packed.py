@@ -74,6 +74,10 @@ class PackedLayout:
         """All false (L,): no frame is a noisy copy."""
         return np.zeros(len(self.positions(axis)), dtype=bool)
 
+    def attended(self, axis: str) -> tuple[np.ndarray, np.ndarray]:
+        """The positions of every token, and which are noisy copies."""
+        return self.positions(axis), self.is_noisy_copy(axis)
+
     def padding_mask(self, axis: str) -> Tensor | None:
         """None, because there is no padding."""
         return None
