@@ -41,7 +41,7 @@ from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers
-from stdit.training.parallel import check_agreement, make_mesh, parallelize
+from stdit.training.parallel import check_agreement, make_mesh, parallelize, share_frames
 from stdit.training.results import build_pipeline, preview, replace_model, whole_model, write_results
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
@@ -61,7 +61,8 @@ class Run(NamedTuple):
 def build_run(config: Config, accelerator: Accelerator) -> Run:
     """Build all parts, lock the folders, and restore the checkpoint that `train.resume` selects."""
     processes, main = accelerator.num_processes, accelerator.is_main_process
-    check_batch(config, processes)
+    context = config.train.parallel.context
+    check_batch(config, max(1, processes // context))
     dataset = build_dataset(config.data)
     vae = load_vae(config.vae.name).to(accelerator.device)
     check_cache(dataset, vae)
@@ -72,13 +73,14 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     channels = None if captions is None else captions.channels
     model = build_model(config, vae, dataset, objective, caption_channels=channels).to(accelerator.device)
     mesh = make_mesh(config.train.parallel, accelerator.device.type, processes)
+    share_frames(model, config.train.parallel, processes)
     parallelize(model, config.train.parallel, mesh, bf16=accelerator.mixed_precision == "bf16")
     folders = RunFolders(config.name)
     if main:
         folders.lock()
     accelerator.wait_for_everyone()
     kept, held_out = split_holdout(config, dataset)
-    order = build_order(config, kept, vae, patch=model.patch_size, processes=processes)
+    order = build_order(config, kept, vae, patch=model.patch_size, processes=processes // context)
     resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
     checkpoint = find_checkpoint(
         config.train, folders, resolved, to_plain(Config()), main=main, same_vae=vae.has_fingerprint
@@ -132,7 +134,7 @@ def fit(run: Run) -> int:
     workers = num_workers(config.data.workers, getattr(run.dataset, "decodes", True), accelerator.num_processes)
     loader = batches(
         run.dataset, config.seed, config.train.batch_size, trainer.step, micro_batch=config.train.micro_batch,
-        process=accelerator.process_index, processes=accelerator.num_processes, order=run.order,
+        process=accelerator.process_index // config.train.parallel.context, processes=trainer.data_processes, order=run.order,
         workers=workers, timeout=config.data.timeout, set_aside=trainer.set_aside,
     )  # fmt: skip
     try:
@@ -205,6 +207,8 @@ def _train(config: Config) -> int:
     run = build_run(config, accelerator)
     code = fit(run)
     write_summary_and_results(run, code, time.time() - began)
+    if accelerator.num_processes > 1:  # an orderly end: a process that ends first would otherwise end others with it
+        accelerator.end_training()
     return code
 
 

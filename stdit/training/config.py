@@ -55,11 +55,12 @@ class ParallelConfig:
 
     shard: Literal["none", "fsdp"] = "none"  # fsdp: weights, gradients, averages and optimizer in shards (FSDP2)
     replicas: int = 1  # fsdp: groups of processes that each hold the whole model between them (HSDP)
+    context: int = 1  # processes that share the frames of every clip, for long ones; the rest is data parallel
     reshard: bool = True  # fsdp: give gathered weights back after the forward pass; false takes memory and saves time
     timeout: float = 1800.0  # seconds after which a process that does not answer ends the run
 
     def __post_init__(self) -> None:
-        check_ranges("train.parallel", self, {"replicas": "[1, inf)", "timeout": "(0, inf)"})
+        check_ranges("train.parallel", self, {"replicas": "[1, inf)", "context": "[1, inf)", "timeout": "(0, inf)"})
         if self.replicas > 1 and self.shard == "none":
             raise ValueError(
                 f"train.parallel.replicas={self.replicas} has no effect without train.parallel.shard=fsdp; set both."

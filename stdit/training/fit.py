@@ -107,6 +107,11 @@ class Trainer(TrainingLoop):
         return LEVELS._replace(held_out=self.held_out is not None)
 
     @property
+    def data_processes(self) -> int:
+        """The number of groups of processes that share clips (`train.parallel.context`)."""
+        return self.accelerator.num_processes // self.config.parallel.context
+
+    @property
     def timeout(self) -> float:
         """That of `train.parallel`."""
         return self.config.parallel.timeout
@@ -114,7 +119,7 @@ class Trainer(TrainingLoop):
     @property
     def micro_batches(self) -> int:
         """One with a budget of tokens, else the number that `micro_batch` implies."""
-        per_process = self.config.batch_size // self.accelerator.num_processes
+        per_process = self.config.batch_size // self.data_processes
         return 1 if self.config.tokens else per_process // (self.config.micro_batch or per_process)
 
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:

@@ -133,6 +133,11 @@ class TrainingLoop(ABC):
         """The parts of the loss that are logged in separate columns."""
 
     @property
+    def data_processes(self) -> int:
+        """The number of processes, or of groups of them, that train on different clips."""
+        return self.accelerator.num_processes
+
+    @property
     def timeout(self) -> float:
         """The seconds after which a process that does not answer is given up."""
         return 1800.0
@@ -274,7 +279,7 @@ class TrainingLoop(ABC):
         total, sums = torch.zeros((), device=device), torch.zeros(2, len(self.breakdown.columns), device=device)
         for part in range(self.micro_batches):
             batch = self._next(batches)
-            share = self.accelerator.num_processes / batch.total  # each process adds its part of the mean over clips
+            share = self.data_processes / batch.total  # each process adds its part of the mean over clips
             last = part == self.micro_batches - 1
             with self._accumulating(model, last):
                 losses = self.losses(model, batch)
@@ -404,16 +409,21 @@ class TrainingLoop(ABC):
 
 
 class swap_ema:
-    """A context manager in which the model has the averaged weights and is in evaluation mode."""
+    """A context manager in which the model has the averaged weights, is in evaluation mode and shares no frames."""
 
     def __init__(self, model: nn.Module, ema: EMAModel):
         self.model, self.ema = model, ema
 
     def __enter__(self) -> None:
+        self._context_parallel = getattr(self.model, "context_parallel", None)
+        if self._context_parallel is not None:
+            self.model.context_parallel = None  # type: ignore[assignment]
         self.ema.store(local_parameters(self.model))
         self.ema.copy_to(local_parameters(self.model))
         self.model.eval()
 
     def __exit__(self, *_: object) -> None:
         self.ema.restore(local_parameters(self.model))
+        if self._context_parallel is not None:
+            self.model.context_parallel = self._context_parallel
         self.model.train()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -55,6 +56,18 @@ def parallelize(model: Any, config: ParallelConfig, mesh: DeviceMesh | None, *, 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
     for part in [*model.blocks, model]:
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
+
+
+def share_frames(model: Any, config: ParallelConfig, processes: int) -> None:
+    """Let groups of `config.context` neighbouring processes share the frames of every clip."""
+    if config.context == 1:
+        return
+    if processes % config.context:
+        raise ValueError(
+            f"train.parallel.context={config.context} does not divide {processes} process(es); start a multiple of "
+            f"{config.context} (torchrun --nproc-per-node {config.context} -m stdit train ...), or use another context."
+        )
+    model.enable_context_parallel(dist.new_subgroups(config.context)[0])
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from stdit.recipes import export, train
 from stdit.training.config import ParallelConfig
-from stdit.training.parallel import make_mesh
+from stdit.training.parallel import make_mesh, share_frames
 from stdit.training.shard_files import ShardedTensors
 from stdit.training.state import damage, list_checkpoints, read_checkpoint
 
@@ -78,6 +78,17 @@ def largest_difference(one: dict, two: dict) -> float:
 def test_a_sharded_run_has_the_losses_and_the_weights_of_one_process(home):
     assert losses("two") == pytest.approx(losses("one"), rel=1e-6)
     assert largest_difference(state("one", 6), state("two", 6)) < 1e-3
+
+
+@pytest.mark.parametrize("how", [["train.parallel.context=2"], ["train.parallel.context=2", SHARDED]])
+def test_processes_that_share_the_frames_of_clips_have_the_losses_of_one(home, how):
+    name = f"context{len(how)}"
+    settings = ("data.num_frames=13", "train.steps=4", "train.samples=0", "model.num_heads=2")
+    if not Path("output/thirteen").is_dir():
+        assert train.run(["t.yaml", "name=thirteen", *settings]) == 0
+    assert launch(2, f"name={name}", *settings, *how).returncode == 0
+    assert losses(name) == pytest.approx(losses("thirteen"), rel=1e-6)
+    assert largest_difference(state("thirteen", 4), state(name, 4)) < 1e-3
 
 
 def test_every_process_writes_its_rows_and_no_pickle_is_written(home):
@@ -186,6 +197,8 @@ def test_one_process_is_told_that_there_is_nothing_to_share(home):
 def test_replicas_that_do_not_divide_the_processes_are_refused():
     with pytest.raises(ValueError, match="replicas=4 does not divide 6 processes; use one of 1, 2, 3, 6"):
         make_mesh(ParallelConfig(shard="fsdp", replicas=4), "cpu", 6)
+    with pytest.raises(ValueError, match="context=2 does not divide 3 process"):
+        share_frames(None, ParallelConfig(context=2), 3)
     with pytest.raises(ValueError, match="no effect without train.parallel.shard=fsdp"):
         ParallelConfig(replicas=2)
 
