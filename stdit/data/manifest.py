@@ -59,7 +59,8 @@ def read_manifest(path: Path, root: Path | None = None) -> Table:
     if not records:
         raise ValueError(f"{path} has no rows; write one line per clip.")
     allowed = (Path(root) if root else path.parent).resolve()
-    files = [_file_of(record, path, allowed) for record in records]
+    place = _Place(path, allowed)
+    files = [place.file_of(record) for record in records]
     if any("caption" in record.values for record in records):
         captions = [_caption_of(record, path) for record in records]
     else:
@@ -72,26 +73,42 @@ def read_manifest(path: Path, root: Path | None = None) -> Table:
     return Table(rows, classes.num_classes, classes.names)
 
 
-def _file_of(record: Record, manifest: Path, allowed: Path) -> Path:
-    """The file of a row, resolved; a path with the backslashes of Windows is read as one with slashes."""
-    place, given = f"{manifest}, line {record.line}", record.values.get("path")
-    if not isinstance(given, str):
-        raise ValueError(f"{place}: {missing_path(record.values)}; every row needs one.")
-    if not given.strip():
-        raise ValueError(f"{place}: the path is empty; every row needs one.")
-    try:
-        if "\\" in given and not (manifest.parent / given).exists():
-            given = given.replace("\\", "/")
-        file = (manifest.parent / given).resolve()
-        os.fsencode(file)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{place}: {given!r} is not a path ({error}); correct it.") from error
-    if not file.is_relative_to(allowed):
-        raise ValueError(
-            f"{place}: {given!r} leads outside data.root={str(allowed)!r} (paths are relative to the manifest); "
-            "move the file, or set data.root to a folder that holds it."
-        )
-    return file
+class _Place:
+    """Where the files of a manifest lie. Folders are resolved once each, since resolving every path takes minutes for a million."""
+
+    def __init__(self, manifest: Path, allowed: Path):
+        self.manifest, self.allowed = manifest, allowed
+        self._resolved: dict[str, str] = {}  # folders -> what they are without links
+
+    def file_of(self, record: Record) -> Path:
+        """The file of a row, resolved; a path with the backslashes of Windows is read as one with slashes."""
+        place, given = f"{self.manifest}, line {record.line}", record.values.get("path")
+        if not isinstance(given, str):
+            raise ValueError(f"{place}: {missing_path(record.values)}; every row needs one.")
+        if not given.strip():
+            raise ValueError(f"{place}: the path is empty; every row needs one.")
+        try:
+            if "\\" in given and not (self.manifest.parent / given).exists():
+                given = given.replace("\\", "/")
+            file = self._resolve(given)
+            os.fsencode(file)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{place}: {given!r} is not a path ({error}); correct it.") from error
+        if not file.is_relative_to(self.allowed):
+            raise ValueError(
+                f"{place}: {given!r} leads outside data.root={str(self.allowed)!r} (paths are relative to the manifest); "
+                "move the file, or set data.root to a folder that holds it."
+            )
+        return file
+
+    def _resolve(self, given: str) -> Path:
+        folder, name = os.path.split(os.path.join(self.manifest.parent, given))
+        if name in ("", ".", ".."):
+            return Path(folder, name).resolve()
+        if folder not in self._resolved:
+            self._resolved[folder] = str(Path(folder).resolve())
+        file = Path(self._resolved[folder], name)
+        return file.resolve() if file.is_symlink() else file
 
 
 def _caption_of(record: Record, manifest: Path) -> str:

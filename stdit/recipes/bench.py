@@ -32,6 +32,7 @@ from stdit.model.stdit import STDiT
 from stdit.nn.attention import explicit_attention
 from stdit.pixels import to_float
 from stdit.precision import autocast, native_bf16, resolve
+from stdit.recipes.bench_scale import bench_scale
 from stdit.recipes.entry import command, command_parser
 from stdit.rng import keyed_rng
 from stdit.training.optim import build_optimizers
@@ -337,6 +338,7 @@ BENCHES = {
     "vae": bench_vae,
     "quickstart": bench_quickstart,
     "packing": bench_packing,
+    "scale": lambda args: bench_scale(args.rows),
 }
 
 
@@ -351,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--axes", help="packing: the axis of all blocks, such as joint; default: spatial and temporal in turn"
     )
+    parser.add_argument("--rows", type=int, default=1_000_000, help="scale: the largest number of rows")
     args = parser.parse_args(argv)
     av.logging.set_level(None)
     BENCHES[args.what](args)

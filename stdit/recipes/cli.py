@@ -30,7 +30,7 @@ COMMANDS = {
     "model-table": "parameters and Gflops of every model size",
     "plot-runs": "loss and samples of several runs in one picture",
     "train-vae": "train the tiny VAE",
-    "bench": "measure speed: loader, training step, attention, VAE, packing",
+    "bench": "measure speed: loader, training step, attention, VAE, packing, and growth to a million rows",
     "bench-memory": "compare the planned peak of memory with real runs",
     "gpu-check": "check every CUDA path on this machine",
 }
