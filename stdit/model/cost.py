@@ -1,5 +1,6 @@
 """Estimates the cost of a model before it is built: operations by kind, and the memory of training."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,13 @@ def clip_flops(model: STDiT, latent: Shape) -> float:
     with FlopCounterMode(display=False) as counter:
         model(*_inputs(model, latent, 1), **_example_conditions(model))
     return counter.get_total_flops() / 2
+
+
+def flops_of_config(config: Mapping[str, Any], latent: Shape) -> float:
+    """Multiply-adds of one forward pass of a clip of `latent` (T, h, w) by the model of a config, on the meta device."""
+    with torch.device("meta"):
+        model = STDiT.from_config(dict(config))
+        return clip_flops(model, latent)
 
 
 def _example_conditions(model: STDiT, batch: int = 1) -> dict[str, Conditions]:

@@ -17,15 +17,11 @@ from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
 from stdit.recipes.entry import command, command_parser
 from stdit.text import load_text_encoder
+from stdit.training.throughput import GPUS
 from stdit.vae import VAEGeometry, load_vae
 from stdit.variants import pick
 
 GIB = 2**30
-# Dense bfloat16 Tflops (a multiply-add counts as two) and memory in GiB, from the manufacturers' data sheets.
-GPUS = {
-    "B200": (2250.0, 180), "H200": (989.0, 141), "H100": (989.0, 80), "A100": (312.0, 80), "A100-40": (312.0, 40),
-    "L40S": (362.0, 48), "L4": (121.0, 24), "4090": (165.0, 24), "3090": (71.0, 24), "MI300X": (1307.0, 192),
-}  # fmt: skip
 # Stride and latent channels of the VAEs that configs name by hub id, so that planning needs no download.
 HUB_VAES = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/vae": ((4, 8, 8), 16),

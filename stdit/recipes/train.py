@@ -41,7 +41,7 @@ from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers
-from stdit.training.parallel import check_agreement, make_mesh, parallelize, share_frames
+from stdit.training.parallel import check_agreement, compile_blocks, make_mesh, parallelize, share_frames
 from stdit.training.results import build_pipeline, preview, replace_model, whole_model, write_results
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
@@ -73,6 +73,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     channels = None if captions is None else captions.channels
     model = build_model(config, vae, dataset, objective, caption_channels=channels).to(accelerator.device)
     mesh = make_mesh(config.train.parallel, accelerator.device.type, processes)
+    if config.train.compile:
+        compile_blocks(model)
     share_frames(model, config.train.parallel, processes)
     parallelize(model, config.train.parallel, mesh, bf16=accelerator.mixed_precision == "bf16")
     folders = RunFolders(config.name)

@@ -1,5 +1,6 @@
 """The training of a diffusion model, in the loop of stdit/training/loop.py."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from stdit.conditions.values import map_tensors
 from stdit.data.loader import Batch
 from stdit.diffusion.objective import Objective
 from stdit.legacy import aliases
+from stdit.model.cost import Shape, flops_of_config
 from stdit.text import CaptionCache
 from stdit.training.config import TrainConfig
 from stdit.training.held_out import HeldOutDraws
@@ -20,6 +22,7 @@ from stdit.training.loop import StepLosses, Stopped, TrainingLoop, swap_ema
 from stdit.training.metrics import LEVELS, Breakdown, level_sums
 from stdit.training.state import Checkpoint
 from stdit.training.step import FlowMapTraining, diffusion_losses, to_latents
+from stdit.training.throughput import Work
 from stdit.vae import VideoVAE
 
 __all__ = ["BadFiles", "Stopped", "Trainer", "TrainingLoop", "diffusion_losses", "swap_ema", "to_latents"]
@@ -76,6 +79,7 @@ class Trainer(TrainingLoop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._flops: dict[Shape, float] = {}
         self.conditioners = conditioners_of(self.model.config)
         if self.captions is not None:
             self.conditioners["caption"].tokenize = self.captions  # type: ignore[attr-defined]
@@ -105,6 +109,33 @@ class Trainer(TrainingLoop):
     def breakdown(self) -> Breakdown:
         """The loss by noise level."""
         return LEVELS._replace(held_out=self.held_out is not None)
+
+    def work_of(self, batch: Batch) -> Work:
+        """Clips, tokens and operations of a micro-batch; a training step takes three times a forward pass."""
+        shapes = self._latent_shapes(batch)
+        copies = 2 if self.objective.config.mask_strategy == "teacher_forcing" else 1
+        tokens = sum(math.prod(n // p for n, p in zip(one, self.model.patch_size, strict=True)) for one in shapes)
+        flops = sum(self._clip_flops((copies * one[0], *one[1:])) for one in shapes)
+        groups = self.data_processes
+        return Work(len(shapes) * groups, copies * tokens * groups, flops=6 * flops * groups)
+
+    def _clip_flops(self, latent: Shape) -> float:
+        """Multiply-adds of a forward pass of a clip of latents, counted once for every shape."""
+        if latent not in self._flops:
+            try:
+                self._flops[latent] = flops_of_config(self.model.config, latent)
+            except (ValueError, TypeError, RuntimeError):  # a model that cannot be counted is trained all the same
+                self._flops[latent] = 0.0
+        return self._flops[latent]
+
+    def _latent_shapes(self, batch: Batch) -> list[Shape]:
+        """The latent (T, h, w) of every clip of a batch."""
+        if batch.latents is not None:
+            return [(int(x.shape[-3]), int(x.shape[-2]), int(x.shape[-1])) for x in batch.latents]
+        assert batch.pixels is not None
+        patch = self.model.patch_size
+        sizes = [(int(x.shape[0]), int(x.shape[1]), int(x.shape[2])) for x in batch.pixels]
+        return [self.vae.latent_shape(*size, patch=patch) for size in sizes]
 
     @property
     def data_processes(self) -> int:

@@ -33,6 +33,7 @@ from stdit.training.run import RunFolders
 from stdit.training.shard_files import part_of
 from stdit.training.shards import ShardWriter
 from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
+from stdit.training.throughput import Throughput, Work, summary
 
 
 class Stopped(Exception):
@@ -121,6 +122,7 @@ class TrainingLoop(ABC):
         if is_sharded(self.model):
             place = (self.folders.checkpoints, self.accelerator.process_index, self.accelerator.num_processes)
             self.writer = ShardWriter(*place, self.config.keep_checkpoints, timeout=self.timeout)
+        self.throughput = Throughput(self.accelerator.device, self.accelerator.num_processes)
         self._signal: int | None = None
         self._waiting = False  # whether the loop waits for data
         # The manifest hash of the checkpoint that the run began with, see training/resume.py.
@@ -150,6 +152,10 @@ class TrainingLoop(ABC):
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any) -> StepLosses:
         """Compute the losses of one micro-batch; `model` is `self.model` as prepared by Accelerate (DDP)."""
+
+    def work_of(self, batch: Any) -> Work:
+        """What the micro-batches of all processes that are like this one take, for the rates that are logged."""
+        return Work(len(batch.keys) * self.data_processes)
 
     def further_tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """Further groups of tensors for the checkpoint."""
@@ -228,36 +234,33 @@ class TrainingLoop(ABC):
         wrapped, optimizers = self._prepared()
         logger = MetricsLogger(self.folders.output, self.step, self.breakdown) if main else None
         metrics: list[StepMetrics] = []
-        clips = 0
         progress = tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, dynamic_ncols=True)
-        began, mark = time.perf_counter() - self.seconds, time.perf_counter()
+        began = time.perf_counter() - self.seconds
+        self.throughput.restart()
         estimate = Estimate(self.step, config.steps)
         with self._signals_caught(), closing(progress), closing(logger) if logger else nullcontext():
             while self.step < config.steps:
                 try:
-                    measured, count = self._one_step(wrapped, optimizers, batches)
+                    measured = self._one_step(wrapped, optimizers, batches)
                 except _Interrupted:  # this step was not applied
                     stopping = saving = True
                 else:
-                    clips += count
                     self.step += 1
                     self.after_step()
-                    asked = time.perf_counter()
-                    metrics.append(measured._replace(held_out=self.held_out_loss()))
-                    mark += time.perf_counter() - asked  # the rate is that of training
+                    with self.throughput.paused():  # the rate is that of training
+                        metrics.append(measured._replace(held_out=self.held_out_loss()))
                     self.seconds = time.perf_counter() - began
                     stopping = self._stopping()
                     saving = self.step % config.checkpoint_every == 0 or self.step == config.steps or stopping
                     if main and (message := estimate.after(self.step)):
                         tqdm.write(message, file=sys.stderr)
                 if metrics and (self.step % config.log_every == 0 or saving):
-                    rate = clips / (time.perf_counter() - mark)
-                    mark, clips = time.perf_counter(), 0
-                    rows = self._gather(metrics, rate)
+                    rates = self.throughput.rates()
+                    rows = self._gather(metrics, rates)
                     metrics = []
                     if logger is not None:
                         logger.write(rows)
-                        progress.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {rate:.1f} clips/s")
+                        progress.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {summary(rates)}")
                 progress.update(self.step - progress.n)
                 if saving:
                     self.save()
@@ -270,15 +273,16 @@ class TrainingLoop(ABC):
                     raise Stopped(128 + self._signal if self._signal else 143, self.step)
                 if self.step % config.preview_every == 0 and self.step < config.steps:
                     self._preview()
-                    mark, clips = time.perf_counter(), 0
                     self.accelerator.wait_for_everyone()
+                    self.throughput.restart()
 
-    def _one_step(self, model: nn.Module, optimizers: list, batches: Iterator[Any]) -> tuple[StepMetrics, int]:
-        """Take one optimizer step -> its metrics and the number of its clips."""
+    def _one_step(self, model: nn.Module, optimizers: list, batches: Iterator[Any]) -> StepMetrics:
+        """Take one optimizer step -> its metrics."""
         config, device = self.config, self.accelerator.device
         total, sums = torch.zeros((), device=device), torch.zeros(2, len(self.breakdown.columns), device=device)
         for part in range(self.micro_batches):
             batch = self._next(batches)
+            self.throughput.add(self.work_of(batch))
             share = self.data_processes / batch.total  # each process adds its part of the mean over clips
             last = part == self.micro_batches - 1
             with self._accumulating(model, last):
@@ -300,8 +304,7 @@ class TrainingLoop(ABC):
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.model.zero_grad()
-        metrics = StepMetrics(self.step + 1, total, sums, lr=lr, grad_norm=torch.as_tensor(norm), skipped=self.skipped)
-        return metrics, batch.total
+        return StepMetrics(self.step + 1, total, sums, lr=lr, grad_norm=torch.as_tensor(norm), skipped=self.skipped)
 
     def _prepared(self) -> tuple[nn.Module, list]:
         """The model and the optimizers as Accelerate prepares them; FSDP2 has the place of DDP for a sharded model."""
@@ -333,7 +336,8 @@ class TrainingLoop(ABC):
         try:
             if self._waiting and self._signal is not None:
                 raise _Interrupted
-            return next(batches)
+            with self.throughput.waiting():
+                return next(batches)
         finally:
             self._waiting = False
 
@@ -375,7 +379,7 @@ class TrainingLoop(ABC):
                 "use train.precision=fp32, and run again: it resumes from the last checkpoint."
             )
 
-    def _gather(self, metrics: list[StepMetrics], rate: float) -> list[dict]:
+    def _gather(self, metrics: list[StepMetrics], rates: dict[str, float]) -> list[dict]:
         """Rows of the CSV file, losses averaged over processes."""
         totals = self.accelerator.reduce(torch.stack([m.loss for m in metrics]), "mean").tolist()
         sums = self.accelerator.reduce(torch.stack([m.sums for m in metrics]), "sum")
@@ -383,7 +387,7 @@ class TrainingLoop(ABC):
         return [
             {
                 "step": m.step, "loss": total, "lr": m.lr, "grad_norm": float(m.grad_norm), "skipped": m.skipped,
-                "clips_per_second": round(rate, 2), **dict(zip(self.breakdown.columns, values, strict=True)),
+                **rates, **dict(zip(self.breakdown.columns, values, strict=True)),
                 **({HELD_OUT: m.held_out} if self.breakdown.held_out else {}),
             }
             for m, total, values in zip(metrics, totals, means, strict=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stdit.files import atomic_write
 from stdit.legacy import aliases
+from stdit.training.throughput import COLUMNS as THROUGHPUT
 
 __getattr__ = aliases(__name__)
 
@@ -43,7 +44,7 @@ LEVELS = Breakdown(
 def columns(breakdown: Breakdown) -> list[str]:
     """The columns of training_metrics.csv."""
     further = [HELD_OUT] if breakdown.held_out else []
-    return ["step", "loss", *breakdown.columns, *further, "lr", "grad_norm", "clips_per_second", "skipped"]
+    return ["step", "loss", *breakdown.columns, *further, "lr", "grad_norm", *THROUGHPUT, "skipped"]
 
 
 def level_sums(losses: Tensor, levels: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ class MetricsLogger:
         with open(self.path, "a", newline="") as stream:
             csv.DictWriter(stream, columns(self.breakdown)).writerows(rows)
         if self._tensorboard is not None and rows:
-            for key in ("loss", "lr", "grad_norm", "clips_per_second"):
+            for key in ("loss", "lr", "grad_norm", *THROUGHPUT):
                 self._tensorboard.add_scalar(f"train/{key}", float(rows[-1][key]), rows[-1]["step"])
             for row in rows:
                 if row.get(HELD_OUT) is not None:
@@ -138,7 +139,8 @@ def plot_curves(metrics: Path, picture: Path, breakdown: Breakdown = LEVELS) -> 
         return
     values = {key: np.array([float(row.get(key) or "nan") for row in rows]) for key in columns(breakdown)}
     steps = values["step"]
-    figure, ((loss, rate), (norm, speed)) = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
+    (loss, rate, work), (norm, speed, waiting) = axes
     width = max(1, len(steps) // 60)
     loss.plot(steps, values["loss"], color="0.85", lw=0.5)
     loss.plot(*_smooth(steps, values["loss"], width), color="black", label="all")
@@ -155,13 +157,15 @@ def plot_curves(metrics: Path, picture: Path, breakdown: Breakdown = LEVELS) -> 
         (rate, "lr", "learning rate"),
         (norm, "grad_norm", "gradient norm"),
         (speed, "clips_per_second", "clips per second"),
+        (work, "tflops", "Tflop/s"),
+        (waiting, "waiting", "share of the time spent waiting for data"),
     ):
         smooth = (steps, values[key]) if key == "lr" else _smooth(steps, values[key], width)
         axis.plot(*smooth, color="black")
         axis.set_title(title)
     norm.set_yscale("log")
     loss.set_title(breakdown.title)
-    for axis in (loss, rate, norm, speed):
+    for axis in axes.flat:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     with atomic_write(picture) as tmp:

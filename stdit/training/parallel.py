@@ -70,6 +70,11 @@ def share_frames(model: Any, config: ParallelConfig, processes: int) -> None:
     model.enable_context_parallel(dist.new_subgroups(config.context)[0])
 
 
+def compile_blocks(model: Any, backend: str = "inductor") -> None:
+    """Compile the blocks of a model in place, each kind of them once, without breaks of the graph."""
+    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether `parallelize` has sharded a model."""
     return isinstance(model, FSDPModule)

@@ -1,0 +1,98 @@
+"""What a run says of its speed."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from stdit.model.cost import flops_of_config
+from stdit.model.stdit import STDiT
+from stdit.recipes import train
+from stdit.training import throughput
+from stdit.training.parallel import compile_blocks
+from stdit.training.throughput import COLUMNS, Throughput, Work, summary
+
+CONFIG = """
+name: t
+data: {source: shapes, num_frames: 5, height: 32, width: 32, num_shapes: 12, workers: 0}
+model: {size: S/2, depth: 1, hidden_size: 32, num_heads: 2}
+train: {steps: 4, batch_size: 4, lr: 1.0e-3, log_every: 2, preview_every: 100, samples: 0, precision: fp32}
+"""
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_rates_are_those_of_the_steps_since_the_last_call_without_pauses(clock):
+    found = Throughput(torch.device("cpu"), 2)
+    found.peak = 1.0
+    found.add(Work(4, 100, 1e12))
+    with found.waiting():
+        clock[0] += 1
+    clock[0] += 3
+    with found.paused():
+        clock[0] += 50
+    rates = found.rates()
+    assert (rates["clips_per_second"], rates["tokens_per_second"], rates["tflops"]) == (1.0, 25.0, 0.25)
+    assert (rates["utilisation"], rates["waiting"]) == (0.125, 0.25) and tuple(rates) == COLUMNS
+    assert summary(rates) == "1.0 clips/s, 0.25 Tflop/s (12% of the peak), 25% waiting for data"
+    clock[0] += 1
+    assert found.rates()["clips_per_second"] == 0
+
+
+@pytest.mark.parametrize(("name", "tflops"), [("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA GeForce RTX 4090", 165.0), ("A card of tomorrow", None)])  # fmt: skip
+def test_the_peak_of_a_gpu_is_found_by_its_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert throughput.peak_tflops(torch.device("cuda", 0)) == tflops
+
+
+def test_twice_the_blocks_and_twice_the_frames_take_more_operations():
+    def flops(depth, frames):
+        model = STDiT(depth=depth, hidden_size=32, num_heads=2, in_channels=4, num_classes=2)
+        return flops_of_config(model.config, (frames, 8, 8))
+
+    assert 1.6 < flops(4, 2) / flops(2, 2) < 2 and 1.9 < flops(2, 4) / flops(2, 2) < 2.5
+
+
+def test_a_run_logs_clips_tokens_operations_waiting_and_memory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t.yaml").write_text(CONFIG)
+    assert train.run(["t.yaml"]) == 0
+    with open("output/t/training_metrics.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    last = {name: float(rows[-1][name]) for name in COLUMNS}
+    assert last["tokens_per_second"] == pytest.approx(8 * last["clips_per_second"], rel=0.01)  # 2 x 4 patches of a clip
+    assert last["tflops"] > 0 and 0 <= last["waiting"] <= 1 and last["memory_gb"] > 0.05
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"axes": ["spatial", "temporal"], "qk_norm": True},
+        {"causal": True, "window": 2, "position_encoding": "rope_3d"},
+    ],
+)
+def test_blocks_compile_as_one_graph_with_equal_gradients(settings):
+    torch.manual_seed(0)
+    model = STDiT(depth=2, hidden_size=32, num_heads=2, in_channels=4, num_classes=2, **settings)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    inputs = (torch.randn(2, 4, 3, 8, 8), 1000 * torch.rand(2), torch.tensor([0, 1]))
+
+    def gradients():
+        model.zero_grad()
+        model(*inputs).square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    before, names = gradients(), set(model.state_dict())
+    torch._dynamo.reset()
+    compile_blocks(model, backend="aot_eager")  # the graphs of torch.compile, without a compiler
+    after = gradients()
+    assert set(model.state_dict()) == names
+    assert max(float((after[k] - before[k]).abs().max()) for k in before) < 1e-6
