@@ -1,5 +1,6 @@
 """Estimates the cost of a model before it is built: operations by kind, and the memory of training."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,19 @@ def forward_cost(arguments: dict[str, Any], latent: Shape) -> Cost:
     flops has the keys "attention spatial", "attention temporal", "attention joint" (with their projections),
     "attention to the condition", "mlp", "modulation" and "embedding and head".
     """
+    key = json.dumps([arguments, latent], sort_keys=True, default=str)
+    if key not in _costs:
+        if len(_costs) >= _MAX_COSTS:
+            _costs.clear()
+        _costs[key] = _forward_cost(arguments, latent)
+    return _costs[key]
+
+
+_MAX_COSTS = 64
+_costs: dict[str, Cost] = {}  # by arguments and latent: a plan asks for few of them many times
+
+
+def _forward_cost(arguments: dict[str, Any], latent: Shape) -> Cost:
     with torch.device("meta"):
         model = STDiT(**arguments)
         inputs = _inputs(model, latent, 1)
@@ -122,6 +136,37 @@ class Memory:
         return self.persistent + max(self.activations, self.gradients) + self.recomputed + self.working
 
 
+def over_processes(memory: Memory, *, shards: int, context: int, depth: int) -> Memory:
+    """The memory of one of several processes.
+
+    shards: that share weights, gradients, averages and optimizer; each gathers two blocks of `depth` at a time, in
+    bfloat16. context: processes that share the frames of a clip.
+    """
+    gathered = 2 * memory.weights / 2 / depth if shards > 1 else 0.0
+    return Memory(
+        weights=memory.weights / shards,
+        gradients=memory.gradients / shards,
+        optimizer=memory.optimizer / shards,
+        ema=memory.ema / shards,
+        activations=memory.activations / context,
+        recomputed=memory.recomputed / context,
+        working=memory.working / context + gathered,
+    )
+
+
+def frame_growth(dim: int, grid: tuple[int, int, int], window: int = 4) -> dict[str, float]:
+    """Multiply-adds of a block over a clip's tokens, for joint, factorized and windowed causal attention.
+
+    grid: (T, rows, columns) in patches. A factorized block attends within frames or along time, the mean of which is
+    given. window: latent frames that a frame attends to.
+    """
+    frames, patches = grid[0], grid[1] * grid[2]
+    keys = {
+        "joint": frames * patches, "factorized": (patches + frames) / 2, f"window of {window}": min(frames, window) * patches,
+    }  # fmt: skip
+    return {name: frames * patches * (12 * dim**2 + 2 * dim * count) for name, count in keys.items()}
+
+
 def training_memory(
     arguments: dict[str, Any],
     latent: Shape,
@@ -138,18 +183,15 @@ def training_memory(
     fused: attention does not save its matrix (GPUs; CPUs in float32). copies: of the weights, besides their average. Weights, gradients and EMA are float32.
     """
     forward_cost(arguments, latent)  # fills the caches of position tables with real ones
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device("meta"):
         model = STDiT(**arguments)
-        if fused:
-            for block in model.blocks:
-                block.attn.processor._attention_backend = "native"
-        activations, recomputed = _saved_bytes(model, latent, micro_batch, bf16), 0.0
-        if checkpointing:
-            model.enable_gradient_checkpointing()
-            whole, activations = activations, _saved_bytes(model, latent, micro_batch, bf16)
-            recomputed = (whole - activations) / len(model.blocks)
-        size = 4.0 * sum(p.numel() for p in model.parameters())
-        matrices = 4.0 * sum(p.numel() for p in muon_parameters(model).values())
+    size = 4.0 * sum(p.numel() for p in model.parameters())
+    matrices = 4.0 * sum(p.numel() for p in muon_parameters(model).values())
+    how: dict[str, Any] = {"latent": latent, "batch": micro_batch, "bf16": bf16}
+    activations, recomputed = _activations(arguments, checkpointing=False, fused=fused, **how), 0.0
+    if checkpointing:
+        every, activations = activations, _activations(arguments, checkpointing=True, fused=fused, **how)
+        recomputed = (every - activations) / len(model.blocks)
     moments = 2 * size - (matrices if optimizer == "muon" else 0)
     tokens = forward_cost(arguments, latent).tokens
     widest = (
@@ -164,6 +206,24 @@ def training_memory(
         recomputed=recomputed,
         working=2 * widest,
     )
+
+
+def _activations(arguments: dict[str, Any], *, checkpointing: bool, fused: bool, **how: Any) -> float:
+    """Bytes that a forward pass saves. Of a stack of like blocks two periods are run: they grow linearly with the depth."""
+    depth, period = arguments["depth"], len(arguments.get("axes", ("joint",)))
+    alike = arguments.get("trunk", "stack") == "stack" and not arguments.get("block_sources")
+    depths = (period, 2 * period) if alike and depth % period == 0 and depth > 2 * period else (depth,)
+    found = []
+    for number in depths:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = STDiT(**{**arguments, "depth": number})
+            if fused:
+                for block in model.blocks:
+                    block.attn.processor._attention_backend = "native"
+            if checkpointing:
+                model.enable_gradient_checkpointing()
+            found.append(_saved_bytes(model, **how))
+    return found[0] if len(found) == 1 else found[0] + (depth / period - 1) * (found[1] - found[0])
 
 
 def _inputs(model: STDiT, latent: Shape, batch: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Plan a run before it starts: tokens, parameters, memory, speed and days on a GPU, and the largest sizes that fit.
 
 stdit plan configs/video.yaml --gpu H100 --count 8
+stdit plan configs/video.yaml --count 64 --shard fsdp --context 8 --bandwidth 400
 stdit plan configs/video.yaml model.size=B/2 --gpu 4090 --utilisation 0.35 --refuse
 """
 
@@ -11,7 +12,7 @@ from stdit.checkpoint.inflate import inflated_arguments
 from stdit.config import Config, load_typed
 from stdit.diffusion.objective import build_objective
 from stdit.model.config import model_arguments
-from stdit.model.cost import Memory, Shape, forward_cost, training_memory
+from stdit.model.cost import Cost, Memory, Shape, forward_cost, frame_growth, over_processes, training_memory
 from stdit.model.stdit import STDiT
 from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
@@ -111,6 +112,36 @@ def speed_line(args: argparse.Namespace, config: Config, flops: float, peak: flo
     )
 
 
+def scale_lines(
+    args: argparse.Namespace, config: Config, cost: Cost, arguments: dict, *, sharded: bool, context: int, micro: int
+) -> list[str]:
+    """Lines with what devices send each other in a step, the size of checkpoints, and the cost of longer clips."""
+    dim, lines = arguments["hidden_size"], []
+    if args.count > 1:
+        # FSDP2: weights in bfloat16 for each pass, gradients in float32; DDP: gradients, summed and sent back.
+        sent = cost.parameters * (2 * 2 + 4 if sharded else 2 * 4)
+        passes = 4 if config.model.gradient_checkpointing else 3
+        frames = passes * arguments["depth"] * 4 * 2 * micro * cost.tokens * dim / context if context > 1 else 0.0
+        total = sent + frames
+        seconds = total / (args.bandwidth * 1e9)
+        lines.append(
+            f"sent          {total / 1e9:,.2f} GB per device and step ({sent / 1e9:,.2f} of weights and gradients"
+            + (f", {frames / 1e9:,.2f} of tokens" if frames else "")
+            + f"): {seconds:.3f} s at {args.bandwidth:g} GB/s, beside the computation"
+        )
+    saved = cost.parameters * 4 * (3 if config.train.optimizer == "muon" else 4)
+    lines.append(
+        f"checkpoints   {saved * config.train.keep_checkpoints / 1e9:,.1f} GB on disk (the newest {config.train.keep_checkpoints})"
+    )
+    grid = tuple(n // p for n, p in zip(arguments["sample_size"], arguments["patch_size"], strict=True))
+    base = frame_growth(dim, grid)
+    for times in (2, 4, 8):
+        longer = frame_growth(dim, (grid[0] * times, grid[1], grid[2]))
+        costs = ", ".join(f"{name} {longer[name] / base[name]:.1f}" for name in base)
+        lines.append(f"{times} x frames   {costs} times the operations")
+    return lines
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan; with --refuse the exit code is 1 if the run does not fit."""
@@ -122,16 +153,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--utilisation", type=float, default=0.4, help="fraction of the peak that training reaches")
     parser.add_argument("--tflops", type=float, help="peak of a device that is not listed")
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device that is not listed")
+    parser.add_argument("--shard", choices=("none", "fsdp"), help="default: train.parallel.shard of the config")
+    parser.add_argument("--context", type=int, help="devices that share a clip's frames; default: that of the config")
+    parser.add_argument("--bandwidth", type=float, default=50.0, metavar="GB/S", help="between devices, of each")
     parser.add_argument("--refuse", action="store_true", help="exit with 1 if the run does not fit")
     args = parser.parse_intermixed_args(argv)
     check_arguments(args)
     config = load_typed(Config, args.config, args.overrides)
-    check_batch(config, args.count)
+    sharded = (args.shard or config.train.parallel.shard) == "fsdp" and args.count > 1
+    context = args.context or config.train.parallel.context
+    if args.count % context:
+        raise ValueError(f"--context {context} does not divide --count {args.count}; use a number that does.")
+    check_batch(config, args.count // context)
     vae = find_vae(config.vae.name)
     arguments = arguments_of(config, vae)
     data, train, patch = config.data, config.train, arguments["patch_size"]
     latent = vae.latent_shape(data.num_frames, data.height, data.width, patch)
-    micro = train.micro_batch or -(-train.batch_size // args.count)
+    micro = train.micro_batch or -(-train.batch_size // (args.count // context))
     on_cpu = args.gpu == "cpu"
     described = on_cpu or (args.tflops and args.memory)  # such a device needs no row in GPUS
     peak, gib = (0.0, 0.0) if described else pick({**GPUS, "cpu": (0.0, 0.0)}, args.gpu, "GPU")
@@ -140,14 +178,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def memory(shape: Shape, clips: int, checkpointing: bool = config.model.gradient_checkpointing) -> Memory:
         fused = not (on_cpu and native_bf16() and bf16)
-        return training_memory(
+        found = training_memory(
             arguments, shape, clips, optimizer=train.optimizer, bf16=bf16, checkpointing=checkpointing, fused=fused,
             copies=len(train.average_lengths) + (train.guide_step is not None),
         )  # fmt: skip
+        return over_processes(found, shards=args.count if sharded else 1, context=context, depth=arguments["depth"])
 
     cost = forward_cost(arguments, latent)
     # DDP holds gradients twice.
-    other = (4 * cost.parameters if args.count > 1 else 0) + (0 if on_cpu else RESERVED)
+    other = (4 * cost.parameters if args.count > 1 and not sharded else 0) + (0 if on_cpu else RESERVED)
 
     print(
         f"{config.name}: {data.num_frames} frames of {data.height} x {data.width} -> latents {list(latent)}, {cost.tokens:,} tokens per clip"
@@ -174,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))
     if peak:
         print(speed_line(args, config, cost.total, peak))
+    for line in scale_lines(args, config, cost, arguments, sharded=sharded, context=context, micro=micro):
+        print(line)
     if not room:
         return 0
     clips = largest(lambda n: memory(latent, n), room - other)

@@ -1,0 +1,64 @@
+"""What `stdit plan` says of several devices and of deep models."""
+
+import pytest
+
+from stdit.model import cost
+from stdit.model.cost import frame_growth, over_processes, training_memory
+from stdit.recipes import plan
+
+SMALL = {"depth": 6, "hidden_size": 32, "num_heads": 2, "in_channels": 4, "num_classes": 2, "sample_size": (2, 8, 8)}
+
+
+@pytest.mark.parametrize(
+    "further", [{}, {"axes": ["spatial", "temporal"], "position_encoding": "latte"}, {"qk_norm": True}]
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_of_a_deep_stack_are_those_of_all_its_blocks(monkeypatch, further, checkpointing):
+    how = {"optimizer": "adamw", "bf16": True, "checkpointing": checkpointing, "fused": True}
+    short = training_memory({**SMALL, **further}, (2, 8, 8), 3, **how)
+    original = cost._saved_bytes
+    depths = []
+    monkeypatch.setattr(
+        cost, "_saved_bytes", lambda model, **k: depths.append(len(model.blocks)) or original(model, **k)
+    )
+    every = training_memory({**SMALL, **further, "block_sources": [None] * 6}, (2, 8, 8), 3, **how)
+    assert set(depths) == {6} and short.activations == pytest.approx(every.activations, rel=1e-9)
+    assert short.recomputed == pytest.approx(every.recomputed, rel=1e-9)
+
+
+def test_shards_and_contexts_divide_what_they_share():
+    one = training_memory(SMALL, (2, 8, 8), 2, optimizer="adamw", bf16=True, checkpointing=False, fused=True)
+    many = over_processes(one, shards=8, context=2, depth=6)
+    assert many.persistent == pytest.approx(one.persistent / 8) and many.activations == one.activations / 2
+    assert many.peak < one.peak and over_processes(one, shards=1, context=1, depth=6) == one
+
+
+def test_joint_attention_grows_with_the_square_of_long_clips_and_a_window_in_proportion():
+    one, four = (frame_growth(64, (frames, 16, 16)) for frames in (64, 256))
+    growth = {name: four[name] / one[name] for name in one}
+    assert growth["joint"] > 12 and growth["window of 4"] == pytest.approx(4) and 4 < growth["factorized"] < 9
+
+
+def test_a_plan_for_many_devices_says_memory_traffic_checkpoints_and_growth(capsys):
+    arguments = [
+        "video",
+        "model.size=S/2",
+        "--count",
+        "16",
+        "--context",
+        "2",
+        "data.num_frames=29",
+        "train.batch_size=16",
+    ]
+    assert plan.main(arguments) == 0
+    whole = capsys.readouterr().out
+    assert plan.main([*arguments, "--shard", "fsdp"]) == 0
+    sharded = capsys.readouterr().out
+    weights = [
+        float(next(line for line in text.splitlines() if "weights  " in line).split()[1]) for text in (whole, sharded)
+    ]
+    assert weights[1] == pytest.approx(weights[0] / 16, abs=0.01)
+    for word in ("of weights and gradients", "of tokens", "checkpoints", "4 x frames"):
+        assert word in sharded
+    with pytest.raises(ValueError, match="--context 3 does not divide --count 16"):
+        plan.main([*arguments[:4], "--context", "3"])
