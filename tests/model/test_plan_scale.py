@@ -48,7 +48,7 @@ def test_a_plan_for_many_devices_says_memory_traffic_checkpoints_and_growth(caps
         "--context",
         "2",
         "data.num_frames=29",
-        "train.batch_size=16",
+        "train.batch_size=64",
     ]
     assert plan.main(arguments) == 0
     whole = capsys.readouterr().out
