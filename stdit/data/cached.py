@@ -50,6 +50,11 @@ class CachedLatents(Annotated):
         return int(self._starts[-1])
 
     @property
+    def shards(self) -> list[int]:
+        """The number of clips in each shard."""
+        return [shard["count"] for shard in self.info["shards"]]
+
+    @property
     def rates(self) -> list[float]:
         """The frame rate of the clips, as a list; empty for caches that were written without one."""
         rate = self.info["fps"] or self.info.get("rate")

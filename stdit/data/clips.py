@@ -20,7 +20,7 @@ from stdit.data.identity import content_of, relative_name, size_of
 from stdit.data.index import MediaIndex
 from stdit.data.manifest import Row, Table
 from stdit.data.measures import Measures
-from stdit.data.media import VideoError, is_picture
+from stdit.data.media import VideoError, is_picture, member_of
 from stdit.data.pictures import picture_size, read_picture
 from stdit.data.rates import some_rates, warn_of_repeats
 from stdit.data.samplers import ClipSize
@@ -98,6 +98,15 @@ class TableDataset(Annotated):
     @cached_property
     def _hashed(self) -> set[tuple[Path, str]]:
         return set()
+
+    @cached_property
+    def shards(self) -> list[int] | None:
+        """The number of clips in each archive, None for clips that lie in none."""
+        archives = [member.archive if (member := member_of(row.path)) else None for row in self.rows]
+        if not archives or None in archives:
+            return None
+        begins = [i for i, name in enumerate(archives) if i == 0 or name != archives[i - 1]]
+        return [end - begin for begin, end in zip(begins, [*begins[1:], len(archives)], strict=True)]
 
     def shapes(self) -> np.ndarray | None:
         """The `shape` of every clip (N, 3) if an index has them, else None; (0, 1, 1) for a file that cannot be read."""

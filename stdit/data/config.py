@@ -7,7 +7,7 @@ from stdit.ranges import check_ranges
 
 _RANGES = {
     "num_frames": "[1, inf)", "height": "[1, inf)", "width": "[1, inf)", "fps": "(0, inf)", "workers": "[0, inf)",
-    "timeout": "(0, inf)", "num_shapes": "[1, inf)", "max_bad_fraction": "[0, 1]",
+    "timeout": "(0, inf)", "order_window": "[1, inf)", "num_shapes": "[1, inf)", "max_bad_fraction": "[0, 1]",
 }  # fmt: skip
 
 
@@ -17,7 +17,9 @@ class DataConfig:
 
     root: str = "data/clips"  # folder (or idx file) of the data
     manifest: str | None = None  # CSV or JSON lines: path, label, caption, further columns; null: scan root
-    source: Literal["auto", "videos", "images", "idx", "latents", "shapes", "lerobot"] = "auto"  # auto: inferred
+    source: Literal["auto", "videos", "images", "idx", "latents", "shapes", "lerobot", "tar"] = (
+        "auto"  # auto: inferred; tar: shards of WebDataset
+    )
     camera: str | None = None  # source=lerobot: the camera, if there are several
     num_frames: int = 17  # pixel frames of a clip; 1 for images
     height: int = 64  # height in pixels
@@ -27,6 +29,8 @@ class DataConfig:
     )  # bucket sizes, [frames, height, width] each; needs train.tokens
     packing: bool = False  # pack clips of all sizes into one sequence without padding, instead of batches of one size
     fps: float | None = None  # pick frames at this rate by their time stamps; null: consecutive frames, at any rate
+    order: Literal["uniform", "blocked"] = "uniform"  # blocked: few shards at a time, for tar shards and cached latents
+    order_window: int = 16  # order=blocked: shards whose clips are shuffled among each other
     crop: Literal["center", "random"] = "center"  # position of the crop
     flip: bool = False  # mirror half of the clips, drawn at random, left to right
     backend: Literal["pyav", "decord", "torchcodec"] = "pyav"  # video decoder

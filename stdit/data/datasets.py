@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from stdit.conditions import ClipFacts
+from stdit.data.archives import find_archives, read_archives
 from stdit.data.base import Annotated, Dataset, Identity
 from stdit.data.cached import CachedLatents
 from stdit.data.clips import Images, VideoClips, window
@@ -159,6 +160,7 @@ SOURCES: dict[str, Callable[[Path, DataConfig], Dataset]] = {
     "idx": _idx,
     "latents": CachedLatents,
     "lerobot": LeRobotClips,
+    "tar": lambda root, config: VideoClips(read_archives(root, VIDEO_SUFFIXES), config),
     "shapes": lambda root, config: MovingShapes(config),
 }
 
@@ -180,6 +182,8 @@ def _guess(root: Path, config: DataConfig) -> str:
             return "latents"
         if is_lerobot(root):
             return "lerobot"
+        if find_archives(root):
+            return "tar"
         if any("images-idx3" in p.name for p in root.iterdir()):
             return "idx"
     elif config.manifest is None and root.is_file() and "images-idx3" in root.name:

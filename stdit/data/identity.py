@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stdit.data.base import Dataset, Identity
+from stdit.data.media import VideoError, member_of, open_regular
 
 PART = 65536  # bytes read at the beginning, in the middle and at the end of a file
 
@@ -20,6 +21,8 @@ def relative_name(path: Path, root: Path) -> str:
 
 def size_of(path: Path) -> int | None:
     """The size of a file in bytes; None if there is no such file."""
+    if (member := member_of(path)) is not None:
+        return member.size
     try:
         return path.stat().st_size
     except OSError:
@@ -28,16 +31,14 @@ def size_of(path: Path) -> int | None:
 
 def content_of(path: Path) -> str | None:
     """A hash of the size of a file, its beginning, its middle and its end, however large it is; None without a file."""
-    if not path.is_file():  # a pipe would never end
-        return None
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             size = stream.seek(0, 2)
             digest = hashlib.sha256(str(size).encode())
             for start in (0, max(0, size // 2 - PART // 2), max(0, size - PART)):
                 stream.seek(start)
                 digest.update(stream.read(PART))
-    except OSError:
+    except (OSError, VideoError):
         return None
     return digest.hexdigest()[:32]
 

@@ -15,6 +15,7 @@ from stdit.data.columns import Columns, write_columns
 from stdit.data.facts import Facts
 from stdit.data.identity import content_of, relative_name
 from stdit.data.manifest import Row, Table
+from stdit.data.media import state_of
 from stdit.data.rates import LOOKED_AT
 
 SUFFIX = ".index"
@@ -130,7 +131,7 @@ class MediaIndex(Sequence[Row]):
             self._refuse(f"the files of {added} have changed")
         for i in range(0, len(self), max(1, len(self) // _LOOKED_AT)):
             if self.changed(i):
-                missing = "is missing" if not self.file(i).exists() else "has changed"
+                missing = "is missing" if state_of(self.file(i)) == (-1, -1) else "has changed"
                 self._refuse(f"{self.file(i)} {missing}")
 
     def _changed_folder(self) -> Path | None:
@@ -146,15 +147,6 @@ class MediaIndex(Sequence[Row]):
             f"{self.path} is older than its files ({what}); bring it up to date: stdit index {source} --output {self.path} "
             "(only what has changed is read)."
         )
-
-
-def state_of(path: Path) -> tuple[int, int]:
-    """The size of a file in bytes, and the time of its last change in nanoseconds; -1, -1 if there is none."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
 
 
 def write_index(

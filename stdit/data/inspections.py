@@ -12,6 +12,7 @@ from tqdm import tqdm
 from stdit.data.config import DataConfig
 from stdit.data.facts import Facts
 from stdit.data.inspect import inspect
+from stdit.data.media import state_of
 from stdit.data.workers import WorkerPool, num_workers
 
 # What an entry says of a file that was read, besides path, bytes, modified and seconds.
@@ -43,11 +44,8 @@ class _Files:
 
 
 def _state(path: Path) -> dict[str, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return {}
-    return {"bytes": found.st_size, "modified": found.st_mtime_ns}
+    size, modified = state_of(path)
+    return {} if size < 0 else {"bytes": size, "modified": modified}
 
 
 def read_report(path: Path | None) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from stdit.data.facts import Facts
+from stdit.data.media import state_of
 from stdit.files import atomic_write
 
 # The version of the measurements; one for other rules does not read those of this one.
@@ -90,8 +91,5 @@ class Measures:
 
 def _state(path: Path) -> list[int]:
     """The size of a file and the time of its last change; empty if it cannot be asked."""
-    try:
-        found = path.stat()
-    except OSError:
-        return []
-    return [found.st_size, found.st_mtime_ns]
+    state = state_of(path)
+    return [] if state[0] < 0 else list(state)

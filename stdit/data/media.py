@@ -1,9 +1,11 @@
 """Which files hold pictures and clips, and the opening of a file that may be anything."""
 
+import io
 import os
+import re
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
@@ -22,9 +24,62 @@ class VideoError(ValueError):
     """A file that cannot be read as video or picture, or not completely; the message has file, reason and remedy."""
 
 
+class Member(NamedTuple):
+    """A file inside an archive: the archive's path, and where the file lies in it."""
+
+    archive: str
+    offset: int
+    size: int
+
+
+_MEMBER = re.compile(r"(?P<archive>.+\.tar)@(?P<offset>\d{1,18})\+(?P<size>\d{1,18})/[^/]+")
+
+
+def member_of(path: str | os.PathLike) -> Member | None:
+    """The archive and place of a path SHARD.tar@OFFSET+SIZE/NAME; None for the path of a plain file."""
+    found = _MEMBER.fullmatch(os.fspath(path))
+    return Member(found["archive"], int(found["offset"]), int(found["size"])) if found else None
+
+
+class _Section(io.RawIOBase):
+    """A part of a file, read like a file of its own."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int):
+        self._file, self._offset, self._size, self._position = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._position))
+        self._file.seek(self._offset + self._position)
+        data = self._file.read(count)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Open a file for reading that must be a regular one: a pipe would block, a device never end; or raise VideoError."""
+    """Open a file for reading that must be a regular one: a pipe would block, a device never end; or raise VideoError.
+
+    A path inside an archive (`member_of`) is opened there.
+    """
     name = os.fspath(path)
+    if (member := member_of(name)) is not None and not os.path.exists(name):
+        return io.BufferedReader(_Section(open_regular(member.archive), member.offset, member.size))  # type: ignore[return-value]
     try:
         # Opening a FIFO must not block.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -39,6 +94,16 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
         raise VideoError(
             f"{name!r} cannot be opened ({reason_of(error)}); check the path and its permissions."
         ) from error
+
+
+def state_of(path: Path) -> tuple[int, int]:
+    """The size of a file in bytes, and the time of its last change (or its archive's) in nanoseconds; -1, -1 if there is none."""
+    member = member_of(path)
+    try:
+        found = os.stat(path if member is None else member.archive)
+    except OSError:
+        return -1, -1
+    return found.st_size if member is None else member.size, found.st_mtime_ns
 
 
 def reason_of(error: BaseException) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stdit.data.index import MediaIndex, state_of, write_index
+from stdit.data.index import MediaIndex, write_index
 from stdit.data.manifest import Row, Table, read_manifest
+from stdit.data.media import state_of
 from stdit.data.samplers import BatchSampler, BucketSampler, ClipSize, PackedSampler, UniformSampler, assign_buckets
 
 _FILES = 1000  # that the rows are shared among

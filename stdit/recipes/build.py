@@ -22,6 +22,7 @@ from stdit.data.measures import remembered
 from stdit.data.samplers import (
     NO_BUCKET,
     BatchSampler,
+    BlockedSampler,
     BucketSampler,
     ClipSize,
     PackedSampler,
@@ -204,7 +205,11 @@ def build_order(
             raise ValueError(
                 f"train.tokens={train.tokens} has no effect without data.sizes; use train.batch_size, or give data.sizes."
             )
+        if data.order == "blocked":
+            return BlockedSampler(config.seed, _shards(config, dataset), data.order_window, train.batch_size)
         return UniformSampler(config.seed, len(dataset), train.batch_size)
+    if data.order == "blocked":
+        raise ValueError("data.order=blocked does not go with data.sizes; use data.order=uniform.")
     if train.tokens is None or train.micro_batch is not None:
         raise ValueError(
             "data.sizes needs train.tokens, the number of patches in a step; set it, and train.micro_batch=null."
@@ -224,6 +229,17 @@ def build_order(
     for size, cost in zip(sizes, costs, strict=True):
         print(f"  {size.frames} x {size.height} x {size.width}: {len(order.candidates(size))} clips of {cost} tokens")
     return order
+
+
+def _shards(config: Config, dataset: Dataset) -> list[int]:
+    """The number of samples in each shard of a dataset; ValueError for one that is not in shards."""
+    counts = getattr(dataset, "shards", None)
+    if not counts:
+        raise ValueError(
+            f"data.order=blocked is for data in shards (source=latents or tar), which {config.data.root!r} is not; use "
+            "data.order=uniform."
+        )
+    return counts
 
 
 def _measure(dataset: Dataset, sizes: Sequence[ClipSize], seed: int) -> tuple[np.ndarray, np.ndarray]:

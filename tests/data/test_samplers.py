@@ -1,3 +1,4 @@
+import itertools
 import pickle
 
 import pytest
@@ -6,6 +7,7 @@ from stdit import legacy
 from stdit.data import samplers
 from stdit.data.samplers import (
     NO_BUCKET,
+    BlockedSampler,
     BucketSampler,
     ClipSize,
     PackedSampler,
@@ -23,6 +25,7 @@ def all_samplers():
     buckets = assign_buckets(SHAPES, SIZES, 3)
     return [
         UniformSampler(3, len(SHAPES), 4),
+        BlockedSampler(3, [7, 10, 4, 21], 2, 4),
         *(
             sampler(3, buckets, SIZES, COSTS, tokens=40, processes=processes)
             for sampler in (BucketSampler, PackedSampler)
@@ -118,3 +121,16 @@ def test_names_of_version_0_1_are_read_with_a_warning(monkeypatch):
     for old, new in legacy.NAMES["stdit.data.samplers"].items():
         with pytest.warns(UserWarning, match=f"is now called 'stdit.data.samplers.{new}'"):
             assert getattr(samplers, old) is getattr(samplers, new)
+
+
+def test_a_blocked_order_reads_few_shards_at_a_time_and_every_clip_once_an_epoch():
+    counts, window = [10] * 12, 3
+    sampler = BlockedSampler(1, counts, window, batch_size=5)
+    epochs = [[ref.sample for step in range(24 * e, 24 * (e + 1)) for ref in sampler.batch(step)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(120))
+        for first in range(0, 120, 30):
+            assert len({sample // 10 for sample in epoch[first : first + 30]}) == window
+    assert epochs[0] != epochs[1] != epochs[2]
+    inside = [sample // 10 for sample in epochs[0][:30]]
+    assert sum(a != b for a, b in itertools.pairwise(inside)) > 10  # shuffled, not shard after shard

@@ -1,0 +1,105 @@
+"""Clips in tar archives, as WebDataset keeps them: files of one name are a sample, such as a.mp4, a.txt and a.json.
+
+A file in an archive has a path like any other, SHARD.tar@OFFSET+SIZE/NAME, so that samples are read in any order without
+unpacking; every reader of media opens it.
+"""
+
+import json
+import tarfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stdit.data.labels import Classes, number_classes
+from stdit.data.manifest import Row, Table
+from stdit.data.media import is_one_of, member_of
+from stdit.data.records import find_columns
+
+_TEXT, _LABEL, _JSON = ".txt", ".cls", ".json"
+_MAX_TEXT = 1 << 20  # bytes of a sample's text or JSON
+
+
+class _Sample(NamedTuple):
+    """The files of a sample: its clip, and its annotations by suffix."""
+
+    name: str
+    clip: Path
+    notes: dict[str, bytes]
+
+
+def find_archives(root: Path) -> list[Path]:
+    """The tar archives of a folder, in order."""
+    return sorted(path for path in root.glob("*.tar") if path.is_file())
+
+
+def read_archives(root: Path, suffixes: Collection[str]) -> Table:
+    """The clips of all archives in a folder, in their order, with captions, labels and further columns.
+
+    The caption is that of NAME.txt, or of NAME.json (under the names that manifests have); the label is NAME.cls, or that of
+    the JSON; what else the JSON has are further columns. ValueError with the archive and a remedy.
+    """
+    samples = [sample for archive in find_archives(root) for sample in _scan(archive, suffixes)]
+    if not samples:
+        raise ValueError(
+            f"the archives in {str(root)!r} hold no clips ({', '.join(sorted(suffixes))}); give a folder of shards of WebDataset."
+        )
+    notes = [_annotations(sample) for sample in samples]
+    labels = [found.pop("label", None) for found in notes]
+    captions = [str(found.pop("caption", "")) for found in notes]
+    classes = Classes([None] * len(labels), 0, None)
+    if any(label is not None for label in labels):
+        if None in labels:
+            raise ValueError(
+                f"{samples[labels.index(None)].clip} has no label, but other clips have one; label every clip, or none."
+            )
+        classes = number_classes(labels, lambda i: str(samples[i].clip))
+    rows = zip(samples, classes.indices, captions, notes, strict=True)
+    return Table(
+        [Row(one.clip, label, text, more) for one, label, text, more in rows], classes.num_classes, classes.names
+    )
+
+
+def _scan(archive: Path, suffixes: Collection[str]) -> list[_Sample]:
+    """The samples of an archive, from its headers and annotations."""
+    clips: dict[str, Path] = {}
+    notes: dict[str, dict[str, bytes]] = {}
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                name = Path(member.name)
+                key, suffix = str(name.with_suffix("")), name.suffix.lower()
+                if is_one_of(name, set(suffixes)):
+                    clips[key] = Path(f"{archive}@{member.offset_data}+{member.size}", name.name)
+                elif suffix in (_TEXT, _LABEL, _JSON) and member.size <= _MAX_TEXT:
+                    stream = tar.extractfile(member)
+                    assert stream is not None
+                    notes.setdefault(key, {})[suffix] = stream.read()
+            end = tar.offset
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{archive} is no tar archive that can be read ({error}); fetch it again.") from error
+    size = archive.stat().st_size
+    last = max((found.offset + found.size for path in clips.values() if (found := member_of(path))), default=0)
+    if last > size or size < end:
+        raise ValueError(f"{archive} is cut short: it has {size} bytes of {max(last, end)}; fetch it again.")
+    return [_Sample(key, clip, notes.get(key, {})) for key, clip in clips.items()]
+
+
+def _annotations(sample: _Sample) -> dict[str, Any]:
+    """Label, caption and further columns of a sample."""
+    found: dict[str, Any] = {}
+    try:
+        if _JSON in sample.notes:
+            values = json.loads(sample.notes[_JSON])
+            if not isinstance(values, dict):
+                raise ValueError("it is no object")
+            roles = find_columns(values, f"{sample.clip}{_JSON}")
+            found = {str(roles.get(name, name)): value for name, value in values.items() if roles.get(name) != "path"}
+        if _TEXT in sample.notes:
+            found["caption"] = sample.notes[_TEXT].decode("utf-8-sig").strip()
+        if _LABEL in sample.notes:
+            found["label"] = sample.notes[_LABEL].decode().strip()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the annotations of {sample.clip} cannot be read ({error}); correct them.") from error
+    return found
