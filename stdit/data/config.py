@@ -17,6 +17,9 @@ class DataConfig:
 
     root: str = "data/clips"  # folder (or idx file) of the data
     manifest: str | None = None  # CSV or JSON lines: path, label, caption, further columns; null: scan root
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # names of the manifest's columns that are path, label and caption, if others: {path: video, caption: text}
     source: Literal["auto", "videos", "images", "idx", "latents", "shapes", "lerobot", "tar"] = (
         "auto"  # auto: inferred; tar: shards of WebDataset
     )

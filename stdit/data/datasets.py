@@ -208,7 +208,7 @@ def _table(root: Path, config: DataConfig, suffixes: set[str], what: str) -> Tab
         index = MediaIndex(manifest)
         index.check()
         return index.table
-    return read_manifest(manifest, within)
+    return read_manifest(manifest, within, config.columns)
 
 
 def _one_frame(config: DataConfig) -> None:

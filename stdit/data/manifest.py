@@ -45,17 +45,18 @@ class Table(NamedTuple):
     class_names: list[str] | None
 
 
-def read_manifest(path: Path, root: Path | None = None) -> Table:
+def read_manifest(path: Path, root: Path | None = None, columns: Mapping[str, str] | None = None) -> Table:
     """Read JSON lines or CSV with a column `path` and optionally `label` (a number or a name) and `caption`.
 
     Other usual names of these columns are known (`records.COLUMNS`). Without a column of captions, the text file next to
     a clip (a.txt next to a.mp4) is its caption. Paths are relative to the manifest and must stay under `root` (default:
-    the manifest's folder). Raises ValueError with the line and a remedy.
+    the manifest's folder). columns: those that are path, label and caption, where they have other names. Raises ValueError
+    with the line and a remedy.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"data.manifest={str(path)!r} does not exist; give a .jsonl or .csv file.")
-    records = read_records(path)
+    records = read_records(path, columns)
     if not records:
         raise ValueError(f"{path} has no rows; write one line per clip.")
     allowed = (Path(root) if root else path.parent).resolve()

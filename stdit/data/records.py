@@ -43,34 +43,42 @@ class Record(NamedTuple):
     values: dict[str, Any]
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, given: Mapping[str, str] | None = None) -> list[Record]:
     """Read a CSV file (`.csv`, `.tsv`), a parquet file (`.parquet`), or JSON lines (any other suffix).
 
     Byte-order marks, Windows line ends, other separators and other names of the columns (`COLUMNS`) are recognised; a
-    column that nothing reads is named in a warning. Raises ValueError with the line and a remedy.
+    column that nothing reads is named in a warning. Raises ValueError with the line and a remedy. given: the columns that are
+    path, label and caption, by these names, for those that have others.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         rows = list(enumerate(read_parquet(path), 1))
     else:
         text = _read_text(path)
-        rows = _csv_rows(path, text) if suffix in (".csv", ".tsv") else _json_rows(path, text)
+        rows = _csv_rows(path, text, given) if suffix in (".csv", ".tsv") else _json_rows(path, text)
     columns = {name: None for _, row in rows for name in row}
-    roles = find_columns(columns, str(path))
+    roles = find_columns(columns, str(path), given)
     if rows and "path" not in roles.values():
         raise ValueError(f"{path}, line {rows[0][0]}: {missing_path(columns)}; every row needs one.")
     _warn_of_unknown(path, [name for name in columns if name not in roles])
     return [Record(line, row | {roles[name]: row[name] for name in row if name in roles}) for line, row in rows]
 
 
-def find_columns(names: Iterable[str], what: str) -> dict[str, str]:
+def find_columns(names: Iterable[str], what: str, given: Mapping[str, str] | None = None) -> dict[str, str]:
     """The columns that are path, label and caption: name -> which of the three; a column of just that name goes first.
 
-    Raises ValueError if two others could be the same one.
+    Raises ValueError if two others could be the same one. given: the column of each of the three that was named; ValueError
+    if there is none of that name.
     """
     names = list(names)
     found: dict[str, str] = {}
-    for role in COLUMNS:
+    for role, column in (given or {}).items():
+        if role not in COLUMNS:
+            raise ValueError(f"data.columns has {role!r}; name the columns of {', '.join(COLUMNS)}.")
+        if names and column not in names:
+            raise ValueError(f"{what} has no column {column!r} (data.columns.{role}); it has {_listed(names)}.")
+        found[column] = role
+    for role in COLUMNS.keys() - (given or {}).keys():
         candidates = [name for name in names if _ROLES.get(_plain(name)) == role]
         exact = [name for name in candidates if name == role] or [n for n in candidates if _plain(n) == role]
         chosen = exact or candidates
@@ -142,7 +150,7 @@ def write_records(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, text.getvalue())
 
 
-def _csv_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+def _csv_rows(path: Path, text: str, given: Mapping[str, str] | None) -> list[tuple[int, dict[str, Any]]]:
     """(line number, row) of a CSV text, separated by what separates its first line."""
     first = text.partition("\n")[0]
     separator = max(",;\t|", key=first.count)
@@ -153,7 +161,7 @@ def _csv_rows(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
         doubled = [name for name, count in Counter(filter(None, header)).items() if count > 1]
         if doubled:
             raise ValueError(f"{path}: the column {doubled[0]!r} is there twice; rename one of them.")
-        if "path" not in find_columns(filter(None, header), str(path)).values():
+        if "path" not in find_columns(filter(None, header), str(path), given).values():
             raise ValueError(f"{path}: {missing_path(filter(None, header))}; name the columns in the first line.")
         for cells in reader:
             if any(cells[len(header) :]):

@@ -245,3 +245,24 @@ def test_a_table_of_very_many_columns_is_answered_in_time(tmp_path):
 def test_the_whole_file_system_is_not_searched():
     with pytest.raises(ValueError, match="is the whole file system; give the folder of the clips"):
         scan_folder(Path("/"), VIDEO_SUFFIXES, "videos")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_columns_of_other_names_are_those_that_are_named(tmp_path, suffix):
+    rows = [{"clip": f"{i}.mp4", "text": f"t{i}", "long": f"caption {i}", "kind": "ab"[i % 2]} for i in range(4)]
+    file = tmp_path / f"m.{suffix}"
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+        from stdit.data.parquet import write_parquet
+
+        write_parquet(file, rows)
+    else:
+        write_records(file, rows)
+    table = read_manifest(file, columns={"path": "clip", "caption": "long", "label": "kind"})
+    assert [(row.path.name, row.caption, row.label) for row in table.rows] == [
+        (f"{i}.mp4", f"caption {i}", i % 2) for i in range(4)
+    ]
+    with pytest.raises(ValueError, match=r"no column 'absent' \(data.columns.caption\); it has"):
+        read_manifest(file, columns={"path": "clip", "caption": "absent"})
+    with pytest.raises(ValueError, match="data.columns has 'captions'; name the columns of path, caption, label"):
+        read_manifest(file, columns={"captions": "long"})
