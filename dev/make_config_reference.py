@@ -65,6 +65,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "idx": "files in MNIST's format",
         "latents": "latents written by `tools/cache_latents.py`",
         "shapes": "moving shapes, drawn on the fly",
+        "tar": "tar shards of WebDataset",
         "lerobot": "a LeRobot dataset, with its actions (layouts v2.0, v2.1 and v3.0)",
     },
     "model.axes": {

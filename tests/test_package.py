@@ -36,6 +36,7 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "__init__",
         "cli",
         "entry",
+        "bench_scale",
         "build",
         "models",
         "outputs",

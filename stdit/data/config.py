@@ -20,9 +20,7 @@ class DataConfig:
     columns: dict[str, str] = field(
         default_factory=dict
     )  # names of the manifest's columns that are path, label and caption, if others: {path: video, caption: text}
-    source: Literal["auto", "videos", "images", "idx", "latents", "shapes", "lerobot", "tar"] = (
-        "auto"  # auto: inferred; tar: shards of WebDataset
-    )
+    source: Literal["auto", "videos", "images", "idx", "latents", "shapes", "lerobot", "tar"] = "auto"  # auto: inferred
     camera: str | None = None  # source=lerobot: the camera, if there are several
     num_frames: int = 17  # pixel frames of a clip; 1 for images
     height: int = 64  # height in pixels

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stdit.training.parallel import is_writer, local, rows_of
 from stdit.training.shard_files import ROWS, check_finite
-from stdit.training.state import free_space_error, hash_and_sync, publish
+from stdit.training.state import free_space_error, _hash_and_sync, publish
 
 _POLL = 0.05  # seconds
 
@@ -75,7 +75,7 @@ class ShardWriter:
             for group, tensors in copies.items():
                 file = tmp / f"{group}-{self.process + 1:05d}-of-{self.processes:05d}.safetensors"
                 save_file(tensors, file, metadata={ROWS: json.dumps(rows[group])})
-                described[file.name] = {"sha256": hash_and_sync(file), "bytes": file.stat().st_size}
+                described[file.name] = {"sha256": _hash_and_sync(file), "bytes": file.stat().st_size}
             _write_json(tmp / f".{self.process}.json", described)
             if info is not None:
                 publish(self.folder, tmp, step, info, described=self._of_all(tmp), keep=self.keep)

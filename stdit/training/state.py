@@ -55,7 +55,7 @@ def save_checkpoint(
         for name, group in tensors.items():
             file = tmp / f"{name}.safetensors"
             save_file({key: _plain(value) for key, value in group.items()}, file)
-            described[file.name] = {"sha256": hash_and_sync(file), "bytes": file.stat().st_size}
+            described[file.name] = {"sha256": _hash_and_sync(file), "bytes": file.stat().st_size}
         return publish(folder, tmp, step, info, described=described, keep=keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -73,7 +73,7 @@ def publish(
     final = folder / f"step-{step}"
     (tmp / "info.json").write_text(json.dumps({"step": step, **info}, indent=1))
     file = tmp / "info.json"
-    described = {**described, file.name: {"sha256": hash_and_sync(file), "bytes": file.stat().st_size}}
+    described = {**described, file.name: {"sha256": _hash_and_sync(file), "bytes": file.stat().st_size}}
     (tmp / MANIFEST).write_text(json.dumps(described, indent=1))
     _sync(tmp / MANIFEST)
     _sync(tmp)
@@ -196,7 +196,7 @@ def manifest_hash(path: Path) -> str:
     return file_sha256(path / MANIFEST)
 
 
-def hash_and_sync(file: Path) -> str:
+def _hash_and_sync(file: Path) -> str:
     """Wait until a file is on disk -> its sha256."""
     _sync(file)
     return file_sha256(file)
