@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stdit.training.parallel import is_writer, local, rows_of
 from stdit.training.shard_files import ROWS, check_finite
-from stdit.training.state import free_space_error, _hash_and_sync, publish
+from stdit.training.state import _hash_and_sync, free_space_error, publish
 
 _POLL = 0.05  # seconds
 
