@@ -4,6 +4,7 @@ import difflib
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import stdit
 
@@ -34,6 +35,10 @@ COMMANDS = {
     "bench-memory": "compare the planned peak of memory with real runs",
     "gpu-check": "check every CUDA path on this machine",
 }
+
+
+# What `stdit COMMAND --help` prints (dev/make_help.py), so that it takes no seconds of imports.
+HELP = Path(__file__).parent / "help"
 
 
 def usage() -> str:
@@ -68,4 +73,8 @@ def _dispatch(arguments: Sequence[str] | None) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"Unknown command {arguments[0]!r}.{hint} Choose one of: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    text = HELP / f"{name}.txt"
+    if {"-h", "--help"} & set(arguments[1:]) and "--world" not in arguments and text.is_file():
+        print(text.read_text(encoding="utf-8"), end="")
+        return 0
     return importlib.import_module(f"stdit.recipes.{name.replace('-', '_')}").main(arguments[1:])

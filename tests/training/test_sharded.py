@@ -210,6 +210,23 @@ def test_what_a_sharded_model_cannot_do_is_refused_before_step_1(home, setting, 
 
 
 @pytest.mark.slow
+def test_torchrun_starts_a_run_again_whose_process_died_and_it_resumes(home):
+    settings = (SHARDED, "train.steps=60", "train.decay_steps=null", "train.samples=0", "train.preview_every=1000")
+    assert launch(2, "name=calm", *settings).returncode == 0
+    command = command_of(2, "name=restarted", *settings)
+    command[command.index("--standalone") : command.index("--standalone")] = ["--max-restarts", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    while not list_checkpoints(Path("checkpoints/restarted")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]  # fmt: skip
+    os.kill(workers[-1], signal.SIGKILL)
+    said = "".join(process.communicate(timeout=90))
+    assert process.returncode == 0 and "resumed from checkpoints/restarted" in said
+    assert largest_difference(state("calm", 60), state("restarted", 60)) == 0
+
+
+@pytest.mark.slow
 def test_four_processes_in_two_replicas_have_the_losses_of_one(home):
     assert launch(4, "name=four", SHARDED, "train.parallel.replicas=2", "train.samples=0").returncode == 0
     assert losses("four") == pytest.approx(losses("one"), rel=1e-6)
