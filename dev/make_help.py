@@ -1,6 +1,6 @@
 """Write what `stdit COMMAND --help` prints to stdit/recipes/help, from where it is read without loading torch.
 
-    python dev/make_help.py
+python dev/make_help.py
 """
 
 import contextlib

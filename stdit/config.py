@@ -9,7 +9,7 @@ from stdit.data.config import DataConfig
 from stdit.diffusion.config import ObjectiveConfig
 from stdit.model.config import ModelConfig
 from stdit.ranges import check_ranges
-from stdit.training.config import TrainConfig
+from stdit.training.config import ParallelConfig, TrainConfig
 from stdit.typed_config import config_folder, find_config, load_typed, to_plain
 from stdit.variants import pick
 
@@ -155,6 +155,10 @@ class Config:
         chosen = [
             f"model.{key}={getattr(self.model, key)}" for key in keys if getattr(self.model, key) != getattr(plain, key)
         ]
+        if self.train.compile or self.train.parallel != ParallelConfig():
+            raise ValueError(
+                "model.network=unet is neither compiled nor spread over processes; leave out train.compile and train.parallel."
+            )
         if chosen or self.init_from.path:
             raise ValueError(
                 "model.network=unet has one noise level for all frames, a structure and conditioning of its own, and starts "

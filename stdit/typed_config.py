@@ -47,13 +47,13 @@ def find_config(name: str | Path, subfolder: str = "") -> Path:
     )
 
 
-def load_typed(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read a config (see `find_config`) and `key=value` overrides into the dataclass `schema`.
+def load_typed(schema: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
+    """Read a config (see `find_config`; None: the defaults) and `key=value` overrides into the dataclass `schema`.
 
     Raises ValueError, in one line, with the key, what was expected, and the nearest name of a misspelled key.
     """
-    path = find_config(path)
-    sources = [renamed_config(_read(path)), renamed_config(_read_overrides(overrides))]
+    files = [] if path is None else [renamed_config(_read(find_config(path)))]
+    sources = [*files, renamed_config(_read_overrides(overrides))]
     for source in sources:
         _check(schema, source, "")
     try:

@@ -50,7 +50,11 @@ def test_the_help_of_every_command_is_that_of_its_parser():
     spec = importlib.util.spec_from_file_location("make_help", ROOT / "dev/make_help.py")
     make_help = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make_help)
-    stale = [name for name in cli.COMMANDS if (cli.HELP / f"{name}.txt").read_text(encoding="utf-8") != make_help.help_of(name)]
+    stale = [
+        name
+        for name in cli.COMMANDS
+        if (cli.HELP / f"{name}.txt").read_text(encoding="utf-8") != make_help.help_of(name)
+    ]
     assert stale == [], "run: python dev/make_help.py"
 
 

@@ -45,7 +45,7 @@ def read_archives(root: Path, suffixes: Collection[str]) -> Table:
         )
     notes = [_annotations(sample) for sample in samples]
     labels = [found.pop("label", None) for found in notes]
-    captions = [str(found.pop("caption", "")) for found in notes]
+    captions = [str(found.pop("caption", None) or "") for found in notes]
     classes = Classes([None] * len(labels), 0, None)
     if any(label is not None for label in labels):
         if None in labels:
@@ -71,6 +71,10 @@ def _scan(archive: Path, suffixes: Collection[str]) -> list[_Sample]:
                 name = Path(member.name)
                 key, suffix = str(name.with_suffix("")), name.suffix.lower()
                 if is_one_of(name, set(suffixes)):
+                    if key in clips:
+                        raise ValueError(
+                            f"{archive} has two clips of the name {key!r}, {clips[key].name} and {name.name}; leave one out."
+                        )
                     clips[key] = Path(f"{archive}@{member.offset_data}+{member.size}", name.name)
                 elif suffix in (_TEXT, _LABEL, _JSON) and member.size <= _MAX_TEXT:
                     stream = tar.extractfile(member)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from stdit.data.media import VideoError, open_regular
+from stdit.data.media import VideoError, member_of, open_regular
 from stdit.data.video_io import VideoReader, frames_at
 from stdit.variants import pick
 from stdit.warn import warn_once
@@ -25,6 +25,10 @@ class LibraryReader(ABC):
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         open_regular(self.path).close()
+        if member_of(self.path) is not None:
+            raise ValueError(
+                f"{self.path!r} lies in an archive, which this backend does not read; use data.backend=pyav."
+            )
 
     def __len__(self) -> int:
         return len(self.timestamps)

@@ -29,21 +29,18 @@ class CachedLatents(Annotated):
     """
 
     decodes = False
+    fixed_sizes = True
 
     def __init__(self, root: Path, config: DataConfig):
         self.root, self.info = root, _read_index(root / "cache.json")
         self.num_classes, self.class_names = self.info["num_classes"], self.info["class_names"]
         space = self.info.get("action_space")
         self.action_space = None if space is None else ActionSpace.of(space, f"{root / 'cache.json'}: action_space")
-        size = (self.info["num_frames"], self.info["height"], self.info["width"])
-        asked = (config.num_frames, config.height, config.width)
-        if size != asked:
-            raise ValueError(
-                f"the latents in {str(root)!r} are of (frames, height, width) {size}, but the config asks for {asked}; set "
-                "data.num_frames, height and width to those of the latents, or cache again."
-            )
+        self._check_sizes(config)
         _check_augmentation(root, self.info, config)
         self._starts = np.cumsum([0] + [shard["count"] for shard in self.info["shards"]])
+        plain = (self.info["num_frames"], self.info["height"], self.info["width"])
+        self._sizes = [ClipSize(*shard.get("size", plain)) for shard in self.info["shards"]]
         self._records = [record for shard in self.info["shards"] for record in _records(shard)]
 
     def __len__(self) -> int:
@@ -77,9 +74,40 @@ class CachedLatents(Annotated):
             f"{info['file']}[{row}]", info.get("sources"), record["label"], record["caption"], columns=columns
         )
 
+    def group_of(self, index: int) -> str:
+        """The file that a clip comes from, which several of its windows share; caches of before have one name for each clip."""
+        shard, row = self._place(index)
+        clips = self.info["shards"][shard].get("clips")
+        return str(clips[row]) if clips else self.identity(index).source
+
     def shape(self, index: int) -> tuple[int, int, int]:
-        """The (frames, height, width) in pixels that all clips were encoded at."""
-        return (self.info["num_frames"], self.info["height"], self.info["width"])
+        """The (frames, height, width) in pixels that a clip was encoded at."""
+        frames, height, width = self._sizes[self._place(index)[0]]
+        return frames, height, width
+
+    def shapes(self) -> np.ndarray:
+        """The shape of every clip (N, 3)."""
+        counts = [shard["count"] for shard in self.info["shards"]]
+        return np.repeat(np.array(self._sizes, np.int64).reshape(-1, 3), counts, axis=0)
+
+    def _check_sizes(self, config: DataConfig) -> None:
+        """Raise ValueError unless the config asks for the sizes that the clips were encoded at."""
+        several = [tuple(size) for size in self.info.get("sizes") or []]
+        if several:
+            if sorted(several) != sorted(tuple(size) for size in config.sizes):
+                given = [list(size) for size in several]
+                raise ValueError(
+                    f"the latents in {str(self.root)!r} are of the sizes {given}; set data.sizes to these and train.tokens, or "
+                    "cache again."
+                )
+            return
+        size = (self.info["num_frames"], self.info["height"], self.info["width"])
+        asked = (config.num_frames, config.height, config.width)
+        if size != asked:
+            raise ValueError(
+                f"the latents in {str(self.root)!r} are of (frames, height, width) {size}, but the config asks for {asked}; set "
+                "data.num_frames, height and width to those of the latents, or cache again."
+            )
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Read the latents (C, T, h, w), reencoded (C, T, h, w) and raw conditions of one clip."""

@@ -57,7 +57,8 @@ class Columns:
     def text(self, name: str, row: int) -> str:
         """The text of a row."""
         starts = self._arrays[name + _STARTS]
-        return self._arrays[name + _HEAP][starts[row] : starts[row + 1]].tobytes().decode()
+        text = self._arrays[name + _HEAP][starts[row] : starts[row + 1]].tobytes()
+        return text.decode("utf-8", "surrogateescape")  # names of files need not be UTF-8
 
     def has_texts(self, name: str) -> bool:
         """Whether any row of a column has a text."""
@@ -82,7 +83,7 @@ def write_columns(path: Path, columns: Mapping[str, np.ndarray | Iterable[str]],
 def _heap_of(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     heap, starts = bytearray(), [0]
     for text in texts:
-        heap += text.encode()
+        heap += text.encode("utf-8", "surrogateescape")
         starts.append(len(heap))
     return np.frombuffer(bytes(heap), np.uint8), np.array(starts, np.int64)
 

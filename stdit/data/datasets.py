@@ -182,7 +182,7 @@ def _guess(root: Path, config: DataConfig) -> str:
             return "latents"
         if is_lerobot(root):
             return "lerobot"
-        if find_archives(root):
+        if find_archives(root) and not find_media(root, VIDEO_SUFFIXES | IMAGE_SUFFIXES).files:
             return "tar"
         if any("images-idx3" in p.name for p in root.iterdir()):
             return "idx"

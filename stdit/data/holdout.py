@@ -19,6 +19,7 @@ class Subset:
         self.dataset, self.indices = dataset, np.asarray(indices, dtype=np.int64)
         self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
         self.decodes = getattr(dataset, "decodes", True)
+        self.fixed_sizes = getattr(dataset, "fixed_sizes", False)
         self.action_space: ActionSpace | None = getattr(dataset, "action_space", None)
 
     def __len__(self) -> int:
@@ -28,6 +29,15 @@ class Subset:
     def rates(self) -> list[float]:
         """The frame rates of the dataset's clips, as far as it knows them."""
         return list(getattr(self.dataset, "rates", []))
+
+    @property
+    def shards(self) -> list[int] | None:
+        """The number of these samples in each shard of the dataset, None if it has no shards."""
+        counts = getattr(self.dataset, "shards", None)
+        if not counts:
+            return None
+        places = np.searchsorted(np.cumsum(counts), self.indices, side="right")
+        return [int(count) for count in np.bincount(places, minlength=len(counts))]
 
     def record(self, index: int) -> Mapping[str, Any]:
         """The annotations of a sample."""
@@ -84,6 +94,8 @@ def split(
 
 def _group(dataset: Dataset, index: int, column: str | None) -> str:
     """The value of a column for a sample, or the name of its file."""
+    if column is None and hasattr(dataset, "group_of"):
+        return str(dataset.group_of(index))
     one = identity_of(dataset, index)
     if column is None:
         return one.source

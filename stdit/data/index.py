@@ -1,5 +1,6 @@
 """An index: a table of media files in one file, with what was measured of each, which a run of any size opens at once."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +15,14 @@ from stdit.data.base import Identity
 from stdit.data.columns import Columns, write_columns
 from stdit.data.facts import Facts
 from stdit.data.identity import content_of, relative_name
-from stdit.data.manifest import Row, Table
+from stdit.data.manifest import FOLDER_MANIFESTS, Row, Table, folders_below
 from stdit.data.media import state_of
 from stdit.data.rates import LOOKED_AT
 
 SUFFIX = ".index"
 _VERSION = 1
+# The columns of the size and the time of change of a file, and of the text next to it.
+_FILE, _NOTE = ("bytes", "modified"), ("note_bytes", "note_modified")
 _LOOKED_AT = 1000  # files whose size and time of change are compared when an index is opened
 
 
@@ -87,8 +90,10 @@ class MediaIndex(Sequence[Row]):
         return self.columns.text("refused", index) or None
 
     def changed(self, index: int) -> bool:
-        """Whether a file is another than when it was measured, by its size and the time of its last change."""
-        return state_of(self.file(index)) != tuple(int(self.columns[name][index]) for name in ("bytes", "modified"))
+        """Whether a file, or the text next to it, is another than when it was measured, by size and time of change."""
+        file = self.file(index)
+        known = [tuple(int(self.columns[name][index]) for name in names) for names in (_FILE, _NOTE)]
+        return known != [state_of(file), state_of(file.with_suffix(".txt"))]
 
     def identity(self, index: int, *, read: bool = False) -> Identity:
         """The file below the root, its size (or, if it is read, a hash of its content), and its annotations."""
@@ -127,19 +132,12 @@ class MediaIndex(Sequence[Row]):
         source = Path(os.path.normpath(self.path.parent / self.info["source"]))
         if source.is_file() and list(state_of(source)) != self.info["state"]:
             self._refuse(f"{source} has changed")
-        if source.is_dir() and (added := self._changed_folder()):
-            self._refuse(f"the files of {added} have changed")
+        if source.is_dir() and self.info["folders"] != _folders_state(source):
+            self._refuse(f"files of {source} were added, removed or renamed, or its own manifest has changed")
         for i in range(0, len(self), max(1, len(self) // _LOOKED_AT)):
             if self.changed(i):
                 missing = "is missing" if state_of(self.file(i)) == (-1, -1) else "has changed"
                 self._refuse(f"{self.file(i)} {missing}")
-
-    def _changed_folder(self) -> Path | None:
-        for name, modified in self.info["folders"].items():
-            folder = self.root / name
-            if not folder.is_dir() or folder.stat().st_mtime_ns != modified:
-                return folder
-        return None
 
     def _refuse(self, what: str) -> None:
         source = Path(os.path.normpath(self.path.parent / self.info["source"]))
@@ -147,6 +145,15 @@ class MediaIndex(Sequence[Row]):
             f"{self.path} is older than its files ({what}); bring it up to date: stdit index {source} --output {self.path} "
             "(only what has changed is read)."
         )
+
+
+def _folders_state(root: Path) -> str:
+    """A hash of the folders below a root, with the times at which files were added to them, and of its own manifests."""
+    names = [*folders_below(root), *(root / name for name in FOLDER_MANIFESTS)]
+    digest = hashlib.sha256()
+    for path in names:
+        digest.update(f"{relative_name(path, root)} {state_of(path)[1]}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:32]
 
 
 def write_index(
@@ -177,6 +184,8 @@ def write_index(
         name: np.array([one.get(name, default) for one in found], dtype)
         for name, dtype, default in (("rotation", np.int16, 0), ("bytes", np.int64, -1), ("modified", np.int64, -1))
     }
+    notes = np.array([state_of(row.path.with_suffix(".txt")) for row in rows], np.int64).reshape(-1, 2)
+    arrays |= {name: notes[:, i] for i, name in enumerate(_NOTE)}
     arrays["label"] = np.array([-1 if row.label is None else row.label for row in rows], np.int32)
     arrays |= {
         "path": (relative_name(row.path, root) for row in rows),
@@ -186,13 +195,12 @@ def write_index(
         "refused": (one.get("refused", "") for one in found),
         "content": ((content_of(row.path) or "") if hashed else "" for row in rows),
     }
-    folders = {row.path.parent for row in rows} | {root} if source.is_dir() else set()
     info = {
         "version": _VERSION,
         "root": os.path.relpath(root.absolute(), here),
         "source": os.path.relpath(source.absolute(), here),
         "state": list(state_of(source)) if source.is_file() else None,
-        "folders": {os.path.relpath(one, root): one.stat().st_mtime_ns for one in sorted(folders) if one.is_dir()},
+        "folders": _folders_state(source) if source.is_dir() else None,
         "num_classes": table.num_classes,
         "class_names": table.class_names,
         "action_space": None if action_space is None else action_space.plain,

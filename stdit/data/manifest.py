@@ -256,6 +256,15 @@ def find_media(root: Path, suffixes: set[str]) -> Found:
     return Found(found, ". ".join(reasons))
 
 
+def folders_below(root: Path) -> list[Path]:
+    """The folders in which `find_media` looks for files, in order."""
+    found = []
+    for folder, folders, _ in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SYSTEM_FOLDERS)
+        found.append(Path(folder))
+    return found
+
+
 def _is_inside(path: Path, allowed: Path) -> bool:
     """Whether a path is no link, or a link that stays under `allowed`."""
     if not path.is_symlink():

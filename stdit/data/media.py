@@ -37,7 +37,7 @@ _MEMBER = re.compile(r"(?P<archive>.+\.tar)@(?P<offset>\d{1,18})\+(?P<size>\d{1,
 
 def member_of(path: str | os.PathLike) -> Member | None:
     """The archive and place of a path SHARD.tar@OFFSET+SIZE/NAME; None for the path of a plain file."""
-    found = _MEMBER.fullmatch(os.fspath(path))
+    found = _MEMBER.fullmatch(os.fspath(path).replace(os.sep, "/"))
     return Member(found["archive"], int(found["offset"]), int(found["size"])) if found else None
 
 

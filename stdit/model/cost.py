@@ -139,10 +139,10 @@ class Memory:
 def over_processes(memory: Memory, *, shards: int, context: int, depth: int) -> Memory:
     """The memory of one of several processes.
 
-    shards: that share weights, gradients, averages and optimizer; each gathers two blocks of `depth` at a time, in
-    bfloat16. context: processes that share the frames of a clip.
+    shards: that share weights, gradients, averages and optimizer; each gathers two blocks of `depth` at a time. context:
+    processes that share the frames of a clip.
     """
-    gathered = 2 * memory.weights / 2 / depth if shards > 1 else 0.0
+    gathered = 2 * memory.weights / depth if shards > 1 else 0.0
     return Memory(
         weights=memory.weights / shards,
         gradients=memory.gradients / shards,

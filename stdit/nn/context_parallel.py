@@ -30,6 +30,17 @@ class ContextParallel:
                 "divides them."
             )
 
+    def check_same(self, number: int, device: torch.device) -> None:
+        """Raise ValueError unless all processes of the group have the same whole number."""
+        mine = torch.tensor([number % (1 << 62)], device=device)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine, group=self.group)
+        if any(int(other) != int(mine) for other in every):
+            raise ValueError(
+                "processes that share the frames of clips have read different clips: one of them could not read a file. Start "
+                "the run again, and it resumes; check the files with stdit check-media."
+            )
+
     def own_frames(self, x: Tensor, dim: int = 1, *, copies: int = 1) -> Tensor:
         """The frames of this process, of each copy of the clip in x; what holds for all frames (one, or none) stays."""
         if x.ndim <= dim or x.shape[dim] == 1:

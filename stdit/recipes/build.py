@@ -195,6 +195,22 @@ def check_batch(config: Config, processes: int) -> None:
         )
 
 
+def check_context(config: Config, vae: VideoVAE, model: STDiT) -> None:
+    """Raise ValueError for clips or heads that the processes of `train.parallel.context` cannot share."""
+    parallel = model.context_parallel
+    assert parallel is not None
+    for frames, _, _ in config.data.sizes or [[config.data.num_frames, 0, 0]]:
+        parallel.check(vae.latent_frames(frames))
+    heads = model.config.num_heads
+    if heads % parallel.size and "joint" in model.trunk_config.axes:
+        raise ValueError(
+            f"{heads} heads cannot be shared by {parallel.size} processes; use a context that divides num_heads, or "
+            "axes=[spatial, temporal]."
+        )
+    if config.data.packing:
+        raise ValueError("data.packing=true does not go with train.parallel.context; use batches of one size.")
+
+
 def build_order(
     config: Config, dataset: Dataset, vae: VideoVAE, *, patch: tuple[int, int, int], processes: int
 ) -> BatchSampler:
@@ -221,7 +237,7 @@ def build_order(
     sizes = [ClipSize(*size) for size in data.sizes]
     grids = [vae.latent_shape(*size, patch) for size in sizes]
     costs = [math.prod(n // p for n, p in zip(grid, patch, strict=True)) for grid in grids]
-    shapes, buckets = _measure(dataset, sizes, config.seed)
+    shapes, buckets = measure(dataset, sizes, config.seed)
     _tell_short(shapes, sizes, buckets)
     order = (PackedSampler if data.packing else BucketSampler)(
         config.seed, buckets, sizes, costs, tokens=train.tokens, processes=processes
@@ -242,9 +258,12 @@ def _shards(config: Config, dataset: Dataset) -> list[int]:
     return counts
 
 
-def _measure(dataset: Dataset, sizes: Sequence[ClipSize], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def measure(dataset: Dataset, sizes: Sequence[ClipSize], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The (frames, height, width) of every clip (N, 3), and the bucket it is assigned to (N,)."""
     known = dataset.shapes() if hasattr(dataset, "shapes") else None
+    if known is not None and getattr(dataset, "fixed_sizes", False):  # cached latents, which cannot be cut
+        equal = (known[:, None] == np.array(sizes)[None]).all(-1)
+        return known, np.where(equal.any(1), equal.argmax(1), NO_BUCKET)
     if known is not None:  # drawn for a million clips in half a minute
         drawn_from = (known.tobytes(), repr((sizes, seed)).encode())
         return known, remembered("buckets", drawn_from, lambda: assign_buckets(known, sizes, seed))
@@ -267,7 +286,7 @@ def split_holdout(config: Config, dataset: Dataset) -> tuple[Dataset, HeldOutDra
     sizes: dict[int, ClipSize | None] = dict.fromkeys(range(len(held)))
     if config.data.sizes:
         candidates = [ClipSize(*size) for size in config.data.sizes]
-        buckets = _measure(held, candidates, config.seed)[1]
+        buckets = measure(held, candidates, config.seed)[1]
         sizes = {index: candidates[bucket] for index, bucket in enumerate(buckets.tolist()) if bucket != NO_BUCKET}
         if not sizes:
             raise ValueError(

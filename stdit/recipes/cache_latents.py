@@ -13,9 +13,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -27,11 +29,14 @@ from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.identity import columns_of, hash_of, identity_of
 from stdit.data.loader import conditions_of_sample
 from stdit.data.rates import clip_rate
+from stdit.data.samplers import NO_BUCKET, ClipSize
+from stdit.data.variants import ClipVariants
 from stdit.data.video_io import VideoError
-from stdit.files import atomic_write, write_text
+from stdit.files import atomic_write, claimed, write_text
 from stdit.hashes import difference, file_sha256
 from stdit.pixels import to_float
 from stdit.precision import autocast
+from stdit.recipes.build import measure
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import default_device
 from stdit.rng import keyed_rng
@@ -52,7 +57,16 @@ class Shard(NamedTuple):
     waited: float
 
 
-def encode_shard(dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, seed: int) -> Shard:
+class Part(NamedTuple):
+    """The clips of a shard, by their numbers in the dataset, and the size of all of them (None: that of the config)."""
+
+    indices: Sequence[int]
+    size: ClipSize | None = None
+
+
+def encode_shard(
+    dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, seed: int, size: ClipSize | None = None
+) -> Shard:
     """Read and encode clips. Threads read the next clips meanwhile, since video decoding releases Python's lock."""
     latents: list[dict[str, torch.Tensor]] = []
     encoded: list[int] = []
@@ -60,9 +74,11 @@ def encode_shard(dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, see
     bad: dict[str, str] = {}
     waited = 0.0
 
+    draw_of = getattr(dataset, "draw_of", int)  # two variants of a clip may share their draws
+
     def read(index: int) -> dict[str, Any] | VideoError:
         try:
-            return dataset.load(index, keyed_rng("sample", seed, index))
+            return dataset.load(index, keyed_rng("sample", seed, draw_of(index)), size)
         except VideoError as error:
             return error
 
@@ -122,28 +138,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="allow data.flip and data.crop=random, which are then drawn once for each clip, not anew in every epoch",
     )
+    parser.add_argument("--windows", type=int, default=1, help="windows of each clip, drawn by seed")
+    parser.add_argument("--mirrored", action="store_true", help="every window also mirrored, in place of data.flip")
     args = parser.parse_intermixed_args(argv)
     config = load_typed(Config, args.config, args.overrides)
     if config.data.source == "latents":
         config.data.source = "auto"
     check_augmentation(config.data, frozen=args.freeze_augmentation)
-    if args.shard_size < 1:
-        raise ValueError(f"--shard-size must be >= 1, got {args.shard_size}.")
+    for name in ("shard_size", "windows"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}.")
     dataset = build_dataset(config.data)
     if args.output.resolve() == Path(config.data.root).resolve():
         raise ValueError(
             f"--output {args.output} is data.root itself; set data.root=FOLDER to the folder of the clips."
         )
     vae = load_vae(config.vae.name).to(default_device())
-    vae.latent_shape(config.data.num_frames, config.data.height, config.data.width)  # raises for sizes that do not fit
+    sizes = config.data.sizes or [[config.data.num_frames, config.data.height, config.data.width]]
+    for frames, height, width in sizes:
+        vae.latent_shape(frames, height, width)  # raises for sizes that do not fit
+    if args.windows > 1 or args.mirrored:
+        dataset = ClipVariants(dataset, args.windows, args.mirrored)
     head = {
         "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "shard_size": args.shard_size,
         "tensors": ["latents", "reencoded"], **{key: getattr(config.data, key) for key in SOURCE_KEYS},
+        "windows": args.windows, "mirrored": args.mirrored, "sizes": [list(size) for size in config.data.sizes],
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
     check_settings(args.output, head, vae)
-    write_shards(args.output, dataset, vae, shard_size=args.shard_size, seed=config.seed)
-    return write_index(args.output, head, dataset, rate=clip_rate(config.data, dataset))
+    parts = divide(dataset, [ClipSize(*size) for size in config.data.sizes], args.shard_size, seed=config.seed)
+    write_shards(args.output, dataset, vae, parts, seed=config.seed)
+    return write_index(args.output, head, dataset, parts, rate=clip_rate(config.data, dataset))
+
+
+def divide(dataset: Dataset, sizes: Sequence[ClipSize], shard_size: int, *, seed: int) -> list[Part]:
+    """The clips of each shard: `shard_size` in their order, or, with sizes, of one size each."""
+    groups: list[Part] = [Part(range(len(dataset)))]
+    if sizes:
+        buckets = measure(dataset, sizes, seed)[1]
+        groups = [Part(np.flatnonzero(buckets == number).tolist(), size) for number, size in enumerate(sizes)]
+        if (short := int((buckets == NO_BUCKET).sum())) > 0:
+            print(f"{short} clips are shorter than every size in data.sizes, or cannot be read, and are left out")
+    if not any(len(group.indices) for group in groups):
+        raise ValueError(
+            "none of the clips is long enough for any of data.sizes; add a size with fewer frames (stdit check-media)."
+        )
+    starts = [(group, start) for group in groups for start in range(0, len(group.indices), shard_size)]
+    return [Part(group.indices[start : start + shard_size], group.size) for group, start in starts]
 
 
 # The keys of the data config on which latents depend; VAE, seed and --shard-size are checked as well.
@@ -171,7 +212,8 @@ def check_settings(output: Path, head: dict, vae: VideoVAE) -> None:
         write_text(path, json.dumps(head))
         return
     try:
-        found = {"flip": False, **json.loads(path.read_text())}  # version 0.1.0 did not record it
+        # What earlier versions did not record.
+        found = {"flip": False, "windows": 1, "mirrored": False, "sizes": [], **json.loads(path.read_text())}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); choose another --output, or remove it.") from error
     if vae.has_fingerprint(str(found.get("vae_fingerprint"))):
@@ -188,28 +230,33 @@ def _rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def write_shards(output: Path, dataset: Dataset, vae: VideoVAE, *, shard_size: int, seed: int) -> None:
+def write_shards(output: Path, dataset: Dataset, vae: VideoVAE, parts: Sequence[Part], *, seed: int) -> None:
     """Write the shards of this process, encoding the clips that are new or changed, and those of missing or damaged shards."""
     (rank, world), waited, began = _rank(), 0.0, time.perf_counter()
-    starts = range(0, len(dataset), shard_size)
     done: Counter[str] = Counter()
-    for start in tqdm(starts[rank::world], unit="shard", desc="encoding", disable=rank > 0):
-        indices = range(start, min(start + shard_size, len(dataset)))
-        file = output / f"latents-{start // shard_size:05d}.safetensors"
-        waited += _write_shard(file, dataset, vae, indices=indices, seed=seed, done=done)
+    for number in tqdm(range(len(parts))[rank::world], unit="shard", desc="encoding", disable=rank > 0):
+        file = output / f"latents-{number:05d}.safetensors"
+        with ExitStack() as claim:
+            try:
+                claim.enter_context(claimed([file]))
+            except ValueError:  # the same command runs twice: the other process has this shard
+                done["elsewhere"] += 1
+                continue
+            waited += _write_shard(file, dataset, vae, parts[number], seed=seed, done=done)
     if not rank:
         print(f"waited {waited:.1f} s of {time.perf_counter() - began:.1f} s for data")
+    if done["elsewhere"]:
+        print(f"{done['elsewhere']} shards were being written by another process")
     if done["kept"]:
         print(
             f"{done['kept']} clips kept, {done['encoded']} encoded; labels or captions of {done['annotated']} shards renewed"
         )
 
 
-def _write_shard(
-    file: Path, dataset: Dataset, vae: VideoVAE, *, indices: range, seed: int, done: Counter[str]
-) -> float:
+def _write_shard(file: Path, dataset: Dataset, vae: VideoVAE, part: Part, *, seed: int, done: Counter[str]) -> float:
     """Bring one shard up to date; counts what was done -> seconds spent waiting for data."""
-    sources = [source_of(dataset, i) for i in indices]
+    indices = part.indices
+    sources = [[*source_of(dataset, i), *(part.size or ())] for i in indices]
     old = _read_record(file)
     unchanged = {
         i: old["rows"][n] for n, i in enumerate(indices) if n < len(old["rows"]) and old["sources"][n] == sources[n]
@@ -223,11 +270,14 @@ def _write_shard(
             record = {**old, **_annotations(dataset, [i for i in indices if unchanged[i] is not None])}
             write_text(file.with_suffix(".json"), json.dumps({**record, "annotations": annotations}))
         return 0.0
-    shard = encode_shard(dataset, vae, wanted, seed=seed)
+    shard = encode_shard(dataset, vae, wanted, seed=seed, size=part.size)
     record = _merge(file, old, shard, unchanged=unchanged, indices=indices)
     kept = {dataset.name(i) for i in unchanged}
     bad = {name: reason for name, reason in old["bad"].items() if name in kept}
     record |= {"bad": bad | shard.bad, "sources": sources, "annotations": annotations}
+    kept_rows = [number for number, row in enumerate(record["rows"]) if row is not None]
+    record |= {"clips": [sources[number][0] for number in kept_rows]}  # what variants of one clip share
+    record |= {} if part.size is None else {"size": list(part.size)}
     record |= _annotations(dataset, [i for i, row in zip(indices, record["rows"], strict=True) if row is not None])
     write_text(file.with_suffix(".json"), json.dumps(record))
     return shard.waited
@@ -244,7 +294,7 @@ def _annotations(dataset: Dataset, indices: Sequence[int]) -> dict[str, list]:
     return {"labels": [row["label"] for row in rows], "captions": [row["caption"] for row in rows]}
 
 
-def _merge(file: Path, old: dict, shard: Shard, *, unchanged: dict[int, int | None], indices: range) -> dict:
+def _merge(file: Path, old: dict, shard: Shard, *, unchanged: dict[int, int | None], indices: Sequence[int]) -> dict:
     """Write the tensors of a shard, those of the clips that are kept and of the new ones in the order of `indices`.
 
     unchanged: index of a clip -> its row in the old shard, None for a file that could not be read. The record that is returned
@@ -286,16 +336,13 @@ def _read_record(file: Path) -> dict[str, Any]:
         return _NOTHING
 
 
-def write_index(output: Path, head: dict, dataset: Dataset, *, rate: float) -> int:
+def write_index(output: Path, head: dict, dataset: Dataset, parts: Sequence[Part], *, rate: float) -> int:
     """Write cache.json once every shard is there and of this data (the last process does). rate: frames per second."""
-    size = head["shard_size"]
-    starts = range(0, len(dataset), size)
     records = []
-    for number, start in enumerate(starts):
+    for number, part in enumerate(parts):
         path = output / f"latents-{number:05d}.json"
         record = json.loads(path.read_text()) if path.is_file() else {}
-        indices = range(start, min(start + size, len(dataset)))
-        if record.get("annotations") != hash_of([dataset.record(i) for i in indices]):
+        if record.get("annotations") != hash_of([dataset.record(i) for i in part.indices]):
             print(f"process {_rank()[0]} is done; the last process to finish writes {output / 'cache.json'}")
             return 0
         index = {key: value for key, value in record.items() if key not in ("rows", "annotations")}
@@ -308,13 +355,14 @@ def write_index(output: Path, head: dict, dataset: Dataset, *, rate: float) -> i
     classes = {"num_classes": dataset.num_classes, "class_names": dataset.class_names}
     space = getattr(dataset, "action_space", None)
     classes |= {"action_space": None if space is None else space.plain}
-    head = {**head, **classes, "clips": len(dataset), "rate": rate, "shards": records, "skipped": bad}
+    count = sum(record["count"] for record in records)
+    head = {**head, **classes, "clips": count, "rate": rate, "shards": records, "skipped": bad}
     write_text(output / "cache.json", json.dumps(head))
     _remove_further(output, len(records))
     for reason in list(bad.values())[:10]:
         print(f"skipped a file: {reason}")
     skipped = f"; {len(bad)} skipped" if bad else ""
-    print(f"{len(dataset) - len(bad)} clips as latents of {head['vae']!r} in {output}{skipped}")
+    print(f"{count} clips as latents of {head['vae']!r} in {output}{skipped}")
     return 0
 
 

@@ -26,14 +26,18 @@ from stdit.files import check_writable, write_text
 from stdit.recipes.entry import command, command_parser
 
 
-def data_config_of(source: Path, config: str | None, overrides: list[str]) -> DataConfig:
-    """The data config of a training, with `source` as its data; without a config one that any file is long enough for."""
-    if config is None and overrides:
+def data_config_of(source: Path, config: str | None, overrides: list[str], *, alone: bool = False) -> DataConfig:
+    """The data config of a training, with `source` as its data; without a config one that any file is long enough for.
+
+    alone: whether overrides may be given without a config.
+    """
+    if config is None and overrides and not alone:
         raise ValueError(f"{overrides[0]!r} overrides a config; say which with --config, for example --config video.")
     manifest = next((one for one in overrides if one.startswith("data.manifest=")), None)
     if manifest is not None:
         raise ValueError(f"{manifest} has no effect here; give the manifest itself in place of {str(source)!r}.")
-    data = load_typed(Config, config, overrides).data if config else DataConfig(num_frames=1, height=1, width=1)
+    any_file = [] if config else ["data.num_frames=1", "data.height=1", "data.width=1"]
+    data = load_typed(Config, config, [*any_file, *overrides]).data
     if source.is_file():
         chosen = any(override.startswith("data.root=") for override in overrides)
         data.root, data.manifest = data.root if chosen else str(source.parent), str(source)

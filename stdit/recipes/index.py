@@ -18,15 +18,16 @@ import av
 
 from stdit.data.clips import Images, VideoClips
 from stdit.data.datasets import build_dataset
-from stdit.data.identity import fingerprint, relative_name
+from stdit.data.identity import fingerprint
 from stdit.data.index import SUFFIX, MediaIndex, entries_of, write_index
 from stdit.data.inspections import inspect_all
 from stdit.data.manifest import Table
 from stdit.data.media_report import overview
-from stdit.data.parquet import write_parquet
+from stdit.data.parquet import pyarrow_of, write_parquet
 from stdit.files import check_writable, claimed
 from stdit.recipes.check_media import data_config_of, judged
 from stdit.recipes.entry import command, command_parser
+from stdit.warn import warn_user
 
 
 @command
@@ -34,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the index; exit code 1 if none of the files can be read."""
     parser = command_parser("index", __doc__)
     parser.add_argument("source", type=Path, help="a folder, or a manifest (.jsonl, .csv, .parquet)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="data.root=FOLDER of the manifest's files")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="such as data.root=FOLDER of the manifest's files, or data.columns={path: video}",
+    )
     parser.add_argument("--output", required=True, type=Path, help=f"the index, NAME{SUFFIX}")
     parser.add_argument("--hash", action="store_true", help="keep a hash of every file's content")
     parser.add_argument("--parquet", type=Path, help="write the table as parquet too (needs pyarrow)")
@@ -42,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one file in such a process")
     args = parser.parse_intermixed_args(argv)
     _check_output(args.output, args.source)
+    if args.parquet is not None:
+        pyarrow_of("parquet")
+        _check_beside(args.parquet, args.source)
+        check_writable(args.parquet)
     check_writable(args.output)
     with claimed([args.output]):
         return _index(args)
@@ -49,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _index(args: Namespace) -> int:
     av.logging.set_level(None)
-    data = data_config_of(args.source, None, args.overrides)
+    data = data_config_of(args.source, None, args.overrides, alone=True)
     dataset = build_dataset(data)
     if not isinstance(dataset, VideoClips | Images):
         raise ValueError(f"{str(args.source)!r} holds no files of videos or pictures; an index is of nothing else.")
     paths = list(dict.fromkeys(row.path for row in dataset.rows))
     journal = args.output.with_suffix(".partial.jsonl")
-    before = entries_of(MediaIndex(args.output)) if args.output.is_file() else {}
-    absolute = {str(path): os.path.abspath(path) for path in paths}
+    before = {os.path.realpath(file): entry for file, entry in _entries(args.output).items()}
+    absolute = {str(path): os.path.realpath(path) for path in paths}
     known = {name: {**before[found], "path": name} for name, found in absolute.items() if found in before}
     entries = inspect_all(paths, journal, backend=data.backend, workers=args.workers, timeout=args.timeout, known=known)
     by_path = {str(path): entry for path, entry in zip(paths, entries, strict=True)}
@@ -68,7 +78,7 @@ def _index(args: Namespace) -> int:
     checked = {path: judged(path, entry, data) for path, entry in zip(paths, entries, strict=True)}
     print(overview(checked, dataset, data, ruled=False))
     if args.parquet:
-        write_parquet(args.parquet, _plain_rows(MediaIndex(args.output)))
+        write_parquet(args.parquet, _plain_rows(MediaIndex(args.output), args.parquet.absolute().parent))
     print(f"{args.output}: {len(dataset)} rows; train on them with data.manifest={args.output}")
     return 0 if any(one.facts for one in checked.values()) else 1
 
@@ -79,18 +89,35 @@ def _check_output(output: Path, source: Path) -> None:
         raise ValueError(f"--output {output} is no name of an index; call it {output.with_suffix(SUFFIX)}.")
     if source.suffix == SUFFIX:
         raise ValueError(f"{source} is an index already; give the folder or manifest that it was made from.")
+    _check_beside(output, source)
+
+
+def _check_beside(output: Path, source: Path) -> None:
+    """Raise ValueError for a file inside the folder of the clips, which would be newer than its index at once."""
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise ValueError(
-            f"--output {output} lies in {source} itself; put the index next to it, for example {source.resolve().name}{SUFFIX}."
+            f"{output} lies in {source} itself; put it next to it, for example {source.resolve().name}{output.suffix}."
         )
 
 
-def _plain_rows(index: MediaIndex) -> list[dict[str, Any]]:
-    """The rows with what was measured, under the names that a manifest has."""
+def _entries(output: Path) -> dict[str, dict[str, Any]]:
+    """The entries of the index that is there; none, with a warning, of one that cannot be read, which is made anew."""
+    try:
+        return entries_of(MediaIndex(output)) if output.is_file() else {}
+    except ValueError as error:
+        warn_user(f"{error} All files are read again.")
+        return {}
+
+
+def _plain_rows(index: MediaIndex, folder: Path) -> list[dict[str, Any]]:
+    """The rows with what was measured, under the names that a manifest in `folder` has."""
     rows = []
     for i, (path, label, caption, columns) in enumerate(index):
         facts, names = index.facts(i), index.info["class_names"]
-        row = {"path": relative_name(path, index.root), "label": names[label] if names and label is not None else label}
+        row = {
+            "path": Path(os.path.relpath(path, folder)).as_posix(),
+            "label": names[label] if names and label is not None else label,
+        }
         measured = facts._asdict() if facts else {"refused": index.refused(i)}
         rows.append({**row, "caption": caption or None, **measured, **columns})
     return rows

@@ -118,8 +118,9 @@ def scale_lines(
     """Lines with what devices send each other in a step, the size of checkpoints, and the cost of longer clips."""
     dim, lines = arguments["hidden_size"], []
     if args.count > 1:
-        # FSDP2: weights in bfloat16 for each pass, gradients in float32; DDP: gradients, summed and sent back.
-        sent = cost.parameters * (2 * 2 + 4 if sharded else 2 * 4)
+        # FSDP2: weights for each pass, and gradients in float32; DDP: gradients, summed and sent back.
+        each = 2 if config.train.parallel.gather_bf16 else 4
+        sent = cost.parameters * (2 * each + 4 if sharded else 2 * 4)
         passes = 4 if config.model.gradient_checkpointing else 3
         frames = passes * arguments["depth"] * 4 * 2 * micro * cost.tokens * dim / context if context > 1 else 0.0
         total = sent + frames
@@ -162,6 +163,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_typed(Config, args.config, args.overrides)
     sharded = (args.shard or config.train.parallel.shard) == "fsdp" and args.count > 1
     context = args.context or config.train.parallel.context
+    replicas = config.train.parallel.replicas if sharded else 1
+    shards = args.count // replicas if sharded else 1
+    if args.count % replicas:
+        raise ValueError(
+            f"train.parallel.replicas={replicas} does not divide --count {args.count}; use a number that does."
+        )
     if args.count % context:
         raise ValueError(f"--context {context} does not divide --count {args.count}; use a number that does.")
     check_batch(config, args.count // context)
@@ -182,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments, shape, clips, optimizer=train.optimizer, bf16=bf16, checkpointing=checkpointing, fused=fused,
             copies=len(train.average_lengths) + (train.guide_step is not None),
         )  # fmt: skip
-        return over_processes(found, shards=args.count if sharded else 1, context=context, depth=arguments["depth"])
+        return over_processes(found, shards=shards, context=context, depth=arguments["depth"])
 
     cost = forward_cost(arguments, latent)
     # DDP holds gradients twice.

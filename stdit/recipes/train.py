@@ -35,6 +35,7 @@ from stdit.recipes.build import (
     build_teacher,
     check_batch,
     check_cache,
+    check_context,
     split_holdout,
 )
 from stdit.recipes.entry import command, command_parser, out_of_memory
@@ -76,7 +77,9 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     if config.train.compile:
         compile_blocks(model)
     share_frames(model, config.train.parallel, processes)
-    parallelize(model, config.train.parallel, mesh, bf16=accelerator.mixed_precision == "bf16")
+    if context > 1:
+        check_context(config, vae, model)
+    parallelize(model, config.train.parallel, mesh)
     folders = RunFolders(config.name)
     if main:
         folders.lock()

@@ -56,6 +56,7 @@ class ParallelConfig:
     shard: Literal["none", "fsdp"] = "none"  # fsdp: weights, gradients, averages and optimizer in shards (FSDP2)
     replicas: int = 1  # fsdp: groups of processes that each hold the whole model between them (HSDP)
     context: int = 1  # processes that share the frames of every clip, for long ones; the rest is data parallel
+    gather_bf16: bool = False  # fsdp: gather weights in bfloat16: half the traffic, but norms have no float32 weights
     reshard: bool = True  # fsdp: give gathered weights back after the forward pass; false takes memory and saves time
     timeout: float = 1800.0  # seconds after which a process that does not answer ends the run
 
@@ -94,6 +95,10 @@ class TrainConfig(LoopConfig):
         super().__post_init__()
         check_ranges("train", self, _TRAIN_RANGES, guidance="1 is no guidance", holdout="0 holds out nothing")
         given = {"holdout": self.holdout, "holdout_values": self.holdout_values, "guide_step": self.guide_step, "average_lengths": self.average_lengths}  # fmt: skip
+        if self.compile and (self.parallel.shard != "none" or self.parallel.context > 1):
+            raise ValueError(
+                "train.compile=true is not there for a sharded model or for shared frames (train.parallel); set it to false."
+            )
         if self.parallel.shard != "none" and any(given.values()):
             name = next(name for name, value in given.items() if value)
             raise ValueError(

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from stdit.conditions import Conditions, conditioners_of
 from stdit.conditions.values import map_tensors
+from stdit.data.identity import hash_of
 from stdit.data.loader import Batch
 from stdit.diffusion.objective import Objective
 from stdit.legacy import aliases
 from stdit.model.cost import Shape, flops_of_config
+from stdit.model.stdit import STDiT
 from stdit.text import CaptionCache
 from stdit.training.config import TrainConfig
 from stdit.training.held_out import HeldOutDraws
@@ -121,6 +123,8 @@ class Trainer(TrainingLoop):
 
     def _clip_flops(self, latent: Shape) -> float:
         """Multiply-adds of a forward pass of a clip of latents, counted once for every shape."""
+        if not isinstance(self.model, STDiT):  # a U-Net, whose operations are not counted
+            return 0.0
         if latent not in self._flops:
             try:
                 self._flops[latent] = flops_of_config(self.model.config, latent)
@@ -156,6 +160,9 @@ class Trainer(TrainingLoop):
     def losses(self, model: nn.Module, batch: Batch) -> StepLosses:
         """Compute the diffusion loss of each clip of a batch."""
         self._note_bad(batch)
+        if getattr(self.model, "context_parallel", None) is not None:
+            read = hash_of([batch.keys, sorted(batch.bad), sorted(self.set_aside)])
+            self.model.context_parallel.check_same(int(read, 16), self.accelerator.device)
         conditions, clips = self._conditions(batch, self.config.label_dropout), to_latents(batch, self.vae)
         with self.accelerator.autocast():
             given = (clips, conditions, batch.keys)

@@ -177,12 +177,12 @@ class TrainingLoop(ABC):
         """Load a checkpoint: weights, their moving average, optimizers, step."""
         tensors, info = checkpoint.tensors, checkpoint.info
         expected = self.model.state_dict()
-        weights = {
-            new: tensors["model"][name] if new not in expected else part_of(tensors["model"], name, expected[new])
-            for name in tensors["model"]
-            for new in [renamed_parameter(name)]
-        }
         try:
+            weights = {
+                new: tensors["model"][name] if new not in expected else part_of(tensors["model"], name, expected[new])
+                for name in tensors["model"]
+                for new in [renamed_parameter(name)]
+            }
             self.model.load_state_dict(weights)
         except RuntimeError as error:  # with allow_changes
             raise ValueError(
@@ -263,12 +263,12 @@ class TrainingLoop(ABC):
                         progress.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {summary(rates)}")
                 progress.update(self.step - progress.n)
                 if saving:
-                    self.save()
-                    if logger is not None:
-                        logger.curves(last=stopping or self.step == config.steps)
+                    with self.throughput.paused():
+                        self.save()
+                        if logger is not None:
+                            logger.curves(last=stopping or self.step == config.steps)
                 if self.writer is not None and (stopping or self.step == config.steps):
-                    self.writer.wait()
-                    self.accelerator.wait_for_everyone()
+                    self.writer.finish()
                 if stopping:
                     raise Stopped(128 + self._signal if self._signal else 143, self.step)
                 if self.step % config.preview_every == 0 and self.step < config.steps:

@@ -6,6 +6,7 @@ split along its first dimension.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,14 +47,19 @@ def make_mesh(config: ParallelConfig, device: str, processes: int) -> DeviceMesh
     return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def parallelize(model: Any, config: ParallelConfig, mesh: DeviceMesh | None, *, bf16: bool) -> None:
+def parallelize(model: Any, config: ParallelConfig, mesh: DeviceMesh | None) -> None:
     """Shard a model in place, a unit for each block and one for the rest; nothing without a mesh.
 
-    bf16: gather weights in bfloat16, and reduce gradients in float32.
+    Gradients are reduced in float32, and inputs stay as they are: autocast chooses the precision of operations, as for a
+    model that is not sharded.
     """
     if mesh is None:
         return
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if config.gather_bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
     for part in [*model.blocks, model]:
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
 
@@ -67,7 +73,8 @@ def share_frames(model: Any, config: ParallelConfig, processes: int) -> None:
             f"train.parallel.context={config.context} does not divide {processes} process(es); start a multiple of "
             f"{config.context} (torchrun --nproc-per-node {config.context} -m stdit train ...), or use another context."
         )
-    model.enable_context_parallel(dist.new_subgroups(config.context)[0])
+    timeout = timedelta(seconds=config.timeout)
+    model.enable_context_parallel(dist.new_subgroups(config.context, timeout=timeout)[0])
 
 
 def compile_blocks(model: Any, backend: str = "inductor") -> None:

@@ -4,6 +4,7 @@ Its metadata says which rows they are, so that any number of processes can read 
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,14 @@ class ShardedTensors(Mapping[str, Tensor]):
         """The whole tensor."""
         return self.rows(key, 0, None)
 
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        """The shape of the whole tensor."""
+        shapes = []
+        for _, file in self._parts[key]:
+            with safe_open(file, framework="pt") as shard:
+                shapes.append(shard.get_slice(key).get_shape())
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+
     def rows(self, key: str, first: int, end: int | None) -> Tensor:
         """The rows [first, end) of a tensor (None: to its last)."""
         found: list[Tensor] = []
@@ -70,6 +79,10 @@ def part_of(group: Mapping[str, Tensor], key: str, tensor: Tensor) -> Tensor:
     rows = rows_of(tensor)
     if rows is None:
         return group[key]
+    count, width = tensor.shape[0], tensor.numel() // max(1, tensor.shape[0])
+    found = group.shape_of(key) if isinstance(group, ShardedTensors) else tuple(group[key].shape)
+    if found[0] != count or math.prod(found[1:]) != width:  # a kernel may be kept as a matrix
+        raise RuntimeError(f"{key} has the shape {list(found)} instead of {list(tensor.shape)}")
     part = group.rows(key, *rows) if isinstance(group, ShardedTensors) else group[key][slice(*rows)].clone()
     return like(part.reshape(local(tensor).shape).to(local(tensor)), tensor)
 

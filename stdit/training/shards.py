@@ -7,11 +7,13 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,8 +39,7 @@ class ShardWriter:
 
     def write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], info: Mapping[str, Any]) -> None:
         """Copy what this process holds, and begin to write it; waits for the checkpoint before. All processes must call it."""
-        self.wait()
-        check_finite({name: {k: local(v) for k, v in group.items()} for name, group in tensors.items()}, f"the state after step {step}", "nothing was written; resume from the last checkpoint with a lower train.lr, or with train.precision=fp32")  # fmt: skip
+        self._agree(lambda: self._ready(step, tensors))
         main = self.process == 0
         copies: dict[str, dict[str, Tensor]] = {}
         rows: dict[str, dict[str, int]] = {}
@@ -51,16 +52,43 @@ class ShardWriter:
             shutil.rmtree(tmp, ignore_errors=True)
             tmp.mkdir(parents=True)
         dist.barrier()
+        self._agree(lambda: self._check_visible(tmp))
+        arguments = (step, tmp, copies, rows, dict(info) if main else None)
+        self._thread = threading.Thread(target=self._write, args=arguments, daemon=False)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is complete. All processes must call it, and all raise an error of one."""
+        self._agree(self._wait)
+
+    def _agree(self, check: Callable[[], None]) -> None:
+        """Raise in every process what a check raises in one, which would otherwise leave the others waiting."""
+        problem = None
+        try:
+            check()
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        found = next((one for one in gather_object([problem]) if one), None)
+        if found is not None:
+            raise ValueError(found)
+
+    def _ready(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._wait()
+        here = {name: {key: local(value) for key, value in group.items()} for name, group in tensors.items()}
+        check_finite(
+            here,
+            f"the state after step {step}",
+            "nothing was written; resume from the last checkpoint with a lower train.lr, or with train.precision=fp32",
+        )
+
+    def _check_visible(self, tmp: Path) -> None:
         if not tmp.is_dir():
             raise ValueError(
                 f"process {self.process} does not see {tmp}, which the main process has made: all nodes need one folder of "
                 "checkpoints; start the run in a folder that they share."
             )
-        arguments = (step, tmp, copies, rows, dict(info) if main else None)
-        self._thread = threading.Thread(target=self._write, args=arguments, daemon=False)
-        self._thread.start()
 
-    def wait(self) -> None:
+    def _wait(self) -> None:
         """Wait until the checkpoint that is being written is complete; raises what went wrong with it."""
         if self._thread is not None:
             self._thread.join()
@@ -82,6 +110,8 @@ class ShardWriter:
         except Exception as error:
             size = sum(value.nbytes for group in copies.values() for value in group.values())
             self._error = free_space_error(self.folder, step, size, error) if isinstance(error, OSError) else error
+            with suppress(OSError):
+                _write_json(tmp / f".{self.process}.json", {"error": str(self._error)})
 
     def _of_all(self, tmp: Path) -> dict[str, dict]:
         """What the processes have written, once all have."""
@@ -96,7 +126,10 @@ class ShardWriter:
                         "(train.parallel.timeout); the older checkpoints are whole"
                     )
                 time.sleep(_POLL)
-            described |= json.loads(file.read_text())
+            found = json.loads(file.read_text())
+            if "error" in found:
+                raise OSError(found["error"])
+            described |= found
             file.unlink()
         return described
 

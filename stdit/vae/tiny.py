@@ -5,6 +5,7 @@ of a group are stacked as channels, so that every convolution is two-dimensional
 Information flows between groups forward in time only, through convolutions over a group and the previous one.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,11 @@ from torch import Tensor, nn
 from stdit import legacy
 from stdit.ranges import check_ranges
 from stdit.vae.base import DecoderState, VideoVAE
+
+# Bounds of the memory of encoding: pixels of the groups that are encoded at a time, over the batch; and the largest side of
+# a tile of a larger frame, in latents.
+MOST_PIXELS = 1 << 20
+TILE = 96
 
 
 @dataclass
@@ -199,11 +205,41 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
 
     @apply_forward_hook  # an offloaded VAE is put on its device, as by a call of `forward`
     def _encode(self, pixels: Tensor) -> Tensor:
-        # The first group is encoded by itself, as an image is, which gives the latents of an image to the last bit.
-        cache, groups = CausalConvCache(), self._to_groups(pixels)
-        parts = [self.encoder(part, cache) for part in (groups[:, :1], groups[:, 1:]) if part.shape[1]]
-        raw = torch.cat(parts, dim=1).transpose(1, 2)
+        raw = self._stream(pixels) if max(pixels.shape[3:]) <= TILE * self.stride[1] else self._tiles(pixels)
         return (raw - _per_channel(self.latent_mean, raw)) / _per_channel(self.latent_std, raw)
+
+    @property
+    def margin(self) -> int:
+        """The latents around a tile that cover the encoder's receptive field: convolutions of 3 at strides of 4 and 8 pixels."""
+        at4, at8 = len(self.encoder.stride4), len(self.encoder.stride8)
+        return math.ceil((1 + 2 * at4) / 2 + 2 * at8)
+
+    def _stream(self, pixels: Tensor) -> Tensor:
+        """Encode some groups after the others, which bounds the memory of long clips.
+
+        The first group is encoded by itself, as an image is, which gives the latents of an image to the last bit.
+        """
+        cache = CausalConvCache()
+        parts = [self.encoder(self._to_groups(pixels[:, :, :1]), cache)]
+        groups = max(1, MOST_PIXELS // (len(pixels) * pixels.shape[3] * pixels.shape[4]))
+        for frames in pixels[:, :, 1:].split(4 * groups, dim=2) if pixels.shape[2] > 1 else ():
+            parts.append(self.encoder(rearrange(frames, "b c (t f) h w -> b t (f c) h w", f=4), cache))
+        return torch.cat(parts, dim=1).transpose(1, 2)
+
+    def _tiles(self, pixels: Tensor) -> Tensor:
+        """Encode tiles of large frames, each with a margin, which is cut off again: the result is that of whole frames."""
+        batch, _, frames, height, width = pixels.shape
+        margin = self.margin
+        rows, columns = height // self.stride[1], width // self.stride[2]
+        raw = pixels.new_empty(batch, self.channels, self.latent_frames(frames), rows, columns)
+        for top in range(0, rows, TILE):
+            for left in range(0, columns, TILE):
+                bottom, right = min(top + TILE, rows), min(left + TILE, columns)
+                y, x = max(0, top - margin), max(0, left - margin)
+                part = pixels[..., 8 * y : 8 * min(bottom + margin, rows), 8 * x : 8 * min(right + margin, columns)]
+                found = self._stream(part)[..., top - y : bottom - y, left - x : right - x]
+                raw[..., top:bottom, left:right] = found
+        return raw
 
     def _denormalise(self, latents: Tensor) -> Tensor:
         return latents * _per_channel(self.latent_std, latents) + _per_channel(self.latent_mean, latents)

@@ -19,7 +19,7 @@ from stdit.data.manifest import Row, Table
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
 from stdit.recipes import check_media, index
-from stdit.recipes.build import _measure
+from stdit.recipes.build import measure
 
 SIZES = [ClipSize(5, 32, 32), ClipSize(9, 32, 48), ClipSize(1, 32, 32)]
 
@@ -61,7 +61,7 @@ def test_a_dataset_of_an_index_is_that_of_its_manifest(clips, fps):
     for i in range(6):
         assert identity_of(indexed, i) == identity_of(plain, i) and indexed.record(i) == plain.record(i)
         assert identity_of(indexed, i, read=True) == identity_of(plain, i, read=True)
-    (shapes, buckets), (known, found) = _measure(plain, SIZES, 3), _measure(indexed, SIZES, 3)
+    (shapes, buckets), (known, found) = measure(plain, SIZES, 3), measure(indexed, SIZES, 3)
     assert shapes.tolist() == known.tolist() and buckets.tolist() == found.tolist()
     assert indexed.rates == plain.rates
     for i in (0, 3):
@@ -152,7 +152,7 @@ def test_an_index_becomes_parquet_and_a_manifest_again(clips):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["clips", "--output", "clips/own.index"], "lies in clips itself; put the index next to it"),
+        (["clips", "--output", "clips/own.index"], "lies in clips itself; put it next to it"),
         (["clips", "--output", "table.jsonl"], "no name of an index; call it table.index"),
         (["clips.index", "--output", "other.index"], "an index already"),
     ],
@@ -199,3 +199,64 @@ def test_a_copy_in_another_process_has_the_name_of_the_file_and_no_rows(tmp_path
     assert opened < time.perf_counter() - began
     with pytest.raises(IndexError):
         found[count]
+
+
+def test_a_changed_caption_a_new_folder_and_an_own_manifest_make_an_index_old(clips):
+    (clips / "manifest.jsonl").unlink()
+    (clips / "a").mkdir()
+    for name in ("b/one", "b/two"):
+        (clips / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_barcodes(clips / "a" / f"{name}.mp4", 12)
+        (clips / "a" / f"{name}.txt").write_text("before")
+    arguments = ["clips/a", "--output", "a.index", "--workers", "0"]
+    config = DataConfig(root="clips/a", manifest="a.index", num_frames=5, height=32, width=32)
+    assert index.main(arguments) == 0 and build_dataset(config).record(0)["caption"] == "before"
+
+    def refused_then_mended():
+        with pytest.raises(ValueError, match="older than its files"):
+            build_dataset(config)
+        assert index.main(arguments) == 0
+        return build_dataset(config)
+
+    (clips / "a/b/one.txt").write_text("after that")
+    assert refused_then_mended().record(0)["caption"] == "after that"
+    (clips / "a/c").mkdir()
+    write_barcodes(clips / "a/c/three.mp4", 12)
+    assert len(refused_then_mended()) == 3
+    (clips / "a/metadata.csv").write_text("file_name,text\nb/one.mp4,of the table\n")
+    with pytest.warns(UserWarning, match="does not list 2"):
+        assert refused_then_mended().record(0)["caption"] == "of the table"
+
+
+def test_a_damaged_index_is_made_anew_by_the_command_that_its_message_names(clips):
+    make()
+    file = clips.parent / "clips.index"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.warns(UserWarning, match="All files are read again"):
+        assert make() == 0
+    assert len(build_dataset(config_of("clips.index"))) == 6
+
+
+def test_a_manifest_whose_files_lie_elsewhere_is_indexed_with_their_root(clips):
+    (clips.parent / "lists").mkdir()
+    (clips.parent / "lists/m.csv").write_text("clip,text\n../clips/clip é 0.mp4,zero\n")
+    arguments = ["lists/m.csv", "--output", "m.index", "--workers", "0", "data.root=clips", "data.columns={path: clip}"]
+    assert index.main(arguments) == 0
+    assert build_dataset(config_of("m.index")).record(0)["caption"] == "zero"
+
+
+def test_parquet_of_a_folder_has_paths_from_where_it_lies(clips):
+    pytest.importorskip("pyarrow")
+    (clips / "manifest.jsonl").unlink()
+    assert index.main(["clips", "--output", "clips.index", "--parquet", "all.parquet", "--workers", "0"]) == 0
+    assert build_dataset(config_of("all.parquet")).rows[0].path == clips / "clip é 0.mp4"
+    with pytest.raises(ValueError, match="lies in clips itself"):
+        index.main(["clips", "--output", "other.index", "--parquet", "clips/all.parquet"])
+
+
+def test_names_that_are_not_utf_8_are_kept(tmp_path):
+    name = os.fsdecode(b"clip \xff.mp4")
+    rows = [Row(tmp_path / name, None, "")]
+    entry = {str(tmp_path / name): {"frames": 3, "height": 8, "width": 8}}
+    write_index(tmp_path / "odd.index", Table(rows, 0, None), entry, source=tmp_path / "m.csv", root=tmp_path, fingerprint={}, action_space=None)  # fmt: skip
+    assert MediaIndex(tmp_path / "odd.index")[0].path == tmp_path / name

@@ -203,10 +203,47 @@ def test_replicas_that_do_not_divide_the_processes_are_refused():
         ParallelConfig(replicas=2)
 
 
-@pytest.mark.parametrize("setting", ["train.holdout=0.1", "train.guide_step=3", "train.average_lengths=[0.1]"])
+@pytest.mark.parametrize(
+    "setting", ["train.holdout=0.1", "train.guide_step=3", "train.average_lengths=[0.1]", "train.compile=true"]
+)
 def test_what_a_sharded_model_cannot_do_is_refused_before_step_1(home, setting, capsys):
     assert train.run(["t.yaml", "name=refused", SHARDED, setting]) == 1
     assert "is not there for a sharded model" in capsys.readouterr().err
+
+
+def test_a_unet_is_neither_compiled_nor_spread_over_processes(home, capsys):
+    assert train.run(["t.yaml", "name=refused", SHARDED, "model.network=unet"]) == 1
+    assert "neither compiled nor spread over processes" in capsys.readouterr().err
+
+
+def test_a_sharded_run_in_bfloat16_takes_float32_timesteps_and_has_the_losses_of_one_process(home):
+    settings = ("train.precision=bf16", "train.samples=0", "train.steps=4")
+    assert train.run(["t.yaml", "name=half", *settings]) == 0
+    assert launch(2, "name=halves", SHARDED, *settings).returncode == 0
+    assert losses("halves") == pytest.approx(losses("half"), rel=2e-3)
+
+
+def test_clips_that_a_context_cannot_share_are_refused_before_step_1(home):
+    done = launch(2, "name=odd", "train.parallel.context=2", "data.num_frames=9")
+    assert done.returncode and "3 latent frames cannot be shared by 2 processes" in done.stderr
+    assert not Path("output/odd/training_metrics.csv").exists()
+
+
+def test_an_error_of_one_process_is_raised_in_all(home):
+    script = (
+        "import sys, torch; from accelerate import PartialState; from pathlib import Path\n"
+        "from stdit.training.shards import ShardWriter\n"
+        "state = PartialState(cpu=True); writer = ShardWriter(Path('checkpoints/bad'), state.process_index, 2, 2, timeout=5)\n"
+        "value = torch.tensor([float('nan') if state.process_index else 1.0])\n"
+        "try: writer.write(1, {'model': {'w': value}}, {})\n"
+        "except ValueError as error: print('refused', error)\n"
+    )
+    Path("bad.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "bad.py"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.stdout.count("refused the state after step 1 has a number that is not finite in model/w") == 2
 
 
 @pytest.mark.slow

@@ -1,0 +1,140 @@
+"""Caches of latents of several sizes, several windows of a clip, and mirrored clips."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from media import write_barcodes
+
+from stdit.data.config import DataConfig
+from stdit.data.datasets import build_dataset
+from stdit.data.holdout import split
+from stdit.data.samplers import ClipSize
+from stdit.data.variants import ClipVariants
+from stdit.files import claimed
+from stdit.pixels import to_float
+from stdit.recipes import cache_latents, train
+from stdit.rng import keyed_rng
+from stdit.vae import load_vae
+
+SIZES = [[5, 32, 32], [9, 32, 48], [1, 32, 32]]
+CONFIG = f"""
+name: t
+data: {{root: clips, num_frames: 5, height: 32, width: 32, sizes: {SIZES}, workers: 0}}
+model: {{size: S/2, depth: 1, hidden_size: 32, num_heads: 2}}
+train: {{steps: 4, tokens: 64, batch_size: 4, lr: 1.0e-3, checkpoint_every: 2, log_every: 2, preview_every: 100, samples: 0,
+        precision: fp32}}
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    for i, count in enumerate((12, 20, 6, 9, 3, 30)):
+        write_barcodes(tmp_path / f"clips/{i}.mp4", count)
+    (tmp_path / "t.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def cache(*arguments):
+    return cache_latents.main(["t.yaml", *arguments, "--output", "latents", "--shard-size", "2"])
+
+
+def encoded(dataset, index, size=None, mirrored=False, sample=None):
+    """The latents of a clip, as the cache is to hold them."""
+    pixels = dataset.load(index, keyed_rng("sample", 0, index if sample is None else sample), size)["pixels"]
+    pixels = pixels.flip(2) if mirrored else pixels
+    with torch.no_grad():
+        return load_vae("tiny").encode(to_float(pixels[None]))[0].half()
+
+
+def test_a_cache_holds_every_clip_at_the_size_of_its_bucket(home):
+    assert cache() == 0
+    raw = build_dataset(DataConfig(root="clips", sizes=SIZES))
+    cached = build_dataset(DataConfig(root="latents", sizes=SIZES))
+    assert len(cached) == 6 and {cached.shape(i) for i in range(6)} <= {tuple(size) for size in SIZES}
+    assert cached.shapes().tolist() == [list(cached.shape(i)) for i in range(6)]
+    found = [cached.load(i, np.random.default_rng(0), ClipSize(*cached.shape(i)))["latents"] for i in range(6)]
+    wanted = [encoded(raw, i, ClipSize(*size)) for i in range(6) for size in SIZES]
+    for latents in found:
+        assert any(latents.shape == other.shape and (latents - other).abs().max() < 0.02 for other in wanted)
+    with pytest.raises(ValueError, match="holds latents of size"):
+        cached.load(0, np.random.default_rng(0), ClipSize(33, 32, 32))
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_buckets_and_packs_train_from_a_cache_of_several_sizes_and_resume(home, packing):
+    assert cache() == 0
+    settings = ["t.yaml", "data.root=latents", f"data.packing={packing}"]
+    assert train.run([*settings, "name=whole"]) == 0
+    assert train.run([*settings, "name=parts", "train.steps=2"]) == 0
+    assert train.run([*settings, "name=parts"]) == 0
+    rows = [(home / f"output/{name}/training_metrics.csv").read_text().splitlines() for name in ("whole", "parts")]
+    assert [row.split(",")[:2] for row in rows[0]] == [row.split(",")[:2] for row in rows[1]]
+
+
+def test_windows_of_a_clip_are_samples_and_mirrored_ones_are_mirrored(home):
+    settings = ("data.sizes=[]",)
+    assert cache(*settings, "--windows", "3", "--mirrored") == 0
+    raw = build_dataset(DataConfig(root="clips", num_frames=5, height=32, width=32))
+    cached = build_dataset(DataConfig(root="latents", num_frames=5, height=32, width=32))
+    variants = ClipVariants(raw, 3, True)
+    good = [i for i in range(len(variants)) if variants.dataset.shape(i // 6)[0] >= 5]
+    assert len(cached) == len(good) == 30 and len(variants) == 36
+    for row, i in enumerate(good[:12]):
+        latents = cached.load(row, np.random.default_rng(0))["latents"]
+        assert (latents - encoded(raw, i // 6, mirrored=bool(i % 2), sample=i // 2)).abs().max() < 0.02
+    assert not torch.equal(*(cached.load(row, np.random.default_rng(0))["latents"] for row in (0, 1)))
+
+
+def test_the_same_command_keeps_what_is_there_and_another_setting_is_refused(home, capsys):
+    assert cache() == 0
+    before = (home / "latents/cache.json").read_bytes()
+    capsys.readouterr()
+    assert cache() == 0
+    assert "6 clips kept, 0 encoded" in capsys.readouterr().out
+    assert (home / "latents/cache.json").read_bytes() == before
+    for arguments, name in (
+        (["--windows", "2"], "windows"),
+        (["--mirrored"], "mirrored"),
+        (["data.sizes=[[5,32,32]]"], "sizes"),
+    ):
+        with pytest.raises(ValueError, match=f"made with other settings .*{name}"):
+            cache(*arguments)
+
+
+def test_a_run_of_other_sizes_is_told_those_of_the_cache(home):
+    assert cache() == 0
+    with pytest.raises(
+        ValueError, match=r"are of the sizes \[\[5, 32, 32\], \[9, 32, 48\], \[1, 32, 32\]\]; set data.sizes"
+    ):
+        build_dataset(DataConfig(root="latents", num_frames=5, height=32, width=32))
+    assert json.loads((home / "latents/cache.json").read_text())["sizes"] == SIZES
+
+
+def test_mirrored_clips_with_actions_are_refused(home):
+    class Acted:
+        num_classes, class_names, action_space = 0, None, object()
+
+    with pytest.raises(ValueError, match="leave out --mirrored"):
+        ClipVariants(Acted(), 1, True)
+
+
+def test_a_shard_that_another_process_writes_is_left_to_it(home, capsys):
+    (home / "latents").mkdir()
+    with claimed([home / "latents/latents-00001.safetensors"]):
+        assert cache() == 0
+    said = capsys.readouterr().out
+    assert "1 shards were being written by another process" in said and not (home / "latents/cache.json").exists()
+    assert cache() == 0 and len(build_dataset(DataConfig(root="latents", sizes=SIZES))) == 6
+
+
+def test_windows_of_one_clip_are_held_out_together(home):
+    assert cache("data.sizes=[]", "--windows", "3") == 0
+    cached = build_dataset(DataConfig(root="latents", num_frames=5, height=32, width=32))
+    kept, held = split(cached, 0.3)
+    groups = [{part.dataset.group_of(int(i)) for i in part.indices} for part in (kept, held)]
+    assert groups[0] and groups[1] and not groups[0] & groups[1]
+    assert sum(kept.shards) == len(kept) and len(kept.shards) == len(cached.shards)
