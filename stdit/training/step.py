@@ -85,16 +85,24 @@ def to_latents(batch: Batch, vae: VideoVAE) -> list[LatentBatch]:
 
     Returns one entry, or one for each clip of a batch of many shapes.
     """
+    if isinstance(batch.latents, Tensor):
+        assert not isinstance(batch.reencoded, list)
+        return [_cached(batch.latents, batch.reencoded, vae)]
     if batch.latents is not None:
-        cached = batch.reencoded
-        assert isinstance(batch.latents, Tensor) and not isinstance(cached, list), "cached latents are of one shape"
-        latents = batch.latents.to(vae.device).float()
-        if cached is None:
-            return [LatentBatch(latents)]
-        return [LatentBatch(latents, lambda mask: cached.transpose(1, 2)[mask.cpu()].to(vae.device).float())]
+        reencoded: Sequence[Tensor | None] = batch.reencoded or [None] * len(batch.latents)  # type: ignore[assignment]
+        pairs = zip(batch.latents, reencoded, strict=True)
+        return [_cached(latents[None], None if again is None else again[None], vae) for latents, again in pairs]
     assert batch.pixels is not None
     parts = [batch.pixels] if isinstance(batch.pixels, Tensor) else [clip[None] for clip in batch.pixels]
     return [_encode(part, vae) for part in parts]
+
+
+def _cached(latents: Tensor, reencoded: Tensor | None, vae: VideoVAE) -> LatentBatch:
+    """Latents (B, C, T, h, w) of a cache, and its frames that were encoded without those before them."""
+    found = latents.to(vae.device).float()
+    if reencoded is None:
+        return LatentBatch(found)
+    return LatentBatch(found, lambda mask: reencoded.transpose(1, 2)[mask.cpu()].to(vae.device).float())
 
 
 def _encode(frames: Tensor, vae: VideoVAE) -> LatentBatch:
