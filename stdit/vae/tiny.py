@@ -231,7 +231,7 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
         batch, _, frames, height, width = pixels.shape
         margin = self.margin
         rows, columns = height // self.stride[1], width // self.stride[2]
-        raw = pixels.new_empty(batch, self.channels, self.latent_frames(frames), rows, columns)
+        raw = pixels.new_empty((batch, self.channels, self.latent_frames(frames), rows, columns))
         for top in range(0, rows, TILE):
             for left in range(0, columns, TILE):
                 bottom, right = min(top + TILE, rows), min(left + TILE, columns)
