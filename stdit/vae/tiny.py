@@ -23,7 +23,7 @@ from stdit.vae.base import DecoderState, VideoVAE
 
 # Bounds of the memory of encoding: pixels of the groups that are encoded at a time, over the batch; and the largest side of
 # a tile of a larger frame, in latents.
-MOST_PIXELS = 1 << 20
+MOST_PIXELS = 1 << 19
 TILE = 96
 
 
