@@ -73,8 +73,8 @@ def _dispatch(arguments: Sequence[str] | None) -> int:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         print(f"Unknown command {arguments[0]!r}.{hint} Choose one of: {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    text = HELP / f"{name}.txt"
-    if {"-h", "--help"} & set(arguments[1:]) and "--world" not in arguments and text.is_file():
+    text = HELP / f"{name}{'-world' if '--world' in arguments else ''}.txt"
+    if {"-h", "--help"} & set(arguments[1:]) and text.is_file():
         print(text.read_text(encoding="utf-8"), end="")
         return 0
     return importlib.import_module(f"stdit.recipes.{name.replace('-', '_')}").main(arguments[1:])
