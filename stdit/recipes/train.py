@@ -6,6 +6,8 @@ stdit train configs/video.yaml --print-config
 accelerate launch -m stdit train video          (several processes; or accelerate launch tools/train.py in a checkout)
 """
 
+import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -212,8 +214,12 @@ def _train(config: Config) -> int:
     run = build_run(config, accelerator)
     code = fit(run)
     write_summary_and_results(run, code, time.time() - began)
-    if accelerator.num_processes > 1:  # an orderly end: a process that ends first would otherwise end others with it
-        accelerator.end_training()
+    if accelerator.num_processes > 1:
+        # Threads of gloo may still run when C++ destroys their group at exit, which aborts a process that has done all its
+        # work ("terminate called without an active exception", in one of some thirty runs) and ends the others with it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
