@@ -235,7 +235,7 @@ def find_media(root: Path, suffixes: set[str]) -> Found:
     links: list[Path] = []
     unreadable: list[OSError] = []
     for folder, folders, files in os.walk(root, onerror=unreadable.append):  # follows no links: they may form a loop
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SYSTEM_FOLDERS)
+        folders[:] = _visited(folders)
         links += [Path(folder, name) for name in folders if not _is_inside(Path(folder, name), allowed)]
         for name in sorted(files):
             file = Path(folder, name)
@@ -256,11 +256,16 @@ def find_media(root: Path, suffixes: set[str]) -> Found:
     return Found(found, ". ".join(reasons))
 
 
+def _visited(names: Sequence[str]) -> list[str]:
+    """The folders among which files are looked for: neither hidden nor of the system."""
+    return sorted(name for name in names if not name.startswith(".") and name not in _SYSTEM_FOLDERS)
+
+
 def folders_below(root: Path) -> list[Path]:
     """The folders in which `find_media` looks for files, in order."""
     found = []
     for folder, folders, _ in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _SYSTEM_FOLDERS)
+        folders[:] = _visited(folders)
         found.append(Path(folder))
     return found
 

@@ -5,6 +5,7 @@
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -67,7 +68,26 @@ class UniformSampler:
         return range(self.num_samples)
 
 
-class BlockedSampler:
+class _Epochs(ABC):
+    """Keeps what a sampler derives for two epochs, between which a batch may lie; a copy for a worker derives it anew."""
+
+    @abstractmethod
+    def _make(self, epoch: int) -> Any:
+        """What the sampler derives for an epoch."""
+
+    def _of(self, epoch: int) -> Any:
+        kept = self.__dict__.setdefault("_kept", {})
+        if epoch not in kept:
+            if len(kept) == 2:
+                kept.pop(next(iter(kept)))
+            kept[epoch] = self._make(epoch)
+        return kept[epoch]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_kept"}
+
+
+class BlockedSampler(_Epochs):
     """Batches as those of `UniformSampler`, in an order that reads few shards at a time, for stores where jumps are dear.
 
     counts: samples of each shard, in the order of the dataset. In every epoch the shards are shuffled; the samples of every
@@ -78,16 +98,8 @@ class BlockedSampler:
         self.seed, self.window, self.batch_size = seed, window, batch_size
         self.counts = np.asarray(counts, np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self._epoch = lru_cache(maxsize=2)(self._order)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_epoch"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._epoch = lru_cache(maxsize=2)(self._order)
-
-    def _order(self, epoch: int) -> np.ndarray:
+    def _make(self, epoch: int) -> np.ndarray:
         shards = keyed_rng("order", self.seed, epoch, 4).permutation(len(self.counts))
         windows = []
         for number, first in enumerate(range(0, len(shards), self.window)):
@@ -99,7 +111,7 @@ class BlockedSampler:
         """The next `batch_size` samples of the endless sequence of epochs."""
         first, total = step * self.batch_size, int(self.starts[-1])
         places = (divmod(first + i, total) for i in range(self.batch_size))
-        return [SampleRef(int(self._epoch(epoch)[offset]), None) for epoch, offset in places]
+        return [SampleRef(int(self._of(epoch)[offset]), None) for epoch, offset in places]
 
     def candidates(self, size: ClipSize | None) -> Sequence[int] | np.ndarray:
         """All samples, since they have one size."""
@@ -191,7 +203,7 @@ def _shuffled_bucket(seed: int, epoch: int, bucket: int, size: int) -> np.ndarra
     return keyed_rng("order", seed, epoch, bucket, 2).permutation(size)
 
 
-class PackedSampler:
+class PackedSampler(_Epochs):
     """Batches of clips of all sizes, packed without padding.
 
     Each process has one sequence of at most `tokens` / `processes` tokens per step. The arguments are those of
@@ -214,21 +226,13 @@ class PackedSampler:
         self.members = np.flatnonzero(self.buckets != NO_BUCKET)
         self._costs = np.asarray(costs, np.int64)
         self._epoch_starts = [0]  # the first step of each epoch; grows when later steps are asked for
-        self._packs_of = lru_cache(maxsize=2)(self._pack)  # a step may reach from one epoch into the next
         if max(costs) > self.tokens:
             raise ValueError(
                 f"a clip of {max(costs)} tokens does not fit into a pack of {self.tokens} (train.tokens over "
                 f"{processes} process(es)); use train.tokens={max(costs) * processes} or more."
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_packs_of"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._packs_of = lru_cache(maxsize=2)(self._pack)
-
-    def _pack(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _make(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's samples in shuffled order, and where each pack begins among them, with their number at the end.
 
         A new pack begins whenever the next clip does not fit into the last.
@@ -248,10 +252,10 @@ class PackedSampler:
         The shortest pack of the step limits how many clips every process takes.
         """
         while self._epoch_starts[-1] <= step:
-            num_packs = len(self._packs_of(len(self._epoch_starts) - 1)[1]) - 1
+            num_packs = len(self._of(len(self._epoch_starts) - 1)[1]) - 1
             self._epoch_starts.append(self._epoch_starts[-1] + -(-num_packs // self.processes))
         epoch = int(np.searchsorted(self._epoch_starts, step, side="right")) - 1
-        order, begins = self._packs_of(epoch)
+        order, begins = self._of(epoch)
         first = (step - self._epoch_starts[epoch]) * self.processes
         packs = [(first + p) % (len(begins) - 1) for p in range(self.processes)]
         by_process = [order[begins[pack] : begins[pack + 1]] for pack in packs]
