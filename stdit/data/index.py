@@ -23,7 +23,7 @@ SUFFIX = ".index"
 _VERSION = 1
 # The columns of the size and the time of change of a file, and of the text next to it.
 _FILE, _NOTE = ("bytes", "modified"), ("note_bytes", "note_modified")
-_LOOKED_AT = 1000  # files whose size and time of change are compared when an index is opened
+_COMPARED = 1000  # files whose size and time of change are compared when an index is opened
 
 
 class MediaIndex(Sequence[Row]):
@@ -134,7 +134,7 @@ class MediaIndex(Sequence[Row]):
             self._refuse(f"{source} has changed")
         if source.is_dir() and self.info["folders"] != _folders_state(source):
             self._refuse(f"files of {source} were added, removed or renamed, or its own manifest has changed")
-        for i in range(0, len(self), max(1, len(self) // _LOOKED_AT)):
+        for i in range(0, len(self), max(1, len(self) // _COMPARED)):
             if self.changed(i):
                 missing = "is missing" if state_of(self.file(i)) == (-1, -1) else "has changed"
                 self._refuse(f"{self.file(i)} {missing}")

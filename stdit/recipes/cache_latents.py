@@ -1,4 +1,4 @@
-"""Encode the clips of a config once, so that training reads latents instead of video: one window of each clip, drawn by seed.
+"""Encode the clips of a config once, so that training reads latents instead of video: windows of each clip, drawn by seed.
 
     stdit cache-latents quickstart data.root=data/shapes data.manifest=data/shapes/manifest.jsonl data.source=videos --output data/shapes_latents
 
