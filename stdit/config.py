@@ -73,7 +73,27 @@ class Config:
             raise ValueError(
                 "model.actions=true is for batches of one shape: packed clips take conditions of whole clips; set data.packing=false."
             )
+        self._check_start()
         self._check_capabilities()
+
+    def _check_start(self) -> None:
+        """Raise ValueError for a LoRA or a guided teacher without the model that it needs."""
+        start, lora = self.init_from, self.train.lora
+        if self.objective.distilled_guider == "auto" and start.path is None:
+            raise ValueError(
+                "objective.distilled_guider=auto needs a teacher with a guide; set init_from.path to a model that was trained with "
+                "train.guide_step, or objective.distilled_guider=cfg."
+            )
+        if lora.rank is None:
+            return
+        if start.path is None:
+            raise ValueError(
+                f"train.lora.rank={lora.rank} trains a LoRA of a model, but there is none; set init_from.path to its folder."
+            )
+        if start != InitFrom(path=start.path) or self.model.network == "unet":
+            raise ValueError(
+                "a LoRA is for the model of init_from.path as it is; leave out the other keys of init_from, and model.network=unet."
+            )
 
     def _check_capabilities(self) -> None:
         """Raise ValueError if the data or the objective need a capability that the model lacks."""

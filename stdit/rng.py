@@ -6,7 +6,19 @@ from torch import Tensor
 
 # The purposes of draws; two purposes under the same (seed, step, sample) are independent. The index in this tuple is
 # part of the key: append, never reorder, or resumed runs differ.
-PURPOSES = ("order", "sample", "noise", "levels", "dropout", "preview", "strategy", "history", "mask", "grouped")
+PURPOSES = (
+    "order",
+    "sample",
+    "noise",
+    "levels",
+    "dropout",
+    "preview",
+    "strategy",
+    "history",
+    "mask",
+    "grouped",
+    "lora",
+)
 
 
 def keyed_rng(purpose: str, *key: int) -> np.random.Generator:

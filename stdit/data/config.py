@@ -12,6 +12,25 @@ _RANGES = {
 
 
 @dataclass
+class DatasetConfig:
+    """One of several data sets: where it lies, how it is read, and how often its clips are drawn."""
+
+    root: str = ""  # as data.root
+    weight: float = 1.0  # share of the clips that come from it, relative to the weights of the others
+    manifest: str | None = None  # as data.manifest
+    columns: dict[str, str] = field(default_factory=dict)  # as data.columns
+    source: Literal["auto", "videos", "images", "idx", "latents", "shapes", "lerobot", "tar"] = "auto"  # as data.source
+    camera: str | None = None  # as data.camera
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            "data.datasets", self, {"weight": "(0, inf)"}, weight="leave a data set out to draw nothing from it"
+        )
+        if not self.root and self.source != "shapes":
+            raise ValueError("an entry of data.datasets has no root; write {root: FOLDER, weight: 1}.")
+
+
+@dataclass
 class DataConfig:
     """The clips to train on, their size, and how they are read."""
 
@@ -39,6 +58,9 @@ class DataConfig:
     timeout: float = 60.0  # seconds that reading one clip may take in such a process before it is replaced
     num_shapes: int = 3000  # number of clips with source=shapes
     motion: Literal["straight", "bounce"] = "straight"  # motion of the shapes with source=shapes
+    datasets: list[DatasetConfig] = field(
+        default_factory=list
+    )  # several data sets in place of data.root: [{root: a, weight: 3}, {root: b}]
     max_bad_fraction: float = 0.1  # fraction of unreadable files above which training stops
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from stdit.data.archives import find_archives, read_archives
 from stdit.data.base import Annotated, Dataset, Identity
 from stdit.data.cached import CachedLatents
 from stdit.data.clips import Images, VideoClips, window
-from stdit.data.config import DataConfig
+from stdit.data.config import DataConfig, DatasetConfig
 from stdit.data.idx import read_idx
 from stdit.data.index import SUFFIX, MediaIndex
+from stdit.data.joint import JointDataset
 from stdit.data.lerobot import LeRobotClips, is_lerobot
 from stdit.data.manifest import Table, find_media, read_manifest, scan_folder
 from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_picture
@@ -166,7 +168,10 @@ SOURCES: dict[str, Callable[[Path, DataConfig], Dataset]] = {
 
 
 def build_dataset(config: DataConfig) -> Dataset:
-    """Build the dataset of a config; with `source: auto` its kind is inferred from the contents of the folder."""
+    """Build the dataset of a config, or several as one; with `source: auto` its kind is inferred from the contents of the folder."""
+    if config.datasets:
+        parts = [replace(config, datasets=[], **_without_weight(one)) for one in config.datasets]
+        return JointDataset([build_dataset(part) for part in parts], [part.root or part.source for part in parts])
     root = Path(config.root)
     source = _guess(root, config) if config.source == "auto" else config.source
     if source == "latents" and not (root / "cache.json").is_file():
@@ -174,6 +179,10 @@ def build_dataset(config: DataConfig) -> Dataset:
             f"data.root={str(root)!r} holds no cached latents; write them from clips: stdit cache-latents CONFIG data.root=CLIPS data.source=auto --output {root} (moving shapes: stdit make-shapes, or stdit quickstart)."
         )
     return pick(SOURCES, source, "data source")(root, config)
+
+
+def _without_weight(one: DatasetConfig) -> dict[str, Any]:
+    return {each.name: getattr(one, each.name) for each in fields(one) if each.name != "weight"}
 
 
 def _guess(root: Path, config: DataConfig) -> str:

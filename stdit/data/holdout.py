@@ -33,7 +33,14 @@ class Subset:
     @property
     def shards(self) -> list[int] | None:
         """The number of these samples in each shard of the dataset, None if it has no shards."""
-        counts = getattr(self.dataset, "shards", None)
+        return self._counts(getattr(self.dataset, "shards", None))
+
+    @property
+    def parts(self) -> list[int] | None:
+        """The number of these samples in each of several data sets, None of a single one."""
+        return self._counts(getattr(self.dataset, "parts", None))
+
+    def _counts(self, counts: Sequence[int] | None) -> list[int] | None:
         if not counts:
             return None
         places = np.searchsorted(np.cumsum(counts), self.indices, side="right")

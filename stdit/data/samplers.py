@@ -1,7 +1,8 @@
 """Batch samplers: which samples make up a training step, and at what size, as pure functions of (seed, step).
 
 `UniformSampler`: clips of one shape. `BucketSampler`: several shapes, one per step, in batches of about equal cost.
-`PackedSampler`: clips of all shapes, packed into sequences of a given number of tokens.
+`PackedSampler`: clips of all shapes, packed into sequences of a given number of tokens. `BlockedSampler`: clips of one shape
+in an order that reads few shards at a time. `WeightedSampler`: several data sets, each with a sampler of its own.
 """
 
 import math
@@ -47,7 +48,7 @@ def sample_index(seed: int, position: int, size: int) -> int:
     return int(_shuffled(seed, epoch, size)[offset])
 
 
-@lru_cache(maxsize=2)  # a batch may reach from one epoch into the next
+@lru_cache(maxsize=16)  # a batch may reach from one epoch into the next, and there may be several data sets
 def _shuffled(seed: int, epoch: int, size: int) -> np.ndarray:
     return keyed_rng("order", seed, epoch).permutation(size)
 
@@ -265,6 +266,61 @@ class PackedSampler(_Epochs):
     def candidates(self, size: ClipSize | None) -> Sequence[int] | np.ndarray:
         """The samples that are packed at `size`."""
         return np.flatnonzero(self.buckets == self.sizes.index(size)) if size is not None else np.zeros(0, np.int64)
+
+
+class WeightedSampler(_Epochs):
+    """Draws from the samplers of several data sets by their weights, `draws` batches a step.
+
+    starts: the number of each data set's first sample. In every `ROUND` batches each data set has its share of them, in an
+    order that is shuffled; which batch of a data set comes next is counted, so that each goes through its own epochs.
+    """
+
+    ROUND = 4096
+
+    def __init__(
+        self,
+        seed: int,
+        samplers: Sequence[BatchSampler],
+        starts: Sequence[int],
+        weights: Sequence[float],
+        *,
+        draws: int,
+    ):
+        self.seed, self.samplers, self.starts, self.draws = seed, list(samplers), list(starts), draws
+        exact = np.asarray(weights, float) / sum(weights) * self.ROUND
+        self.shares = np.floor(exact).astype(np.int64)
+        self.shares[np.argsort(self.shares - exact, kind="stable")[: self.ROUND - int(self.shares.sum())]] += 1
+        if (self.shares == 0).any():
+            smallest = int(self.shares.argmin())
+            raise ValueError(
+                f"data.datasets: weight {weights[smallest]:g} is less than 1/{self.ROUND} of the sum; raise it, or leave the data "
+                "set out."
+            )
+
+    def _make(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a round: the data set of each batch, and how many of the round's batches before it are of that set."""
+        order = keyed_rng("order", self.seed, epoch, 6).permutation(np.repeat(np.arange(len(self.shares)), self.shares))
+        before = np.zeros(self.ROUND, np.int64)
+        for number in range(len(self.shares)):
+            mine = np.flatnonzero(order == number)
+            before[mine] = np.arange(len(mine))
+        return order, before
+
+    def batch(self, step: int) -> list[SampleRef]:
+        """The samples of the next `draws` batches."""
+        found: list[SampleRef] = []
+        for position in range(step * self.draws, (step + 1) * self.draws):
+            epoch, offset = divmod(position, self.ROUND)
+            order, before = self._of(epoch)
+            number = int(order[offset])
+            drawn = self.samplers[number].batch(epoch * int(self.shares[number]) + int(before[offset]))
+            found += [ref._replace(sample=ref.sample + self.starts[number]) for ref in drawn]
+        return found
+
+    def candidates(self, size: ClipSize | None) -> Sequence[int] | np.ndarray:
+        """The samples of all data sets that may be loaded at `size`."""
+        pairs = zip(self.samplers, self.starts, strict=True)
+        return np.concatenate([np.asarray(one.candidates(size), np.int64) + start for one, start in pairs])
 
 
 __getattr__ = legacy.aliases(__name__)

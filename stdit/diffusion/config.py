@@ -62,6 +62,10 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.distilled_guidance={self.distilled_guidance} has no effect without objective.flow_map=true; set both."
             )
+        if self.distilled_guider != "cfg" and not self.flow_map:
+            raise ValueError(
+                f"objective.distilled_guider={self.distilled_guider} has no effect without objective.flow_map=true; set both."
+            )
         for name in self.mask_probs:
             _check_strategy(name, "strategy in objective.mask_probs")
         for name, probability in self.mask_probs.items():

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from stdit.files import read_json
 from stdit.hashes import check_weights
 from stdit.legacy import renamed_parameter, renamed_section
-from stdit.model.lora import check_lora
+from stdit.model.lora import check_lora, lora_prefix
+from stdit.nn.low_rank import lora_names
 from stdit.weights import check_fits
 
 
@@ -58,7 +59,6 @@ class HubMixin:
     supports: Any
     load_config: Any
     num_parameters: Any
-    save_pretrained: Any
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -115,10 +115,21 @@ class HubMixin:
             )
         super().enable_cache(config)  # type: ignore[misc]
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does; ValueError for a model that carries LoRAs, whose folder could not be loaded."""
+        if names := lora_names(self):  # type: ignore[arg-type]
+            raise ValueError(
+                f"the model carries the LoRA {names[0]!r}; add it to the weights with merge_lora, or take it off with remove_lora "
+                "(stdit.nn.low_rank), and save again."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
     def load_lora_adapter(
         self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = None, **kwargs: Any
     ) -> Any:
-        """Load a LoRA adapter of this model, by default from pytorch_lora_weights.safetensors only.
+        """Load a LoRA adapter of this model with peft, by default from pytorch_lora_weights.safetensors only.
+
+        prefix: of the names that count; None: "transformer" if the names in the file have it.
 
         Raises ValueError for a file that is no LoRA of this model, has larger ranks than its layers, or numbers that are
         not finite.
@@ -127,6 +138,8 @@ class HubMixin:
         kwargs["use_safetensors"] = True
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, Mapping) and Path(source).exists():
+            file = Path(source) / kwargs["weight_name"] if Path(source).is_dir() else Path(source)
+            prefix = lora_prefix(file) if prefix is None else prefix
             check_lora(self, Path(source), kwargs["weight_name"], prefix)  # type: ignore[arg-type]
         return super().load_lora_adapter(source, prefix=prefix, **kwargs)  # type: ignore[misc]
 

@@ -1,43 +1,31 @@
 """Build the parts of a training run from its config: model, captions, order of clips, accelerator."""
 
-import math
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-from tqdm import tqdm
 
 from stdit.checkpoint.inflate import inflate, inflated_arguments
 from stdit.conditions import ActionSpace
 from stdit.config import Config
 from stdit.data.datasets import CachedLatents, Dataset
 from stdit.data.holdout import split
-from stdit.data.measures import remembered
 from stdit.data.samplers import (
     NO_BUCKET,
-    BatchSampler,
-    BlockedSampler,
-    BucketSampler,
     ClipSize,
-    PackedSampler,
-    UniformSampler,
-    assign_buckets,
 )
-from stdit.data.video_io import VideoError
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import Objective
-from stdit.hub import check_reachable, resolve_source
 from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.precision import Precision, resolve
-from stdit.recipes.models import default_device
+from stdit.recipes.models import default_device, load_start
+from stdit.recipes.order import measure
 from stdit.text import CaptionCache, load_text_encoder
 from stdit.training.fit import Teacher
 from stdit.training.held_out import TOGETHER, HeldOutDraws
@@ -144,19 +132,6 @@ def action_arguments(config: Config, vae: VideoVAE, dataset: Dataset) -> dict[st
     return {"actions": {"stride": vae.stride[0], **space.plain}}
 
 
-def load_start(path: str, key: str = "init_from.path") -> STDiT:
-    """The model of a folder or hub id that `key` names; ValueError at once, without asking the hub in vain, if there is none."""
-    source, options = resolve_source(path, key)
-    try:
-        check_reachable(source, "config.json", options)
-        return STDiT.from_pretrained(source, **options)
-    except OSError as error:
-        raise ValueError(
-            f"{key}={path!r} is no folder, and as a hub id it cannot be read: {' '.join(str(error).split())[:200]}; "
-            "give the folder of a model."
-        ) from error
-
-
 def build_teacher(config: Config, device: torch.device) -> Teacher | None:
     """The model of `init_from.path` from which a flow map learns; None for other runs, and from a flow map.
 
@@ -211,72 +186,6 @@ def check_context(config: Config, vae: VideoVAE, model: STDiT) -> None:
         raise ValueError("data.packing=true does not go with train.parallel.context; use batches of one size.")
 
 
-def build_order(
-    config: Config, dataset: Dataset, vae: VideoVAE, *, patch: tuple[int, int, int], processes: int
-) -> BatchSampler:
-    """Build the sampler of batches: `batch_size` clips, or with `data.sizes` `tokens` patches, per step."""
-    data, train = config.data, config.train
-    if not data.sizes:
-        if train.tokens is not None:
-            raise ValueError(
-                f"train.tokens={train.tokens} has no effect without data.sizes; use train.batch_size, or give data.sizes."
-            )
-        if data.order == "blocked":
-            return BlockedSampler(config.seed, _shards(config, dataset), data.order_window, train.batch_size)
-        return UniformSampler(config.seed, len(dataset), train.batch_size)
-    if data.order == "blocked":
-        raise ValueError("data.order=blocked does not go with data.sizes; use data.order=uniform.")
-    if train.tokens is None or train.micro_batch is not None:
-        raise ValueError(
-            "data.sizes needs train.tokens, the number of patches in a step; set it, and train.micro_batch=null."
-        )
-    if data.packing and "region" in config.objective.active_mask_probs:
-        raise ValueError(
-            "data.packing=true supports noise levels per frame, not per patch; set objective.mask_probs.region=0."
-        )
-    sizes = [ClipSize(*size) for size in data.sizes]
-    grids = [vae.latent_shape(*size, patch) for size in sizes]
-    costs = [math.prod(n // p for n, p in zip(grid, patch, strict=True)) for grid in grids]
-    shapes, buckets = measure(dataset, sizes, config.seed)
-    _tell_short(shapes, sizes, buckets)
-    order = (PackedSampler if data.packing else BucketSampler)(
-        config.seed, buckets, sizes, costs, tokens=train.tokens, processes=processes
-    )
-    for size, cost in zip(sizes, costs, strict=True):
-        print(f"  {size.frames} x {size.height} x {size.width}: {len(order.candidates(size))} clips of {cost} tokens")
-    return order
-
-
-def _shards(config: Config, dataset: Dataset) -> list[int]:
-    """The number of samples in each shard of a dataset; ValueError for one that is not in shards."""
-    counts = getattr(dataset, "shards", None)
-    if not counts:
-        raise ValueError(
-            f"data.order=blocked is for data in shards (source=latents or tar), which {config.data.root!r} is not; use "
-            "data.order=uniform."
-        )
-    return counts
-
-
-def measure(dataset: Dataset, sizes: Sequence[ClipSize], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The (frames, height, width) of every clip (N, 3), and the bucket it is assigned to (N,)."""
-    known = dataset.shapes() if hasattr(dataset, "shapes") else None
-    if known is not None and getattr(dataset, "fixed_sizes", False):  # cached latents, which cannot be cut
-        equal = (known[:, None] == np.array(sizes)[None]).all(-1)
-        return known, np.where(equal.any(1), equal.argmax(1), NO_BUCKET)
-    if known is not None:  # drawn for a million clips in half a minute
-        drawn_from = (known.tobytes(), repr((sizes, seed)).encode())
-        return known, remembered("buckets", drawn_from, lambda: assign_buckets(known, sizes, seed))
-    shapes = []
-    for index in tqdm(range(len(dataset)), desc="measuring clips", unit="clip", disable=None):
-        try:
-            shapes.append(dataset.shape(index))
-        except VideoError as error:
-            shapes.append((0, 1, 1))  # fits no bucket
-            print(f"clip left out: {error}")
-    return np.array(shapes).reshape(-1, 3), assign_buckets(shapes, sizes, seed)
-
-
 def split_holdout(config: Config, dataset: Dataset) -> tuple[Dataset, HeldOutDraws | None]:
     """The clips to train on, and what the held-out loss is measured on: None without a hold-out."""
     train = config.train
@@ -301,21 +210,11 @@ def split_holdout(config: Config, dataset: Dataset) -> tuple[Dataset, HeldOutDra
     return kept, draws
 
 
-def _tell_short(shapes: np.ndarray, sizes: Sequence[ClipSize], buckets: np.ndarray) -> None:
-    """Say how many clips are too short for the sizes of several frames, and what becomes of them."""
-    single = np.array([size.frames == 1 for size in sizes] + [False])  # the last entry is that of NO_BUCKET
-    stills = int(((shapes[:, 0] > 1) & single[buckets]).sum())
-    left_out = int(((shapes[:, 0] > 0) & (buckets == NO_BUCKET)).sum())
-    for count, what in ((stills, "are trained as single frames"), (left_out, "are left out")):
-        if count:
-            print(
-                f"{count} clips are shorter than every size of several frames in data.sizes and {what}; add a shorter size."
-            )
-
-
 def check_cache(dataset: Dataset, vae: VideoVAE) -> None:
     """Raise ValueError if cached latents were made with a different VAE."""
-    if isinstance(dataset, CachedLatents) and not vae.has_fingerprint(dataset.info["vae_fingerprint"]):
+    for one in getattr(dataset, "datasets", [dataset]):
+        if not isinstance(one, CachedLatents) or vae.has_fingerprint(one.info["vae_fingerprint"]):
+            continue
         raise ValueError(
-            f"the latents in {str(dataset.root)!r} were made with VAE {dataset.info['vae']!r}, whose weights differ from vae.name={vae.name!r}; use that VAE, or cache the latents again."
+            f"the latents in {str(one.root)!r} were made with VAE {one.info['vae']!r}, whose weights differ from vae.name={vae.name!r}; use that VAE, or cache the latents again."
         )

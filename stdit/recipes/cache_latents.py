@@ -36,9 +36,9 @@ from stdit.files import atomic_write, claimed, write_text
 from stdit.hashes import difference, file_sha256
 from stdit.pixels import to_float
 from stdit.precision import autocast
-from stdit.recipes.build import measure
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import default_device
+from stdit.recipes.order import measure
 from stdit.rng import keyed_rng
 from stdit.vae import VideoVAE, load_vae
 
@@ -144,6 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_typed(Config, args.config, args.overrides)
     if config.data.source == "latents":
         config.data.source = "auto"
+    if config.data.datasets:
+        raise ValueError(
+            "data.datasets is for training; cache each data set by itself (data.datasets=[] data.root=FOLDER), and then give the "
+            "folders of the latents."
+        )
     check_augmentation(config.data, frozen=args.freeze_augmentation)
     for name in ("shard_size", "windows"):
         if getattr(args, name) < 1:

@@ -18,8 +18,8 @@ from stdit.checkpoint.convert import (
 )
 from stdit.checkpoint.files import read_weights
 from stdit.checkpoint.keymaps import FORMATS
-from stdit.recipes.build import load_start
 from stdit.recipes.entry import command, command_parser
+from stdit.recipes.models import load_start
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import load_vae

@@ -8,11 +8,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stdit.config import Config
-from stdit.legacy import renamed_config, renamed_parameter
+from stdit.hub import check_reachable, resolve_source
+from stdit.legacy import renamed_config
+from stdit.model.lora import FILE_NAME
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
+from stdit.nn.low_rank import add_lora
 from stdit.sampling.pipeline import STDiTPipeline
-from stdit.training.results import build_pipeline
+from stdit.training.loop_state import load_weights
+from stdit.training.results import LORA, build_pipeline
 from stdit.training.state import Checkpoint, damage, list_checkpoints, load_checkpoint, read_checkpoint
 from stdit.vae import load_vae
 
@@ -46,6 +50,8 @@ def load_pipeline(model: str | Path) -> STDiTPipeline:
     the newest one, with a note on stderr.
     """
     run = checkpoint_folder(Path(model))
+    if (Path(model) / FILE_NAME).is_file():
+        raise ValueError(f"{model} is a LoRA; give its model as --model, and --lora {model}.")
     if run is None:
         _note_newer_checkpoint(Path(model))
         return STDiTPipeline.from_pretrained(str(model)).to(default_device())
@@ -88,6 +94,28 @@ def find_checkpoint(folder: Path) -> Checkpoint:
     return found
 
 
+def load_start(path: str, key: str = "init_from.path") -> STDiT:
+    """The model of a folder or hub id that `key` names; ValueError at once, without asking the hub in vain, if there is none."""
+    source, options = resolve_source(path, key)
+    try:
+        check_reachable(source, "config.json", options)
+        return STDiT.from_pretrained(source, **options)
+    except OSError as error:
+        raise ValueError(
+            f"{key}={path!r} is no folder, and as a hub id it cannot be read: {' '.join(str(error).split())[:200]}; "
+            "give the folder of a model."
+        ) from error
+
+
+def load_adapted(config: Config) -> STDiT:
+    """The model of `init_from.path`, whose weights stay as they are, with a new LoRA that is trained."""
+    lora = config.train.lora
+    assert config.init_from.path is not None and lora.rank is not None
+    model = load_start(config.init_from.path).requires_grad_(False)
+    add_lora(model, LORA, rank=lora.rank, alpha=lora.alpha, layers=lora.layers, seed=config.seed)
+    return model
+
+
 def config_of(checkpoint: Checkpoint) -> Config:
     """The config of the run that wrote a checkpoint."""
     info, path = checkpoint.info, checkpoint.path
@@ -116,9 +144,10 @@ def pipeline_of(checkpoint: Checkpoint) -> STDiTPipeline:
         raise ValueError(f"{path} was trained with vae.name={config.vae.name!r} of other weights; use that one.")
     network = UNet if config.model.network == "unet" else STDiT
     arguments = {key: value for key, value in info["model"].items() if not key.startswith("_")}
-    model = network(**arguments)
-    weights = {**checkpoint.tensors["model"], **checkpoint.tensors["ema"]}  # buffers have no average
-    model.load_state_dict({renamed_parameter(name): value for name, value in weights.items()})
+    model = network(**arguments) if config.train.lora.rank is None else load_adapted(config)
+    load_weights(
+        model, {**checkpoint.tensors["model"], **checkpoint.tensors["ema"]}, str(path)
+    )  # buffers have no average
     guide = checkpoint.tensors.get("guide")
     return build_pipeline(model.eval(), vae, config, info.get("fps"), guide=guide)
 

@@ -3,6 +3,7 @@
 stdit sample                                    newest model under models/
 stdit sample --model models/quickstart --class-label "circle left" 7 --seed 3
 stdit sample --model models/captions --caption "a red circle moves left" "a blue square moves up"
+stdit sample --lora models/mine:0.8 models/other                (LoRAs, which stdit train made with train.lora.rank=16)
 stdit sample --frames 1 --output picture.png
 stdit sample --task animate --input picture.png --class-label "circle left"
 stdit sample --task extend --input clip.mp4 --after 16 --before 16
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from stdit.conditions import Actions
 from stdit.data.inputs import Input, read_input, read_mask
 from stdit.files import claimed, printable, write_json
+from stdit.recipes.adapters import add_loras
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
 from stdit.recipes.outputs import output_paths, refuse_existing, write_clips
@@ -162,6 +164,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", help="folder of a trained model, or of checkpoints; default: the newest under models/")
     add("--task", choices=TASKS, default="generate")
+    add(
+        "--lora",
+        nargs="+",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="LoRAs of the model, files or folders; several add up; SCALE: how much one counts (default: 1)",
+    )
     add("--input", nargs="+", default=[], metavar="PATH", help="clips or pictures to start from")
     add("--after", type=int, default=0, help="extend: number of new frames after the clip")
     add("--before", type=int, default=0, help="extend: number of new frames before the clip")
@@ -301,7 +310,7 @@ def describe_settings(args: argparse.Namespace, pipe: STDiTPipeline, model: Path
     frames = args.frames or (pipe.config.num_frames if args.task == "generate" else None)
     return {
         "model": str(model), "task": args.task, "class_labels": args.class_label, "captions": args.caption, **call.negative,
-        **({"actions": args.actions} if args.actions else {}),
+        **({"actions": args.actions} if args.actions else {}), **({"lora": args.lora} if args.lora else {}),
         "num_frames": frames, "height": args.height or pipe.config.height, "width": args.width or pipe.config.width,
         **dataclasses.asdict(call.options), **{name: getattr(args, name) for name in ("input", "pos_scaling", "num_videos", *TASK_OPTIONS)},
     }  # fmt: skip
@@ -325,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.model:
         print(f"model: {model}, the newest; --model names another", file=sys.stderr)
     pipe = load_pipeline(model)
+    add_loras(pipe, args.lora)
     if args.pos_scaling:
         for model_part in filter(None, (pipe.transformer, pipe.guide)):
             model_part.set_pos_scaling(args.pos_scaling)

@@ -27,13 +27,14 @@ from stdit.data.rates import clip_rate
 from stdit.data.samplers import BatchSampler
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import build_objective
+from stdit.model.lora import base_fingerprint
 from stdit.model.trunks import TRUNKS
 from stdit.recipes import entry
+from stdit.recipes.adapters import build_adapted
 from stdit.recipes.build import (
     build_accelerator,
     build_captions,
     build_model,
-    build_order,
     build_teacher,
     check_batch,
     check_cache,
@@ -41,11 +42,26 @@ from stdit.recipes.build import (
     split_holdout,
 )
 from stdit.recipes.entry import command, command_parser, out_of_memory
+from stdit.recipes.order import build_order
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers
-from stdit.training.parallel import check_agreement, compile_blocks, make_mesh, parallelize, share_frames
-from stdit.training.results import build_pipeline, preview, replace_model, whole_model, write_results
+from stdit.training.parallel import (
+    check_agreement,
+    compile_blocks,
+    make_mesh,
+    parallelize,
+    share_frames,
+    trained_parameters,
+)
+from stdit.training.results import (
+    build_pipeline,
+    preview,
+    replace_lora,
+    replace_model,
+    whole_model,
+    write_results,
+)
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
 from stdit.training.state import manifest_hash
@@ -74,7 +90,12 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     with accelerator.main_process_first():
         captions = build_captions(config, dataset, accelerator.device, main=main)
     channels = None if captions is None else captions.channels
-    model = build_model(config, vae, dataset, objective, caption_channels=channels).to(accelerator.device)
+    is_lora = config.train.lora.rank is not None
+    if is_lora:
+        model, dataset = build_adapted(config, vae, dataset, objective, caption_channels=channels)
+    else:
+        model = build_model(config, vae, dataset, objective, caption_channels=channels)
+    model.to(accelerator.device)
     mesh = make_mesh(config.train.parallel, accelerator.device.type, processes)
     if config.train.compile:
         compile_blocks(model)
@@ -89,6 +110,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     kept, held_out = split_holdout(config, dataset)
     order = build_order(config, kept, vae, patch=model.patch_size, processes=processes // context)
     resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
+    if is_lora:
+        resolved["base_fingerprint"] = base_fingerprint(model)
     checkpoint = find_checkpoint(
         config.train, folders, resolved, to_plain(Config()), main=main, same_vae=vae.has_fingerprint
     )
@@ -128,12 +151,16 @@ def fit(run: Run) -> int:
     config, trainer = run.config, run.trainer
     accelerator, model = trainer.accelerator, trainer.model
     accelerator.print(
-        f"{config.name}: {_num_parameters(model) / 1e6:.1f} M parameters, {len(run.dataset)} samples, "
+        f"{config.name}: {_num_parameters(model) / 1e6:.1f} M parameters{_trained(model)}, {len(run.dataset)} samples, "
         f"{model.num_classes} classes, {accelerator.num_processes} process(es) on {accelerator.device}, "
         f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'fp32'}; step {trainer.step} of {config.train.steps}"
     )
     train = config.train
-    if train.decay_steps is not None and trainer.step < train.steps > train.decay_steps:
+    if (
+        train.schedule != "constant"
+        and train.decay_steps is not None
+        and trainer.step < train.steps > train.decay_steps
+    ):
         accelerator.print(
             f"train.steps={train.steps} goes beyond train.decay_steps={train.decay_steps}, where the learning rate becomes 0: later "
             "steps change nothing. Set both to one number, or train.decay_steps=null for a constant rate."
@@ -163,7 +190,10 @@ def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
             if not accelerator.is_main_process or model is None:
                 return
             pipeline = build_pipeline(model, trainer.vae, config, trainer.fps, guide=trainer.guide)
-            replace_model(pipeline, folders.model)
+            if config.train.lora.rank is None:
+                replace_model(pipeline, folders.model)
+            else:
+                replace_lora(model, folders.model, config.init_from.path or "")
             write_results(pipeline, config, folders, dataset=run.dataset)
     if not accelerator.is_main_process:
         return
@@ -178,11 +208,20 @@ def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
     )  # fmt: skip
     folders.unlock()
     if not code:
-        print(f"model: {folders.model}   samples: {folders.samples}   curves: {folders.output / 'training_curves.png'}")
+        what = "model" if config.train.lora.rank is None else "LoRA"
+        print(
+            f"{what}: {folders.model}   samples: {folders.samples}   curves: {folders.output / 'training_curves.png'}"
+        )
 
 
 def _num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def _trained(model: nn.Module) -> str:
+    """How many parameters are trained, where it is not all."""
+    count = sum(p.numel() for p in trained_parameters(model).values())
+    return "" if count == _num_parameters(model) else f", of which {count / 1e6:.2f} M are trained"
 
 
 @command

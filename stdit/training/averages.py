@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stdit.files import atomic_write
+from stdit.training.parallel import trained_parameters
 
 # The largest distance of the snapshots' best weights over time to those of the average, as a share of the latter.
 WORST_FIT = 0.1
@@ -44,15 +45,15 @@ class PowerAverages:
 
     def __init__(self, model: nn.Module, lengths: Sequence[float]):
         self.lengths, self._exponents = list(lengths), [exponent(length) for length in lengths]
-        self.names = [name for name, _ in model.named_parameters()]
-        self.values = [[p.detach().clone().float() for p in model.parameters()] for _ in lengths]
+        self.names = list(trained_parameters(model))
+        self.values = [[p.detach().clone().float() for p in trained_parameters(model).values()] for _ in lengths]
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after a step, counted from 1 (equation 2 of the paper)."""
         if not self.lengths:
             return
-        parameters = [p.detach() for p in model.parameters()]
+        parameters = [p.detach() for p in trained_parameters(model).values()]
         for gamma, values in zip(self._exponents, self.values, strict=True):
             torch._foreach_lerp_(values, [p.float() for p in parameters], 1 - (1 - 1 / step) ** (gamma + 1))
 

@@ -22,6 +22,7 @@ class LoopConfig:
 
     steps: int = 400_000  # optimizer steps
     decay_steps: int | None = None  # step at which the learning rate reaches zero; null: a constant rate
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # how the rate falls until decay_steps
     warmup_steps: int = 0  # steps in which the rate rises from zero
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices by Muon, the rest by AdamW
     lr: float = 1e-4  # learning rate
@@ -39,9 +40,16 @@ class LoopConfig:
     log_every: int = 50  # steps between lines of the log
     preview_every: int = 5000  # steps between sampled previews
     max_skipped: int = 20  # steps in a row with a non-finite loss or gradient, after which a run stops
+    trackers: list[str] | None = (
+        None  # tensorboard, wandb, trackio, ...; null: tensorboard if it is installed; []: none
+    )
 
     def __post_init__(self) -> None:
         check_ranges("train", self, _LOOP_RANGES, keep_checkpoints="the newest checkpoint may be damaged")
+        if self.schedule == "cosine" and self.decay_steps is None:
+            raise ValueError(
+                f"train.schedule=cosine falls until train.decay_steps, which is not set; set it, for example to {self.steps}."
+            )
         for length in self.average_lengths:
             if not 0 < length <= 0.288:
                 raise ValueError(
@@ -69,6 +77,22 @@ class ParallelConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Matrices of low rank that are trained in place of the model's weights, which stay as they are (LoRA)."""
+
+    rank: int | None = None  # their rank, such as 16; null: all weights are trained
+    alpha: float | None = None  # their product is scaled by alpha / rank; null: the rank
+    layers: str = r"blocks\..*\.(qkv|q|kv|proj|fc1|fc2)"  # regular expression of the linear layers that get them
+
+    def __post_init__(self) -> None:
+        check_ranges("train.lora", self, {"rank": "[1, inf)", "alpha": "(0, inf)"})
+        if self.rank is None and (self.alpha is not None or self.layers != type(self).layers):
+            raise ValueError(
+                "train.lora.alpha and train.lora.layers have no effect without train.lora.rank; set it, too."
+            )
+
+
+@dataclass
 class TrainConfig(LoopConfig):
     """Settings of diffusion training. `batch_size` counts clips per optimizer step over all processes."""
 
@@ -90,6 +114,10 @@ class TrainConfig(LoopConfig):
     holdout_values: list[str] = field(default_factory=list)  # hold out these values of the column instead of a share
     compile: bool = False  # compile the blocks with torch.compile, each kind once; the first steps take a minute longer
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # the model over several processes
+    lora: LoraConfig = field(default_factory=LoraConfig)  # train a LoRA of the model at init_from.path
+    previews: list[str] = field(
+        default_factory=list
+    )  # previews of your own, each as flags of stdit sample: ["--task animate --input photo.png"]; []: some clips of the data
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,6 +131,13 @@ class TrainConfig(LoopConfig):
             name = next(name for name, value in given.items() if value)
             raise ValueError(
                 f"train.{name}={given[name]} is not there for a sharded model (train.parallel.shard=fsdp); leave it out."
+            )
+        unfit = {"guide_step": self.guide_step, "average_lengths": self.average_lengths, "parallel.shard": self.parallel.shard != "none" and self.parallel.shard}  # fmt: skip
+        if self.lora.rank is not None and any(unfit.values()):
+            name = next(name for name, value in unfit.items() if value)
+            off = {"guide_step": "null", "average_lengths": "[]", "parallel.shard": "none"}[name]
+            raise ValueError(
+                f"train.{name}={unfit[name]} is not there for a LoRA (train.lora.rank={self.lora.rank}); set train.{name}={off}."
             )
         if self.holdout_values and (self.holdout or self.holdout_column is None):
             raise ValueError(

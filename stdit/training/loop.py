@@ -22,17 +22,16 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from stdit.legacy import renamed_parameter
 from stdit.training.averages import PowerAverages
 from stdit.training.config import LoopConfig
 from stdit.training.estimate import Estimate
+from stdit.training.loop_state import LoopState
 from stdit.training.metrics import HELD_OUT, Breakdown, MetricsLogger
 from stdit.training.optim import learning_rate, set_learning_rate
-from stdit.training.parallel import accumulating, is_sharded, like, local, local_parameters, whole
+from stdit.training.parallel import accumulating, is_sharded, local_parameters, whole
 from stdit.training.run import RunFolders
-from stdit.training.shard_files import part_of
 from stdit.training.shards import ShardWriter
-from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer, save_checkpoint
+from stdit.training.state import Checkpoint, save_checkpoint
 from stdit.training.throughput import Throughput, Work, summary
 
 
@@ -118,6 +117,7 @@ class TrainingLoop(ABC):
         self.ema = EMAModel(local_parameters(self.model), decay=self.config.ema_decay, foreach=True)
         self.ema.to(self.accelerator.device)
         self.averages = PowerAverages(self.model, self.config.average_lengths)
+        self._state = LoopState(self.model, self.ema, self.averages, self.optimizers)
         self.writer: ShardWriter | None = None  # of a sharded model, whose processes each write their part
         if is_sharded(self.model):
             place = (self.folders.checkpoints, self.accelerator.process_index, self.accelerator.num_processes)
@@ -175,46 +175,19 @@ class TrainingLoop(ABC):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a checkpoint: weights, their moving average, optimizers, step."""
-        tensors, info = checkpoint.tensors, checkpoint.info
-        expected = self.model.state_dict()
-        try:
-            weights = {
-                new: tensors["model"][name] if new not in expected else part_of(tensors["model"], name, expected[new])
-                for name in tensors["model"]
-                for new in [renamed_parameter(name)]
-            }
-            self.model.load_state_dict(weights)
-        except RuntimeError as error:  # with allow_changes
-            raise ValueError(
-                f"{checkpoint.path} does not fit the model of this config: {' '.join(str(error).split())[:300]}; choose another "
-                "name=, or start from its weights with init_from."
-            ) from error
-        saved = {renamed_parameter(name): name for name in tensors["ema"]}
+        self._state.restore(checkpoint)
+        info = checkpoint.info
         self.step, self.skipped, self.seconds = checkpoint.step, info["skipped"], info["seconds"]
-        for shadow, (name, p) in zip(self.ema.shadow_params, self.model.named_parameters(), strict=True):
-            shadow.data.copy_(local(part_of(tensors["ema"], saved[name], p)))
-        self.ema.optimization_step = info["ema_step"]
-        self.averages.restore(tensors)
         self._origin = info.get("origin")
-        for i, optimizer in enumerate(self.optimizers):
-            restore_optimizer(optimizer, tensors.get(f"optimizer_{i}", {}), info["optimizers"][i])
 
     def save(self) -> None:
         """Write a checkpoint: the main process, or, of a sharded model, every process its part while training goes on."""
         further = self.further_info()
         if self.accelerator.is_main_process or self.writer is not None:
-            states = [flatten_optimizer(optimizer) for optimizer in self.optimizers]
-            parameters = dict(self.model.named_parameters())
-            shadows = zip(parameters, self.ema.shadow_params, strict=True)
-            tensors: dict[str, Mapping[str, Tensor]] = {
-                "model": dict(self.model.state_dict()),
-                "ema": {name: like(shadow, parameters[name]) for name, shadow in shadows},
-            }
-            tensors |= {f"optimizer_{i}": state for i, (state, _) in enumerate(states)}
-            tensors |= {**self.averages.state(), **self.further_tensors()}
+            tensors = {**self._state.tensors(), **self.further_tensors()}
             info = {
-                "config": self.resolved, "optimizers": [numbers for _, numbers in states], "skipped": self.skipped,
-                "seconds": self.seconds, "ema_step": self.ema.optimization_step, "origin": self._origin, **further,
+                **self._state.info(), "config": self.resolved, "skipped": self.skipped, "seconds": self.seconds,
+                "origin": self._origin, **further,
             }  # fmt: skip
             if self.writer is not None:
                 self.writer.write(self.step, tensors, info)
@@ -290,7 +263,7 @@ class TrainingLoop(ABC):
                 self.accelerator.backward(losses.clips.sum() * share)
             total += losses.clips.detach().sum() * share
             sums += losses.sums
-        lr = learning_rate(self.step, config.lr, config.warmup_steps, config.decay_steps)
+        lr = learning_rate(self.step, config.lr, config.warmup_steps, config.decay_steps, schedule=config.schedule)
         norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm))
         if math.isfinite(float(norm)):
             set_learning_rate(optimizers, lr)

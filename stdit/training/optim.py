@@ -1,5 +1,8 @@
 """Optimizers and the learning-rate schedule, for diffusion models and the VAE."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -18,13 +21,34 @@ def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float
     hidden = muon_parameters(model).values()
     rest = [p for p in learnt if all(p is not h for h in hidden)]
     muon = Muon(hidden, lr=lr, weight_decay=weight_decay)
-    return [muon, torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)]
+    return [muon, torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay)] if rest else [muon]
 
 
-def learning_rate(step: int, lr: float, warmup_steps: int, decay_steps: int | None) -> float:
-    """The learning rate of a step: linear warm-up, then constant, or falling linearly to zero at `decay_steps`."""
+def _constant(part: float) -> float:
+    return 1.0
+
+
+def _linear(part: float) -> float:
+    return 1 - part
+
+
+def _cosine(part: float) -> float:
+    return (1 + math.cos(math.pi * part)) / 2
+
+
+# What is left of the learning rate after a part, 0 to 1, of `decay_steps`.
+SCHEDULES: dict[str, Callable[[float], float]] = {"linear": _linear, "cosine": _cosine, "constant": _constant}
+
+
+def learning_rate(
+    step: int, lr: float, warmup_steps: int, decay_steps: int | None, *, schedule: str = "linear"
+) -> float:
+    """The learning rate of a step: a linear warm-up times a row of `SCHEDULES`, which reaches its end at `decay_steps`.
+
+    Without `decay_steps` the rate is constant after the warm-up.
+    """
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-    return lr * warm * (max(0.0, 1 - step / decay_steps) if decay_steps else 1.0)
+    return lr * warm * (SCHEDULES[schedule](min(1.0, step / decay_steps)) if decay_steps else 1.0)
 
 
 def set_learning_rate(optimizers: list, value: float) -> None:

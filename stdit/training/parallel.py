@@ -95,9 +95,15 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def local_parameters(model: nn.Module) -> list[Tensor]:
-    """What this process holds of a model's parameters, sharing their memory."""
-    return [p if not isinstance(p, DTensor) else local(p).requires_grad_(p.requires_grad) for p in model.parameters()]
+    """What this process holds of the parameters that training changes, sharing their memory."""
+    trained = trained_parameters(model).values()
+    return [p if not isinstance(p, DTensor) else local(p).requires_grad_(True) for p in trained]
 
 
 def whole(tensor: Tensor) -> Tensor:

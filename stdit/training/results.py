@@ -3,7 +3,8 @@
 import copy
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from stdit.data.rates import DEFAULT_FPS, clip_rate
 from stdit.data.video_io import VideoError
 from stdit.data.video_write import write_contact_sheet, write_video
 from stdit.files import atomic_write, write_text
+from stdit.model.lora import base_fingerprint, save_lora
 from stdit.model.stdit import STDiT
 from stdit.pixels import to_float
 from stdit.rng import keyed_rng
@@ -23,6 +25,8 @@ from stdit.sampling.scheduler import STDiTScheduler
 from stdit.training.parallel import gathered, is_sharded
 from stdit.training.run import RunFolders
 from stdit.vae import VideoVAE
+
+LORA = "default"  # the name of the LoRA that is trained, in its model
 
 
 def build_pipeline(
@@ -108,9 +112,22 @@ def replace_model(pipeline: STDiTPipeline, folder: Path) -> None:
     ValueError, and nothing is written, if a weight is not finite.
     """
     check_finite(pipeline.transformer, f"{folder} was not written; resume an older checkpoint with a lower train.lr")
+    with _replacing(folder) as tmp:
+        pipeline.save_pretrained(tmp, safe_serialization=True)
+
+
+def replace_lora(model: STDiT, folder: Path, base: str) -> None:
+    """Write the LoRA of a training run to a folder, as `replace_model` writes a model. base: the model it is for."""
+    with _replacing(folder) as tmp:
+        save_lora(model, LORA, tmp, {"base": base, "base_fingerprint": base_fingerprint(model)})
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A context manager that yields a folder to write to, which takes the place of `folder` when it is complete."""
     before = folder.with_name(f".{folder.name}-before-{os.getpid()}")
     with atomic_write(folder) as tmp:
-        pipeline.save_pretrained(tmp, safe_serialization=True)
+        yield tmp
         if folder.exists():
             os.rename(folder, before)
     shutil.rmtree(before, ignore_errors=True)

@@ -18,6 +18,7 @@ _FREE = (
     "train.micro_batch", "data.workers", "data.timeout", "data.max_bad_fraction", "data.root", "data.manifest", "data.images", "name", "vae.name",
     "model.gradient_checkpointing", "init_from.path", "train.parallel.shard", "train.parallel.replicas",
     "train.parallel.reshard", "train.parallel.context", "train.parallel.timeout", "train.compile",
+    "train.previews", "train.trackers",
 )  # fmt: skip
 
 

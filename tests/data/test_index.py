@@ -18,7 +18,7 @@ from stdit.data.manifest import Row, Table
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
 from stdit.recipes import check_media, index
-from stdit.recipes.build import measure
+from stdit.recipes.order import measure
 
 SIZES = [ClipSize(5, 32, 32), ClipSize(9, 32, 48), ClipSize(1, 32, 32)]
 

@@ -1,0 +1,135 @@
+"""LoRAs in training and sampling: the model that one is trained for, and those that a command adds to a model."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stdit.config import Config
+from stdit.data.datasets import Dataset
+from stdit.data.joint import JointDataset
+from stdit.diffusion.objective import Objective
+from stdit.files import printable, read_json
+from stdit.model.config import ModelConfig, model_arguments
+from stdit.model.lora import load_lora, split_strength
+from stdit.model.stdit import STDiT
+from stdit.model.unet import UNet
+from stdit.recipes.models import load_adapted
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.vae import VideoVAE
+
+
+def build_adapted(
+    config: Config, vae: VideoVAE, dataset: Dataset, objective: Objective, *, caption_channels: int | None = None
+) -> tuple[STDiT, Dataset]:
+    """The model of `init_from.path` with a new LoRA, and the dataset with the labels of that model.
+
+    ValueError if data, VAE, captions or objective are not those of the model, which a LoRA cannot change.
+    """
+    model = load_adapted(config)
+    _check_base(config, model, vae, objective, caption_channels=caption_channels)
+    if config.model.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if differing := _overruled(config.model, model):
+        print(f"the network is that of {config.init_from.path}; {', '.join(differing)} of the config do not count")
+    return model, _with_classes_of(model, dataset)
+
+
+def _check_base(
+    config: Config, model: STDiT, vae: VideoVAE, objective: Objective, *, caption_channels: int | None
+) -> None:
+    path, base = config.init_from.path, model.config
+    index = _index_of(path)
+    if base.in_channels != vae.channels:
+        raise ValueError(
+            f"the model of init_from.path={path!r} takes latents of {base.in_channels} channels, but vae.name={config.vae.name!r} "
+            f"makes {vae.channels}; set vae.name to the VAE that it was trained with."
+        )
+    recorded = index.get("vae_fingerprint")
+    if recorded is not None and not vae.has_fingerprint(recorded):
+        raise ValueError(
+            f"vae.name={config.vae.name!r} has other weights than the VAE of init_from.path={path!r}; set vae.name to "
+            f"{str(Path(path or '') / 'vae')!r}, or to the VAE that it was trained with."
+        )
+    trained = {
+        "name": index.get("objective", config.objective.name), "flow_map": base.flow_map, "learn_sigma": base.learn_sigma,
+    }  # fmt: skip
+    asked = {
+        "name": config.objective.name, "flow_map": config.objective.flow_map, "learn_sigma": objective.learns_sigma,
+    }  # fmt: skip
+    for key, value in trained.items():
+        if asked[key] != value:
+            raise ValueError(
+                f"objective.{key}={_plain(asked[key])}, but the model of init_from.path={path!r} was trained with "
+                f"{_plain(value)}; set objective.{key}={_plain(value)}."
+            )
+    if base.caption_channels != caption_channels:
+        encoder = index.get("text_encoder") or "the one that it was trained with"
+        needs = f"captions of {base.caption_channels} channels" if base.caption_channels else "no captions"
+        given = f"gives {caption_channels} channels" if caption_channels else "is null"
+        raise ValueError(
+            f"the model of init_from.path={path!r} takes {needs}, but text.encoder {given}; set text.encoder to "
+            f"{printable(encoder) if base.caption_channels else 'null'}."
+        )
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _index_of(path: str | None) -> dict[str, Any]:
+    """The model_index.json of a pipeline that a model's folder is, or lies in; {} without one."""
+    folder = Path(path or "")
+    return read_json(folder / "model_index.json") or read_json(folder.parent / "model_index.json")
+
+
+def _overruled(config: ModelConfig, model: STDiT) -> list[str]:
+    """Keys of `model` that the config sets and the network does not have."""
+    plain, own = asdict(ModelConfig()), asdict(config)
+    arguments = model_arguments(config)
+    changed = [key for key, value in own.items() if value != plain[key]]
+    return [
+        f"model.{key}"
+        for key in changed
+        if key in model.config and key in arguments and _listed(arguments[key]) != _listed(model.config[key])
+    ]
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _with_classes_of(model: STDiT, dataset: Dataset) -> Dataset:
+    """The dataset with the class numbers of a model, to which names of classes belong."""
+    base = model.config
+    if not base.num_classes:
+        return dataset
+    if not dataset.num_classes:
+        raise ValueError(
+            f"the model has {base.num_classes} classes, but the data has no labels; give folders by class, or a manifest with "
+            "labels."
+        )
+    if dataset.class_names is None and dataset.num_classes > base.num_classes:
+        raise ValueError(
+            f"the data has labels up to {dataset.num_classes - 1}, but the model has {base.num_classes} classes, and a LoRA adds "
+            "none; use labels of the model."
+        )
+    joint = isinstance(dataset, JointDataset)
+    datasets, names = (dataset.datasets, dataset.names) if joint else ([dataset], ["the data"])  # type: ignore[attr-defined]
+    try:
+        return JointDataset(datasets, names, base.class_names, num_classes=base.num_classes)
+    except ValueError as error:
+        raise ValueError(f"{error} A LoRA adds no classes to the model of init_from.path.") from error
+
+
+def add_loras(pipe: STDiTPipeline, given: Sequence[str]) -> None:
+    """Add LoRAs, PATH or PATH:SCALE each, to the model of a pipeline and to its guide, which is of the same kind.
+
+    ValueError for one that is no LoRA of this model.
+    """
+    for text in given:
+        path, strength = split_strength(text)
+        for model in filter(None, (pipe.transformer, pipe.guide)):
+            if isinstance(model, UNet):
+                raise ValueError(f"--lora {path}: the model is a U-Net, for which stdit has no LoRAs; leave it out.")
+            load_lora(model, path, strength, compare=model is pipe.transformer)

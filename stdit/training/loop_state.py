@@ -1,0 +1,78 @@
+"""What a training loop keeps in its checkpoints: weights, their moving average, further averages, optimizers."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from stdit.legacy import renamed_parameter
+from stdit.nn.low_rank import is_low_rank
+from stdit.training.averages import PowerAverages
+from stdit.training.parallel import like, local, trained_parameters
+from stdit.training.shard_files import part_of
+from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer
+
+
+class LoopState(NamedTuple):
+    """The objects that training changes."""
+
+    model: nn.Module
+    ema: EMAModel
+    averages: PowerAverages
+    optimizers: list
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """Groups of tensors for a checkpoint."""
+        parameters = trained_parameters(self.model)
+        shadows = zip(parameters, self.ema.shadow_params, strict=True)
+        states = {f"optimizer_{i}": flatten_optimizer(one)[0] for i, one in enumerate(self.optimizers)}
+        return {
+            "model": saved_weights(self.model),
+            "ema": {name: like(shadow, parameters[name]) for name, shadow in shadows},
+            **states,
+            **self.averages.state(),
+        }
+
+    def info(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        numbers = [flatten_optimizer(optimizer)[1] for optimizer in self.optimizers]
+        return {"optimizers": numbers, "ema_step": self.ema.optimization_step}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Load what `tensors` and `info` gave; ValueError if it is of another model."""
+        tensors, info = checkpoint.tensors, checkpoint.info
+        load_weights(self.model, tensors["model"], str(checkpoint.path))
+        saved = {renamed_parameter(name): name for name in tensors["ema"]}
+        for shadow, (name, p) in zip(self.ema.shadow_params, trained_parameters(self.model).items(), strict=True):
+            shadow.data.copy_(local(part_of(tensors["ema"], saved[name], p)))
+        self.ema.optimization_step = info["ema_step"]
+        self.averages.restore(tensors)
+        for i, optimizer in enumerate(self.optimizers):
+            restore_optimizer(optimizer, tensors.get(f"optimizer_{i}", {}), info["optimizers"][i])
+
+
+def saved_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that checkpoints hold: all, or of a model with LoRAs those alone, since the others stay as they are."""
+    state = dict(model.state_dict())
+    return {name: value for name, value in state.items() if is_low_rank(name)} or state
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+    """Load what `saved_weights` gave; ValueError if it does not fit the model. origin: what it is from, for the message."""
+    expected = saved_weights(model)
+    try:
+        found = {
+            new: part_of(weights, name, expected[new]) if new in expected else weights[name]
+            for name in weights
+            for new in [renamed_parameter(name)]
+        }
+        if len(expected) < len(model.state_dict()) and found.keys() != expected.keys():
+            odd = sorted(found.keys() ^ expected.keys())
+            raise RuntimeError(f"{len(odd)} weights differ, such as {odd[0]}")
+        model.load_state_dict(found, strict=len(expected) == len(model.state_dict()))
+    except RuntimeError as error:  # with allow_changes
+        raise ValueError(
+            f"{origin} does not fit the model of this config: {' '.join(str(error).split())[:300]}; choose another "
+            "name=, or start from its weights with init_from."
+        ) from error
