@@ -13,12 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from stdit.files import atomic_write, read_json, write_text
 from stdit.hub import check_reachable, resolve_source
 from stdit.legacy import aliases
 from stdit.nn.positions import sincos
+from stdit.progress import Progress
 from stdit.warn import warn_user
 from stdit.weights import check_fits
 
@@ -229,7 +229,9 @@ class CaptionCache:
         new = [text for text in dict.fromkeys(["", *texts]) if text not in self._index]
         warn_of_length(encoder, list(dict.fromkeys(texts)))
         self.folder.mkdir(parents=True, exist_ok=True)
-        bar = tqdm(total=len(new), desc=f"captions ({encoder.name})", unit="caption", disable=not progress or not new)
+        bar = Progress(
+            total=len(new), desc=f"captions ({encoder.name})", unit="caption", disable=not progress or not new
+        )
         for first in range(0, len(new), self.SHARD):
             part = new[first : first + self.SHARD]
             batches = []

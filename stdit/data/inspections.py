@@ -7,13 +7,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from stdit.data.config import DataConfig
 from stdit.data.facts import Facts
 from stdit.data.inspect import inspect
 from stdit.data.media import state_of
 from stdit.data.workers import WorkerPool, num_workers
+from stdit.progress import Progress
 
 # What an entry says of a file that was read, besides path, bytes, modified and seconds.
 MEASURED = Facts._fields
@@ -100,7 +99,7 @@ def inspect_all(
     if stream is not None and stream.tell():
         stream.write("\n")  # the last line may have been cut
     try:
-        for entry in tqdm(
+        for entry in Progress(
             inspect_each(missing, backend, workers, timeout), total=len(missing), unit="file", disable=None
         ):
             entries[entry["path"]] = entry

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from stdit.data.video_write import to_uint8
 from stdit.evaluation.metrics import decibel, ssim
 from stdit.pixels import to_float
+from stdit.progress import Progress
 from stdit.rng import keyed_normal, keyed_rng
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.pipeline import STDiTPipeline
@@ -92,7 +92,7 @@ def dream(
         world = pipe.world(starts, labels_of(part), options=options)
         lasts = [np.stack([one.lasts[0] for one in part])]
         longest = max(len(one.actions) for one in part)
-        for group in tqdm(range(longest), desc="dreaming", unit="group", disable=not progress, leave=False):
+        for group in Progress(range(longest), desc="dreaming", unit="group", disable=not progress, leave=False):
             held = [one.actions[min(group, len(one.actions) - 1)] for one in part]
             pixels = world.step(hold(held, world.group))
             lasts.append(np.stack([to_uint8(clip[:, -1:])[0] for clip in pixels]))

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from stdit.conditions import CONDITIONERS
 from stdit.config import Config, load_typed
@@ -36,6 +35,7 @@ from stdit.files import atomic_write, claimed, write_text
 from stdit.hashes import difference, file_sha256
 from stdit.pixels import to_float
 from stdit.precision import autocast
+from stdit.progress import Progress
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import default_device
 from stdit.recipes.order import measure
@@ -239,7 +239,7 @@ def write_shards(output: Path, dataset: Dataset, vae: VideoVAE, parts: Sequence[
     """Write the shards of this process, encoding the clips that are new or changed, and those of missing or damaged shards."""
     (rank, world), waited, began = _rank(), 0.0, time.perf_counter()
     done: Counter[str] = Counter()
-    for number in tqdm(range(len(parts))[rank::world], unit="shard", desc="encoding", disable=rank > 0):
+    for number in Progress(range(len(parts))[rank::world], unit="shard", desc="encoding", disable=rank > 0):
         file = output / f"latents-{number:05d}.safetensors"
         with ExitStack() as claim:
             try:

@@ -20,7 +20,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from tqdm import tqdm
+
+from stdit.progress import Progress
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -123,9 +124,9 @@ def plan(spec: Comparison, folder: Path) -> dict[str, dict]:
                 f"{folder} has the results of other settings (differences: {', '.join(changed)}); choose another name=, or remove the folder."
             )
         return made["variants"]
-    probes = {name: Probe(spec, name) for name in tqdm(spec.variants, desc="building", unit="variant")}
+    probes = {name: Probe(spec, name) for name in Progress(spec.variants, desc="building", unit="variant")}
     if spec.budget.kind == "minutes":
-        for _ in tqdm(range(12), desc="timing", unit="round"):  # in turn, since the speed of a machine varies
+        for _ in Progress(range(12), desc="timing", unit="round"):  # in turn, since the speed of a machine varies
             for probe in probes.values():
                 probe.step()
     variants = {}
@@ -275,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     about, runs = plan(spec, folder), []
     todo = [(variant, seed) for seed in spec.seeds for variant in spec.variants]
-    for variant, seed in tqdm(todo, desc=spec.name, unit="run"):
+    for variant, seed in Progress(todo, desc=spec.name, unit="run"):
         runs.append(measure(spec, variant, seed, about=about[variant], folder=folder))
     write_json(folder / "runs.json", [asdict(run) for run in runs])
     pictures = draw(spec, runs, folder, distance)

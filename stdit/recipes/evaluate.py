@@ -17,7 +17,6 @@ from typing import get_args
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
@@ -31,6 +30,7 @@ from stdit.evaluation.metrics import psnr, ssim
 from stdit.evaluation.shapes import Report, measure_shape, paired_difference, report, table
 from stdit.files import check_writable, read_json, write_json
 from stdit.pixels import to_float
+from stdit.progress import Progress
 from stdit.recipes import evaluate_world
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
@@ -129,7 +129,7 @@ def compare_with_reference(args: argparse.Namespace) -> int:
 
 def _sampled(pipe: STDiTPipeline, args: argparse.Namespace, size: tuple[int, int]) -> Iterator[torch.Tensor]:
     classes = pipe.transformer.num_classes
-    for first in tqdm(range(0, args.clips, 32), unit="batch", desc="sampling"):
+    for first in Progress(range(0, args.clips, 32), unit="batch", desc="sampling"):
         count = min(32, args.clips - first)
         labels = [(first + i) % classes for i in range(count)] if classes else None
         yield pipe(
@@ -183,7 +183,7 @@ def read_recorded(manifest: Path) -> tuple[list[np.ndarray], list[int]]:
     rows = read_manifest(manifest)
     truths = [json.loads(line).get("truth") for line in manifest.read_text().splitlines() if line.strip()]
     clips, errors = [], []
-    for row, truth in zip(tqdm(rows.rows, unit="clip", desc="reading"), truths, strict=True):
+    for row, truth in zip(Progress(rows.rows, unit="clip", desc="reading"), truths, strict=True):
         with VideoReader(row.path) as reader:
             clips.append(reader.get_frames(range(len(reader))))
         if truth:

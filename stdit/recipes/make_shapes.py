@@ -8,11 +8,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from stdit.data.shapes import CLASS_NAMES, COLORS, OBJECT_NAMES, draw, random_clip
 from stdit.data.video_write import write_video
 from stdit.files import write_text
+from stdit.progress import Progress
 from stdit.recipes.entry import command, command_parser
 from stdit.rng import keyed_rng
 
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{output} has clips of other settings ({found}); choose another --output, or remove the folder."
         )
     output.mkdir(parents=True, exist_ok=True)
-    rows = [draw_clip(args, i, output) for i in tqdm(range(args.num_clips), unit="clip", desc="drawing")]
+    rows = [draw_clip(args, i, output) for i in Progress(range(args.num_clips), unit="clip", desc="drawing")]
     write_text(settings_file, json.dumps(settings) + "\n")
     write_text(
         manifest, "\n".join(map(json.dumps, rows)) + "\n"

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
-from tqdm import tqdm
 
 from stdit.config import Config
 from stdit.data.datasets import Dataset
@@ -22,6 +21,7 @@ from stdit.data.samplers import (
     assign_buckets,
 )
 from stdit.data.video_io import VideoError
+from stdit.progress import Progress
 from stdit.rng import keyed_rng
 from stdit.vae import VideoVAE
 
@@ -129,7 +129,7 @@ def measure(dataset: Dataset, sizes: Sequence[ClipSize], seed: int) -> tuple[np.
         drawn_from = (known.tobytes(), repr((sizes, seed)).encode())
         return known, remembered("buckets", drawn_from, lambda: assign_buckets(known, sizes, seed))
     shapes = []
-    for index in tqdm(range(len(dataset)), desc="measuring clips", unit="clip", disable=None):
+    for index in Progress(range(len(dataset)), desc="measuring clips", unit="clip", disable=None):
         try:
             shapes.append(dataset.shape(index))
         except VideoError as error:

@@ -16,9 +16,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from stdit.files import write_text
+from stdit.progress import Progress
 from stdit.recipes.entry import command, command_parser
 from stdit.worlds.environments import Environment, make_environment
 from stdit.worlds.policies import make_policy
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [missing[i : i + PART] for i in range(0, len(missing), PART)]
     job = (args.environment, dict(args.option), turn_based, args.policy, how, str(output))
     with open(output / "rows.jsonl", "a", encoding="utf-8") as kept, _workers(args.workers, len(parts)) as run:
-        for found in tqdm(run(job, parts), total=len(parts), unit="part", desc=f"recording ({PART} episodes each)"):
+        for found in Progress(run(job, parts), total=len(parts), unit="part", desc=f"recording ({PART} episodes each)"):
             rows |= {row["seed"]: row for row in found}
             kept.write("".join(json.dumps(row) + "\n" for row in found))
             kept.flush()

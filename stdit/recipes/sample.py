@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from stdit.conditions import Actions
 from stdit.data.inputs import Input, read_input, read_mask
 from stdit.files import claimed, printable, write_json
+from stdit.progress import Progress
 from stdit.recipes.adapters import add_loras
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_pipeline, newest_model
@@ -54,7 +54,7 @@ def _extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, 
     if args.before or not pipe.can_stream(pixels, call["options"]):
         return pipe.extend(pixels, args.after, args.before, **call)
     stream = pipe.stream(pixels, args.after, **call)
-    return chain([pixels], tqdm(stream, "groups of frames", args.after // pipe.video_vae.stride[0]))
+    return chain([pixels], Progress(stream, "groups of frames", args.after // pipe.video_vae.stride[0]))
 
 
 def _connect(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:

@@ -43,6 +43,8 @@ from stdit.recipes.build import (
 )
 from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.recipes.order import build_order
+from stdit.recipes.previews import read_previews, sample_previews
+from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers
@@ -55,16 +57,19 @@ from stdit.training.parallel import (
     trained_parameters,
 )
 from stdit.training.results import (
+    Preview,
     build_pipeline,
     preview,
     replace_lora,
     replace_model,
     whole_model,
+    write_previews,
     write_results,
 )
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
 from stdit.training.state import manifest_hash
+from stdit.training.trackers import check_trackers
 from stdit.vae import load_vae
 
 
@@ -82,6 +87,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     processes, main = accelerator.num_processes, accelerator.is_main_process
     context = config.train.parallel.context
     check_batch(config, max(1, processes // context))
+    check_trackers(config.train.trackers)
     dataset = build_dataset(config.data)
     vae = load_vae(config.vae.name).to(accelerator.device)
     check_cache(dataset, vae)
@@ -103,6 +109,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     if context > 1:
         check_context(config, vae, model)
     parallelize(model, config.train.parallel, mesh)
+    own = read_previews(config, build_pipeline(model, vae, config)) if main and config.train.previews else []
     folders = RunFolders(config.name)
     if main:
         folders.lock()
@@ -120,6 +127,9 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         "config": hash_of(resolved),
     }
     check_agreement(accelerator, start)
+    def show(pipe: STDiTPipeline) -> list[Preview]:
+        return sample_previews(own, pipe) if own else preview(pipe, config, dataset)
+
     trainer = Trainer(
         accelerator, folders, model,
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
@@ -130,7 +140,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         held_out=held_out, held_out_every=steps_between(len(order.batch(0))),
         # Without the guide: a function that knew the trainer would keep it, and its lock, after an error.
         whole_model=whole_model,
-        preview=lambda m, step: preview(build_pipeline(m, vae, config), config, folders, step=step, dataset=dataset),
+        preview=lambda m, step: write_previews(show(build_pipeline(m, vae, config)), folders.samples, step),
+        preview_at_end=bool(own),
     )  # fmt: skip
     if checkpoint is not None:
         trainer.restore(checkpoint)

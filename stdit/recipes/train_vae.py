@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from stdit.config import load_typed, to_plain
 from stdit.data.identity import hash_of, relative_name, size_of
@@ -22,6 +21,7 @@ from stdit.data.video_io import VideoReader
 from stdit.data.video_write import write_contact_sheet
 from stdit.files import write_json
 from stdit.pixels import to_float
+from stdit.progress import Progress
 from stdit.recipes.build import build_accelerator
 from stdit.recipes.entry import command, command_parser
 from stdit.training.fit import Stopped, swap_ema
@@ -52,7 +52,7 @@ def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.
             f"{config.data.manifest} has no column 'group' for data.hold_out={config.data.hold_out}; add it, or use hold_out=[]."
         )
     training, held_out = [], []
-    for row in tqdm(rows, desc="reading clips", unit="clip"):
+    for row in Progress(rows, desc="reading clips", unit="clip"):
         with VideoReader(row.path) as reader:
             frames = reader.get_frames(range(len(reader)))
         if row.columns.get("group") in config.data.hold_out:
@@ -174,11 +174,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: list[np.ndarray]) -> int:
     """Train to the last step, or until a signal; returns the exit code."""
 
-    def preview(vae: TinyVAE, step: int) -> None:
+    def preview(vae: TinyVAE, step: int) -> dict[str, Path]:
+        sheet = trainer.folders.output / "reconstructions.png"
         with trainer.accelerator.autocast():
             scores = evaluate(vae, held_out)
-            write_preview(vae, held_out, trainer.folders.output / "reconstructions.png")
-        tqdm.write(f"step {step}: " + ", ".join(f"{key} {value:.2f}" for key, value in scores.items()))
+            write_preview(vae, held_out, sheet)
+        Progress.write(f"step {step}: " + ", ".join(f"{key} {value:.2f}" for key, value in scores.items()))
+        return {"reconstructions": sheet}
 
     trainer.folders.write_config(config)
     try:

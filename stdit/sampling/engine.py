@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
-from tqdm import tqdm
 
 from stdit.conditions import ClipFacts, Conditions, Guided
 from stdit.diffusion.objective import Objective
@@ -15,6 +14,7 @@ from stdit.diffusion.predictions import Estimate
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.nn.cache import FrameCache
+from stdit.progress import Progress
 from stdit.rng import keyed_normal
 from stdit.sampling.guidance import Denoiser, Guidance, guided
 from stdit.sampling.options import SamplingOptions
@@ -162,4 +162,4 @@ class Engine:
 
     def progress(self, iterable: Iterable, show: bool = True) -> Iterable:
         """Wrap an iterable with a progress bar."""
-        return tqdm(iterable, disable=not show, leave=False)
+        return Progress(iterable, disable=not show, leave=False)

@@ -14,14 +14,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from stdit.progress import Progress
 from stdit.training.averages import PowerAverages
 from stdit.training.config import LoopConfig
 from stdit.training.estimate import Estimate
@@ -33,6 +34,7 @@ from stdit.training.run import RunFolders
 from stdit.training.shards import ShardWriter
 from stdit.training.state import Checkpoint, save_checkpoint
 from stdit.training.throughput import Throughput, Work, summary
+from stdit.training.trackers import Trackers
 
 
 class Stopped(Exception):
@@ -89,8 +91,8 @@ class _Interrupted(Exception):
     """Raised by the signal handler while the loop waits for data, to end the wait."""
 
 
-def _no_preview(model: nn.Module, step: int) -> None:
-    pass
+def _no_preview(model: nn.Module, step: int) -> dict[str, Path]:
+    return {}
 
 
 @dataclass
@@ -106,7 +108,9 @@ class TrainingLoop(ABC):
     optimizers: list
     config: LoopConfig
     resolved: dict  # the whole config, kept in checkpoints
-    preview: Callable[[Any, int], None] = field(default=_no_preview, kw_only=True)  # of (model, step)
+    # Of (model, step): the files of clips and pictures that it wrote, by name, for the trackers of the run.
+    preview: Callable[[Any, int], Mapping[str, Path]] = field(default=_no_preview, kw_only=True)
+    preview_at_end: bool = field(default=False, kw_only=True)
     # Of (model, whether this is the main process): the whole model there, None elsewhere.
     whole_model: Callable[[Any, bool], Any] = field(default=lambda model, main: model, kw_only=True)
     step: int = field(default=0, init=False)
@@ -205,9 +209,9 @@ class TrainingLoop(ABC):
         """
         config, main = self.config, self.accelerator.is_main_process
         wrapped, optimizers = self._prepared()
-        logger = MetricsLogger(self.folders.output, self.step, self.breakdown) if main else None
+        logger = self._logger() if main else None
         metrics: list[StepMetrics] = []
-        progress = tqdm(total=config.steps, initial=self.step, unit="step", disable=not main, dynamic_ncols=True)
+        progress = Progress(total=config.steps, initial=self.step, unit="step", disable=not main, dynamic_ncols=True)
         began = time.perf_counter() - self.seconds
         self.throughput.restart()
         estimate = Estimate(self.step, config.steps)
@@ -226,7 +230,7 @@ class TrainingLoop(ABC):
                     stopping = self._stopping()
                     saving = self.step % config.checkpoint_every == 0 or self.step == config.steps or stopping
                     if main and (message := estimate.after(self.step)):
-                        tqdm.write(message, file=sys.stderr)
+                        Progress.write(message, file=sys.stderr)
                 if metrics and (self.step % config.log_every == 0 or saving):
                     rates = self.throughput.rates()
                     rows = self._gather(metrics, rates)
@@ -240,12 +244,13 @@ class TrainingLoop(ABC):
                         self.save()
                         if logger is not None:
                             logger.curves(last=stopping or self.step == config.steps)
-                if self.writer is not None and (stopping or self.step == config.steps):
+                last = self.step == config.steps
+                if self.writer is not None and (stopping or last):
                     self.writer.finish()
                 if stopping:
                     raise Stopped(128 + self._signal if self._signal else 143, self.step)
-                if self.step % config.preview_every == 0 and self.step < config.steps:
-                    self._preview()
+                if self.preview_at_end if last else self.step % config.preview_every == 0:
+                    self._preview(logger)
                     self.accelerator.wait_for_everyone()
                     self.throughput.restart()
 
@@ -314,7 +319,13 @@ class TrainingLoop(ABC):
         finally:
             self._waiting = False
 
-    def _preview(self) -> None:
+    def _logger(self) -> MetricsLogger:
+        """What the main process writes of its steps."""
+        output = self.folders.output
+        trackers = Trackers(self.config.trackers, output, self.step, self.resolved)
+        return MetricsLogger(output, self.step, self.breakdown, trackers)
+
+    def _preview(self, logger: MetricsLogger | None) -> None:
         """Call `preview` in the main process; if it fails, for example because of the memory it takes, the run continues."""
         main = self.accelerator.is_main_process
         if not main and self.writer is None:
@@ -323,12 +334,14 @@ class TrainingLoop(ABC):
             with swap_ema(self.model, self.ema):
                 model = self.whole_model(self.model, main)
                 if model is not None:
-                    self.preview(model, self.step)
+                    shown = self.preview(model, self.step)
+                    if logger is not None:
+                        logger.trackers.show(shown, self.step)
         except (RuntimeError, MemoryError, OSError, ValueError) as error:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            tqdm.write(
+            Progress.write(
                 f"the preview of step {self.step} failed ({reason}); training goes on. Lower train.samples if memory ran out, or "
                 "set train.preview_every higher than train.steps.",
                 file=sys.stderr,

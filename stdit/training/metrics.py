@@ -1,10 +1,10 @@
-"""Metrics of a run: a CSV file with one row per step, a picture of the curves, and TensorBoard if it is installed."""
+"""Metrics of a run: a CSV file with one row per step, a picture of the curves, and the trackers of the run."""
 
 import csv
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from stdit.files import atomic_write
 from stdit.legacy import aliases
 from stdit.training.throughput import COLUMNS as THROUGHPUT
+from stdit.training.trackers import Trackers
 
 __getattr__ = aliases(__name__)
 
@@ -57,36 +58,35 @@ def level_sums(losses: Tensor, levels: Tensor) -> Tensor:
 
 
 class MetricsLogger:
-    """Writes training_metrics.csv and training_curves.png to a run's output folder.
+    """Writes training_metrics.csv and training_curves.png to a run's output folder, and passes numbers on to trackers.
 
     Rows after `start_step` are removed, since those steps are taken again.
     """
 
-    def __init__(self, output: Path, start_step: int, breakdown: Breakdown = LEVELS):
+    def __init__(self, output: Path, start_step: int, breakdown: Breakdown = LEVELS, trackers: Trackers | None = None):
         self.path, self.output, self.breakdown = output / "training_metrics.csv", output, breakdown
         rows = [row for row in read_metrics(self.path) if int(row["step"]) <= start_step]
         with atomic_write(self.path) as tmp, open(tmp, "w", newline="") as stream:
             writer = csv.DictWriter(stream, columns(breakdown), extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        self._tensorboard = _tensorboard(output, start_step)
+        self.trackers = Trackers([], output) if trackers is None else trackers
         self._drawn = time.monotonic()
 
     def write(self, rows: list[dict]) -> None:
-        """Append rows to the CSV file, and the last of them to TensorBoard."""
+        """Append rows to the CSV file, and the last of them to the trackers."""
         with open(self.path, "a", newline="") as stream:
             csv.DictWriter(stream, columns(self.breakdown)).writerows(rows)
-        if self._tensorboard is not None and rows:
-            for key in ("loss", "lr", "grad_norm", *THROUGHPUT):
-                self._tensorboard.add_scalar(f"train/{key}", float(rows[-1][key]), rows[-1]["step"])
-            for row in rows:
-                if row.get(HELD_OUT) is not None:
-                    self._tensorboard.add_scalar(f"train/{HELD_OUT}", row[HELD_OUT], row["step"])
+        for row in rows:
+            keys = [HELD_OUT] if row.get(HELD_OUT) is not None else []
+            if row is rows[-1]:
+                keys += ["loss", "lr", "grad_norm", *THROUGHPUT]
+            if keys:
+                self.trackers.log({f"train/{key}": float(row[key]) for key in keys}, row["step"])
 
     def close(self) -> None:
-        """Close TensorBoard's writer, which holds a file and a thread."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        """End the trackers."""
+        self.trackers.close()
 
     def curves(self, last: bool) -> None:
         """Draw the curves, unless they were drawn in the past `REDRAW_SECONDS`; `last`: draw them in any case."""
@@ -116,15 +116,6 @@ def _is_whole(row: dict) -> bool:
         return int(row["step"]) > 0
     except (KeyError, TypeError, ValueError):
         return False
-
-
-def _tensorboard(output: Path, start_step: int) -> Any:
-    """TensorBoard's writer, which hides what an earlier process wrote of steps after `start_step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:  # an extra
-        return None
-    return SummaryWriter(str(output / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
 
 def plot_curves(metrics: Path, picture: Path, breakdown: Breakdown = LEVELS) -> None:

@@ -2,11 +2,12 @@
 
 import copy
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,12 +92,38 @@ def preview_conditions(pipeline: STDiTPipeline, dataset: Dataset, count: int) ->
     return found
 
 
-def preview(pipeline: STDiTPipeline, config: Any, folders: RunFolders, *, step: int, dataset: Dataset) -> None:
-    """Write a contact sheet of a few clips, always from the same noise, to samples/."""
+class Preview(NamedTuple):
+    """A clip (3, F, H, W) that shows how far training has come: what it is called, and its frames per second."""
+
+    name: str
+    clip: Tensor
+    fps: float
+
+
+def preview(pipeline: STDiTPipeline, config: Any, dataset: Dataset) -> list[Preview]:
+    """A few clips of the conditions of the data, always from the same noise."""
     count = min(12, config.train.samples) or 1
     given = preview_conditions(pipeline, dataset, count)
     clips = _sample(pipeline, config, given, steps=max(8, config.train.sample_steps // 2))
-    write_contact_sheet(folders.samples / f"step-{step:07d}.png", list(clips), columns=2)
+    labels, names = given.get("class_labels"), pipeline.transformer.config.class_names
+    texts = (
+        given.get("captions") or [names[label] if names else f"class {label}" for label in labels or ()] or [""] * count
+    )
+    return [Preview(text, clip, pipeline.config.fps) for text, clip in zip(texts, clips, strict=True)]
+
+
+def write_previews(previews: Sequence[Preview], folder: Path, step: int) -> dict[str, Path]:
+    """Write a contact sheet, step-N.png, and each clip to the folder step-N -> the files by name."""
+    clips = folder / f"step-{step:07d}"
+    clips.mkdir(parents=True, exist_ok=True)
+    sheet = clips.with_suffix(".png")
+    write_contact_sheet(sheet, [one.clip for one in previews], columns=2)
+    files = {"sheet": sheet}
+    for number, (text, clip, fps) in enumerate(previews):
+        name = "-".join(filter(None, (f"{number:02d}", re.sub(r"[^\w.]+", "-", text)[:60].strip("-."))))
+        files[name] = clips / f"{name}.{'png' if clip.shape[1] == 1 else 'mp4'}"
+        write_video(files[name], clip, fps=fps)
+    return files
 
 
 def _sample(pipeline: STDiTPipeline, config: Any, given: dict[str, Any], *, steps: int) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from stdit.model.lora import FILE_NAME, base_fingerprint, load_lora, lora_tensors, save_lora, split_strength
 from stdit.model.stdit import STDiT
-from stdit.nn.low_rank import add_lora, adapters_of, lora_names, merge_lora, remove_lora, set_lora_strength
+from stdit.nn.low_rank import adapters_of, add_lora, lora_names, merge_lora, remove_lora, set_lora_strength
 
 X = (torch.arange(512.0).sin().view(1, 4, 2, 8, 8), torch.tensor([300.0]), torch.tensor([1]))
 

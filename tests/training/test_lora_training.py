@@ -110,8 +110,8 @@ def test_sampling_with_loras_is_sampling_from_the_merged_model(trained):
 
 
 def test_classes_of_the_data_are_those_of_the_model_by_their_names(trained, capsys):
-    from stdit.recipes.train import build_accelerator, build_run
     from stdit.config import Config, load_typed
+    from stdit.recipes.train import build_accelerator, build_run
 
     clip = torch.zeros(3, 5, 32, 32)
     for name in (CLASS_NAMES[7], CLASS_NAMES[2]):
