@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from stdit.config import Config  # noqa: E402
+from stdit.data.config import DatasetConfig  # noqa: E402
 from stdit.evaluation.compare import Comparison  # noqa: E402
 from stdit.sampling.options import SamplingOptions  # noqa: E402
 from stdit.training.vae import VAEConfig  # noqa: E402
@@ -100,6 +101,11 @@ CHOICES: dict[str, dict[str, str]] = {
         "dual_stream": "separate streams of text and video (SD3); with `model.num_single_blocks` also FLUX",
         "u_shape": "a U-shaped network of two resolutions (DiffiT)",
     },
+    "train.schedule": {
+        "linear": "to zero at `train.decay_steps`; constant without it",
+        "cosine": "to zero at `train.decay_steps`, slowly at first and at the end",
+        "constant": "not at all, whatever `train.decay_steps` says",
+    },
     "objective.name": {
         "flow": "rectified flow, levels from 0 (clean) to 1 (noise)",
         "ddpm": "DDPM of 1000 steps, as in DiT",
@@ -161,6 +167,7 @@ def type_name(hint: Any) -> str:
     )
     text = re.sub(r"typing\.", "", text).replace("list[list[int]]", "list of lists of int")
     text = text.replace("dict[str, dict[str, Any]]", "mapping of str to mappings")
+    text = re.sub(r"list\[stdit\.[\w.]+\]", "list of entries", text)
     text = re.sub(r"list\[(\w+)\]", r"list of \1", text)
     text = re.sub(r"dict\[(\w+), (\w+)\]", r"mapping of \1 to \2", text)
     text = re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace("'", ""), text)
@@ -189,6 +196,9 @@ def page() -> str:
             if key.startswith(f"{section}."):
                 lines = "\n".join(f"- `{value}`: {meaning}" for value, meaning in values.items())
                 parts.append(f"### Values of `{key}`\n\n{lines}\n")
+        if section == "data":
+            parts.append("### Keys of an entry of `data.datasets`\n")
+            parts.append(table(COLUMNS, rows_by_section(DatasetConfig)["The run"]))
     parts += [OPTIONS, table(("option", "flag", "default", "meaning"), option_rows())]
     parts.append(VAE)
     parts.append(table(COLUMNS, [row for rows in rows_by_section(VAEConfig).values() for row in rows]))
@@ -202,8 +212,12 @@ def rows_by_section(schema: type) -> dict[str, list[str]]:
     sections: dict[str, list[str]] = {}
     for key, kind, default, meaning in config_keys(schema):
         section = key.split(".")[0] if "." in key else "The run"
-        sections.setdefault(section, []).append(f"| `{key}` | {kind} | `{shown(default)}` | {meaning} |")
+        sections.setdefault(section, []).append(f"| `{key}` | {kind} | `{_cell(default)}` | {meaning} |")
     return sections
+
+
+def _cell(default: Any) -> str:
+    return shown(default).replace("|", "\\|")
 
 
 def table(columns: Sequence[str], rows: Iterable[str]) -> str:

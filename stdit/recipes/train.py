@@ -127,6 +127,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         "config": hash_of(resolved),
     }
     check_agreement(accelerator, start)
+
     def show(pipe: STDiTPipeline) -> list[Preview]:
         return sample_previews(own, pipe) if own else preview(pipe, config, dataset)
 
