@@ -35,11 +35,14 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
     assert {name.replace("-", "_") for name in cli.COMMANDS} == recipes - {
         "__init__",
         "cli",
+        "adapters",
         "entry",
         "bench_scale",
         "build",
         "models",
+        "order",
         "outputs",
+        "previews",
     }
     for command in cli.COMMANDS:
         assert cli.main([command, "--help"]) == 0

@@ -14,7 +14,7 @@ COMMANDS = {
     "train": "train a model from a config; the same command resumes",
     "sample": "sample clips, or edit and continue clips and pictures of your own",
     "cache-latents": "encode the clips of a config once, so that training reads latents",
-    "export": "write models/NAME from the newest checkpoint of a run",
+    "export": "write models/NAME from the newest checkpoint of a run, or a model with LoRAs in its weights",
     "average": "average a run's weights over the length that its held-out loss, or you, choose",
     "evaluate": "measure a model or clips: shapes, captions, Fréchet distances",
     "evaluate-world": "measure whether a world obeys its actions (stdit evaluate --world is the same)",
