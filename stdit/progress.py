@@ -18,6 +18,8 @@ def _is_terminal(stream: Any) -> bool:
 class Progress(tqdm):
     """tqdm's bar where stderr is a terminal. Elsewhere whole lines, `SECONDS` apart, and one at the end of a loop that is left."""
 
+    disable: bool
+
     def __init__(self, *args: Any, **kwargs: Any):
         stream = kwargs.setdefault("file", sys.stderr)
         self.in_lines = not _is_terminal(stream)

@@ -8,10 +8,11 @@ import math
 import re
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from stdit.rng import keyed_generator
 
@@ -95,7 +96,7 @@ def attach(layer: nn.Linear, name: str, adapter: LowRank) -> None:
         layer._lora_hook = layer.register_forward_hook(_add_adapters)  # type: ignore[assignment]
     if name in layer.lora:  # type: ignore[operator]
         raise ValueError(f"the model has a LoRA {name!r} already; choose another name, or remove it.")
-    layer.lora[name] = adapter  # type: ignore[index]
+    layer.lora[name] = adapter  # type: ignore[index, operator, assignment]
 
 
 def lora_names(model: nn.Module) -> list[str]:
@@ -121,7 +122,7 @@ def remove_lora(model: nn.Module, name: str | None = None) -> None:
             del adapters[one]
         if not len(adapters):
             del layer.lora
-            layer._lora_hook.remove()  # type: ignore[operator, union-attr]
+            cast(RemovableHandle, layer._lora_hook).remove()
             del layer._lora_hook
 
 
@@ -129,7 +130,7 @@ def remove_lora(model: nn.Module, name: str | None = None) -> None:
 def merge_lora(model: nn.Module) -> None:
     """Add all LoRAs, each by its strength, to the weights of a model, which then has none."""
     for layer, adapters in _adapted(model):
-        active = [adapter.product() for adapter in adapters.values() if adapter.strength]
+        active = [one.product() for one in adapters.values() if one.strength]  # type: ignore[operator]
         if active:
             layer.weight.copy_(layer.weight.float() + torch.stack(active).sum(0))
     remove_lora(model)
