@@ -27,7 +27,7 @@ class Progress(tqdm):
             total = kwargs.get("total", args[2] if len(args) > 2 else None)
             has_total = total is not None or hasattr(args[0] if args else kwargs.get("iterable"), "__len__")
             kwargs |= {
-                "mininterval": SECONDS, "maxinterval": SECONDS, "delay": SECONDS, "dynamic_ncols": False, "ncols": None,
+                "mininterval": SECONDS, "miniters": 1, "delay": SECONDS, "dynamic_ncols": False, "ncols": None,
                 "bar_format": _LINE if has_total else _LINE_WITHOUT_TOTAL,
             }  # fmt: skip
         super().__init__(*args, **kwargs)
