@@ -16,6 +16,7 @@ from stdit.data.identity import fingerprint
 from stdit.data.joint import JointDataset
 from stdit.data.samplers import BlockedSampler, BucketSampler, ClipSize, PackedSampler, UniformSampler, WeightedSampler
 from stdit.recipes.order import build_order
+from stdit.training.metrics import MetricsLogger
 from stdit.vae import load_vae
 
 
@@ -132,6 +133,7 @@ def config(*overrides, path="t.yaml"):
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MetricsLogger, "curves", lambda *args, **options: None)  # a drawing takes longer than the run
     text = """
 name: t
 data: {num_frames: 5, height: 32, width: 32, workers: 0, datasets: [{root: a, source: shapes, weight: 3}, {root: b, source: shapes}]}
@@ -164,7 +166,7 @@ def test_a_run_on_cached_latents_of_two_folders_resumes_bit_for_bit(home, capsys
         cache_latents.main(["t.yaml", "--output", "x"])
     both = "data.datasets=[{root: one, weight: 1}, {root: two, weight: 2}]"
     assert train.run(["t.yaml", "name=whole", both]) == 0
-    for steps in (1, 3, 6):
+    for steps in (3, 6):
         assert train.run(["t.yaml", "name=parts", both, f"train.steps={steps}"]) == 0
     states = [read_checkpoint(list_checkpoints(Path("checkpoints") / name)[0]).tensors for name in ("whole", "parts")]
     for group, tensors in states[0].items():

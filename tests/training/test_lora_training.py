@@ -15,6 +15,7 @@ from stdit.nn.low_rank import is_low_rank
 from stdit.recipes import export, sample, train
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
+from stdit.training.metrics import MetricsLogger
 
 CONFIG = """
 data: {source: shapes, num_frames: 5, height: 32, width: 32, num_shapes: 24, workers: 0}
@@ -29,6 +30,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(MetricsLogger, "curves", lambda *args, **options: None)  # a drawing takes longer than the run
         (folder / "t.yaml").write_text("name: t\n" + CONFIG)
         assert go("name=base", "train.steps=2", "train.guide_step=1") == 0
         assert go("name=whole", *LORA) == 0
@@ -38,6 +40,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def home(trained, monkeypatch):
     monkeypatch.chdir(trained)
+    monkeypatch.setattr(MetricsLogger, "curves", lambda *args, **options: None)  # a drawing takes longer than the run
     return trained
 
 
@@ -76,7 +79,7 @@ def test_only_the_matrices_are_trained_and_kept(trained):
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained):
-    for steps in (1, 3, 4):
+    for steps in (3, 4):
         assert go("name=parts", *LORA, f"train.steps={steps}") == 0
     one, two = state("whole", 4), state("parts", 4)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

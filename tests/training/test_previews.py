@@ -16,6 +16,7 @@ from stdit.data.video_io import VideoReader
 from stdit.data.video_write import write_video
 from stdit.recipes import train
 from stdit.training import trackers
+from stdit.training.metrics import MetricsLogger
 from stdit.training.optim import learning_rate
 
 TINY = """
@@ -30,6 +31,7 @@ train: {steps: 4, batch_size: 4, checkpoint_every: 4, preview_every: 2, samples:
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MetricsLogger, "curves", lambda *args, **options: None)  # a drawing takes longer than the run
     (tmp_path / "t.yaml").write_text(TINY)
     write_video("clip.mp4", np.full((5, 32, 32, 3), 90, np.uint8))
     return tmp_path
