@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from stdit.legacy import renamed_parameter
+from stdit.training.allocator import reuse_freed_memory
 from stdit.training.averages import PowerAverages
 from stdit.training.config import LoopConfig
 from stdit.training.estimate import Estimate
@@ -231,6 +232,8 @@ class TrainingLoop(ABC):
         finite.
         """
         config, main = self.config, self.accelerator.is_main_process
+        if self.accelerator.device.type == "cpu":
+            reuse_freed_memory()
         wrapped, optimizers = self._prepared()
         logger = MetricsLogger(self.folders.output, self.step, self.breakdown) if main else None
         metrics: list[StepMetrics] = []
