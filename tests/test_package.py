@@ -37,7 +37,9 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "cli",
         "entry",
         "bench_scale",
+        "budget",
         "build",
+        "propose",
         "models",
         "outputs",
     }

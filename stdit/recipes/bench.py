@@ -349,9 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark."""
     parser = command_parser("bench", __doc__)
     parser.add_argument("what", choices=BENCHES)
-    parser.add_argument("--root", default="data/shapes")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--root", default="data/shapes", help="folder of clips")
+    parser.add_argument("--rounds", type=int, default=5, help="of every measurement, whose median is printed")
+    parser.add_argument("--samples", type=int, default=128, help="clips that the loader reads")
     parser.add_argument(
         "--axes", help="packing: the axis of all blocks, such as joint; default: spatial and temporal in turn"
     )

@@ -208,8 +208,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         help="generate, animate: frames of the clip (1 writes a png); connect, loop: new frames; else frames of the input",
     )
-    add("--height", type=int)
-    add("--width", type=int)
+    add("--height", type=int, help="in pixels; default: as in training")
+    add("--width", type=int, help="in pixels; default: as in training")
     add_flags(parser)
     add(
         "--pos-scaling",
