@@ -38,7 +38,9 @@ def test_a_model_is_described_without_torch(folder):
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json"])
-@pytest.mark.parametrize("content", ["[]", "{", '{"num_frames": "x", "fps": [], "extra_conditions": 3, "num_classes": {}}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"num_frames": "x", "fps": [], "extra_conditions": 3, "num_classes": {}}']
+)
 def test_settings_that_are_none_of_a_model_are_one_line(folder, file, content):
     (folder / file).write_text(content)
     try:

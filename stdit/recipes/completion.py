@@ -12,7 +12,7 @@ from stdit.recipes.entry import command, command_parser
 from stdit.typed_config import config_folder
 
 SHELLS = ("bash", "zsh", "fish")
-_TAKE_CONFIG = ("train", "plan", "cache-latents", "compare")  # commands whose first argument is a config
+_TAKE_CONFIG = ("train", "plan", "cache-latents")  # commands whose first argument is a config
 
 _BASH = """\
 _stdit() {{
