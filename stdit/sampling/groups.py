@@ -48,6 +48,17 @@ def is_continuation(canvas: Canvas, vae: VideoVAE) -> bool:
     return canvas.mask.shape[1] == 1 and whole and bool(canvas.mask[known:].all()) and canvas.strength == 1
 
 
+def latents_of_output(canvas: Canvas, vae: VideoVAE) -> slice:
+    """The latent frames of the frames that are returned; ValueError unless these are whole groups from the first on."""
+    frames = canvas.output_frames
+    if frames.start != 0 or not fits(vae, len(frames)):
+        raise ValueError(
+            f"the {len(frames)} frames of the result are not whole groups of VAE {vae.name!r}, so they have no latents of their "
+            "own; use output_type pil, np or pt."
+        )
+    return slice(vae.latent_frames(len(frames)))
+
+
 def check_gap(vae: VideoVAE, *, total: int, new: int, name: str, begins_clip: bool = False) -> None:
     """Raise ValueError unless the new frames, or the whole clip, are whole groups of the VAE.
 

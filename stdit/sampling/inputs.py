@@ -68,27 +68,23 @@ def refusal(keyword: str, value: Any) -> str:
 
 
 def count_clips(
-    conditioners: Mapping[str, Conditioner],
-    given: Mapping[str, Any],
-    *,
-    class_labels: Labels,
-    captions: Captions,
-    num_videos: int | None,
+    conditioners: Mapping[str, Conditioner], given: Mapping[str, Any], num_videos: int | None = None
 ) -> int:
     """The number of clips of a call: `num_videos`, or else as many as labels, captions or other values, or 1.
 
-    ValueError for several labels, captions or values of another number than `num_videos`.
+    given: conditions by keyword. ValueError for several labels, captions or values of another number than `num_videos`.
     """
+    labels, captions = given.get("class_labels"), given.get("captions")
     one_text = captions is None or isinstance(captions, str)
-    one_label = class_labels is None or isinstance(class_labels, int | str)
-    if isinstance(class_labels, Tensor):
-        one_label = not class_labels.ndim
-    counts = [1 if one_text else len(captions), 1 if one_label else len(class_labels)]  # type: ignore[arg-type]
-    positive = {keyword: value for keyword, value in given.items() if not keyword.startswith(NEGATIVE)}
+    one_label = labels is None or isinstance(labels, int | str)
+    if isinstance(labels, Tensor):
+        one_label = not labels.ndim
+    counts = [1 if one_text else len(captions), 1 if one_label else len(labels)]  # type: ignore[arg-type]
     counts += [
         conditioner.count(value)
         for conditioner in conditioners.values()
-        if (value := positive.get(conditioner.keywords[0])) is not None
+        if (keyword := conditioner.keywords[0]) not in ("class_labels", "captions")
+        and (value := given.get(keyword)) is not None
     ]
     count = num_videos or max(counts)
     if num_videos and any(several not in (1, count) for several in counts):
