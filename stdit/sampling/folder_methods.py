@@ -11,14 +11,17 @@ from stdit.files import write_text
 from stdit.hashes import check_weights, write_weights_manifest
 from stdit.hub import check_reachable, is_folder, resolve_source
 from stdit.legacy import renamed_section
-from stdit.sampling.card import write_card
 from stdit.sampling.model_folder import check_folder
 from stdit.vae import VideoVAE
 
-# The file by which diffusers finds the class: DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER).
-PIPELINE_FILE = '''"""The pipeline of this folder, for diffusers: DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER).
+# The file by which diffusers finds the class, which it runs only if it is told to trust the folder.
+PIPELINE_FILE = '''"""The pipeline of this folder, for diffusers. Needs `pip install stdit`.
 
-Needs `pip install stdit`. The same without this file: stdit.STDiTPipeline.from_pretrained(FOLDER).
+    DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
+
+The same without this file, of which nothing but stdit is run:
+
+    stdit.STDiTPipeline.from_pretrained(FOLDER)
 """
 
 from stdit import STDiTPipeline
@@ -81,6 +84,12 @@ class FolderMethods:
         pipeline.py lets diffusers load the folder by itself. push_to_hub: as `push_to_hub`, to `repo_id` or under the
         folder's name; the arguments of that follow.
         """
+        parts = (self.transformer, getattr(self, "guide", None))
+        if adapters := dict.fromkeys(name for part in parts for name in getattr(part, "peft_config", {})):
+            raise ValueError(
+                f"the pipeline has LoRA adapters ({', '.join(adapters)}), which are no part of a saved one; call unload_lora_weights "
+                "first, after fuse_lora to keep them in the weights."
+            )
         repo = {name: kwargs.pop(name) for name in [*_PUSHED, "repo_id"] if name in kwargs}
         if self.config.vae_fingerprint and self.video_vae.dtype != torch.float32:  # the saved weights are rounded ones
             self.register_to_config(vae_fingerprint=self.video_vae.fingerprint())
@@ -111,6 +120,8 @@ class FolderMethods:
         models/NAME, if the pipeline comes from there. kwargs: those of `save_pretrained`. A card that the repository
         already has is kept.
         """
+        from stdit.sampling.card import write_card  # imported on use, since it needs av and omegaconf
+
         if is_folder(str(repo_id)):
             folder = Path(repo_id).expanduser()
             if folder.is_dir() and any(folder.iterdir()):

@@ -1,11 +1,13 @@
 """The methods of a pipeline for LoRA adapters, those of diffusers' pipelines, over files that are checked first."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import hf_hub_download
+from safetensors.torch import save_file
 
 from stdit.hub import check_reachable, resolve_source
 from stdit.weights import safetensors_shapes
@@ -41,20 +43,20 @@ class LoraMethods(LoraBaseMixin):
         for a file that is no LoRA of this model.
         """
         _require_peft()
-        source: Any = pretrained_model_name_or_path_or_dict
-        where: dict[str, Any]
-        if isinstance(source, Mapping):
-            names, where = list(source), {"pretrained_model_name_or_path_or_dict": dict(source)}
-        else:
-            file = _lora_file(str(source), weight_name, kwargs)
-            names = list(safetensors_shapes(file))
-            where = {"pretrained_model_name_or_path_or_dict": str(file.parent), "weight_name": file.name}
-        prefix = "transformer" if any(name.startswith("transformer.") for name in names) else None
-        for name in _COMPONENTS:
-            if (model := getattr(self, name, None)) is not None:
-                model.load_lora_adapter(
-                    **where, prefix=prefix, adapter_name=adapter_name, hotswap=hotswap, _pipeline=self
-                )
+        source = pretrained_model_name_or_path_or_dict
+        with tempfile.TemporaryDirectory() as folder:
+            if isinstance(source, Mapping):  # written to a file, so that one check serves all
+                file = Path(folder) / "state_dict.safetensors"
+                save_file({name: value.detach().cpu().contiguous() for name, value in source.items()}, file)
+            else:
+                file = _lora_file(str(source), weight_name, kwargs)
+            of_pipeline = any(name.startswith("transformer.") for name in safetensors_shapes(file))
+            for component in _COMPONENTS:
+                if (model := getattr(self, component, None)) is not None:
+                    model.load_lora_adapter(
+                        str(file.parent), weight_name=file.name, prefix="transformer" if of_pipeline else None,
+                        adapter_name=adapter_name, hotswap=hotswap, _pipeline=self,
+                    )  # fmt: skip
 
     @classmethod
     def save_lora_weights(
