@@ -244,7 +244,7 @@ WORLD_OPTIONS = ("num_inference_steps", "guidance_scale", "history_noise", "solv
 def add_flags(parser: argparse.ArgumentParser, only: Sequence[str] | None = None, **defaults: Any) -> None:
     """Add a flag for every option that has one, or for some; `--every` of version 0.1.0 is accepted, but hidden.
 
-    defaults: of options for which this command has others.
+    defaults: of options for which this command has others; None: one that it draws.
     """
     for name, one in _FIELDS.items():
         metadata = one.metadata
@@ -252,7 +252,8 @@ def add_flags(parser: argparse.ArgumentParser, only: Sequence[str] | None = None
             continue
         preset = defaults.get(name, one.default)
         choices = f": {', '.join(metadata['choices'])}" if metadata["choices"] else ""
-        default = "" if preset is None or "default" in metadata["help"] else f" (default: {_shown(preset)})"
+        named = "drawn" if preset is None and one.default is not None else preset
+        default = "" if named is None or "default" in metadata["help"] else f" (default: {_shown(named)})"
         parser.add_argument(
             metadata["flag"],
             type=metadata["type"],

@@ -61,26 +61,6 @@ def test_loading_by_stdit_never_runs_a_file_of_the_folder(pipe, tmp_path):
 # Memory
 
 
-def test_parts_that_wait_on_the_cpu_give_the_same_clips_and_go_back(pipe):
-    """On a machine without an accelerator the device is the CPU, too; what counts is that every part runs through its hook."""
-    expected = pipe(["a cat", "c"], **FAST)
-    clip = torch.rand(1, 3, 5, 32, 32) * 2 - 1
-    longer = pipe.extend(clip, 4, 0, 1, **FAST)
-    pipe.enable_model_cpu_offload(device="cpu")
-    loaded = []
-    for name in ("transformer", "vae"):
-        hook = getattr(pipe, name)._hf_hook
-        before = hook.pre_forward
-        hook.pre_forward = lambda *given, name=name, before=before, **more: (
-            loaded.append(name),
-            before(*given, **more),
-        )[1]
-    assert torch.equal(pipe(["a cat", "c"], **FAST), expected)
-    assert loaded[0] == "transformer" and loaded[-1] == "vae"
-    assert torch.equal(pipe.extend(clip, 4, 0, 1, **FAST), longer)
-    assert pipe.transformer._hf_hook is not None  # the hooks are set again for the next call
-
-
 def test_tiles_of_the_pipeline_are_those_of_every_call(pipe):
     given = {"height": 64, "width": 64, **FAST}
     tiled, whole = pipe("c", tile=4, **given), pipe("c", **given)
