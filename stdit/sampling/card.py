@@ -19,7 +19,7 @@ _SETTINGS = {
     "init_from.path": "started from", "seed": "seed",
 }  # fmt: skip
 _SUMMARY = {
-    "samples_in_data": "clips in the data", "step": "step", "training_seconds": "seconds of training", "device": "device",
+    "samples_in_data": "clips in the data", "step": "steps done", "training_seconds": "seconds of training", "device": "device",
     "processes": "processes", "precision": "precision",
 }  # fmt: skip
 

@@ -74,6 +74,8 @@ class FolderMethods:
         made: Any = cls(**{**found, **kwargs})
         if "vae" not in kwargs:
             made.register_to_config(vae_fingerprint=fingerprint)
+        if source := pipeline.config.get("_name_or_path"):
+            made.register_to_config(_name_or_path=source)
         for name in ("_encoder", "_trained_scheduler", "_tile"):
             setattr(made, name, getattr(pipeline, name, None) or getattr(made, name))
         return made

@@ -1,7 +1,10 @@
 """A pipeline's folder, its card, its parts in another pipeline, and less memory, as diffusers' pipelines have them."""
 
 import os
+import re
 import sys
+import warnings
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -9,6 +12,8 @@ import torch
 from conftest import fill
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import save_file
 
 from stdit.data import VideoReader
 from stdit.sampling.pipeline import STDiTPipeline
@@ -226,3 +231,33 @@ def test_diffusers_pipeline_class_is_the_base(pipe):
         "scheduler",
         "guide",
     }
+
+
+# The documentation
+
+
+def test_the_code_of_the_page_on_diffusers_runs_as_it_is_printed(make, tmp_path, monkeypatch, capsys):
+    for package in ("peft", "imageio_ffmpeg"):
+        pytest.importorskip(package, reason=f"the page uses {package}, which is not installed")
+    page = Path(__file__).resolve().parents[2] / "docs" / "howto" / "diffusers.md"
+    monkeypatch.chdir(tmp_path)
+    make(class_names=["circle left", "square up", "c"]).save_pretrained("models/quickstart")
+    Image.new("RGB", (32, 32), "red").save("picture.png")
+    Image.new("L", (32, 32), 255).save("mask.png")
+    layer = {
+        "transformer.blocks.0.attn.qkv.lora_A.weight": torch.ones(2, 32),
+        "transformer.blocks.0.attn.qkv.lora_B.weight": torch.ones(96, 2),
+    }
+    Path("models/mine_lora").mkdir()
+    save_file(layer, "models/mine_lora/pytorch_lora_weights.safetensors")
+    names: dict = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a model that was never trained
+        for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.S | re.M):
+            exec(compile(code, str(page), "exec"), names)
+    assert [len(frames) for frames in names["result"].frames] == [5, 5, 5, 5]
+    assert names["longer"].frames.shape == (1, 13, 32, 32, 3) and len(names["edited"].frames[0]) == 13
+    assert "30 of 30" in capsys.readouterr().out
+    with VideoReader("clip.mp4") as reader:
+        assert len(reader) == 5
+    assert (tmp_path / "mine" / "README.md").is_file()
