@@ -16,7 +16,11 @@ from stdit.sampling.options import SamplingOptions
 from stdit.sampling.output import OutputType
 from stdit.variants import pick
 
-RENAMED = {"prompt": "captions", "negative_prompt": "negative_captions"}  # diffusers' name -> stdit's
+# diffusers' name -> stdit's
+RENAMED = {
+    "prompt": "captions", "negative_prompt": "negative_captions",
+    "prompt_embeds": "captions", "negative_prompt_embeds": "negative_captions",
+}  # fmt: skip
 # Arguments of diffusers' LattePipeline and WanPipeline that this one does not take, and what serves in their place.
 ELSEWHERE = {
     "video_length": "num_frames",
@@ -24,8 +28,6 @@ ELSEWHERE = {
     "timesteps": "num_inference_steps and solver",
     "eta": "solver='ddim' or solver='ddpm'",
     "guidance_scale_2": "guidance_scale, since there is one transformer",
-    "prompt_embeds": "prompt, whose tokens callback_on_step_end can replace",
-    "negative_prompt_embeds": "negative_prompt, whose tokens callback_on_step_end can replace",
     "attention_kwargs": "pipe.set_adapters, for the scale of a LoRA",
     "max_sequence_length": "the length of the text encoder",
     "clean_caption": "prompt, which is encoded as it is",
@@ -123,7 +125,9 @@ def _rename_texts(left: dict[str, Any], conditioners: Mapping[str, Conditioner])
         if text is None:
             continue
         if left.get(ours) is not None:
-            raise ValueError(f"{theirs} and {ours} are the same; give one of them.")
+            raise ValueError(
+                f"{theirs} and {ours} (or {theirs.removesuffix('_embeds')}) are the same; give one of them."
+            )
         if Caption.name not in conditioners:
             raise ValueError(_without_text(theirs, text, conditioners.get(Label.name)))
         left[ours] = text
@@ -159,8 +163,9 @@ def _without_text(name: str, text: Any, label: Conditioner | None) -> str:
     """The message for a text that is given to a model without captions."""
     remedy = "leave it out"
     if isinstance(label, Label):
-        instead = name.replace("prompt", "class_labels")
+        instead = "negative_class_labels" if name.startswith("negative") else "class_labels"
         names = label.class_names or [f"0 to {label.num_classes - 1}"]
         listed = printable(", ".join(map(str, names[:8]))) + (", ..." if len(names) > 8 else "")
         remedy = f"give {instead}= one of its classes ({listed})"
-    return f"{name}={str(text)[:80]!r}, but this model was trained without text; {remedy}."
+    shown = "a tensor" if isinstance(text, Tensor) else repr(str(text)[:80])
+    return f"{name}={shown}, but this model was trained without text; {remedy}."

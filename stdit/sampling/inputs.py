@@ -11,7 +11,7 @@ from stdit.sampling.options import SamplingOptions, make_options
 from stdit.text import Encoded
 
 Labels = Sequence[int | str] | int | str | Tensor | None
-Captions = Sequence[str] | str | None
+Captions = Sequence[str] | str | Tensor | None  # texts, or their tokens (B, L, C)
 
 NEGATIVE = "negative_"  # before the keyword of a condition: what guidance leads away from
 

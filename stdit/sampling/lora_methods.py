@@ -43,6 +43,10 @@ class LoraMethods(LoraBaseMixin):
         for a file that is no LoRA of this model.
         """
         _require_peft()
+        if not hasattr(self.transformer, "load_lora_adapter"):
+            raise ValueError(
+                f"this model is a {type(self.transformer).__name__}, for which stdit has no LoRAs; leave it out."
+            )
         source = pretrained_model_name_or_path_or_dict
         with tempfile.TemporaryDirectory() as folder:
             if isinstance(source, Mapping):  # written to a file, so that one check serves all

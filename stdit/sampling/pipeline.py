@@ -218,6 +218,8 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
         options: SamplingOptions | None = None,
         prompt: Captions = None,
         negative_prompt: Captions = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
         num_videos_per_prompt: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -232,9 +234,10 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
         Clip i depends on (seed, i) alone, not on the other clips. Frame count and size may be any that fit the VAE and
         the patch. All frames are sampled at once unless `window` is given. Options: those of `fill`.
 
-        As diffusers' video pipelines have them: prompt, negative_prompt: `captions`, `negative_captions`.
-        num_videos_per_prompt: clips of each prompt or label, next to each other. generator: its initial seed is `seed`, it is
-        not used up; of a list each is the seed of one clip. latents: the noise to start from, (B, C, T, h, w).
+        As diffusers' video pipelines have them: prompt, negative_prompt: `captions`, `negative_captions`; prompt_embeds,
+        negative_prompt_embeds: tokens (B, L, C) of the text encoder in their place. num_videos_per_prompt: clips of
+        each prompt or label, next to each other. generator: its initial seed is `seed`, it is not used up; of a list each is
+        the seed of one clip. latents: the noise to start from, (B, C, T, h, w).
         callback_on_step_end: called as (pipeline, step, timestep, tensors) after every step, with the tensors that
         callback_on_step_end_tensor_inputs names, and may return others. output_type: "pil", "np", "pt" or "latent" gives
         an output with `.frames`, or with return_dict=False a tuple; without both, the call gives a tensor.
@@ -244,6 +247,7 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
         call = self._call(
             class_labels=class_labels, captions=captions, negative_captions=negative_captions,
             negative_class_labels=negative_class_labels, options=options, prompt=prompt, negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
             num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents,
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, output_type=output_type,
@@ -272,6 +276,7 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
         self._warn(canvas, call)
         canvas = pad_to_groups(canvas.repeated(per_prompt), self.video_vae)
         engine, count = self.engine, len(canvas.pixels)
+        self._guidance_scale = engine.guidance(options).scale
         window = window_size(
             canvas,
             self.video_vae,
@@ -306,6 +311,7 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
             with torch.no_grad(), autocast(options.precision, engine.device, self._dtypes):
                 batch = found.change(partial(rows, which=which)).change(to_device)
                 filled.append(run(canvas.clips(which), batch, keys[which]))
+        self._current_timestep = None
         self.maybe_free_model_hooks()
         return as_output(torch.cat(filled)[:, :, output], call.output_type, call.return_dict)
 

@@ -215,8 +215,24 @@ def test_a_prompt_is_a_caption_and_may_come_first(texts):
     assert torch.equal(again, expected)
     assert torch.equal(texts("a red one", **FAST), texts(captions=["a red one"], **FAST))
     assert len(texts(["red", "blue"], **FAST)) == 2
-    with pytest.raises(ValueError, match="prompt and captions are the same; give one of them"):
+    with pytest.raises(ValueError, match="prompt and captions .or prompt. are the same; give one of them"):
         texts(prompt="red", captions="blue", **FAST)
+
+
+def test_tokens_of_a_prompt_are_taken_in_place_of_the_prompt(texts):
+    encode = texts.encoder.encode
+    red, blue, dull = (encode([text]).tokens[:, : len(text.split()) + 1] for text in ("a red one", "blue", "dull"))
+    expected = texts(prompt="a red one", negative_prompt="dull", guidance_scale=3.0, **FAST)
+    texts._encoder = None  # which is not needed then
+    texts.register_to_config(text_encoder=None)
+    given = {"prompt_embeds": red, "negative_prompt_embeds": dull, "guidance_scale": 3.0, **FAST}
+    torch.testing.assert_close(texts(**given), expected, atol=1e-5, rtol=1e-5)
+    many = texts(**{**given, "prompt_embeds": torch.cat([red[:, :2], blue])}, num_videos_per_prompt=2)
+    assert len(many) == 4
+    with pytest.raises(ValueError, match=r"tokens of texts are \(1, 4, 63\); this model takes \(1, length, 64\)"):
+        texts(**{**given, "prompt_embeds": red[..., :63]})
+    with pytest.raises(ValueError, match="prompt_embeds and captions .or prompt. are the same"):
+        texts(prompt="red", **given)
 
 
 def test_a_prompt_for_a_model_without_text_is_refused_with_its_classes(pipe, make):
@@ -226,6 +242,10 @@ def test_a_prompt_for_a_model_without_text_is_refused_with_its_classes(pipe, mak
         ) as error:
             call(prompt="a cat", **FAST)
         assert str(error.value).endswith("(a, b, c).") and "\n" not in str(error.value)
+    with pytest.raises(
+        ValueError, match="^prompt_embeds=a tensor, but this model was trained without text; give class_labels="
+    ):
+        pipe(prompt_embeds=torch.zeros(1, 4, 64), **FAST)
     with pytest.raises(ValueError, match="^negative_prompt='dull', .* give negative_class_labels="):
         pipe(0, negative_prompt="dull", **FAST)
     with pytest.raises(ValueError, match=r"give class_labels= one of its classes .0 to 2."):
@@ -258,6 +278,7 @@ def test_a_callback_sees_every_step_and_changes_nothing_by_itself(make, schedule
     assert [step for step, *_ in seen.calls] == [0, 1, 2]
     timesteps = [timestep for _, timestep, *_ in seen.calls]
     assert timesteps[0] == 1000 and timesteps == sorted(timesteps, reverse=True)
+    assert pipe.current_timestep is None and pipe.guidance_scale == 2 and pipe.do_classifier_free_guidance
     assert torch.equal(seen.calls[-1][2], made) and {steps for *_, steps in seen.calls} == {3}
     assert torch.equal(made, pipe([0, 1], output_type="latent", **FAST).frames)
     both = MultiPipelineCallbacks([seen, Recorder()])
