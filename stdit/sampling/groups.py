@@ -41,13 +41,6 @@ def pad_to_groups(canvas: Canvas, vae: VideoVAE) -> Canvas:
     return longer.lengthened(next(n for n in range(end, end + frames + stride) if fits(vae, n)))
 
 
-def is_continuation(canvas: Canvas, vae: VideoVAE) -> bool:
-    """Whether the known frames of a canvas, if any, come first in whole groups, and the rest starts from noise."""
-    known = int((~canvas.mask[:, 0, 0]).sum())
-    whole = known == 0 or (known - 1) % vae.stride[0] == 0
-    return canvas.mask.shape[1] == 1 and whole and bool(canvas.mask[known:].all()) and canvas.strength == 1
-
-
 def latents_of_output(canvas: Canvas, vae: VideoVAE) -> slice:
     """The latent frames of the frames that are returned; ValueError unless these are whole groups from the first on."""
     frames = canvas.output_frames
@@ -57,6 +50,13 @@ def latents_of_output(canvas: Canvas, vae: VideoVAE) -> slice:
             "own; use output_type pil, np or pt."
         )
     return slice(vae.latent_frames(len(frames)))
+
+
+def is_continuation(canvas: Canvas, vae: VideoVAE) -> bool:
+    """Whether the known frames of a canvas, if any, come first in whole groups, and the rest starts from noise."""
+    known = int((~canvas.mask[:, 0, 0]).sum())
+    whole = known == 0 or (known - 1) % vae.stride[0] == 0
+    return canvas.mask.shape[1] == 1 and whole and bool(canvas.mask[known:].all()) and canvas.strength == 1
 
 
 def check_gap(vae: VideoVAE, *, total: int, new: int, name: str, begins_clip: bool = False) -> None:
