@@ -9,9 +9,8 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from stdit.conditions import Caption, Conditioner, Label
-from stdit.files import printable
 from stdit.sampling.callbacks import TENSOR_INPUTS, Callback
-from stdit.sampling.inputs import split
+from stdit.sampling.inputs import refusal, split
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.output import OutputType
 from stdit.variants import pick
@@ -129,7 +128,7 @@ def _rename_texts(left: dict[str, Any], conditioners: Mapping[str, Conditioner])
                 f"{theirs} and {ours} (or {theirs.removesuffix('_embeds')}) are the same; give one of them."
             )
         if Caption.name not in conditioners:
-            raise ValueError(_without_text(theirs, text, conditioners.get(Label.name)))
+            raise ValueError(refusal(theirs, text, conditioners))
         left[ours] = text
     only_text = Label.name not in conditioners and Caption.name in conditioners
     if only_text and left.get("captions") is None and _is_text(left.get("class_labels")):
@@ -157,15 +156,3 @@ def _check_inputs(names: Sequence[str], conditioners: Mapping[str, Conditioner])
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {name!r}; a callback of this model can have {known}."
             )
-
-
-def _without_text(name: str, text: Any, label: Conditioner | None) -> str:
-    """The message for a text that is given to a model without captions."""
-    remedy = "leave it out"
-    if isinstance(label, Label):
-        instead = "negative_class_labels" if name.startswith("negative") else "class_labels"
-        names = label.class_names or [f"0 to {label.num_classes - 1}"]
-        listed = printable(", ".join(map(str, names[:8]))) + (", ..." if len(names) > 8 else "")
-        remedy = f"give {instead}= one of its classes ({listed})"
-    shown = "a tensor" if isinstance(text, Tensor) else repr(str(text)[:80])
-    return f"{name}={shown}, but this model was trained without text; {remedy}."

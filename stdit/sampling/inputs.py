@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from stdit.conditions import CONDITIONERS, Caption, Conditioner, Conditions, Guided
+from stdit.conditions import CONDITIONERS, Caption, Conditioner, Conditions, Guided, Label
+from stdit.files import printable
 from stdit.sampling.options import SamplingOptions, make_options
 from stdit.text import Encoded
 
@@ -15,10 +16,7 @@ Captions = Sequence[str] | str | Tensor | None  # texts, or their tokens (B, L, 
 
 NEGATIVE = "negative_"  # before the keyword of a condition: what guidance leads away from
 
-_REFUSALS = {
-    "class_labels": "class_labels={!r} but the model is unconditional; leave class_labels out.",
-    "captions": "captions={!r} but the model was trained without captions; leave them out.",
-}
+_TEXTS = ("captions", "prompt", "prompt_embeds")
 
 
 def split(options: SamplingOptions | None, choices: Mapping[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
@@ -55,16 +53,25 @@ def pair_conditions(
         away = {} if negative is None else {"negative": negative}
         conditions[name], nulls[name] = conditioner.pair(value, count, **away)
     for keyword, value in rest.items():
-        raise ValueError(refusal(keyword, value))
+        raise ValueError(refusal(keyword, value, conditioners))
     return Guided(conditions, nulls)
 
 
-def refusal(keyword: str, value: Any) -> str:
-    """The message for a condition that a model does not have."""
+def refusal(keyword: str, value: Any, conditioners: Mapping[str, Conditioner]) -> str:
+    """The message for a condition that a model does not have. keyword: as the caller named it."""
     kind = keyword.removeprefix(NEGATIVE)
-    if kind in _REFUSALS:
-        return keyword.removesuffix(kind) + _REFUSALS[kind].format(value)
-    return f"{keyword} is given but the model was trained without it; leave it out."
+    shown = "a tensor" if isinstance(value, Tensor) else repr(value if len(repr(value)) < 80 else str(value)[:80])
+    if kind == "class_labels":
+        return f"{keyword}={shown} but the model is unconditional; leave class_labels out."
+    if kind not in _TEXTS:
+        return f"{keyword} is given but the model was trained without it; leave it out."
+    remedy, label = "leave them out", conditioners.get(Label.name)
+    if isinstance(label, Label):
+        negative = NEGATIVE if keyword.startswith(NEGATIVE) else ""
+        names = label.class_names or [f"0 to {label.num_classes - 1}"]
+        listed = printable(", ".join(map(str, names[:8]))) + (", ..." if len(names) > 8 else "")
+        remedy = f"give {negative}class_labels= one of its classes ({listed})"
+    return f"{keyword}={shown} but the model was trained without captions; {remedy}."
 
 
 def count_clips(

@@ -129,7 +129,7 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
         if given is None:
             return None if label is None else label.null(count or 1)[:, 0]
         if not isinstance(label, Label):
-            raise ValueError(refusal("class_labels", given))
+            raise ValueError(refusal("class_labels", given, self.transformer.conditioners))
         values = given.tolist() if isinstance(given, Tensor) else given
         return torch.tensor([label.number(one) for one in ([values] if isinstance(values, int | str) else values)])
 
