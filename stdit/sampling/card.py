@@ -36,17 +36,18 @@ def write_card(
     """Write README.md and samples/ into a pipeline's folder. The arguments are those of `STDiTPipeline.push_to_hub`."""
     record = _run_folder(pipe, run)
     names = list(_write_samples(pipe, folder / "samples", _asked(pipe, samples, record)))
-    text = Caption.name in pipe.transformer.conditioners
+    text, kinds = Caption.name in pipe.transformer.conditioners, _kinds(pipe)
     data = ModelCardData(
         library_name="stdit",
         license=license,
-        pipeline_tag="text-to-video" if text else None,
+        pipeline_tag=("text-to-image" if kinds == ("png",) else "text-to-video") if text else None,
         tags=["video-generation", "diffusion-transformer", "stdit", "diffusers"],
-        widget=[{"text": name, "output": {"url": f"samples/{i:03d}.mp4"}} for i, name in enumerate(names)] or None,
+        widget=[{"text": name, "output": {"url": f"samples/{i:03d}.{kinds[0]}"}} for i, name in enumerate(names)]
+        or None,
     )
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n{_what(pipe)}",
-        _shown(names),
+        _shown(names, kinds[-1]),
         _usage(pipe, repo_id, names),
     ]
     parts += [_training(record), _licence(license)]
@@ -68,10 +69,15 @@ def _what(pipe: Any) -> str:
     )
 
 
-def _shown(names: Sequence[str]) -> str:
+def _kinds(pipe: Any) -> tuple[str, ...]:
+    """The types of file of a sample: that to play, and that which the text of the card shows."""
+    return ("png",) if pipe.config.num_frames == 1 else ("mp4", "gif")
+
+
+def _shown(names: Sequence[str], kind: str) -> str:
     if not names:
         return ""
-    rows = "\n".join(f"| {_line(name)} | ![{i}](samples/{i:03d}.gif) |" for i, name in enumerate(names))
+    rows = "\n".join(f"| {_line(name)} | ![{i}](samples/{i:03d}.{kind}) |" for i, name in enumerate(names))
     return f"## Samples\n\nNot selected: the first clips of seed 0.\n\n| | |\n|---|---|\n{rows}"
 
 
@@ -165,7 +171,7 @@ def _write_samples(pipe: Any, folder: Path, asked: Sequence[str | None]) -> Iter
         given = {"captions" if Caption.name in pipe.transformer.conditioners else "class_labels": list(asked)}
     clips = pipe(**given, num_videos=len(asked), progress=False)
     for i, (clip, name) in enumerate(zip(clips, asked, strict=True)):
-        for suffix in ("mp4", "gif"):
+        for suffix in _kinds(pipe):
             write_video(folder / f"{i:03d}.{suffix}", clip, fps=pipe.config.fps)
         yield name or f"clip {i}"
 

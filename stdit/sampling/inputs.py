@@ -70,7 +70,8 @@ def refusal(keyword: str, value: Any, conditioners: Mapping[str, Conditioner]) -
         negative = NEGATIVE if keyword.startswith(NEGATIVE) else ""
         names = label.class_names or [f"0 to {label.num_classes - 1}"]
         listed = printable(", ".join(map(str, names[:8]))) + (", ..." if len(names) > 8 else "")
-        remedy = f"give {negative}class_labels= one of its classes ({listed})"
+        flag = f"--{negative}class-label".replace("_", "-")
+        remedy = f"choose of its classes, {negative}class_labels= ({flag}): {listed}"
     return f"{keyword}={shown} but the model was trained without captions; {remedy}."
 
 

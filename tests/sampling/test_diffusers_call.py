@@ -238,17 +238,21 @@ def test_tokens_of_a_prompt_are_taken_in_place_of_the_prompt(texts):
 def test_a_prompt_for_a_model_without_text_is_refused_with_its_classes(pipe, make):
     for call in (pipe, lambda **given: pipe.extend(clip(), after=4, **given)):
         with pytest.raises(
-            ValueError, match="^prompt='a cat' but the model was trained without captions; give class_labels= one"
+            ValueError,
+            match="^prompt='a cat' but the model was trained without captions; choose of its classes, class_labels= ",
         ) as error:
             call(prompt="a cat", **FAST)
-        assert str(error.value).endswith("(a, b, c).") and "\n" not in str(error.value)
+        assert str(error.value).endswith("(--class-label): a, b, c.") and "\n" not in str(error.value)
     with pytest.raises(
-        ValueError, match="^prompt_embeds=a tensor but the model was trained without captions; give class_labels="
+        ValueError,
+        match="^prompt_embeds=a tensor but the model was trained without captions; choose of its classes, class_labels=",
     ):
         pipe(prompt_embeds=torch.zeros(1, 4, 64), **FAST)
-    with pytest.raises(ValueError, match="^negative_prompt='dull' but .* give negative_class_labels="):
+    with pytest.raises(
+        ValueError, match="^negative_prompt='dull' but .* classes, negative_class_labels= .--negative-class-label."
+    ):
         pipe(0, negative_prompt="dull", **FAST)
-    with pytest.raises(ValueError, match=r"give class_labels= one of its classes .0 to 2."):
+    with pytest.raises(ValueError, match=r"class_labels= .--class-label.: 0 to 2."):
         make(class_names=None)(prompt="a cat", **FAST)
     with pytest.raises(ValueError, match="without captions; leave them out"):
         make(num_classes=0, class_names=None)(prompt="a cat", **FAST)

@@ -189,6 +189,13 @@ def test_the_card_of_a_model_with_texts_shows_prompts(make, tmp_path):
         pipe.push_to_hub(str(tmp_path / "third"), run=tmp_path)
 
 
+def test_the_card_of_an_image_model_shows_pictures(make, tmp_path):
+    STDiTPipeline.from_pipe(make(), num_frames=1).push_to_hub(str(tmp_path / "m"), samples=1)
+    assert [path.name for path in (tmp_path / "m" / "samples").iterdir()] == ["000.png"]
+    card = huggingface_hub.ModelCard.load(tmp_path / "m" / "README.md")
+    assert "![0](samples/000.png)" in card.text and card.data.widget[0]["output"]["url"] == "samples/000.png"
+
+
 def test_a_push_uploads_the_folder_with_its_card_and_keeps_one_that_is_there(pipe, monkeypatch):
     calls, listed = [], []
 
