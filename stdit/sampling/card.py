@@ -35,7 +35,8 @@ def write_card(
 ) -> None:
     """Write README.md and samples/ into a pipeline's folder. The arguments are those of `STDiTPipeline.push_to_hub`."""
     record = _run_folder(pipe, run)
-    names = list(_write_samples(pipe, folder / "samples", _asked(pipe, samples, record)))
+    asked = _asked(pipe, samples, record)
+    names = list(_write_samples(pipe, folder / "samples", asked))
     text, kinds = Caption.name in pipe.transformer.conditioners, _kinds(pipe)
     data = ModelCardData(
         library_name="stdit",
@@ -48,7 +49,7 @@ def write_card(
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\n{_what(pipe)}",
         _shown(names, kinds[-1]),
-        _usage(pipe, repo_id, names),
+        _usage(pipe, repo_id, asked[0] if asked else None),
     ]
     parts += [_training(record), _licence(license)]
     card = ModelCard("\n\n".join(part for part in parts if part) + "\n", ignore_metadata_errors=True)
@@ -81,10 +82,10 @@ def _shown(names: Sequence[str], kind: str) -> str:
     return f"## Samples\n\nNot selected: the first clips of seed 0.\n\n| | |\n|---|---|\n{rows}"
 
 
-def _usage(pipe: Any, repo_id: str, names: Sequence[str]) -> str:
+def _usage(pipe: Any, repo_id: str, example: str | None) -> str:
     conditioners = pipe.transformer.conditioners
     keyword = "prompt" if Caption.name in conditioners else "class_labels" if Label.name in conditioners else None
-    given = f"{keyword}={names[0]!r}, " if keyword and names else ""
+    given = f"{keyword}={example!r}, " if keyword and example else ""
     return (
         "## Use\n\n```python\nfrom diffusers.utils import export_to_video\nfrom stdit import STDiTPipeline  # pip install stdit\n\n"
         f'pipe = STDiTPipeline.from_pretrained("{repo_id}")\n'
