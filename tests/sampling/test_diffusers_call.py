@@ -202,8 +202,10 @@ def test_several_videos_of_a_prompt_are_next_to_each_other(pipe, texts):
     assert torch.equal(labels, pipe([0, 0, 2, 2], **FAST))
     prompts = texts(prompt=["red", "a blue one"], num_videos_per_prompt=2, **FAST)
     assert torch.equal(prompts, texts(captions=["red", "red", "a blue one", "a blue one"], **FAST))
-    animated = pipe.animate(clip(1), 5, "b", num_videos_per_prompt=3, **FAST)
-    assert torch.equal(animated, pipe.animate(clip(1)[:, :, 0].expand(3, -1, -1, -1), 5, "b", **FAST))
+    for task in (lambda x, **given: pipe.animate(x[:, :, 0], 5, **given), pipe.interpolate):
+        made = task(clip(3, count=2), class_labels=["a", "b"], num_videos_per_prompt=2, **FAST)
+        four = clip(3, count=2).repeat_interleave(2, 0)
+        assert torch.equal(made, task(four, class_labels=["a", "a", "b", "b"], **FAST))
 
 
 # Texts
