@@ -16,6 +16,7 @@ stdit sample --task edit --input clip.mp4 --strength 0.6 --class-label "square u
 
 import argparse
 import dataclasses
+import secrets
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -210,7 +211,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--height", type=int, help="in pixels; default: as in training")
     add("--width", type=int, help="in pixels; default: as in training")
-    add_flags(parser)
+    add_flags(parser, seed=None)
     add(
         "--pos-scaling",
         help="positions at untrained sizes: none, or interpolate into the trained grid; default: the model's",
@@ -219,6 +220,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", help="a file (.mp4, .gif, .png) or a folder")
     add("--overwrite", action="store_true")
     args = parser.parse_args(argv)
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**31)
     for name in COUNTS:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -355,6 +358,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     written_to = paths[0] if len(paths) == 1 else paths[0].parent
     guidance = pipe.engine.guidance(call.options)
     print(
-        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {guidance.scale:g}: {written_to}"
+        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {guidance.scale:g}, seed {args.seed}: {written_to}"
     )
     return 0
