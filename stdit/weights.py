@@ -83,24 +83,40 @@ def check_fits(folder: Path, build: Callable[[], nn.Module]) -> None:
         shapes |= safetensors_shapes(file)
     if not shapes:
         return
-    elements, config = sum(map(math.prod, shapes.values())), str(folder / "config.json")
-    remedy = "use the config.json that was saved with these weights"
+    elements, config = sum(map(math.prod, shapes.values())), folder / "config.json"
+    found = sum(parameter.numel() for parameter in on_meta(build, shapes, config).parameters())
+    if found > elements:
+        raise ValueError(_asks_for(config, f"{found} parameters", shapes))
+
+
+def on_meta(build: Callable[[], nn.Module], shapes: dict[str, tuple[int, ...]], config: Path) -> nn.Module:
+    """What `build` makes, on the meta device; ValueError if it fails, or makes about twice as much as `shapes` hold.
+
+    config: the file that says what is built, for messages.
+    """
+    elements = sum(map(math.prod, shapes.values()))
     try:
         # Parameters may be registered twice, when one replaces another or is shared.
         with warnings.catch_warnings(), _limited(2 * len(shapes) + 64, 2 * elements), torch.device("meta"):
             warnings.simplefilter("ignore")
-            found = sum(parameter.numel() for parameter in build().parameters())
-        if found > elements:
-            raise _TooLarge(f"{found} parameters")
+            return build()
     except _TooLarge as error:
-        raise ValueError(
-            f"{config!r} asks for {error}, but the weights have {len(shapes)} tensors of {elements} numbers; {remedy}."
-        ) from error
+        raise ValueError(_asks_for(config, str(error), shapes)) from error
     except ValueError as error:
-        raise ValueError(f"{config!r}: {error}") from error
+        raise ValueError(f"{str(config)!r}: {error}") from error
     except Exception as error:  # whatever a constructor does with arguments of wrong types and sizes
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"{config!r} describes no model ({type(error).__name__}: {said}); {remedy}.") from error
+        raise ValueError(
+            f"{str(config)!r} describes no model ({type(error).__name__}: {said}); {_SAVED_WITH}."
+        ) from error
+
+
+_SAVED_WITH = "use the config.json that was saved with these weights"
+
+
+def _asks_for(config: Path, size: str, shapes: dict[str, tuple[int, ...]]) -> str:
+    elements = sum(map(math.prod, shapes.values()))
+    return f"{str(config)!r} asks for {size}, but the weights have {len(shapes)} tensors of {elements} numbers; {_SAVED_WITH}."
 
 
 class _TooLarge(Exception):
