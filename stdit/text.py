@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from stdit.files import atomic_write, read_json, write_text
+from stdit.files import atomic_write, write_text
 from stdit.hub import check_reachable, resolve_source
 from stdit.legacy import aliases
 from stdit.nn.positions import sincos
 from stdit.warn import warn_user
-from stdit.weights import check_fits
+from stdit.weights import check_fits, refuse_code
 
 __getattr__ = aliases(__name__)
 
@@ -122,16 +122,6 @@ def _word_vector(word: str, channels: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(channels)).float()
 
 
-def _refuse_code(folder: Path, name: str) -> None:
-    """Raise ValueError for a folder whose configs name code of their own."""
-    for file in ("config.json", "tokenizer_config.json"):
-        if "auto_map" in read_json(folder / file):
-            raise ValueError(
-                f"text encoder {name!r} comes with code of its own (auto_map in {file}), which stdit never runs; use a folder of "
-                "T5, umT5 or CLIP as transformers has them."
-            )
-
-
 class TransformersTextEncoder:
     """T5, umT5 or CLIP's text model with its tokenizer, from a folder or a hub id; it returns tokens of the last layer."""
 
@@ -146,7 +136,7 @@ class TransformersTextEncoder:
         source, options = resolve_source(name, "text encoder")
         try:
             check_reachable(source, "config.json", options)
-            _refuse_code(Path(source), name)
+            refuse_code(Path(source), f"text encoder {name!r}", "T5, umT5 or CLIP")
             never: Any = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run it
             config = transformers.AutoConfig.from_pretrained(source, **never, **options)
             kind = config.model_type

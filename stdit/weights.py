@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from stdit.files import read_json
+
 # Bytes of a safetensors header and of a torch file's index of tensors, about 200 a tensor; unpacked they take 50 times as
 # much memory.
 LARGEST_HEADER = 4 << 20
@@ -37,6 +39,21 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     except (OSError, ArithmeticError, LookupError, RecursionError, *_ODD) as error:
         said = str(error) or type(error).__name__
         raise ValueError(f"{str(path)!r} is not a complete safetensors file ({said}); download it again.") from error
+
+
+def refuse_code(folder: Path, what: str, kinds: str) -> None:
+    """Raise ValueError for a folder of a model of transformers whose configs name code of their own.
+
+    what: the model, and kinds: those that are taken, for the message.
+    """
+    for file in (
+        "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+    ):  # fmt: skip
+        if "auto_map" in read_json(folder / file):
+            raise ValueError(
+                f"{what} comes with code of its own (auto_map in {file}), which stdit never runs; use a folder of {kinds} as "
+                "transformers has them."
+            )
 
 
 def check_torch_file(path: Path) -> None:
