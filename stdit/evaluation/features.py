@@ -64,7 +64,7 @@ def _vae(path: str) -> Extractor:
     return Extractor(f"latents of the VAE {vae.name!r}", run)
 
 
-def _scripted(path: str, call: Callable[[Any, Tensor], Tensor], **names: str) -> Extractor:
+def _scripted(path: str, call: Callable[[Any, Tensor], Tensor], **names: Any) -> Extractor:
     """A TorchScript file on the CPU, called by `call`; ValueError if it is not one, or does not return (N, D)."""
     file = Path(path)
     if not file.is_file():
