@@ -49,8 +49,9 @@ class Captioner:
             self.processor: Any = transformers.AutoProcessor.from_pretrained(folder, **only)
         except (OSError, ValueError, ImportError) as error:
             said = " ".join(str(error).split())[:300].rstrip(".")
-            hint = "; install the torchvision of your torch" if "torchvision" in said.lower() else ""
-            raise ValueError(f"the model {str(folder)!r} cannot be loaded ({said}){hint}.") from error
+            if "torchvision" in said.lower():
+                said = "its processor needs torchvision; install the one that fits your torch, or use a model without, such as LLaVA"
+            raise ValueError(f"the model {str(folder)!r} cannot be loaded ({said}).") from error
         if not getattr(self.processor, "chat_template", None):
             raise ValueError(f"{str(folder)!r} has no chat template; use a model that was trained on instructions.")
         self.model = model.eval().to(device)
