@@ -16,10 +16,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from stdit.vae.base import DecoderState, VideoVAE
+from stdit.vae.tiny import groups_at_once
 
+_COST = 8  # of a group in memory, beside one of the tiny VAE
 Memory = dict[nn.Module, Tensor]  # convolution -> its input (B, D, 2, h, w) at the last two frames
-# Axes that a wavelet halves, in the order in which its bands are stored.
-_IMAGE, _VIDEO = (4, 3), (2, 3, 4)
+# Axes that a wavelet halves in the first frame and in others, in the order in which its bands are stored.
+_AXES = {"image": (4, 3), "video": (2, 3, 4)}
 
 
 def haar(x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -118,14 +120,11 @@ class Encoder(Tokens):
         for name, width, size in self.sizes():
             self.add_module(name, nn.Sequential(nn.Identity(), nn.Linear(size, width)))
 
-    def forward(self, image: Tensor, video: Tensor | None) -> Tensor:
-        """image: the coefficients of the first frame (B, 12, 1, H, W); video: those of the others (B, 24, T, H, W)."""
-        parts = [self._embed(image, "image")] + ([] if video is None else [self._embed(video, "video")])
-        memory: Memory = {}
-        low, high = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        return self.fusion_layer(
-            torch.cat([self.low_layer(low, memory), self.high_layer(high, memory)], dim=-1), memory
-        )
+    def forward(self, x: Tensor, kind: str, memory: Memory) -> Tensor:
+        """x: the coefficients of the first frame (B, 12, 1, H, W), or of others (B, 24, T, H, W); kind: "image" or "video"."""
+        low, high = self._embed(x, kind)
+        tokens = torch.cat([self.low_layer(low, memory), self.high_layer(high, memory)], dim=-1)
+        return self.fusion_layer(tokens, memory)
 
     def _embed(self, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         time, height, width = self.patch if kind == "video" else (1, *self.patch[1:])
@@ -144,18 +143,10 @@ class Decoder(Tokens):
         for name, width, size in self.sizes():
             self.add_module(name, nn.Sequential(nn.Linear(width, size)))
 
-    def forward(self, x: Tensor, memory: Memory, first: bool) -> list[Tensor]:
-        """Decode tokens x (B, T, h, w, D) to pixels (B, 3, F, H, W) in parts. first: whether x begins with the first frame."""
-        x = self.fusion_layer(x, memory)
-        low, high = x.split(list(self.widths), dim=-1)
-        low, high = self.low_layer(low, memory), self.high_layer(high, memory)
-        parts = []
-        if first:
-            parts.append(inverse_haar(self._coefficients(low[:, :1], high[:, :1], "image"), _IMAGE))
-            low, high = low[:, 1:], high[:, 1:]
-        if low.shape[1]:
-            parts.append(inverse_haar(self._coefficients(low, high, "video"), _VIDEO))
-        return parts
+    def forward(self, x: Tensor, kind: str, memory: Memory) -> Tensor:
+        """x: tokens (B, T, h, w, D) of the first frame, or of others -> their coefficients; kind: "image" or "video"."""
+        low, high = self.fusion_layer(x, memory).split(list(self.widths), dim=-1)
+        return self._coefficients(self.low_layer(low, memory), self.high_layer(high, memory), kind)
 
     def _coefficients(self, low: Tensor, high: Tensor, kind: str) -> Tensor:
         time, height, width = self.patch if kind == "video" else (1, *self.patch[1:])
@@ -271,26 +262,37 @@ class LeanVAE(ModelMixin, VideoVAE, ConfigMixin):
 
     @apply_forward_hook
     def _encode(self, pixels: Tensor) -> Tensor:
+        memory: Memory = {}
         x = pixels.to(self.dtype) * self.pixel_range
-        first, rest = x[:, :, :1], x[:, :, 1:]
-        tokens = self.encoder(haar(first, _IMAGE), haar(rest, _VIDEO) if rest.shape[2] else None)
-        raw = self.latent_bottleneck.project(tokens).movedim(-1, 1).float()
+        tokens = [
+            self.encoder(haar(part, _AXES[kind]), kind, memory)
+            for kind, part in _parts(x, self.stride[0] * groups_at_once(pixels, cost=_COST))
+        ]
+        raw = self.latent_bottleneck.project(torch.cat(tokens, dim=1)).movedim(-1, 1).float()
         return (raw - _per_channel(self.latent_mean)) / _per_channel(self.latent_std)
 
-    def _pixels(self, latents: Tensor, memory: Memory, first: bool) -> Tensor:
+    def _pixels(self, latents: Tensor, kind: str, memory: Memory) -> Tensor:
         raw = latents.float() * _per_channel(self.latent_std) + _per_channel(self.latent_mean)
         tokens = self.latent_bottleneck.recover(raw.to(self.dtype).movedim(1, -1), memory)
-        return torch.cat(self.decoder(tokens, memory, first), dim=2) / self.pixel_range
+        return inverse_haar(self.decoder(tokens, kind, memory), _AXES[kind]) / self.pixel_range
 
     @apply_forward_hook
     def _decode(self, latents: Tensor) -> Tensor:
-        return self._pixels(latents, {}, first=True)
+        memory: Memory = {}
+        parts = _parts(latents, groups_at_once(latents, self.stride, cost=_COST))
+        return torch.cat([self._pixels(part, kind, memory) for kind, part in parts], dim=2)
 
     @apply_forward_hook
     def decode_next(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
         """Decode as `VideoVAE.decode_next`; the state is the input of every convolution over time."""
         memory = dict(state or {})
-        return self._pixels(latents, memory, first=state is None), memory
+        return self._pixels(latents, "image" if state is None else "video", memory), memory
+
+
+def _parts(x: Tensor, count: int) -> list[tuple[str, Tensor]]:
+    """The first frame of x (B, C, T, h, w), and up to `count` others at a time, each with its kind."""
+    rest = x[:, :, 1:].split(count, dim=2) if x.shape[2] > 1 else ()
+    return [("image", x[:, :, :1]), *(("video", part) for part in rest)]
 
 
 def _per_channel(values: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from stdit.vae.base import DecoderState, VideoVAE
-from stdit.vae.tiny import per_group
+from stdit.vae.tiny import groups_at_once, per_group
 
+_COST = 8  # of a group in memory, beside one of the tiny VAE
 Memory = dict[nn.Module, Tensor]  # layer -> its input (B, 1, C, h, w) at the last frame
 
 
@@ -186,7 +187,9 @@ class TAEHV(ModelMixin, VideoVAE, ConfigMixin):
         frames = (pixels.transpose(1, 2) + 1) / 2
         padding = frames[:, -1:].expand(-1, -frames.shape[1] % self.stride[0], -1, -1, -1)
         frames = F.pixel_unshuffle(torch.cat([frames, padding], dim=1), self.patch_size)
-        return run(self.encoder, frames, {}).transpose(1, 2)
+        memory: Memory = {}
+        parts = frames.split(self.stride[0] * groups_at_once(pixels, cost=_COST), dim=1)
+        return torch.cat([run(self.encoder, part, memory) for part in parts], dim=1).transpose(1, 2)
 
     def _frames(self, latents: Tensor, memory: Memory) -> Tensor:
         frames = F.pixel_shuffle(run(self.decoder, latents.transpose(1, 2), memory), self.patch_size)
@@ -194,7 +197,9 @@ class TAEHV(ModelMixin, VideoVAE, ConfigMixin):
 
     @apply_forward_hook
     def _decode(self, latents: Tensor) -> Tensor:
-        return self._frames(latents, {})[:, :, self.stride[0] - 1 :]
+        memory: Memory = {}
+        parts = latents.split(groups_at_once(latents, self.stride, cost=_COST), dim=2)
+        return torch.cat([self._frames(part, memory) for part in parts], dim=2)[:, :, self.stride[0] - 1 :]
 
     @apply_forward_hook
     def decode_next(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:

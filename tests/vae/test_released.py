@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from stdit.model.stdit import STDiT
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
-from stdit.vae import load_vae
+from stdit.vae import load_vae, tiny
 from stdit.vae.leanvae import LeanVAE, haar, inverse_haar
 from stdit.vae.taehv import TAEHV
 
@@ -78,6 +78,18 @@ def test_a_config_next_to_leanvaes_weights_gives_the_space_that_it_was_aligned_w
         (folder / "config.json").write_text(json.dumps(settings | wrong))
         with pytest.raises(ValueError, match=said):
             load_vae(str(folder))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [taehv, lean])
+def test_long_clips_are_coded_in_parts_with_the_numbers_of_the_whole(monkeypatch, make):
+    vae = make()
+    pixels, latents = torch.rand(1, 3, 13, 16, 16) * 2 - 1, torch.randn(1, vae.channels, 4, 2, 2)
+    whole = vae.encode(pixels), vae.decode(latents)
+    for most in (1, 2 * 8 * 16 * 16):  # pixels: one group at a time, and two
+        monkeypatch.setattr(tiny, "MOST_PIXELS", most)
+        for found, expected in zip((vae.encode(pixels), vae.decode(latents)), whole, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_wavelets_are_inverted_and_order_the_bands_by_axis():
