@@ -5,7 +5,8 @@ frame in space, and all others in space and time; patches of the smooth part and
 A latent is a linear projection of a token, from which a few steps of ISTA, a solver of sparse coding, recover the token.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -259,6 +260,11 @@ class LeanVAE(ModelMixin, VideoVAE, ConfigMixin):
             # The factor by which the authors' own Latte scales the latents of four channels.
             "latents_std": [1 / 0.7744 if phi[0] == 4 else 1.0],
         }
+
+    def _hash(self, counts: Callable[[str], bool]) -> str:
+        """Of the range of pixels and the statistics too, on which latents depend."""
+        settings = [self.pixel_range, self.latent_mean.tolist(), self.latent_std.tolist()]
+        return hashlib.sha256(f"{super()._hash(counts)} {settings}".encode()).hexdigest()[:16]
 
     @apply_forward_hook
     def _encode(self, pixels: Tensor) -> Tensor:

@@ -73,7 +73,9 @@ def test_a_config_next_to_leanvaes_weights_gives_the_space_that_it_was_aligned_w
     settings = {"pixel_range": 1.0, "latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}
     (folder / "config.json").write_text(json.dumps(settings))
     pixels = torch.rand(1, 3, 5, 16, 16) * 2 - 1
-    assert torch.equal(load_vae(str(folder)).encode(pixels), saved.encode(pixels))
+    loaded = load_vae(str(folder))
+    assert torch.equal(loaded.encode(pixels), saved.encode(pixels)) and loaded.fingerprint() == saved.fingerprint()
+    assert saved.fingerprint() != lean(16, pixel_range=1.0).fingerprint()  # of the same weights
     for wrong, said in (({"pixel_rang": 1}, "has no 'pixel_rang'"), ({"latents_std": [1.0] * 3}, "3 numbers for 16")):
         (folder / "config.json").write_text(json.dumps(settings | wrong))
         with pytest.raises(ValueError, match=said):
