@@ -26,6 +26,8 @@ COMMANDS = {
     "convert": "convert weights of DiT, SiT, Latte, U-ViT, MDT or diffusers, and back",
     "record": "record episodes of an environment, with the actions that led to every frame",
     "play": "play a world in the browser: frames go on as you press keys",
+    "split": "cut long videos at scene changes into clips of one length and rate, with a manifest",
+    "caption": "write the captions of a manifest's clips by a vision-language model",
     "make-shapes": "draw clips of moving shapes, with a manifest",
     "index": "read every file of a folder or manifest once, and keep a table that runs of any size open at once",
     "check-media": "read every file of a folder in full and say which training cannot use",

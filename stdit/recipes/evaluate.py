@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--features",
         default="vae",
-        help="features of the distances: vae, vae=PATH, inception=FILE, i3d=FILE or script=FILE",
+        help="features of the distances: vae, vae=PATH, inception=FILE, i3d=FILE, script=FILE or vjepa2=FOLDER (JEDi)",
     )
     parser.add_argument(
         "--paired", action="store_true", help="input and reference are the same clips in order: PSNR, SSIM"

@@ -75,8 +75,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     check_cache(dataset, vae)
     objective = build_objective(config.objective)
     set_seed(config.seed)
-    with accelerator.main_process_first():
-        captions = build_captions(config, dataset, accelerator.device, main=main)
+    # Not under a barrier of accelerate's, which would time out: the processes wait for each other's files.
+    captions = build_captions(config, dataset, accelerator.device, share=(accelerator.process_index, processes))
     channels = None if captions is None else captions.channels
     model = build_model(config, vae, dataset, objective, caption_channels=channels).to(accelerator.device)
     mesh = make_mesh(config.train.parallel, accelerator.device.type, processes)
