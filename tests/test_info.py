@@ -59,3 +59,14 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
         info.main(["nothing"])
     with pytest.raises(ValueError, match="--labels needs a model"):
         info.main(["--labels"])
+
+
+def test_an_unknown_label_is_answered_before_torch_is_imported(folder):
+    code = (
+        "import sys; from stdit.recipes import cli; code = cli.main(['sample', '--class-label', 'a cow']);"
+        "assert code == 1 and 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True, check=True
+    )
+    assert "class label 'a cow' is unknown. Choose one of: a cat, a dog." in done.stderr

@@ -40,6 +40,8 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "budget",
         "build",
         "propose",
+        "sample_tasks",
+        "sampling",
         "models",
         "outputs",
     }

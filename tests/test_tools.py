@@ -345,7 +345,7 @@ def test_outpainting_keeps_the_whole_image_and_gives_an_image(model, capsys):
 
 def test_existing_files_and_unknown_file_types_are_refused_before_sampling(model, monkeypatch):
     Path("mine.json").write_text("{}")
-    monkeypatch.setattr(sample.STDiTPipeline, "fill", None)
+    monkeypatch.setattr(STDiTPipeline, "fill", None)
     for output, message in (
         ("mine.mp4", "mine.json exists"),
         ("x.webm", "cannot write .webm"),

@@ -33,7 +33,8 @@ from stdit.files import check_writable, read_json, write_json
 from stdit.pixels import to_float
 from stdit.recipes import evaluate_world
 from stdit.recipes.entry import command, command_parser
-from stdit.recipes.models import load_pipeline, newest_model
+from stdit.recipes.info import newest_model
+from stdit.recipes.models import load_pipeline
 from stdit.rng import keyed_rng
 from stdit.sampling.options import Guider
 from stdit.sampling.pipeline import STDiTPipeline

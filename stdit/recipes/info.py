@@ -11,8 +11,22 @@ from typing import Any
 from stdit.files import printable, read_json
 from stdit.recipes.entry import command, command_parser
 
-_MODELS = Path("models")
+MODELS, CHECKPOINTS = Path("models"), Path("checkpoints")
 _LISTED = 12  # labels in the list of all models
+
+
+def newest_model(folder: Path = MODELS) -> Path:
+    """The folder of the model trained last; without any, of the run that wrote a checkpoint last.
+
+    ValueError with the command that makes one if there is neither.
+    """
+    found = [path.parent for path in folder.glob("[!.]*/model_index.json")]
+    if found:
+        return max(found, key=lambda path: (path / "model_index.json").stat().st_mtime)
+    steps = [path for path in CHECKPOINTS.glob("[!.]*/step-*/info.json") if folder == MODELS]
+    if steps:
+        return max(steps, key=lambda path: path.stat().st_mtime).parents[1]
+    raise ValueError(f"there is no model under {folder}/; train one with make quickstart, or with stdit train CONFIG.")
 
 
 def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
@@ -70,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.labels:
         print("".join(f"{printable(name)}\n" for name in label_names(read_settings(args.model)["transformer"])), end="")
         return 0
-    folders = [args.model] if args.model else sorted(path.parent for path in _MODELS.glob("[!.]*/model_index.json"))
+    folders = [args.model] if args.model else sorted(path.parent for path in MODELS.glob("[!.]*/model_index.json"))
     if not folders:
         raise ValueError(
-            f"there is no model under {_MODELS}; train one with stdit quickstart, or stdit train --data PATH."
+            f"there is no model under {MODELS}; train one with stdit quickstart, or stdit train --data PATH."
         )
     for folder in folders:
         try:
