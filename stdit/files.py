@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -126,6 +127,15 @@ def check_name(name: str, what: str = "name") -> str:
             f"{what}={shown} is not a folder name; use up to {LONGEST_NAME - 55} letters, digits, '-' and '_'."
         )
     return name
+
+
+def plain_name(text: str, longest: int = 40) -> str:
+    """The letters and digits of a text as a part of a file name, with "-" for all else; at most `longest` of them.
+
+    >>> plain_name("tench, Tinca tinca")
+    'tench-Tinca-tinca'
+    """
+    return re.sub(r"[\W_]+", "-", text)[:longest].strip("-")
 
 
 def inside(root: Path, name: str, what: str) -> Path:

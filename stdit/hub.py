@@ -42,3 +42,8 @@ def check_reachable(source: str, filename: str, options: dict[str, str]) -> None
         raise OSError("not in the cache, and HF_HUB_OFFLINE is set")
     if not any(os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         socket.create_connection((urlparse(constants.ENDPOINT).hostname or "", 443), timeout=5).close()
+
+
+def is_folder(repo_id: str) -> bool:
+    """Whether a push target is a local folder: an existing one, or a path such as ./mine."""
+    return repo_id.startswith(("/", "./", "../", "~")) or Path(repo_id).is_dir()

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import time
 import unicodedata
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,15 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdit.files import atomic_write, read_json, write_text
+from stdit.files import atomic_write, claimed, write_text
 from stdit.hub import check_reachable, resolve_source
 from stdit.legacy import aliases
 from stdit.nn.positions import sincos
 from stdit.progress import Progress
 from stdit.warn import warn_user
-from stdit.weights import check_fits
+from stdit.weights import check_fits, refuse_code
 
 __getattr__ = aliases(__name__)
+
+_PATIENCE = 0.2  # seconds between two looks at captions that another process encodes
 
 
 class Encoded(NamedTuple):
@@ -122,16 +127,6 @@ def _word_vector(word: str, channels: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(channels)).float()
 
 
-def _refuse_code(folder: Path, name: str) -> None:
-    """Raise ValueError for a folder whose configs name code of their own."""
-    for file in ("config.json", "tokenizer_config.json"):
-        if "auto_map" in read_json(folder / file):
-            raise ValueError(
-                f"text encoder {name!r} comes with code of its own (auto_map in {file}), which stdit never runs; use a folder of "
-                "T5, umT5 or CLIP as transformers has them."
-            )
-
-
 class TransformersTextEncoder:
     """T5, umT5 or CLIP's text model with its tokenizer, from a folder or a hub id; it returns tokens of the last layer."""
 
@@ -146,7 +141,7 @@ class TransformersTextEncoder:
         source, options = resolve_source(name, "text encoder")
         try:
             check_reachable(source, "config.json", options)
-            _refuse_code(Path(source), name)
+            refuse_code(Path(source), f"text encoder {name!r}", "T5, umT5 or CLIP")
             never: Any = {"trust_remote_code": False}  # else transformers asks on the terminal whether to run it
             config = transformers.AutoConfig.from_pretrained(source, **never, **options)
             kind = config.model_type
@@ -220,30 +215,71 @@ class CaptionCache:
         self.folder, self.channels = folder / encoder.fingerprint(), encoder.channels
         self._open: dict[str, Any] = {}
         self._index: dict[str, tuple[str, int]] = {}
-        for index in sorted(self.folder.glob("captions-*.json")):
-            file = index.with_suffix(".safetensors").name
-            self._index |= {text: (file, row) for row, text in enumerate(json.loads(index.read_text()))}
+        self._read_index()
 
-    def add(self, encoder: TextEncoder, texts: Sequence[str], progress: bool = True) -> None:
-        """Encode and store those of `texts`, and the empty text, that are not in the cache yet."""
-        new = [text for text in dict.fromkeys(["", *texts]) if text not in self._index]
-        warn_of_length(encoder, list(dict.fromkeys(texts)))
+    def add(
+        self, encoder: TextEncoder, texts: Sequence[str], progress: bool = True, share: tuple[int, int] = (0, 1)
+    ) -> None:
+        """Encode and store those of `texts`, and the empty text, that are not in the cache yet.
+
+        Any number of processes can do so at once: each takes parts that no other is at, and returns when all are there.
+        share: the number of this process and of all, so that they begin at different parts.
+        """
+        wanted = list(dict.fromkeys(["", *texts]))
+        if progress:
+            warn_of_length(encoder, wanted[1:])
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Parts of all texts, not of those that are missing, which differ from process to process.
+        parts = [wanted[i : i + self.SHARD] for i in range(0, len(wanted), self.SHARD)]
+        begin = len(parts) * share[0] // share[1]
+        left = deque([*parts[begin:], *parts[:begin]])
+        missing = sum(text not in self._index for text in wanted)
         bar = Progress(
-            total=len(new), desc=f"captions ({encoder.name})", unit="caption", disable=not progress or not new
+            total=missing, desc=f"captions ({encoder.name})", unit="caption", disable=not progress or not missing
         )
-        for first in range(0, len(new), self.SHARD):
-            part = new[first : first + self.SHARD]
-            batches = []
-            for i in range(0, len(part), 32):
-                batches.append(encoder.encode(part[i : i + 32]))
-                bar.update(len(batches[-1].mask))
-            self._write(part, _pad_and_concatenate(batches))
+        elsewhere = 0  # parts in a row that other processes are at
+        while left:
+            part = left.popleft()
+            if all(text in self._index for text in part):
+                continue
+            with ExitStack() as claim:
+                try:
+                    claim.enter_context(claimed([self._file(part)]))
+                except (
+                    ValueError
+                ):  # another process is at it; once it has finished, or died, the part is looked at again
+                    left.append(part)
+                    elsewhere += 1
+                    time.sleep(_PATIENCE if elsewhere >= len(left) else 0)
+                    continue
+                elsewhere = 0
+                self._read_index()  # another process may have written this part
+                new = [text for text in part if text not in self._index]
+                if new:
+                    self._write(new, self._encode(encoder, new, bar))
         bar.close()
 
+    def _encode(self, encoder: TextEncoder, texts: list[str], bar: Progress) -> Encoded:
+        batches = []
+        for i in range(0, len(texts), 32):
+            batches.append(encoder.encode(texts[i : i + 32]))
+            bar.update(len(batches[-1].mask))
+        return _pad_and_concatenate(batches)
+
+    def _file(self, texts: list[str]) -> Path:
+        """The file of a shard of texts."""
+        return self.folder / f"captions-{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()[:12]}.safetensors"
+
+    def _read_index(self) -> None:
+        """Take up the shards that were written since the last look."""
+        known = {file for file, _ in self._index.values()}
+        for index in sorted(self.folder.glob("captions-*.json")):
+            file = index.with_suffix(".safetensors").name
+            if file not in known:
+                self._index |= {text: (file, row) for row, text in enumerate(json.loads(index.read_text()))}
+
     def _write(self, texts: list[str], encoded: Encoded) -> None:
-        digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
-        file = self.folder / f"captions-{digest}.safetensors"
+        file = self._file(texts)
         with atomic_write(file) as tmp:
             save_file({"tokens": encoded.tokens.half(), "mask": encoded.mask}, tmp)
         write_text(file.with_suffix(".json"), json.dumps(texts))  # last, since a shard without an index is ignored

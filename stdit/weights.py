@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from stdit.files import read_json
+
 # Bytes of a safetensors header and of a torch file's index of tensors, about 200 a tensor; unpacked they take 50 times as
 # much memory.
 LARGEST_HEADER = 4 << 20
@@ -37,6 +39,21 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     except (OSError, ArithmeticError, LookupError, RecursionError, *_ODD) as error:
         said = str(error) or type(error).__name__
         raise ValueError(f"{str(path)!r} is not a complete safetensors file ({said}); download it again.") from error
+
+
+def refuse_code(folder: Path, what: str, kinds: str) -> None:
+    """Raise ValueError for a folder of a model of transformers whose configs name code of their own.
+
+    what: the model, and kinds: those that are taken, for the message.
+    """
+    for file in (
+        "config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+    ):  # fmt: skip
+        if "auto_map" in read_json(folder / file):
+            raise ValueError(
+                f"{what} comes with code of its own (auto_map in {file}), which stdit never runs; use a folder of {kinds} as "
+                "transformers has them."
+            )
 
 
 def check_torch_file(path: Path) -> None:
@@ -83,24 +100,40 @@ def check_fits(folder: Path, build: Callable[[], nn.Module]) -> None:
         shapes |= safetensors_shapes(file)
     if not shapes:
         return
-    elements, config = sum(map(math.prod, shapes.values())), str(folder / "config.json")
-    remedy = "use the config.json that was saved with these weights"
+    elements, config = sum(map(math.prod, shapes.values())), folder / "config.json"
+    found = sum(parameter.numel() for parameter in on_meta(build, shapes, config).parameters())
+    if found > elements:
+        raise ValueError(_asks_for(config, f"{found} parameters", shapes))
+
+
+def on_meta(build: Callable[[], nn.Module], shapes: dict[str, tuple[int, ...]], config: Path) -> nn.Module:
+    """What `build` makes, on the meta device; ValueError if it fails, or makes about twice as much as `shapes` hold.
+
+    config: the file that says what is built, for messages.
+    """
+    elements = sum(map(math.prod, shapes.values()))
     try:
         # Parameters may be registered twice, when one replaces another or is shared.
         with warnings.catch_warnings(), _limited(2 * len(shapes) + 64, 2 * elements), torch.device("meta"):
             warnings.simplefilter("ignore")
-            found = sum(parameter.numel() for parameter in build().parameters())
-        if found > elements:
-            raise _TooLarge(f"{found} parameters")
+            return build()
     except _TooLarge as error:
-        raise ValueError(
-            f"{config!r} asks for {error}, but the weights have {len(shapes)} tensors of {elements} numbers; {remedy}."
-        ) from error
+        raise ValueError(_asks_for(config, str(error), shapes)) from error
     except ValueError as error:
-        raise ValueError(f"{config!r}: {error}") from error
+        raise ValueError(f"{str(config)!r}: {error}") from error
     except Exception as error:  # whatever a constructor does with arguments of wrong types and sizes
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"{config!r} describes no model ({type(error).__name__}: {said}); {remedy}.") from error
+        raise ValueError(
+            f"{str(config)!r} describes no model ({type(error).__name__}: {said}); {_SAVED_WITH}."
+        ) from error
+
+
+_SAVED_WITH = "use the config.json that was saved with these weights"
+
+
+def _asks_for(config: Path, size: str, shapes: dict[str, tuple[int, ...]]) -> str:
+    elements = sum(map(math.prod, shapes.values()))
+    return f"{str(config)!r} asks for {size}, but the weights have {len(shapes)} tensors of {elements} numbers; {_SAVED_WITH}."
 
 
 class _TooLarge(Exception):

@@ -60,7 +60,7 @@ def dispatch(func, args, kwargs):
         return result
     if name.split(".")[0].endswith("_") and isinstance(args[0], torch.Tensor):  # in place: the tensor itself
         return args[0]
-    to_other = torch.device(device) == OTHER if device is not None else bool(other)
+    to_other = torch.device(device).type == OTHER.type if device is not None else bool(other)
     return tree_map_only(torch.Tensor, OnOther, result) if to_other else result
 
 

@@ -19,7 +19,7 @@ from stdit.vae import VideoVAE
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = {
-    "rng": 0, "variants": 0, "precision": 0, "hub": 0, "pixels": 0, "files": 0, "weights": 1, "warn": 0, "ranges": 0, "hashes": 0, "progress": 0, "typed_config": 2, "legacy": 1, "nn": 1, "diffusion": 1,
+    "rng": 0, "variants": 0, "precision": 0, "hub": 0, "pixels": 0, "files": 0, "weights": 1, "warn": 0, "ranges": 0, "hashes": 0, "progress": 0, "typed_config": 2, "legacy": 1, "labels": 1, "nn": 1, "diffusion": 1,
     "text": 2, "conditions": 3, "data": 4, "model": 4, "vae": 4, "checkpoint": 5, "sampling": 5, "worlds": 5, "web": 7, "training": 6, "evaluation": 6,
     "config": 7, "recipes": 8, "__main__": 9,
 }  # fmt: skip

@@ -1,10 +1,13 @@
 import json
+import threading
+import time
 
 import pytest
 import torch
 from conftest import fill
 
 from stdit.conditions import Caption
+from stdit.files import claimed
 from stdit.model.stdit import STDiT
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
@@ -87,6 +90,53 @@ def test_cached_captions_equal_encoded_ones_and_none_is_encoded_twice(tmp_path, 
     torch.testing.assert_close(kept.tokens, fresh.tokens, atol=2e-3, rtol=2e-3)  # half precision
     with pytest.raises(ValueError, match="was never encoded"):
         again(["a green cat"])
+
+
+def test_processes_divide_the_captions_and_each_returns_when_all_are_there(tmp_path, monkeypatch):
+    encoder, asked = HashedWordEncoder(), []
+    encode = HashedWordEncoder.encode
+    texts = [f"word{i}" for i in range(20)]
+
+    def slowly(self, some):
+        asked.append((threading.get_ident(), list(some)))
+        time.sleep(0.02)
+        return encode(self, some)
+
+    monkeypatch.setattr(HashedWordEncoder, "encode", slowly)
+    monkeypatch.setattr(CaptionCache, "SHARD", 2)
+    monkeypatch.setattr("stdit.text._PATIENCE", 0.01)
+    caches = [CaptionCache(tmp_path, encoder) for _ in range(2)]
+    jobs = [threading.Thread(target=one.add, args=(encoder, texts, False, (i, 2))) for i, one in enumerate(caches)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    done = [text for _, some in asked for text in some]
+    assert sorted(done) == sorted(["", *texts])  # each once
+    assert len({who for who, _ in asked}) == 2
+    for one in caches:
+        assert torch.equal(one(texts).tokens, caches[0](texts).tokens)
+
+
+def test_captions_that_a_process_died_over_are_encoded_by_another(tmp_path, monkeypatch):
+    encoder, cache = HashedWordEncoder(), CaptionCache(tmp_path, HashedWordEncoder())
+    monkeypatch.setattr("stdit.text._PATIENCE", 0.01)
+    held = cache._file(["", *TEXTS[:2]])
+    held.parent.mkdir(parents=True)
+    with claimed([held]):
+        job = threading.Thread(target=cache.add, args=(encoder, TEXTS[:2], False))
+        job.start()
+        job.join(0.1)
+        assert job.is_alive() and not len(cache)
+    job.join()
+    assert len(cache) == 3
+
+    class Broken(HashedWordEncoder):
+        def encode(self, texts):
+            raise ValueError("no memory")
+
+    with pytest.raises(ValueError, match="no memory"):
+        cache.add(Broken(), ["more"], progress=False)
 
 
 def test_a_shard_without_an_index_is_ignored(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -257,7 +258,17 @@ def test_every_task_writes_clips_of_the_right_length_size_and_rate(model, task, 
         assert reader.size == ((32, 64) if "--width" in flags else (32, 32))
         assert round(reader.fps, 3) == (32 if task == "interpolate" else 8)
     with pytest.raises(ValueError, match="exists; choose another"):
-        sample.main(arguments)
+        sample.main([*arguments, "--seed", re.search(r"seed (\d+): ", printed)[1]])
+
+
+def test_a_seed_is_drawn_and_printed_and_gives_the_same_clip_again(model, capsys):
+    def made(path, *more):
+        assert sample.main(["--class-label", "0", "--steps", "1", "--output", path, *more]) == 0
+        return re.search(r"seed (\d+): ", capsys.readouterr().out)[1], Path(path).read_bytes()
+
+    (seed, first), (other, second) = made("a.mp4"), made("b.mp4")
+    assert seed != other and first != second
+    assert made("c.mp4", "--seed", seed) == (seed, first)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +345,7 @@ def test_outpainting_keeps_the_whole_image_and_gives_an_image(model, capsys):
 
 def test_existing_files_and_unknown_file_types_are_refused_before_sampling(model, monkeypatch):
     Path("mine.json").write_text("{}")
-    monkeypatch.setattr(sample.STDiTPipeline, "fill", None)
+    monkeypatch.setattr(STDiTPipeline, "fill", None)
     for output, message in (
         ("mine.mp4", "mine.json exists"),
         ("x.webm", "cannot write .webm"),

@@ -80,14 +80,25 @@ class Caption(Conditioner):
         return self.value(*self.tokenize(values))
 
     def parse(self, given: Any, count: int) -> Tokens:
-        """Encode texts, one per clip or one for all; None is the empty text."""
-        return self.encode(self._texts(given, count), 1)
+        """Encode texts, one per clip or one for all, or take tokens (B, L, C) of them; None is the empty text."""
+        if not isinstance(given, Tensor):
+            return self.encode(self._texts(given, count), 1)
+        if given.ndim != 3 or given.shape[-1] != self.channels or len(given) not in (1, count):
+            raise ValueError(
+                f"tokens of texts are {tuple(given.shape)}; this model takes ({count}, length, {self.channels}), or (1, length, "
+                f"{self.channels}) for all clips."
+            )
+        return self.value(given.float().expand(count, -1, -1))
 
     def pair(self, given: Any, count: int, negative: Any = None) -> tuple[Tokens, Tokens]:
-        """The encoded texts, and the encoded negative or empty ones, padded to one length."""
+        """The encoded texts, and the encoded negative or empty ones, padded to one length; or tokens of either."""
+        if isinstance(given, Tensor) or isinstance(negative, Tensor):
+            value, away = self.parse(given, count), self.parse(negative, count)
+            length = max(value.tokens.shape[2], away.tokens.shape[2])
+            return _padded(value, length), _padded(away, length)
         texts = self._texts(given, count)
-        away = [""] if negative is None else self._texts(negative, count)
-        both = self.encode([*texts, *away], 1)  # encoded together, so that both are padded to one length
+        others = [""] if negative is None else self._texts(negative, count)
+        both = self.encode([*texts, *others], 1)  # encoded together, so that both are padded to one length
         null = map_value(both, lambda x: x[count:].expand(count, *x.shape[1:]))
         return map_value(both, lambda x: x[:count]), null  # type: ignore[return-value]
 
@@ -103,3 +114,10 @@ class Caption(Conditioner):
         if len(texts) not in (1, count):
             raise ValueError(f"{len(texts)} captions for {count} clips; give one per clip, or one for all.")
         return texts if len(texts) == count else texts * count
+
+
+def _padded(value: Tokens, length: int) -> Tokens:
+    """Tokens (B, T|1, L, C) with zeros that are masked, up to a length."""
+    mask = torch.ones(value.tokens.shape[:3], dtype=torch.bool) if value.mask is None else value.mask.cpu()
+    missing = length - value.tokens.shape[2]
+    return Tokens(nn.functional.pad(value.tokens.cpu(), (0, 0, 0, missing)), nn.functional.pad(mask, (0, missing)))

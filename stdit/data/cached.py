@@ -70,6 +70,8 @@ class CachedLatents(Annotated):
         shard, row = self._place(index)
         record, info = self._records[index], self.info["shards"][shard]
         columns = {**record["conditions"], **{key: self.info.get(key) for key in ("seed", "fps", "crop", "flip")}}
+        if self.info.get("dtype", "float16") != "float16":
+            columns["dtype"] = self.info["dtype"]
         return Identity(
             f"{info['file']}[{row}]", info.get("sources"), record["label"], record["caption"], columns=columns
         )

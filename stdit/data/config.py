@@ -53,6 +53,7 @@ class DataConfig:
     order_window: int = 16  # order=blocked: shards whose clips are shuffled among each other
     crop: Literal["center", "random"] = "center"  # position of the crop
     flip: bool = False  # mirror half of the clips, drawn at random, left to right
+    cache_dtype: Literal["float16", "float32"] = "float16"  # of the latents that `stdit cache-latents` writes
     backend: Literal["pyav", "decord", "torchcodec"] = "pyav"  # video decoder
     workers: int | None = None  # processes that load data; 0: the main process; null: by the number of cores
     timeout: float = 60.0  # seconds that reading one clip may take in such a process before it is replaced

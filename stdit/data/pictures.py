@@ -40,13 +40,21 @@ def read_picture(
     with _opened(path) as image:
         image.load()
         _check_size(image, path)
-        turn = _orientation(image)
-        shown = _to_rgb(image, ground)
-        if cover is not None:
-            cover = cover[::-1] if turn in _LYING else cover
-            shown = shown.resize(cover_size((shown.height, shown.width), cover)[::-1], Image.Resampling.BICUBIC)
-        shown = shown.transpose(_TURNS[turn]) if turn in _TURNS else shown
-        return np.array(shown)  # a copy, since PIL's view is read-only
+        return upright(image, cover, ground)
+
+
+def upright(
+    image: Image.Image, cover: tuple[int, int] | None = None, ground: tuple[int, int, int] = WHITE
+) -> np.ndarray:
+    """A picture that is open as (H, W, 3) uint8 RGB, turned as its EXIF orientation says; arguments of `read_picture`."""
+    image.load()
+    turn = _orientation(image)
+    shown = _to_rgb(image, ground)
+    if cover is not None:
+        cover = cover[::-1] if turn in _LYING else cover
+        shown = shown.resize(cover_size((shown.height, shown.width), cover)[::-1], Image.Resampling.BICUBIC)
+    shown = shown.transpose(_TURNS[turn]) if turn in _TURNS else shown
+    return np.array(shown)  # a copy, since PIL's view is read-only
 
 
 def picture_size(path: str | os.PathLike) -> tuple[int, int]:

@@ -50,18 +50,22 @@ def read_records(path: Path, given: Mapping[str, str] | None = None) -> list[Rec
     column that nothing reads is named in a warning. Raises ValueError with the line and a remedy. given: the columns that are
     path, label and caption, by these names, for those that have others.
     """
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        rows = list(enumerate(read_parquet(path), 1))
-    else:
-        text = _read_text(path)
-        rows = _csv_rows(path, text, given) if suffix in (".csv", ".tsv") else _json_rows(path, text)
+    rows = read_rows(path, given)
     columns = {name: None for _, row in rows for name in row}
     roles = find_columns(columns, str(path), given)
     if rows and "path" not in roles.values():
         raise ValueError(f"{path}, line {rows[0][0]}: {missing_path(columns)}; every row needs one.")
     _warn_of_unknown(path, [name for name in columns if name not in roles])
     return [Record(line, row | {roles[name]: row[name] for name in row if name in roles}) for line, row in rows]
+
+
+def read_rows(path: Path, given: Mapping[str, str] | None = None) -> list[tuple[int, dict[str, Any]]]:
+    """The line number of every row of such a file, and its values under the names that they have there."""
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return list(enumerate(read_parquet(path), 1))
+    text = _read_text(path)
+    return _csv_rows(path, text, given) if suffix in (".csv", ".tsv") else _json_rows(path, text)
 
 
 def find_columns(names: Iterable[str], what: str, given: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -12,16 +12,17 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from stdit.files import atomic_write
+from stdit.files import atomic_write, printable
 from stdit.pixels import to_bytes
 from stdit.variants import pick
 from stdit.warn import warn_user
 
 Frames = np.ndarray | Tensor
 GIF_FPS = 50
+_TITLE_SIZE = 9  # pixels of the font of names in contact sheets
 
 
 def to_uint8(frames: Frames) -> np.ndarray:
@@ -185,10 +186,12 @@ WRITERS = {".gif": _write_gif, ".png": _write_png}
 SUFFIXES = (".mp4", *WRITERS)
 
 
-def contact_sheet(clips: Sequence[Frames], columns: int = 1, count: int = 5, gap: int = 2) -> np.ndarray:
+def contact_sheet(
+    clips: Sequence[Frames], columns: int = 1, count: int = 5, *, gap: int = 2, names: Sequence[str] | None = None
+) -> np.ndarray:
     """An overview image (H, W, 3) uint8: for each clip a strip of `count` frames, spread evenly over its length.
 
-    columns: strips per row; gap: white pixels between frames.
+    columns: strips per row; gap: white pixels between frames. names: of the clips, written above their strips.
     """
     strips = []
     for clip in clips:
@@ -201,11 +204,37 @@ def contact_sheet(clips: Sequence[Frames], columns: int = 1, count: int = 5, gap
         np.pad(s, ((0, height - s.shape[0]), (0, width - s.shape[1] + 3 * gap), (0, 0)), constant_values=255)
         for s in strips
     ]
+    if names is not None and any(names):
+        titles = [_title(name, strips[0].shape[1] - gap, indent=gap) for name in names]
+        strips = [np.concatenate([title, strip]) for title, strip in zip(titles, strips, strict=True)]
     strips += [np.full_like(strips[0], 255)] * (-len(strips) % columns)
     rows = [np.concatenate(strips[i : i + columns], axis=1) for i in range(0, len(strips), columns)]
     return np.concatenate(rows, axis=0)
 
 
-def write_contact_sheet(path: str | os.PathLike, clips: Sequence[Frames], columns: int = 1, count: int = 5) -> None:
+def _title(text: str, width: int, indent: int) -> np.ndarray:
+    """A line of dark text on white, (14, indent + width, 3) uint8, cut with "..." where it does not fit."""
+    import matplotlib  # for its font, which has more letters than that of PIL
+
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", _TITLE_SIZE)
+    text = printable(text)
+    picture = Image.new("RGB", (indent + width, _TITLE_SIZE + 4), "white")
+    draw = ImageDraw.Draw(picture)
+    if draw.textlength(text, font) > width:
+        while text and draw.textlength(text + "...", font) > width:
+            text = text[:-1]
+        text += "..."
+    draw.text((indent, 1), text, fill=(60, 60, 60), font=font)
+    return np.asarray(picture)
+
+
+def write_contact_sheet(
+    path: str | os.PathLike,
+    clips: Sequence[Frames],
+    columns: int = 1,
+    count: int = 5,
+    *,
+    names: Sequence[str] | None = None,
+) -> None:
     """Write `contact_sheet` as a png file."""
-    write_video(path, contact_sheet(clips, columns, count)[None])
+    write_video(path, contact_sheet(clips, columns, count, names=names)[None])

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from stdit.evaluation.frechet import Features, Gaussian, frechet_distance, kernel_distance
+from stdit.evaluation.frechet import JEDI, KID, Features, Gaussian, PolynomialKernel, frechet_distance, kernel_distance
+from stdit.evaluation.vjepa import load_vjepa2
 from stdit.pixels import to_bytes
 from stdit.vae import load_vae
 
@@ -16,13 +17,14 @@ from stdit.vae import load_vae
 class Extractor(NamedTuple):
     """A feature extractor, from pixels (B, 3, F, H, W) in [-1, 1] to features (N, D).
 
-    frechet, kernel: the names of its distances.
+    frechet, kernel: the names of its distances. polynomial: the kernel of the latter.
     """
 
     name: str
     run: Callable[[Tensor], Tensor]
     frechet: str = "Fréchet distance"
     kernel: str = "kernel distance"
+    polynomial: PolynomialKernel = KID
 
 
 class Distances(NamedTuple):
@@ -62,7 +64,7 @@ def _vae(path: str) -> Extractor:
     return Extractor(f"latents of the VAE {vae.name!r}", run)
 
 
-def _scripted(path: str, call: Callable[[Any, Tensor], Tensor], **names: str) -> Extractor:
+def _scripted(path: str, call: Callable[[Any, Tensor], Tensor], **names: Any) -> Extractor:
     """A TorchScript file on the CPU, called by `call`; ValueError if it is not one, or does not return (N, D)."""
     file = Path(path)
     if not file.is_file():
@@ -87,6 +89,12 @@ def _scripted(path: str, call: Callable[[Any, Tensor], Tensor], **names: str) ->
     return Extractor(f"{file.name}, sha256 {digest}", run, **names)
 
 
+def _vjepa2(path: str) -> Extractor:
+    """JEDi was defined with the first V-JEPA; with another encoder its scale is another."""
+    name, run = load_vjepa2(path)
+    return Extractor(name, run, kernel="JEDi with V-JEPA 2", polynomial=JEDI)
+
+
 EXTRACTORS: dict[str, Callable[[str], Extractor]] = {
     # The files of the metrics of StyleGAN and StyleGAN-V, called with the same arguments as there.
     "inception": lambda path: _scripted(
@@ -99,12 +107,13 @@ EXTRACTORS: dict[str, Callable[[str], Extractor]] = {
         kernel="KVD",
     ),
     "script": lambda path: _scripted(path, lambda net, x: net(x)),
+    "vjepa2": _vjepa2,
     "vae": _vae,
 }
 
 
 def load_extractor(choice: str = "vae") -> Extractor:
-    """Load an extractor: `vae` (the tiny VAE), `vae=PATH`, `inception=FILE`, `i3d=FILE`, or `script=FILE`.
+    """Load an extractor: `vae` (the tiny VAE), `vae=PATH`, `inception=FILE`, `i3d=FILE`, `script=FILE`, or `vjepa2=FOLDER`.
 
     A script takes pixels (B, 3, F, H, W). Raises ValueError for an unknown choice or a missing file. Nothing is
     downloaded.
@@ -112,7 +121,7 @@ def load_extractor(choice: str = "vae") -> Extractor:
     kind, _, path = choice.partition("=")
     if kind not in EXTRACTORS or (kind != "vae" and not path):
         raise ValueError(
-            f"features {choice!r} are unknown; write vae, or one of inception=FILE, i3d=FILE, script=FILE."
+            f"features {choice!r} are unknown; write vae, or one of inception=FILE, i3d=FILE, script=FILE, vjepa2=FOLDER."
         )
     return EXTRACTORS[kind](path)
 
@@ -133,7 +142,7 @@ def distances(generated: Iterable[Tensor], real: Iterable[Tensor], extractor: Ex
     real_gaussian, real_features = extract_features(real, extractor)
     return Distances(
         frechet=frechet_distance(gaussian, real_gaussian),
-        kernel=kernel_distance(features.concatenated(), real_features.concatenated()),
+        kernel=kernel_distance(features.concatenated(), real_features.concatenated(), extractor.polynomial),
         clips=gaussian.count,
         names=(extractor.frechet, extractor.kernel),
         extractor=extractor.name,

@@ -1,7 +1,7 @@
 """Fréchet and kernel distances between distributions of features, such as FID and KID, FVD and KVD."""
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -102,21 +102,35 @@ class Features:
         return torch.cat(self.parts)
 
 
-def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """The squared maximum mean discrepancy of features (N, D) and (M, D), an unbiased estimate.
+class PolynomialKernel(NamedTuple):
+    """The kernel (x.y / D + offset)^degree, and how its distance is written.
 
-    The kernel is (x.y / D + 1)^3. Binkowski et al., "Demystifying MMD GANs" (KID with Inception's features, KVD with
-    I3D's). It may be below 0.
+    unbiased: leave the products of features with themselves out of the means. factor: of the distance.
     """
+
+    degree: int
+    offset: float
+    unbiased: bool = True
+    factor: float = 1.0
+
+
+# Binkowski et al., "Demystifying MMD GANs" (KID with Inception's features, KVD with I3D's).
+KID = PolynomialKernel(3, 1.0)
+# Luo et al., "Beyond FVD: Enhanced Evaluation Metrics for Video Generation Quality" (JEDi with V-JEPA's features).
+JEDI = PolynomialKernel(2, 0.0, unbiased=False, factor=100.0)
+
+
+def kernel_distance(a: Tensor, b: Tensor, kernel: PolynomialKernel = KID) -> float:
+    """The squared maximum mean discrepancy of features (N, D) and (M, D); an unbiased one may be below 0."""
     if min(len(a), len(b)) < 2:
         raise ValueError(f"the kernel distance needs 2 or more clips of each, got {len(a)} and {len(b)}; give more.")
     a, b = a.double(), b.double()
 
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
+    def products(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + kernel.offset) ** kernel.degree
 
     def within(x: Tensor) -> Tensor:
-        products = kernel(x, x)
-        return (products.sum() - products.trace()) / (len(x) * (len(x) - 1))
+        found = products(x, x)
+        return (found.sum() - found.trace()) / (len(x) * (len(x) - 1)) if kernel.unbiased else found.mean()
 
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+    return kernel.factor * float(within(a) + within(b) - 2 * products(a, b).mean())

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from stdit.files import read_json
 from stdit.hashes import check_weights
+from stdit.hub import is_folder
 from stdit.legacy import renamed_parameter, renamed_section
 from stdit.model.lora import check_lora, lora_prefix
 from stdit.nn.low_rank import lora_names
@@ -45,11 +46,6 @@ def model_card(config: dict, parameters: int) -> ModelCard:
         f"{classes}, made for latents of {list(config['sample_size'])}.{listed}\n\n"
         "```python\nfrom stdit import STDiT\n\nmodel = STDiT.from_pretrained(FOLDER)\n```\n"
     )
-
-
-def is_folder(repo_id: str) -> bool:
-    """Whether a push target is a local folder: an existing one, or a path such as ./mine."""
-    return repo_id.startswith(("/", "./", "../", "~")) or Path(repo_id).is_dir()
 
 
 class HubMixin:

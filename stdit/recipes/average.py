@@ -54,7 +54,7 @@ def _trainer(config: Config, model: nn.Module, vae: VideoVAE) -> tuple[Trainer, 
             "with train.holdout=0.1."
         )
     accelerator = build_accelerator(config.train.precision)
-    captions = build_captions(config, dataset, accelerator.device, main=True)
+    captions = build_captions(config, dataset, accelerator.device)
     trainer = Trainer(
         accelerator, RunFolders(config.name), model.to(accelerator.device), [],
         config=config.train, resolved={}, objective=build_objective(config.objective), vae=vae.to(accelerator.device),

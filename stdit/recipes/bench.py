@@ -35,6 +35,7 @@ from stdit.precision import autocast, native_bf16, resolve
 from stdit.recipes.bench_scale import bench_scale
 from stdit.recipes.entry import command, command_parser
 from stdit.rng import keyed_rng
+from stdit.training.allocator import reuse_freed_memory
 from stdit.training.optim import build_optimizers
 from stdit.training.step import LatentBatch, diffusion_losses
 from stdit.vae import load_vae
@@ -175,6 +176,7 @@ def bench_step(args: argparse.Namespace) -> None:
 
 def bench_floor(args: argparse.Namespace) -> None:
     """The quickstart's training step against its floor: the time of its operations at the rate of large products."""
+    reuse_freed_memory()  # as training does
     config = load_typed(Config, "quickstart")
     precision = resolve(config.train.precision)
     model = STDiT(**{**model_arguments(config.model), "in_channels": 16, "num_classes": 12, "learn_sigma": False})
@@ -347,9 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark."""
     parser = command_parser("bench", __doc__)
     parser.add_argument("what", choices=BENCHES)
-    parser.add_argument("--root", default="data/shapes")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--root", default="data/shapes", help="folder of clips")
+    parser.add_argument("--rounds", type=int, default=5, help="of every measurement, whose median is printed")
+    parser.add_argument("--samples", type=int, default=128, help="clips that the loader reads")
     parser.add_argument(
         "--axes", help="packing: the axis of all blocks, such as joint; default: spatial and temporal in turn"
     )

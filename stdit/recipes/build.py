@@ -50,10 +50,13 @@ def build_accelerator(precision: Precision, unused_parameters: bool = False, *, 
     )
 
 
-def build_captions(config: Config, dataset: Dataset, device: torch.device, *, main: bool) -> CaptionCache | None:
+def build_captions(
+    config: Config, dataset: Dataset, device: torch.device | str, *, share: tuple[int, int] = (0, 1)
+) -> CaptionCache | None:
     """Encode the captions of the data into a cache on disk; None without a text encoder.
 
-    main: whether this is the main process, which encodes and writes; the others read. ValueError if no clip has a caption.
+    share: the number of this process and of all, which divide the captions; each returns when all are encoded. ValueError if
+    no clip has a caption.
     """
     if config.text.encoder is None:
         return None
@@ -65,8 +68,7 @@ def build_captions(config: Config, dataset: Dataset, device: torch.device, *, ma
         )
     encoder = load_text_encoder(config.text.encoder, device)
     cache = CaptionCache(Path(config.text.cache), encoder)
-    if main:
-        cache.add(encoder, texts)
+    cache.add(encoder, texts, progress=not share[0], share=share)
     return cache
 
 

@@ -3,8 +3,8 @@
     stdit cache-latents quickstart data.root=data/shapes data.manifest=data/shapes/manifest.jsonl data.source=videos --output data/shapes_latents
 
 Several processes can share the work (torchrun, or the same command started twice): every shard is written under a
-temporary name, hashed and renamed. The same command, run again, encodes only clips that are new or that changed, and
-takes over changed labels and captions.
+temporary name, hashed and renamed. With text.encoder they encode the captions too, which training finds in text.cache.
+The same command, run again, encodes only clips that are new or that changed, and takes over changed labels and captions.
 """
 
 import json
@@ -36,6 +36,7 @@ from stdit.hashes import difference, file_sha256
 from stdit.pixels import to_float
 from stdit.precision import autocast
 from stdit.progress import Progress
+from stdit.recipes.build import build_captions
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import default_device
 from stdit.recipes.order import measure
@@ -46,7 +47,7 @@ from stdit.vae import VideoVAE, load_vae
 class Shard(NamedTuple):
     """The latents of a part of the data.
 
-    tensors: name -> (N, C, T, h, w) float16, see `_encode`. indices: of the N clips in the dataset. conditions: raw
+    tensors: name -> (N, C, T, h, w), see `_encode`. indices: of the N clips in the dataset. conditions: raw
     conditions of each clip. bad: unreadable file -> the reason. waited: seconds spent waiting for data.
     """
 
@@ -65,7 +66,13 @@ class Part(NamedTuple):
 
 
 def encode_shard(
-    dataset: Dataset, vae: VideoVAE, indices: Sequence[int], *, seed: int, size: ClipSize | None = None
+    dataset: Dataset,
+    vae: VideoVAE,
+    indices: Sequence[int],
+    *,
+    seed: int,
+    size: ClipSize | None = None,
+    dtype: torch.dtype = torch.float16,
 ) -> Shard:
     """Read and encode clips. Threads read the next clips meanwhile, since video decoding releases Python's lock."""
     latents: list[dict[str, torch.Tensor]] = []
@@ -94,7 +101,7 @@ def encode_shard(
             bad |= {dataset.name(i): str(sample) for i, sample in samples.items() if isinstance(sample, VideoError)}
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
-                latents.append(_encode(vae, torch.stack([sample["pixels"] for sample in good.values()])))
+                latents.append(_encode(vae, torch.stack([sample["pixels"] for sample in good.values()]), dtype))
                 encoded += list(good)
                 conditions += [stored_conditions(dataset, i, sample) for i, sample in good.items()]
     tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}
@@ -108,20 +115,20 @@ def stored_conditions(dataset: Dataset, index: int, sample: dict) -> dict:
 
 
 @torch.no_grad()
-def _encode(vae: VideoVAE, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Encode clips (N, F, H, W, 3) uint8 into float16 tensors (N, C, T, h, w).
+def _encode(vae: VideoVAE, pixels: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Encode clips (N, F, H, W, 3) uint8 into tensors (N, C, T, h, w) of a data type; float32 is also computed in it.
 
     latents: of the whole clips. reencoded: each latent frame, encoded as the start of a segment.
     """
     batch = to_float(pixels.to(vae.device)).to(vae.dtype)
-    with autocast("auto", vae.device):
+    with autocast("auto" if dtype == torch.float16 else "fp32", vae.device):
         latents = vae.encode(batch)
         groups = [vae.frames_of_latent(batch, t) for t in range(1, latents.shape[2])]
         heads = vae.encode_segment(torch.cat(groups)).split(len(batch)) if groups else ()  # an image has no groups
     heads = torch.cat([latents[:, :, :1], *heads], dim=2)
-    tensors = {"latents": latents.half().cpu(), "reencoded": heads.half().cpu()}
+    tensors = {"latents": latents.to("cpu", dtype), "reencoded": heads.to("cpu", dtype)}
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise ValueError(f"VAE {vae.name!r} gave latents that are not finite in 16 bits; use it in float32.")
+        raise ValueError(f"VAE {vae.name!r} gave latents that are not finite in {dtype}; set data.cache_dtype=float32.")
     return tensors
 
 
@@ -168,11 +175,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "shard_size": args.shard_size,
         "tensors": ["latents", "reencoded"], **{key: getattr(config.data, key) for key in SOURCE_KEYS},
         "windows": args.windows, "mirrored": args.mirrored, "sizes": [list(size) for size in config.data.sizes],
+        "dtype": config.data.cache_dtype,
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
     check_settings(args.output, head, vae)
     parts = divide(dataset, [ClipSize(*size) for size in config.data.sizes], args.shard_size, seed=config.seed)
-    write_shards(args.output, dataset, vae, parts, seed=config.seed)
+    build_captions(config, dataset, default_device(), share=_rank())  # first, since it may find that there are none
+    dtype = getattr(torch, config.data.cache_dtype)
+    write_shards(args.output, dataset, vae, parts, seed=config.seed, dtype=dtype)
     return write_index(args.output, head, dataset, parts, rate=clip_rate(config.data, dataset))
 
 
@@ -218,7 +228,14 @@ def check_settings(output: Path, head: dict, vae: VideoVAE) -> None:
         return
     try:
         # What earlier versions did not record.
-        found = {"flip": False, "windows": 1, "mirrored": False, "sizes": [], **json.loads(path.read_text())}
+        found = {
+            "flip": False,
+            "windows": 1,
+            "mirrored": False,
+            "sizes": [],
+            "dtype": "float16",
+            **json.loads(path.read_text()),
+        }
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); choose another --output, or remove it.") from error
     if vae.has_fingerprint(str(found.get("vae_fingerprint"))):
@@ -235,7 +252,9 @@ def _rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def write_shards(output: Path, dataset: Dataset, vae: VideoVAE, parts: Sequence[Part], *, seed: int) -> None:
+def write_shards(
+    output: Path, dataset: Dataset, vae: VideoVAE, parts: Sequence[Part], *, seed: int, dtype: torch.dtype
+) -> None:
     """Write the shards of this process, encoding the clips that are new or changed, and those of missing or damaged shards."""
     (rank, world), waited, began = _rank(), 0.0, time.perf_counter()
     done: Counter[str] = Counter()
@@ -247,7 +266,7 @@ def write_shards(output: Path, dataset: Dataset, vae: VideoVAE, parts: Sequence[
             except ValueError:  # the same command runs twice: the other process has this shard
                 done["elsewhere"] += 1
                 continue
-            waited += _write_shard(file, dataset, vae, parts[number], seed=seed, done=done)
+            waited += _write_shard(file, dataset, vae, parts[number], seed=seed, dtype=dtype, done=done)
     if not rank:
         print(f"waited {waited:.1f} s of {time.perf_counter() - began:.1f} s for data")
     if done["elsewhere"]:
@@ -258,7 +277,9 @@ def write_shards(output: Path, dataset: Dataset, vae: VideoVAE, parts: Sequence[
         )
 
 
-def _write_shard(file: Path, dataset: Dataset, vae: VideoVAE, part: Part, *, seed: int, done: Counter[str]) -> float:
+def _write_shard(
+    file: Path, dataset: Dataset, vae: VideoVAE, part: Part, *, seed: int, dtype: torch.dtype, done: Counter[str]
+) -> float:
     """Bring one shard up to date; counts what was done -> seconds spent waiting for data."""
     indices = part.indices
     sources = [[*source_of(dataset, i), *(part.size or ())] for i in indices]
@@ -275,7 +296,7 @@ def _write_shard(file: Path, dataset: Dataset, vae: VideoVAE, part: Part, *, see
             record = {**old, **_annotations(dataset, [i for i in indices if unchanged[i] is not None])}
             write_text(file.with_suffix(".json"), json.dumps({**record, "annotations": annotations}))
         return 0.0
-    shard = encode_shard(dataset, vae, wanted, seed=seed, size=part.size)
+    shard = encode_shard(dataset, vae, wanted, seed=seed, size=part.size, dtype=dtype)
     record = _merge(file, old, shard, unchanged=unchanged, indices=indices)
     kept = {dataset.name(i) for i in unchanged}
     bad = {name: reason for name, reason in old["bad"].items() if name in kept}

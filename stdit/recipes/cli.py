@@ -21,10 +21,13 @@ COMMANDS = {
     "evaluate-tasks": "measure extend, connect, inpaint and the other tasks on moving shapes",
     "held-out-loss": "loss on held-out clips by mask strategy and noise level",
     "compare": "train variants of a config on one budget and compare them",
+    "info": "what trained models are: their clips, labels, captions and actions",
     "plan": "memory, speed and days of a run on a GPU, before it starts",
     "convert": "convert weights of DiT, SiT, Latte, U-ViT, MDT or diffusers, and back",
     "record": "record episodes of an environment, with the actions that led to every frame",
     "play": "play a world in the browser: frames go on as you press keys",
+    "split": "cut long videos at scene changes into clips of one length and rate, with a manifest",
+    "caption": "write the captions of a manifest's clips by a vision-language model",
     "make-shapes": "draw clips of moving shapes, with a manifest",
     "index": "read every file of a folder or manifest once, and keep a table that runs of any size open at once",
     "check-media": "read every file of a folder in full and say which training cannot use",
@@ -34,6 +37,7 @@ COMMANDS = {
     "bench": "measure speed: loader, training step, attention, VAE, packing, and growth to a million rows",
     "bench-memory": "compare the planned peak of memory with real runs",
     "gpu-check": "check every CUDA path on this machine",
+    "completion": "print what makes bash, zsh or fish complete commands, options, configs and models",
 }
 
 

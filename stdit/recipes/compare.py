@@ -73,7 +73,7 @@ class Probe:
         self.config = read_variant(spec, variant)
         dataset, vae = build_dataset(self.config.data), load_vae(self.config.vae.name)
         self.objective, self.vae = build_objective(self.config.objective), vae
-        captions = build_captions(self.config, dataset, torch.device("cpu"), main=True)
+        captions = build_captions(self.config, dataset, torch.device("cpu"))
         self.captions = captions
         self.model = build_model(
             self.config, vae, dataset, self.objective, caption_channels=None if captions is None else captions.channels

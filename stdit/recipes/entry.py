@@ -148,11 +148,23 @@ def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
     return 1
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help with the line breaks of the description, and with the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        preset = action.default
+        if text is None or "default" in text or preset is None or preset is False or preset in ([], argparse.SUPPRESS):
+            return text
+        shown = (
+            " ".join(map(str, preset)) if isinstance(preset, Sequence) and not isinstance(preset, str) else str(preset)
+        )
+        return f"{text} (default: {shown})".replace("%", "%%")
+
+
 def command_parser(command: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of `stdit COMMAND`; its help shows `description` with the line breaks it has."""
-    return argparse.ArgumentParser(
-        prog=f"stdit {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """The parser of `stdit COMMAND`; its help shows `description` with its line breaks, and the defaults of options."""
+    return argparse.ArgumentParser(prog=f"stdit {command}", description=description, formatter_class=_HelpFormatter)
 
 
 def child_environment() -> dict[str, str]:

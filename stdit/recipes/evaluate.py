@@ -33,7 +33,8 @@ from stdit.pixels import to_float
 from stdit.progress import Progress
 from stdit.recipes import evaluate_world
 from stdit.recipes.entry import command, command_parser
-from stdit.recipes.models import load_pipeline, newest_model
+from stdit.recipes.info import newest_model
+from stdit.recipes.models import load_pipeline
 from stdit.rng import keyed_rng
 from stdit.sampling.options import Guider
 from stdit.sampling.pipeline import STDiTPipeline
@@ -234,26 +235,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--features",
         default="vae",
-        help="features of the distances: vae, vae=PATH, inception=FILE, i3d=FILE or script=FILE",
+        help="features of the distances: vae, vae=PATH, inception=FILE, i3d=FILE, script=FILE or vjepa2=FOLDER (JEDi)",
     )
     parser.add_argument(
         "--paired", action="store_true", help="input and reference are the same clips in order: PSNR, SSIM"
     )
-    parser.add_argument("--clips", type=int, default=480)
-    parser.add_argument("--frames", type=int)
-    parser.add_argument("--size", type=int)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--clips", type=int, default=480, help="that are sampled")
+    parser.add_argument("--frames", type=int, help="of a clip; default: as in training")
+    parser.add_argument("--size", type=int, help="height and width; default: as in training")
+    parser.add_argument("--steps", type=int, default=30, help="of the solver")
     parser.add_argument(
         "--guidance", type=float, help="default: 3; 2 for a model with a guide, 1 for one that has learnt it"
     )
     parser.add_argument(
         "--guider", choices=get_args(Guider), help="what guidance leads away from; default: the model's"
     )
-    parser.add_argument("--solver")
+    parser.add_argument("--solver", help="default: the model's")
     parser.add_argument(
         "--against", metavar="FILE", help="an evaluation.json of the same seed: print the differences, clip by clip"
     )
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the noise")
     args = parser.parse_args(arguments)
     if "" in (args.input, args.reference, args.model):
         raise ValueError("--input, --reference or --model is empty; name a file or a folder, or leave it out.")

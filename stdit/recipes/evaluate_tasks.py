@@ -91,9 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bounce", help="a model trained on shapes that bounce")
     parser.add_argument("--rollout", help="a causal model trained on shapes that bounce")
     parser.add_argument("--tasks", nargs="+", help="measure only these tasks")
-    parser.add_argument("--clips", type=int, default=96)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--clips", type=int, default=96, help="of each task")
+    parser.add_argument("--steps", type=int, default=30, help="of the solver")
+    parser.add_argument("--seed", type=int, default=1, help="of clips and noise")
     args = parser.parse_args(argv)
     if not args.model and not args.bounce and not args.rollout:
         raise ValueError(

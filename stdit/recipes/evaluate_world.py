@@ -30,7 +30,8 @@ from stdit.evaluation.worlds import (
 from stdit.files import write_json
 from stdit.pixels import to_float
 from stdit.recipes.entry import command, command_parser
-from stdit.recipes.models import load_pipeline, newest_model
+from stdit.recipes.info import newest_model
+from stdit.recipes.models import load_pipeline
 from stdit.sampling.checks import check_world
 from stdit.sampling.options import WORLD_OPTIONS, add_flags, options_from
 from stdit.worlds.environments import SHIPPED, environment_of, frames_of_action

@@ -54,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print a table of losses for each model."""
     parser = command_parser("held-out-loss", __doc__)
     parser.add_argument("models", nargs="+")
-    parser.add_argument("--clips", type=int, default=96)
+    parser.add_argument("--clips", type=int, default=96, help="that are drawn")
     parser.add_argument("--levels", type=float, nargs="+", default=[0.4, 0.6, 0.8, 0.95], help="noise levels, 0 to 1")
     parser.add_argument("--motion", choices=["straight", "bounce"], default="straight")
-    parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--seed", type=int, default=77, help="of clips and noise")
     args = parser.parse_args(argv)
     if args.clips < 1 or not all(0 < level <= 1 for level in args.levels):
         raise ValueError(

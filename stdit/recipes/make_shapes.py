@@ -21,9 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Draw the clips, unless the folder already has the same clips."""
     parser = command_parser("make-shapes", __doc__)
     parser.add_argument("--output", default="data/shapes", help="folder for the clips and manifest.jsonl")
-    parser.add_argument("--num-clips", type=int, default=480)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--num-clips", type=int, default=480, help="number of clips")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--frames", type=int, default=17, help="of a clip")
     parser.add_argument("--size", type=int, default=64, help="pixels, at least 32")
     parser.add_argument(
         "--motion",
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="straight",
         help="straight: labels are shape and direction; bounce: colour and shape",
     )
-    parser.add_argument("--fps", type=float, default=8)
+    parser.add_argument("--fps", type=float, default=8, help="frames a second of the files")
     parser.add_argument(
         "--without",
         nargs="+",

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--axes", nargs="+", default=["spatial", "temporal"])
     parser.add_argument("--frames", nargs="+", type=int, default=[1, 5, 9, 17], help="latent frames")
     parser.add_argument("--latent", type=int, default=32, help="height and width of the latents")
-    parser.add_argument("--channels", type=int, default=16)
+    parser.add_argument("--channels", type=int, default=16, help="of the latents")
     args = parser.parse_args(argv)
     print(video_table(args) if args.size else paper_table())
     return 0

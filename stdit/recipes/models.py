@@ -14,27 +14,12 @@ from stdit.model.lora import FILE_NAME
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.nn.low_rank import add_lora
+from stdit.recipes.info import CHECKPOINTS
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.loop_state import load_weights
 from stdit.training.results import LORA, build_pipeline
 from stdit.training.state import Checkpoint, damage, list_checkpoints, load_checkpoint, read_checkpoint
 from stdit.vae import load_vae
-
-CHECKPOINTS = Path("checkpoints")
-
-
-def newest_model(folder: Path = Path("models")) -> Path:
-    """The folder of the model trained last; without any, of the run that wrote a checkpoint last.
-
-    ValueError with the command that makes one if there is neither.
-    """
-    found = [path.parent for path in folder.glob("[!.]*/model_index.json")]
-    if found:
-        return max(found, key=lambda path: (path / "model_index.json").stat().st_mtime)
-    steps = [path for path in CHECKPOINTS.glob("[!.]*/step-*/info.json") if folder == Path("models")]
-    if steps:
-        return max(steps, key=lambda path: path.stat().st_mtime).parents[1]
-    raise ValueError(f"there is no model under {folder}/; train one with make quickstart, or with stdit train CONFIG.")
 
 
 def default_device() -> str:

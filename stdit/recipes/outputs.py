@@ -3,21 +3,24 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from stdit.data.video_write import SUFFIXES, VideoStream, write_video
-from stdit.files import check_writable
+from stdit.files import check_writable, plain_name
 
 
-def output_paths(args: argparse.Namespace, model: Path, *, count: int, suffix: str, settings: dict) -> list[Path]:
+def output_paths(
+    args: argparse.Namespace, model: Path, *, texts: Sequence[str], suffix: str, settings: dict
+) -> list[Path]:
     """The path of each clip. ValueError if it, or the JSON file next to it, exists and --overwrite was not given.
 
-    Names in a folder end in a hash of the settings, so that clips of different settings do not overwrite each other.
+    texts: what each clip shows (a class, a caption, or nothing), which becomes a part of its name. Names in a folder end in a hash of the settings, so that clips of different settings do not overwrite each other.
     """
+    count = len(texts)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     if args.output and Path(args.output).suffix:
         file = Path(args.output)
@@ -26,7 +29,8 @@ def output_paths(args: argparse.Namespace, model: Path, *, count: int, suffix: s
     else:
         folder = Path(args.output) if args.output else Path("output") / model.name / "samples"
         task = "" if args.task == "generate" else f"{args.task}-"
-        paths = [folder / f"{task}{i:03d}-seed-{args.seed}-{digest}{suffix}" for i in range(count)]
+        names = [f"-{plain_name(text)}" if plain_name(text) else "" for text in texts]
+        paths = [folder / f"{task}{i:03d}{name}-seed-{args.seed}-{digest}{suffix}" for i, name in enumerate(names)]
     unknown = [path for path in paths if path.suffix.lower() not in SUFFIXES]
     if unknown:
         raise ValueError(f"--output {unknown[0]}: cannot write {unknown[0].suffix}; use one of {', '.join(SUFFIXES)}.")

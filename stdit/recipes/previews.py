@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from stdit.config import Config
-from stdit.recipes import sample
+from stdit.recipes import sample, sampling
+from stdit.recipes.sample_tasks import check_options
 from stdit.sampling.options import options_from
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.parallel import is_sharded
@@ -28,7 +29,7 @@ class OwnPreview(NamedTuple):
     text: str
     args: argparse.Namespace
     inputs: list
-    call: sample.Call
+    call: sampling.Call
 
 
 def read_previews(config: Config, pipe: STDiTPipeline) -> list[OwnPreview]:
@@ -71,8 +72,9 @@ def _read(text: str, config: Config, pipe: STDiTPipeline) -> OwnPreview:
         reason = said.getvalue().strip().rpartition("error: ")[2]
         raise ValueError(reason or "these are no flags of stdit sample; see stdit sample --help") from error
     options = options_from(args, precision=train.precision, progress=False)
-    inputs = sample.read_inputs(args, pipe)
-    call = sample.build_call(args, pipe, options)
+    check_options(args)
+    inputs = sampling.read_inputs(args, pipe)
+    call = sampling.build_call(args, pipe, options)
     for keyword, flag in (("captions", "--caption"), ("negative_captions", "--negative-caption")):
         if getattr(args, flag[2:].replace("-", "_")) and "caption" not in pipe.transformer.conditioners:
             raise ValueError(f"{flag} is for a model with {keyword.removeprefix('negative_')}; leave it out.")
@@ -91,7 +93,7 @@ def sample_previews(previews: Sequence[OwnPreview], pipe: STDiTPipeline) -> list
 def _sample(one: OwnPreview, pipe: STDiTPipeline) -> list[Preview]:
     args, count = one.args, one.call.num_clips
     inputs = [clip._replace(pixels=clip.pixels.expand(count, *clip.pixels.shape[1:])) for clip in one.inputs]
-    clips: Any = sample.TASKS[args.task].call(pipe, inputs, args, one.call.keywords())
+    clips: Any = sampling.CALLS[args.task](pipe, inputs, args, one.call.keywords())
     if not isinstance(clips, torch.Tensor):  # a stream of groups of frames
         clips = torch.cat(list(clips), dim=2)
     fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
@@ -99,6 +101,6 @@ def _sample(one: OwnPreview, pipe: STDiTPipeline) -> list[Preview]:
 
 
 def _name(one: OwnPreview, pipe: STDiTPipeline, index: int) -> str:
-    record = sample.clip_record(pipe, one.call, index)
+    record = sampling.clip_record(pipe, one.call, index)
     what = record["caption"] or record["label_name"]
     return one.args.task if what is None else f"{one.args.task} {what}"

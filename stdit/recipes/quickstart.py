@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the training config, as for stdit train"
     )
-    parser.add_argument("--num-clips", type=int, default=2400)
+    parser.add_argument("--num-clips", type=int, default=2400, help="number of clips that are drawn")
     args = parser.parse_args(argv)
     began = time.time()
     if not native_bf16():

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("record", __doc__)
     parser.add_argument("environment", metavar="ENV", help='"room", which ships, or an id of Gymnasium\'s')
-    parser.add_argument("--episodes", type=int, default=1000)
+    parser.add_argument("--episodes", type=int, default=1000, help="number of episodes")
     parser.add_argument("--frames", type=int, default=33, help="of an episode at most")
     parser.add_argument("--policy", default="sticky", help="random, sticky, or MODULE:FUNCTION(observation, info, rng)")
     parser.add_argument("--repeat", type=int, default=4, help="frames that one action lasts")

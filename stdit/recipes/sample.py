@@ -16,146 +16,30 @@ stdit sample --task edit --input clip.mp4 --strength 0.6 --class-label "square u
 """
 
 import argparse
-import dataclasses
+import secrets
 import sys
-import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
-
-from stdit.conditions import Actions
-from stdit.data.inputs import Input, read_input, read_mask
-from stdit.files import claimed, printable, write_json
-from stdit.progress import Progress
-from stdit.recipes.adapters import add_loras
+from stdit.labels import label_number
 from stdit.recipes.entry import command, command_parser
-from stdit.recipes.models import load_pipeline, newest_model
-from stdit.recipes.outputs import output_paths, refuse_existing, write_clips
-from stdit.sampling.options import SamplingOptions, add_flags, options_from
-from stdit.sampling.pipeline import STDiTPipeline
-from stdit.sampling.tasks import outpaint_canvas
+from stdit.recipes.info import label_names, newest_model, read_settings
+from stdit.recipes.sample_tasks import TASKS, check_options
+from stdit.sampling.options import add_flags, options_from
 
-
-def _generate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    return pipe(num_frames=args.frames, height=args.height, width=args.width, num_videos=args.num_clips, **call)
-
-
-def _animate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    return pipe.animate(inputs[0].pixels, args.frames, **call)
-
-
-def _extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    """The extended clip; from a causal model a stream of groups of frames, in constant memory."""
-    pixels = inputs[0].pixels
-    if args.before or not pipe.can_stream(pixels, call["options"]):
-        return pipe.extend(pixels, args.after, args.before, **call)
-    stream = pipe.stream(pixels, args.after, **call)
-    return chain([pixels], Progress(stream, "groups of frames", args.after // pipe.video_vae.stride[0]))
-
-
-def _connect(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    return pipe.connect(inputs[0].pixels, inputs[1].pixels, args.frames or NEW_FRAMES, **call)
-
-
-def _loop(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    return pipe.loop(inputs[0].pixels, args.frames or NEW_FRAMES, **call)
-
-
-def _interpolate(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    return pipe.interpolate(inputs[0].pixels, args.factor, **call)
-
-
-def _inpaint(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    (source,) = inputs
-    if args.mask:
-        (frames, height, width), fps = source.pixels.shape[2:], args.fps or pipe.config.fps
-        mask = read_mask(args.mask, source.source, clip=(frames, height, width), fps=fps, frames=args.frames)
-        return pipe.inpaint(source.pixels, mask, **call)
-    pixels, mask = outpaint_canvas(source.pixels, args.height or pipe.config.height, args.width or pipe.config.width)
-    return pipe.inpaint(pixels, mask, **call)
-
-
-def _edit(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
-    return pipe.edit(inputs[0].pixels, args.strength, **call)
-
-
-NEW_FRAMES = 12  # frames that connect and loop generate without --frames: three latent frames of a VAE of stride 4
-
-
-class Task(NamedTuple):
-    """A value of `--task`.
-
-    inputs: the number of --input files. call: samples the clips. options: those of `TASK_OPTIONS`, and --frames, that
-    it uses. trims: whether --frames shortens the input. keeps_image: whether an image as input gives an image.
-    """
-
-    inputs: int
-    call: Callable
-    options: tuple[str, ...]
-    trims: bool = False
-    keeps_image: bool = False
-
-
-TASKS = {
-    "generate": Task(0, _generate, ("frames",)),
-    "animate": Task(1, _animate, ("frames",)),
-    "extend": Task(1, _extend, ("after", "before", "frames"), trims=True),
-    "connect": Task(2, _connect, ("frames",)),
-    "loop": Task(1, _loop, ("frames",)),
-    "interpolate": Task(1, _interpolate, ("factor", "frames"), trims=True),
-    "inpaint": Task(1, _inpaint, ("mask", "frames"), trims=True, keeps_image=True),
-    "edit": Task(1, _edit, ("strength", "frames"), trims=True, keeps_image=True),
-}
-# Options of single tasks, with their defaults.
-TASK_OPTIONS = {
-    "after": 0,
-    "before": 0,
-    "mask": None,
-    "strength": 0.6,
-    "factor": 2,
-}  # and their defaults
 COUNTS = ("frames", "height", "width", "num_videos", "factor")  # each must be >= 1
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Raise ValueError for a wrong number of inputs, or an option of a different task."""
-    task = TASKS[args.task]
-    for name, default in TASK_OPTIONS.items():
-        if getattr(args, name) != default and name not in task.options:
-            users = [other for other, spec in TASKS.items() if name in spec.options]
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} belongs to --task {' or '.join(users)}, not to {args.task}; leave it out.")
-    if len(args.input) != task.inputs:
-        raise ValueError(f"--task {args.task} takes {task.inputs} --input file(s), {len(args.input)} given.")
-    if args.task == "inpaint" and not (args.mask or args.height or args.width):
-        raise ValueError("--task inpaint needs a --mask, or room around the picture: a larger --height or --width.")
-
-
-def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline) -> list[Input]:
-    """Read the --input files at the model's size and frame rate, or those of the command line."""
-    check_options(args)
-    trained = (pipe.config.height, pipe.config.width)
-    size: Any = (args.height or trained[0], args.width or trained[1])
-    if args.task == "inpaint" and not args.mask:  # outpainting: the whole picture inside the larger frame
-        size = partial(_fit_inside, frame=size, trained=trained)
-    frames = args.frames if TASKS[args.task].trims else None
-    inputs = [read_input(path, size, args.fps or pipe.config.fps, frames) for path in args.input]
-    for path, clip in zip(args.input, inputs, strict=True):
-        if clip.note:
-            print(printable(f"{path}: {clip.note}"))
-    return inputs
-
-
-def _fit_inside(source: tuple[int, int], frame: tuple[int, int], trained: tuple[int, int]) -> tuple[int, int]:
-    """The size at which a whole picture fits into `frame`, at most as large as needed to cover the size of training."""
-    scale = min(
-        *(f / s for f, s in zip(frame, source, strict=True)), max(t / s for t, s in zip(trained, source, strict=True))
-    )
-    return max(1, round(source[0] * scale)), max(1, round(source[1] * scale))
+def check_labels(args: argparse.Namespace, model: Path) -> None:
+    """Raise ValueError for a label that a model does not have, from its settings, before anything is loaded."""
+    given = [*(args.class_label or []), *(args.negative_class_label or [])]
+    if not given or not (model / "model_index.json").is_file():  # a run's checkpoint says so when it is loaded
+        return
+    transformer = read_settings(model)["transformer"]
+    names = label_names(transformer)
+    if names:
+        for label in given:
+            label_number(label, len(names), transformer.get("class_names"))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -217,9 +101,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         help="generate, animate: frames of the clip (1 writes a png); connect, loop: new frames; else frames of the input",
     )
-    add("--height", type=int)
-    add("--width", type=int)
-    add_flags(parser)
+    add("--height", type=int, help="in pixels; default: as in training")
+    add("--width", type=int, help="in pixels; default: as in training")
+    add_flags(parser, seed=None)
     add(
         "--pos-scaling",
         help="positions at untrained sizes: none, or interpolate into the trained grid; default: the model's",
@@ -228,6 +112,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", help="a file (.mp4, .gif, .png) or a folder")
     add("--overwrite", action="store_true")
     args = parser.parse_args(argv)
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**31)
     for name in COUNTS:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -238,133 +124,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-class Call(NamedTuple):
-    """One call of the pipeline.
-
-    num_clips: the number of clips it gives. labels (B,): their classes, if any. captions: one, or one per clip. negative:
-    what guidance leads away from, by keyword. actions: of the last frames, one for each.
-    """
-
-    options: SamplingOptions
-    num_clips: int
-    labels: torch.Tensor | None
-    captions: list[str] | None
-    negative: dict[str, Any]
-    actions: list[int | str] | None = None
-
-    def keywords(self) -> dict[str, Any]:
-        """Keywords of every task."""
-        given: dict[str, Any] = {"captions": self.captions} if self.captions else {}
-        given |= {"actions": self.actions} if self.actions else {}
-        return {"class_labels": self.labels, "options": self.options, **given, **self.negative}
-
-
-def build_call(args: argparse.Namespace, pipe: STDiTPipeline, options: SamplingOptions) -> Call:
-    """Labels, captions and number of clips; without both, `generate` has one clip per class, at most 12.
-
-    With --num-videos, labels and captions are repeated in turn up to that number.
-    """
-    generating, classes, captions = args.task == "generate", pipe.transformer.num_classes, args.caption
-    labels = args.class_label
-    if not labels and classes and generating and not captions:
-        labels = list(range(classes if args.num_videos else min(classes, 12)))
-        labels = labels[: args.num_videos]
-    given = {len(values) for values in (labels, captions) if values and len(values) > 1}
-    if len(given) > 1:
-        raise ValueError(
-            f"{len(labels)} labels and {len(captions)} captions do not fit together; give as many of both, or one of them."
-        )
-    count = args.num_videos or max([len(values) for values in (labels, captions) if values] or [4 if generating else 1])
-    if any(n > count for n in given):
-        raise ValueError(
-            f"--num-videos {count} is less than the {max(given)} labels or captions; raise it, or give fewer."
-        )
-    numbers = pipe.labels(_rounds(labels, count))
-    away = {"negative_class_labels": args.negative_class_label, "negative_captions": args.negative_caption}
-    negative = {keyword: values[0] if len(values) == 1 else values for keyword, values in away.items() if values}
-    return Call(
-        options, count, labels=numbers if labels else None, captions=_rounds(captions, count), negative=negative,
-        actions=_held(args.actions, pipe),
-    )  # fmt: skip
-
-
-def _held(actions: list[str], pipe: STDiTPipeline) -> list[int | str] | None:
-    """Each action for as many frames as one lasts in the model's data; None for none. ValueError if it takes no names."""
-    if not actions:
-        return None
-    condition = pipe.transformer.conditioners.get("actions")
-    if not isinstance(condition, Actions) or condition.width is not None:
-        kind = "no actions" if condition is None else "actions of several numbers, which --actions cannot give"
-        raise ValueError(f"--actions {actions[0]}: this model takes {kind}; leave it out, or use Python.")
-    numbers = [condition.number(int(one) if one.isdecimal() else one) for one in actions]
-    return [number for number in numbers for _ in range(condition.space.repeat)]
-
-
-def _rounds(values: list | None, count: int) -> list | None:
-    """So many values, which go round; None for none."""
-    return [values[i % len(values)] for i in range(count)] if values else None
-
-
-def describe_settings(args: argparse.Namespace, pipe: STDiTPipeline, model: Path, call: Call) -> dict[str, Any]:
-    """The settings that are written to the JSON file of every clip, and hashed into its name."""
-    frames = args.frames or (pipe.config.num_frames if args.task == "generate" else None)
-    return {
-        "model": str(model), "task": args.task, "class_labels": args.class_label, "captions": args.caption, **call.negative,
-        **({"actions": args.actions} if args.actions else {}), **({"lora": args.lora} if args.lora else {}),
-        "num_frames": frames, "height": args.height or pipe.config.height, "width": args.width or pipe.config.width,
-        **dataclasses.asdict(call.options), **{name: getattr(args, name) for name in ("input", "pos_scaling", "num_videos", *TASK_OPTIONS)},
-    }  # fmt: skip
-
-
-def clip_record(pipe: STDiTPipeline, call: Call, index: int) -> dict[str, Any]:
-    """Number, label and caption of one clip, for its JSON file."""
-    names, captions = pipe.transformer.config.class_names, call.captions
-    label = None if call.labels is None else int(call.labels[index])
-    name = names[label] if names and label is not None and label < len(names) else label
-    caption = captions[index] if captions else None
-    return {"clip": index, "label": label, "label_name": name, "caption": caption}
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Sample clips and write them, each with a JSON file of its settings."""
     args = parse(argv)
     options = options_from(args)
+    check_options(args)
     model = Path(args.model) if args.model else newest_model()
     if not args.model:
         print(f"model: {model}, the newest; --model names another", file=sys.stderr)
-    pipe = load_pipeline(model)
-    add_loras(pipe, args.lora)
-    if args.pos_scaling:
-        for model_part in filter(None, (pipe.transformer, pipe.guide)):
-            model_part.set_pos_scaling(args.pos_scaling)
-    inputs = read_inputs(args, pipe)
-    call = build_call(args, pipe, options)
-    args.num_clips = call.num_clips
-    inputs = [clip._replace(pixels=clip.pixels.expand(call.num_clips, *clip.pixels.shape[1:])) for clip in inputs]
-    settings = describe_settings(args, pipe, model, call)
-    task = TASKS[args.task]
-    is_image = (
-        settings["num_frames"] == 1 if args.task == "generate" else task.keeps_image and inputs[0].pixels.shape[2] == 1
-    )
-    suffix = ".png" if is_image else ".gif" if args.gif else ".mp4"
-    paths = output_paths(args, model, count=call.num_clips, suffix=suffix, settings=settings)
-    fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
-    with claimed(paths), warnings.catch_warnings(record=True) as caught:
-        refuse_existing(paths, args.overwrite)  # another process may have written them since
-        clips = task.call(pipe, inputs, args, call.keywords())
-        for i, (path, size) in enumerate(zip(paths, write_clips(paths, clips, fps), strict=True)):
-            written = dict(zip(("num_frames", "height", "width"), size, strict=True))
-            try:
-                write_json(path.with_suffix(".json"), {**settings, **written, "fps": fps, **clip_record(pipe, call, i)})
-            except OSError:
-                path.unlink()  # a clip without its record would be in the way of the next attempt
-                raise
-    for text in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"warning: {printable(text)}")
-    written_to = paths[0] if len(paths) == 1 else paths[0].parent
-    guidance = pipe.engine.guidance(call.options)
-    print(
-        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {guidance.scale:g}: {written_to}"
-    )
-    return 0
+    check_labels(args, model)
+    from stdit.recipes.sampling import sample  # imports torch, which takes seconds
+
+    return sample(args, model, options)

@@ -1,16 +1,19 @@
 """Train a diffusion transformer on videos or images; run the same command again to resume.
 
+stdit train --data path/to/clips          (looks at the files, proposes a training for this machine, and trains it)
 stdit train quickstart train.steps=100
 stdit train image_xl2 data.root=path/to/images
 stdit train configs/video.yaml --print-config
 accelerate launch -m stdit train video          (several processes; or accelerate launch tools/train.py in a checkout)
 """
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,7 +32,7 @@ from stdit.data.workers import num_workers
 from stdit.diffusion.objective import build_objective
 from stdit.model.lora import base_fingerprint
 from stdit.model.trunks import TRUNKS
-from stdit.recipes import entry
+from stdit.recipes import cache_latents, entry
 from stdit.recipes.adapters import build_adapted
 from stdit.recipes.build import (
     build_accelerator,
@@ -44,6 +47,7 @@ from stdit.recipes.build import (
 from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.recipes.order import build_order
 from stdit.recipes.previews import read_previews, sample_previews
+from stdit.recipes.propose import data_overrides, find_or_propose, keep
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.held_out import steps_between
@@ -93,8 +97,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     check_cache(dataset, vae)
     objective = build_objective(config.objective)
     set_seed(config.seed)
-    with accelerator.main_process_first():
-        captions = build_captions(config, dataset, accelerator.device, main=main)
+    # Not under a barrier of accelerate's, which would time out: the processes wait for each other's files.
+    captions = build_captions(config, dataset, accelerator.device, share=(accelerator.process_index, processes))
     channels = None if captions is None else captions.channels
     is_lora = config.train.lora.rank is not None
     if is_lora:
@@ -240,11 +244,16 @@ def _trained(model: nn.Module) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the run of a config; returns the exit code (143 after a signal)."""
     parser = command_parser("train", __doc__)
-    parser.add_argument("config", help="a path, or the name of a config in the package")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    add = parser.add_argument
+    add("config", nargs="?", help="a path, or the name of a config in the package; not needed with --data")
+    add("overrides", nargs="*", metavar="key=value")
+    add("--data", type=Path, metavar="PATH", help="a folder, manifest or index of clips or pictures")
+    add("--minutes", type=float, help="of the training that --data proposes; default: 30 on a CPU, 120 on a GPU")
+    add("--print-config", action="store_true", help="print the resolved config and stop")
     args = parser.parse_intermixed_args(argv)
-    config = load_typed(Config, args.config, args.overrides)
+    if args.config is not None and "=" in args.config:
+        args.config, args.overrides = None, [args.config, *args.overrides]
+    config = load_config(args)
     if args.print_config:
         print(OmegaConf.to_yaml(OmegaConf.structured(config)))
         return 0
@@ -254,6 +263,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not out_of_memory(error):
             raise
         raise ValueError(_needs_less(config, error)) from error
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config of a command line: a named one, or one that is proposed for --data."""
+    if args.minutes is not None and (args.data is None or args.config is not None):
+        raise ValueError(
+            "--minutes belongs to --data without a config, for which a training is proposed; leave it out."
+        )
+    if args.minutes is not None and not 0 < args.minutes < 1e6:
+        raise ValueError(f"--minutes {args.minutes:g}: give a number above 0.")
+    if args.data is None:
+        if args.config is None:
+            raise ValueError(
+                "name a config, for example stdit train quickstart, or data: stdit train --data path/to/clips."
+            )
+        return load_typed(Config, args.config, args.overrides)
+    fixed = next((one for one in args.overrides if one.startswith(("data.root=", "data.manifest="))), None)
+    if fixed is not None:
+        raise ValueError(f"--data {args.data} and {fixed} both name the data; give one of them.")
+    if not args.data.exists():
+        raise ValueError(f"--data {args.data} does not exist; give a folder, a manifest or an index.")
+    if args.config is not None:
+        return load_typed(Config, args.config, [*args.overrides, *data_overrides(args.data)])
+    return _proposed(args)
+
+
+def _proposed(args: argparse.Namespace) -> Config:
+    """The config that is proposed for --data, whose clips are encoded first if the proposal says so."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"--data {args.data} proposes a training from what one process measures; write it to a file first (stdit train "
+            f"--data {args.data} --print-config > own.yaml) and launch that."
+        )
+    proposal = find_or_propose(args.data, args.overrides, args.minutes)
+    print("\n".join(proposal.lines), file=sys.stderr if args.print_config else sys.stdout, flush=True)
+    if not args.print_config:
+        keep(proposal, args.data, args.overrides)
+        if proposal.cache is not None:
+            cache_latents.main(proposal.cache)
+    return proposal.config(args.overrides)
 
 
 def _train(config: Config) -> int:

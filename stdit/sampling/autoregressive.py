@@ -11,10 +11,11 @@ from stdit.conditions import Guided
 from stdit.nn.cache import FrameCache
 from stdit.sampling.canvas import Canvas
 from stdit.sampling.engine import Engine, Keys, Size, check_latents
-from stdit.sampling.guidance import Denoiser
+from stdit.sampling.guidance import Denoiser, Guidance
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.schedule import Schedule
 from stdit.sampling.solvers import solve
+from stdit.sampling.steps import OnStep, SteeredDenoiser
 
 # Key of the noise with which finished frames are remembered; smaller keys are those of solver steps.
 _HISTORY = 2**31
@@ -24,13 +25,22 @@ class Rollout:
     """Clips that grow by one latent frame at a time: the cache of the finished frames, and what comes next.
 
     size: height and width in pixels. keys: of the clips, which decide their noise. guided: whether any frame has conditions
-    that guidance leads toward.
+    that guidance leads toward. noise: what all frames start from, (B, C, T, h, w); None: drawn by key. on_step: called
+    after every step.
     """
 
     def __init__(
-        self, engine: Engine, options: SamplingOptions, size: tuple[int, int], keys: Keys, *, guided: bool = True
+        self,
+        engine: Engine,
+        options: SamplingOptions,
+        size: tuple[int, int],
+        keys: Keys,
+        *,
+        guided: bool = True,
+        noise: Tensor | None = None,
+        on_step: OnStep | None = None,
     ):
-        self.engine, self.keys = engine, keys
+        self.engine, self.keys, self.noise, self.on_step = engine, keys, noise, on_step
         self.cache = FrameCache(engine.model.config.window, engine.model.config.sink)
         self.solver = options.solver or engine.default_solver
         # Every call must run the same branches of guidance, since each branch has its own keys and values in the cache.
@@ -63,7 +73,7 @@ class Rollout:
             noise = engine.draw([(*key, self.frames) for key in self.keys], _HISTORY, self._frame_shape)
             remembered = engine.objective.noisy(latents, noise, level)
         self.cache.writing = True
-        self._denoiser(given)(remembered, level)
+        self._denoiser(given, self.guidance)(remembered, level)
         self.cache.writing = False
         return latents
 
@@ -74,12 +84,18 @@ class Rollout:
     def predict(self, given: Guided) -> Tensor:
         """Generate the next frame from noise that is a function of the keys and its number; nothing is added."""
         engine, keys = self.engine, [(*key, self.frames) for key in self.keys]
+        if self.noise is None:
+            noise = engine.draw(keys, 0, self._frame_shape)
+        else:
+            noise = self.noise[:, :, self.frames, None].to(engine.device)
+        output = SteeredDenoiser(self._denoiser, given, self.guidance, self.on_step)
         return solve(
-            Schedule(engine.draw(keys, 0, self._frame_shape), self.levels),
-            engine.predictor(self._denoiser(given)),
+            Schedule(noise, self.levels),
+            engine.predictor(output),
             engine.objective.path,
             self.solver,
             draw=lambda step: engine.draw(keys, step + 1, self._frame_shape),
+            end_step=engine.step_ends(output),
         )
 
     def copy(self) -> "Rollout":
@@ -88,23 +104,37 @@ class Rollout:
         other.cache = self.cache.copy()
         return other
 
-    def _denoiser(self, given: Guided) -> Denoiser:
-        return self.engine.denoiser(given, self.guidance, cache=self.cache)
+    def _denoiser(self, given: Guided, guidance: Guidance) -> Denoiser:
+        if self.guidance.scale == 1:  # whatever a callback asks for: the cache has keys and values of one branch
+            return self.engine.denoiser(given, self.guidance, cache=self.cache)
+        return self.engine.denoiser(given, guidance, cache=self.cache, both=True)
 
 
 @dataclass(frozen=True)
 class AutoregressiveSampler:
-    """Generates one latent frame after another, each from noise to clean; time and memory per frame stay constant."""
+    """Generates one latent frame after another, each from noise to clean; time and memory per frame stay constant.
+
+    noise: what all frames start from, (B, C, T, h, w); None: drawn by key. on_step: called after every step.
+    """
 
     engine: Engine
     options: SamplingOptions
+    noise: Tensor | None = None
+    on_step: OnStep | None = None
 
     def fill(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
         """Fill a canvas whose known frames come first (`groups.is_continuation`); returns all its pixels."""
-        known = canvas.pixels[:, :, : int((~canvas.mask).sum())]
-        frames, height, width = canvas.pixels.shape[2:]
-        parts = self.stream(known, (frames, height, width), given, keys, output=canvas.output_frames)
-        return torch.cat([known, *parts], dim=2)
+        known, size = _known_frames(canvas), _size(canvas)
+        return torch.cat([known, *self.stream(known, size, given, keys, output=canvas.output_frames)], dim=2)
+
+    def latent_shape(self, canvas: Canvas) -> Size:
+        """The shape (T, h, w) of a canvas's latents."""
+        return self.engine.latent_shape(_size(canvas))
+
+    def latents(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
+        """The latents (B, C, T, h, w) of a canvas, as `fill` would decode them."""
+        frames = self._latent_frames(_known_frames(canvas), _size(canvas), given, keys, output=canvas.output_frames)
+        return torch.cat(list(frames), dim=2)
 
     def stream(
         self, known: Tensor, size: Size, given: Guided, keys: Keys, *, output: range | None = None
@@ -130,7 +160,10 @@ class AutoregressiveSampler:
         engine, vae = self.engine, self.engine.vae
         trained_frames = engine.trained_on.num_frames  # the duration that a model conditioned on it saw in training
         given = engine.with_clip_facts(given, (trained_frames, *size[1:]), self.options.fps)
-        rollout = Rollout(engine, self.options, size[1:], keys, guided=not given.unconditional)
+        rollout = Rollout(
+            engine, self.options, size[1:], keys,
+            guided=not given.unconditional, noise=self.noise, on_step=self.on_step,
+        )  # fmt: skip
 
         def conditions() -> Guided:
             frame = rollout.frames
@@ -143,3 +176,12 @@ class AutoregressiveSampler:
         total = engine.latent_shape(size)[0]
         for _ in engine.progress(range(rollout.frames, total), self.options.progress):
             yield rollout.generate(conditions())
+
+
+def _known_frames(canvas: Canvas) -> Tensor:
+    return canvas.pixels[:, :, : int((~canvas.mask).sum())]
+
+
+def _size(canvas: Canvas) -> Size:
+    frames, height, width = canvas.pixels.shape[2:]
+    return frames, height, width

@@ -42,6 +42,11 @@ class Canvas(NamedTuple):
             else torch.cat([self.bounds, self.bounds[:, :, :, -1:].expand((-1, -1, -1, more, -1, -1))], 3),
         )
 
+    def repeated(self, times: int) -> "Canvas":
+        """The canvas with each of its clips so many times, next to each other."""
+        bounds = None if self.bounds is None else self.bounds.repeat_interleave(times, 1)
+        return self._replace(pixels=self.pixels.repeat_interleave(times, 0), bounds=bounds)
+
     def clips(self, which: slice) -> "Canvas":
         """The canvas of some clips of the batch."""
         bounds = None if self.bounds is None else self.bounds[:, which]

@@ -1,8 +1,8 @@
 """A trained model ready to sample: the network, its VAE, objective and scheduler, and the clips of its training."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -19,7 +19,8 @@ from stdit.rng import keyed_normal
 from stdit.sampling.guidance import Denoiser, Guidance, guided
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.scheduler import STDiTScheduler
-from stdit.sampling.solvers import Predict
+from stdit.sampling.solvers import EndStep, Predict
+from stdit.sampling.steps import SteeredDenoiser
 from stdit.vae import VideoVAE
 from stdit.vae.tiling import decode
 
@@ -51,7 +52,8 @@ class Engine:
     """A trained model ready to sample, for the samplers in `windowed` and `autoregressive`.
 
     scheduler: stdit's, or one of diffusers. objective: that of training, whatever the scheduler. guide: a weaker model to
-    lead away from, an earlier state of the same run. history_noise: of calls that give none.
+    lead away from, an earlier state of the same run. history_noise, tile: of calls that give none. progress_bar: arguments of
+    tqdm.
     """
 
     model: STDiT | UNet
@@ -62,6 +64,8 @@ class Engine:
     device: torch.device
     guide: STDiT | UNet | None = None
     history_noise: float = 0.0
+    tile: int | None = None
+    progress_bar: Mapping[str, Any] = field(default_factory=dict)
 
     def uses_diffusers(self, solver: str | None) -> bool:
         """Whether a diffusers scheduler takes the steps; a solver given by name is one of stdit's."""
@@ -141,11 +145,13 @@ class Engine:
         *,
         noised_context: Tensor | None = None,
         cache: FrameCache | None = None,
+        both: bool = False,
     ) -> Denoiser:
-        """Make a function (x, levels, target) -> output of the guided model."""
+        """Make a function (x, levels, target) -> output of the guided model; arguments: those of `guided`."""
         return guided(
-            self.model, self.objective, given, guidance, weaker=self.guide, noised_context=noised_context, cache=cache
-        )
+            self.model, self.objective, given, guidance,
+            weaker=self.guide, noised_context=noised_context, cache=cache, both=both,
+        )  # fmt: skip
 
     def predictor(self, output: Denoiser) -> Predict:
         """Make a function (x, levels, target) -> estimate of clean data and noise, from a denoiser."""
@@ -155,11 +161,22 @@ class Engine:
 
         return predict
 
+    def step_ends(self, output: SteeredDenoiser) -> EndStep | None:
+        """What a solver calls after every step; None if nothing is to be called."""
+        if output.on_step is None:
+            return None
+
+        def end_step(step: int, steps: int, level: Tensor, latents: Tensor) -> tuple[Tensor, bool]:
+            return output.end_step(step, steps, self.objective.timestep(level), latents)
+
+        return end_step
+
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Decode latents to pixels on the CPU, a few clips at a time; `tile`: the side of tiles in latents."""
         check_latents(latents)
-        return decode(self.vae, latents, tile)
+        return decode(self.vae, latents, tile or self.tile)
 
     def progress(self, iterable: Iterable, show: bool = True) -> Iterable:
         """Wrap an iterable with a progress bar."""
-        return Progress(iterable, disable=not show, leave=False)
+        bar = {"leave": False, **self.progress_bar}
+        return Progress(iterable, **{**bar, "disable": not show or bar.get("disable", False)})

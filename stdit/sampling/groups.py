@@ -41,6 +41,17 @@ def pad_to_groups(canvas: Canvas, vae: VideoVAE) -> Canvas:
     return longer.lengthened(next(n for n in range(end, end + frames + stride) if fits(vae, n)))
 
 
+def latents_of_output(canvas: Canvas, vae: VideoVAE) -> slice:
+    """The latent frames of the frames that are returned; ValueError unless these are whole groups from the first on."""
+    frames = canvas.output_frames
+    if frames.start != 0 or not fits(vae, len(frames)):
+        raise ValueError(
+            f"the {len(frames)} frames of the result are not whole groups of VAE {vae.name!r}, so they have no latents of their "
+            "own; use output_type pil, np or pt."
+        )
+    return slice(vae.latent_frames(len(frames)))
+
+
 def is_continuation(canvas: Canvas, vae: VideoVAE) -> bool:
     """Whether the known frames of a canvas, if any, come first in whole groups, and the rest starts from noise."""
     known = int((~canvas.mask[:, 0, 0]).sum())

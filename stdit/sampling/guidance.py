@@ -80,6 +80,7 @@ def guided(
     weaker: Callable[..., Tensor] | None = None,
     noised_context: Tensor | None = None,
     cache: FrameCache | None = None,
+    both: bool = False,
 ) -> Denoiser:
     """Make a function (x, levels, target) -> the model's output, guided.
 
@@ -87,11 +88,12 @@ def guided(
 
     levels: (B|1, T), or per patch (B|1, T, rows, columns). Outside the interval, and at scale 1, the model runs once. A
     learned variance is the conditional branch's. noised_context: noise like x; in the branch that history guidance
-    leads away from, it replaces the known frames. cache: keys and values of earlier frames, for a causal model.
+    leads away from, it replaces the known frames. cache: keys and values of earlier frames, for a causal model. both: run
+    both branches also at scale 1, since the cache has keys and values of both.
     """
     extra: dict[str, Any] = {} if cache is None else {"cache": cache}
     alone = cache is None and given.unconditional  # with a cache, every frame runs the same branches
-    null = None if guidance.scale == 1.0 or alone or guidance.guider == "auto" else given.null
+    null = None if (guidance.scale == 1.0 and not both) or alone or guidance.guider == "auto" else given.null
     weaker = weaker if guidance.scale != 1.0 and guidance.guider == "auto" else None
     combine = GUIDERS[guidance.guider]
 

@@ -6,19 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from stdit.conditions import CONDITIONERS, Caption, Conditioner, Conditions, Guided
+from stdit.conditions import CONDITIONERS, Caption, Conditioner, Conditions, Guided, Label
+from stdit.files import printable
 from stdit.sampling.options import SamplingOptions, make_options
 from stdit.text import Encoded
 
 Labels = Sequence[int | str] | int | str | Tensor | None
-Captions = Sequence[str] | str | None
+Captions = Sequence[str] | str | Tensor | None  # texts, or their tokens (B, L, C)
 
 NEGATIVE = "negative_"  # before the keyword of a condition: what guidance leads away from
 
-_REFUSALS = {
-    "class_labels": "class_labels={!r} but the model is unconditional; leave class_labels out.",
-    "captions": "captions={!r} but the model was trained without captions; leave them out.",
-}
+_TEXTS = ("captions", "prompt", "prompt_embeds")
 
 
 def split(options: SamplingOptions | None, choices: Mapping[str, Any]) -> tuple[SamplingOptions, dict[str, Any]]:
@@ -55,40 +53,46 @@ def pair_conditions(
         away = {} if negative is None else {"negative": negative}
         conditions[name], nulls[name] = conditioner.pair(value, count, **away)
     for keyword, value in rest.items():
-        raise ValueError(refusal(keyword, value))
+        raise ValueError(refusal(keyword, value, conditioners))
     return Guided(conditions, nulls)
 
 
-def refusal(keyword: str, value: Any) -> str:
-    """The message for a condition that a model does not have."""
+def refusal(keyword: str, value: Any, conditioners: Mapping[str, Conditioner]) -> str:
+    """The message for a condition that a model does not have. keyword: as the caller named it."""
     kind = keyword.removeprefix(NEGATIVE)
-    if kind in _REFUSALS:
-        return keyword.removesuffix(kind) + _REFUSALS[kind].format(value)
-    return f"{keyword} is given but the model was trained without it; leave it out."
+    shown = "a tensor" if isinstance(value, Tensor) else repr(value if len(repr(value)) < 80 else str(value)[:80])
+    if kind == "class_labels":
+        return f"{keyword}={shown} but the model is unconditional; leave class_labels out."
+    if kind not in _TEXTS:
+        return f"{keyword} is given but the model was trained without it; leave it out."
+    remedy, label = "leave them out", conditioners.get(Label.name)
+    if isinstance(label, Label):
+        negative = NEGATIVE if keyword.startswith(NEGATIVE) else ""
+        names = label.class_names or [f"0 to {label.num_classes - 1}"]
+        listed = printable(", ".join(map(str, names[:8]))) + (", ..." if len(names) > 8 else "")
+        flag = f"--{negative}class-label".replace("_", "-")
+        remedy = f"choose of its classes, {negative}class_labels= ({flag}): {listed}"
+    return f"{keyword}={shown} but the model was trained without captions; {remedy}."
 
 
 def count_clips(
-    conditioners: Mapping[str, Conditioner],
-    given: Mapping[str, Any],
-    *,
-    class_labels: Labels,
-    captions: Captions,
-    num_videos: int | None,
+    conditioners: Mapping[str, Conditioner], given: Mapping[str, Any], num_videos: int | None = None
 ) -> int:
     """The number of clips of a call: `num_videos`, or else as many as labels, captions or other values, or 1.
 
-    ValueError for several labels, captions or values of another number than `num_videos`.
+    given: conditions by keyword. ValueError for several labels, captions or values of another number than `num_videos`.
     """
+    labels, captions = given.get("class_labels"), given.get("captions")
     one_text = captions is None or isinstance(captions, str)
-    one_label = class_labels is None or isinstance(class_labels, int | str)
-    if isinstance(class_labels, Tensor):
-        one_label = not class_labels.ndim
-    counts = [1 if one_text else len(captions), 1 if one_label else len(class_labels)]  # type: ignore[arg-type]
-    positive = {keyword: value for keyword, value in given.items() if not keyword.startswith(NEGATIVE)}
+    one_label = labels is None or isinstance(labels, int | str)
+    if isinstance(labels, Tensor):
+        one_label = not labels.ndim
+    counts = [1 if one_text else len(captions), 1 if one_label else len(labels)]  # type: ignore[arg-type]
     counts += [
         conditioner.count(value)
         for conditioner in conditioners.values()
-        if (value := positive.get(conditioner.keywords[0])) is not None
+        if (keyword := conditioner.keywords[0]) not in ("class_labels", "captions")
+        and (value := given.get(keyword)) is not None
     ]
     count = num_videos or max(counts)
     if num_videos and any(several not in (1, count) for several in counts):

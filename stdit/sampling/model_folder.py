@@ -13,11 +13,15 @@ from stdit.legacy import renamed_section
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.sampling.scheduler import STDiTScheduler
-from stdit.vae.adapters import VAE_SPECS
-from stdit.vae.tiny import TinyVAE
+from stdit.vae.adapters import OWN, VAE_SPECS
 from stdit.weights import check_fits
 
-OURS = {"transformer": (STDiT, UNet), "vae": (TinyVAE,), "scheduler": (STDiTScheduler,), "guide": (STDiT, UNet)}
+OURS = {
+    "transformer": (STDiT, UNet),
+    "vae": tuple(OWN.values()),
+    "scheduler": (STDiTScheduler,),
+    "guide": (STDiT, UNet),
+}
 
 
 def check_folder(folder: Path) -> None:

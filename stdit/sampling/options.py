@@ -105,7 +105,9 @@ class SamplingOptions:
         least=0,
         remedy="; 0 remembers them as they are",
     )
-    seed: int = _option(0, "seed of the noise; clip i depends on (seed, i) alone", flag="--seed", type=int, least=0)
+    seed: int | Sequence[int] = _option(
+        0, "seed of the noise; clip i depends on (seed, i) alone", flag="--seed", type=int, least=0
+    )
     solver: str | None = _option(
         None,
         "solver, a row of solvers.SOLVERS (euler, heun, ab2, dpmpp_2m, ddim, ddpm); by default the model's",
@@ -176,6 +178,19 @@ class SamplingOptions:
                     f"arrangement={arrangement!r}."
                 )
 
+    def keys(self, count: int) -> list[tuple[int, int]]:
+        """The keys of the noise of `count` clips: (seed, i), or (seed, 0) of each clip's own seed where it is a list.
+
+        ValueError unless there is one seed for all clips or for each.
+        """
+        if not isinstance(self.seed, Sequence):
+            return [(int(self.seed), i) for i in range(count)]
+        if len(self.seed) != count:
+            raise ValueError(
+                f"{len(self.seed)} seeds (or generators) for {count} clips; give one for all, or one per clip."
+            )
+        return [(int(seed), 0) for seed in self.seed]
+
 
 _FIELDS = {one.name: one for one in dataclasses.fields(SamplingOptions)}
 
@@ -188,8 +203,9 @@ def _check_value(name: str, value: Any) -> None:
     if metadata["choices"] is not None:
         pick(dict.fromkeys(metadata["choices"]), value, name)
     least, above = metadata["least"], metadata["above"]
-    if least is not None and not least <= value < float("inf"):
-        raise ValueError(f"{name} must be >= {least}, got {value}{metadata['remedy']}.")
+    for one in value if isinstance(value, Sequence) else [value]:  # of several seeds each
+        if least is not None and not least <= one < float("inf"):
+            raise ValueError(f"{name} must be >= {least}, got {value}{metadata['remedy']}.")
     if above is not None and not above < value < float("inf"):
         raise ValueError(f"{name} must be a positive number, got {value}{metadata['remedy']}.")
 
@@ -228,7 +244,7 @@ WORLD_OPTIONS = ("num_inference_steps", "guidance_scale", "history_noise", "solv
 def add_flags(parser: argparse.ArgumentParser, only: Sequence[str] | None = None, **defaults: Any) -> None:
     """Add a flag for every option that has one, or for some; `--every` of version 0.1.0 is accepted, but hidden.
 
-    defaults: of options for which this command has others.
+    defaults: of options for which this command has others; None: one that it draws.
     """
     for name, one in _FIELDS.items():
         metadata = one.metadata
@@ -236,7 +252,8 @@ def add_flags(parser: argparse.ArgumentParser, only: Sequence[str] | None = None
             continue
         preset = defaults.get(name, one.default)
         choices = f": {', '.join(metadata['choices'])}" if metadata["choices"] else ""
-        default = "" if preset is None or "default" in metadata["help"] else f" (default: {_shown(preset)})"
+        named = "drawn" if preset is None and one.default is not None else preset
+        default = "" if named is None or "default" in metadata["help"] else f" (default: {_shown(named)})"
         parser.add_argument(
             metadata["flag"],
             type=metadata["type"],

@@ -1,52 +1,47 @@
 """STDiTPipeline, which samples clips from labels, captions, images and clips."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from stdit.conditions import Guided, Label
 from stdit.conditions.label import label_number  # noqa: F401 (under its former name)
 from stdit.conditions.values import map_tensors, rows
-from stdit.hashes import check_weights, write_weights_manifest
-from stdit.hub import check_reachable, resolve_source
-from stdit.legacy import aliases, renamed_section
+from stdit.legacy import aliases
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.precision import autocast
 from stdit.sampling import tasks
-from stdit.sampling.autoregressive import AutoregressiveSampler, Rollout
+from stdit.sampling.autoregressive import AutoregressiveSampler
+from stdit.sampling.call import Call, read_call
+from stdit.sampling.callbacks import Callback
 from stdit.sampling.canvas import Canvas
-from stdit.sampling.checks import (
-    check,
-    check_conditions,
-    check_streamed,
-    check_world,
-    not_streamed,
-    streams,
-    warn_of_conditions,
-)
+from stdit.sampling.checks import check, check_conditions, streams, warn_of_conditions
 from stdit.sampling.engine import Engine, TrainedOn
-from stdit.sampling.groups import fits, pad_to_groups
-from stdit.sampling.inputs import NEGATIVE, Captions, Labels, count_clips, pair_conditions, refusal, split
-from stdit.sampling.model_folder import check_folder
+from stdit.sampling.folder_methods import FolderMethods
+from stdit.sampling.groups import latents_of_output, pad_to_groups
+from stdit.sampling.inputs import NEGATIVE, Captions, Labels, count_clips, pair_conditions, refusal
+from stdit.sampling.lora_methods import LoraMethods
 from stdit.sampling.options import SamplingOptions
+from stdit.sampling.output import OutputType, as_output
 from stdit.sampling.scheduler import STDiTScheduler, check_compatible
+from stdit.sampling.stream_methods import StreamMethods
+from stdit.sampling.task_methods import TaskMethods
 from stdit.sampling.windowed import WindowedSampler
 from stdit.sampling.windows import window_size
-from stdit.sampling.world import World
 from stdit.text import Encoded, TextEncoder, load_text_encoder, warn_of_length
 from stdit.vae import as_video_vae
-from stdit.vae.tiling import decode
+from stdit.vae.tiling import decode, overlap_of
 
 
-class STDiTPipeline(DiffusionPipeline):
+class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, DiffusionPipeline):
     """Sample clips from a trained STDiT. Saved and loaded like any diffusers pipeline.
 
     num_frames, height, width, fps: those of training, used where a call gives none. objective: what the transformer's
@@ -59,6 +54,7 @@ class STDiTPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "guide->transformer->vae"
     _optional_components = ["guide"]
     _trained_scheduler: STDiTScheduler | None = None  # which knows the noise levels of training, whatever replaces it
+    _tile: int | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; ValueError for a scheduler that means another parameterisation than the model's."""
@@ -115,48 +111,14 @@ class STDiTPipeline(DiffusionPipeline):
         )
         self.video_vae = video_vae.requires_grad_(False).eval()
         self._encoder: TextEncoder | None = None
-        if vae_fingerprint and not self.video_vae.has_fingerprint(vae_fingerprint):
+        rounded = (
+            self.video_vae.dtype != torch.float32
+        )  # as diffusers loads them; `from_pretrained` compares before that
+        if vae_fingerprint and not rounded and not self.video_vae.has_fingerprint(vae_fingerprint):
             raise ValueError(
                 f"VAE {video_vae.name!r} has other weights than the one this model was trained with "
                 f"({self.video_vae.fingerprint()} instead of {vae_fingerprint}); load that one."
             )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a folder written by training, or a hub id; ValueError in one line if it holds no model."""
-        source, options = resolve_source(str(pretrained_model_name_or_path), "model")
-        try:
-            check_reachable(source, "model_index.json", options)
-            if not Path(source).is_dir():
-                source, options = cls.download(source, use_safetensors=True, **options), {}
-            check_folder(Path(source))
-            check_weights(Path(source))
-            # The VAE is loaded in float32, where its fingerprint can be compared, and converted afterwards.
-            dtypes = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.float32
-            dtypes = dict(dtypes) if isinstance(dtypes, dict) else {"default": dtypes}
-            vae_dtype = dtypes.get("vae", dtypes.get("default", torch.float32))
-            dtypes["vae"] = torch.float32
-            pipe = super().from_pretrained(source, use_safetensors=True, dtype=dtypes, **options, **kwargs)
-            if "vae" not in kwargs:
-                torch.nn.Module.to(pipe.vae, vae_dtype)  # diffusers' own `to` warns of every conversion
-            return pipe
-        except (OSError, TypeError, AttributeError, KeyError) as error:  # the latter of a scheduler's config
-            raise ValueError(f"{source!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, with MANIFEST.json: the hashes of the weights, which loading compares."""
-        if self.config.vae_fingerprint and self.video_vae.dtype != torch.float32:  # the saved weights are rounded ones
-            self.register_to_config(vae_fingerprint=self.video_vae.fingerprint())
-        super().save_pretrained(save_directory, *args, **kwargs)
-        write_weights_manifest(Path(save_directory))
-
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load the config as diffusers does, with old names in a model_index.json of version 0.1.0 converted."""
-        config = super().load_config(*args, **kwargs)
-        if isinstance(config, tuple):
-            return (renamed_section("pipeline", config[0]), *config[1:])
-        return renamed_section("pipeline", config)
 
     def labels(self, given: Labels, count: int | None = None) -> Tensor | None:
         """Convert class numbers or names to labels (B,); None for an unconditional model. ValueError for unknown ones.
@@ -167,7 +129,7 @@ class STDiTPipeline(DiffusionPipeline):
         if given is None:
             return None if label is None else label.null(count or 1)[:, 0]
         if not isinstance(label, Label):
-            raise ValueError(refusal("class_labels", given))
+            raise ValueError(refusal("class_labels", given, self.transformer.conditioners))
         values = given.tolist() if isinstance(given, Tensor) else given
         return torch.tensor([label.number(one) for one in ([values] if isinstance(values, int | str) else values)])
 
@@ -203,11 +165,11 @@ class STDiTPipeline(DiffusionPipeline):
         return self.encoder.encode(texts)
 
     @property
-    def _dtypes(self) -> set[torch.dtype]:
+    def _dtypes(self) -> set[torch.dtype]:  # type: ignore[override]
         return {self.transformer.dtype, self.video_vae.dtype}
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine:  # type: ignore[override]
         """The parts of this pipeline that samplers need."""
         scheduler, config = self.scheduler, self.config
         ours = self._trained_scheduler or STDiTScheduler(config.objective)
@@ -227,7 +189,18 @@ class STDiTPipeline(DiffusionPipeline):
             device=self._execution_device,
             guide=self.guide,
             history_noise=config.history_noise,
+            tile=self._tile,
+            progress_bar=getattr(self, "_progress_bar_config", {}),
         )
+
+    def enable_vae_tiling(self, tile: int = 32) -> None:
+        """Decode in tiles of `tile` latents per side in calls that give no `tile`, which bounds the memory of large frames."""
+        overlap_of(tile)  # which raises ValueError for one without room for neighbours
+        self._tile = tile
+
+    def disable_vae_tiling(self) -> None:
+        """Decode whole frames again in calls that give no `tile`."""
+        self._tile = None
 
     def __call__(
         self,
@@ -243,194 +216,67 @@ class STDiTPipeline(DiffusionPipeline):
         negative_class_labels: Labels = None,
         num_videos: int | None = None,
         options: SamplingOptions | None = None,
+        prompt: Captions = None,
+        negative_prompt: Captions = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        num_videos_per_prompt: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        output_type: OutputType | None = None,
+        return_dict: bool | None = None,
         **choices: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Sample clips (B, 3, F, H, W) in [-1, 1], one per label or caption, or `num_videos` of one or of none.
 
         Clip i depends on (seed, i) alone, not on the other clips. Frame count and size may be any that fit the VAE and
         the patch. All frames are sampled at once unless `window` is given. Options: those of `fill`.
+
+        As diffusers' video pipelines have them: prompt, negative_prompt: `captions`, `negative_captions`; prompt_embeds,
+        negative_prompt_embeds: tokens (B, L, C) of the text encoder in their place. num_videos_per_prompt: clips of
+        each prompt or label, next to each other. generator: its initial seed is `seed`, it is not used up; of a list each is
+        the seed of one clip. latents: the noise to start from, (B, C, T, h, w).
+        callback_on_step_end: called as (pipeline, step, timestep, tensors) after every step, with the tensors that
+        callback_on_step_end_tensor_inputs names, and may return others. output_type: "pil", "np", "pt" or "latent" gives
+        an output with `.frames`, or with return_dict=False a tuple; without both, the call gives a tensor.
         """
         positional = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         choices |= {name: value for name, value in positional.items() if value is not None}
-        choices |= {"negative_captions": negative_captions, "negative_class_labels": negative_class_labels}
-        options, given = split(options, choices)
+        call = self._call(
+            class_labels=class_labels, captions=captions, negative_captions=negative_captions,
+            negative_class_labels=negative_class_labels, options=options, prompt=prompt, negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+            num_videos_per_prompt=num_videos_per_prompt, generator=generator, latents=latents,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, output_type=output_type,
+            return_dict=return_dict, **choices,
+        )  # fmt: skip
         size = (num_frames or self.config.num_frames, height or self.config.height, width or self.config.width)
         self.video_vae.latent_shape(*size, self.transformer.patch_size)
-        if options.window is None:
-            options = dataclasses.replace(options, window=size[0])
-        count = count_clips(
-            self.transformer.conditioners, given, class_labels=class_labels, captions=captions, num_videos=num_videos
-        )
-        canvas = tasks.blank(count, *size)
-        return self.fill(canvas, class_labels, captions, options=options, **given)
+        if call.options.window is None:
+            call = dataclasses.replace(call, options=dataclasses.replace(call.options, window=size[0]))
+        count = count_clips(self.transformer.conditioners, call.given, num_videos=num_videos)
+        return self._fill(tasks.blank(count, *size), call)
 
-    def animate(
-        self, image: Tensor, num_frames: int | None = None, class_labels: Labels = None, **choices: Any
-    ) -> Tensor:
-        """Generate `num_frames` frames, the first of which is an image (B, 3, H, W). Options: those of `fill`."""
-        return self.fill(tasks.animate(image, num_frames or self.config.num_frames), class_labels, **choices)
+    def _call(self, **arguments: Any) -> Call:
+        return read_call(arguments, self.transformer.conditioners)
 
-    def extend(
-        self, clip: Tensor, after: int = 0, before: int = 0, class_labels: Labels = None, **choices: Any
-    ) -> Tensor:
-        """Extend a clip by `before` frames at its start and `after` frames at its end. Options: those of `fill`.
-
-        Beyond the length of training, frames are generated window by window, each with up to `overlap` known frames.
-        """
-        return self.fill(tasks.extend(clip, after, before, self.video_vae), class_labels, **choices)
-
-    def stream(
-        self,
-        clip: Tensor,
-        after: int,
-        class_labels: Labels = None,
-        captions: Captions = None,
-        *,
-        options: SamplingOptions | None = None,
-        **choices: Any,
-    ) -> Iterator[Tensor]:
-        """Continue a clip by `after` frames with a causal model; yields groups (B, 3, f, H, W) as they are generated.
-
-        Time and memory per new frame stay constant however long it runs: the cache holds the model's window (and its
-        sink), and pixels are decoded as a stream. Options: those of `fill`, without windows, blend and paste.
-        """
-        options, given = split(options, choices)
-        asked = options.guider
-        if not self.transformer.config.causal:
-            raise ValueError("this model is not causal; use extend, or train with model.causal=true.")
-        check_streamed(options)
-        step = self.video_vae.temporal_granularity or self.video_vae.stride[0]
-        # The canvas of one group is checked in place of the whole one, which may not fit into memory.
-        canvas = tasks.extend(clip, after if after % step else min(after, step), 0, self.video_vae)
-        engine, total = self.engine, clip.shape[2] + after
-        with torch.no_grad():
-            found = self.conditions(len(clip), class_labels=class_labels, captions=captions, **given)
-        warn_of_conditions(
-            canvas,
-            self.engine.guidance(options).scale,
-            self.transformer.conditioners,
-            {**given, "class_labels": class_labels, "captions": captions},
-            guider=asked,
-        )
-        check(engine, canvas, options, frames=total)
-        check_conditions(self.transformer.conditioners, found.conditions, total, self.video_vae.stride[0])
-        sampler = AutoregressiveSampler(engine, dataclasses.replace(options, progress=False))
-        keys = [(options.seed, i) for i in range(len(clip))]
-        found = found.change(partial(map_tensors, change=lambda x: x.to(engine.device)))
-        parts = sampler.stream(clip, (total, *clip.shape[3:]), found, keys)
-        return self._one_by_one(parts, options)
-
-    def world(
-        self,
-        clip: Tensor | None = None,
-        class_labels: Labels = None,
-        captions: Captions = None,
-        *,
-        actions: Any = None,
-        options: SamplingOptions | None = None,
-        **choices: Any,
-    ) -> World:
-        """A world that goes on as one acts: `world.step(action)` returns the frames that follow.
-
-        clip: how it begins, (B, 3, F, H, W), an image (B, 3, H, W), or None: its first step draws a frame. actions: those of
-        the clip, one for every frame or for its last ones. Options: those of `stream`. ValueError for a model that is not
-        causal, or takes no actions.
-        """
-        options, given = split(options, choices)
-        config, engine = self.config, self.engine
-        condition = check_world(engine, options)
-        known = torch.zeros(1, 3, 0, config.height, config.width)
-        if clip is not None:
-            known = clip[:, :, None] if clip.ndim == 4 else clip
-            if known.ndim != 5 or known.shape[2]:  # one without frames has a size
-                tasks.check_clip(known, "clip")
-        count, size = len(known), (known.shape[3], known.shape[4])
-        engine.latent_shape((max(1, known.shape[2]), *size))
-        with torch.no_grad():
-            found = self.conditions(count, class_labels=class_labels, captions=captions, **given)
-        base = engine.with_clip_facts(found, (config.num_frames, *size), options.fps)
-        rollout = Rollout(engine, options, size, [(options.seed, i) for i in range(count)])
-        world = World(rollout, condition, base, precision=options.precision)
-        if known.shape[2]:
-            world.begin(known, actions)
-        return world
-
-    def can_stream(self, clip: Tensor, options: SamplingOptions | None = None) -> bool:
-        """Whether `stream` gives the same result as `extend` for new frames after this clip."""
-        options = options or SamplingOptions()
-        plain = not not_streamed(options)
-        return bool(self.transformer.config.causal) and plain and fits(self.video_vae, clip.shape[2])
-
-    def connect(self, first: Tensor, last: Tensor, frames: int, class_labels: Labels = None, **choices: Any) -> Tensor:
-        """Connect two clips, or images (B, 3, H, W), by `frames` new frames. Options: those of `fill`."""
-        return self.fill(tasks.connect(first, last, frames, self.video_vae), class_labels, **choices)
-
-    def loop(self, clip: Tensor, frames: int, class_labels: Labels = None, **choices: Any) -> Tensor:
-        """Close a clip to a loop by `frames` new frames that lead back to its start. Options: those of `fill`."""
-        return self.fill(tasks.loop(clip, frames, self.video_vae), class_labels, **choices)
-
-    def interpolate(
-        self,
-        clip: Tensor,
-        factor: int = 2,
-        class_labels: Labels = None,
-        strength: float = 0.4,
-        *,
-        options: SamplingOptions | None = None,
-        **choices: Any,
-    ) -> Tensor:
-        """Multiply the frame rate by `factor`, to (F - 1) * factor + 1 frames. Options: those of `fill`.
-
-        New frames start as the blend of their neighbours at noise level `strength`; raise it for fast motion.
-        fps: the clip's rate (None: as trained); a model conditioned on rates gets `factor` times that.
-        """
-        options, given = split(options, choices)
-        options = dataclasses.replace(options, fps=(options.fps or self.config.fps) * factor)
-        canvas = tasks.interpolate(clip, factor, self.video_vae, strength)
-        return self.fill(canvas, class_labels, options=options, **given)
-
-    def inpaint(self, clip: Tensor, mask: Tensor, class_labels: Labels = None, **choices: Any) -> Tensor:
-        """Regenerate the pixels where mask (F, H, W), bool, is true. Options: those of `fill`."""
-        return self.fill(tasks.inpaint(clip, mask), class_labels, **choices)
-
-    def edit(self, clip: Tensor, strength: float = 0.6, class_labels: Labels = None, **choices: Any) -> Tensor:
-        """Noise a clip to level `strength` and denoise it under another label. Options: those of `fill`."""
-        return self.fill(tasks.edit(clip, strength), class_labels, **choices)
-
-    def fill(
-        self,
-        canvas: Canvas,
-        class_labels: Labels = None,
-        captions: Captions = None,
-        *,
-        negative_captions: Captions = None,
-        negative_class_labels: Labels = None,
-        options: SamplingOptions | None = None,
-        **choices: Any,
-    ) -> Tensor:
-        """Generate the pixels that a canvas's mask marks -> (B, 3, F, H, W) in [-1, 1]; known pixels are unchanged.
-
-        class_labels: numbers or names. captions: texts. Both have one value per clip, or one for all; None stands for
-        no label and for the empty text. Other conditions are given by their keyword. `negative_captions`,
-        `negative_class_labels` and `negative_` before another keyword: what guidance leads away from, in place of no
-        condition. options: a `SamplingOptions`; choices: its fields.
-        """
-        choices |= {"negative_captions": negative_captions, "negative_class_labels": negative_class_labels}
-        options, given = split(options, choices)
-        asked = options.guider
-        if asked is None and any(given[key] is not None for key in given if key.startswith(NEGATIVE)):
+    def _fill(self, canvas: Canvas, call: Call) -> Any:
+        """Fill a canvas as a call asks for it; `fill` has the arguments."""
+        options, per_prompt = call.options, call.num_videos_per_prompt
+        if options.guider is None and any(
+            call.given[key] is not None for key in call.given if key.startswith(NEGATIVE)
+        ):
             options = dataclasses.replace(options, guider="cfg")  # which leads away from them
+        clips = len(canvas.pixels)
         with torch.no_grad():
-            found = self.conditions(len(canvas.pixels), class_labels=class_labels, captions=captions, **given)
-        warn_of_conditions(
-            canvas,
-            self.engine.guidance(options).scale,
-            self.transformer.conditioners,
-            {**given, "class_labels": class_labels, "captions": captions},
-            guider=asked,
-        )
-        canvas = pad_to_groups(canvas, self.video_vae)
-        engine = self.engine
+            found = self.conditions(clips, **call.given)
+        self._warn(canvas, call)
+        canvas = pad_to_groups(canvas.repeated(per_prompt), self.video_vae)
+        engine, count = self.engine, len(canvas.pixels)
+        self._guidance_scale = engine.guidance(options).scale
         window = window_size(
             canvas,
             self.video_vae,
@@ -442,33 +288,41 @@ class STDiTPipeline(DiffusionPipeline):
         check_conditions(
             self.transformer.conditioners, found.conditions, len(canvas.output_frames), self.video_vae.stride[0]
         )
-        sampler = (
-            AutoregressiveSampler(engine, options)
+        on_step = self._step_function(call.callback, call.callback_inputs)
+        sampler: AutoregressiveSampler | WindowedSampler = (
+            AutoregressiveSampler(engine, options, on_step=on_step)
             if streams(engine, canvas, options)
-            else WindowedSampler(engine, options, window)
+            else WindowedSampler(engine, options, window, on_step=on_step)
         )
+        keys, noise, output = options.keys(count), None, canvas.output
+        if call.latents is not None:
+            noise = call.noise((count, engine.vae.channels, *sampler.latent_shape(canvas)))
+        if call.output_type == "latent":
+            sampler.latent_shape(canvas)
+            output = latents_of_output(canvas, self.video_vae)
+        per_clip = partial(map_tensors, change=lambda x: x.repeat_interleave(per_prompt, 0) if len(x) == clips else x)
         to_device = partial(map_tensors, change=lambda x: x.to(engine.device))
+        found = found.change(per_clip)
         filled = []
-        for first in range(0, len(canvas.pixels), options.batch_size):
+        for first in range(0, count, options.batch_size):
             which = slice(first, first + options.batch_size)
-            part = canvas.clips(which)
-            keys = [(options.seed, first + i) for i in range(len(part.pixels))]
+            part = dataclasses.replace(sampler, noise=None if noise is None else noise[which])
+            run = part.latents if call.output_type == "latent" else part.fill
             with torch.no_grad(), autocast(options.precision, engine.device, self._dtypes):
                 batch = found.change(partial(rows, which=which)).change(to_device)
-                filled.append(sampler.fill(part, batch, keys))
-        return torch.cat(filled)[:, :, canvas.output]
+                filled.append(run(canvas.clips(which), batch, keys[which]))
+        self._current_timestep = None
+        self.maybe_free_model_hooks()
+        return as_output(torch.cat(filled)[:, :, output], call.output_type, call.return_dict)
+
+    def _warn(self, canvas: Canvas, call: Call) -> None:
+        """Warn of conditions without effect."""
+        scale = self.engine.guidance(call.options).scale
+        warn_of_conditions(canvas, scale, self.transformer.conditioners, call.given, guider=call.options.guider)
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Decode latents to pixels on the CPU, a few clips at a time; `tile`: the side of tiles in latents."""
-        return decode(self.video_vae, latents, tile)
-
-    def _one_by_one(self, parts: Iterator[Tensor], options: SamplingOptions) -> Iterator[Tensor]:
-        while True:  # not a for loop: a generator must not keep contexts open between its parts
-            with torch.no_grad(), autocast(options.precision, self._execution_device, self._dtypes):
-                part = next(parts, None)
-            if part is None:
-                return
-            yield part
+        return decode(self.video_vae, latents, tile or self._tile)
 
 
 __getattr__ = aliases(__name__)

@@ -20,6 +20,8 @@ from stdit.variants import pick
 Predict = Callable[..., Estimate]  # (x, levels (B|1, T)), for a flow map also the levels where a step ends -> estimate
 DrawStep = Callable[[int], Tensor]  # index of the step -> noise like x
 Draw = Callable[[], Tensor]  # noise like x for this step
+# (number of a step, of so many, its noisiest level, latents) -> latents to go on with, whether to stop
+EndStep = Callable[[int, int, Tensor, Tensor], tuple[Tensor, bool]]
 
 
 class Solver(ABC):
@@ -172,16 +174,24 @@ def solve(
     solver: str = "euler",
     *,
     draw: DrawStep | None = None,
+    end_step: EndStep | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Tensor:
     """Run a schedule to its end with a new solver; returns latents (B, C, T, h, w).
 
-    Frames or patches whose level does not change in a step stay exactly the same.
+    Frames or patches whose level does not change in a step stay exactly the same, and so do clean ones, whatever
+    `end_step` returns.
     """
     run = pick(SOLVERS, solver, "solver")(path)
     x = schedule.x
-    for step, (t, t_next) in enumerate(progress(list(pairwise(schedule.levels.to(x.device))))):
+    pairs = list(pairwise(schedule.levels.to(x.device)))
+    for step, (t, t_next) in enumerate(progress(pairs)):
         noise = partial(draw, step) if draw else partial(torch.randn_like, x)
         moved = run.step(x, t[None], t_next[None], predict=predict, draw=noise)
         x = torch.where(like((t != t_next)[None], x), moved, x)
+        if end_step is not None:
+            changed, stop = end_step(step, len(pairs), t.max(), x)
+            x = torch.where(like((t > 0)[None], x), changed.to(x), x)
+            if stop:
+                break
     return x

@@ -1,10 +1,16 @@
-"""The canvases of Sora's video tasks: animate, extend, connect, loop, interpolate, inpaint, edit."""
+"""The canvases of Sora's video tasks: animate, extend, connect, loop, interpolate, inpaint, edit.
+
+Clips and images are tensors (B, 3, F, H, W) in [-1, 1], or anything that `media.as_clips` converts to them.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stdit.sampling.canvas import Canvas
 from stdit.sampling.groups import check_gap, fits, pad_to_groups
+from stdit.sampling.media import as_clips, as_mask, check_clip
 from stdit.vae import VideoVAE
 
 __all__ = [
@@ -18,10 +24,9 @@ def blank(count: int, frames: int, height: int, width: int) -> Canvas:
     return Canvas(torch.zeros((count, 3, frames, height, width)), torch.ones(frames, 1, 1, dtype=torch.bool))
 
 
-def animate(image: Tensor, frames: int) -> Canvas:
+def animate(image: Any, frames: int) -> Canvas:
     """A canvas of `frames` frames, the first of which is an image (B, 3, H, W) or (B, 3, 1, H, W)."""
-    image = image.unsqueeze(2) if image.ndim == 4 else image
-    check_clip(image, "image")
+    image = as_clips(image, "image", "image")
     if image.shape[2] != 1:
         raise ValueError(f"animate takes one image, got {image.shape[2]} frames; use extend for a clip.")
     if frames < 2:
@@ -29,9 +34,9 @@ def animate(image: Tensor, frames: int) -> Canvas:
     return _concatenate([image, frames - 1])
 
 
-def extend(clip: Tensor, after: int, before: int, vae: VideoVAE) -> Canvas:
+def extend(clip: Any, after: int, before: int, vae: VideoVAE) -> Canvas:
     """A canvas of `before` new frames, the clip, and `after` new frames."""
-    check_clip(clip, "clip")
+    clip = as_clips(clip, "clip")
     if after < 0 or before < 0 or after + before == 0:
         raise ValueError(f"after={after} and before={before} add no frames; give one of them 1 or more, none below 0.")
     total = clip.shape[2] + after + before
@@ -42,11 +47,9 @@ def extend(clip: Tensor, after: int, before: int, vae: VideoVAE) -> Canvas:
     return _concatenate([before, clip, after])
 
 
-def connect(first: Tensor, last: Tensor, frames: int, vae: VideoVAE) -> Canvas:
+def connect(first: Any, last: Any, frames: int, vae: VideoVAE) -> Canvas:
     """A canvas of two clips, or images (one frame each), with `frames` new frames between them."""
-    first, last = (x.unsqueeze(2) if x.ndim == 4 else x for x in (first, last))
-    check_clip(first, "first")
-    check_clip(last, "last")
+    first, last = as_clips(first, "first", "either"), as_clips(last, "last", "either")
     if first.shape[3:] != last.shape[3:] or len(first) != len(last):
         raise ValueError(
             f"clips to be connected must be equal in number and size: first is {_size(first)}, last is {_size(last)}; "
@@ -58,12 +61,12 @@ def connect(first: Tensor, last: Tensor, frames: int, vae: VideoVAE) -> Canvas:
     return _concatenate([first, frames, last])
 
 
-def loop(clip: Tensor, frames: int, vae: VideoVAE) -> Canvas:
+def loop(clip: Any, frames: int, vae: VideoVAE) -> Canvas:
     """A canvas of a clip and `frames` new frames that lead from its last frame to its first.
 
     The first frames of the clip are repeated after the gap as the goal; they are not part of the output.
     """
-    check_clip(clip, "clip")
+    clip = as_clips(clip, "clip")
     length = clip.shape[2]
     if frames < 1:
         raise ValueError(f"frames must be >= 1, got {frames}; the gap from the clip's end to its beginning needs them.")
@@ -73,13 +76,13 @@ def loop(clip: Tensor, frames: int, vae: VideoVAE) -> Canvas:
     return _concatenate([clip, frames, clip[:, :, :goal]])._replace(output=slice(length + frames))
 
 
-def interpolate(clip: Tensor, factor: int, vae: VideoVAE, strength: float = 0.4) -> Canvas:
+def interpolate(clip: Any, factor: int, vae: VideoVAE, strength: float = 0.4) -> Canvas:
     """A canvas of `factor` times the frame rate, with factor - 1 new frames between neighbours.
 
     New frames start as the linear blend of their neighbours at noise level `strength`, and their
     pixels are bounded by them.
     """
-    check_clip(clip, "clip")
+    clip = as_clips(clip, "clip")
     _check_strength(strength)
     frames = clip.shape[2]
     if factor < 2 or frames < 2:
@@ -98,12 +101,12 @@ def interpolate(clip: Tensor, factor: int, vae: VideoVAE, strength: float = 0.4)
     return Canvas(blended, mask[:, None, None], strength, bounds=bounds)
 
 
-def inpaint(clip: Tensor, mask: Tensor) -> Canvas:
+def inpaint(clip: Any, mask: Any) -> Canvas:
     """A canvas of a clip, of which the pixels where `mask` is true are to be generated: holes, or an outer border.
 
-    mask: bool (F, H, W), or (H, W) for all frames.
+    mask: bool (F, H, W), or (H, W) for all frames, or what `media.as_mask` converts to it.
     """
-    check_clip(clip, "clip")
+    clip, mask = as_clips(clip, "clip"), as_mask(mask)
     frames, height, width = clip.shape[2:]
     if mask.dtype != torch.bool or tuple(mask.shape) not in ((frames, height, width), (height, width)):
         raise ValueError(
@@ -119,19 +122,19 @@ def inpaint(clip: Tensor, mask: Tensor) -> Canvas:
     return Canvas(clip, per_frame if bool((mask == per_frame).all()) else mask)
 
 
-def edit(clip: Tensor, strength: float) -> Canvas:
+def edit(clip: Any, strength: float) -> Canvas:
     """A canvas that starts from the clip itself at noise level `strength` (Meng et al., "SDEdit").
 
     Near 0 little changes; at 1 the clip is new.
     """
-    check_clip(clip, "clip")
+    clip = as_clips(clip, "clip")
     _check_strength(strength)
     return Canvas(clip, torch.full((clip.shape[2], 1, 1), strength > 0), strength)
 
 
-def outpaint_canvas(clip: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def outpaint_canvas(clip: Any, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Place a clip in the middle of larger frames for outpainting -> pixels, mask (F, height, width) of the border."""
-    check_clip(clip, "clip")
+    clip = as_clips(clip, "clip")
     inner = clip.shape[3:]
     if height < inner[0] or width < inner[1] or (height, width) == tuple(inner):
         raise ValueError(
@@ -143,17 +146,6 @@ def outpaint_canvas(clip: Tensor, height: int, width: int) -> tuple[Tensor, Tens
     pixels[..., top : top + inner[0], left : left + inner[1]] = clip
     mask[:, top : top + inner[0], left : left + inner[1]] = False
     return pixels, mask
-
-
-def check_clip(clip: Tensor, name: str) -> None:
-    """Raise ValueError unless a clip is (B, 3, F, H, W) of floats in [-1, 1]."""
-    if clip.ndim != 5 or clip.shape[1] != 3 or not clip.is_floating_point() or not clip.shape[2]:
-        raise ValueError(
-            f"{name} is {clip.dtype} of shape {tuple(clip.shape)}; pixels are (B, 3, F, H, W) floats in [-1, 1]."
-        )
-    low, high = float(clip.min()), float(clip.max())
-    if not (low >= -1.001 and high <= 1.001):  # a thousandth for rounding of pixels that were resampled
-        raise ValueError(f"{name} holds values from {low:.3g} to {high:.3g}; scale pixels to [-1, 1].")
 
 
 def _check_strength(strength: float) -> None:

@@ -17,10 +17,10 @@ from stdit.sampling.conditioning import (
     pixel_guided,
 )  # fmt: skip
 from stdit.sampling.engine import Engine, Keys, Size
-from stdit.sampling.guidance import Denoiser
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.schedule import make_schedule
 from stdit.sampling.solvers import solve
+from stdit.sampling.steps import OnStep, SteeredDenoiser
 from stdit.sampling.windows import WindowSize, next_window
 
 __getattr__ = legacy.aliases(__name__)
@@ -31,11 +31,16 @@ _NOISED_CONTEXT = 2**31
 
 @dataclass(frozen=True)
 class WindowedSampler:
-    """Generates all frames of a window at once, and long canvases in several windows that overlap."""
+    """Generates all frames of a window at once, and long canvases in several windows that overlap.
+
+    noise: what a canvas of one window starts from, (B, C, T, h, w); None: drawn by key. on_step: called after every step.
+    """
 
     engine: Engine
     options: SamplingOptions
     window: WindowSize
+    noise: Tensor | None = None
+    on_step: OnStep | None = None
 
     def fill(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
         """Generate the pixels that `canvas.mask` marks; returns pixels (B, 3, F, H, W) of the whole canvas.
@@ -68,23 +73,50 @@ class WindowedSampler:
             number += 1
         return pixels[:, :, :frames]
 
+    def latent_shape(self, canvas: Canvas) -> Size:
+        """The shape (T, h, w) of a canvas's latents; ValueError unless one window holds it."""
+        frames, height, width = canvas.pixels.shape[2:]
+        if frames > self.window.length:
+            raise ValueError(
+                f"latents are those of one window, but {frames} frames take several of {self.window.length}; use window={frames} or "
+                "more, fewer frames, or pixels."
+            )
+        return self.engine.latent_shape((self.window.length, height, width))
+
+    def latents(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
+        """The latents (B, C, T, h, w) of a canvas that one window holds, as `fill` would decode them."""
+        frames = canvas.output_frames
+        canvas = canvas.lengthened(self.window.length)
+        shown = list(range(0, canvas.pixels.shape[2], self.engine.vae.stride[0]))
+        given = self.engine.conditions_at(given, shown, len(frames), starts=True)
+        return self.sample_window(canvas, given, keys)
+
     def fill_window(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
         """Generate one window -> pixels (B, 3, F, H, W); known ones are unchanged unless `paste` or `blend` is set."""
+        options = self.options
+        latents = self.sample_window(canvas, given, keys)
+        decoded = clamp_to_bounds(self.engine.decode(latents, options.tile), canvas.bounds)
+        return paste(decoded, canvas.pixels.cpu(), canvas.mask.cpu(), options.blend) if options.paste else decoded
+
+    def sample_window(self, canvas: Canvas, given: Guided, keys: Keys) -> Tensor:
+        """Generate the latents (B, C, T, h, w) of one window; those of known frames are encoded."""
         engine, options, vae, path = self.engine, self.options, self.engine.vae, self.engine.objective.path
         frames, height, width = canvas.pixels.shape[2:]
         size = (frames, height, width)
         shape = engine.latent_shape(size)
         on_device = canvas._replace(pixels=canvas.pixels.to(engine.device), mask=canvas.mask.to(engine.device))
         latent_mask, boundary_mask = latent_masks(on_device.mask, vae, engine.model.patch_size)
-        noise = engine.draw(keys, 0, shape)
+        noise = engine.draw(keys, 0, shape) if self.noise is None else self.noise.to(engine.device)
         guidance = engine.guidance(options)
-        output = engine.denoiser(
+        context = engine.draw(keys, _NOISED_CONTEXT, shape) if guidance.history != 1 else None
+        output = SteeredDenoiser(
+            partial(engine.denoiser, noised_context=context),
             engine.with_clip_facts(given, size, options.fps),
             guidance,
-            noised_context=engine.draw(keys, _NOISED_CONTEXT, shape) if guidance.history != 1 else None,
+            self.on_step,
         )
         if engine.uses_diffusers(options.solver):
-            return engine.decode(self._run_diffusers(output, noise), options.tile)
+            return self._run_diffusers(output, noise)
         levels, base = self._levels(canvas.strength, shape), None
         if canvas.strength < 1:
             base = vae.encode(on_device.pixels.to(vae.dtype)).float()
@@ -100,33 +132,36 @@ class WindowedSampler:
         if boundary_mask.any():
             decode = partial(engine.decode, tile=options.tile)
             predict = pixel_guided(predict, on_device, boundary_mask, vae=vae, path=path, decode=decode)
-        latents = solve(
+        return solve(
             initial_schedule(known, noise, latent_mask=latent_mask, levels=levels, path=path, base=base),
             predict,
             path,
             options.solver or engine.default_solver,
             draw=lambda step: engine.draw(keys, step + 1, shape),
+            end_step=engine.step_ends(output),
             progress=partial(engine.progress, show=options.progress),
         )
-        decoded = clamp_to_bounds(engine.decode(latents, options.tile), canvas.bounds)
-        return paste(decoded, canvas.pixels.cpu(), canvas.mask.cpu(), options.blend) if options.paste else decoded
 
     def _levels(self, strength: float, shape: Size) -> Tensor:
         """The levels (steps + 1,) of one frame, scaled to begin at `strength`."""
         levels = self.engine.schedule(self.options.num_inference_steps, shape)
         return levels if strength == 1 else self.engine.objective.path.quantize(levels / levels[0] * strength)
 
-    def _run_diffusers(self, output: Denoiser, x: Tensor) -> Tensor:
+    def _run_diffusers(self, output: SteeredDenoiser, x: Tensor) -> Tensor:
         """Sample latents from noise x with a diffusers scheduler, which has one level for all frames."""
         engine, scheduler = self.engine, self.engine.scheduler
         scheduler.set_timesteps(self.options.num_inference_steps, device=engine.device)
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)
         learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
-        for t in engine.progress(scheduler.timesteps, self.options.progress):
+        steps = len(scheduler.timesteps)
+        for step, t in enumerate(engine.progress(scheduler.timesteps, self.options.progress)):
             levels = engine.objective.path.levels(t).expand(1, x.shape[2])
             scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             predicted = output(scaled, levels)
             if not learned:
                 predicted = predicted[:, : x.shape[1]]
             x = scheduler.step(predicted, t, x, return_dict=False)[0]
+            x, stop = output.end_step(step, steps, t, x)
+            if stop:
+                break
         return x

@@ -23,6 +23,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from stdit.progress import Progress
+from stdit.training.allocator import reuse_freed_memory
 from stdit.training.averages import PowerAverages
 from stdit.training.config import LoopConfig
 from stdit.training.estimate import Estimate
@@ -208,6 +209,8 @@ class TrainingLoop(ABC):
         finite.
         """
         config, main = self.config, self.accelerator.is_main_process
+        if self.accelerator.device.type == "cpu":
+            reuse_freed_memory()
         wrapped, optimizers = self._prepared()
         logger = self._logger() if main else None
         metrics: list[StepMetrics] = []

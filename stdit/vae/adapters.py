@@ -12,11 +12,14 @@ from stdit import legacy
 from stdit.files import read_json
 from stdit.hub import check_reachable, resolve_source
 from stdit.vae.base import DecoderState, VideoVAE
+from stdit.vae.released import RELEASED, find_released, load_released
 from stdit.vae.tiny import TinyVAE
 from stdit.variants import pick
 from stdit.weights import check_fits
 
 WEIGHTS = Path(__file__).parent / "weights"
+# The classes that are no wrapped ones of diffusers.
+OWN: dict[str, Any] = {"TinyVAE": TinyVAE, **RELEASED}
 
 
 class VAESpec(NamedTuple):
@@ -150,14 +153,16 @@ def as_video_vae(vae: nn.Module) -> VideoVAE:
 
 
 def load_vae(name: str, dtype: torch.dtype = torch.float32) -> VideoVAE:
-    """Load a VAE by name: "tiny", a folder with weights of a diffusers class, or a hub id.
+    """Load a VAE by name: "tiny", a folder with weights of a diffusers class, TAEHV's or LeanVAE's weights, or a hub id.
 
-    A hub id is "owner/name" or "owner/name/subfolder", optionally with "@revision". The network is used for a hub id
+    TAEHV's and LeanVAE's are a .safetensors file, or the folder in which it lies alone. A hub id is "owner/name" or "owner/name/subfolder", optionally with "@revision". The network is used for a hub id
     only, and only if no folder of that name exists. The VAE is frozen and in evaluation mode. Raises ValueError with a
     message of one line if it cannot be loaded.
     """
     if name == "tiny":
         return TinyVAE.from_pretrained(WEIGHTS, torch_dtype=dtype, use_safetensors=True).eval().requires_grad_(False)
+    if (file := find_released(name)) is not None:
+        return load_released(file, name, dtype).eval().requires_grad_(False)
     source, options = resolve_source(name, "vae.name")
     vae = _from_diffusers(source, options, name, dtype)
     return as_video_vae(vae).eval().requires_grad_(False)
@@ -176,9 +181,9 @@ def _from_diffusers(source: str, options: dict[str, Any], name: str, dtype: torc
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"VAE {name!r} was not found and cannot be fetched ({reason}); {remedy}.") from error
     class_name = str(config.get("_class_name", "unknown"))
-    if class_name != "TinyVAE":
+    if class_name not in OWN:
         pick(VAE_SPECS, class_name, "VAE class")
-    cls: Any = TinyVAE if class_name == "TinyVAE" else getattr(diffusers, class_name)
+    cls: Any = OWN.get(class_name) or getattr(diffusers, class_name)
     check_fits(Path(source), lambda: cls.from_config(config))
     try:
         return cls.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **options)

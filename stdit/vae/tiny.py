@@ -21,8 +21,8 @@ from stdit import legacy
 from stdit.ranges import check_ranges
 from stdit.vae.base import DecoderState, VideoVAE
 
-# Bounds of the memory of encoding: pixels of the groups that are encoded at a time, over the batch; and the largest side of
-# a tile of a larger frame, in latents.
+# Bounds of the memory of encoding: pixels of the groups that are encoded at a time (each counted as one frame), over the
+# batch; and the largest side of a tile of a larger frame, in latents.
 MOST_PIXELS = 1 << 19
 TILE = 96
 
@@ -67,6 +67,14 @@ class CausalConv(nn.Conv2d):
 def per_group(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a two-dimensional layer to every group of x (B, T, C, h, w)."""
     return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def groups_at_once(x: Tensor, stride: Sequence[int] = (1, 1, 1), cost: int = 1) -> int:
+    """The number of groups of pixels, or of latents of a VAE's stride, that are coded at a time to bound the memory.
+
+    cost: how many times as much memory as in the tiny VAE a group takes.
+    """
+    return max(1, MOST_PIXELS // (cost * len(x) * x.shape[3] * stride[1] * x.shape[4] * stride[2]))
 
 
 class ResBlock(nn.Module):
@@ -221,8 +229,7 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
         """
         cache = CausalConvCache()
         parts = [self.encoder(self._to_groups(pixels[:, :, :1]), cache)]
-        groups = max(1, MOST_PIXELS // (len(pixels) * pixels.shape[3] * pixels.shape[4]))
-        for frames in pixels[:, :, 1:].split(4 * groups, dim=2) if pixels.shape[2] > 1 else ():
+        for frames in pixels[:, :, 1:].split(4 * groups_at_once(pixels), dim=2) if pixels.shape[2] > 1 else ():
             parts.append(self.encoder(rearrange(frames, "b c (t f) h w -> b t (f c) h w", f=4), cache))
         return torch.cat(parts, dim=1).transpose(1, 2)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from media import write_barcodes
 
+from stdit.config import Config, load_typed
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.holdout import split
@@ -17,7 +18,9 @@ from stdit.data.video_io import VideoError
 from stdit.files import claimed
 from stdit.pixels import to_float
 from stdit.recipes import cache_latents, train
+from stdit.recipes.build import build_captions
 from stdit.rng import keyed_rng
+from stdit.text import CaptionCache, HashedWordEncoder
 from stdit.vae import load_vae
 
 SIZES = [[5, 32, 32], [9, 32, 48], [1, 32, 32]]
@@ -146,3 +149,50 @@ def test_windows_of_one_clip_are_held_out_together(home):
     groups = [{part.dataset.group_of(int(i)) for i in part.indices} for part in (kept, held)]
     assert groups[0] and groups[1] and not groups[0] & groups[1]
     assert sum(kept.shards) == len(kept) and len(kept.shards) == len(cached.shards)
+
+
+def test_latents_in_float32_train_as_the_clips_themselves(home):
+    for path in (home / "clips").iterdir():
+        path.unlink()
+    for i in range(4):
+        write_barcodes(home / f"clips/{i}.mp4", 5)  # one window each
+    plain = ["t.yaml", "data.sizes=[]"]
+    assert cache_latents.main([*plain, "data.cache_dtype=float32", "--output", "exact"]) == 0
+    assert cache(*plain[1:]) == 0
+    exact, half = (
+        build_dataset(DataConfig(root=root, num_frames=5, height=32, width=32)) for root in ("exact", "latents")
+    )
+    rng = np.random.default_rng(0)
+    assert exact.load(0, rng)["latents"].dtype == torch.float32 and half.load(0, rng)["latents"].dtype == torch.float16
+    losses = {}
+    for name, root in (("raw", "clips"), ("exact", "exact")):
+        options = ["train.tokens=null", "train.steps=2", "train.log_every=1", f"data.root={root}", f"name={name}"]
+        assert train.run([*plain, *options]) == 0
+        rows = (home / f"output/{name}/training_metrics.csv").read_text().splitlines()
+        losses[name] = np.array([float(row.split(",")[rows[0].split(",").index("loss")]) for row in rows[1:]])
+    assert len(losses["raw"]) == 2
+    assert np.abs(losses["exact"] - losses["raw"]).max() <= 1e-6
+    with pytest.raises(ValueError, match=r"made with other settings .*dtype"):
+        cache_latents.main([*plain, "--output", "exact"])
+    with pytest.raises(ValueError, match="cache_dtype"):
+        cache_latents.main([*plain, "data.cache_dtype=int8", "--output", "none"])
+
+
+def test_captions_are_encoded_with_the_latents_and_found_by_training(home, monkeypatch):
+    for i in range(6):
+        (home / f"clips/{i}.txt").write_text(f"caption {i % 4}")
+    words = ["data.sizes=[]", "text.encoder=words", "model.conditioning=adaln_single"]
+    assert cache(*words) == 0
+    monkeypatch.setattr(HashedWordEncoder, "encode", None)
+    found = CaptionCache(home / Config().text.cache, HashedWordEncoder())
+    assert len(found) == 5
+    build_captions(
+        load_typed(Config, "t.yaml", [*words, "data.root=latents"]),
+        build_dataset(DataConfig(root="latents", num_frames=5, height=32, width=32)),
+        "cpu",
+    )
+    for i in range(6):
+        (home / f"clips/{i}.txt").unlink()
+    with pytest.raises(ValueError, match="no clip of 'clips' has a caption"):
+        cache_latents.main(["t.yaml", *words, "--output", "other"])
+    assert not list((home / "other").glob("latents-*"))

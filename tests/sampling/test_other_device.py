@@ -81,3 +81,35 @@ def test_a_stream_gives_the_same_clip_on_another_device():
     causal = {"axes": ["joint"], "causal": True, "position_encoding": "rope_3d", "window": 2}
     expected, found = on_both(streamed, "flow", **causal)
     assert (expected - found).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_parts_that_wait_on_the_cpu_give_the_same_clip_on_another_device(monkeypatch, causal):
+    """diffusers' enable_model_cpu_offload: a part is on the device while it runs, and all are on the CPU after a call."""
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.empty_device_cache", lambda kind: None)
+    model = {"axes": ["joint"], "causal": True, "position_encoding": "rope_3d", "window": 2} if causal else {}
+    expected = [call(build("flow", **model)) for call in (_extended, _streamed)[: 1 + causal]]
+    with other_device():
+        pipe, places = build("flow", **model), []
+        pipe.enable_model_cpu_offload(device=OTHER.type)
+        for part in (pipe.transformer, pipe.vae):
+            before = part._hf_hook.pre_forward
+
+            def placed(module, *args, before=before, **kwargs):
+                found = before(module, *args, **kwargs)
+                places.append((type(module).__name__, next(module.parameters()).device.type))
+                return found
+
+            part._hf_hook.pre_forward = placed
+        for call, clips in zip((_extended, _streamed), expected, strict=False):
+            assert (call(pipe).cpu() - clips).abs().max() < 1e-4
+            assert {next(part.parameters()).device.type for part in (pipe.transformer, pipe.vae)} == {"cpu"}
+    assert set(places) == {("STDiT", OTHER.type), ("TinyVAE", OTHER.type)}
+
+
+def _extended(pipe):
+    return pipe.extend(clip(5), after=4, class_labels=1, **FAST)
+
+
+def _streamed(pipe):
+    return torch.cat([part.cpu() for part in pipe.stream(clip(5), 8, 1, **FAST)], 2)

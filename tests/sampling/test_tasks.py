@@ -333,7 +333,7 @@ def test_outpainting_keeps_the_image_in_the_middle(make):
         (lambda p: p.inpaint(clip(5), torch.zeros(32, 32, dtype=torch.bool)), "nothing is to be generated"),
         (lambda p: p.edit(clip(5), 1.2), "strength must be a noise level .* got 1.2"),
         (lambda p: p.edit(clip(5) * 127, 0.5), r"scale pixels to \[-1, 1\]"),
-        (lambda p: p.edit(clip(5)[0], 0.5), r"pixels are \(B, 3, F, H, W\)"),
+        (lambda p: p.edit(clip(5)[:, :2], 0.5), r"pixels are \(B, 3, F, H, W\)"),
         (lambda p: p.extend(clip(5), after=4, class_labels=["a", "b", "c"]), "3 class_labels for 2 clips"),
         (lambda p: p.extend(clip(5), after=4, blend=-1), "blend must be >= 0, got -1"),
         (lambda p: outpaint_canvas(clip(5), 32, 32), "leaves no room around"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stdit.recipes import export, models
+from stdit.recipes import export, info, models
 from stdit.training.state import save_checkpoint
 
 CONFIG = "data: {source: shapes, num_shapes: 8, num_frames: 5, height: 32, width: 32, workers: 0}\nmodel: {size: S/2, depth: 1, hidden_size: 32, num_heads: 2, axes: [joint]}\ntrain: {steps: 2, batch_size: 2, checkpoint_every: 1, samples: 0, precision: fp32}\n"
@@ -35,7 +35,7 @@ def test_a_checkpoint_gives_the_model_that_training_would_write(run, monkeypatch
         assert "stdit export part writes models/part" in capsys.readouterr().err
     (run / "models/part").rename(run / "models/.away")
     try:
-        assert models.newest_model().as_posix() == "checkpoints/part"
+        assert info.newest_model().as_posix() == "checkpoints/part"
         assert torch.equal(weights(models.load_pipeline("models/part")), written)
         assert export.main(["part"]) == 0
         assert torch.equal(weights(models.load_pipeline("models/part")), written)

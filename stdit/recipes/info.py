@@ -1,0 +1,100 @@
+"""Say what trained models are: their clips, labels, captions, actions, guidance and defaults.
+
+stdit info                          every model under models/
+stdit info models/quickstart        all of one, with its labels
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from stdit.files import printable, read_json
+from stdit.recipes.entry import command, command_parser
+
+MODELS, CHECKPOINTS = Path("models"), Path("checkpoints")
+_LISTED = 12  # labels in the list of all models
+
+
+def newest_model(folder: Path = MODELS) -> Path:
+    """The folder of the model trained last; without any, of the run that wrote a checkpoint last.
+
+    ValueError with the command that makes one if there is neither.
+    """
+    found = [path.parent for path in folder.glob("[!.]*/model_index.json")]
+    if found:
+        return max(found, key=lambda path: (path / "model_index.json").stat().st_mtime)
+    steps = [path for path in CHECKPOINTS.glob("[!.]*/step-*/info.json") if folder == MODELS]
+    if steps:
+        return max(steps, key=lambda path: path.stat().st_mtime).parents[1]
+    raise ValueError(f"there is no model under {folder}/; train one with make quickstart, or with stdit train CONFIG.")
+
+
+def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """The settings of a model folder's pipeline, transformer and scheduler, without loading it; ValueError if it is none."""
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{str(folder)!r} holds no model (no model_index.json); stdit info lists those under models/.")
+    files = {"pipeline": "model_index.json", "transformer": "transformer/config.json"}
+    files["scheduler"] = "scheduler/scheduler_config.json"
+    return {part: read_json(folder / name) if (folder / name).is_file() else {} for part, name in files.items()}
+
+
+def label_names(transformer: dict[str, Any]) -> list[str]:
+    """The names of a model's classes, or their numbers; empty without classes."""
+    names, count = transformer.get("class_names"), transformer.get("num_classes") or 0
+    return [str(name) for name in names] if isinstance(names, list) else [str(i) for i in range(count)]
+
+
+def describe(folder: Path) -> Iterator[tuple[str, str]]:
+    """What a model is, as pairs of a title and a text."""
+    found = read_settings(folder)
+    pipeline, transformer, scheduler = found["pipeline"], found["transformer"], found["scheduler"]
+    frames, rate = pipeline.get("num_frames", 1), pipeline.get("fps")
+    size = f"{pipeline.get('height')} x {pipeline.get('width')}"
+    yield "clips", f"{frames} frames of {size} at {rate:g} fps" if frames != 1 else f"pictures of {size}"
+    blocks = f"{transformer.get('depth')} blocks, {transformer.get('hidden_size')} wide"
+    causal = ", causal: continued frame by frame (stdit sample --task extend)" if transformer.get("causal") else ""
+    yield "network", f"{blocks}, patches of {transformer.get('patch_size')}{causal}"
+    yield "objective", " ".join(str(one) for one in (pipeline.get("objective"), scheduler.get("solver") or "")).strip()
+    labels = label_names(transformer)
+    if labels:
+        shown = ", ".join(labels[:_LISTED]) + (f" and {len(labels) - _LISTED} more" if len(labels) > _LISTED else "")
+        yield "labels", f"{len(labels)} (--class-label): {shown}"
+    if pipeline.get("text_encoder"):
+        yield "captions", f"read by {pipeline['text_encoder']} (--caption)"
+    for name, space in (transformer.get("extra_conditions") or {}).items():
+        if name == "actions" and isinstance(space, dict):
+            yield "actions", f"{', '.join(space.get('names') or []) or space.get('width')} (stdit play)"
+        else:
+            yield "condition", str(name)
+    tasks = [one for one in pipeline.get("mask_strategies") or [] if one != "shared"]
+    yield "known frames", ", ".join(tasks) or "none in training: tasks with --input need some"
+    if (scale := transformer.get("distilled_guidance", 1.0)) not in (None, 1.0):
+        yield "guidance", f"{scale:g}, learnt: it is sampled without"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print what one model is, or all under models/."""
+    parser = command_parser("info", __doc__)
+    parser.add_argument("model", nargs="?", type=Path, help="a model's folder; default: all under models/")
+    parser.add_argument("--labels", action="store_true", help="print the labels alone, one a line")
+    args = parser.parse_args(argv)
+    if args.labels and args.model is None:
+        raise ValueError("--labels needs a model, for example stdit info models/quickstart --labels.")
+    if args.labels:
+        print("".join(f"{printable(name)}\n" for name in label_names(read_settings(args.model)["transformer"])), end="")
+        return 0
+    folders = [args.model] if args.model else sorted(path.parent for path in MODELS.glob("[!.]*/model_index.json"))
+    if not folders:
+        raise ValueError(
+            f"there is no model under {MODELS}; train one with stdit quickstart, or stdit train --data PATH."
+        )
+    for folder in folders:
+        try:
+            described = list(describe(folder))
+        except (TypeError, AttributeError) as error:  # a value of another kind than a model's settings have
+            raise ValueError(f"{folder}: its settings are none of a model ({error}); export it again.") from error
+        print(printable(str(folder)))
+        for title, text in described:
+            print(f"  {title:<14}{printable(text)}")
+    return 0
