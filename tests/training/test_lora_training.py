@@ -13,6 +13,7 @@ from stdit.data.video_write import write_video
 from stdit.model.lora import FILE_NAME, lora_tensors
 from stdit.nn.low_rank import is_low_rank
 from stdit.recipes import export, sample, train
+from stdit.recipes.adapters import add_loras
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.metrics import MetricsLogger
@@ -101,7 +102,7 @@ def test_the_lora_is_that_of_the_checkpoint_and_an_export_writes_it_again(traine
 def test_sampling_with_loras_is_sampling_from_the_merged_model(trained):
     loras = ["--lora", "models/whole:3", f"models/whole/{FILE_NAME}:0.5"]
     assert export.main(["models/base", *loras, "--output", "merged"]) == 0
-    common = ["--class-label", "0", "--steps", "2", "--output"]
+    common = ["--class-label", "0", "--seed", "0", "--steps", "2", "--output"]
     for name, extra in (("plain", []), ("lora", loras), ("off", ["--lora", "models/whole:0"])):
         assert sample.main(["--model", "models/base", *extra, *common, f"{name}.png", "--frames", "1"]) == 0
     assert sample.main(["--model", "merged", *common, "merged.png", "--frames", "1"]) == 0
@@ -110,6 +111,15 @@ def test_sampling_with_loras_is_sampling_from_the_merged_model(trained):
     pipe, merged = (load_pipeline(name) for name in ("models/base", "merged"))
     assert merged.guide is not None and not torch.equal(clips(pipe), clips(merged))
     shutil.rmtree("merged")
+
+
+def test_the_pipeline_loads_what_training_wrote(trained):
+    pytest.importorskip("peft")
+    ours, theirs = load_pipeline("models/base"), load_pipeline("models/base")
+    add_loras(ours, ["models/whole"])
+    theirs.load_lora_weights("models/whole")
+    torch.testing.assert_close(clips(theirs), clips(ours), atol=1e-4, rtol=1e-4)
+    assert not torch.equal(clips(ours), clips(load_pipeline("models/base")))
 
 
 def test_classes_of_the_data_are_those_of_the_model_by_their_names(trained, capsys):
