@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": "convert weights of DiT, SiT, Latte, U-ViT, MDT or diffusers, and back",
     "record": "record episodes of an environment, with the actions that led to every frame",
     "play": "play a world in the browser: frames go on as you press keys",
+    "studio": "a page with a timeline: clips, pictures and gaps are laid and filled in the browser",
     "make-shapes": "draw clips of moving shapes, with a manifest",
     "index": "read every file of a folder or manifest once, and keep a table that runs of any size open at once",
     "check-media": "read every file of a folder in full and say which training cannot use",

@@ -1,8 +1,8 @@
 """A trained model ready to sample: the network, its VAE, objective and scheduler, and the clips of its training."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -160,6 +160,6 @@ class Engine:
         check_latents(latents)
         return decode(self.vae, latents, tile)
 
-    def progress(self, iterable: Iterable, show: bool = True) -> Iterable:
-        """Wrap an iterable with a progress bar."""
-        return tqdm(iterable, disable=not show, leave=False)
+    def progress(self, iterable: Iterable, show: bool | Callable[..., Iterable] = True, **bar: Any) -> Iterable:
+        """Wrap an iterable with a progress bar, or as the function `show` does. bar: arguments of tqdm, such as `total`."""
+        return show(iterable, **bar) if callable(show) else tqdm(iterable, disable=not show, leave=False, **bar)
