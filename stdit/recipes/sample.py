@@ -356,7 +356,8 @@ def sample_clips(
             except OSError:
                 path.unlink()  # a clip without its record would be in the way of the next attempt
                 raise
-    return Sampled(paths, size, fps, call, [printable(text) for text in dict.fromkeys(str(w.message) for w in caught)])
+    warned = [printable(text) for text in dict.fromkeys(str(warning.message) for warning in caught)]
+    return Sampled(paths, size, fps, call, warnings=warned)
 
 
 @command

@@ -10,7 +10,7 @@ The page is at http://127.0.0.1:8000/ until Ctrl-C. It needs: pip install 'stdit
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +33,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-browser", action="store_true", help="do not open the page in a browser")
     args = parser.parse_args(argv)
     try:
-        from stdit.web.server import Worker, make_app, open_port, serve
-        from stdit.web.studio import Studio
-        from stdit.web.studio_models import Models
-        from stdit.web.studio_runs import Runs
+        from stdit.web.server import make_app, open_port, serve
     except ImportError as error:
         raise ValueError(f"the page needs starlette and uvicorn ({error}): pip install 'stdit[web]'.") from error
-    chosen = {} if args.model is None else {Path(args.model).name: Path(args.model)}
-    models, worker = Models(Path(args.models), load_pipeline, chosen), Worker()
-    if not models.listing():
-        raise ValueError(
-            f"there is no model under {args.models}/; train one with make quickstart, or with stdit train."
-        )
     opened = open_port(args.port)
     try:
-        studio = Studio(models, _sample, Path(args.output), Runs(Path("output")), worker=worker)
-        serve(make_app(studio.routes(), worker, studio.close), opened, browser=not args.no_browser)
+        chosen = {} if args.model is None else {Path(args.model).name: Path(args.model)}
+        studio = make_studio(Path(args.models), Path(args.output), Path("output"), chosen)
+        if not studio.models.listing():
+            raise ValueError(f"there is no model under {args.models}/; make one with make quickstart, or stdit train.")
+        serve(make_app(studio.routes(), studio.worker, studio.close), opened, browser=not args.no_browser)
     finally:
         opened.close()
     return 0
+
+
+def make_studio(models: Path, output: Path, runs: Path, chosen: Mapping[str, Path] | None = None) -> Any:
+    """The studio of the models in a folder. output: where it writes. runs: of training. chosen: models that come first."""
+    from stdit.web.server import Worker
+    from stdit.web.studio import Studio
+    from stdit.web.studio_models import Models
+    from stdit.web.studio_runs import Runs
+
+    return Studio(Models(models, load_pipeline, chosen), _sample, output, Runs(runs), worker=Worker())
 
 
 def _sample(argv: list[str], pipe: STDiTPipeline, progress: Any) -> Any:

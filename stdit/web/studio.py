@@ -12,7 +12,7 @@ import shlex
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class Studio:
         """The request in a body, with a seed, and its plan."""
         request = Request.read(await _body(http))
         if request.seed is None:
-            request = request._replace(seed=secrets.randbelow(2**31))
+            request = replace(request, seed=secrets.randbelow(2**31))
         facts = await self._facts(request.model)
         return request, await self.files.run(self._plan_of, request, facts)
 

@@ -177,7 +177,7 @@ class Media:
         size = (frames.shape[1], frames.shape[2])
         grid = (min(_ROW, max(1, _LARGEST_SIDE // size[0])), min(_ROW, max(1, _LARGEST_SIDE // size[1])))
         sheets = list(_sheets(frames, *grid))
-        found = View(len(frames), size, fps, note, source, picture=picture, sheets=sheets, grid=grid)
+        found = View(len(frames), size, fps, note, source=source, picture=picture, sheets=sheets, grid=grid)
         self._views[key] = found
         while (
             sum(len(sheet) for view in self._views.values() for sheet in view.sheets) > _CACHED and len(self._views) > 1
@@ -238,7 +238,7 @@ def _sheets(frames: np.ndarray, rows: int, columns: int) -> Iterator[bytes]:
         part = frames[first : first + rows * columns]
         sheet = np.zeros((-(-len(part) // columns), columns, height, width, 3), np.uint8)
         sheet.reshape(-1, height, width, 3)[: len(part)] = part
-        image = Image.fromarray(sheet.transpose(0, 2, 1, 3, 4).reshape(-1, columns * width, 3))
+        image = Image.fromarray(sheet.swapaxes(1, 2).reshape(-1, columns * width, 3))
         stream = io.BytesIO()
         image.save(stream, "webp", lossless=lossless, quality=50 if lossless else 90, method=1)
         yield stream.getvalue()

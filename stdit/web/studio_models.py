@@ -67,6 +67,7 @@ class Models:
 
     def __init__(self, folder: Path, load: Callable[[Path], STDiTPipeline], further: Mapping[str, Path] | None = None):
         self.folder, self._load, self._further = folder, load, dict(further or {})
+        self._unfinished = {name for name, path in self._further.items() if not (path / "model_index.json").is_file()}
         self._facts: dict[tuple[str, int], Facts] = {}
         self._loaded: tuple[tuple[str, int], STDiTPipeline] | None = None
 
@@ -80,7 +81,7 @@ class Models:
     def path(self, name: str) -> Path:
         """The folder of a model; Refused if it is gone."""
         path = self._further.get(name, self.folder / Path(name).name)
-        if not (path / "model_index.json").is_file() and name not in self._further:
+        if not (path / "model_index.json").is_file() and name not in self._unfinished:
             others = [entry["name"] for entry in self.listing() if entry["name"] != name and "error" not in entry]
             fixes = [Fix(f"Use {other}", {"model": other}) for other in others[:2]]
             raise Refused(f"The model {path} is gone; choose another, or put the folder back.", *fixes)
@@ -125,6 +126,6 @@ def _entry(name: str, path: Path) -> dict[str, Any]:
         found = read_labels(path)
     except (ValueError, KeyError, TypeError, OSError) as error:
         return {"name": name, "text": "cannot be read", "error": " ".join(str(error).split())[:200]}
-    size = f"{found.num_frames} frames of {found.width} × {found.height}"  # noqa: RUF001
+    size = f"{found.num_frames} frames of {found.height} × {found.width}"  # noqa: RUF001
     kind = f"{found.num_classes} labels" if found.num_classes else "captions" if found.captions else "no labels"
     return {"name": name, "text": f"{size}, {kind}{', forward only' if found.causal else ''}", "causal": found.causal}

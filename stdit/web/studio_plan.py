@@ -129,7 +129,7 @@ class Planner(NamedTuple):
                 lower = 1 + max(0, after.frames - 1) // step * step
                 yield _lengths("A clip has 1 frame, or that and whole groups.", after, [lower, lower + step])
             return
-        if before.frames + after.frames + sum(gap.frames for gap in between) == 0:
+        if before.frames + after.frames == 0 and len(known) == 1:
             yield Problem(
                 "There is nothing to fill: add new frames.",
                 (Fix(f"Add {2 * geometry.stride[0]} after", {"append": 2 * geometry.stride[0]}),),

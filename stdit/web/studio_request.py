@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ class Part(NamedTuple):
     at: int = 0
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True)
+class Request:
     """Settings of the page. None: the model's, or drawn. size: (H, W) of the output, None: as trained."""
 
     model: str
@@ -75,7 +77,7 @@ class Request(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """As a page gives it."""
-        return {**self._asdict(), "parts": [part._asdict() for part in self.parts]}
+        return {**asdict(self), "parts": [part._asdict() for part in self.parts]}
 
 
 def _part(given: Any, at: int) -> Part:

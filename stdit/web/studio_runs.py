@@ -26,7 +26,8 @@ class Curve:
         self._restart()
 
     def _restart(self) -> None:
-        self._inode, self._offset, self._header, self._width = 0, 0, [], 1
+        self._inode, self._offset, self._width = 0, 0, 1
+        self._header: list[str] = []
         self._sums: dict[int, list[list[float]]] = {}  # stretch -> for each column the sum and the number
         self.step = 0
 
@@ -101,7 +102,7 @@ class Runs:
 
     def listing(self) -> list[dict[str, Any]]:
         """The runs, those that wrote last first. live: whether one is at work now."""
-        found = []
+        found: list[dict[str, Any]] = []
         for path in self.folder.glob(f"[!.]*/{METRICS}"):
             changed = path.stat().st_mtime
             live = time.time() - changed < _LIVE and (path.parent / "running.txt").is_file()
