@@ -153,7 +153,10 @@ class Studio:
             with readable(path):
                 return self.media.view(path, Look(*size, facts.fps)).facts()
 
-        planner = Planner(facts, view, lambda name: self.media.path(name).as_posix(), self.output, tuple(others))
+        def path(name: str) -> str:
+            return self.media.path(name).as_posix()
+
+        planner = Planner(facts, view, path, output=self.output, others=tuple(others))
         return planner.plan(request)
 
     async def _plan(self, http: HttpRequest) -> Response:

@@ -291,20 +291,3 @@ def test_a_model_that_vanishes_is_told_where_one_looks(browser, home, tmp_path):
         ready(page)
         page.click("#fill")
         assert made(page, 1)["request"]["model"] == "forward"
-
-
-@pytest.mark.slow
-def test_two_hundred_requests_leave_memory_as_it_was(browser, home, tmp_path):
-    """The process of the tests is that of the server, so its memory is measured here; dev/measure_studio.py has it alone."""
-    import psutil
-
-    process, sizes = psutil.Process(), []
-    with serving(home, tmp_path / "output") as (_, url), opened(browser, url) as page:
-        few_steps(page)
-        ready(page)
-        for number in range(220):
-            page.click("#fill")
-            made(page, min(number + 1, 200))
-            if number in (19, 219):
-                sizes.append(process.memory_info().rss)
-    assert sizes[1] - sizes[0] < 50 << 20

@@ -1,7 +1,7 @@
 // The page: connects to the server and stays connected, chooses the model, and hears keys.
 import { $, call, h, path } from "./dom.js";
 import { arrange, changed, choose, draw, edited, listen, plan, state } from "./state.js";
-import { drawStage, play, player, seek } from "./stage.js";
+import { compare, drawStage, play, player, seek } from "./stage.js";
 import { drawTimeline } from "./timeline.js";
 import { cancelLast, drawSettings, finished, submit } from "./settings.js";
 import { drawHistory } from "./history.js";
@@ -131,7 +131,7 @@ if (localStorage.getItem("theme")) theme(localStorage.getItem("theme"));
 $("theme").addEventListener("click", () => { const name = dark() ? "light" : "dark"; localStorage.setItem("theme", name); theme(name); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => theme(localStorage.getItem("theme") ?? "light dark"));
 
-const KEYS = [["1 … 9", "the tasks"], ["space", "play or stop"], ["← →", "one frame back or forward"], ["home end", "first or last frame"], ["ctrl enter", "generate or fill"], ["esc", "cancel, within one step"], ["o", "open a file"], ["+ −", "more or fewer new frames, on a gap"], ["alt ← →", "move a clip, on a clip"], ["delete", "take a part off"], ["s", "draw another seed"], ["?", "these keys"]];
+const KEYS = [["1 … 9", "the tasks"], ["space", "play or stop"], ["← →", "one frame back or forward"], ["home end", "first or last frame"], ["ctrl enter", "generate or fill"], ["esc", "cancel, within one step"], ["o", "open a file"], ["+ −", "more or fewer new frames, on a gap"], ["alt ← →", "move a clip, on a clip"], ["delete", "take a part off"], ["c", "before and after"], ["s", "draw another seed"], ["?", "these keys"]];
 $("keys").querySelector("table").append(...KEYS.map(([key, what]) => h("tr", {}, h("td", {}, h("kbd", {}, key)), h("td", {}, what))));
 $("help").addEventListener("click", () => $("keys").showModal());
 addEventListener("keydown", (event) => {
@@ -141,7 +141,7 @@ addEventListener("keydown", (event) => {
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
   const act = {
     " ": () => play(), ArrowLeft: () => { play(false); seek(player.frame - 1); }, ArrowRight: () => { play(false); seek(player.frame + 1); },
-    Home: () => seek(0), End: () => seek(player.count - 1), "?": () => $("keys").showModal(), o: () => $("file").click(), s: () => { draw(); changed(); plan(); },
+    Home: () => seek(0), End: () => seek(player.count - 1), "?": () => $("keys").showModal(), c: compare, o: () => $("file").click(), s: () => { draw(); changed(); plan(); },
   }[event.key] ?? (/^[1-9]$/.test(event.key) && state.facts ? () => choose(names[event.key - 1]) : null);
   if (act && !(event.key === " " && event.target.matches?.("button")) && !(event.target.matches?.("input[type=range]") && event.key.startsWith("Arrow"))) { event.preventDefault(); act(); }
 });

@@ -1,7 +1,7 @@
 // The versions that were made: shown, taken as input, and their settings taken up again.
 import { $, ago, h, path } from "./dom.js";
 import { arrange, changed, frameOf, known, loadParts, place, plan, state, viewOf } from "./state.js";
-import { play, player } from "./stage.js";
+import { play, player, showMask } from "./stage.js";
 
 let built = "";
 const visible = new Set();
@@ -27,14 +27,15 @@ export function restore(version) {
   const { request } = version;
   if (request.model !== state.model) return dispatchEvent(new CustomEvent("use-model", { detail: request.model }));
   arrange("generate", []);
-  for (const name of ["task", "label", "caption", "steps", "guidance", "seed", "count", "factor", "strength", "mask", "height", "width"]) state[name] = request[name];
+  for (const name of ["task", "label", "caption", "steps", "guidance", "seed", "count", "factor", "strength", "height", "width"]) state[name] = request[name];
   state.parts = request.parts.map(({ media, frames }) => ({ media, frames }));
   state.shelf = state.parts.filter((part) => part.media);
   state.pinned = true;
   state.shown = null;
   state.selected = null;
   state.filled = version.name;
-  loadParts().then(plan);
+  state.compare = false;
+  loadParts().then(() => (request.mask ? showMask(request.mask, state.shelf[0]?.media) : plan()));
   changed();
 }
 

@@ -164,7 +164,7 @@ export async function submit(body = request()) {
 export function finished(job) {
   const name = job.versions[0], same = job.arrangement === JSON.stringify(state.parts) + state.task;
   viewOf(name, null).catch(() => {});
-  if (same) { state.filled = name; state.shown = null; } else state.shown = name;
+  if (same) Object.assign(state, { filled: name, shown: null, compare: false }); else state.shown = name;
   player.frame = 0;
   play(true);
 }

@@ -7,7 +7,7 @@ window.player = player; // for tests
 const picture = $("picture"), paint = $("paint"), pen = paint.getContext("2d", { willReadFrequently: true });
 let erasing = false;
 
-export const version = () => state.versions.find((one) => one.name === (state.shown ?? state.filled)) ?? null;
+export const version = () => state.versions.find((one) => one.name === (state.shown ?? (state.compare ? null : state.filled))) ?? null;
 
 // What is shown: frames, and for each a rectangle of a picture, or what stands in for one that is not made yet.
 export function program() {
@@ -73,7 +73,8 @@ export function drawStage() {
   if (at?.gap) hatch(context, 0, 0, width, height, 2);
   const painting = state.task === "inpaint" && !shown.made && media().length === 1 && Boolean(at?.frame);
   paint.hidden = $("brush").hidden = !painting;
-  if (painting && (paint.width !== shown.width || paint.height !== shown.height)) { paint.width = shown.width; paint.height = shown.height; }
+  if (painting && (paint.width !== shown.width || paint.height !== shown.height)) { paint.width = shown.width; paint.height = shown.height; state.mask = null; }
+  if (painting && state.masked !== media()[0].media) { pen.clearRect(0, 0, paint.width, paint.height); state.masked = media()[0].media; state.mask = null; }
   $("scrub").max = Math.max(0, shown.count - 1);
   $("scrub").value = player.frame;
   $("scrub").style.setProperty("--at", `${shown.count > 1 ? (100 * player.frame) / (shown.count - 1) : 0}%`);
@@ -84,7 +85,9 @@ export function drawStage() {
 }
 
 function caption(shown) {
-  const { made } = shown, line = $("caption-line");
+  const { made } = shown, line = $("caption-line"), can = Boolean(state.filled) && !state.shown && media().length > 0;
+  $("compare").hidden = !can;
+  $("compare").textContent = state.compare ? "after" : "before";
   line.replaceChildren();
   $("saves").replaceChildren();
   if (!made) return;
@@ -146,7 +149,20 @@ $("invert").addEventListener("click", () => {
   sendMask();
 });
 
-export function clearMask() { pen.clearRect(0, 0, paint.width, paint.height); state.mask = null; }
+// Paints what a mask of before has in white.
+export async function showMask(name, clip) {
+  const look = lookOf(), view = await viewOf(name, look);
+  await view.loading;
+  paint.width = look.width; paint.height = look.height;
+  pen.globalCompositeOperation = "source-over";
+  pen.drawImage(...frameOf(view, 0), 0, 0, paint.width, paint.height);
+  const pixels = pen.getImageData(0, 0, paint.width, paint.height);
+  for (let i = 0; i < pixels.data.length; i += 4) pixels.data[i + 3] = pixels.data[i] > 127 ? 255 : 0;
+  pen.putImageData(pixels, 0, 0);
+  pen.globalCompositeOperation = "source-in"; pen.fillStyle = colour(); pen.fillRect(0, 0, paint.width, paint.height);
+  Object.assign(state, { mask: name, masked: clip });
+  changed(); plan();
+}
 
 async function sendMask() {
   // White on black, without half-tones: what is half painted is made anew.
@@ -169,6 +185,8 @@ async function sendMask() {
   changed(); plan();
 }
 
+export function compare() { if (!$("compare").hidden) { state.compare = !state.compare; changed(); } }
+$("compare").addEventListener("click", compare);
 $("back").addEventListener("click", () => { play(false); seek(player.frame - 1); });
 $("forward").addEventListener("click", () => { play(false); seek(player.frame + 1); });
 $("play").addEventListener("click", () => play());

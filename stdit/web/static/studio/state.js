@@ -5,7 +5,7 @@ export const state = {
   connected: false, boot: null, models: [], model: null, facts: null, versions: [], jobs: new Map(), limits: {},
   task: "generate", parts: [], selected: null, label: null, caption: null, steps: null, guidance: null, seed: null, pinned: false,
   count: 1, factor: 2, strength: 0.6, mask: null, height: null, width: null,
-  plan: null, refused: null, shown: null, filled: null, mine: new Set(), uploading: 0,
+  plan: null, refused: null, shown: null, filled: null, compare: false, masked: null, mine: new Set(), uploading: 0,
 };
 window.studio = state; // for tests
 
@@ -61,6 +61,7 @@ export function frameOf(view, i) {
 }
 
 // The timeline: {media, frames} or {media: null, frames} or {slot: true}. What changes it forgets what it was filled with.
+// masked: the clip over which the mask was painted.
 export const isGap = (part) => !part.slot && part.media === null;
 export const media = () => state.parts.filter((part) => part.media);
 export const gap = (frames) => ({ media: null, frames });
@@ -69,7 +70,7 @@ export const draw = () => (state.seed = Math.floor(Math.random() * 2 ** 31));
 
 export function edited() {
   state.filled = null;
-  state.mask = null;
+  state.compare = false;
   state.refused = null;
   changed();
   plan();
@@ -145,7 +146,7 @@ export function remove(indices) {
 export function request() {
   const { model, task, label, caption, steps, guidance, seed, count, factor, strength, mask, height, width } = state;
   const parts = state.parts.map(({ media: name, frames }) => ({ media: name, frames: name ? 0 : frames }));
-  return { model, task, parts, label, caption, steps, guidance, seed, count, factor, strength, mask: task === "inpaint" ? mask : null, height, width };
+  return { model, task, parts, label, caption, steps, guidance, seed, count, factor, strength, mask: task === "inpaint" && state.masked === media()[0]?.media ? mask : null, height, width };
 }
 
 // Asks what the settings come to; of several answers on their way only the last one counts.

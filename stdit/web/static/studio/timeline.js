@@ -1,7 +1,7 @@
 // The timeline: clips, pictures and gaps side by side; gaps grow by whole groups, parts are moved, cut and taken off.
 import { $, call, h, plural, query } from "./dom.js";
 import { arrange, changed, edited, frameOf, gap, isGap, known, lookOf, media, place, plan, remove, remember, state, viewOf } from "./state.js";
-import { clearMask, hatch, player, seek, version } from "./stage.js";
+import { hatch, player, seek, version } from "./stage.js";
 
 const track = $("track");
 let drawn = "";
@@ -122,7 +122,6 @@ export async function cut(at, begin, end) {
     remember(found.name, look, found);
     state.parts[at] = { media: found.name, frames: found.frames };
     state.shelf = media();
-    clearMask();
     edited();
   } catch (error) { state.refused = error.problem ?? null; changed(); }
 }
@@ -137,7 +136,6 @@ export async function upload(files, { first = null, at = null } = {}) {
       if (state.limits.upload && file.size > state.limits.upload) throw Object.assign(new Error(), { problem: { message: `${file.name} has ${Math.round(file.size / 2 ** 20)} MB, and ${state.limits.upload >> 20} are the most; compress or cut it.`, fixes: [], stops: true } });
       const found = await call("POST", `/api/media${query(look)}&name=${encodeURIComponent(file.name)}${first ? `&first=${first}` : ""}`, file);
       remember(found.name, look, found);
-      clearMask();
       place(found.name, { at, facts: found });
       await viewOf(found.name, look);
     } catch (error) {
