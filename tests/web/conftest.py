@@ -9,6 +9,7 @@ from stdit.data.video_write import write_video
 from stdit.model.stdit import STDiT
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
+from stdit.text import load_text_encoder
 from stdit.vae import TinyVAE
 
 STRATEGIES = ["ends", "every_kth", "motion", "per_frame", "prefix", "random", "region", "shared", "suffix"]
@@ -37,6 +38,21 @@ def home(tmp_path_factory):
         strategies = ["teacher_forcing"] if causal else STRATEGIES
         pipe = STDiTPipeline(model, vae, STDiTScheduler("flow"), 17, 32, 32, 8.0, "flow", mask_strategies=strategies)
         pipe.save_pretrained(folder / "models" / name)
+    channels = load_text_encoder("words").channels
+    model = fill(
+        STDiT(
+            depth=1,
+            hidden_size=32,
+            num_heads=4,
+            in_channels=16,
+            num_classes=0,
+            learn_sigma=False,
+            sample_size=(5, 4, 4),
+            caption_channels=channels,
+        )
+    )
+    pipe = STDiTPipeline(model.eval(), vae, STDiTScheduler("flow"), 17, 32, 32, 8.0, "flow", text_encoder="words")
+    pipe.save_pretrained(folder / "models" / "texts")
     write_video(folder / "clip.mp4", moving(9, 32, 32), fps=8)
     write_video(folder / "other.mp4", moving(13, 32, 32), fps=8)
     write_video(folder / "wide.mp4", moving(9, 48, 96), fps=8)

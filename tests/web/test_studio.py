@@ -271,7 +271,7 @@ def test_a_model_folder_that_vanishes_is_one_line_and_another_model(client, home
         for url in ("/api/plan", "/api/jobs"):
             problem = found.post(url, json=ask("generate", 17)).json()["problem"]
             assert "tiny is gone; choose another" in problem["message"]
-            assert problem["fixes"] == [{"label": "Use forward", "change": {"model": "forward"}}]
+            assert {"label": "Use forward", "change": {"model": "forward"}} in problem["fixes"]
 
 
 def test_frames_travel_exactly(client, home, names):

@@ -123,7 +123,6 @@ def made(page, count):
 
 def few_steps(page):
     page.fill("#steps", "2")
-    page.press("#steps", "Tab")
     page.evaluate("document.activeElement.blur()")
 
 
@@ -182,6 +181,47 @@ def test_only_this_machine_is_asked_and_the_page_is_there_at_once(browser, addre
         assert len(asked) > 5
         assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
         assert paint <= 2000 and usable <= 6000, (paint, usable)
+
+
+def test_a_model_of_texts_has_a_box_and_another_model_takes_none(browser, address):
+    with opened(browser, address) as page:
+        page.select_option("#model", "texts")
+        page.wait_for_selector("#caption")
+        few_steps(page)
+        page.fill("#caption", "-a boat; $(touch x) 'drifts'")
+        page.wait_for_function("window.studio.plan?.commands[0]?.includes('boat')")
+        ready(page)
+        before = page.evaluate("window.studio.versions.length")
+        page.click("#fill")
+        assert made(page, before + 1)["request"]["caption"] == "-a boat; $(touch x) 'drifts'"
+        page.select_option("#model", "tiny")
+        page.wait_for_selector(".notice:has-text('takes no text')")
+        page.click(".fix:text('Leave the text out')")
+        page.click(".chip:text('green')")
+        ready(page)
+
+
+def test_a_version_can_be_taken_up_again_with_its_mask_and_seed(browser, address, home):
+    with opened(browser, address) as page:
+        few_steps(page)
+        before = page.evaluate("window.studio.versions.length")
+        page.click("#task-inpaint")
+        Hand(page).files(home / "clip.mp4")
+        Hand(page).paint()
+        page.click(".chip:text('green')")
+        page.wait_for_selector("#command code:has-text('green')")
+        shown = page.inner_text("#command code")
+        page.click("#fill")
+        made(page, before + 1)
+        page.wait_for_selector("#paint", state="hidden")
+        page.click("#compare")  # what was there before, with what was painted over it
+        page.wait_for_selector("#paint")
+        page.reload()
+        page.wait_for_selector("#fill")
+        page.click(".version .restore")
+        page.wait_for_function("window.studio.mask && window.studio.plan")
+        ready(page)
+        assert page.inner_text("#command code") == shown
 
 
 def test_a_timeline_is_laid_moved_and_taken_apart_by_keys(browser, address, home):

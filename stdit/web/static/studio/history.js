@@ -31,6 +31,7 @@ export function restore(version) {
   state.parts = request.parts.map(({ media, frames }) => ({ media, frames }));
   state.shelf = state.parts.filter((part) => part.media);
   state.pinned = true;
+  state.form++;
   state.shown = null;
   state.selected = null;
   state.filled = version.name;

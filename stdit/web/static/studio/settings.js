@@ -9,8 +9,10 @@ let built = "";
 
 export function drawSettings() {
   const { facts, task } = state;
-  const shape = JSON.stringify([facts, task, state.label, state.count, state.factor, state.height, state.width, state.pinned, state.connected, state.plan?.size]);
+  // Not for what is being typed, which would be lost.
+  const shape = JSON.stringify([facts, task, state.label, state.pinned, state.form]);
   if (shape !== built) { built = shape; build(); }
+  for (const [i, name] of ["height", "width"].entries()) form.querySelector(`#${name}`)?.setAttribute("placeholder", state.plan?.size[i] ?? "");
   const seed = form.querySelector("#seed");
   if (seed && document.activeElement !== seed) seed.value = state.seed ?? "";
   const stopped = !facts || !state.connected || !state.plan || state.plan.problems.some((problem) => problem.stops);
@@ -21,21 +23,20 @@ export function drawSettings() {
 
 function field(label, node, hint = "") { return h("label", { class: "field", title: hint }, h("span", {}, label), node); }
 function number(id, value, options, set) {
-  return h("input", { id, type: "number", value: value === null ? "" : String(value), ...options, onchange: (event) => { set(event.target.value === "" ? null : Number(event.target.value)); settled(); } });
+  return h("input", { id, type: "number", value: value === null ? "" : String(value), ...options, oninput: (event) => { set(event.target.value === "" ? null : Number(event.target.value)); later(); } });
 }
 function settled() { changed(); plan(); }
 
 function build() {
   const { facts, task } = state;
   if (!facts) return form.replaceChildren();
-  const size = state.plan?.size ?? [facts.height, facts.width];
   const own = {
     interpolate: () => [field("times as many frames", h("select", { id: "factor", onchange: (event) => { state.factor = Number(event.target.value); edited(); } }, ...[2, 3, 4, 8].map((one) => h("option", { value: String(one), selected: one === state.factor }, String(one)))))],
     edit: () => {
       const output = h("output", {}, String(state.strength));
       return [field("change", h("span", { class: "slider" }, h("input", { id: "strength", type: "range", min: 0, max: 1, step: 0.05, value: String(state.strength), oninput: (event) => { state.strength = Number(event.target.value); output.textContent = event.target.value; }, onchange: settled }), output), "0 changes nothing, 1 everything")];
     },
-    outpaint: () => [field("height", number("height", size[0], { min: facts.grid[0], step: facts.grid[0] }, (value) => { state.height = value; state.filled = null; })), field("width", number("width", size[1], { min: facts.grid[1], step: facts.grid[1] }, (value) => { state.width = value; state.filled = null; }))],
+    outpaint: () => [field("height", number("height", state.height, { min: facts.grid[0], step: facts.grid[0] }, (value) => { state.height = value; state.filled = null; })), field("width", number("width", state.width, { min: facts.grid[1], step: facts.grid[1] }, (value) => { state.width = value; state.filled = null; }))],
   }[task]?.() ?? [];
   const rest = [
     field("steps", number("steps", state.steps, { min: 1, max: 1000, placeholder: String(facts.steps) }, (value) => (state.steps = value)), "solver steps: more are slower and better"),
@@ -44,7 +45,7 @@ function build() {
     field("seed", h("span", { class: "seed" },
       number("seed", state.seed, { min: 0, max: Number.MAX_SAFE_INTEGER }, (value) => { state.seed = value ?? draw(); state.pinned = value !== null; }),
       h("button", { type: "button", id: "pin", class: "ghost", "aria-pressed": String(state.pinned), title: state.pinned ? "this seed is used again; press for a new one each time" : "a new seed is drawn each time; press to keep this one", onclick: () => { state.pinned = !state.pinned; if (!state.pinned) draw(); settled(); } }, state.pinned ? "kept" : "drawn"))),
-    state.height && task !== "outpaint" ? field("size", h("button", { type: "button", class: "ghost", title: "back to the size of training", onclick: () => { state.height = state.width = null; edited(); } }, `${state.height} × ${state.width} ✕`)) : null,
+    state.height && task !== "outpaint" ? field("size", h("button", { type: "button", class: "ghost", title: "back to the size of training", onclick: () => { state.height = state.width = null; state.form++; edited(); } }, `${state.height} × ${state.width} ✕`)) : null,
   ];
   const fill = h("button", { id: "fill", type: "submit", class: "primary" }, h("span", {}, task === "generate" ? "Generate" : task === "edit" ? "Edit" : "Fill"), h("kbd", {}, "⌃↵"));
   form.replaceChildren(what(facts), h("div", { class: "row" }, ...own, ...rest.filter(Boolean), h("span", { class: "grow" }), fill));
@@ -63,7 +64,7 @@ function what(facts) {
   return h("div", { class: "what" }, ...rows);
 }
 let timer = 0;
-function later() { clearTimeout(timer); timer = setTimeout(settled, 250); }
+function later() { clearTimeout(timer); timer = setTimeout(settled, 200); }
 
 // Changes that a button of a problem makes.
 const CHANGES = {
@@ -75,7 +76,7 @@ const CHANGES = {
   remove: (indices) => remove(indices),
   cut: ([at, begin, end]) => (end === undefined ? cut(state.parts.findIndex((part) => part.media), at, begin) : cut(at, begin, end)),
   label: (label) => { state.label = label; settled(); },
-  caption: (caption) => { state.caption = caption; built = ""; settled(); },
+  caption: (caption) => { state.caption = caption; settled(); },
   count: (count) => { state.count = count; settled(); },
   size: ([height, width]) => { state.height = height; state.width = width; edited(); },
   model: (name) => dispatchEvent(new CustomEvent("use-model", { detail: name })),
@@ -86,6 +87,7 @@ const CHANGES = {
 function fixed(fix) {
   const file = state.refused?.file;
   state.refused = null;
+  state.form++;
   for (const [name, value] of Object.entries(fix.change)) CHANGES[name]?.(value, file);
   changed();
 }

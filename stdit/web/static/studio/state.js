@@ -5,7 +5,7 @@ export const state = {
   connected: false, boot: null, models: [], model: null, facts: null, versions: [], jobs: new Map(), limits: {},
   task: "generate", parts: [], selected: null, label: null, caption: null, steps: null, guidance: null, seed: null, pinned: false,
   count: 1, factor: 2, strength: 0.6, mask: null, height: null, width: null,
-  plan: null, refused: null, shown: null, filled: null, compare: false, masked: null, mine: new Set(), uploading: 0,
+  plan: null, refused: null, shown: null, filled: null, compare: false, masked: null, form: 0, mine: new Set(), uploading: 0,
 };
 window.studio = state; // for tests
 
