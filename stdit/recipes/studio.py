@@ -40,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = {} if args.model is None else {Path(args.model).name: Path(args.model)}
         studio = make_studio(Path(args.models), Path(args.output), Path("output"), chosen)
-        if not studio.models.listing():
+        usable = [model["name"] for model in studio.models.listing() if "error" not in model]
+        if not usable:
             raise ValueError(f"there is no model under {args.models}/; make one with make quickstart, or stdit train.")
+        studio.worker.begin(studio.models.facts, usable[0])  # it is loaded when the page asks for it
         serve(make_app(studio.routes(), studio.worker, studio.close), opened, browser=not args.no_browser)
     finally:
         opened.close()

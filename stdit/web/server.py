@@ -34,6 +34,10 @@ class Worker:
         """Call a function in the worker, and wait for it without blocking the pages."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
+    def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call a function in the worker ahead of what will be asked for, and do not wait for it."""
+        self._pool.submit(function, *arguments)
+
     def close(self) -> None:
         """End the thread after the call that is running."""
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -28,7 +28,7 @@ from stdit.web.studio_jobs import Job, Jobs, Progress
 from stdit.web.studio_media import LARGEST_UPLOAD, MOST_SECONDS, Look, Media, readable
 from stdit.web.studio_models import Facts, Models
 from stdit.web.studio_plan import Plan, Planner
-from stdit.web.studio_problems import Problem, Refused
+from stdit.web.studio_problems import Fix, Problem, Refused
 from stdit.web.studio_request import Request
 from stdit.web.studio_runs import Runs
 
@@ -103,9 +103,11 @@ class Studio:
             await socket.close(1013)
             return
         tab = Tab(socket)
+        tab.tell(
+            "hello", self._hello()
+        )  # without waiting for anything, so that it is told of all that changes from now on
         self._tabs.add(tab)
         try:
-            tab.tell("hello", await asyncio.to_thread(self._hello))
             await tab.run()
         finally:
             self._tabs.discard(tab)
@@ -117,10 +119,11 @@ class Studio:
         }  # fmt: skip
 
     def _job_changed(self, job: Job) -> None:
+        made = {"type": "versions", "versions": self.history.versions()} if job.versions else None
         message = {"type": "job", "job": job.as_json()}
         for tab in self._tabs:
-            if job.versions:
-                tab.tell("versions", {"type": "versions", "versions": self.history.versions()})
+            if made is not None:
+                tab.tell("versions", made)
             tab.tell(f"job {job.id}", message)
 
     # What tabs ask for
@@ -169,6 +172,9 @@ class Studio:
         if plan.stopped:
             problem = next(problem for problem in plan.problems if problem.stops)
             raise Refused(problem.message, *problem.fixes)
+        if (made := self.history.made_by(plan.commands)) is not None:
+            again = Fix("Draw another seed", {"seed": None}), Fix("Show it", {"show": made["name"]})
+            raise Refused(f"These settings and this seed made v{made['number']} already.", *again)
         job = Job(request.as_json(), plan.commands)
         self.jobs.add(job)
         return JSONResponse(job.as_json(), 202)

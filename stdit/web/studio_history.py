@@ -43,6 +43,10 @@ class History:
                 found.append({**version, "name": name, "number": number})
         return found[::-1][:_LISTED]
 
+    def made_by(self, commands: list[list[str]]) -> dict[str, Any] | None:
+        """The version that these commands have made; None if there is none."""
+        return next((version for version in self.versions() if version.get("commands") == commands), None)
+
     def _records(self) -> list[dict[str, Any]]:
         """The requests in the file; damaged lines are left out."""
         try:

@@ -25,16 +25,19 @@ class Cancelled(Exception):
 class Progress:
     """How far nested loops are: a function that wraps the loops of sampling (`SamplingOptions.progress`).
 
-    tell: called with the share that is done, and the innermost loop as (done, of). stop: ends the loops by Cancelled.
+    tell: called with the share that is done, and the loop as (done, of) if it is an innermost one. stop: ends the loops by
+    Cancelled.
     """
 
-    def __init__(self, tell: Callable[[float, tuple[int, int]], Any], stop: threading.Event):
+    def __init__(self, tell: Callable[[float, tuple[int, int] | None], Any], stop: threading.Event):
         self._tell, self._stop = tell, stop
         self._loops: list[list[int]] = []
+        self._outer = -1  # the depth of the innermost loop that had loops inside it
 
     def __call__(self, iterable: Iterable, total: int | None = None, **_: Any) -> Iterator[Any]:
         """Yield what a loop goes over, and count it."""
         depth, count = len(self._loops), len(iterable) if total is None else total  # type: ignore[arg-type]
+        self._outer = depth - 1
         self._loops.append([0, max(1, count)])
         try:
             for one in iterable:
@@ -42,7 +45,7 @@ class Progress:
                 yield one
                 del self._loops[depth + 1 :]
                 self._loops[depth][0] += 1
-                self._tell(self.share, (self._loops[depth][0], count))
+                self._tell(self.share, None if depth <= self._outer else (self._loops[depth][0], count))
         finally:
             del self._loops[depth:]
 
@@ -139,10 +142,10 @@ class Jobs:
         said = 0.0
         loop.call_soon_threadsafe(self._tell, job)
 
-        def tell(share: float, step: tuple[int, int]) -> None:
+        def tell(share: float, step: tuple[int, int] | None) -> None:
             nonlocal said
             now = time.monotonic()
-            job.share, job.step, job.seconds = share, step, now - began
+            job.share, job.step, job.seconds = share, step or job.step, now - began
             job.stepped = job.stepped or began
             if share > 0:
                 job.left = (now - job.stepped) * (1 - share) / share

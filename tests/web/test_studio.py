@@ -122,6 +122,15 @@ def test_the_command_that_is_shown_writes_the_same_clip(client, studio, names, t
     assert again.read_bytes() == (studio.output / made).read_bytes()
 
 
+def test_settings_that_made_a_version_are_not_sampled_again(client):
+    request = ask("generate", 17)
+    (made,) = finished(client, client.post("/api/jobs", json=request).json()["id"])["versions"]
+    problem = client.post("/api/jobs", json=request).json()["problem"]
+    assert problem["message"] == "These settings and this seed made v1 already."
+    assert {"label": "Show it", "change": {"show": made}} in problem["fixes"]
+    assert client.post("/api/jobs", json={**request, "seed": None}).status_code == 202
+
+
 def test_a_timeline_of_several_clips_is_filled_by_commands_that_continue_each_other(client, names):
     clip = names["clip.mp4"]
     request = ask("extend", 5, clip, 12, names["picture.png"], 8, clip, 8)
@@ -305,14 +314,15 @@ def test_tabs_are_told_what_others_do_and_more_than_the_limit_are_told_so(client
 
 
 def test_nested_loops_add_up_to_one_share():
-    told, stop = [], threading.Event()
-    progress = Progress(lambda share, step: told.append(share), stop)
+    told, steps, stop = [], [], threading.Event()
+    progress = Progress(lambda share, step: (told.append(share), steps.append(step)), stop)
     for _ in progress(range(2)):
         for _ in progress(range(2)):
             for _ in progress(iter(range(5)), total=5):
                 pass
     assert told == sorted(told) and told[-1] == 1.0 and len(told) == 20 + 4 + 2
     assert told[4] == pytest.approx(0.25)
+    assert [step for step in steps if step] == [(done, 5) for done in range(1, 6)] * 4
     loop = progress(range(9))
     assert [next(loop), next(loop)] == [0, 1]
     stop.set()

@@ -239,6 +239,7 @@ def test_a_timeline_is_laid_moved_and_taken_apart_by_keys(browser, address, home
         page.focus(".part.clip >> nth=1")
         page.keyboard.press("Alt+ArrowLeft")
         page.wait_for_function(f"{media} === '1,9'")
+        page.click(".fix:text('Use 5')")  # four new frames fitted before the clip alone
         ready(page)
         assert "--input" in page.inner_text("#command code")
         page.focus(".part.clip >> nth=0")

@@ -145,4 +145,6 @@ addEventListener("keydown", (event) => {
   }[event.key] ?? (/^[1-9]$/.test(event.key) && state.facts ? () => choose(names[event.key - 1]) : null);
   if (act && !(event.key === " " && event.target.matches?.("button")) && !(event.target.matches?.("input[type=range]") && event.key.startsWith("Arrow"))) { event.preventDefault(); act(); }
 });
+// A button that was clicked does not keep the keys.
+addEventListener("click", (event) => { if (event.detail) event.target.closest?.("button:not(.part)")?.blur(); });
 new ResizeObserver(() => changed()).observe($("work"));

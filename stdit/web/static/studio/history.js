@@ -22,6 +22,8 @@ export function show(name) {
   play(version.frames > 1);
 }
 
+addEventListener("show-version", (event) => show(event.detail));
+
 // Everything as it was when a version was made.
 export function restore(version) {
   const { request } = version;

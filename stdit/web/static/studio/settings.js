@@ -79,6 +79,8 @@ const CHANGES = {
   caption: (caption) => { state.caption = caption; settled(); },
   count: (count) => { state.count = count; settled(); },
   size: ([height, width]) => { state.height = height; state.width = width; edited(); },
+  seed: () => { draw(); state.pinned = false; settled(); },
+  show: (name) => dispatchEvent(new CustomEvent("show-version", { detail: name })),
   model: (name) => dispatchEvent(new CustomEvent("use-model", { detail: name })),
   upload: ({ first }, file) => { if (file) upload([file], { first }); },
   again: (body) => submit(body),

@@ -84,20 +84,20 @@ export function arrange(task, clips = null) {
   const group = facts?.group ?? 4, all = facts?.num_frames ?? 17;
   if (here.length) state.shelf = here;
   const first = here[0] ?? slot();
-  const gaps = state.parts.filter((part) => isGap(part) && part.frames).map((part) => part.frames);
+  const same = task === state.task, at = state.parts.findIndex((part) => part.media), end = state.parts.findLastIndex((part) => part.media);
+  // The gaps before, between and after the clips stay as they are while the task does.
+  const was = (index, other) => (same && at >= 0 && state.parts[index] && isGap(state.parts[index]) ? state.parts[index].frames : other);
+  const gaps = same && at >= 0 ? state.parts.slice(at, end).filter(isGap).map((part) => part.frames) : [];
+  const between = (clips) => clips.flatMap((part, i) => (i ? [gap(gaps[i - 1] || 3 * group), part] : [part]));
   const layouts = {
     generate: () => [gap(all)],
-    animate: () => [first, gap(all - 1)],
-    extend: () => [gap(0), first, gap(2 * group)],
-    loop: () => [first, gap(3 * group)],
-    connect: () => {
-      const two = here.length > 1 ? here : [first, slot()];
-      return two.flatMap((part, i) => (i ? [gap(task === state.task ? gaps[i - 1] ?? 3 * group : 3 * group), part] : [part]));
-    },
+    animate: () => [first, gap(was(end + 1, all - 1))],
+    extend: () => [gap(was(at - 1, 0)), ...between(here.length ? here : [first]), gap(was(end + 1, 2 * group))],
+    loop: () => [first, gap(was(end + 1, 3 * group))],
+    connect: () => between(here.length > 1 ? here : [first, slot()]),
   };
   state.parts = (layouts[task] ?? (() => [first]))();
   if (task !== state.task) { state.height = state.width = null; state.selected = null; }
-  if (task === "extend" && here.length > 1) state.parts = here.flatMap((part, i) => (i ? [gap(3 * group), part] : [gap(0), part])).concat(gap(2 * group));
   state.task = task;
 }
 
