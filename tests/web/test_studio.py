@@ -18,6 +18,7 @@ from stdit.data.inputs import read_input
 from stdit.data.video_write import to_uint8
 from stdit.model.stdit import STDiT
 from stdit.recipes import sample
+from stdit.recipes import studio as studio_command
 from stdit.recipes.studio import make_studio
 from stdit.web import studio as studio_module
 from stdit.web import studio_media
@@ -353,3 +354,9 @@ def test_runs_have_curves_and_previews(client):
     assert run["step"] == 3000 and run["previews"] == ["step-0000100.png", "step-0000200.png"]
     assert client.get("/preview/run/step-0000200.png").headers["content-type"] == "image/png"
     assert client.get("/api/runs/other").status_code == 409
+
+
+def test_a_folder_without_models_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="there is no model under models/"):
+        studio_command.main(["--port", "0", "--no-browser"])
