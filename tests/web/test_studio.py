@@ -360,3 +360,21 @@ def test_a_folder_without_models_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="there is no model under models/"):
         studio_command.main(["--port", "0", "--no-browser"])
+
+
+def test_a_damaged_history_loses_its_damaged_lines_alone(client, studio):
+    finished(client, client.post("/api/jobs", json=ask("generate", 17, count=2)).json()["id"])
+    whole = studio.history.path.read_text()
+    damaged = [
+        "{",
+        "[1]",
+        '{"files": ["../x.mp4"]}',
+        whole[: len(whole) // 2],
+        whole.replace('"generate"', '"fly"').strip(),
+    ]
+    studio.history.path.write_text("\n".join(damaged) + "\n" + whole)
+    finished(client, client.post("/api/jobs", json=ask("generate", 17, seed=4)).json()["id"])
+    versions = studio.history.versions()
+    assert [version["number"] for version in versions] == [3, 2, 1]
+    (studio.output / versions[1]["name"]).unlink()
+    assert [version["number"] for version in studio.history.versions()] == [3, 1]

@@ -29,7 +29,7 @@ for (const drawn of [drawFrame, drawStage, drawTimeline, drawSettings, drawHisto
 // Loads what the page must know of a model; the timeline stays, and is looked at as that model gets it.
 async function useModel(name) {
   if (!name) return;
-  const first = state.facts === null && !state.parts.length;
+  const first = state.facts === null && !state.parts.length, before = state.usual;
   if (name !== state.model) state.steps = state.guidance = state.height = state.width = null;
   state.model = name; state.facts = null; state.plan = null; state.refused = null;
   changed();
@@ -41,6 +41,8 @@ async function useModel(name) {
     if (state.label && !facts.classes.includes(state.label)) state.label = null;
     if (!state.label && facts.classes.length && state.task === "generate") state.label = facts.classes[0];
     if (first) { arrange("generate"); takeUp(); }
+    else if (state.task === "generate" && state.parts.length === 1 && state.parts[0].frames === before) arrange("generate");
+    state.usual = facts.num_frames;
     edited();
   } catch (error) {
     state.refused = error.problem ?? { message: String(error), fixes: [], stops: true };

@@ -18,8 +18,18 @@ export function changed() {
   queueMicrotask(() => { due = false; for (const listener of listeners) listener(state); });
 }
 
-// Frames of files, by name and look.
+// Frames of files, by name and look; those that were not looked at for longest go first.
 const views = new Map();
+const MOST_PIXELS = 2 ** 26;
+function makeRoom() {
+  let pixels = 0;
+  for (const [key, view] of [...views].reverse()) {
+    pixels += view.frames * view.height * view.width;
+    if (pixels < MOST_PIXELS || key === [...views.keys()].at(-1)) continue;
+    views.delete(key);
+    for (const picture of view.pictures) picture?.close();
+  }
+}
 export const lookOf = () => {
   const { facts } = state;
   if (!facts) return null;
@@ -38,19 +48,22 @@ export function remember(name, look, facts) {
       if (!answer.ok) throw new Refused((await answer.json()).problem);
       view.pictures[i] = await createImageBitmap(await answer.blob());
     })).then(() => { view.ready = true; changed(); }, () => { views.delete(key); });
-    if (views.size > 80) views.delete(views.keys().next().value);
+    makeRoom();
   }
   return view;
 }
 
 export async function viewOf(name, look) {
   const key = name + query(look);
-  const known = views.get(key);
-  if (known) return known;
+  if (views.has(key)) return views.get(key);
   return remember(name, look, await call("GET", `/api/view/${path(name)}${query(look)}`));
 }
 
-export const known = (name, look) => views.get(name + query(look));
+export function known(name, look) {
+  const key = name + query(look), view = views.get(key);
+  if (view) { views.delete(key); views.set(key, view); }
+  return view;
+}
 
 // Where frame i of a view is: a picture, and a rectangle of it.
 export function frameOf(view, i) {
