@@ -247,6 +247,20 @@ def test_a_timeline_is_laid_moved_and_taken_apart_by_keys(browser, address, home
         page.wait_for_function(f"{media} === '9'")
 
 
+def test_a_run_is_watched_while_it_trains(browser, home, tmp_path):
+    shutil.copytree(home / "output" / "run", tmp_path / "output" / "run")
+    (tmp_path / "models").symlink_to(home / "models")
+    with serving(tmp_path, tmp_path / "output" / "studio") as (_, url), opened(browser, url) as page:
+        page.click("#tab-runs")
+        page.wait_for_selector(".steps:has-text('step 3,000')")
+        page.wait_for_selector(".previews:has-text('preview at step 200')")
+        (tmp_path / "output" / "run" / "running.txt").touch()
+        with open(tmp_path / "output" / "run" / "training_metrics.csv", "a") as file:
+            file.write("3001,0.25,0.001\n")
+        page.wait_for_selector(".steps:has-text('step 3,001')")
+        page.wait_for_selector(".live")
+
+
 def test_a_broken_upload_is_one_line_and_the_page_goes_on(browser, address, home):
     with opened(browser, address) as page:
         page.click("#task-extend")
