@@ -9,9 +9,7 @@ import asyncio
 import json
 import secrets
 import shlex
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.web.server import LARGEST_MESSAGE, Worker, page
@@ -31,6 +29,7 @@ from stdit.web.studio_plan import Plan, Planner
 from stdit.web.studio_problems import Fix, Problem, Refused
 from stdit.web.studio_request import Request
 from stdit.web.studio_runs import Runs
+from stdit.web.studio_tab import Tab
 
 TABS = 16
 Answer = Callable[[HttpRequest], Awaitable[Response]]
@@ -282,42 +281,6 @@ class Studio:
 
     async def _preview(self, http: HttpRequest) -> Response:
         return FileResponse(self.runs.preview(http.path_params["run"], http.path_params["name"]))
-
-
-class Tab:
-    """A tab that is told what changes; of several messages of one kind that wait it gets the last."""
-
-    def __init__(self, socket: WebSocket):
-        self._socket = socket
-        self._waiting: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._some = asyncio.Event()
-
-    def tell(self, kind: str, message: dict[str, Any]) -> None:
-        """Send a message when the tab can take it."""
-        self._waiting[kind] = message
-        self._some.set()
-
-    async def run(self) -> None:
-        """Send until the tab closes."""
-        closed = asyncio.create_task(self._closed())
-        try:
-            while not closed.done():
-                some = asyncio.create_task(self._some.wait())
-                await asyncio.wait([some, closed], return_when=asyncio.FIRST_COMPLETED)
-                some.cancel()
-                self._some.clear()
-                while self._waiting and not closed.done():
-                    await self._socket.send_json(self._waiting.popitem(last=False)[1])
-        except (WebSocketDisconnect, RuntimeError):  # it closed while something was sent
-            pass
-        finally:
-            closed.cancel()
-            with suppress(asyncio.CancelledError):
-                await closed
-
-    async def _closed(self) -> None:
-        while (await self._socket.receive())["type"] != "websocket.disconnect":
-            pass
 
 
 def _answered(answer: Answer) -> Answer:

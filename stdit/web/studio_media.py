@@ -31,7 +31,7 @@ MOST_PIXELS = 4096 * 2304  # of a frame
 VIEW_PIXELS = 2**24  # of all frames of a clip at the size of the model
 _ROW = 8  # frames in a row of a sheet, and rows, at most
 _LARGEST_SIDE = 16_000  # pixels of a WebP picture
-_CACHED = 48 << 20  # bytes of sheets that are held
+_CACHED = 24 << 20  # bytes of sheets that are held
 _LOSSLESS = 2**21  # pixels up to which sheets are exact
 INPUTS = "inputs"
 

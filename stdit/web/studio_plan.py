@@ -195,10 +195,12 @@ class Planner(NamedTuple):
             yield Problem("This model generates whole frames only, not parts of a picture.", (*elsewhere, _to("edit")))
         if request.caption and not facts.captions:
             yield Problem("This model takes no text.", (Fix("Leave the text out", {"caption": None}), *elsewhere))
-        if request.label and request.label not in facts.classes:
-            what = "takes no labels" if not facts.classes else f"has no label {request.label[:40]!r}"
+        label, count = request.label or "", len(facts.classes)
+        numbered = label.isascii() and label.isdecimal() and len(label) < 10 and int(label) < count
+        if label and label not in facts.classes and not numbered:
+            what = "takes no labels" if not facts.classes else f"has no label {label[:40]!r}"
             yield Problem(f"This model {what}.", (Fix("Leave it out", {"label": None}),))
-        elif facts.classes and not request.label and not request.caption:
+        elif facts.classes and not label and not request.caption:
             choose = (Fix(f"Use {facts.classes[0]}", {"label": facts.classes[0]}),)
             if task == "generate":
                 yield Problem("Choose a label: what is to be shown.", choose)

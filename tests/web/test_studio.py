@@ -123,6 +123,12 @@ def test_the_command_that_is_shown_writes_the_same_clip(client, studio, names, t
     assert again.read_bytes() == (studio.output / made).read_bytes()
 
 
+def test_a_label_may_be_a_number_as_on_the_command_line(client):
+    for label, fits in (("2", True), ("3", False), ("-1", False), ("²", False)):
+        problems = client.post("/api/plan", json=ask("generate", 17, label=label)).json()["problems"]
+        assert (problems == []) == fits, label
+
+
 def test_settings_that_made_a_version_are_not_sampled_again(client):
     request = ask("generate", 17)
     (made,) = finished(client, client.post("/api/jobs", json=request).json()["id"])["versions"]

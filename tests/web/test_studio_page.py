@@ -294,8 +294,11 @@ def test_two_tabs_see_each_other_and_esc_cancels(browser, address):
         before = two.evaluate("window.studio.versions.length")
         few_steps(one)
         ready(one)
-        one.click("#fill")
+        one.dblclick("#fill")  # two clips, of two seeds
+        before += 1
         assert made(two, before + 1)["number"] == made(one, before + 1)["number"]
+        seeds = two.evaluate("window.studio.versions.slice(0, 2).map((version) => version.request.seed)")
+        assert seeds[0] != seeds[1]
         assert one.evaluate("window.studio.filled") and not two.evaluate("window.studio.filled")
         two.fill("#steps", "1000")
         two.press("#steps", "Tab")

@@ -153,13 +153,13 @@ $("copy").addEventListener("click", async () => {
 
 export async function submit(body = request()) {
   const arrangement = JSON.stringify(state.parts) + state.task;
+  if (!state.pinned) draw(); // at once, so that two clicks are two clips
   try {
     const job = await call("POST", "/api/jobs", body), told = state.jobs.get(job.id);
     state.mine.add(job.id);
     state.jobs.set(job.id, { ...job, ...told, arrangement }); // it may have been told of already, and even be done
     if (told?.state === "done") finished(state.jobs.get(job.id));
     state.refused = null;
-    if (!state.pinned) draw();
     changed(); plan();
   } catch (error) { state.refused = error.problem ?? null; changed(); }
 }
