@@ -8,6 +8,7 @@ whether a page finds a server again that was killed while it sampled.
 """
 
 import argparse
+import atexit
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ def start(model: str, output: str, port: int = 0) -> tuple[subprocess.Popen, str
     """The server, and the address of its page."""
     command = [sys.executable, "-m", "stdit", "studio", model, "--output", output, "--port", str(port), "--no-browser"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    atexit.register(server.kill)  # also after an error
     assert server.stdout is not None
     return server, next(found[0] for line in server.stdout if (found := re.search(r"http://\S+", line)))
 
