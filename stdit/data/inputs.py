@@ -70,6 +70,14 @@ def read_input(
     return Input(pixels, ", ".join(note for note in (size_note, rate_note) if note), source)
 
 
+def fit_inside(source: ImageSize, frame: ImageSize, trained: ImageSize) -> ImageSize:
+    """The size at which a whole picture fits into `frame`, at most as large as needed to cover the size of training."""
+    scale = min(
+        *(f / s for f, s in zip(frame, source, strict=True)), max(t / s for t, s in zip(trained, source, strict=True))
+    )
+    return max(1, round(source[0] * scale)), max(1, round(source[1] * scale))
+
+
 def read_mask(
     path: str | Path, source: ImageSize, clip: tuple[int, int, int], fps: float, frames: int | None = None
 ) -> Tensor:

@@ -28,6 +28,7 @@ COMMANDS = {
     "play": "play a world in the browser: frames go on as you press keys",
     "split": "cut long videos at scene changes into clips of one length and rate, with a manifest",
     "caption": "write the captions of a manifest's clips by a vision-language model",
+    "studio": "a page with a timeline: clips, pictures and gaps are laid and filled in the browser",
     "make-shapes": "draw clips of moving shapes, with a manifest",
     "index": "read every file of a folder or manifest once, and keep a table that runs of any size open at once",
     "check-media": "read every file of a folder in full and say which training cannot use",

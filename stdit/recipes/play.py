@@ -9,7 +9,6 @@ The page is at http://127.0.0.1:8000/ until Ctrl-C. It needs: pip install 'stdit
 
 import argparse
 import time
-import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"--sessions must be >= 1, got {args.sessions}.")
     try:
         from stdit.web.play import Stage
-        from stdit.web.server import Worker, address, make_app, open_port, serve
+        from stdit.web.server import Worker, make_app, open_port, serve
     except ImportError as error:
         raise ValueError(f"the page needs starlette and uvicorn ({error}): pip install 'stdit[web]'.") from error
     opened = open_port(args.port)
@@ -103,10 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             title=f"{model.name}", recordings=Path("output") / model.name / "played", sessions=args.sessions,
         )  # fmt: skip
         app = make_app(stage.routes(worker), worker)
-        print(f"{address(opened)}   (Ctrl-C stops)", flush=True)
-        if not args.no_browser:
-            webbrowser.open(address(opened))
-        serve(app, opened)
+        serve(app, opened, browser=not args.no_browser)
     finally:
         opened.close()
     return 0

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import torch
 
 from stdit.conditions import Actions
-from stdit.data.inputs import Input, read_input, read_mask
+from stdit.data.inputs import Input, fit_inside, read_input, read_mask
 from stdit.files import claimed, printable, write_json
-from stdit.progress import Progress
 from stdit.recipes.adapters import add_loras
 from stdit.recipes.models import load_pipeline
 from stdit.recipes.outputs import output_paths, refuse_existing, write_clips
-from stdit.recipes.sample_tasks import TASK_OPTIONS, TASKS
-from stdit.sampling.options import SamplingOptions
+from stdit.recipes.sample_tasks import TASK_OPTIONS, TASKS, check_options
+from stdit.sampling.options import SamplingOptions, options_from
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.tasks import outpaint_canvas
 
@@ -40,7 +39,10 @@ def _extend(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, 
     if args.before or not pipe.can_stream(pixels, call["options"]):
         return pipe.extend(pixels, args.after, args.before, **call)
     stream = pipe.stream(pixels, args.after, **call)
-    return chain([pixels], Progress(stream, "groups of frames", args.after // pipe.video_vae.stride[0]))
+    groups = args.after // pipe.video_vae.stride[0]
+    return chain(
+        [pixels], pipe.engine.progress(stream, call["options"].progress, total=groups, desc="groups of frames")
+    )
 
 
 def _connect(pipe: STDiTPipeline, inputs: list[Input], args: argparse.Namespace, call: dict[str, Any]) -> Any:
@@ -81,26 +83,18 @@ CALLS: dict[str, Callable[..., Any]] = {
 }
 
 
-def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline) -> list[Input]:
-    """Read the --input files at the model's size and frame rate, or those of the command line."""
+def read_inputs(args: argparse.Namespace, pipe: STDiTPipeline, say: Callable[[str], Any] = print) -> list[Input]:
+    """Read the --input files at the model's size and frame rate, or those of the command line; notes go to `say`."""
     trained = (pipe.config.height, pipe.config.width)
     size: Any = (args.height or trained[0], args.width or trained[1])
     if args.task == "inpaint" and not args.mask:  # outpainting: the whole picture inside the larger frame
-        size = partial(_fit_inside, frame=size, trained=trained)
+        size = partial(fit_inside, frame=size, trained=trained)
     frames = args.frames if TASKS[args.task].trims else None
     inputs = [read_input(path, size, args.fps or pipe.config.fps, frames) for path in args.input]
     for path, clip in zip(args.input, inputs, strict=True):
         if clip.note:
-            print(printable(f"{path}: {clip.note}"))
+            say(printable(f"{path}: {clip.note}"))
     return inputs
-
-
-def _fit_inside(source: tuple[int, int], frame: tuple[int, int], trained: tuple[int, int]) -> tuple[int, int]:
-    """The size at which a whole picture fits into `frame`, at most as large as needed to cover the size of training."""
-    scale = min(
-        *(f / s for f, s in zip(frame, source, strict=True)), max(t / s for t, s in zip(trained, source, strict=True))
-    )
-    return max(1, round(source[0] * scale)), max(1, round(source[1] * scale))
 
 
 class Call(NamedTuple):
@@ -190,14 +184,31 @@ def clip_record(pipe: STDiTPipeline, call: Call, index: int) -> dict[str, Any]:
     return {"clip": index, "label": label, "label_name": name, "caption": caption}
 
 
-def sample(args: argparse.Namespace, model: Path, options: SamplingOptions) -> int:
-    """Sample the clips of a command line, and write them; returns the exit code."""
-    pipe = load_pipeline(model)
-    add_loras(pipe, args.lora)
+class Sampled(NamedTuple):
+    """What a command wrote. size: frames, height, width of each clip. warnings: one line each."""
+
+    paths: list[Path]
+    size: tuple[int, int, int]
+    fps: float
+    call: Call
+    warnings: list[str]
+
+
+def sample_clips(
+    args: argparse.Namespace,
+    pipe: STDiTPipeline,
+    model: Path,
+    *,
+    progress: bool | Callable[..., Any] = True,
+    say: Callable[[str], Any] = print,
+) -> Sampled:
+    """Sample the clips of a parsed command line and write them, each with a JSON file of its settings."""
+    options = options_from(args)
+    check_options(args)
     if args.pos_scaling:
         for model_part in filter(None, (pipe.transformer, pipe.guide)):
             model_part.set_pos_scaling(args.pos_scaling)
-    inputs = read_inputs(args, pipe)
+    inputs = read_inputs(args, pipe, say)
     call = build_call(args, pipe, options)
     args.num_clips = call.num_clips
     inputs = [clip._replace(pixels=clip.pixels.expand(call.num_clips, *clip.pixels.shape[1:])) for clip in inputs]
@@ -213,7 +224,8 @@ def sample(args: argparse.Namespace, model: Path, options: SamplingOptions) -> i
     fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
     with claimed(paths), warnings.catch_warnings(record=True) as caught:
         refuse_existing(paths, args.overwrite)  # another process may have written them since
-        clips = CALLS[args.task](pipe, inputs, args, call.keywords())
+        keywords = {**call.keywords(), "options": dataclasses.replace(options, progress=progress)}
+        clips = CALLS[args.task](pipe, inputs, args, keywords)
         for i, (path, size) in enumerate(zip(paths, write_clips(paths, clips, fps), strict=True)):
             written = dict(zip(("num_frames", "height", "width"), size, strict=True))
             try:
@@ -221,11 +233,19 @@ def sample(args: argparse.Namespace, model: Path, options: SamplingOptions) -> i
             except OSError:
                 path.unlink()  # a clip without its record would be in the way of the next attempt
                 raise
-    for text in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"warning: {printable(text)}")
+    warned = [printable(text) for text in dict.fromkeys(str(warning.message) for warning in caught)]
+    return Sampled(paths, size, fps, call, warnings=warned)
+
+
+def sample(args: argparse.Namespace, model: Path) -> None:
+    """Load a model, sample the clips of a parsed command line, and say what was written."""
+    pipe = load_pipeline(model)
+    add_loras(pipe, args.lora)
+    paths, size, fps, call, warned = sample_clips(args, pipe, model)
+    for text in warned:
+        print(f"warning: {text}")
     written_to = paths[0] if len(paths) == 1 else paths[0].parent
     guidance = pipe.engine.guidance(call.options)
     print(
         f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {guidance.scale:g}, seed {args.seed}: {written_to}"
     )
-    return 0

@@ -1,6 +1,6 @@
 """A trained model ready to sample: the network, its VAE, objective and scheduler, and the clips of its training."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -176,7 +176,9 @@ class Engine:
         check_latents(latents)
         return decode(self.vae, latents, tile or self.tile)
 
-    def progress(self, iterable: Iterable, show: bool = True) -> Iterable:
-        """Wrap an iterable with a progress bar."""
-        bar = {"leave": False, **self.progress_bar}
+    def progress(self, iterable: Iterable, show: bool | Callable[..., Iterable] = True, **bar: Any) -> Iterable:
+        """Wrap an iterable with a progress bar, or as the function `show` does. bar: arguments of tqdm, such as `total`."""
+        if callable(show):
+            return show(iterable, **bar)
+        bar = {"leave": False, **self.progress_bar, **bar}
         return Progress(iterable, **{**bar, "disable": not show or bar.get("disable", False)})

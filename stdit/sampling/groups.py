@@ -3,10 +3,10 @@
 import torch
 
 from stdit.sampling.canvas import Canvas
-from stdit.vae import VideoVAE
+from stdit.vae import VAEGeometry, VideoVAE
 
 
-def fits(vae: VideoVAE, frames: int) -> bool:
+def fits(vae: VAEGeometry, frames: int) -> bool:
     """Whether a VAE can encode a clip of this many frames."""
     try:
         vae.latent_frames(frames)
@@ -59,12 +59,11 @@ def is_continuation(canvas: Canvas, vae: VideoVAE) -> bool:
     return canvas.mask.shape[1] == 1 and whole and bool(canvas.mask[known:].all()) and canvas.strength == 1
 
 
-def check_gap(vae: VideoVAE, *, total: int, new: int, name: str, begins_clip: bool = False) -> None:
-    """Raise ValueError unless the new frames, or the whole clip, are whole groups of the VAE.
+def fitting_gaps(vae: VAEGeometry, *, total: int, new: int, begins_clip: bool = False) -> list[int]:
+    """The numbers of new frames nearest to `new`, below and above, that fit; `new` alone if it fits.
 
-    total: frames of the whole clip; new: frames to generate, called `name` in the message, which has the
-    nearest numbers that fit. begins_clip: whether the
-    new frames come first, where one frame is a group alone.
+    New frames fit if they, or the whole clip of `total` frames, are whole groups of the VAE. begins_clip: whether the new
+    frames come first, where one frame is a group alone.
     """
     step, first = vae.stride[0], int(begins_clip)
 
@@ -72,10 +71,17 @@ def check_gap(vae: VideoVAE, *, total: int, new: int, name: str, begins_clip: bo
         return fits(vae, total - new + count) or (not vae.temporal_granularity and count % step == first % step)
 
     if fit(new):
-        return
+        return [new]
     near = [n for n in range(max(1, new - 2 * step), new + 2 * step + 1) if fit(n)]
-    below, above = [n for n in near if n < new][-1:], [n for n in near if n > new][:1]
-    raise ValueError(
-        f"{name}={new} is not whole groups of VAE {vae.name!r} ({step} frames each{', and one first' if first else ''}), nor "
-        f"are the {total} frames in all. Use {name}={' or '.join(map(str, below + above))}."
-    )
+    return [n for n in near if n < new][-1:] + [n for n in near if n > new][:1]
+
+
+def check_gap(vae: VideoVAE, *, total: int, new: int, name: str, begins_clip: bool = False) -> None:
+    """Raise ValueError unless `fitting_gaps` has the new frames, called `name` in the message, which has the nearest ones."""
+    near = fitting_gaps(vae, total=total, new=new, begins_clip=begins_clip)
+    if near != [new]:
+        step = vae.stride[0]
+        raise ValueError(
+            f"{name}={new} is not whole groups of VAE {vae.name!r} ({step} frames each{', and one first' if begins_clip else ''}), "
+            f"nor are the {total} frames in all. Use {name}={' or '.join(map(str, near))}."
+        )

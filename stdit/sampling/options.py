@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -155,7 +155,7 @@ class SamplingOptions:
     )
     batch_size: int = _option(32, "clips per batch", least=1)
     precision: Precision = _option("auto", "arithmetic of the model", choices=get_args(Precision))  # noqa: RUF009
-    progress: bool = _option(True, "show a progress bar")
+    progress: bool | Callable[..., Iterable] = _option(True, "show a progress bar; or a function that wraps loops")  # noqa: RUF009
 
     def __post_init__(self) -> None:
         for name in _FIELDS:

@@ -21,7 +21,7 @@ from stdit.sampling.options import SamplingOptions
 from stdit.sampling.schedule import make_schedule
 from stdit.sampling.solvers import solve
 from stdit.sampling.steps import OnStep, SteeredDenoiser
-from stdit.sampling.windows import WindowSize, next_window
+from stdit.sampling.windows import WindowSize, windows_of
 
 __getattr__ = legacy.aliases(__name__)
 
@@ -47,15 +47,13 @@ class WindowedSampler:
 
         given: conditions of the clips, those per latent frame for the latent frames of `canvas.output`.
         """
-        engine, stride, frames, number = self.engine, self.engine.vae.stride[0], canvas.pixels.shape[2], 0
+        engine, stride, frames = self.engine, self.engine.vae.stride[0], canvas.pixels.shape[2]
         output = canvas.output_frames
         canvas = canvas.lengthened(self.window.length)
         pixels, mask = canvas.pixels.clone(), canvas.mask.clone()
-        while (
-            window := next_window(
-                mask.flatten(1).any(1), self.window.length, overlap=self.window.overlap, stride=stride
-            )
-        ) is not None:
+        windows = windows_of(mask.flatten(1).any(1), self.window, stride=stride)
+        show = self.options.progress if len(windows) > 1 else False
+        for number, window in enumerate(engine.progress(windows, show)):
             view = slice(window.begin, window.end)
             bounds = None if canvas.bounds is None else canvas.bounds[:, :, :, view]
             part = canvas._replace(pixels=pixels[:, :, view], mask=mask[view], bounds=bounds)
@@ -70,7 +68,6 @@ class WindowedSampler:
             keep = slice(window.keep_from, window.keep_to)
             pixels[:, :, keep] = done[:, :, keep.start - window.begin : keep.stop - window.begin]
             mask[keep] = False
-            number += 1
         return pixels[:, :, :frames]
 
     def latent_shape(self, canvas: Canvas) -> Size:

@@ -64,6 +64,15 @@ def check_window(window: int, canvas: Canvas, vae: VideoVAE) -> None:
         )
 
 
+def windows_of(to_generate: Tensor, size: WindowSize, *, stride: int) -> list[Window]:
+    """All windows that fill a canvas, in their order. to_generate: (F,) bool."""
+    left, found = to_generate.clone(), []
+    while (window := next_window(left, size.length, overlap=size.overlap, stride=stride)) is not None:
+        found.append(window)
+        left[window.keep_from : window.keep_to] = False
+    return found
+
+
 def next_window(to_generate: Tensor, length: int, *, overlap: int, stride: int) -> Window | None:
     """The next window over a canvas; None when no frame is left to generate.
 

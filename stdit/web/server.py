@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import webbrowser
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -20,17 +21,22 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 STATIC = Path(__file__).parent / "static"
 LOCAL = ("127.0.0.1", "localhost")
 LARGEST_MESSAGE = 1 << 16  # bytes of a client's message
+POLICY = "default-src 'self'; img-src 'self' blob: data:"
 
 
 class Worker:
-    """The one thread that runs the model, since torch uses all cores for one call."""
+    """A thread that does one call after another: the one that runs the model, since torch uses all cores for one call."""
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="model")
+    def __init__(self, name: str = "model") -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the worker, and wait for it without blocking the pages."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    def begin(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call a function in the worker ahead of what will be asked for, and do not wait for it."""
+        self._pool.submit(function, *arguments)
 
     def close(self) -> None:
         """End the thread after the call that is running."""
@@ -60,8 +66,8 @@ class LocalOnly:
 
 
 def page(name: str) -> Route:
-    """The route "/" of a page in `static`."""
-    return Route("/", lambda request: FileResponse(STATIC / name))
+    """The route "/" of a page in `static`, which may load nothing from elsewhere."""
+    return Route("/", lambda request: FileResponse(STATIC / name, headers={"content-security-policy": POLICY}))
 
 
 def make_app(routes: Sequence[BaseRoute], worker: Worker, close: Callable[[], None] = lambda: None) -> Starlette:
@@ -100,9 +106,12 @@ def address(opened: socket.socket) -> str:
     return f"http://{LOCAL[0]}:{opened.getsockname()[1]}/"
 
 
-def serve(app: Starlette, opened: socket.socket) -> None:
-    """Serve until Ctrl-C."""
+def serve(app: Starlette, opened: socket.socket, *, browser: bool) -> None:
+    """Say where the page is, open it in a browser or not, and serve until Ctrl-C."""
     import uvicorn
 
+    print(f"{address(opened)}   (Ctrl-C stops)", flush=True)
+    if browser:
+        webbrowser.open(address(opened))
     config = uvicorn.Config(app, log_level="warning", ws="websockets-sansio", ws_max_size=LARGEST_MESSAGE)
     uvicorn.Server(config).run(sockets=[opened])

@@ -90,18 +90,18 @@ def test_pixels_slightly_out_of_bounds_are_clamped_and_others_are_not():
 
 def test_arrangement_window_and_overlap_have_an_effect(make, monkeypatch):
     pipe, arranged, windows = make(), [], []
-    make_schedule, window = windowed.make_schedule, windowed.next_window
+    make_schedule, windows_of = windowed.make_schedule, windowed.windows_of
 
     def spy_schedule(levels, mask, arrangement, **steps):
         arranged.append((len(levels), arrangement, *steps.values()))
         return make_schedule(levels, mask, arrangement, **steps)
 
-    def spy_window(to_generate, length, **rest):
-        windows.append((length, *rest.values()))
-        return window(to_generate, length, **rest)
+    def spy_windows(to_generate, size, stride):
+        windows.append((*size, stride))
+        return windows_of(to_generate, size, stride=stride)
 
     monkeypatch.setattr(windowed, "make_schedule", spy_schedule)
-    monkeypatch.setattr(windowed, "next_window", spy_window)
+    monkeypatch.setattr(windowed, "windows_of", spy_windows)
     pipe.extend(clip(5), after=4, **FAST)
     pipe.extend(clip(5), after=12, arrangement="pyramid", stagger=2, overlap=1, **FAST)
     pipe.extend(clip(5), after=12, window=13, **FAST)

@@ -179,7 +179,7 @@ def test_keys_change_the_picture_in_a_real_browser(tiny_model, tmp_path):
             "--disable-sync",
         ]
         with playwright.sync_playwright() as driver:
-            page = driver.chromium.launch(executable_path=browser, args=flags).new_page()
+            page = driver.chromium.launch(executable_path=browser, args=flags).new_page(bypass_csp=True)
             said = []
             page.on(
                 "console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None

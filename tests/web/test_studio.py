@@ -1,0 +1,386 @@
+"""The studio's server: requests become commands, what stands in their way has buttons, and jobs end when they are cancelled."""
+
+import io
+import shlex
+import shutil
+import threading
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette", reason="the extra [web] is not installed")
+pytest.importorskip("httpx2", reason="the test client of starlette needs it")
+from PIL import Image
+from starlette.testclient import TestClient
+
+from stdit.data.inputs import read_input
+from stdit.data.video_write import to_uint8
+from stdit.model.stdit import STDiT
+from stdit.recipes import sample
+from stdit.recipes import studio as studio_command
+from stdit.recipes.studio import make_studio
+from stdit.web import studio as studio_module
+from stdit.web import studio_media
+from stdit.web.server import make_app
+from stdit.web.studio_jobs import Cancelled, Progress
+from stdit.web.studio_runs import METRICS, POINTS, Curve
+
+LOOK = "height=32&width=32&fps=8"
+
+
+@pytest.fixture
+def studio(home, tmp_path):
+    return make_studio(home / "models", tmp_path / "output" / "studio", home / "output")
+
+
+@pytest.fixture
+def client(studio):
+    app = make_app(studio.routes(), studio.worker, studio.close)
+    with TestClient(app, base_url="http://127.0.0.1") as found:
+        yield found
+
+
+@pytest.fixture
+def names(client, home):
+    """The names under which some files were uploaded."""
+    found = {}
+    for name in ("clip.mp4", "other.mp4", "wide.mp4", "picture.png", "mask.png"):
+        answer = client.post(f"/api/media?name={name}&{LOOK}", content=(home / name).read_bytes())
+        assert answer.status_code == 200, answer.text
+        found[name] = answer.json()["name"]
+    return found
+
+
+def ask(task, *parts, **more):
+    """A request with parts of the timeline: a name of a file, or a number of new frames."""
+    listed = [
+        {"media": part, "frames": 0} if isinstance(part, str) else {"media": None, "frames": part} for part in parts
+    ]
+    return {"model": "tiny", "task": task, "parts": listed, "label": "red", "steps": 1, "seed": 3, **more}
+
+
+def requests(names):
+    """Each task as the page asks for it, and a part of its command."""
+    clip, other, picture = names["clip.mp4"], names["other.mp4"], names["picture.png"]
+    return {
+        "generate": (ask("generate", 17), "--task generate --frames 17", 17),
+        "animate": (ask("animate", picture, 8), "--task animate --input {picture} --frames 9", 9),
+        "extend": (ask("extend", 8, clip, 8), "--task extend --input {clip} --before 8 --after 8", 25),
+        "connect": (ask("connect", clip, 12, other), "--task connect --input {clip} {other} --frames 12", 34),
+        "loop": (ask("loop", clip, 8), "--task loop --input {clip} --frames 8", 17),
+        "interpolate": (ask("interpolate", clip, factor=2), "--task interpolate --input {clip} --factor 2", 17),
+        "inpaint": (ask("inpaint", clip, mask=names["mask.png"]), "--task inpaint --input {clip} --mask {mask}", 9),
+        "outpaint": (ask("outpaint", clip, width=64), "--task inpaint --input {clip} --class-label red --height 32 --width 64", 9),
+        "edit": (ask("edit", clip, strength=0.5), "--task edit --input {clip} --strength 0.5", 9),
+    }  # fmt: skip
+
+
+def finished(client, job, state="done", patience=20.0):
+    """The job when it has ended, as a tab is told."""
+    with client.websocket_connect("/events", headers={"host": "127.0.0.1"}) as events:
+        until = time.time() + patience
+        found = next((one for one in events.receive_json()["jobs"] if one["id"] == job), None)
+        while time.time() < until and (found is None or found["state"] in ("waiting", "running")):
+            message = events.receive_json()
+            if message["type"] == "job" and message["job"]["id"] == job:
+                found = message["job"]
+    assert found["state"] == state, found
+    return found
+
+
+def test_every_task_is_a_command_whose_clip_has_the_frames_of_the_timeline(client, studio, names):
+    paths = {
+        "clip": names["clip.mp4"],
+        "other": names["other.mp4"],
+        "picture": names["picture.png"],
+        "mask": names["mask.png"],
+    }
+    full = {key: str(studio.output / name) for key, name in paths.items()}
+    for task, (request, expected, frames) in requests(names).items():
+        plan = client.post("/api/plan", json=request).json()
+        assert [problem for problem in plan["problems"] if problem["stops"]] == [], task
+        (command,) = plan["commands"]
+        assert expected.format(**full) in command, task
+        assert "--seed 3" in command and sample.parse(shlex.split(command)[2:]).seed == 3
+        job = client.post("/api/jobs", json=request)
+        assert job.status_code == 202, job.text
+        (made,) = finished(client, job.json()["id"])["versions"]
+        view = client.get(f"/api/view/{made}").json()
+        assert view["frames"] == plan["frames"] == frames, task
+        assert [view["height"], view["width"]] == plan["size"], task
+
+
+def test_the_command_that_is_shown_writes_the_same_clip(client, studio, names, tmp_path, monkeypatch):
+    request = ask("extend", names["clip.mp4"], 8, steps=2)
+    command = client.post("/api/plan", json=request).json()["commands"][0]
+    (made,) = finished(client, client.post("/api/jobs", json=request).json()["id"])["versions"]
+    argv = shlex.split(command)[2:]
+    argv[argv.index("--output") + 1] = str(tmp_path / "again")
+    sample.main(argv)
+    (again,) = (tmp_path / "again").glob("*.mp4")
+    assert again.name == made
+    assert again.read_bytes() == (studio.output / made).read_bytes()
+
+
+def test_a_label_may_be_a_number_as_on_the_command_line(client):
+    for label, fits in (("2", True), ("3", False), ("-1", False), ("²", False)):
+        problems = client.post("/api/plan", json=ask("generate", 17, label=label)).json()["problems"]
+        assert (problems == []) == fits, label
+
+
+def test_settings_that_made_a_version_are_not_sampled_again(client):
+    request = ask("generate", 17)
+    (made,) = finished(client, client.post("/api/jobs", json=request).json()["id"])["versions"]
+    problem = client.post("/api/jobs", json=request).json()["problem"]
+    assert problem["message"] == "These settings and this seed made v1 already."
+    assert {"label": "Show it", "change": {"show": made}} in problem["fixes"]
+    assert client.post("/api/jobs", json={**request, "seed": None}).status_code == 202
+
+
+def test_a_timeline_of_several_clips_is_filled_by_commands_that_continue_each_other(client, names):
+    clip = names["clip.mp4"]
+    request = ask("extend", 5, clip, 12, names["picture.png"], 8, clip, 8)
+    plan = client.post("/api/plan", json=request).json()
+    tasks = [shlex.split(command)[5] for command in plan["commands"]]
+    assert tasks == ["connect", "connect", "extend"]
+    written = [shlex.split(command)[shlex.split(command).index("--output") + 1] for command in plan["commands"]]
+    for command, before in zip(plan["commands"][1:], written[:-1], strict=True):
+        assert f"--input {before}" in command
+    (made,) = finished(client, client.post("/api/jobs", json=request).json()["id"])["versions"]
+    assert client.get(f"/api/view/{made}").json()["frames"] == plan["frames"] == 5 + 9 + 12 + 1 + 8 + 9 + 8
+
+
+def change(client, request, changes):
+    """What the page does when a button is pressed."""
+    request = {**request, "parts": [dict(part) for part in request["parts"]]}
+    for name, value in changes.items():
+        if name == "gap":
+            request["parts"][value[0]]["frames"] = value[1]
+        elif name == "append":
+            request["parts"].append({"media": None, "frames": value})
+        elif name == "insert":
+            request["parts"].insert(value[0], {"media": None, "frames": value[1]})
+        elif name == "cut":
+            at, begin, end = value
+            body = {"name": request["parts"][at]["media"], "begin": begin, "end": end}
+            found = client.post(f"/api/cut?{LOOK}", json=body).json()
+            request["parts"][at]["media"] = found["name"]
+        elif name == "size":
+            request["height"], request["width"] = value
+        elif name == "remove":
+            request["parts"] = [part for i, part in enumerate(request["parts"]) if i not in value]
+        elif name == "before":
+            request["parts"][0]["frames"] = value
+        else:
+            request[name] = value
+    return request
+
+
+def test_a_button_removes_the_problem_that_it_stands_beside(client, names):
+    clip, picture, wide = names["clip.mp4"], names["picture.png"], names["wide.mp4"]
+    cases = {
+        "1 frame, or that and whole groups": ask("generate", 16),
+        "Choose a label": ask("generate", 17, label=None),
+        "has no label": ask("generate", 17, label="pink"),
+        "takes no text": ask("generate", 17, caption="a boat"),
+        "but this clip has 9 frames": ask("animate", clip, 8),
+        "this is a picture": ask("interpolate", picture),
+        "starts from nothing": ask("generate", clip),
+        "6 new frames are not whole groups": ask("extend", clip, 6),
+        "There is nothing to fill": ask("extend", clip),
+        "nothing comes before it": ask("loop", 4, clip, 8),
+        "takes one clip, but": ask("edit", clip, clip),
+        "need new frames between": ask("connect", clip, clip),
+        "filled once at a time": ask("connect", clip, 12, clip, count=2),
+        "does not fit: height": ask("generate", 17, height=40),
+        "no room around": ask("outpaint", clip, width=32),
+        "is cropped to 32 x 32": ask("extend", wide, 8),
+        "only goes forward": ask("extend", 4, clip, 8, model="forward"),
+    }
+    for message, request in cases.items():
+        problems = client.post("/api/plan", json=request).json()["problems"]
+        found = [problem for problem in problems if message in problem["message"]]
+        assert len(found) == 1, (message, problems)
+        assert found[0]["fixes"], message
+        for fix in found[0]["fixes"]:
+            after = client.post("/api/plan", json=change(client, request, fix["change"])).json()
+            left = [problem["message"] for problem in after["problems"]]
+            assert not any(message in text for text in left), (message, fix, left)
+
+
+def test_a_cancelled_request_ends_within_one_step_and_leaves_nothing(client, studio, monkeypatch):
+    calls, forward = [], STDiT.forward
+
+    def counted(self, *arguments, **more):
+        calls.append(1)
+        return forward(self, *arguments, **more)
+
+    monkeypatch.setattr(STDiT, "forward", counted)
+    for request in (ask("generate", 17, steps=1000), ask("generate", 65, steps=1000, model="forward")):
+        calls.clear()
+        job = client.post("/api/jobs", json=request).json()["id"]
+        until = time.time() + 20
+        while time.time() < until and len(calls) < 4:
+            time.sleep(0.01)
+        assert client.delete(f"/api/jobs/{job}").status_code == 200
+        before = len(calls)
+        finished(client, job, "cancelled", patience=5)
+        assert len(calls) - before <= 1
+        assert len(calls) < 500
+    assert [path.name for path in studio.output.rglob("*.mp4")] == []
+    assert client.delete("/api/jobs/none").status_code == 409
+
+
+def test_uploads_beyond_the_bounds_are_refused_in_one_line_and_nothing_is_left(client, studio, home, monkeypatch):
+    def refused(name, content, more=""):
+        answer = client.post(f"/api/media?name={name}&{LOOK}{more}", content=content)
+        assert answer.status_code == 409, name
+        problem = answer.json()["problem"]
+        assert "\n" not in problem["message"] and len(problem["message"]) < 400
+        assert not [path for path in studio.output.rglob("*") if path.is_file()], name
+        return problem
+
+    refused("broken.mp4", (home / "broken.mp4").read_bytes())
+    refused("empty.png", b"")
+    refused("page.html", b"<script>")
+    refused("..%2F..%2Fevil", b"x")
+    long = refused("long.mp4", (home / "long.mp4").read_bytes())
+    assert "lasts 88 s, and 60 are the most" in long["message"]
+    assert long["fixes"] == [{"label": "Use its first 60 seconds", "change": {"upload": {"first": 60.0}}}]
+    monkeypatch.setattr(studio_media, "LARGEST_UPLOAD", 1000)
+    assert "are taken" in refused("clip.mp4", (home / "clip.mp4").read_bytes())["message"]
+    monkeypatch.undo()
+    kept = client.post(f"/api/media?name=long.mp4&{LOOK}&first=60", content=(home / "long.mp4").read_bytes())
+    assert kept.json()["frames"] == 480
+
+
+def test_names_that_lead_elsewhere_are_refused(client, home, names):
+    (home / "secret.png").write_bytes((home / "picture.png").read_bytes())
+    for url in (
+        "/api/view/..%2Fsecret.png", "/api/view/%2Fetc%2Fpasswd", "/download/mp4/..%2F..%2Fsecret.png", "/sheet/0/inputs%2F..%2F..%2Fsecret.png",
+        "/api/runs/..%2Frun", "/preview/run/..%2Ftraining_metrics.csv", "/preview/..%2Frun/step-0000100.png", f"/download/py/{names['clip.mp4']}",
+    ):  # fmt: skip
+        assert client.get(url).status_code in (404, 409), url
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "", "{", "[1]", "null", '{"task": "fly"}', '{"task": "edit", "parts": 3}', '{"task": "edit", "parts": [{"media": 3}]}', '{"task": "edit", "model": "tiny", "parts": [{"media": "none.mp4"}]}',
+        '{"task": "generate", "steps": 0}', '{"task": "generate", "guidance": NaN}', '{"task": "generate", "model": "../x"}', '{"task": "edit", "seed": -1}', "[" * 9000, '{"task": "edit", "x": "' + "y" * 70000 + '"}',
+    ],
+)  # fmt: skip
+def test_a_request_that_is_none_is_refused_in_one_line(client, body):
+    for url in ("/api/plan", "/api/jobs"):
+        answer = client.post(url, content=body)
+        assert answer.status_code == 409
+        assert "\n" not in answer.json()["problem"]["message"]
+
+
+def test_a_model_folder_that_vanishes_is_one_line_and_another_model(client, home, tmp_path):
+    shutil.copytree(home / "models", tmp_path / "models")
+    studio = make_studio(tmp_path / "models", tmp_path / "output", tmp_path)
+    with TestClient(make_app(studio.routes(), studio.worker, studio.close), base_url="http://127.0.0.1") as found:
+        assert found.post("/api/plan", json=ask("generate", 17)).json()["commands"]
+        shutil.rmtree(tmp_path / "models" / "tiny")
+        for url in ("/api/plan", "/api/jobs"):
+            problem = found.post(url, json=ask("generate", 17)).json()["problem"]
+            assert "tiny is gone; choose another" in problem["message"]
+            assert {"label": "Use forward", "change": {"model": "forward"}} in problem["fixes"]
+
+
+def test_frames_travel_exactly(client, home, names):
+    view = client.get(f"/api/view/{names['clip.mp4']}?{LOOK}").json()
+    sheet = np.asarray(
+        Image.open(io.BytesIO(client.get(f"/sheet/0/{names['clip.mp4']}?{LOOK}").content)).convert("RGB")
+    )
+    frames = to_uint8(read_input(home / "clip.mp4", (32, 32), 8).pixels[0])
+    for i, frame in enumerate(frames):
+        y, x = i // view["columns"] * 32, i % view["columns"] * 32
+        assert (sheet[y : y + 32, x : x + 32] == frame).all()
+
+
+def test_tabs_are_told_what_others_do_and_more_than_the_limit_are_told_so(client, monkeypatch):
+    monkeypatch.setattr(studio_module, "TABS", 2)
+    local = {"host": "127.0.0.1"}
+    with (
+        client.websocket_connect("/events", headers=local) as one,
+        client.websocket_connect("/events", headers=local) as two,
+    ):
+        assert one.receive_json()["boot"] == two.receive_json()["boot"]
+        with client.websocket_connect("/events", headers=local) as three:
+            assert three.receive_json()["type"] == "full"
+        job = client.post("/api/jobs", json=ask("generate", 17, steps=3)).json()["id"]
+        for tab in (one, two):
+            told = []
+            while not told or told[-1]["state"] in ("waiting", "running"):
+                message = tab.receive_json()
+                told += [message["job"]] if message["type"] == "job" else []
+            assert told[-1]["state"] == "done" and told[-1]["id"] == job
+
+
+def test_nested_loops_add_up_to_one_share():
+    told, steps, stop = [], [], threading.Event()
+    progress = Progress(lambda share, step: (told.append(share), steps.append(step)), stop)
+    for _ in progress(range(2)):
+        for _ in progress(range(2)):
+            for _ in progress(iter(range(5)), total=5):
+                pass
+    assert told == sorted(told) and told[-1] == 1.0 and len(told) == 20 + 4 + 2
+    assert told[4] == pytest.approx(0.25)
+    assert [step for step in steps if step] == [(done, 5) for done in range(1, 6)] * 4
+    loop = progress(range(9))
+    assert [next(loop), next(loop)] == [0, 1]
+    stop.set()
+    with pytest.raises(Cancelled):
+        next(loop)
+
+
+def test_a_curve_grows_in_constant_memory_and_begins_again_when_its_file_is_written_anew(tmp_path):
+    path = tmp_path / METRICS
+    with open(path, "w") as file:
+        file.write("step,loss,lr\n" + "".join(f"{step},{step % 7},nan\n" for step in range(1, 9001)) + "9001,5,0.0")
+    curve = Curve(path).update()
+    found = curve.as_json()
+    assert curve.step == 9000  # the last line is not complete yet
+    assert len(found["step"]) <= 2 * POINTS and "lr" not in found
+    assert np.mean(found["loss"]) == pytest.approx(3, abs=0.05)
+    with open(path, "a") as file:
+        file.write("1\n9002,5,0.1\ndamaged\n")
+    assert curve.update().step == 9002 and "lr" in curve.as_json()
+    path.unlink()
+    path.write_text("step,loss\n1,4\n")
+    assert curve.update().as_json() == {"step": [1], "loss": [4.0]}
+
+
+def test_runs_have_curves_and_previews(client):
+    assert client.get("/api/runs").json()["runs"][0]["name"] == "run"
+    run = client.get("/api/runs/run").json()
+    assert run["step"] == 3000 and run["previews"] == ["step-0000100.png", "step-0000200.png"]
+    assert client.get("/preview/run/step-0000200.png").headers["content-type"] == "image/png"
+    assert client.get("/api/runs/other").status_code == 409
+
+
+def test_a_folder_without_models_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="there is no model under models/"):
+        studio_command.main(["--port", "0", "--no-browser"])
+
+
+def test_a_damaged_history_loses_its_damaged_lines_alone(client, studio):
+    finished(client, client.post("/api/jobs", json=ask("generate", 17, count=2)).json()["id"])
+    whole = studio.history.path.read_text()
+    damaged = [
+        "{",
+        "[1]",
+        '{"files": ["../x.mp4"]}',
+        whole[: len(whole) // 2],
+        whole.replace('"generate"', '"fly"').strip(),
+    ]
+    studio.history.path.write_text("\n".join(damaged) + "\n" + whole)
+    finished(client, client.post("/api/jobs", json=ask("generate", 17, seed=4)).json()["id"])
+    versions = studio.history.versions()
+    assert [version["number"] for version in versions] == [3, 2, 1]
+    (studio.output / versions[1]["name"]).unlink()
+    assert [version["number"] for version in studio.history.versions()] == [3, 1]
