@@ -2,7 +2,6 @@
 
 import copy
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from stdit.data.datasets import Dataset
 from stdit.data.rates import DEFAULT_FPS, clip_rate
 from stdit.data.video_io import VideoError
 from stdit.data.video_write import write_contact_sheet, write_video
-from stdit.files import atomic_write, write_text
+from stdit.files import atomic_write, plain_name, write_text
 from stdit.model.lora import base_fingerprint, save_lora
 from stdit.model.stdit import STDiT
 from stdit.pixels import to_float
@@ -105,11 +104,15 @@ def preview(pipeline: STDiTPipeline, config: Any, dataset: Dataset) -> list[Prev
     count = min(12, config.train.samples) or 1
     given = preview_conditions(pipeline, dataset, count)
     clips = _sample(pipeline, config, given, steps=max(8, config.train.sample_steps // 2))
-    labels, names = given.get("class_labels"), pipeline.transformer.config.class_names
-    texts = (
-        given.get("captions") or [names[label] if names else f"class {label}" for label in labels or ()] or [""] * count
-    )
+    texts = texts_of(pipeline, given, len(clips))
     return [Preview(text, clip, pipeline.config.fps) for text, clip in zip(texts, clips, strict=True)]
+
+
+def texts_of(pipeline: STDiTPipeline, given: Mapping[str, Any], count: int) -> list[str]:
+    """What each of `count` clips shows: its caption, or the name of its class, or nothing. given: of `preview_conditions`."""
+    labels, names = given.get("class_labels"), pipeline.transformer.config.class_names
+    named = [names[label] if names else f"class {label}" for label in labels or ()]
+    return list(given.get("captions") or named or [""] * count)
 
 
 def write_previews(previews: Sequence[Preview], folder: Path, step: int) -> dict[str, Path]:
@@ -117,10 +120,10 @@ def write_previews(previews: Sequence[Preview], folder: Path, step: int) -> dict
     clips = folder / f"step-{step:07d}"
     clips.mkdir(parents=True, exist_ok=True)
     sheet = clips.with_suffix(".png")
-    write_contact_sheet(sheet, [one.clip for one in previews], columns=2)
+    write_contact_sheet(sheet, [one.clip for one in previews], columns=2, names=[one.name for one in previews])
     files = {"sheet": sheet}
     for number, (text, clip, fps) in enumerate(previews):
-        name = "-".join(filter(None, (f"{number:02d}", re.sub(r"[^\w.]+", "-", text)[:60].strip("-."))))
+        name = "-".join(filter(None, (f"{number:02d}", plain_name(text))))
         files[name] = clips / f"{name}.{'png' if clip.shape[1] == 1 else 'mp4'}"
         write_video(files[name], clip, fps=fps)
     return files
@@ -178,10 +181,11 @@ def write_results(pipeline: STDiTPipeline, config: Any, folders: RunFolders, *, 
     targets = target_clips(dataset, pipeline.video_vae, labels, count=len(clips), seed=config.seed)
     _save(targets, folders.output / "target_samples.pt")
     suffix = "png" if clips.shape[2] == 1 else "mp4"
-    for i, clip in enumerate(clips):
-        label = f"-class-{labels[i]}" if labels else ""
-        write_video(folders.samples / f"{i:03d}{label}.{suffix}", clip, fps=clip_rate(config.data, dataset))
-    write_contact_sheet(folders.samples / "contact_sheet.png", list(clips), columns=2)
+    texts = texts_of(pipeline, given, len(clips))
+    for i, (text, clip) in enumerate(zip(texts, clips, strict=True)):
+        name = "-".join(filter(None, (f"{i:03d}", plain_name(text))))
+        write_video(folders.samples / f"{name}.{suffix}", clip, fps=clip_rate(config.data, dataset))
+    write_contact_sheet(folders.samples / "contact_sheet.png", list(clips), columns=2, names=texts)
     if "captions" in given:
         write_text(folders.samples / "captions.txt", "\n".join(given["captions"]) + "\n")
 
