@@ -277,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_differences(result, Path(args.against))
     if output is not None:
         write_json(output / "evaluation.json", {**vars(args), **result._asdict()})
-        write_contact_sheet(output / "evaluation.png", clips[:48], columns=4)
+        names = [CLASS_NAMES[label] for label in labels[:48]]
+        write_contact_sheet(output / "evaluation.png", clips[:48], columns=4, names=names)
         print(f"{output / 'evaluation.json'}, {output / 'evaluation.png'}")
     return 0
