@@ -34,11 +34,10 @@ def _run(*arguments, **environment):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_memory_that_tensors_free_is_used_again_without_page_faults():
-    (before,) = _run()
     done, after = _run("reuse")
     if done == "False":
         pytest.skip("not glibc, or the environment sets the allocator")
-    assert int(after) < 500 < 5000 < int(before)
+    assert int(after) < 500  # of 82 thousand pages
 
 
 def test_an_allocator_set_by_the_user_is_left_alone():
