@@ -174,7 +174,8 @@ def draw_report(path: Path, dreams: Sequence[DreamedEpisode], report: dict[str, 
     from matplotlib.figure import Figure
 
     curves = {name: value for name, value in report.items() if isinstance(value, dict)}
-    horizons = [n for n in (0, *HORIZONS) if n < len(dreams[0].lasts)]
+    longest = max(len(one.lasts) for one in dreams)
+    horizons = [n for n in (0, *HORIZONS) if n < longest]
     strips = np.concatenate([_strip(one, horizons) for one in dreams[:_SHOWN]])
     columns = 3
     rows = -(-len(curves) // columns)

@@ -80,7 +80,15 @@ def test_the_shift_of_a_picture_is_found(by):
     rng = np.random.default_rng(0)
     picture = np.repeat(rng.integers(0, 255, (16, 20, 3), np.uint8).repeat(4, 0).repeat(4, 1), 1, 0)
     moved = np.roll(picture, (by[1], by[0]), (0, 1))
-    assert tuple(motion.shift(picture, moved)) == by
+    assert np.abs(motion.shift(picture, moved) - by).max() < motion.LEAST / 2
+    assert np.sign(np.round(motion.shift(blurred(picture), blurred(moved)))).tolist() == np.sign(by).tolist()
+
+
+def blurred(picture):
+    """A picture without structure below eight pixels, as a VAE may leave it."""
+    height, width = picture.shape[:2]
+    means = picture.reshape(height // 8, 8, width // 8, 8, 3).mean((1, 3))
+    return means.repeat(8, 0).repeat(8, 1).astype(np.uint8)
 
 
 def test_the_agent_of_minigrid_is_found_with_its_heading():
