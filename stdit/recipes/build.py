@@ -36,6 +36,7 @@ from stdit.hub import check_reachable, resolve_source
 from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
+from stdit.nn.checkpointing import CHECKPOINTING
 from stdit.precision import Precision, resolve
 from stdit.recipes.models import default_device
 from stdit.text import CaptionCache, load_text_encoder
@@ -122,7 +123,7 @@ def build_model(
     if image is not None:
         print(f"from {config.init_from.path}: {inflate(image, model, config.init_from).keeps}")
     if config.model.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(CHECKPOINTING[config.model.gradient_checkpointing])
     return model
 
 

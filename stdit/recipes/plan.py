@@ -28,6 +28,7 @@ HUB_VAES = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/vae": ((4, 8, 8), 16),
     "stabilityai/sd-vae-ft-ema": ((1, 8, 8), 4),
 }
+CHECKPOINTING_NAMES: dict[bool | str, str] = {False: "without", "selective": "with selective", True: "with full"}
 RESERVED = 1.5 * GIB  # of the CUDA context, kernels' workspaces and fragmentation
 LAUNCH_SECONDS = 0.01  # of a training step of a small model on a GPU: some thousand kernels of a few microseconds
 
@@ -95,9 +96,8 @@ def speed_line(args: argparse.Namespace, config: Config, flops: float, peak: flo
     flops: multiply-adds of the forward pass of one clip. peak: Tflops of one device.
     """
     train = config.train
-    passes = (
-        4 if config.model.gradient_checkpointing else 3
-    )  # a backward pass costs two forwards, checkpointing one more
+    # A backward pass costs two forwards, checkpointing one more, unless it keeps what is dear.
+    passes = 4 if config.model.gradient_checkpointing is True else 3
     seconds = 2 * passes * flops * train.batch_size / (peak * 1e12 * args.utilisation * args.count)
     if seconds < LAUNCH_SECONDS:
         return (
@@ -121,7 +121,7 @@ def scale_lines(
         # FSDP2: weights for each pass, and gradients in float32; DDP: gradients, summed and sent back.
         each = 2 if config.train.parallel.gather_bf16 else 4
         sent = cost.parameters * (2 * each + 4 if sharded else 2 * 4)
-        passes = 4 if config.model.gradient_checkpointing else 3
+        passes = 4 if config.model.gradient_checkpointing else 3  # tokens that are exchanged are not kept
         frames = passes * arguments["depth"] * 4 * 2 * micro * cost.tokens * dim / context if context > 1 else 0.0
         total = sent + frames
         seconds = total / (args.bandwidth * 1e9)
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     peak, room = args.tflops or peak, (args.memory or gib) * GIB
     bf16 = resolve(train.precision, "cpu") == "bf16" if on_cpu else train.precision != "fp32"
 
-    def memory(shape: Shape, clips: int, checkpointing: bool = config.model.gradient_checkpointing) -> Memory:
+    def memory(shape: Shape, clips: int, checkpointing: bool | str = config.model.gradient_checkpointing) -> Memory:
         fused = not (on_cpu and native_bf16() and bf16)
         found = training_memory(
             arguments, shape, clips, optimizer=train.optimizer, bf16=bf16, checkpointing=checkpointing, fused=fused,
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"forward       {cost.total / 1e9:,.1f} Gflops per clip: "
         + ", ".join(f"{kind} {value / cost.total:.0%}" for kind, value in cost.flops.items())
     )
-    table = {checkpointing: memory(latent, micro, checkpointing) for checkpointing in (False, True)}
+    table = {checkpointing: memory(latent, micro, checkpointing) for checkpointing in CHECKPOINTING_NAMES}
     found = table[config.model.gradient_checkpointing]
     print(f"memory        micro-batch of {micro}, {'bf16' if bf16 else 'fp32'}, {train.optimizer}, on one device, GiB:")
     for part in ("weights", "gradients", "optimizer", "ema"):
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for checkpointing, value in table.items():
         mark = "  <- as configured" if checkpointing == config.model.gradient_checkpointing else ""
         saved = (value.activations + value.recomputed) / GIB
-        print(f"  activations {saved:>8.2f}  {'with' if checkpointing else 'without'} checkpointing{mark}")
+        print(f"  activations {saved:>8.2f}  {CHECKPOINTING_NAMES[checkpointing]} checkpointing{mark}")
     # On a CPU, saving a checkpoint copies its largest file in memory.
     saving = found.persistent + found.optimizer if on_cpu else 0.0
     need = max(found.peak + other, saving)
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"largest       micro-batch {clips} at {data.num_frames} frames; {frames} frames at micro-batch 1")
     if need > room:
         print(
-            f"does not fit: the run needs {need / GIB:.1f} GiB, the device has {room / GIB:.0f} GiB. Lower train.micro_batch, or set model.gradient_checkpointing=true."
+            f"does not fit: the run needs {need / GIB:.1f} GiB, the device has {room / GIB:.0f} GiB. Lower train.micro_batch, or set model.gradient_checkpointing to selective or true."
         )
         return 1 if args.refuse else 0
     return 0
