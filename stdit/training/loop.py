@@ -30,6 +30,7 @@ from stdit.training.estimate import Estimate
 from stdit.training.metrics import HELD_OUT, Breakdown, MetricsLogger
 from stdit.training.optim import learning_rate, set_learning_rate
 from stdit.training.parallel import accumulating, is_sharded, like, local, local_parameters, whole
+from stdit.training.profile import StepProfiler
 from stdit.training.run import RunFolders
 from stdit.training.shard_files import part_of
 from stdit.training.shards import ShardWriter
@@ -241,6 +242,7 @@ class TrainingLoop(ABC):
         began = time.perf_counter() - self.seconds
         self.throughput.restart()
         estimate = Estimate(self.step, config.steps)
+        profiler = StepProfiler(config.profile if main else 0, self.folders.output, config.steps - self.step)
         with self._signals_caught(), closing(progress), closing(logger) if logger else nullcontext():
             while self.step < config.steps:
                 try:
@@ -250,6 +252,7 @@ class TrainingLoop(ABC):
                 else:
                     self.step += 1
                     self.after_step()
+                    profiler.step()
                     with self.throughput.paused():  # the rate is that of training
                         metrics.append(measured._replace(held_out=self.held_out_loss()))
                     self.seconds = time.perf_counter() - began
