@@ -41,6 +41,7 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "build",
         "propose",
         "models",
+        "planned",
         "outputs",
     }
     for command in cli.COMMANDS:

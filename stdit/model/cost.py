@@ -139,13 +139,13 @@ class Memory:
         return self.persistent + max(self.activations, self.gradients) + self.recomputed + self.working
 
 
-def over_processes(memory: Memory, *, shards: int, context: int, depth: int) -> Memory:
+def over_processes(memory: Memory, *, shards: int, context: int, depth: int, half: bool = False) -> Memory:
     """The memory of one of several processes.
 
-    shards: that share weights, gradients, averages and optimizer; each gathers two blocks of `depth` at a time. context:
-    processes that share the frames of a clip.
+    shards: that share weights, gradients, averages and optimizer; each gathers two blocks of `depth` at a time, with `half` in
+    16 bits. context: processes that share the frames of a clip.
     """
-    gathered = 2 * memory.weights / depth if shards > 1 else 0.0
+    gathered = (1 if half else 2) * memory.weights / depth if shards > 1 else 0.0
     return Memory(
         weights=memory.weights / shards,
         gradients=memory.gradients / shards,
