@@ -144,14 +144,14 @@ def fit_lines(args: argparse.Namespace, run: PlannedRun, current: Choice, room: 
     needs = run.need(current, run.memory(current))
     found = find_fit(run, current, room, **given)
     device = "one device" if run.count == 1 else f"each of {run.count} devices"
-    lines = [f"fit           {room / GIB:g} GiB on {device}; as configured it takes {needs / GIB:.1f} GiB"]
+    lines = [f"fit           {room / GIB:g} GiB on {device}; as configured it takes {needs / GIB:.2f} GiB"]
     if found is None:
         least = smallest(run, current, **given)
         memory = run.memory(least)
         parts = {"weights": memory.weights, "optimizer": memory.optimizer, "averages": memory.ema, "activations": memory.activations + memory.recomputed}  # fmt: skip
         return [
             *lines,
-            f"nothing fits: the least is {run.need(least, memory) / GIB:.1f} GiB, with {' '.join(least.overrides(current)) or 'the settings as they are'}",
+            f"nothing fits: the least is {run.need(least, memory) / GIB:.2f} GiB, with {' '.join(least.overrides(current)) or 'the settings as they are'}",
             "              of it "
             + ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
             + "; use a smaller model.size, fewer or smaller frames"
@@ -164,7 +164,7 @@ def fit_lines(args: argparse.Namespace, run: PlannedRun, current: Choice, room: 
     memory = run.memory(found)
     lines.append(f"  {' '.join(found.overrides(current))}")
     slower = f", {run.seconds(found) / run.seconds(current) - 1:+.0%} time for a step" if run.peak else ""
-    lines.append(f"              peak {run.need(found, memory) / GIB:.1f} of {room / GIB:g} GiB{slower}")
+    lines.append(f"              peak {run.need(found, memory) / GIB:.2f} of {room / GIB:g} GiB{slower}")
     if found.gather_bf16 and not current.gather_bf16:
         lines.append(
             "              gathers in bfloat16 leave norms without float32 weights, which changes the steps a little"
