@@ -89,8 +89,8 @@ def read_mask(
         with _clip(path, fps, frames) as (reader, indices, _):
             _check_mask_size(path, reader.size, source, size)
             _check_memory(path, len(indices), reader.size)
-            frames = (frame.mean(-1).astype(np.uint8) for frame in reader.iter_frames(indices))
-            grey = np.stack([_mask_of_size(frame, size) for frame in frames])
+            greys = (frame.mean(-1).astype(np.uint8) for frame in reader.iter_frames(indices))
+            grey = np.stack([_mask_of_size(frame, size) for frame in greys])
     if not is_image and len(grey) != clip[0]:
         raise ValueError(
             f"mask {path} has {len(grey)} frames at {fps:g} fps, but the clip has {clip[0]}; give one mask per frame, or "

@@ -272,5 +272,5 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
         bf16=bf16, fused=not (on_cpu and native_bf16() and bf16), on_cpu=on_cpu, peak=args.tflops or peak,
         utilisation=args.utilisation, bandwidth=args.bandwidth,
     )  # fmt: skip
-    how = {"gather_bf16": train.parallel.gather_bf16, "context": context}
-    return run, Choice(config.model.gradient_checkpointing, micro, sharded, **how)
+    kind, gather = config.model.gradient_checkpointing, train.parallel.gather_bf16
+    return run, Choice(kind, micro, sharded, gather_bf16=gather, context=context)
