@@ -106,6 +106,11 @@ CHOICES: dict[str, dict[str, str]] = {
         "cosine": "to zero at `train.decay_steps`, slowly at first and at the end",
         "constant": "not at all, whatever `train.decay_steps` says",
     },
+    "model.gradient_checkpointing": {
+        "false": "every block keeps what its backward pass needs",
+        "selective": "results of products with weights and of attention are kept, the rest is computed again: little time",
+        "true": "blocks are computed again from their inputs: the least memory, and about a third more time",
+    },
     "objective.name": {
         "flow": "rectified flow, levels from 0 (clean) to 1 (noise)",
         "ddpm": "DDPM of 1000 steps, as in DiT",
@@ -171,6 +176,7 @@ def type_name(hint: Any) -> str:
     text = re.sub(r"list\[(\w+)\]", r"list of \1", text)
     text = re.sub(r"dict\[(\w+), (\w+)\]", r"mapping of \1 to \2", text)
     text = re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace("'", ""), text)
+    text = re.sub(r"Union\[(\w+), (\w+)\]", r"\1 or \2", text)
     return text.replace("str | None", "str or null").replace(" | None", " or null").replace(" | ", " or ")
 
 

@@ -116,6 +116,11 @@ class Config:
                 "objective.mask_ratio hides patches, but known frames must be visible; set objective.mask_strategy=shared, or "
                 "objective.mask_ratio=0."
             )
+        if model.gradient_checkpointing == "selective" and self.train.compile:
+            raise ValueError(
+                "model.gradient_checkpointing=selective does not see inside compiled blocks (train.compile=true), which choose for "
+                "themselves what to keep; use true or false."
+            )
         what = f"model.trunk={model.trunk} with model.conditioning={model.conditioning}"
         supports = supported(model.trunk, model.conditioning, causal=model.causal, text=text)
         if model.network == "unet":

@@ -151,17 +151,22 @@ def _refuse_interpolation(key: str) -> None:
     raise ValueError(f"{key} is an interpolation (${{...}}), which is not allowed in a config; write the value.")
 
 
-def _check(kind: Any, value: Any, key: str) -> None:
-    """Raise ValueError, with the key and what was expected, if a value cannot become a `kind` (a type annotation)."""
+def _check(kind: Any, value: Any, key: str, further: str = "") -> None:
+    """Raise ValueError, with the key and what was expected, if a value cannot become a `kind` (a type annotation).
+
+    further: what a single value may be besides.
+    """
     if isinstance(value, str) and "${" in value:
         _refuse_interpolation(key)
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         _check_section(get_type_hints(kind), value, key)
     elif origin in (Union, types.UnionType):
-        if value is not None:
-            (kind,) = (one for one in arguments if one is not type(None))
-            _check(kind, value, key)
+        if value is None and type(None) in arguments:
+            return
+        plain, names = _split_names([one for one in arguments if one is not type(None)])
+        if not (names and isinstance(value, str) and value in names):
+            _check(plain, value, key, f", or {', '.join(names)}" if names else "")
     elif origin is Literal:
         if not isinstance(value, str):
             raise ValueError(f"{key} must be one of {', '.join(arguments)}, got {_shown(value)}.")
@@ -174,7 +179,17 @@ def _check(kind: Any, value: Any, key: str) -> None:
         _check_free(Any if kind is Any else arguments[1], value, key, mapping=origin is dict)
     elif kind in _SCALARS:
         what, is_valid = _SCALARS[kind]
-        _expect(value is not None and is_valid(value), key, what, value)
+        _expect(value is not None and is_valid(value), key, what + further, value)
+
+
+def _split_names(kinds: Sequence[Any]) -> tuple[Any, list[str]]:
+    """Split the members of a union into its one type and the names that may stand for it: `bool | Literal["x"]`."""
+    names = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
+    types_ = [kind for kind in kinds if get_origin(kind) is not Literal]
+    if not types_:
+        return kinds[0], []
+    (kind,) = types_
+    return kind, names
 
 
 def _check_section(hints: Mapping[str, Any], value: Any, key: str) -> None:

@@ -45,6 +45,7 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "sampling",
         "models",
         "order",
+        "planned",
         "outputs",
         "previews",
     }

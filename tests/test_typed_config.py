@@ -102,6 +102,8 @@ def test_every_number_of_a_config_must_be_finite(load, value):
         ("train.steps=many", "train.steps must be a whole number, got 'many'"),
         ("train.steps=null", "train.steps must be a whole number, got null"),
         ("data.flip=2", "data.flip must be true or false"),
+        ("model.gradient_checkpointing=selectiv", "model.gradient_checkpointing must be true or false, or selective"),
+        ("model.gradient_checkpointing=null", "model.gradient_checkpointing must be true or false, or selective"),
         ("name=???", "name must be text, got '???'"),
         ("objective.mask_probs=[1]", "objective.mask_probs must be a mapping"),
     ],
@@ -125,3 +127,14 @@ def test_what_is_right_is_read_as_before(load):
     assert (config.name, config.train.lr, config.train.steps, config.data.fps) == ("5", 1e-4, 7, 24.0)
     assert config.data.flip is True and config.model.depth is None
     assert config.objective.mask_probs["prefix"] == 0.5 and "shared" in config.objective.mask_probs
+
+
+def test_checkpointing_is_true_false_or_selective_and_old_files_read_as_before(load):
+    key = "model.gradient_checkpointing"
+    values = [load(f"model: {{gradient_checkpointing: {text}}}") for text in ("true", "false", "selective")]
+    values += [load("name: t"), load("name: t", f"{key}=true"), load("name: t", f"{key}=selective")]
+    assert [config.model.gradient_checkpointing for config in values] == [
+        True, False, "selective", False, True, "selective",
+    ]  # fmt: skip
+    assert to_plain(values[2])["model"]["gradient_checkpointing"] == "selective"
+    assert "train.compile=true" in refusal(load, "name: t", f"{key}=selective", "train.compile=true")

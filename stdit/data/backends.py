@@ -12,6 +12,8 @@ from stdit.data.video_io import VideoReader, frames_at
 from stdit.variants import pick
 from stdit.warn import warn_once
 
+_TOGETHER = 8  # frames that are decoded before they are resized
+
 
 class LibraryReader(ABC):
     """The interface of `VideoReader` over a library that indexes and rotates frames by itself.
@@ -63,16 +65,16 @@ class LibraryReader(ABC):
         for i in indices:
             if not -len(self) <= i < len(self):
                 raise IndexError(f"frame {i} is outside {self.path!r}, which has {len(self)} frames.")
-        try:
-            frames = self._decode([i % len(self) for i in indices])
-        except Exception as error:  # each library raises its own types
-            raise VideoError(f"{self.path!r} cannot be decoded ({error}); try the backend 'pyav'.") from error
-        if size is None or frames.shape[1:3] == tuple(size):
-            return frames
-        from PIL import Image
-
-        # Area averaging, as `VideoReader` does.
-        return np.stack([np.asarray(Image.fromarray(f).resize(size[::-1], Image.Resampling.BOX)) for f in frames])
+        # With a size a few at a time, so that a clip is not held at the size of the file.
+        step = max(1, len(indices)) if size is None else _TOGETHER
+        parts = []
+        for first in range(0, max(1, len(indices)), step):
+            try:
+                frames = self._decode([i % len(self) for i in indices[first : first + step]])
+            except Exception as error:  # each library raises its own types
+                raise VideoError(f"{self.path!r} cannot be decoded ({error}); try the backend 'pyav'.") from error
+            parts.append(frames if size is None else _resized(frames, size))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def indices_at(self, times: Sequence[float] | np.ndarray) -> list[int]:
         """The frame displayed at each time, as `VideoReader.indices_at`."""
@@ -81,6 +83,15 @@ class LibraryReader(ABC):
     @abstractmethod
     def _decode(self, indices: list[int]) -> np.ndarray:
         """Decode the frames (N, H, W, 3) uint8 RGB of indices that are within the clip."""
+
+
+def _resized(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize frames (F, H, W, 3) to (H, W) by area averaging, as `VideoReader` does."""
+    if frames.shape[1:3] == tuple(size):
+        return frames
+    from PIL import Image
+
+    return np.stack([np.asarray(Image.fromarray(f).resize(size[::-1], Image.Resampling.BOX)) for f in frames])
 
 
 class DecordReader(LibraryReader):

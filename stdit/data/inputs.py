@@ -92,23 +92,28 @@ def read_mask(
     if is_image:
         # On black, so that white strokes on a transparent layer are a mask.
         _check_mask_size(path, picture_size(path), source, size)
-        grey = np.asarray(Image.fromarray(read_picture(path, ground=BLACK)).convert("L"))[None]
+        grey = _mask_of_size(np.asarray(Image.fromarray(read_picture(path, ground=BLACK)).convert("L")), size)[None]
     else:
         with _clip(path, fps, frames) as (reader, indices, _):
             _check_mask_size(path, reader.size, source, size)
             _check_memory(path, len(indices), reader.size)
-            grey = np.stack([frame.mean(-1).astype(np.uint8) for frame in reader.iter_frames(indices)])
+            greys = (frame.mean(-1).astype(np.uint8) for frame in reader.iter_frames(indices))
+            grey = np.stack([_mask_of_size(frame, size) for frame in greys])
     if not is_image and len(grey) != clip[0]:
         raise ValueError(
             f"mask {path} has {len(grey)} frames at {fps:g} fps, but the clip has {clip[0]}; give one mask per frame, or "
             "one image for all frames."
         )
-    if grey.shape[1:] != size:
-        covering = cover_size(grey.shape[1:], size)[::-1]
-        grey = np.stack([np.asarray(Image.fromarray(m).resize(covering, Image.Resampling.NEAREST)) for m in grey])
-        grey = crop(grey, size)
     mask = torch.from_numpy(grey > 127)
     return mask[0] if is_image else mask
+
+
+def _mask_of_size(grey: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A grey frame (H, W) scaled to cover `size` by its nearest pixels, and cropped."""
+    if grey.shape == tuple(size):
+        return grey
+    covering = cover_size((grey.shape[0], grey.shape[1]), size)[::-1]
+    return crop(np.asarray(Image.fromarray(grey).resize(covering, Image.Resampling.NEAREST))[None], size)[0]
 
 
 def _check_mask_size(path: Path, found: tuple[int, ...], source: ImageSize, size: ImageSize) -> None:

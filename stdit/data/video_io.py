@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
@@ -281,7 +282,8 @@ def _opaque(frame: "av.VideoFrame") -> "av.VideoFrame":
 
 def _orientation(frame: "av.VideoFrame") -> tuple[bool, bool, bool]:
     """(transpose, then mirror x, then mirror y) for the frame's display matrix, to the nearest multiple of 90 degrees."""
-    data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    # Not frame.side_data, which makes a cycle of references: frames, 12 MB each in 4K, would wait for the garbage collector.
+    data = SideDataContainer(frame).get(SideDataType.DISPLAYMATRIX)  # type: ignore[call-arg]
     if data is None:
         return False, False, False
     (a, b, _), (c, d, _), _ = np.frombuffer(bytes(data), np.int32).reshape(3, 3).tolist()

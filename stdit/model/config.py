@@ -55,7 +55,7 @@ class ModelConfig:
     relative_position_bias: bool = False  # learned bias per spatial distance in every attention (MDT)
     num_decoder_blocks: int = 4  # trunk=masked: blocks at the end that see all patches
     num_single_blocks: int = 0  # trunk=dual_stream: last blocks, in which text and video share weights (FLUX)
-    gradient_checkpointing: bool = False  # saves memory, and takes about a third more time
+    gradient_checkpointing: bool | Literal["selective"] = False  # compute activations again in the backward pass
     actions: bool = False  # condition on the actions of the data, one for each frame
     extra_conditions: dict[str, Any] = field(default_factory=dict)  # more conditions: name -> its arguments
 

@@ -1,19 +1,22 @@
 """Estimates the cost of a model before it is built: operations by kind, and the memory of training."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.conditions import Conditions
 from stdit.conditions.values import map_tensors
 from stdit.model.stdit import STDiT
+from stdit.nn.checkpointing import CHECKPOINTING, is_saved
 from stdit.nn.muon import muon_parameters
 
 Shape = tuple[int, int, int]
@@ -136,13 +139,13 @@ class Memory:
         return self.persistent + max(self.activations, self.gradients) + self.recomputed + self.working
 
 
-def over_processes(memory: Memory, *, shards: int, context: int, depth: int) -> Memory:
+def over_processes(memory: Memory, *, shards: int, context: int, depth: int, half: bool = False) -> Memory:
     """The memory of one of several processes.
 
-    shards: that share weights, gradients, averages and optimizer; each gathers two blocks of `depth` at a time. context:
-    processes that share the frames of a clip.
+    shards: that share weights, gradients, averages and optimizer; each gathers two blocks of `depth` at a time, with `half` in
+    16 bits. context: processes that share the frames of a clip.
     """
-    gathered = 2 * memory.weights / depth if shards > 1 else 0.0
+    gathered = (1 if half else 2) * memory.weights / depth if shards > 1 else 0.0
     return Memory(
         weights=memory.weights / shards,
         gradients=memory.gradients / shards,
@@ -174,13 +177,13 @@ def training_memory(
     *,
     optimizer: str,
     bf16: bool,
-    checkpointing: bool,
+    checkpointing: bool | str,
     fused: bool,
     copies: int = 0,
 ) -> Memory:
     """Estimate the memory of a training step of `micro_batch` clips, from a forward pass over fake tensors.
 
-    fused: attention does not save its matrix (GPUs; CPUs in float32). copies: of the weights, besides their average. Weights, gradients and EMA are float32.
+    checkpointing: as `model.gradient_checkpointing`. fused: attention does not save its matrix (GPUs; CPUs in float32). copies: of the weights, besides their average. Weights, gradients and EMA are float32.
     """
     forward_cost(arguments, latent)  # fills the caches of position tables with real ones
     with torch.device("meta"):
@@ -190,7 +193,7 @@ def training_memory(
     how: dict[str, Any] = {"latent": latent, "batch": micro_batch, "bf16": bf16}
     activations, recomputed = _activations(arguments, checkpointing=False, fused=fused, **how), 0.0
     if checkpointing:
-        every, activations = activations, _activations(arguments, checkpointing=True, fused=fused, **how)
+        every, activations = activations, _activations(arguments, checkpointing=checkpointing, fused=fused, **how)
         recomputed = (every - activations) / len(model.blocks)
     moments = 2 * size - (matrices if optimizer == "muon" else 0)
     tokens = forward_cost(arguments, latent).tokens
@@ -208,7 +211,7 @@ def training_memory(
     )
 
 
-def _activations(arguments: dict[str, Any], *, checkpointing: bool, fused: bool, **how: Any) -> float:
+def _activations(arguments: dict[str, Any], *, checkpointing: bool | str, fused: bool, **how: Any) -> float:
     """Bytes that a forward pass saves. Of a stack of like blocks two periods are run: they grow linearly with the depth."""
     depth, period = arguments["depth"], len(arguments.get("axes", ("joint",)))
     alike = arguments.get("trunk", "stack") == "stack" and not arguments.get("block_sources")
@@ -220,10 +223,22 @@ def _activations(arguments: dict[str, Any], *, checkpointing: bool, fused: bool,
             if fused:
                 for block in model.blocks:
                     block.attn.processor._attention_backend = "native"
-            if checkpointing:
-                model.enable_gradient_checkpointing()
-            found.append(_saved_bytes(model, **how))
+            found.append(_saved_bytes(model, checkpointing=checkpointing, **how))
     return found[0] if len(found) == 1 else found[0] + (depth / period - 1) * (found[1] - found[0])
+
+
+class _Saved(TorchDispatchMode):
+    """Passes to `record` the results that selective checkpointing keeps, which no hook of saved tensors sees."""
+
+    def __init__(self, record: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.record = record
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if is_saved(func):
+            tree_map_only(Tensor, self.record, found)
+        return found
 
 
 def _inputs(model: STDiT, latent: Shape, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,7 +246,7 @@ def _inputs(model: STDiT, latent: Shape, batch: int) -> tuple[Tensor, Tensor, Te
     return torch.empty(batch, model.in_channels, *latent), torch.empty(batch), labels
 
 
-def _saved_bytes(model: STDiT, latent: Shape, batch: int, bf16: bool) -> float:
+def _saved_bytes(model: STDiT, *, checkpointing: bool | str, latent: Shape, batch: int, bf16: bool) -> float:
     """Bytes that the forward pass saves for the backward pass, without parameters; each storage counts once."""
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -242,6 +257,16 @@ def _saved_bytes(model: STDiT, latent: Shape, batch: int, bf16: bool) -> float:
             storages[storage._cdata] = storage
         return x
 
+    if checkpointing:
+        model.enable_gradient_checkpointing(CHECKPOINTING[checkpointing])
+    if checkpointing == "selective":
+        run = model._gradient_checkpointing_func
+
+        def watched(block: nn.Module, *inputs: Any) -> Any:
+            with _Saved(record):
+                return run(block, *inputs)
+
+        model._gradient_checkpointing_func = watched
     with saved_tensors_hooks(record, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         model(*_inputs(model, latent, batch), **_example_conditions(model, batch)).float().square().mean()
     return float(sum(storage.nbytes() for storage in storages.values()))

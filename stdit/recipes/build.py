@@ -23,6 +23,7 @@ from stdit.diffusion.objective import Objective
 from stdit.model.config import model_arguments
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
+from stdit.nn.checkpointing import CHECKPOINTING
 from stdit.precision import Precision, resolve
 from stdit.recipes.models import default_device, load_start
 from stdit.recipes.order import measure
@@ -110,7 +111,7 @@ def build_model(
     if image is not None:
         print(f"from {config.init_from.path}: {inflate(image, model, config.init_from).keeps}")
     if config.model.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(CHECKPOINTING[config.model.gradient_checkpointing])
     return model
 
 

@@ -34,7 +34,7 @@ from stdit.data.video_io import VideoError
 from stdit.files import atomic_write, claimed, write_text
 from stdit.hashes import difference, file_sha256
 from stdit.pixels import to_float
-from stdit.precision import autocast
+from stdit.precision import Precision, autocast
 from stdit.progress import Progress
 from stdit.recipes.build import build_captions
 from stdit.recipes.entry import command, command_parser
@@ -58,6 +58,19 @@ class Shard(NamedTuple):
     waited: float
 
 
+class Form(NamedTuple):
+    """The data type of stored latents, and the precision in which they are computed."""
+
+    dtype: torch.dtype = torch.float16
+    precision: Precision = "auto"
+
+    @classmethod
+    def of(cls, config: Config) -> "Form":
+        """That of a config: float32 is also computed in float32, as everything is with train.precision=fp32."""
+        dtype = getattr(torch, config.data.cache_dtype)
+        return cls(dtype, "fp32" if dtype == torch.float32 else config.train.precision)
+
+
 class Part(NamedTuple):
     """The clips of a shard, by their numbers in the dataset, and the size of all of them (None: that of the config)."""
 
@@ -72,7 +85,7 @@ def encode_shard(
     *,
     seed: int,
     size: ClipSize | None = None,
-    dtype: torch.dtype = torch.float16,
+    form: Form,
 ) -> Shard:
     """Read and encode clips. Threads read the next clips meanwhile, since video decoding releases Python's lock."""
     latents: list[dict[str, torch.Tensor]] = []
@@ -101,7 +114,7 @@ def encode_shard(
             bad |= {dataset.name(i): str(sample) for i, sample in samples.items() if isinstance(sample, VideoError)}
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
-                latents.append(_encode(vae, torch.stack([sample["pixels"] for sample in good.values()]), dtype))
+                latents.append(_encode(vae, torch.stack([sample["pixels"] for sample in good.values()]), form))
                 encoded += list(good)
                 conditions += [stored_conditions(dataset, i, sample) for i, sample in good.items()]
     tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}
@@ -115,20 +128,22 @@ def stored_conditions(dataset: Dataset, index: int, sample: dict) -> dict:
 
 
 @torch.no_grad()
-def _encode(vae: VideoVAE, pixels: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Encode clips (N, F, H, W, 3) uint8 into tensors (N, C, T, h, w) of a data type; float32 is also computed in it.
+def _encode(vae: VideoVAE, pixels: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
+    """Encode clips (N, F, H, W, 3) uint8 into tensors (N, C, T, h, w).
 
     latents: of the whole clips. reencoded: each latent frame, encoded as the start of a segment.
     """
     batch = to_float(pixels.to(vae.device)).to(vae.dtype)
-    with autocast("auto" if dtype == torch.float16 else "fp32", vae.device):
+    with autocast(form.precision, vae.device):
         latents = vae.encode(batch)
         groups = [vae.frames_of_latent(batch, t) for t in range(1, latents.shape[2])]
         heads = vae.encode_segment(torch.cat(groups)).split(len(batch)) if groups else ()  # an image has no groups
     heads = torch.cat([latents[:, :, :1], *heads], dim=2)
-    tensors = {"latents": latents.to("cpu", dtype), "reencoded": heads.to("cpu", dtype)}
+    tensors = {"latents": latents.to("cpu", form.dtype), "reencoded": heads.to("cpu", form.dtype)}
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise ValueError(f"VAE {vae.name!r} gave latents that are not finite in {dtype}; set data.cache_dtype=float32.")
+        raise ValueError(
+            f"VAE {vae.name!r} gave latents that are not finite in {form.dtype}; set data.cache_dtype=float32."
+        )
     return tensors
 
 
@@ -181,8 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_settings(args.output, head, vae)
     parts = divide(dataset, [ClipSize(*size) for size in config.data.sizes], args.shard_size, seed=config.seed)
     build_captions(config, dataset, default_device(), share=_rank())  # first, since it may find that there are none
-    dtype = getattr(torch, config.data.cache_dtype)
-    write_shards(args.output, dataset, vae, parts, seed=config.seed, dtype=dtype)
+    write_shards(args.output, dataset, vae, parts, seed=config.seed, form=Form.of(config))
     return write_index(args.output, head, dataset, parts, rate=clip_rate(config.data, dataset))
 
 
@@ -253,7 +267,7 @@ def _rank() -> tuple[int, int]:
 
 
 def write_shards(
-    output: Path, dataset: Dataset, vae: VideoVAE, parts: Sequence[Part], *, seed: int, dtype: torch.dtype
+    output: Path, dataset: Dataset, vae: VideoVAE, parts: Sequence[Part], *, seed: int, form: Form
 ) -> None:
     """Write the shards of this process, encoding the clips that are new or changed, and those of missing or damaged shards."""
     (rank, world), waited, began = _rank(), 0.0, time.perf_counter()
@@ -266,7 +280,7 @@ def write_shards(
             except ValueError:  # the same command runs twice: the other process has this shard
                 done["elsewhere"] += 1
                 continue
-            waited += _write_shard(file, dataset, vae, parts[number], seed=seed, dtype=dtype, done=done)
+            waited += _write_shard(file, dataset, vae, parts[number], seed=seed, form=form, done=done)
     if not rank:
         print(f"waited {waited:.1f} s of {time.perf_counter() - began:.1f} s for data")
     if done["elsewhere"]:
@@ -278,7 +292,7 @@ def write_shards(
 
 
 def _write_shard(
-    file: Path, dataset: Dataset, vae: VideoVAE, part: Part, *, seed: int, dtype: torch.dtype, done: Counter[str]
+    file: Path, dataset: Dataset, vae: VideoVAE, part: Part, *, seed: int, form: Form, done: Counter[str]
 ) -> float:
     """Bring one shard up to date; counts what was done -> seconds spent waiting for data."""
     indices = part.indices
@@ -296,7 +310,7 @@ def _write_shard(
             record = {**old, **_annotations(dataset, [i for i in indices if unchanged[i] is not None])}
             write_text(file.with_suffix(".json"), json.dumps({**record, "annotations": annotations}))
         return 0.0
-    shard = encode_shard(dataset, vae, wanted, seed=seed, size=part.size, dtype=dtype)
+    shard = encode_shard(dataset, vae, wanted, seed=seed, size=part.size, form=form)
     record = _merge(file, old, shard, unchanged=unchanged, indices=indices)
     kept = {dataset.name(i) for i in unchanged}
     bad = {name: reason for name, reason in old["bad"].items() if name in kept}

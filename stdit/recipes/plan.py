@@ -3,6 +3,7 @@
 stdit plan configs/video.yaml --gpu H100 --count 8
 stdit plan configs/video.yaml --count 64 --shard fsdp --context 8 --bandwidth 400
 stdit plan configs/video.yaml model.size=B/2 --gpu 4090 --utilisation 0.35 --refuse
+stdit plan configs/video.yaml --gpu 4090 --fit 24GB     (the settings with which the run fits)
 """
 
 import argparse
@@ -12,24 +13,31 @@ from stdit.checkpoint.inflate import inflated_arguments
 from stdit.config import Config, load_typed
 from stdit.diffusion.objective import build_objective
 from stdit.model.config import model_arguments
-from stdit.model.cost import Cost, Memory, Shape, forward_cost, frame_growth, over_processes, training_memory
+from stdit.model.cost import Cost, Memory, forward_cost, frame_growth
 from stdit.model.stdit import STDiT
 from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
 from stdit.recipes.entry import command, command_parser
+from stdit.recipes.planned import (
+    CHECKPOINTING_NAMES,
+    GIB,
+    LAUNCH_SECONDS,
+    Choice,
+    PlannedRun,
+    find_fit,
+    parse_memory,
+    smallest,
+)  # fmt: skip
 from stdit.text import load_text_encoder
 from stdit.training.throughput import GPUS
 from stdit.vae import VAEGeometry, load_vae
 from stdit.variants import pick
 
-GIB = 2**30
 # Stride and latent channels of the VAEs that configs name by hub id, so that planning needs no download.
 HUB_VAES = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/vae": ((4, 8, 8), 16),
     "stabilityai/sd-vae-ft-ema": ((1, 8, 8), 4),
 }
-RESERVED = 1.5 * GIB  # of the CUDA context, kernels' workspaces and fragmentation
-LAUNCH_SECONDS = 0.01  # of a training step of a small model on a GPU: some thousand kernels of a few microseconds
 
 
 def find_vae(name: str) -> VAEGeometry:
@@ -89,16 +97,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"{name} must be > 0 and < 1e6 (Tflops or GiB), got {value}.")
 
 
-def speed_line(args: argparse.Namespace, config: Config, flops: float, peak: float) -> str:
-    """A line with steps and clips per second, and days.
-
-    flops: multiply-adds of the forward pass of one clip. peak: Tflops of one device.
-    """
-    train = config.train
-    passes = (
-        4 if config.model.gradient_checkpointing else 3
-    )  # a backward pass costs two forwards, checkpointing one more
-    seconds = 2 * passes * flops * train.batch_size / (peak * 1e12 * args.utilisation * args.count)
+def speed_line(args: argparse.Namespace, run: PlannedRun, choice: Choice) -> str:
+    """A line with steps and clips per second, and days."""
+    train = run.config.train
+    seconds = run.computation(choice)
     if seconds < LAUNCH_SECONDS:
         return (
             f"speed         this model is too small for {args.gpu}: launching its operations takes longer than computing them; "
@@ -107,45 +109,72 @@ def speed_line(args: argparse.Namespace, config: Config, flops: float, peak: flo
     hours = train.steps * seconds / 3600
     whole = f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} hours"
     return (
-        f"speed         {1 / seconds:.2f} steps/s, {train.batch_size / seconds:.0f} clips/s on {args.count} x {args.gpu} at {args.utilisation:.0%} of {peak:.0f} Tflops; "
+        f"speed         {1 / seconds:.2f} steps/s, {train.batch_size / seconds:.0f} clips/s on {args.count} x {args.gpu} at {args.utilisation:.0%} of {run.peak:.0f} Tflops; "
         f"{train.steps:,} steps in {whole} (without the VAE: cache latents)"
     )
 
 
-def scale_lines(
-    args: argparse.Namespace, config: Config, cost: Cost, arguments: dict, *, sharded: bool, context: int, micro: int
-) -> list[str]:
+def scale_lines(run: PlannedRun, choice: Choice, cost: Cost) -> list[str]:
     """Lines with what devices send each other in a step, the size of checkpoints, and the cost of longer clips."""
-    dim, lines = arguments["hidden_size"], []
-    if args.count > 1:
-        # FSDP2: weights for each pass, and gradients in float32; DDP: gradients, summed and sent back.
-        each = 2 if config.train.parallel.gather_bf16 else 4
-        sent = cost.parameters * (2 * each + 4 if sharded else 2 * 4)
-        passes = 4 if config.model.gradient_checkpointing else 3
-        frames = passes * arguments["depth"] * 4 * 2 * micro * cost.tokens * dim / context if context > 1 else 0.0
-        total = sent + frames
-        seconds = total / (args.bandwidth * 1e9)
+    train, arguments, lines = run.config.train, run.arguments, []
+    if run.count > 1:
+        sent = run.traffic(choice)
+        total = sum(sent)
         lines.append(
-            f"sent          {total / 1e9:,.2f} GB per device and step ({sent / 1e9:,.2f} of weights and gradients"
-            + (f", {frames / 1e9:,.2f} of tokens" if frames else "")
-            + f"): {seconds:.3f} s at {args.bandwidth:g} GB/s, beside the computation"
+            f"sent          {total / 1e9:,.2f} GB per device and step ({sent.weights / 1e9:,.2f} of weights and gradients"
+            + (f", {sent.tokens / 1e9:,.2f} of tokens" if sent.tokens else "")
+            + f"): {total / (run.bandwidth * 1e9):.3f} s at {run.bandwidth:g} GB/s, beside the computation"
         )
-    saved = cost.parameters * 4 * (3 if config.train.optimizer == "muon" else 4)
+    saved = cost.parameters * 4 * (3 if train.optimizer == "muon" else 4)
     lines.append(
-        f"checkpoints   {saved * config.train.keep_checkpoints / 1e9:,.1f} GB on disk (the newest {config.train.keep_checkpoints})"
+        f"checkpoints   {saved * train.keep_checkpoints / 1e9:,.1f} GB on disk (the newest {train.keep_checkpoints})"
     )
     grid = tuple(n // p for n, p in zip(arguments["sample_size"], arguments["patch_size"], strict=True))
-    base = frame_growth(dim, grid)
+    base = frame_growth(arguments["hidden_size"], grid)
     for times in (2, 4, 8):
-        longer = frame_growth(dim, (grid[0] * times, grid[1], grid[2]))
+        longer = frame_growth(arguments["hidden_size"], (grid[0] * times, grid[1], grid[2]))
         costs = ", ".join(f"{name} {longer[name] / base[name]:.1f}" for name in base)
         lines.append(f"{times} x frames   {costs} times the operations")
     return lines
 
 
+def fit_lines(args: argparse.Namespace, run: PlannedRun, current: Choice, room: float) -> tuple[list[str], bool]:
+    """Lines with the settings that make a run fit into `room` bytes, and whether there are any."""
+    given = {"path": args.config, "overrides": args.overrides}
+    needs = run.need(current, run.memory(current))
+    found = find_fit(run, current, room, **given)
+    device = "one device" if run.count == 1 else f"each of {run.count} devices"
+    lines = [f"fit           {room / GIB:g} GiB on {device}; as configured it takes {needs / GIB:.2f} GiB"]
+    if found is None:
+        least = smallest(run, current, **given)
+        memory = run.memory(least)
+        parts = {"weights": memory.weights, "optimizer": memory.optimizer, "averages": memory.ema, "activations": memory.activations + memory.recomputed}  # fmt: skip
+        return [
+            *lines,
+            f"nothing fits: the least is {run.need(least, memory) / GIB:.2f} GiB, with {' '.join(least.overrides(current)) or 'the settings as they are'}",
+            "              of it "
+            + ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
+            + "; use a smaller model.size, fewer or smaller frames"
+            + (", or more devices (--count)" if memory.persistent > memory.activations else ""),
+        ], False
+    if found == current:
+        return [*lines, "              it fits as configured, and no other setting takes less time"], True
+    if needs <= room:
+        lines.append("              it fits as configured; this takes less time:")
+    memory = run.memory(found)
+    lines.append(f"  {' '.join(found.overrides(current))}")
+    slower = f", {run.seconds(found) / run.seconds(current) - 1:+.0%} time for a step" if run.peak else ""
+    lines.append(f"              peak {run.need(found, memory) / GIB:.2f} of {room / GIB:g} GiB{slower}")
+    if found.gather_bf16 and not current.gather_bf16:
+        lines.append(
+            "              gathers in bfloat16 leave norms without float32 weights, which changes the steps a little"
+        )
+    return lines, True
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; with --refuse the exit code is 1 if the run does not fit."""
+    """Print the plan; with --refuse or --fit the exit code is 1 if the run does not fit."""
     parser = command_parser("plan", __doc__)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -157,14 +186,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", choices=("none", "fsdp"), help="default: train.parallel.shard of the config")
     parser.add_argument("--context", type=int, help="devices that share a clip's frames; default: that of the config")
     parser.add_argument("--bandwidth", type=float, default=50.0, metavar="GB/S", help="between devices, of each")
+    parser.add_argument("--fit", metavar="GB", help="propose what makes the run fit, such as 24GB, with the least time")
     parser.add_argument("--refuse", action="store_true", help="exit with 1 if the run does not fit")
     args = parser.parse_intermixed_args(argv)
     check_arguments(args)
+    wanted = None if args.fit is None else parse_memory(args.fit)
     config = load_typed(Config, args.config, args.overrides)
-    sharded = (args.shard or config.train.parallel.shard) == "fsdp" and args.count > 1
-    context = args.context or config.train.parallel.context
-    replicas = config.train.parallel.replicas if sharded else 1
-    shards = args.count // replicas if sharded else 1
+    vae = find_vae(config.vae.name)
+    run, choice = planned(args, config, arguments_of(config, vae), vae)
+    data, train, latent = config.data, config.train, run.latent
+    on_cpu = run.on_cpu
+    described = on_cpu or (args.tflops and args.memory)  # such a device needs no row in GPUS
+    room = (args.memory or (0.0 if described else GPUS[args.gpu][1])) * GIB
+    cost = forward_cost(run.arguments, latent)
+
+    print(
+        f"{config.name}: {data.num_frames} frames of {data.height} x {data.width} -> latents {list(latent)}, {cost.tokens:,} tokens per clip"
+    )
+    uncounted = "" if run.arguments["num_classes"] else " (and one row per class of the data)"
+    print(f"parameters    {cost.parameters:,}{uncounted}")
+    print(
+        f"forward       {cost.total / 1e9:,.1f} Gflops per clip: "
+        + ", ".join(f"{kind} {value / cost.total:.0%}" for kind, value in cost.flops.items())
+    )
+    table = {kind: run.memory(choice._replace(checkpointing=kind)) for kind in CHECKPOINTING_NAMES}
+    found = table[choice.checkpointing]
+    print(
+        f"memory        micro-batch of {choice.micro}, {'bf16' if run.bf16 else 'fp32'}, {train.optimizer}, on one device, GiB:"
+    )
+    for part in ("weights", "gradients", "optimizer", "ema"):
+        print(f"  {part:<12}{getattr(found, part) / GIB:>8.2f}")
+    for kind, value in table.items():
+        mark = "  <- as configured" if kind == choice.checkpointing else ""
+        saved = (value.activations + value.recomputed) / GIB
+        print(f"  activations {saved:>8.2f}  {CHECKPOINTING_NAMES[kind]} checkpointing{mark}")
+    need = run.need(choice, found)
+    print(f"  reserved    {run.other(choice) / GIB:>8.2f}  by the device's libraries, and by several devices")
+    print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))
+    if run.peak:
+        print(speed_line(args, run, choice))
+    for line in scale_lines(run, choice, cost):
+        print(line)
+    if wanted is not None:
+        lines, fits = fit_lines(args, run, choice, wanted)
+        print("\n".join(lines))
+        return 0 if fits else 1
+    if not room:
+        return 0
+    patch = run.arguments["patch_size"]
+    left = room - run.other(choice)
+    clips = largest(lambda n: run.memory(choice._replace(micro=n)), left)
+    one = choice._replace(micro=1)
+    grown = patch[0] * largest(lambda n: run.memory(one, (n * patch[0], *latent[1:])), left)
+    frames = vae.pixel_frames(grown) if grown else 0
+    print(f"largest       micro-batch {clips} at {data.num_frames} frames; {frames} frames at micro-batch 1")
+    if need > room:
+        print(
+            f"does not fit: the run needs {need / GIB:.1f} GiB, the device has {room / GIB:.0f} GiB. Lower train.micro_batch, or set "
+            f"model.gradient_checkpointing to selective or true; --fit {room / GIB:.0f}GB proposes what fits."
+        )
+        return 1 if args.refuse else 0
+    return 0
+
+
+def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEGeometry) -> tuple[PlannedRun, Choice]:
+    """The run of a command line, and its settings; ValueError for devices that cannot be divided so."""
+    data, train = config.data, config.train
+    sharded = (args.shard or train.parallel.shard) == "fsdp" and args.count > 1
+    context = args.context or train.parallel.context
+    replicas = train.parallel.replicas if sharded else 1
     if args.count % replicas:
         raise ValueError(
             f"train.parallel.replicas={replicas} does not divide --count {args.count}; use a number that does."
@@ -172,65 +262,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.count % context:
         raise ValueError(f"--context {context} does not divide --count {args.count}; use a number that does.")
     check_batch(config, args.count // context)
-    vae = find_vae(config.vae.name)
-    arguments = arguments_of(config, vae)
-    data, train, patch = config.data, config.train, arguments["patch_size"]
-    latent = vae.latent_shape(data.num_frames, data.height, data.width, patch)
     micro = train.micro_batch or -(-train.batch_size // (args.count // context))
     on_cpu = args.gpu == "cpu"
-    described = on_cpu or (args.tflops and args.memory)  # such a device needs no row in GPUS
-    peak, gib = (0.0, 0.0) if described else pick({**GPUS, "cpu": (0.0, 0.0)}, args.gpu, "GPU")
-    peak, room = args.tflops or peak, (args.memory or gib) * GIB
+    described = on_cpu or (args.tflops and args.memory)
+    peak = 0.0 if described else pick({**GPUS, "cpu": (0.0, 0.0)}, args.gpu, "GPU")[0]
     bf16 = resolve(train.precision, "cpu") == "bf16" if on_cpu else train.precision != "fp32"
-
-    def memory(shape: Shape, clips: int, checkpointing: bool = config.model.gradient_checkpointing) -> Memory:
-        fused = not (on_cpu and native_bf16() and bf16)
-        found = training_memory(
-            arguments, shape, clips, optimizer=train.optimizer, bf16=bf16, checkpointing=checkpointing, fused=fused,
-            copies=len(train.average_lengths) + (train.guide_step is not None),
-        )  # fmt: skip
-        return over_processes(found, shards=shards, context=context, depth=arguments["depth"])
-
-    cost = forward_cost(arguments, latent)
-    # DDP holds gradients twice.
-    other = (4 * cost.parameters if args.count > 1 and not sharded else 0) + (0 if on_cpu else RESERVED)
-
-    print(
-        f"{config.name}: {data.num_frames} frames of {data.height} x {data.width} -> latents {list(latent)}, {cost.tokens:,} tokens per clip"
-    )
-    uncounted = "" if arguments["num_classes"] else " (and one row per class of the data)"
-    print(f"parameters    {cost.parameters:,}{uncounted}")
-    print(
-        f"forward       {cost.total / 1e9:,.1f} Gflops per clip: "
-        + ", ".join(f"{kind} {value / cost.total:.0%}" for kind, value in cost.flops.items())
-    )
-    table = {checkpointing: memory(latent, micro, checkpointing) for checkpointing in (False, True)}
-    found = table[config.model.gradient_checkpointing]
-    print(f"memory        micro-batch of {micro}, {'bf16' if bf16 else 'fp32'}, {train.optimizer}, on one device, GiB:")
-    for part in ("weights", "gradients", "optimizer", "ema"):
-        print(f"  {part:<12}{getattr(found, part) / GIB:>8.2f}")
-    for checkpointing, value in table.items():
-        mark = "  <- as configured" if checkpointing == config.model.gradient_checkpointing else ""
-        saved = (value.activations + value.recomputed) / GIB
-        print(f"  activations {saved:>8.2f}  {'with' if checkpointing else 'without'} checkpointing{mark}")
-    # On a CPU, saving a checkpoint copies its largest file in memory.
-    saving = found.persistent + found.optimizer if on_cpu else 0.0
-    need = max(found.peak + other, saving)
-    print(f"  reserved    {other / GIB:>8.2f}  by the device's libraries, and by several devices")
-    print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))
-    if peak:
-        print(speed_line(args, config, cost.total, peak))
-    for line in scale_lines(args, config, cost, arguments, sharded=sharded, context=context, micro=micro):
-        print(line)
-    if not room:
-        return 0
-    clips = largest(lambda n: memory(latent, n), room - other)
-    grown = patch[0] * largest(lambda n: memory((n * patch[0], *latent[1:]), 1), room - other)
-    frames = vae.pixel_frames(grown) if grown else 0
-    print(f"largest       micro-batch {clips} at {data.num_frames} frames; {frames} frames at micro-batch 1")
-    if need > room:
-        print(
-            f"does not fit: the run needs {need / GIB:.1f} GiB, the device has {room / GIB:.0f} GiB. Lower train.micro_batch, or set model.gradient_checkpointing=true."
-        )
-        return 1 if args.refuse else 0
-    return 0
+    run = PlannedRun(
+        config, arguments, vae.latent_shape(data.num_frames, data.height, data.width, arguments["patch_size"]), args.count,
+        bf16=bf16, fused=not (on_cpu and native_bf16() and bf16), on_cpu=on_cpu, peak=args.tflops or peak,
+        utilisation=args.utilisation, bandwidth=args.bandwidth,
+    )  # fmt: skip
+    kind, gather = config.model.gradient_checkpointing, train.parallel.gather_bf16
+    return run, Choice(kind, micro, sharded, gather_bf16=gather, context=context)

@@ -8,7 +8,7 @@ from stdit.ranges import check_ranges
 _LOOP_RANGES = {
     "steps": "[1, inf)", "decay_steps": "[1, inf)", "warmup_steps": "[0, inf)", "lr": "(0, inf)", "weight_decay": "[0, inf)",
     "clip_norm": "(0, inf)", "ema_decay": "[0, 1)", "checkpoint_every": "[1, inf)", "keep_checkpoints": "[2, inf)",
-    "log_every": "[1, inf)", "preview_every": "[1, inf)", "max_skipped": "[1, inf)",
+    "log_every": "[1, inf)", "preview_every": "[1, inf)", "max_skipped": "[1, inf)", "profile": "[0, inf)",
 }  # fmt: skip
 _TRAIN_RANGES = {
     "batch_size": "[1, inf)", "tokens": "[1, inf)", "micro_batch": "[1, inf)", "label_dropout": "[0, 1)", "samples": "[0, inf)",
@@ -39,6 +39,7 @@ class LoopConfig:
     keep_checkpoints: int = 2  # newest checkpoints kept, 2 or more
     log_every: int = 50  # steps between lines of the log
     preview_every: int = 5000  # steps between sampled previews
+    profile: int = 0  # steps to trace by torch's profiler after three, into output/NAME/trace.json; 0: none
     max_skipped: int = 20  # steps in a row with a non-finite loss or gradient, after which a run stops
     trackers: list[str] | None = (
         None  # tensorboard, wandb, trackio, ...; null: tensorboard if it is installed; []: none

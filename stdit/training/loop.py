@@ -31,6 +31,7 @@ from stdit.training.loop_state import LoopState
 from stdit.training.metrics import HELD_OUT, Breakdown, MetricsLogger
 from stdit.training.optim import learning_rate, set_learning_rate
 from stdit.training.parallel import accumulating, is_sharded, local_parameters, whole
+from stdit.training.profile import StepProfiler
 from stdit.training.run import RunFolders
 from stdit.training.shards import ShardWriter
 from stdit.training.state import Checkpoint, save_checkpoint
@@ -218,6 +219,7 @@ class TrainingLoop(ABC):
         began = time.perf_counter() - self.seconds
         self.throughput.restart()
         estimate = Estimate(self.step, config.steps)
+        profiler = StepProfiler(config.profile if main else 0, self.folders.output, config.steps - self.step)
         with self._signals_caught(), closing(progress), closing(logger) if logger else nullcontext():
             while self.step < config.steps:
                 try:
@@ -227,6 +229,7 @@ class TrainingLoop(ABC):
                 else:
                     self.step += 1
                     self.after_step()
+                    profiler.step()
                     with self.throughput.paused():  # the rate is that of training
                         metrics.append(measured._replace(held_out=self.held_out_loss()))
                     self.seconds = time.perf_counter() - began

@@ -1,6 +1,7 @@
 """Adapters from the autoencoders of diffusers to `VideoVAE`, with the normalisation that each of them defines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,12 @@ from stdit.vae.released import RELEASED, find_released, load_released
 from stdit.vae.tiny import TinyVAE
 from stdit.variants import pick
 from stdit.weights import check_fits
+
+# Frames of more pixels than this (1080p has 2.0, 720p 0.9 million) are coded in tiles, as diffusers' autoencoders do it.
+TILED_PIXELS = 1024 * 1024
+# An image VAE codes this many pixels at a time (64 frames of 512 x 512), since diffusers' takes all frames at once.
+MOST_PIXELS = 64 * 512 * 512
+_SMALLEST_TILE = 256  # pixels; AutoencoderKL's tiles have the size that its config was trained at, which may be tiny
 
 WEIGHTS = Path(__file__).parent / "weights"
 # The classes that are no wrapped ones of diffusers.
@@ -108,12 +115,28 @@ class DiffusersVAE(VideoVAE):
 
     def _encode(self, pixels: Tensor) -> Tensor:
         batch, x = len(pixels), pixels.to(self.dtype)
-        if self.spec.per_frame:
-            raw = self.vae.encode(rearrange(x, "b c t h w -> (b t) c h w")).latent_dist.mode()
-            raw = rearrange(raw, "(b t) c h w -> b c t h w", b=batch)
-        else:
-            raw = self.vae.encode(x).latent_dist.mode()
+        with self._tiled(pixels.shape[-2] * pixels.shape[-1]):
+            if self.spec.per_frame:
+                frames = rearrange(x, "b c t h w -> (b t) c h w").split(_together(pixels.shape[-2:]))
+                raw = torch.cat([self.vae.encode(part).latent_dist.mode() for part in frames])
+                raw = rearrange(raw, "(b t) c h w -> b c t h w", b=batch)
+            else:
+                raw = self.vae.encode(x).latent_dist.mode()
         return (raw.float() - _per_channel(self.latent_mean, raw)) / _per_channel(self.latent_std, raw)
+
+    @contextmanager
+    def _tiled(self, pixels: int) -> Iterator[None]:
+        """A context manager in which frames of more than `TILED_PIXELS` are coded in tiles, or all if the user wants it."""
+        before = self.vae.use_tiling
+        if pixels > TILED_PIXELS and not before:
+            if getattr(self.vae, "tile_sample_min_size", _SMALLEST_TILE) < _SMALLEST_TILE:
+                self.vae.tile_sample_min_size = _SMALLEST_TILE
+                self.vae.tile_latent_min_size = _SMALLEST_TILE // self.stride[1]
+            self.vae.use_tiling = True
+        try:
+            yield
+        finally:
+            self.vae.use_tiling = before
 
     @property
     def resumable(self) -> bool:  # type: ignore[override]
@@ -127,16 +150,24 @@ class DiffusersVAE(VideoVAE):
     def _decode(self, latents: Tensor) -> Tensor:
         mean, std = _per_channel(self.latent_mean, latents), _per_channel(self.latent_std, latents)
         raw = (latents.float() * std + mean).to(self.dtype)
-        if self.spec.per_frame:
-            frames = self.vae.decode(rearrange(raw, "b c t h w -> (b t) c h w")).sample
-            return rearrange(frames, "(b t) c h w -> b c t h w", b=len(latents))
-        decoded = self.vae.decode(raw).sample
+        size = (latents.shape[-2] * self.stride[1], latents.shape[-1] * self.stride[2])
+        with self._tiled(size[0] * size[1]):
+            if self.spec.per_frame:
+                parts = rearrange(raw, "b c t h w -> (b t) c h w").split(_together(size))
+                frames = torch.cat([self.vae.decode(part).sample for part in parts])
+                return rearrange(frames, "(b t) c h w -> b c t h w", b=len(latents))
+            decoded = self.vae.decode(raw).sample
         if decoded.shape[2] != self.pixel_frames(latents.shape[2]):
             raise ValueError(
                 f"{self.name} decodes {latents.shape[2]} latent frames to {decoded.shape[2]} frames, not to "
                 f"{self.pixel_frames(latents.shape[2])}; encode 1 + a multiple of {self.temporal_granularity or self.stride[0]} frames."
             )
         return decoded
+
+
+def _together(size: Sequence[int]) -> int:
+    """The number of frames of a size (H, W) that an image VAE codes at a time."""
+    return max(1, MOST_PIXELS // (size[0] * size[1]))
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:

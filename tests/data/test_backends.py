@@ -1,10 +1,11 @@
 import warnings
 
+import numpy as np
 import pytest
 from media import read_barcode, write_barcodes
 
 from stdit.data import VideoError, VideoReader
-from stdit.data.backends import BACKENDS, open_video
+from stdit.data.backends import BACKENDS, LibraryReader, open_video
 
 
 def open_or_skip(path, name):
@@ -58,3 +59,24 @@ def test_the_default_is_pyav_and_the_error_for_a_missing_backend_gives_its_extra
     monkeypatch.setitem(__import__("sys").modules, "decord", None)
     with pytest.raises(ValueError, match=r"pip install 'stdit\[decord\]'"):
         open_video(path, "decord")
+
+
+def test_another_backend_resizes_a_few_frames_at_a_time_to_the_same_pixels(tmp_path):
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"")
+    frames, asked = np.random.default_rng(0).integers(0, 256, (20, 12, 16, 3), dtype=np.uint8), []
+
+    class Counting(LibraryReader):
+        timestamps = np.arange(20) / 24
+
+        def _decode(self, indices):
+            asked.append(len(indices))
+            return frames[indices]
+
+    reader = Counting(file)
+    small = reader.get_frames(range(20), size=(6, 8))
+    assert max(asked) == 8 and small.shape == (20, 6, 8, 3)
+    assert all((reader.get_frames([i], size=(6, 8))[0] == small[i]).all() for i in range(20))
+    assert (reader.get_frames(range(20)) == frames).all() and (
+        reader.get_frames([3], size=(12, 16))[0] == frames[3]
+    ).all()

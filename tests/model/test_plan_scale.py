@@ -12,7 +12,7 @@ SMALL = {"depth": 6, "hidden_size": 32, "num_heads": 2, "in_channels": 4, "num_c
 @pytest.mark.parametrize(
     "further", [{}, {"axes": ["spatial", "temporal"], "position_encoding": "latte"}, {"qk_norm": True}]
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, "selective", True])
 def test_activations_of_a_deep_stack_are_those_of_all_its_blocks(monkeypatch, further, checkpointing):
     how = {"optimizer": "adamw", "bf16": True, "checkpointing": checkpointing, "fused": True}
     short = training_memory({**SMALL, **further}, (2, 8, 8), 3, **how)

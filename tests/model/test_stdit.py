@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from stdit.model.stdit import STDiT
+from stdit.nn.checkpointing import CHECKPOINTING
 
 
 @pytest.mark.parametrize(
@@ -74,17 +76,43 @@ def test_no_labels_are_null_labels(tiny_model):
     assert torch.equal(model(x, t), model(x, t, torch.tensor([5, 5])))
 
 
-def test_gradient_checkpointing_changes_no_gradient(tiny_model):
-    model = tiny_model(axes=["spatial", "temporal"])
-    x, t = torch.randn(2, 4, 2, 8, 8), torch.rand(2) * 1000
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"axes": ["spatial", "temporal"], "position_encoding": "latte"},
+        {"position_encoding": "rope_3d", "qk_norm": True, "causal": True, "window": 2},
+        {"trunk": "masked", "depth": 6},
+    ],
+    ids=["factorized", "causal", "masked"],
+)
+def test_gradient_checkpointing_changes_no_bit_of_a_gradient(tiny_model, arguments, bf16):
+    x, t = torch.randn(2, 4, 4, 8, 8), torch.rand(2) * 1000
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "selective"):
+        model = tiny_model(**arguments)
         if checkpointing:
-            model.enable_gradient_checkpointing()
-        model.zero_grad()
-        model(x, t).square().sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+            model.enable_gradient_checkpointing(CHECKPOINTING[checkpointing])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                model(x, t)  # fills autocast's cache of weights, as the training of a flow map does
+            loss = model(x, t).float().square().sum()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
+
+
+def test_selective_checkpointing_runs_products_and_attention_once(tiny_model):
+    x, t = torch.randn(2, 4, 4, 8, 8), torch.rand(2) * 1000
+    counts = []
+    for checkpointing in (False, True, "selective"):
+        model = tiny_model()
+        if checkpointing:
+            model.enable_gradient_checkpointing(CHECKPOINTING[checkpointing])
+        with FlopCounterMode(display=False) as counter:
+            model(x, t).square().sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[2] < counts[1]
 
 
 def test_what_is_saved_is_loaded_to_the_bit(tiny_model, tmp_path):

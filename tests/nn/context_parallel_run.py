@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from stdit.model.stdit import STDiT
+from stdit.nn.checkpointing import CHECKPOINTING
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import load_vae
@@ -21,6 +22,7 @@ CASES = {
     "levels per patch": ({}, {"per_patch": True}),
     "captions": ({"conditioning": "cross_attention", "caption_channels": 8}, {"captions": True}),
     "checkpointing": ({"position_encoding": "rope_3d"}, {"checkpointing": True}),
+    "selective checkpointing": (FACTORIZED, {"checkpointing": "selective"}),
 }  # fmt: skip
 
 
@@ -70,8 +72,8 @@ def main():
     for name, (settings, how) in CASES.items():
         how = dict(how)
         model = made(**settings)
-        if how.pop("checkpointing", False):
-            model.enable_gradient_checkpointing()
+        if checkpointing := how.pop("checkpointing", False):
+            model.enable_gradient_checkpointing(CHECKPOINTING[checkpointing])
         given = arguments(**how)
         output, gradients = run(model, given)
         model.enable_context_parallel()

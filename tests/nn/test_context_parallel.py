@@ -24,7 +24,7 @@ def lines():
 @pytest.mark.parametrize(
     "case",
     ["joint", "factorized", "factorized of three heads", "rope", "causal", "window", "teacher forcing", "levels per patch",
-     "captions", "checkpointing"],
+     "captions", "checkpointing", "selective checkpointing"],
 )  # fmt: skip
 def test_output_and_gradients_are_those_of_one_process(lines, case):
     output, gradient = map(float, lines[case].split())

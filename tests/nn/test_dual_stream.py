@@ -8,6 +8,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 
 from stdit.model.stdit import STDiT
 from stdit.model.trunks import TrunkContext
+from stdit.nn.checkpointing import CHECKPOINTING
 from stdit.nn.config import BlockConfig
 from stdit.nn.dual_stream import DualStreamBlock, SingleStreamBlock
 from stdit.nn.layout import DenseLayout
@@ -110,13 +111,15 @@ def test_fresh_blocks_are_the_identity_and_captions_reach_them_in_training():
 def test_gradient_checkpointing_changes_no_gradient():
     (x, t), words = case()
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "selective"):
         network = fill(model(), 0.1)
         if checkpointing:
-            network.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing(CHECKPOINTING[checkpointing])
         network(x, t, **words).square().mean().backward()
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+    plain, full, selective = gradients
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, full, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(full, selective, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,9 @@ def test_processes_that_share_the_frames_of_clips_have_the_losses_of_one(home, h
     settings = ("data.num_frames=13", "train.steps=4", "train.samples=0", "model.num_heads=2")
     if not Path("output/thirteen").is_dir():
         assert train.run(["t.yaml", "name=thirteen", *settings]) == 0
-    assert launch(2, f"name={name}", *settings, *how).returncode == 0
+    # The second also checkpoints, in recomputed blocks of a sharded model whose tokens are exchanged.
+    further = ["model.gradient_checkpointing=selective"] if SHARDED in how else []
+    assert launch(2, f"name={name}", *settings, *how, *further).returncode == 0
     assert losses(name) == pytest.approx(losses("thirteen"), rel=1e-6)
     assert largest_difference(state("thirteen", 4), state(name, 4)) < 1e-3
 

@@ -1,10 +1,12 @@
 """What a run says of its speed."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stdit.model.cost import flops_of_config
 from stdit.model.stdit import STDiT
@@ -96,3 +98,23 @@ def test_blocks_compile_as_one_graph_with_equal_gradients(settings):
     after = gradients()
     assert set(model.state_dict()) == names
     assert max(float((after[k] - before[k]).abs().max()) for k in before) < 1e-6
+
+
+def test_a_profile_is_a_trace_of_the_steps_after_the_warm_up_and_changes_no_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.yaml").write_text(CONFIG.replace("steps: 4", "steps: 6"))
+    assert train.run(["t.yaml", "name=plain"]) == 0
+    assert train.run(["t.yaml", "name=traced", "train.profile=2"]) == 0
+    said = capsys.readouterr().out
+    assert "output/traced/trace.json: 2 steps" in said and "aten::addmm" in said
+    trace = json.loads(Path("output/traced/trace.json").read_text())
+    names = [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+    assert sorted(name for name in names if name.startswith("ProfilerStep")) == ["ProfilerStep#1", "ProfilerStep#2"]
+    assert not Path("output/plain/trace.json").exists() and not list(Path("output/traced").glob(".*trace*"))
+    weights = [load_file(f"checkpoints/{name}/step-6/model.safetensors") for name in ("plain", "traced")]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    # A run that goes on traces again, beside the first trace; one without room for a trace says so.
+    assert train.run(["t.yaml", "name=traced", "train.profile=20", "train.steps=10"]) == 0
+    assert "output/traced/trace-2.json: 1 steps" in capsys.readouterr().out
+    assert train.run(["t.yaml", "name=traced", "train.profile=1", "train.steps=12"]) == 0
+    assert "no trace, since the run takes 2 more" in capsys.readouterr().out

@@ -3,10 +3,11 @@
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
 
-from stdit.vae import load_vae, tiny
+from stdit.vae import adapters, as_video_vae, load_vae, tiny
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +51,75 @@ def test_a_clip_eight_times_as_long_takes_little_more_memory_than_its_pixels():
         for n in (33, 257)
     ]
     assert grown[1] < grown[0] + 120
+
+
+SMALL = (8, 8, 8, 8)
+BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+DIFFUSERS = {
+    "kl": lambda: diffusers.AutoencoderKL(block_out_channels=SMALL, norm_num_groups=4, layers_per_block=1, **BLOCKS),
+    "wan": lambda: diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1),
+    "cogvideox": lambda: diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=SMALL, norm_num_groups=4, layers_per_block=1, latent_channels=4
+    ),
+    "hunyuan": lambda: diffusers.AutoencoderKLHunyuanVideo(
+        block_out_channels=SMALL, norm_num_groups=4, layers_per_block=1, latent_channels=4
+    ),
+    "ltx": lambda: diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8, block_out_channels=SMALL, decoder_block_out_channels=SMALL, layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DIFFUSERS)
+@torch.no_grad()
+def test_diffusers_autoencoders_code_large_frames_in_tiles_and_others_as_ever(kind, monkeypatch):
+    torch.manual_seed(0)
+    vae = as_video_vae(DIFFUSERS[kind]()).eval()
+    # Twice the size of diffusers' tiles, which are made small to be tested.
+    side = 2 * vae.stride[1]
+    monkeypatch.setattr(adapters, "_SMALLEST_TILE", side)
+    for name in ("height", "width"):
+        monkeypatch.setattr(vae.vae, f"tile_sample_min_{name}", side, raising=False)
+        monkeypatch.setattr(vae.vae, f"tile_sample_stride_{name}", side, raising=False)
+        monkeypatch.setattr(vae.vae, f"tile_latent_min_{name}", 2, raising=False)
+        monkeypatch.setattr(vae.vae, f"tile_overlap_factor_{name}", 0.5, raising=False)
+    monkeypatch.setattr(vae.vae, "tile_overlap_factor", 0.5, raising=False)
+    if kind == "kl":
+        monkeypatch.setattr(vae.vae, "tile_sample_min_size", 8)  # too small a tile, which is made larger
+    pixels = torch.rand(1, 3, 1, 2 * side, 2 * side) * 2 - 1
+    sizes = []
+    encoder = vae.vae.encoder
+    encoder.register_forward_pre_hook(lambda module, given: sizes.append(max(given[0].shape[-2:])))
+    whole, decoded = vae.encode(pixels), vae.decode(vae.encode(pixels))
+    assert set(sizes) == {2 * side // (vae.vae.config.get("patch_size") or 1) if kind == "wan" else 2 * side}
+    again = vae.vae.encode(pixels[:, :, 0] if kind == "kl" else pixels).latent_dist.mode()
+    assert torch.equal(
+        (again.view_as(whole) - vae.latent_mean[None, :, None, None, None]) / vae.latent_std[None, :, None, None, None],
+        whole,
+    )
+    sizes.clear()
+    monkeypatch.setattr(adapters, "TILED_PIXELS", 4 * side * side - 1)
+    tiled = vae.encode(pixels)
+    assert tiled.shape == whole.shape and max(sizes) <= side and not vae.vae.use_tiling
+    assert vae.decode(whole).shape == decoded.shape
+    # A frame is coded the same way alone and in its clip.
+    if vae.image_is_first_frame:
+        clip = torch.cat(
+            [pixels, torch.rand(1, 3, vae.stride[0] if vae.stride[0] > 1 else 3, 2 * side, 2 * side)], dim=2
+        )
+        assert (vae.encode(clip)[:, :, :1] - tiled).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_an_image_vae_codes_a_long_clip_a_few_frames_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    vae = as_video_vae(DIFFUSERS["kl"]()).eval()
+    pixels, counts = torch.rand(2, 3, 5, 16, 16) * 2 - 1, []
+    vae.vae.encoder.register_forward_pre_hook(lambda module, given: counts.append(len(given[0])))
+    expected = vae.encode(pixels)
+    decoded = vae.decode(expected)
+    monkeypatch.setattr(adapters, "MOST_PIXELS", 4 * 16 * 16)
+    torch.testing.assert_close(vae.encode(pixels), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vae.decode(expected), decoded, atol=1e-5, rtol=1e-5)
+    assert counts == [10, 4, 4, 2]

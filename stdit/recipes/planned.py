@@ -1,0 +1,213 @@
+"""What a planned training takes with given settings, and the settings with which it fits into a given memory."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+from stdit.config import Config, load_typed
+from stdit.model.cost import Memory, Shape, forward_cost, over_processes, training_memory
+from stdit.recipes.build import check_batch
+
+GIB = 2**30
+RESERVED = 1.5 * GIB  # of the CUDA context, kernels' workspaces and fragmentation
+LAUNCH_SECONDS = 0.01  # of a training step of a small model on a GPU: some thousand kernels of a few microseconds
+CHECKPOINTING_NAMES: dict[bool | str, str] = {False: "without", "selective": "with selective", True: "with full"}
+_CHECKPOINTING_TIME = {False: 1.0, "selective": 1.05, True: 4 / 3}  # a backward pass takes two forward passes
+
+
+class Choice(NamedTuple):
+    """How a step is computed. checkpointing: as `model.gradient_checkpointing`; micro: `train.micro_batch`; sharded: FSDP2."""
+
+    checkpointing: bool | str
+    micro: int
+    sharded: bool = False
+    gather_bf16: bool = False
+    context: int = 1
+
+    def overrides(self, current: "Choice") -> list[str]:
+        """The overrides of a config that has the `current` settings."""
+        values = {
+            "model.gradient_checkpointing": self.checkpointing,
+            "train.micro_batch": self.micro,
+            "train.parallel.shard": "fsdp" if self.sharded else "none",
+            "train.parallel.gather_bf16": self.gather_bf16,
+            "train.parallel.context": self.context,
+        }
+        changed = [mine != other for mine, other in zip(self, current, strict=True)]
+        return [f"{key}={value}".lower() for (key, value), new in zip(values.items(), changed, strict=True) if new]
+
+
+class Traffic(NamedTuple):
+    """Bytes that a device sends in a step: of weights and gradients, and of tokens to those that share its frames."""
+
+    weights: float
+    tokens: float
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A training of a config on `count` devices.
+
+    arguments: of the model. latent: (T, h, w) of a clip. peak: Tflops of a device, 0 if unknown; utilisation: the fraction of
+    it that is reached. bandwidth: between devices, in GB/s.
+    """
+
+    config: Config
+    arguments: dict[str, Any]
+    latent: Shape
+    count: int
+    bf16: bool
+    fused: bool
+    on_cpu: bool
+    peak: float
+    utilisation: float
+    bandwidth: float
+    _linear: dict[bool | str, tuple[Memory, Memory]] = field(default_factory=dict, init=False, compare=False)
+
+    def memory(self, choice: Choice, latent: Shape | None = None) -> Memory:
+        """The memory of one device, counted."""
+        return self._share(self._whole(choice.checkpointing, choice.micro, latent or self.latent), choice)
+
+    def estimate(self, choice: Choice) -> Memory:
+        """The memory of one device, from those of one clip and of two: it grows linearly with the clips."""
+        kind = choice.checkpointing
+        if kind not in self._linear:
+            self._linear[kind] = self._whole(kind, 1, self.latent), self._whole(kind, 2, self.latent)
+        one, two = self._linear[kind]
+        parts = {part.name: (getattr(one, part.name), getattr(two, part.name)) for part in fields(Memory)}
+        return self._share(Memory(**{name: a + (choice.micro - 1) * (b - a) for name, (a, b) in parts.items()}), choice)
+
+    def other(self, choice: Choice) -> float:
+        """Bytes that are reserved by the device's libraries, and by DDP, which holds gradients twice."""
+        parameters = forward_cost(self.arguments, self.latent).parameters
+        twice = 4 * parameters if self.count > 1 and not choice.sharded else 0
+        return twice + (0 if self.on_cpu else RESERVED)
+
+    def need(self, choice: Choice, memory: Memory) -> float:
+        """The largest use of memory of a device; on a CPU, saving a checkpoint copies its largest file in memory."""
+        saving = memory.persistent + memory.optimizer if self.on_cpu else 0.0
+        return max(memory.peak + self.other(choice), saving)
+
+    def computation(self, choice: Choice) -> float:
+        """Seconds of arithmetic in a step."""
+        flops = forward_cost(self.arguments, self.latent).total
+        work = 2 * 3 * _CHECKPOINTING_TIME[choice.checkpointing] * flops * self.config.train.batch_size
+        return work / ((self.peak or 1.0) * 1e12 * self.utilisation * self.count)
+
+    def traffic(self, choice: Choice) -> Traffic:
+        """What a device sends in a step."""
+        if self.count == 1:
+            return Traffic(0.0, 0.0)
+        cost = forward_cost(self.arguments, self.latent)
+        # FSDP2: weights for each pass, and gradients in float32; DDP: gradients, summed and sent back.
+        each = 2 if choice.gather_bf16 else 4
+        weights = cost.parameters * (2 * each + 4 if choice.sharded else 2 * 4)
+        passes = 4 if choice.checkpointing else 3  # exchanged tokens are computed again
+        width = self.arguments["depth"] * 4 * 2 * self.arguments["hidden_size"]
+        shared = passes * width * choice.micro * cost.tokens / choice.context if choice.context > 1 else 0.0
+        return Traffic(weights, shared)
+
+    def seconds(self, choice: Choice) -> float:
+        """Seconds of a step: arithmetic, traffic, and the launching of kernels for each micro-batch, one after another."""
+        clips = -(-self.config.train.batch_size // (self.count // choice.context))
+        launches = LAUNCH_SECONDS * _CHECKPOINTING_TIME[choice.checkpointing] * -(-clips // choice.micro)
+        return self.computation(choice) + sum(self.traffic(choice)) / (self.bandwidth * 1e9) + launches
+
+    def _whole(self, checkpointing: bool | str, micro: int, latent: Shape) -> Memory:
+        train = self.config.train
+        return training_memory(
+            self.arguments, latent, micro, optimizer=train.optimizer, bf16=self.bf16, checkpointing=checkpointing,
+            fused=self.fused, copies=len(train.average_lengths) + (train.guide_step is not None),
+        )  # fmt: skip
+
+    def _share(self, memory: Memory, choice: Choice) -> Memory:
+        shards = self.count // self.config.train.parallel.replicas if choice.sharded else 1
+        how = {"context": choice.context, "depth": self.arguments["depth"], "half": choice.gather_bf16}
+        return over_processes(memory, shards=shards, **how)
+
+
+def parse_memory(text: str) -> float:
+    """Bytes of "24GB", "24GiB" or "24", as on the label of a card, whose GB are 2^30 bytes; ValueError for other texts."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?\s*", text, re.IGNORECASE)
+    if found is None or not 0 < float(found[1]) < 1e6:
+        raise ValueError(f"--fit {text!r} is no amount of memory; give one such as 24GB.")
+    return float(found[1]) * GIB
+
+
+def find_fit(run: PlannedRun, current: Choice, room: float, *, path: str, overrides: Sequence[str]) -> Choice | None:
+    """The choice that takes the least time of those that fit into `room` bytes and that training accepts; None if none does.
+
+    The `current` one if it fits and no other takes 2 % less time; gathers in bfloat16, which change a step, only if nothing
+    else fits. path and overrides: of the config.
+    """
+    enough = run.seconds(current) / 1.02 if run.need(current, run.memory(current)) <= room else float("inf")
+    checks = _Checks(run, current, path=path, overrides=overrides)
+    fitting = [choice for choice in _choices(run, current) if run.need(choice, run.estimate(choice)) <= room]
+    for choice in sorted(fitting, key=lambda choice: (choice.gather_bf16, run.seconds(choice))):
+        if run.seconds(choice) > enough or (choice.gather_bf16 and enough < float("inf")):
+            return current
+        # Counted, since memory is not quite linear on CPUs.
+        if checks.accept(choice) and run.need(choice, run.memory(choice)) <= room:
+            return choice
+    return current if enough < float("inf") else None
+
+
+def smallest(run: PlannedRun, current: Choice, *, path: str, overrides: Sequence[str]) -> Choice:
+    """The choice that takes the least memory."""
+    by_need = sorted(_choices(run, current), key=lambda choice: run.need(choice, run.estimate(choice)))
+    checks = _Checks(run, current, path=path, overrides=overrides)
+    return next(filter(checks.accept, by_need), current)
+
+
+def _choices(run: PlannedRun, current: Choice) -> Iterator[Choice]:
+    """All choices that the devices and the batch allow."""
+    many = run.count > 1
+    contexts = [c for c in range(1, run.count + 1) if run.count % c == 0 and run.latent[0] % c == 0]
+    for context in contexts:
+        clips = -(-run.config.train.batch_size // (run.count // context))
+        micros = [n for n in range(clips, 0, -1) if clips % n == 0]
+        for micro in [current.micro] if run.config.data.sizes else micros:
+            for sharded, gather in [(False, False), (True, False), (True, True)] if many else [(False, False)]:
+                for kind in CHECKPOINTING_NAMES:
+                    yield Choice(kind, micro, sharded, gather_bf16=gather, context=context)
+
+
+class _Checks:
+    """Whether training accepts a choice, by its own checks of the config, which are made once for all micro-batches."""
+
+    def __init__(self, run: PlannedRun, current: Choice, *, path: str, overrides: Sequence[str]):
+        self.run, self.current, self.path, self.overrides = run, current, path, overrides
+        self._configs: dict[Choice, Config | None] = {}
+
+    def accept(self, choice: Choice) -> bool:
+        """Whether a run with this choice would start."""
+        key = choice._replace(micro=self.current.micro)
+        if key not in self._configs:
+            self._configs[key] = self._config(key)
+        config = self._configs[key]
+        if config is None:
+            return False
+        if choice.micro != self.current.micro:
+            config = replace(config, train=replace(config.train, micro_batch=choice.micro))
+        try:
+            check_batch(config, self.run.count // choice.context)
+        except ValueError:
+            return False
+        return True
+
+    def _config(self, choice: Choice) -> Config | None:
+        """The config with a choice, None if it is refused."""
+        try:
+            config = load_typed(Config, self.path, [*self.overrides, *choice.overrides(self.current)])
+        except ValueError:
+            return None
+        model, arguments = config.model, self.run.arguments
+        shares_frames = (
+            model.network == "transformer"
+            and model.trunk in ("stack", "long_skip")
+            and model.conditioning != "in_context"
+            and not (model.relative_position_bias or config.data.packing or arguments["patch_size"][0] > 1)
+            and (arguments["num_heads"] % choice.context == 0 or "joint" not in model.axes)
+        )
+        return config if choice.context == 1 or shares_frames else None
