@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from stdit.evaluation.worlds import DreamedEpisode
+from stdit.evaluation.worlds import HORIZONS, DreamedEpisode
 
 LEAST = 0.5  # pixels by which the truth shifts in a group that counts
 _BLURS = (6.0, 3.0, 3.0)  # standard deviations in pixels, coarse to fine: a VAE keeps no finer structure
@@ -54,15 +54,23 @@ def _smooth(picture: np.ndarray, blur: float) -> np.ndarray:
 
 
 def measure_rollouts(dreams: Sequence[DreamedEpisode], group: int) -> dict[str, Any]:
-    """Whether each group shifts the picture in the direction in which it shifts the truth, along the axis of its motion."""
-    agree = []
+    """Whether groups shift the picture in the direction in which they shift the truth, along the axis of its motion.
+
+    By the number of actions that a rollout has taken, since later groups may start from another place than the truth's.
+    """
+    agree: list[tuple[int, bool]] = []
     for one in dreams:
         for i in range(len(one.truth.actions)):
             real = shift(one.truth.lasts[i], one.truth.lasts[i + 1])
             axis = int(np.abs(real).argmax())
             if abs(real[axis]) >= LEAST:
-                agree.append(bool(np.sign(shift(one.lasts[i], one.lasts[i + 1])[axis]) == np.sign(real[axis])))
+                agree.append((i, bool(np.sign(shift(one.lasts[i], one.lasts[i + 1])[axis]) == np.sign(real[axis]))))
+    within = {n: [right for i, right in agree if i < n] for n in HORIZONS}
     return {
-        "moves in the direction of the truth": float(np.mean(agree)) if agree else None,
+        "moves in the direction of the truth within so many actions": {
+            n: float(np.mean(found))
+            for n, found in within.items()
+            if found and n <= max(len(one.lasts) - 1 for one in dreams)
+        },
         "groups that move": len(agree),
     }

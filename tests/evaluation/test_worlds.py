@@ -8,7 +8,7 @@ import torch
 from conftest import fill
 
 from stdit.evaluation import minigrid, motion, room
-from stdit.evaluation.worlds import DreamedEpisode, Play, fidelity, fidelity_by_horizon, play_episode
+from stdit.evaluation.worlds import DreamedEpisode, Episode, Play, fidelity, fidelity_by_horizon, play_episode
 from stdit.recipes import evaluate, sample
 from stdit.recipes.entry import run
 from stdit.sampling.pipeline import STDiTPipeline
@@ -152,3 +152,14 @@ def test_actions_can_be_given_on_the_command_line(model, capsys):
     assert json.loads((model / "up.json").read_text())["actions"] == ["up", "1"]
     assert run(sample.main, [*one, "no.mp4", "--actions", "jump"]) == 1
     assert "'jump' is unknown" in capsys.readouterr().err
+
+
+def test_the_direction_of_motion_is_counted_by_horizon():
+    rng = np.random.default_rng(1)
+    picture = rng.integers(0, 255, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    truth = np.stack([np.roll(picture, 2 * i, 1) for i in range(9)])
+    other_way = np.stack([*truth[:5], *(np.roll(truth[4], -2 * i, 1) for i in range(1, 5))])
+    episode = Episode(truth, truth, actions=[0] * 8, states=[None] * 9)
+    found = motion.measure_rollouts([DreamedEpisode(other_way, episode)], 4)
+    assert found["groups that move"] == 8
+    assert found["moves in the direction of the truth within so many actions"] == {1: 1.0, 4: 1.0, 8: 0.5}
