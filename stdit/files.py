@@ -16,6 +16,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 LONGEST_NAME = 255  # bytes of a file name, on all common file systems
 LARGEST_JSON = 16 << 20  # bytes of a JSON file of a model or a cache's settings; real ones have kilobytes
 _FULL = 1 << 16  # a disk with fewer free bytes counts as full: a writer that failed on it was short of room
+_UMASK = os.umask(0)  # which can only be read by setting it, and belongs to all threads
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -29,6 +31,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     tmp = temporary_name(path)
     try:
         yield tmp
+        _open_to_others(tmp)
         os.replace(tmp, path)
     except Exception as error:
         if not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < _FULL:
@@ -39,6 +42,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(tmp, ignore_errors=True)
         else:
             tmp.unlink(missing_ok=True)
+
+
+def _open_to_others(path: Path) -> None:
+    """Give files the permissions that new files have here; safetensors writes them for this user alone."""
+    for file in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~_UMASK)
 
 
 def temporary_name(path: Path) -> Path:

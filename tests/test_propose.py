@@ -130,3 +130,37 @@ def test_more_minutes_never_train_a_smaller_model_and_fit(clips, monkeypatch):
         sizes.append((found.parameters, found.steps))
         assert found.steps == budget.FEWEST_STEPS or found.seconds <= 60 * minutes
     assert sizes == sorted(sizes) and len({parameters for parameters, _ in sizes}) > 1
+
+
+def test_a_model_that_no_run_of_the_name_wrote_is_not_replaced(clips, tmp_path):
+    (tmp_path / "models/my_clips").mkdir(parents=True)
+    (tmp_path / "models/my_clips/model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="models/my_clips holds a model that no run of this name wrote"):
+        train.main(["--data", "my clips", *TINY])
+    assert (tmp_path / "models/my_clips/model_index.json").read_text() == "{}"
+
+
+def test_what_was_encoded_is_not_changed_by_overrides_of_a_second_call(clips, tmp_path):
+    (tmp_path / "output/my_clips").mkdir(parents=True)
+    kept = {"data": str(clips), "overrides": ["data.height=32"], "cache": ["own_videos"]}
+    (tmp_path / "output/my_clips/proposal.json").write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match="data.fps=6 differs from the training proposed before"):
+        train.main(["--data", "my clips", "data.fps=6"])
+
+
+def test_files_that_cannot_be_used_were_counted_before_training_counts_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mixed").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        write_video(tmp_path / f"mixed/{i}.mp4", rng.integers(0, 255, (30, 48, 80, 3), np.uint8), fps=15)
+    (tmp_path / "mixed/broken.mp4").write_bytes(b"nothing")
+    write_video(tmp_path / "mixed/picture.png", rng.integers(0, 255, (1, 48, 80, 3), np.uint8))
+    assert train.main(["--data", "mixed", *TINY]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 5 files looked at cannot be read" in said and "1 pictures in the folder" in said
+
+
+def test_models_of_others_are_not_proposed_anew(clips):
+    with pytest.raises(ValueError, match="stdit train lora --data"):
+        train.main(["--data", "my clips", "train.lora.rank=4", "init_from.path=models/x"])

@@ -38,6 +38,7 @@ class CachedLatents(Annotated):
         self.action_space = None if space is None else ActionSpace.of(space, f"{root / 'cache.json'}: action_space")
         self._check_sizes(config)
         _check_augmentation(root, self.info, config)
+        _check_rate(root, self.rates, config)
         self._starts = np.cumsum([0] + [shard["count"] for shard in self.info["shards"]])
         plain = (self.info["num_frames"], self.info["height"], self.info["width"])
         self._sizes = [ClipSize(*shard.get("size", plain)) for shard in self.info["shards"]]
@@ -176,6 +177,14 @@ def _read_index(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({type(error).__name__}: {error}); run cache_latents again with the same --output."
         ) from error
     return info
+
+
+def _check_rate(root: Path, rates: list[float], config: DataConfig) -> None:
+    if config.fps is not None and rates and abs(config.fps / rates[0] - 1) > 0.01:
+        raise ValueError(
+            f"data.fps={config.fps:g}, but the clips of {root} were encoded at {rates[0]:g} frames a second; set data.fps={rates[0]:g} "
+            "(or null), or cache them again."
+        )
 
 
 def _check_augmentation(root: Path, info: dict[str, Any], config: DataConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from stdit.config import Config
 from stdit.data.datasets import Dataset
 from stdit.data.joint import JointDataset
+from stdit.data.rates import clip_rate
 from stdit.diffusion.objective import Objective
 from stdit.files import printable, read_json
 from stdit.model.config import ModelConfig, model_arguments
@@ -17,6 +18,7 @@ from stdit.model.unet import UNet
 from stdit.recipes.models import load_adapted
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.vae import VideoVAE
+from stdit.warn import warn_user
 
 
 def build_adapted(
@@ -28,11 +30,23 @@ def build_adapted(
     """
     model = load_adapted(config)
     _check_base(config, model, vae, objective, caption_channels=caption_channels)
+    _compare_clips(config, clip_rate(config.data, dataset))
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if differing := _overruled(config.model, model):
         print(f"the network is that of {config.init_from.path}; {', '.join(differing)} of the config do not count")
     return model, _with_classes_of(model, dataset)
+
+
+def _compare_clips(config: Config, rate: float) -> None:
+    """Warn if clips of a LoRA have another length, size or rate than those that its model was trained with."""
+    index = _index_of(config.init_from.path)
+    clips = {**{name: getattr(config.data, name) for name in ("num_frames", "height", "width")}, "fps": rate}
+    if differing := [f"data.{name}={index[name]:g}" for name in clips if index.get(name) not in (None, clips[name])]:
+        warn_user(
+            f"the clips differ in length, size or rate from those of init_from.path={config.init_from.path!r}, so sizes and speeds "
+            f"are learnt anew; as in its training: {' '.join(differing)}."
+        )
 
 
 def _check_base(

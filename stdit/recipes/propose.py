@@ -13,11 +13,14 @@ from typing import NamedTuple
 
 from stdit.config import Config, load_typed
 from stdit.data.clips import Images, VideoClips
+from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
-from stdit.data.facts import Facts
+from stdit.data.facts import Facts, too_short
 from stdit.data.index import entries_of
 from stdit.data.inspect import inspect
 from stdit.data.inspections import MEASURED
+from stdit.data.manifest import find_media
+from stdit.data.media import IMAGE_SUFFIXES
 from stdit.files import printable, write_json
 from stdit.progress import Progress
 from stdit.recipes.budget import Budget, key_of
@@ -64,6 +67,13 @@ def find_or_propose(source: Path, given: Sequence[str], minutes: float | None) -
         data, found = kept["data"], Proposal(list(kept["overrides"]), kept["cache"], [])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged; remove it, and the training is proposed anew.") from error
+    fixed = next(
+        (one for one in given if key_of(one).startswith(("data.", "vae.")) and one not in found.overrides), None
+    )
+    if fixed is not None and found.cache is not None:
+        raise ValueError(
+            f"{fixed} differs from the training proposed before, {path}, whose clips are encoded; another name= proposes anew."
+        )
     if data != str(source.resolve()):
         raise ValueError(f"{path.parent} belongs to a run on {data}; choose another name, with name=...")
     asked = "; --minutes has no effect on it" if minutes else ""
@@ -115,7 +125,9 @@ def propose(source: Path, given: Sequence[str], minutes: float | None) -> Propos
         )
     overrides = [f"name={name_of(source)}", *data_overrides(source)]
     shape, why = _shape(facts, _AREAS[kind])
-    overrides += shape
+    overrides += [*shape, *_tolerance(facts, unreadable, shape)]
+    if isinstance(dataset, VideoClips) and source.is_dir() and (pictures := find_media(source, IMAGE_SUFFIXES).files):
+        why.append(f"{len(pictures)} pictures in the folder are no clips and are left out")
     if any(row.caption for row in dataset.rows):
         overrides += ["text.encoder=words", "model.conditioning=adaln_single"]
         why.append("captions are read by the built-in encoder of words (text.encoder=words)")
@@ -133,7 +145,7 @@ def propose(source: Path, given: Sequence[str], minutes: float | None) -> Propos
     config = budget.config()
     cache, folder = None, f"data/{config.name}_latents"
     if chosen.windows:
-        of_data = [one for one in [*own, *given] if key_of(one).startswith("data.")]
+        of_data = [one for one in [*own, *given] if key_of(one).startswith(("data.", "vae.")) or key_of(one) == "seed"]
         cache = [BASE, *of_data, "--output", folder, "--windows", str(chosen.windows), "--freeze-augmentation"]
         own = [one for one in own if key_of(one) not in ("data.root", "data.manifest")]
         own += [f"data.root={folder}", "data.source=latents"]
@@ -165,6 +177,18 @@ def _look(dataset: VideoClips | Images) -> tuple[list[Facts], int]:
     looked = [inspect(path).facts for path in Progress(paths, "looking at files", unit="file", leave=False)]
     read = [one for one in looked if one is not None]
     return read, len(looked) - len(read)
+
+
+def _tolerance(facts: Sequence[Facts], unreadable: int, shape: Sequence[str]) -> list[str]:
+    """Room for twice as many unusable files as were seen, where that is more than training tolerates by itself."""
+    settings = dict(one.split("=") for one in shape)
+    fps = None if settings["data.fps"] == "null" else float(settings["data.fps"])
+    frames = int(settings["data.num_frames"])
+    short = sum(too_short(one.frames, one.last, frames, fps=fps) is not None for one in facts)
+    share = (short + unreadable) / (len(facts) + unreadable)
+    return (
+        [f"data.max_bad_fraction={min(1.0, round(2 * share, 2)):g}"] if 2 * share > DataConfig.max_bad_fraction else []
+    )
 
 
 def _said(facts: Sequence[Facts]) -> str:
@@ -235,5 +259,5 @@ def _expect(clips: int, steps: int) -> list[str]:
 def name_of(source: Path) -> str:
     """A name of a run, from that of its data."""
     path = source.resolve()
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem if path.is_file() else path.name).strip("_-")
+    plain = re.sub(r"[^\w-]+", "_", path.stem if path.is_file() else path.name).strip("_-")
     return plain[:60] or "own"

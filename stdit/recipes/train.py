@@ -117,6 +117,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     folders = RunFolders(config.name)
     if main:
         folders.lock()
+        if config.train.resume != "never":  # which moves what is there
+            folders.check_own_model()
     accelerator.wait_for_everyone()
     kept, held_out = split_holdout(config, dataset)
     order = build_order(config, kept, vae, patch=model.patch_size, processes=processes // context)
@@ -272,14 +274,16 @@ def load_config(args: argparse.Namespace) -> Config:
             "--minutes belongs to --data without a config, for which a training is proposed; leave it out."
         )
     if args.minutes is not None and not 0 < args.minutes < 1e6:
-        raise ValueError(f"--minutes {args.minutes:g}: give a number above 0.")
+        raise ValueError(f"--minutes {args.minutes:g}: give a number above 0 and below a million.")
     if args.data is None:
         if args.config is None:
             raise ValueError(
                 "name a config, for example stdit train quickstart, or data: stdit train --data path/to/clips."
             )
         return load_typed(Config, args.config, args.overrides)
-    fixed = next((one for one in args.overrides if one.startswith(("data.root=", "data.manifest="))), None)
+    fixed = next(
+        (one for one in args.overrides if one.startswith(("data.root=", "data.manifest=", "data.datasets="))), None
+    )
     if fixed is not None:
         raise ValueError(f"--data {args.data} and {fixed} both name the data; give one of them.")
     if not args.data.exists():
@@ -294,7 +298,13 @@ def _proposed(args: argparse.Namespace) -> Config:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             f"--data {args.data} proposes a training from what one process measures; write it to a file first (stdit train "
-            f"--data {args.data} --print-config > own.yaml) and launch that."
+            f"--data {args.data} --print-config > own.yaml), run the cache-latents command that this prints, and launch own.yaml."
+        )
+    adapts = next((one for one in args.overrides if one.startswith(("train.lora.", "init_from."))), None)
+    if adapts is not None:
+        raise ValueError(
+            f"--data proposes a model, but {adapts} takes one that is there; name a config, for example stdit train lora "
+            f"--data {args.data} init_from.path=MODEL."
         )
     proposal = find_or_propose(args.data, args.overrides, args.minutes)
     print("\n".join(proposal.lines), file=sys.stderr if args.print_config else sys.stdout, flush=True)

@@ -45,6 +45,18 @@ class RunFolders:
         write_text(self._holder_file, f"process {os.getpid()} on {socket.gethostname()}\n")
         self._clear()
 
+    def check_own_model(self) -> None:
+        """Raise ValueError if models/NAME holds a model that no run of this name wrote, which training would replace."""
+        if (
+            self.model.exists()
+            and not (self.output / "config.yaml").is_file()
+            and not any(self.checkpoints.glob("step-*"))
+        ):
+            raise ValueError(
+                f"{self.model} holds a model that no run of this name wrote, and training would replace it; choose another "
+                "name=, or move it."
+            )
+
     def unlock(self) -> None:
         """Let other runs use the folders."""
         self._holder_file.unlink(missing_ok=True)

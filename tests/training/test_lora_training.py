@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stdit.config import Config, load_typed
 from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_write import write_video
 from stdit.model.lora import FILE_NAME, lora_tensors
 from stdit.nn.low_rank import is_low_rank
 from stdit.recipes import export, sample, train
-from stdit.recipes.adapters import add_loras
+from stdit.recipes.adapters import _compare_clips, add_loras
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.metrics import MetricsLogger
@@ -178,3 +179,11 @@ def test_a_lora_that_is_given_as_a_model_is_refused(trained):
         load_pipeline("models/whole")
     with pytest.raises(ValueError, match="there is no LoRA 'models/none'"):
         sample.main(["--model", "models/base", "--lora", "models/none"])
+
+
+def test_clips_of_another_rate_than_the_models_are_named_and_of_the_same_are_not(recwarn):
+    config = load_typed(Config, "t.yaml", ["init_from.path=models/base"])
+    _compare_clips(config, 8.0)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"as in its training: data.fps=8\.$"):
+        _compare_clips(config, 4.0)
