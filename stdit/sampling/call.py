@@ -97,9 +97,9 @@ def read_call(arguments: Mapping[str, Any], conditioners: Mapping[str, Condition
         left["seed"] = _seeds(generator)
     callback = left.pop("callback_on_step_end", None)
     inputs = left.pop("callback_on_step_end_tensor_inputs", None) or ("latents",)
-    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-        inputs = callback.tensor_inputs
-    _check_inputs(inputs, conditioners)
+    official = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+    inputs = callback.tensor_inputs if official else inputs
+    _check_inputs(inputs, has_text=official or Caption.name in conditioners)  # official ones may need only the scale
     output_type, return_dict = left.pop("output_type", None), left.pop("return_dict", None)
     if output_type is None and return_dict is not None:
         output_type = "pil"
@@ -148,8 +148,7 @@ def _is_text(given: Any) -> bool:
     )
 
 
-def _check_inputs(names: Sequence[str], conditioners: Mapping[str, Conditioner]) -> None:
-    has_text = Caption.name in conditioners
+def _check_inputs(names: Sequence[str], *, has_text: bool) -> None:
     for name in names:
         if name not in TENSOR_INPUTS or (name != "latents" and not has_text):
             known = ", ".join(TENSOR_INPUTS if has_text else TENSOR_INPUTS[:1])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fill
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from PIL import Image
 
 from stdit.sampling.call import ELSEWHERE
@@ -303,6 +303,73 @@ def test_latents_that_a_callback_returns_are_gone_on_with_but_known_frames_stay(
     )
     assert torch.equal(plain[:, :, :2], changed[:, :, :2])
     assert not torch.equal(plain[:, :, 2:], changed[:, :, 2:])
+
+
+def test_latents_changed_in_place_are_gone_on_with_but_known_frames_stay(make):
+    for model in ({}, CAUSAL):
+        pipe, known = make(**model), clip(5)
+        given = {"after": 4, "output_type": "latent", **FAST}
+        plain = pipe.extend(known, **given).frames
+        zeroed = pipe.extend(known, callback_on_step_end=lambda p, i, t, x: {"latents": x["latents"] * 0}, **given).frames
+
+        def in_place(pipe, step, timestep, tensors):
+            tensors["latents"].zero_()
+
+        def in_place_returned(pipe, step, timestep, tensors):
+            return {"latents": tensors["latents"].zero_()}
+
+        for callback in (in_place, in_place_returned):
+            found = pipe.extend(known, callback_on_step_end=callback, **given).frames
+            assert torch.equal(found, zeroed) and torch.equal(found[:, :, :2], plain[:, :, :2])
+            assert not torch.equal(found, plain)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"latents": torch.zeros(1, 16, 1, 1, 1)}, r"latents of shape \(1, 16, 1, 1, 1\); .* \(2, 16, 3, 2, 2\)"),
+        ({"latents": torch.zeros(2, 16, 3, 2)}, r"latents of shape \(2, 16, 3, 2\)"),
+        ({"prompt_embeds": torch.zeros(1, 4, 64)}, r"prompt_embeds of shape \(1, 4, 64\); .* \(2, 4, 64\)"),
+        ({"prompt_embeds": torch.zeros(2, 4, 63)}, r"prompt_embeds of shape \(2, 4, 63\)"),
+        ({"prompt_embeds": torch.zeros(2, 64)}, r"prompt_embeds of shape \(2, 64\)"),
+        ({"latent": torch.zeros(2, 16, 3, 2, 2)}, "returned 'latent'; this call has latents, prompt_embeds, neg"),
+        ({"latents": None}, "returned a NoneType as latents; return a tensor"),
+        ({"latents": np.zeros((2, 16, 3, 2, 2))}, "returned a ndarray as latents; return a tensor"),
+        (torch.zeros(2, 16, 3, 2, 2), "returned a Tensor; return a dict"),
+        ([1], "returned a list; return a dict"),
+        ("latents", "returned a str; return a dict"),
+        (3, "returned a int; return a dict"),
+    ],
+)
+def test_what_a_callback_cannot_return_is_refused_in_one_line(texts, result, message):
+    with pytest.raises(ValueError, match=message) as error:
+        texts(["a red one", "blue"], callback_on_step_end=lambda *given: result, **FAST)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None, [1.0]])
+def test_a_scale_of_guidance_that_is_no_number_is_refused(pipe, scale):
+    def change(pipe, step, timestep, tensors):
+        pipe._guidance_scale = scale
+
+    with pytest.raises(ValueError, match="a callback set _guidance_scale to .*; set a number, 1 for no guidance"):
+        pipe(0, callback_on_step_end=change, **FAST)
+
+
+@pytest.mark.parametrize("kind", ["classes", "texts"])
+def test_diffusers_callback_that_cuts_guidance_off_leaves_each_clip_its_condition(pipe, texts, kind):
+    pipe, given = (pipe, [0, 2]) if kind == "classes" else (texts, ["a red one", "blue"])
+
+    def off(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = 0.0
+
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    both = MultiPipelineCallbacks([Recorder(), cut])
+    expected = pipe(given, callback_on_step_end=off, guidance_scale=3.0, **FAST)
+    for callback in (cut, both):
+        assert torch.equal(pipe(given, callback_on_step_end=callback, guidance_scale=3.0, **FAST), expected)
+    assert not torch.equal(expected, pipe(given, guidance_scale=3.0, **FAST))
 
 
 def test_a_callback_interrupts_a_call_and_an_error_in_it_ends_one(pipe):
