@@ -65,13 +65,13 @@ class CallbackState:
             self._num_timesteps, self._current_timestep, self._interrupt = end.steps, end.timestep, False
             held = {"latents": end.latents, **_embeds(end.given)}
             # Copies, since a callback may change them in place; without captions, tokens of no length for diffusers' callbacks.
-            shown = {name: held[name].clone() if name in held else end.latents.new_zeros(0, 0, 0) for name in inputs}
-            result = callback(self, end.step, end.timestep, dict(shown))
+            copies = {name: held[name].clone() if name in held else end.latents.new_zeros(0, 0, 0) for name in inputs}
+            result = callback(self, end.step, end.timestep, dict(copies))
             guidance, cut_off = end.guidance, False
             if self._guidance_scale != scale:
                 cut_off = _checked_scale(self._guidance_scale) <= 1
                 guidance = guidance._replace(scale=max(1.0, self._guidance_scale))
-            changed = _changed(held, shown, result, cut_off=cut_off)
+            changed = _changed(held, copies, result, cut_off=cut_off)
             given = end.given
             for name, part in zip(_EMBEDS, ("conditions", "null"), strict=True):
                 if name in changed:
@@ -90,11 +90,11 @@ def _embeds(given: Guided) -> dict[str, Tensor]:
 
 
 def _changed(
-    held: Mapping[str, Tensor], shown: Mapping[str, Tensor], result: Any, *, cut_off: bool
+    held: Mapping[str, Tensor], copies: Mapping[str, Tensor], result: Any, *, cut_off: bool
 ) -> dict[str, Tensor]:
     """The tensors by name that a callback has changed, in place or by returning others.
 
-    held: those that a call goes on with. shown: the copies that the callback was given. cut_off: whether the callback turned
+    held: those that a call goes on with. copies: the copies that the callback was given. cut_off: whether the callback turned
     guidance off. ValueError for a result that is no dict, an unknown name, or anything but a tensor of the shape that is held
     (tokens may have another length).
     """
@@ -103,18 +103,18 @@ def _changed(
             f"callback_on_step_end returned a {type(result).__name__}; return a dict of tensors by name, or nothing."
         )
     found: dict[str, Tensor] = {}
-    for name, value in {**shown, **(result or {})}.items():
-        if name not in held and name not in shown:
+    for name, value in {**copies, **(result or {})}.items():
+        if name not in held and name not in copies:
             raise ValueError(f"callback_on_step_end returned {name!r}; this call has {', '.join(held)}.")
         if not isinstance(value, Tensor):
             raise ValueError(f"callback_on_step_end returned a {type(value).__name__} as {name}; return a tensor.")
-        before = held.get(name, shown.get(name))
+        before = held.get(name, copies.get(name))
         assert before is not None
         if value.shape == before.shape and (value is before or torch.equal(value.to(before), before)):
             continue
         # diffusers' callbacks that turn guidance off keep the last of the texts, which in its pipelines are the ones with a
         # condition, after those without; here there are none but these.
-        if cut_off and name in _EMBEDS and torch.equal(value.to(before), shown.get(name, before)[-1:]):
+        if cut_off and name in _EMBEDS and torch.equal(value.to(before), copies.get(name, before)[-1:]):
             continue
         fixed = slice(None) if name == "latents" else slice(0, None, 2)
         if value.ndim != before.ndim or value.shape[fixed] != before.shape[fixed]:

@@ -43,6 +43,7 @@ class LoraMethods(LoraBaseMixin):
         for a file that is no LoRA of this model.
         """
         _require_peft()
+        self._refuse_fused("load_lora_weights")
         if not hasattr(self.transformer, "load_lora_adapter"):
             raise ValueError(
                 f"this model is a {type(self.transformer).__name__}, for which stdit has no LoRAs; leave it out."
@@ -85,11 +86,62 @@ class LoraMethods(LoraBaseMixin):
         self, components: Sequence[str] = _COMPONENTS, lora_scale: float = 1.0, safe_fusing: bool = False, **kwargs: Any
     ) -> None:
         """Add the active adapters, or those of `adapter_names`, to the weights, times `lora_scale`."""
-        super().fuse_lora(components=list(components), lora_scale=lora_scale, safe_fusing=safe_fusing, **kwargs)
+        self._refuse_fused("fuse_lora")
+        asked, layers = kwargs.get("adapter_names"), _tuner_layers(self, components)
+        self._scales_before_fusing = tuple((layer.scaling, dict(layer.scaling)) for layer in layers)
+        for layer in layers:
+            for name in layer.active_adapters if asked is None else asked:
+                if name in layer.scaling:
+                    layer.scaling[name] *= lora_scale
+        try:
+            super().fuse_lora(components=list(components), safe_fusing=safe_fusing, **kwargs)
+        except BaseException:
+            self.unfuse_lora()
+            raise
 
     def unfuse_lora(self, components: Sequence[str] = _COMPONENTS, **kwargs: Any) -> None:
-        """Take fused adapters out of the weights again, which then differ from before by rounding."""
+        """Take fused adapters out of the weights again, which then differ from before by rounding; they are active as before."""
         super().unfuse_lora(components=list(components), **kwargs)
+        if not self.fused_loras:
+            for scales, former in self._scales_before_fusing:
+                scales.update(former)
+            self._scales_before_fusing = ()
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters out of the pipeline; what fused ones have added to the weights stays there."""
+        super().unload_lora_weights()
+        self._merged_adapters, self._scales_before_fusing = set(), ()
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
+        """Make adapters the active ones, each times its weight."""
+        self._refuse_fused("set_adapters")
+        super().set_adapters(adapter_names, adapter_weights)
+
+    def disable_lora(self) -> None:
+        """Leave out all adapters until `enable_lora`."""
+        self._refuse_fused("disable_lora")
+        super().disable_lora()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Take some adapters out of the pipeline."""
+        self._refuse_fused("delete_adapters")
+        super().delete_adapters(adapter_names)
+
+    def _refuse_fused(self, method: str) -> None:
+        """Raise ValueError if adapters are fused, which peft would take out of the weights in this method."""
+        if self.fused_loras:
+            raise ValueError(
+                f"{method}: {', '.join(sorted(self.fused_loras))} is fused; call unfuse_lora first, or unload_lora_weights to keep it in "
+                "the weights for good."
+            )
+
+
+def _tuner_layers(pipe: Any, components: Sequence[str]) -> list[Any]:
+    """The layers of some components of a pipeline that have adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # imported on use, since peft is an extra
+
+    models = [model for name in components if (model := getattr(pipe, name, None)) is not None]
+    return [layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def _require_peft() -> None:

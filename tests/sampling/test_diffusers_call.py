@@ -310,7 +310,9 @@ def test_latents_changed_in_place_are_gone_on_with_but_known_frames_stay(make):
         pipe, known = make(**model), clip(5)
         given = {"after": 4, "output_type": "latent", **FAST}
         plain = pipe.extend(known, **given).frames
-        zeroed = pipe.extend(known, callback_on_step_end=lambda p, i, t, x: {"latents": x["latents"] * 0}, **given).frames
+        zeroed = pipe.extend(
+            known, callback_on_step_end=lambda p, i, t, x: {"latents": x["latents"] * 0}, **given
+        ).frames
 
         def in_place(pipe, step, timestep, tensors):
             tensors["latents"].zero_()
