@@ -110,7 +110,8 @@ class LoraMethods(LoraBaseMixin):
     def unload_lora_weights(self) -> None:
         """Take all adapters out of the pipeline; what fused ones have added to the weights stays there."""
         super().unload_lora_weights()
-        self._merged_adapters, self._scales_before_fusing = set(), ()
+        self._merged_adapters: set[str] = set()
+        self._scales_before_fusing = ()
 
     def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
         """Make adapters the active ones, each times its weight."""
