@@ -34,6 +34,7 @@ class FolderMethods:
     """Overrides of methods of `DiffusionPipeline`, which follows it in the pipeline's base classes."""
 
     config: Any
+    components: Any
     transformer: Any
     video_vae: VideoVAE
     register_to_config: Any
@@ -65,6 +66,10 @@ class FolderMethods:
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
         """Make a pipeline that shares the parts of another, in their data types. kwargs: parts or settings in their place."""
+        if not isinstance(pipeline, FolderMethods):
+            raise ValueError(
+                f"from_pipe is given a {type(pipeline).__name__}, which has not the parts of a {cls.__name__}; give one of these."
+            )
         modules, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         found = {name: part for name, part in pipeline.components.items() if name in modules}
         found |= {name: pipeline.config[name] for name in settings if name in pipeline.config}

@@ -8,6 +8,7 @@ from typing import Any
 from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
+from torch import Tensor
 
 from stdit.hub import check_reachable, resolve_source
 from stdit.weights import safetensors_shapes
@@ -44,6 +45,8 @@ class LoraMethods(LoraBaseMixin):
         """
         _require_peft()
         self._refuse_fused("load_lora_weights")
+        if adapter_name is not None and (not isinstance(adapter_name, str) or "." in adapter_name or not adapter_name):
+            raise ValueError(f"adapter_name is {adapter_name!r}; give a text without a point.")
         if not hasattr(self.transformer, "load_lora_adapter"):
             raise ValueError(
                 f"this model is a {type(self.transformer).__name__}, for which stdit has no LoRAs; leave it out."
@@ -52,6 +55,10 @@ class LoraMethods(LoraBaseMixin):
         with tempfile.TemporaryDirectory() as folder:
             if isinstance(source, Mapping):  # written to a file, so that one check serves all
                 file = Path(folder) / "state_dict.safetensors"
+                if other := next((name for name, value in source.items() if not isinstance(value, Tensor)), None):
+                    raise ValueError(
+                        f"{other} of the LoRA is a {type(source[other]).__name__}; give a dict of tensors."
+                    )
                 save_file({name: value.detach().cpu().contiguous() for name, value in source.items()}, file)
             else:
                 file = _lora_file(str(source), weight_name, kwargs)

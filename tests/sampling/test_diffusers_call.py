@@ -451,7 +451,26 @@ def test_a_stream_takes_the_arguments_group_by_group(make):
         ({"output_type": "latent", "num_frames": 17, "window": 9}, "latents are those of one window"),
         ({"callback_on_step_end_tensor_inputs": ["mask"]}, "has 'mask'; a callback of this model can have latents"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "has 'prompt_embeds'; a callback of this model can"),
-        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be a whole number >= 1, got 0"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be >= 1, got 0"),
+        ({"num_videos": 0}, "num_videos must be >= 1, got 0"),
+        ({"num_frames": 0}, "num_frames must be >= 1, got num_frames=0; use 1 for an image"),
+        ({"num_frames": "blurry"}, "num_frames must be a whole number, got 'blurry'"),
+        ({"height": 0}, "height=0"),
+        ({"height": 64.0}, "height must be a whole number, got 64.0"),
+        ({"width": True}, "width must be a whole number, got True"),
+        ({"num_videos_per_prompt": True}, "num_videos_per_prompt must be a whole number, got True"),
+        ({"window": 9.0}, "window must be a whole number, got 9.0"),
+        ({"guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
+        ({"guidance_interval": ("0", 1)}, "guidance_interval must be a number, got '0'"),
+        ({"seed": "1"}, "seed must be a whole number, got '1'"),
+        ({"output_type": 3}, "Unknown output_type 3. Choose one of"),
+        ({"output_type": []}, "Unknown output_type .*. Choose one of"),
+        ({"generator": 3}, "generator is a int; give a torch.Generator"),
+        ({"generator": [None]}, "generator is a NoneType; give a torch.Generator"),
+        ({"generator": np.random.default_rng(0)}, "generator is a Generator; give a torch.Generator"),
+        ({"latents": [1]}, "latents is a list; give a tensor"),
+        ({"latents": np.zeros((1, 16, 3, 2, 2))}, "latents is a ndarray; give a tensor"),
+        ({"negative_class_labels": 1.5}, "class label 1.5 is neither a whole number nor a name"),
         ({"seed": [1, 2]}, "2 seeds .or generators. for 1 clips"),
         ({"seed": [1, -2]}, "seed must be >= 0"),
     ],
@@ -460,6 +479,61 @@ def test_arguments_that_cannot_be_are_refused_in_one_line(pipe, given, message):
     with pytest.raises(ValueError, match=message) as error:
         pipe(0, **given, **FAST)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "fits"),
+    [
+        (lambda pipe, count: pipe(0, num_frames=count, **FAST), 5),
+        (lambda pipe, count: pipe.animate(clip()[:, :, 0], count, **FAST), 5),
+        (lambda pipe, count: pipe.extend(clip(), after=count, before=0, **FAST), 4),
+        (lambda pipe, count: pipe.connect(clip(), clip(), count, **FAST), 4),
+        (lambda pipe, count: pipe.loop(clip(), count, **FAST), 4),
+        (lambda pipe, count: pipe.interpolate(clip(), count, **FAST), 2),
+    ],
+    ids=["call", "animate", "extend", "connect", "loop", "interpolate"],
+)
+def test_a_count_is_any_whole_number_and_nothing_else(pipe, call, fits):
+    for count in (0, -4, 4.0, "4", True, torch.tensor(4.0), [4]):
+        with pytest.raises(ValueError, match="must be a whole number, got|must be >= |>= 2|add no frames") as error:
+            call(pipe, count)
+        assert "\n" not in str(error.value)
+    assert torch.equal(call(pipe, np.int64(fits)), call(pipe, fits))
+
+
+def test_a_label_is_any_whole_number_or_name_and_nothing_else(pipe):
+    expected = pipe("b", **FAST)
+    for one in (1, np.int64(1), np.uint8(1), torch.tensor(1), np.array(1), 1.0, [1], (np.int64(1),), torch.tensor([1])):
+        assert torch.equal(pipe(one, **FAST), expected)
+        assert pipe.labels(one).tolist() == [1]
+        negative = pipe(0, negative_class_labels=one, **FAST)
+        assert torch.equal(negative, pipe(0, negative_class_labels="b", **FAST))
+    assert torch.equal(pipe(np.array(["a", "c"]), **FAST), pipe([0, 2], **FAST))
+    for one in (
+        1.5,
+        True,
+        float("nan"),
+        b"b",
+        None,
+        object(),
+        [1],
+        torch.tensor(True),
+        np.bool_(True),
+        torch.tensor(1.5),
+    ):
+        for given in ([one], *([] if one is None or isinstance(one, list) else [one])):
+            with pytest.raises(ValueError, match="is neither a whole number nor a name"):
+                pipe(given, **FAST)
+
+
+def test_a_text_is_a_text_a_list_of_texts_or_a_tensor(texts):
+    for given in (3, b"red", [1], ["red", None], np.zeros((1, 4, 64))):
+        for name in ("prompt", "negative_prompt", "prompt_embeds", "captions"):
+            more = {"prompt": "red"} if name.startswith("negative") else {}
+            with pytest.raises(ValueError, match=f"{name} is a .*; give a text, a list of texts, or a tensor"):
+                texts(**{name: given}, **more, **FAST)
+    with pytest.raises(ValueError, match="num_frames must be a whole number, got 'blurry'"):
+        texts("circle left", "blurry", **FAST)
 
 
 def test_a_loop_of_no_whole_groups_has_no_latents(pipe):

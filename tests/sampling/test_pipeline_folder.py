@@ -107,6 +107,9 @@ def test_a_pipeline_made_from_another_shares_its_parts(make, dtype):
     assert longer.config.num_frames == 9 and pipe.config.num_frames == 5
     with pytest.raises(TypeError, match="'unet' is no part of STDiTPipeline; it has guide, scheduler"):
         STDiTPipeline.from_pipe(pipe, unet=None)
+    for other in (3, None, DiffusionPipeline()):
+        with pytest.raises(ValueError, match=f"from_pipe is given a {type(other).__name__}, which has not the parts"):
+            STDiTPipeline.from_pipe(other)
 
 
 def test_a_pipeline_is_made_from_one_with_an_autoencoder_of_diffusers(make):

@@ -200,6 +200,12 @@ def test_a_lora_of_another_model_is_refused_before_anything_is_changed(make, tmp
             with pytest.raises(ValueError, match=message) as error:
                 pipe.load_lora_weights(source)
             assert "\n" not in str(error.value)
+    arrays = {name: value.numpy() for name, value in adapter(1).items()}
+    with pytest.raises(ValueError, match="lora_A.weight of the LoRA is a ndarray; give a dict of tensors"):
+        pipe.load_lora_weights(arrays)
+    for name in ("a.b", "", 3):
+        with pytest.raises(ValueError, match="adapter_name is .*; give a text without a point"):
+            pipe.load_lora_weights(adapter(1), adapter_name=name)
     (tmp_path / "output").mkdir()
     with pytest.raises(ValueError, match="has no pytorch_lora_weights.safetensors; give the file of the LoRA"):
         pipe.load_lora_weights(tmp_path / "output")
