@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from stdit.labels import label_values
 from stdit.legacy import aliases
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
-from stdit.precision import autocast
+from stdit.precision import Precision, autocast
 from stdit.ranges import whole_number
 from stdit.sampling import tasks
 from stdit.sampling.autoregressive import AutoregressiveSampler
@@ -328,9 +329,14 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
         scale = self.engine.guidance(call.options).scale
         warn_of_conditions(canvas, scale, self.transformer.conditioners, call.given, guider=call.options.guider)
 
-    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Decode latents to pixels on the CPU, a few clips at a time; `tile`: the side of tiles in latents."""
-        return decode(self.video_vae, latents, tile or self._tile)
+    def decode(self, latents: Tensor, tile: int | None = None, precision: Precision | None = None) -> Tensor:
+        """Decode latents to pixels on the CPU, a few clips at a time; `tile`: the side of tiles in latents.
+
+        precision: that of the call that gave the latents ("auto" if it named none), whose pixels these then are; None: that
+        of the VAE's weights.
+        """
+        with nullcontext() if precision is None else autocast(precision, self._execution_device, self._dtypes):
+            return decode(self.video_vae, latents, tile or self._tile)
 
 
 __getattr__ = aliases(__name__)

@@ -189,6 +189,13 @@ def test_latents_that_a_call_gives_decode_to_its_pixels(make, model):
     assert torch.equal(latents[:, :, :2], pipe.video_vae.encode(known))
 
 
+def test_latents_decode_to_the_pixels_of_a_call_at_its_precision(pipe):
+    given = {**FAST, "precision": "bf16"}
+    latents, expected = pipe(0, output_type="latent", **given).frames, pipe(0, **given)
+    torch.testing.assert_close(pipe.decode(latents, precision="bf16"), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(pipe.decode(latents), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("scheduler", [None, diffusers.FlowMatchEulerDiscreteScheduler()])
 def test_latents_hold_for_stdits_and_diffusers_schedulers(make, scheduler):
     pipe = make(scheduler)
