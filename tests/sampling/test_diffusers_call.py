@@ -356,6 +356,11 @@ def test_what_a_callback_cannot_return_is_refused_in_one_line(texts, result, mes
     assert "\n" not in str(error.value)
 
 
+def test_tokens_from_a_callback_of_a_model_without_captions_are_refused(pipe):
+    with pytest.raises(ValueError, match="returned 'prompt_embeds'; this call has latents.$"):
+        pipe(0, callback_on_step_end=lambda *given: {"prompt_embeds": torch.zeros(1, 4, 64)}, **FAST)
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None, [1.0]])
 def test_a_scale_of_guidance_that_is_no_number_is_refused(pipe, scale):
     def change(pipe, step, timestep, tensors):
