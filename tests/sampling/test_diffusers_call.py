@@ -447,6 +447,9 @@ def test_a_stream_takes_the_arguments_group_by_group(make):
         torch.equal(part.frames.transpose(1, 2), group * 0.5 + 0.5) for part, group in zip(parts, plain, strict=True)
     )
     assert len(seen.calls) == 2 * 3
+    for after in ("8", 8.0, True):
+        with pytest.raises(ValueError, match="after must be a whole number, got"):
+            pipe.stream(clip(), after, 1, **FAST)
     with pytest.raises(ValueError, match="a stream takes no latents; leave it out"):
         pipe.stream(clip(), 8, 1, latents=torch.zeros(1, 16, 4, 2, 2), **FAST)
 
