@@ -40,6 +40,15 @@ def check_reachable(source: str, filename: str, options: dict[str, str]) -> None
         return
     if constants.HF_HUB_OFFLINE:
         raise OSError("not in the cache, and HF_HUB_OFFLINE is set")
+    check_connection()
+
+
+def check_connection() -> None:
+    """Raise OSError at once if the hub cannot be reached."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
     if not any(os.environ.get(proxy) for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         socket.create_connection((urlparse(constants.ENDPOINT).hostname or "", 443), timeout=5).close()
 

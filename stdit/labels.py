@@ -1,12 +1,23 @@
 """Class labels by number and by name."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from stdit.files import printable
 
 
-def label_number(value: int | str, num_classes: int, names: Sequence[str] | None) -> int:
-    """Number of a label that is given as number or name; ValueError if it is unknown or out of range."""
+def label_values(given: Any) -> list:
+    """The labels of a call, numbers or names, as a list: of one, or of those in a sequence, an array or a tensor."""
+    plain = given.tolist() if hasattr(given, "tolist") else given
+    return [plain] if isinstance(plain, str | bytes) or not isinstance(plain, Iterable) else list(plain)
+
+
+def label_number(value: Any, num_classes: int, names: Sequence[str] | None) -> int:
+    """Number of a label that is given as number or name; ValueError if it is neither, unknown or out of range."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if not number and not isinstance(value, str):
+        raise ValueError(f"class label {value!r} is neither a whole number nor a name.")
     if isinstance(value, str) and names:
         if value in names:  # before names that contain it
             return list(names).index(value)

@@ -1,5 +1,6 @@
 """Check the numbers of a config against ranges, in the notation of intervals."""
 
+import operator
 from typing import Any
 
 
@@ -18,6 +19,26 @@ def check_ranges(section: str, values: Any, ranges: dict[str, str], **remedies: 
                 null = " or null" if getattr(type(values), name, given) is None else ""  # the default of its field
                 remedy = f"; {remedies[name]}" if name in remedies else ""
                 raise ValueError(f"{key} must be {_described(interval)}{null}, got {given}{remedy}.")
+
+
+def whole_number(name: str, value: Any, least: int | None = 1, remedy: str = "") -> int:
+    """A count as an int, from whatever is a whole number; ValueError for anything else, also for True, and below `least`."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # also of tensors of floats
+        number = None
+    if number is None:
+        raise ValueError(f"{name} must be a whole number, got {value!r}{remedy}.")
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be >= {least}, got {number}{remedy}.")
+    return number
+
+
+def real_number(name: str, value: Any) -> Any:
+    """The value, if it is a number (also of numpy, or a tensor of one); ValueError for anything else, such as text."""
+    if isinstance(value, bool) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) > 0:
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    return value
 
 
 def _ends(interval: str) -> tuple[float, float]:

@@ -12,8 +12,8 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
 
     what: the noun for the name in the message.
     """
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
-    close = difflib.get_close_matches(name, list(table), n=1)
+    close = difflib.get_close_matches(str(name), list(table), n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"Unknown {what} {name!r}.{hint} Choose one of: {', '.join(sorted(table))}.")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.conditions.base import ClipFacts, Conditioner, Key
-from stdit.labels import label_number
+from stdit.labels import label_number, label_values
 from stdit.nn.embedders import LabelEmbedder
 
 
@@ -52,15 +52,12 @@ class Label(Conditioner):
         return torch.where(torch.tensor(self.dropped(keys, rate)), self.num_classes, values)
 
     def parse(self, given: Any, count: int) -> Tensor:
-        """Convert numbers or names, one per clip or one for all, to (count, 1); (B, T) tensors are per latent frame."""
+        """Convert numbers or names, one per clip or one for all, to (count, 1); (B, T) tensors or arrays are per latent frame."""
         if given is None:
             return self.null(count)
-        if isinstance(given, Tensor) and given.ndim > 1:
-            labels = torch.tensor([[self.number(one) for one in row] for row in given.tolist()])
-        else:
-            values = given.tolist() if isinstance(given, Tensor) else given
-            values = [values] if isinstance(values, int | str) else list(values)
-            labels = torch.tensor([[self.number(value)] for value in values])
+        rows = label_values(given)
+        per_frame = getattr(given, "ndim", 1) > 1
+        labels = torch.tensor([[self.number(one) for one in (row if per_frame else [row])] for row in rows])
         if len(labels) not in (1, count):
             raise ValueError(f"{len(labels)} class_labels for {count} clips; give one per clip, or one for all.")
         return labels.expand(count, -1)
@@ -71,6 +68,6 @@ class Label(Conditioner):
         """Labels that cycle through the classes."""
         return {"class_labels": [i % self.num_classes for i in range(count)]}
 
-    def number(self, value: int | str) -> int:
+    def number(self, value: Any) -> int:
         """Number of a label of this model; ValueError if it is unknown or out of range."""
         return label_number(value, self.num_classes, self.class_names)

@@ -1,6 +1,6 @@
 """A pipeline call as one value: stdit's arguments, and those of diffusers' pipelines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -9,6 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from stdit.conditions import Caption, Conditioner, Label
+from stdit.ranges import whole_number
 from stdit.sampling.callbacks import TENSOR_INPUTS, Callback
 from stdit.sampling.inputs import refusal, split
 from stdit.sampling.options import SamplingOptions
@@ -97,19 +98,19 @@ def read_call(arguments: Mapping[str, Any], conditioners: Mapping[str, Condition
         left["seed"] = _seeds(generator)
     callback = left.pop("callback_on_step_end", None)
     inputs = left.pop("callback_on_step_end_tensor_inputs", None) or ("latents",)
-    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-        inputs = callback.tensor_inputs
-    _check_inputs(inputs, conditioners)
+    official = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+    inputs = callback.tensor_inputs if official else inputs
+    _check_inputs(inputs, has_text=official or Caption.name in conditioners)  # official ones may need only the scale
     output_type, return_dict = left.pop("output_type", None), left.pop("return_dict", None)
     if output_type is None and return_dict is not None:
         output_type = "pil"
     if output_type is not None:
         pick(dict.fromkeys(get_args(OutputType)), output_type, "output_type")
     count = left.pop("num_videos_per_prompt", None)
-    count = 1 if count is None else count
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"num_videos_per_prompt must be a whole number >= 1, got {count!r}.")
+    count = 1 if count is None else whole_number("num_videos_per_prompt", count)
     latents = left.pop("latents", None)
+    if latents is not None and not isinstance(latents, Tensor):
+        raise ValueError(f"latents is a {type(latents).__name__}; give a tensor (clips, channels, frames, h, w).")
     options, given = split(options, left)
     return Call(
         options, given, num_videos_per_prompt=count, latents=latents, callback=callback, callback_inputs=tuple(inputs),
@@ -129,17 +130,37 @@ def _rename_texts(left: dict[str, Any], conditioners: Mapping[str, Conditioner])
             )
         if Caption.name not in conditioners:
             raise ValueError(refusal(theirs, text, conditioners))
+        _check_texts(theirs, text)
         left[ours] = text
+    for name in ("captions", "negative_captions"):
+        if Caption.name in conditioners and left.get(name) is not None:
+            _check_texts(name, left[name])
     only_text = Label.name not in conditioners and Caption.name in conditioners
     if only_text and left.get("captions") is None and _is_text(left.get("class_labels")):
         left["captions"] = left.pop("class_labels")  # the first argument of diffusers' pipelines is the prompt
 
 
+def _check_texts(name: str, given: Any) -> None:
+    """Raise ValueError unless a value is a text, a list of texts or a tensor."""
+    texts = (
+        isinstance(given, Collection) and not isinstance(given, Tensor) and all(isinstance(one, str) for one in given)
+    )
+    if not texts and not isinstance(given, Tensor):
+        kinds = {type(one).__name__ for one in given} if isinstance(given, list | tuple) else set()
+        shown = f"a list of {', '.join(sorted(kinds))}" if kinds else f"a {type(given).__name__}"
+        raise ValueError(f"{name} is {shown}; give a text, a list of texts, or a tensor (B, L, C) of their tokens.")
+
+
 def _seeds(generator: Any) -> int | list[int]:
     """The seed that each generator was made with; none of them is used up."""
-    if isinstance(generator, list | tuple):
-        return [one.initial_seed() for one in generator]
-    return generator.initial_seed()
+    given = generator if isinstance(generator, list | tuple) else [generator]
+    for one in given:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(
+                f"generator is a {type(one).__name__}; give a torch.Generator, or a list of them, or a number as seed=."
+            )
+    seeds = [one.initial_seed() for one in given]
+    return seeds if given is generator else seeds[0]
 
 
 def _is_text(given: Any) -> bool:
@@ -148,8 +169,7 @@ def _is_text(given: Any) -> bool:
     )
 
 
-def _check_inputs(names: Sequence[str], conditioners: Mapping[str, Conditioner]) -> None:
-    has_text = Caption.name in conditioners
+def _check_inputs(names: Sequence[str], *, has_text: bool) -> None:
     for name in names:
         if name not in TENSOR_INPUTS or (name != "latents" and not has_text):
             known = ", ".join(TENSOR_INPUTS if has_text else TENSOR_INPUTS[:1])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData
 from omegaconf import OmegaConf
@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from stdit.conditions import Caption, Label
 from stdit.data.video_write import write_video
 from stdit.files import LARGEST_JSON, printable, read_json, write_text
+from stdit.ranges import whole_number
+from stdit.sampling.inputs import pair_conditions
 
 # Settings of a run that the card lists first, with what they are called there.
 _SETTINGS = {
@@ -24,18 +26,28 @@ _SUMMARY = {
 }  # fmt: skip
 
 
-def write_card(
-    pipe: Any,
-    folder: Path,
-    *,
-    repo_id: str,
-    license: str | None = None,
-    samples: int | Sequence[str] = 4,
-    run: str | Path | None = None,
-) -> None:
-    """Write README.md and samples/ into a pipeline's folder. The arguments are those of `STDiTPipeline.push_to_hub`."""
+class CardContents(NamedTuple):
+    """What a card shows: the labels or captions of its samples (None: of nothing), and the folder of the run."""
+
+    asked: list[str | None]
+    run: Path | None
+
+
+def card_contents(pipe: Any, samples: int | str | Sequence[str] = 4, run: str | Path | None = None) -> CardContents:
+    """What the card of a pipeline will show; ValueError for samples that the model does not make, or a folder of no run.
+
+    The arguments are those of `STDiTPipeline.push_to_hub`.
+    """
     record = _run_folder(pipe, run)
     asked = _asked(pipe, samples, record)
+    if given := _given(pipe, asked):
+        pair_conditions(pipe.transformer.conditioners, given, len(asked), encode=lambda: pipe.encoder.encode)
+    return CardContents(asked, record)
+
+
+def write_card(pipe: Any, folder: Path, contents: CardContents, *, repo_id: str, license: str | None = None) -> None:
+    """Write README.md and samples/ into a pipeline's folder. The arguments are those of `STDiTPipeline.push_to_hub`."""
+    asked, record = contents
     names = list(_write_samples(pipe, folder / "samples", asked))
     text, kinds = Caption.name in pipe.transformer.conditioners, _kinds(pipe)
     data = ModelCardData(
@@ -148,10 +160,13 @@ def _without_folders(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).expanduser().is_absolute() else value
 
 
-def _asked(pipe: Any, samples: int | Sequence[str], run: Path | None) -> list[str | None]:
+def _asked(pipe: Any, samples: int | str | Sequence[str], run: Path | None) -> list[str | None]:
     """What to sample clips of: labels, captions, or None for clips of nothing."""
-    if not isinstance(samples, int):
+    if isinstance(samples, str):
+        return [samples]
+    if isinstance(samples, list | tuple):
         return list(samples)
+    samples = whole_number("samples", samples, 0, "; give a number, or a list of labels or captions")
     label, config = pipe.transformer.conditioners.get(Label.name), pipe.config
     if isinstance(label, Label):
         spread = [i * label.num_classes // samples for i in range(samples)]
@@ -167,14 +182,18 @@ def _write_samples(pipe: Any, folder: Path, asked: Sequence[str | None]) -> Iter
     if not asked:
         return
     folder.mkdir()
-    given: dict[str, Any] = {}
-    if asked[0] is not None:
-        given = {"captions" if Caption.name in pipe.transformer.conditioners else "class_labels": list(asked)}
-    clips = pipe(**given, num_videos=len(asked), progress=False)
+    clips = pipe(**_given(pipe, asked), num_videos=len(asked), progress=False)
     for i, (clip, name) in enumerate(zip(clips, asked, strict=True)):
         for suffix in _kinds(pipe):
             write_video(folder / f"{i:03d}.{suffix}", clip, fps=pipe.config.fps)
         yield name or f"clip {i}"
+
+
+def _given(pipe: Any, asked: Sequence[str | None]) -> dict[str, Any]:
+    """The conditions of the samples, by keyword."""
+    if not asked or asked[0] is None:
+        return {}
+    return {"captions" if Caption.name in pipe.transformer.conditioners else "class_labels": list(asked)}
 
 
 def _line(text: str) -> str:

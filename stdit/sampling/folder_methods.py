@@ -9,7 +9,7 @@ import torch
 
 from stdit.files import write_text
 from stdit.hashes import check_weights, write_weights_manifest
-from stdit.hub import check_reachable, is_folder, resolve_source
+from stdit.hub import check_connection, check_reachable, is_folder, resolve_source
 from stdit.legacy import renamed_section
 from stdit.sampling.model_folder import check_folder
 from stdit.vae import VideoVAE
@@ -34,6 +34,7 @@ class FolderMethods:
     """Overrides of methods of `DiffusionPipeline`, which follows it in the pipeline's base classes."""
 
     config: Any
+    components: Any
     transformer: Any
     video_vae: VideoVAE
     register_to_config: Any
@@ -65,6 +66,10 @@ class FolderMethods:
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
         """Make a pipeline that shares the parts of another, in their data types. kwargs: parts or settings in their place."""
+        if not isinstance(pipeline, FolderMethods):
+            raise ValueError(
+                f"from_pipe is given a {type(pipeline).__name__}, which has not the parts of a {cls.__name__}; give one of these."
+            )
         modules, settings = cls._get_signature_keys(cls)  # type: ignore[attr-defined]
         found = {name: part for name, part in pipeline.components.items() if name in modules}
         found |= {name: pipeline.config[name] for name in settings if name in pipeline.config}
@@ -106,7 +111,7 @@ class FolderMethods:
         repo_id: str,
         *,
         license: str | None = None,
-        samples: int | Sequence[str] = 4,
+        samples: int | str | Sequence[str] = 4,
         run: str | Path | None = None,
         commit_message: str | None = None,
         private: bool | None = None,
@@ -118,28 +123,36 @@ class FolderMethods:
 
         repo_id: "owner/name", or a path to a folder (./mine), which is written without network. license: such as
         "apache-2.0"; the card says where there is none. samples: so many clips are sampled for the card, or one for each of
-        these labels or captions; 0: none. run: the folder output/NAME of the training; by default the one beside
+        these labels or captions (or of one); 0: none. run: the folder output/NAME of the training; by default the one beside
         models/NAME, if the pipeline comes from there. kwargs: those of `save_pretrained`. A card that the repository
         already has is kept.
         """
-        from stdit.sampling.card import write_card  # imported on use, since it needs av and omegaconf
+        from stdit.sampling.card import card_contents, write_card  # imported on use, since it needs av and omegaconf
 
+        contents = card_contents(self, samples, run)  # before anything is written
         if is_folder(str(repo_id)):
             folder = Path(repo_id).expanduser()
             if folder.is_dir() and any(folder.iterdir()):
                 raise ValueError(f"{str(folder)!r} is not empty; nothing is overwritten, choose another folder.")
             self.save_pretrained(folder, **kwargs)
-            write_card(self, folder, repo_id=folder.name, license=license, samples=samples, run=run)
+            write_card(self, folder, contents, repo_id=folder.name, license=license)
             return str(folder)
         import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-        with tempfile.TemporaryDirectory() as tmp:
-            self.save_pretrained(tmp, **kwargs)
-            write_card(self, Path(tmp), repo_id=str(repo_id), license=license, samples=samples, run=run)
-            repo_id = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-            if huggingface_hub.file_exists(repo_id, "README.md", token=token):
-                (Path(tmp) / "README.md").unlink()
-            return self._upload_folder(tmp, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+        # HfHubHTTPError is of the client's errors, of which a broken connection is another one.
+        broken: tuple[Any, ...] = (OSError, HFValidationError, *HfHubHTTPError.__bases__)
+        try:
+            check_connection()  # before clips are sampled
+            with tempfile.TemporaryDirectory() as tmp:
+                self.save_pretrained(tmp, **kwargs)
+                write_card(self, Path(tmp), contents, repo_id=str(repo_id), license=license)
+                found = huggingface_hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+                if huggingface_hub.file_exists(found, "README.md", token=token):
+                    (Path(tmp) / "README.md").unlink()
+                return self._upload_folder(tmp, found, token=token, commit_message=commit_message, create_pr=create_pr)
+        except broken as error:
+            raise ValueError(f"{repo_id!r} cannot be pushed: {' '.join(str(error).split())[:200]}") from error
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from stdit.conditions import CONDITIONERS, Caption, Conditioner, Conditions, Guided, Label
 from stdit.files import printable
+from stdit.labels import label_values
+from stdit.ranges import whole_number
 from stdit.sampling.options import SamplingOptions, make_options
 from stdit.text import Encoded
 
@@ -83,17 +85,16 @@ def count_clips(
     given: conditions by keyword. ValueError for several labels, captions or values of another number than `num_videos`.
     """
     labels, captions = given.get("class_labels"), given.get("captions")
-    one_text = captions is None or isinstance(captions, str)
-    one_label = labels is None or isinstance(labels, int | str)
-    if isinstance(labels, Tensor):
-        one_label = not labels.ndim
-    counts = [1 if one_text else len(captions), 1 if one_label else len(labels)]  # type: ignore[arg-type]
+    counts = [1 if labels is None else len(label_values(labels))]
+    counts += [1 if captions is None or isinstance(captions, str) else len(captions)]
     counts += [
         conditioner.count(value)
         for conditioner in conditioners.values()
         if (keyword := conditioner.keywords[0]) not in ("class_labels", "captions")
         and (value := given.get(keyword)) is not None
     ]
+    if num_videos is not None:
+        num_videos = whole_number("num_videos", num_videos)
     count = num_videos or max(counts)
     if num_videos and any(several not in (1, count) for several in counts):
         raise ValueError(

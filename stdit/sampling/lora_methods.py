@@ -8,6 +8,7 @@ from typing import Any
 from diffusers.loaders.lora_base import LoraBaseMixin
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
+from torch import Tensor
 
 from stdit.hub import check_reachable, resolve_source
 from stdit.weights import safetensors_shapes
@@ -43,6 +44,9 @@ class LoraMethods(LoraBaseMixin):
         for a file that is no LoRA of this model.
         """
         _require_peft()
+        self._refuse_fused("load_lora_weights")
+        if adapter_name is not None and (not isinstance(adapter_name, str) or "." in adapter_name or not adapter_name):
+            raise ValueError(f"adapter_name is {adapter_name!r}; give a text without a point.")
         if not hasattr(self.transformer, "load_lora_adapter"):
             raise ValueError(
                 f"this model is a {type(self.transformer).__name__}, for which stdit has no LoRAs; leave it out."
@@ -51,6 +55,10 @@ class LoraMethods(LoraBaseMixin):
         with tempfile.TemporaryDirectory() as folder:
             if isinstance(source, Mapping):  # written to a file, so that one check serves all
                 file = Path(folder) / "state_dict.safetensors"
+                if other := next((name for name, value in source.items() if not isinstance(value, Tensor)), None):
+                    raise ValueError(
+                        f"{other} of the LoRA is a {type(source[other]).__name__}; give a dict of tensors."
+                    )
                 save_file({name: value.detach().cpu().contiguous() for name, value in source.items()}, file)
             else:
                 file = _lora_file(str(source), weight_name, kwargs)
@@ -85,11 +93,63 @@ class LoraMethods(LoraBaseMixin):
         self, components: Sequence[str] = _COMPONENTS, lora_scale: float = 1.0, safe_fusing: bool = False, **kwargs: Any
     ) -> None:
         """Add the active adapters, or those of `adapter_names`, to the weights, times `lora_scale`."""
-        super().fuse_lora(components=list(components), lora_scale=lora_scale, safe_fusing=safe_fusing, **kwargs)
+        self._refuse_fused("fuse_lora")
+        asked, layers = kwargs.get("adapter_names"), _tuner_layers(self, components)
+        self._scales_before_fusing = tuple((layer.scaling, dict(layer.scaling)) for layer in layers)
+        for layer in layers:
+            for name in layer.active_adapters if asked is None else asked:
+                if name in layer.scaling:
+                    layer.scaling[name] *= lora_scale
+        try:
+            super().fuse_lora(components=list(components), safe_fusing=safe_fusing, **kwargs)
+        except BaseException:
+            self.unfuse_lora()
+            raise
 
     def unfuse_lora(self, components: Sequence[str] = _COMPONENTS, **kwargs: Any) -> None:
-        """Take fused adapters out of the weights again, which then differ from before by rounding."""
+        """Take fused adapters out of the weights again, which then differ from before by rounding; they are active as before."""
         super().unfuse_lora(components=list(components), **kwargs)
+        if not self.fused_loras:
+            for scales, former in self._scales_before_fusing:
+                scales.update(former)
+            self._scales_before_fusing = ()
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters out of the pipeline; what fused ones have added to the weights stays there."""
+        super().unload_lora_weights()
+        self._merged_adapters: set[str] = set()
+        self._scales_before_fusing = ()
+
+    def set_adapters(self, adapter_names: list[str] | str, adapter_weights: Any = None) -> None:
+        """Make adapters the active ones, each times its weight."""
+        self._refuse_fused("set_adapters")
+        super().set_adapters(adapter_names, adapter_weights)
+
+    def disable_lora(self) -> None:
+        """Leave out all adapters until `enable_lora`."""
+        self._refuse_fused("disable_lora")
+        super().disable_lora()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Take some adapters out of the pipeline."""
+        self._refuse_fused("delete_adapters")
+        super().delete_adapters(adapter_names)
+
+    def _refuse_fused(self, method: str) -> None:
+        """Raise ValueError if adapters are fused, which peft would take out of the weights in this method."""
+        if self.fused_loras:
+            raise ValueError(
+                f"{method}: {', '.join(sorted(self.fused_loras))} is fused; call unfuse_lora first, or unload_lora_weights to keep it in "
+                "the weights for good."
+            )
+
+
+def _tuner_layers(pipe: Any, components: Sequence[str]) -> list[Any]:
+    """The layers of some components of a pipeline that have adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # imported on use, since peft is an extra
+
+    models = [model for name in components if (model := getattr(pipe, name, None)) is not None]
+    return [layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
 
 
 def _require_peft() -> None:

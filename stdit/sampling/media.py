@@ -23,13 +23,14 @@ def as_clips(given: Any, name: str, kind: Kind = "clip") -> Tensor:
 
     given: what has one picture is one frame; a list of pictures is a clip, a list of clips a batch. Arrays (F, H, W, 3),
     (B, F, H, W, 3) or (H, W, 3) are uint8 or floats in [0, 1]; tensors (B, 3, F, H, W), (3, F, H, W) or (3, H, W) floats in
-    [-1, 1], and tensors (B, F, 3, H, W) or (F, 3, H, W), as diffusers gives them, floats in [0, 1]. kind: "image": several
+    [-1, 1], and tensors (B, F, 3, H, W) or (F, 3, H, W), as diffusers gives them, floats in [0, 1]. Half precision is widened
+    to float32. kind: "image": several
     pictures are a batch of images, not a clip; "either": of tensors only. name: of the argument, for messages. Raises
     ValueError for anything else.
     """
     clips = _converted(given, name, kind)
     check_clip(clips, name)
-    return clips
+    return clips.float() if clips.element_size() < 4 else clips
 
 
 def check_clip(clip: Tensor, name: str) -> None:
@@ -46,20 +47,37 @@ def check_clip(clip: Tensor, name: str) -> None:
 def as_mask(given: Any) -> Tensor:
     """Convert a mask to bool (H, W) or (F, H, W), true where pixels are generated; a tensor is returned unchanged.
 
-    given: a PIL image (white is generated, transparent is not) or a list of them, one per frame; an array of bool, of uint8 or
-    of floats in [0, 1], of which the upper half is generated.
+    given: a PIL image (white is generated, transparent is not) or a list of them, one per frame; an array of bool, of whole
+    numbers from 0 to 255 (uint16: to 65535) or of floats in [0, 1], of which the upper half is generated. ValueError for
+    others, and for whole numbers that are but 0 and 1.
     """
     if isinstance(given, Tensor):
         return given
     if isinstance(given, Image.Image):
         return torch.from_numpy(np.asarray(Image.fromarray(upright(given, ground=BLACK)).convert("L")) > 127)
     if isinstance(given, np.ndarray):
-        return torch.from_numpy(given if given.dtype == bool else given > (0.5 if given.dtype.kind == "f" else 127))
+        return torch.from_numpy(_mask_of_array(given))
     if isinstance(given, Sequence) and not isinstance(given, str) and given:
         masks = [as_mask(one) for one in given]
         if len({mask.shape for mask in masks}) == 1:
             return torch.stack(masks)
     raise ValueError(f"mask is {_described(given)}; give a PIL image, a list of them, or an array or tensor (F, H, W).")
+
+
+def _mask_of_array(given: np.ndarray) -> np.ndarray:
+    if given.dtype == bool:
+        return given
+    if given.dtype.kind not in "uif":
+        raise ValueError(f"mask is {_described(given)}; give an array of bool, of 0 to 255, or of floats in [0, 1].")
+    white = 1 if given.dtype.kind == "f" else 65535 if given.dtype == np.uint16 else 255
+    low, high = (given.min(), given.max()) if given.size else (0, 0)
+    if not (low >= -0.001 and high <= white * 1.001):  # as resampling leaves them
+        raise ValueError(
+            f"mask is {_described(given)} with values from {low:.5g} to {high:.5g}; give bool, or 0 to {white} of this type."
+        )
+    if white > 1 and high == 1:
+        raise ValueError(f"mask is {_described(given)} that holds 0 and 1; use bool, or 0 and {white}.")
+    return given > white / 2
 
 
 def _converted(given: Any, name: str, kind: Kind) -> Tensor:
@@ -119,4 +137,6 @@ def _from_tensor(given: Tensor, kind: Kind) -> Tensor:
 def _described(given: Any) -> str:
     if isinstance(given, np.ndarray):
         return f"an array of {given.dtype} of shape {given.shape}"
+    if hasattr(given, "frames"):
+        return f"a {type(given).__name__}, whose .frames are the clips"
     return "an empty list" if isinstance(given, list | tuple) and not given else f"a {type(given).__name__}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from stdit.legacy import warn_renamed
+from stdit.ranges import real_number, whole_number
 from stdit.variants import pick
 
 # Names of the rows of `schedule.ARRANGEMENTS`, and of `precision.Precision`; those files import torch.
@@ -153,7 +154,7 @@ class SamplingOptions:
     fps: float | None = _option(
         None, "frame rate passed to a model conditioned on it; default: as trained", flag="--fps", type=float, above=0
     )
-    batch_size: int = _option(32, "clips per batch", least=1)
+    batch_size: int = _option(32, "clips per batch", type=int, least=1)
     precision: Precision = _option("auto", "arithmetic of the model", choices=get_args(Precision))  # noqa: RUF009
     progress: bool | Callable[..., Iterable] = _option(True, "show a progress bar; or a function that wraps loops")  # noqa: RUF009
 
@@ -165,7 +166,10 @@ class SamplingOptions:
             from stdit.sampling.solvers import SOLVERS  # imported on use, since options import no torch
 
             pick(SOLVERS, self.solver, "solver")
-        interval = tuple(self.guidance_interval)
+        given = self.guidance_interval
+        interval = tuple(given) if isinstance(given, Sequence) else (given,)
+        for level in interval:
+            real_number("guidance_interval", level)
         if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
             values = ", ".join(f"{value:g}" for value in interval)
             raise ValueError(f"guidance_interval must be two levels with 0 <= low <= high, got ({values}).")
@@ -203,7 +207,13 @@ def _check_value(name: str, value: Any) -> None:
     if metadata["choices"] is not None:
         pick(dict.fromkeys(metadata["choices"]), value, name)
     least, above = metadata["least"], metadata["above"]
-    for one in value if isinstance(value, Sequence) else [value]:  # of several seeds each
+    if least is None and above is None:
+        return
+    several = name == "seed" and isinstance(value, Sequence) and not isinstance(value, str)
+    for one in value if several else [value]:
+        if metadata["type"] is int:
+            whole_number(name, one, None, metadata["remedy"])
+        real_number(name, one)
         if least is not None and not least <= one < float("inf"):
             raise ValueError(f"{name} must be >= {least}, got {value}{metadata['remedy']}.")
     if above is not None and not above < value < float("inf"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import Tensor
 from stdit.conditions import Guided, Label
 from stdit.conditions.label import label_number  # noqa: F401 (under its former name)
 from stdit.conditions.values import map_tensors, rows
+from stdit.labels import label_values
 from stdit.legacy import aliases
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
-from stdit.precision import autocast
+from stdit.precision import Precision, autocast
+from stdit.ranges import whole_number
 from stdit.sampling import tasks
 from stdit.sampling.autoregressive import AutoregressiveSampler
 from stdit.sampling.call import Call, read_call
@@ -130,8 +133,7 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
             return None if label is None else label.null(count or 1)[:, 0]
         if not isinstance(label, Label):
             raise ValueError(refusal("class_labels", given, self.transformer.conditioners))
-        values = given.tolist() if isinstance(given, Tensor) else given
-        return torch.tensor([label.number(one) for one in ([values] if isinstance(values, int | str) else values)])
+        return torch.tensor([label.number(one) for one in label_values(given)])
 
     @property
     def encoder(self) -> TextEncoder:
@@ -253,12 +255,19 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, output_type=output_type,
             return_dict=return_dict, **choices,
         )  # fmt: skip
-        size = (num_frames or self.config.num_frames, height or self.config.height, width or self.config.width)
+        size = self._size(num_frames=num_frames, height=height, width=width)
         self.video_vae.latent_shape(*size, self.transformer.patch_size)
         if call.options.window is None:
             call = dataclasses.replace(call, options=dataclasses.replace(call.options, window=size[0]))
         count = count_clips(self.transformer.conditioners, call.given, num_videos=num_videos)
         return self._fill(tasks.blank(count, *size), call)
+
+    def _size(self, **given: Any) -> tuple[int, int, int]:
+        """Frames, height and width of a call: those given, otherwise those of training."""
+        frames, height, width = (
+            self.config[name] if value is None else whole_number(name, value, None) for name, value in given.items()
+        )
+        return frames, height, width
 
     def _call(self, **arguments: Any) -> Call:
         return read_call(arguments, self.transformer.conditioners)
@@ -320,9 +329,14 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
         scale = self.engine.guidance(call.options).scale
         warn_of_conditions(canvas, scale, self.transformer.conditioners, call.given, guider=call.options.guider)
 
-    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Decode latents to pixels on the CPU, a few clips at a time; `tile`: the side of tiles in latents."""
-        return decode(self.video_vae, latents, tile or self._tile)
+    def decode(self, latents: Tensor, tile: int | None = None, precision: Precision | None = None) -> Tensor:
+        """Decode latents to pixels on the CPU, a few clips at a time; `tile`: the side of tiles in latents.
+
+        precision: that of the call that gave the latents ("auto" if it named none), whose pixels these then are; None: that
+        of the VAE's weights.
+        """
+        with nullcontext() if precision is None else autocast(precision, self._execution_device, self._dtypes):
+            return decode(self.video_vae, latents, tile or self._tile)
 
 
 __getattr__ = aliases(__name__)

@@ -11,6 +11,7 @@ from torch import Tensor
 from stdit.conditions import Guided
 from stdit.conditions.values import map_tensors
 from stdit.precision import autocast
+from stdit.ranges import whole_number
 from stdit.sampling import tasks
 from stdit.sampling.autoregressive import AutoregressiveSampler, Rollout
 from stdit.sampling.call import Call
@@ -62,7 +63,7 @@ class StreamMethods(CallbackState):
             raise ValueError("a stream yields pixels as they are decoded; use output_type pil, np or pt.")
         if not self.transformer.config.causal:
             raise ValueError("this model is not causal; use extend, or train with model.causal=true.")
-        options, clip = call.options, as_clips(clip, "clip")
+        options, clip, after = call.options, as_clips(clip, "clip"), whole_number("after", after, None)
         check_streamed(options)
         step = self.video_vae.temporal_granularity or self.video_vae.stride[0]
         # The canvas of one group is checked in place of the whole one, which may not fit into memory.

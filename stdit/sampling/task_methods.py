@@ -51,7 +51,8 @@ class TaskMethods:
 
     def animate(self, image: Any, num_frames: int | None = None, class_labels: Labels = None, **choices: Any) -> Any:
         """Generate `num_frames` frames, the first of which is an image (B, 3, H, W). Options: those of `fill`."""
-        return self.fill(tasks.animate(image, num_frames or self.config.num_frames), class_labels, **choices)
+        frames = self.config.num_frames if num_frames is None else num_frames
+        return self.fill(tasks.animate(image, frames), class_labels, **choices)
 
     def extend(self, clip: Any, after: int = 0, before: int = 0, class_labels: Labels = None, **choices: Any) -> Any:
         """Extend a clip by `before` frames at its start and `after` frames at its end. Options: those of `fill`.
@@ -77,8 +78,8 @@ class TaskMethods:
         fps: the clip's rate (None: as trained); a model conditioned on rates gets `factor` times that.
         """
         call = self._call(class_labels=class_labels, **choices)
+        canvas = tasks.interpolate(clip, factor, self.video_vae, strength)  # which checks the factor
         options = dataclasses.replace(call.options, fps=(call.options.fps or self.config.fps) * factor)
-        canvas = tasks.interpolate(clip, factor, self.video_vae, strength)
         return self._fill(canvas, dataclasses.replace(call, options=options))
 
     def inpaint(self, clip: Any, mask: Any, class_labels: Labels = None, **choices: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stdit.ranges import real_number, whole_number
 from stdit.sampling.canvas import Canvas
 from stdit.sampling.groups import check_gap, fits, pad_to_groups
 from stdit.sampling.media import as_clips, as_mask, check_clip
@@ -29,14 +30,14 @@ def animate(image: Any, frames: int) -> Canvas:
     image = as_clips(image, "image", "image")
     if image.shape[2] != 1:
         raise ValueError(f"animate takes one image, got {image.shape[2]} frames; use extend for a clip.")
-    if frames < 2:
-        raise ValueError(f"num_frames must be >= 2, got {frames}; the first frame is the image.")
+    frames = whole_number("num_frames", frames, 2, "; the first frame is the image")
     return _concatenate([image, frames - 1])
 
 
 def extend(clip: Any, after: int, before: int, vae: VideoVAE) -> Canvas:
     """A canvas of `before` new frames, the clip, and `after` new frames."""
     clip = as_clips(clip, "clip")
+    after, before = whole_number("after", after, None), whole_number("before", before, None)
     if after < 0 or before < 0 or after + before == 0:
         raise ValueError(f"after={after} and before={before} add no frames; give one of them 1 or more, none below 0.")
     total = clip.shape[2] + after + before
@@ -55,8 +56,7 @@ def connect(first: Any, last: Any, frames: int, vae: VideoVAE) -> Canvas:
             f"clips to be connected must be equal in number and size: first is {_size(first)}, last is {_size(last)}; "
             "resize one of them."
         )
-    if frames < 1:
-        raise ValueError(f"frames must be >= 1, got {frames}; the gap between the clips needs new frames.")
+    frames = whole_number("frames", frames, remedy="; the gap between the clips needs new frames")
     check_gap(vae, total=first.shape[2] + last.shape[2] + frames, new=frames, name="frames")
     return _concatenate([first, frames, last])
 
@@ -68,8 +68,7 @@ def loop(clip: Any, frames: int, vae: VideoVAE) -> Canvas:
     """
     clip = as_clips(clip, "clip")
     length = clip.shape[2]
-    if frames < 1:
-        raise ValueError(f"frames must be >= 1, got {frames}; the gap from the clip's end to its beginning needs them.")
+    frames = whole_number("frames", frames, remedy="; the gap from the clip's end to its beginning needs them")
     step = vae.stride[0]
     check_gap(vae, total=length + frames + min(length, step), new=frames, name="frames")
     goal = min(length, (1 - length - frames) % step + step)  # a whole group of the VAE, wherever the gap ends
@@ -84,7 +83,7 @@ def interpolate(clip: Any, factor: int, vae: VideoVAE, strength: float = 0.4) ->
     """
     clip = as_clips(clip, "clip")
     _check_strength(strength)
-    frames = clip.shape[2]
+    frames, factor = clip.shape[2], whole_number("factor", factor, None)
     if factor < 2 or frames < 2:
         raise ValueError(
             f"interpolate takes factor >= 2 and a clip of 2 or more frames, got factor={factor}, {frames}."
@@ -149,7 +148,7 @@ def outpaint_canvas(clip: Any, height: int, width: int) -> tuple[Tensor, Tensor]
 
 
 def _check_strength(strength: float) -> None:
-    if not 0 <= strength <= 1:
+    if not 0 <= real_number("strength", strength) <= 1:
         raise ValueError(f"strength must be a noise level from 0 (no change) to 1 (a new clip), got {strength}.")
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import fill
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 from PIL import Image
 
 from stdit.sampling.call import ELSEWHERE
@@ -189,6 +189,13 @@ def test_latents_that_a_call_gives_decode_to_its_pixels(make, model):
     assert torch.equal(latents[:, :, :2], pipe.video_vae.encode(known))
 
 
+def test_latents_decode_to_the_pixels_of_a_call_at_its_precision(pipe):
+    given = {**FAST, "precision": "bf16"}
+    latents, expected = pipe(0, output_type="latent", **given).frames, pipe(0, **given)
+    torch.testing.assert_close(pipe.decode(latents, precision="bf16"), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(pipe.decode(latents), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("scheduler", [None, diffusers.FlowMatchEulerDiscreteScheduler()])
 def test_latents_hold_for_stdits_and_diffusers_schedulers(make, scheduler):
     pipe = make(scheduler)
@@ -305,6 +312,80 @@ def test_latents_that_a_callback_returns_are_gone_on_with_but_known_frames_stay(
     assert not torch.equal(plain[:, :, 2:], changed[:, :, 2:])
 
 
+def test_latents_changed_in_place_are_gone_on_with_but_known_frames_stay(make):
+    for model in ({}, CAUSAL):
+        pipe, known = make(**model), clip(5)
+        given = {"after": 4, "output_type": "latent", **FAST}
+        plain = pipe.extend(known, **given).frames
+        zeroed = pipe.extend(
+            known, callback_on_step_end=lambda p, i, t, x: {"latents": x["latents"] * 0}, **given
+        ).frames
+
+        def in_place(pipe, step, timestep, tensors):
+            tensors["latents"].zero_()
+
+        def in_place_returned(pipe, step, timestep, tensors):
+            return {"latents": tensors["latents"].zero_()}
+
+        for callback in (in_place, in_place_returned):
+            found = pipe.extend(known, callback_on_step_end=callback, **given).frames
+            assert torch.equal(found, zeroed) and torch.equal(found[:, :, :2], plain[:, :, :2])
+            assert not torch.equal(found, plain)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"latents": torch.zeros(1, 16, 1, 1, 1)}, r"latents of shape \(1, 16, 1, 1, 1\); .* \(2, 16, 3, 2, 2\)"),
+        ({"latents": torch.zeros(2, 16, 3, 2)}, r"latents of shape \(2, 16, 3, 2\)"),
+        ({"prompt_embeds": torch.zeros(1, 4, 64)}, r"prompt_embeds of shape \(1, 4, 64\); .* \(2, 4, 64\)"),
+        ({"prompt_embeds": torch.zeros(2, 4, 63)}, r"prompt_embeds of shape \(2, 4, 63\)"),
+        ({"prompt_embeds": torch.zeros(2, 64)}, r"prompt_embeds of shape \(2, 64\)"),
+        ({"latent": torch.zeros(2, 16, 3, 2, 2)}, "returned 'latent'; this call has latents, prompt_embeds, neg"),
+        ({"latents": None}, "returned a NoneType as latents; return a tensor"),
+        ({"latents": np.zeros((2, 16, 3, 2, 2))}, "returned a ndarray as latents; return a tensor"),
+        (torch.zeros(2, 16, 3, 2, 2), "returned a Tensor; return a dict"),
+        ([1], "returned a list; return a dict"),
+        ("latents", "returned a str; return a dict"),
+        (3, "returned a int; return a dict"),
+    ],
+)
+def test_what_a_callback_cannot_return_is_refused_in_one_line(texts, result, message):
+    with pytest.raises(ValueError, match=message) as error:
+        texts(["a red one", "blue"], callback_on_step_end=lambda *given: result, **FAST)
+    assert "\n" not in str(error.value)
+
+
+def test_tokens_from_a_callback_of_a_model_without_captions_are_refused(pipe):
+    with pytest.raises(ValueError, match="returned 'prompt_embeds'; this call has latents.$"):
+        pipe(0, callback_on_step_end=lambda *given: {"prompt_embeds": torch.zeros(1, 4, 64)}, **FAST)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "2", None, [1.0]])
+def test_a_scale_of_guidance_that_is_no_number_is_refused(pipe, scale):
+    def change(pipe, step, timestep, tensors):
+        pipe._guidance_scale = scale
+
+    with pytest.raises(ValueError, match="a callback set _guidance_scale to .*; set a number, 1 for no guidance"):
+        pipe(0, callback_on_step_end=change, **FAST)
+
+
+@pytest.mark.parametrize("kind", ["classes", "texts"])
+def test_diffusers_callback_that_cuts_guidance_off_leaves_each_clip_its_condition(pipe, texts, kind):
+    pipe, given = (pipe, [0, 2]) if kind == "classes" else (texts, ["a red one", "blue"])
+
+    def off(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe._guidance_scale = 0.0
+
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    both = MultiPipelineCallbacks([Recorder(), cut])
+    expected = pipe(given, callback_on_step_end=off, guidance_scale=3.0, **FAST)
+    for callback in (cut, both):
+        assert torch.equal(pipe(given, callback_on_step_end=callback, guidance_scale=3.0, **FAST), expected)
+    assert not torch.equal(expected, pipe(given, guidance_scale=3.0, **FAST))
+
+
 def test_a_callback_interrupts_a_call_and_an_error_in_it_ends_one(pipe):
     steps = []
 
@@ -366,6 +447,9 @@ def test_a_stream_takes_the_arguments_group_by_group(make):
         torch.equal(part.frames.transpose(1, 2), group * 0.5 + 0.5) for part, group in zip(parts, plain, strict=True)
     )
     assert len(seen.calls) == 2 * 3
+    for after in ("8", 8.0, True):
+        with pytest.raises(ValueError, match="after must be a whole number, got"):
+            pipe.stream(clip(), after, 1, **FAST)
     with pytest.raises(ValueError, match="a stream takes no latents; leave it out"):
         pipe.stream(clip(), 8, 1, latents=torch.zeros(1, 16, 4, 2, 2), **FAST)
 
@@ -382,7 +466,26 @@ def test_a_stream_takes_the_arguments_group_by_group(make):
         ({"output_type": "latent", "num_frames": 17, "window": 9}, "latents are those of one window"),
         ({"callback_on_step_end_tensor_inputs": ["mask"]}, "has 'mask'; a callback of this model can have latents"),
         ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "has 'prompt_embeds'; a callback of this model can"),
-        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be a whole number >= 1, got 0"),
+        ({"num_videos_per_prompt": 0}, "num_videos_per_prompt must be >= 1, got 0"),
+        ({"num_videos": 0}, "num_videos must be >= 1, got 0"),
+        ({"num_frames": 0}, "num_frames must be >= 1, got num_frames=0; use 1 for an image"),
+        ({"num_frames": "blurry"}, "num_frames must be a whole number, got 'blurry'"),
+        ({"height": 0}, "height=0"),
+        ({"height": 64.0}, "height must be a whole number, got 64.0"),
+        ({"width": True}, "width must be a whole number, got True"),
+        ({"num_videos_per_prompt": True}, "num_videos_per_prompt must be a whole number, got True"),
+        ({"window": 9.0}, "window must be a whole number, got 9.0"),
+        ({"guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
+        ({"guidance_interval": ("0", 1)}, "guidance_interval must be a number, got '0'"),
+        ({"seed": "1"}, "seed must be a whole number, got '1'"),
+        ({"output_type": 3}, "Unknown output_type 3. Choose one of"),
+        ({"output_type": []}, "Unknown output_type .*. Choose one of"),
+        ({"generator": 3}, "generator is a int; give a torch.Generator"),
+        ({"generator": [None]}, "generator is a NoneType; give a torch.Generator"),
+        ({"generator": np.random.default_rng(0)}, "generator is a Generator; give a torch.Generator"),
+        ({"latents": [1]}, "latents is a list; give a tensor"),
+        ({"latents": np.zeros((1, 16, 3, 2, 2))}, "latents is a ndarray; give a tensor"),
+        ({"negative_class_labels": 1.5}, "class label 1.5 is neither a whole number nor a name"),
         ({"seed": [1, 2]}, "2 seeds .or generators. for 1 clips"),
         ({"seed": [1, -2]}, "seed must be >= 0"),
     ],
@@ -391,6 +494,61 @@ def test_arguments_that_cannot_be_are_refused_in_one_line(pipe, given, message):
     with pytest.raises(ValueError, match=message) as error:
         pipe(0, **given, **FAST)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "fits"),
+    [
+        (lambda pipe, count: pipe(0, num_frames=count, **FAST), 5),
+        (lambda pipe, count: pipe.animate(clip()[:, :, 0], count, **FAST), 5),
+        (lambda pipe, count: pipe.extend(clip(), after=count, before=0, **FAST), 4),
+        (lambda pipe, count: pipe.connect(clip(), clip(), count, **FAST), 4),
+        (lambda pipe, count: pipe.loop(clip(), count, **FAST), 4),
+        (lambda pipe, count: pipe.interpolate(clip(), count, **FAST), 2),
+    ],
+    ids=["call", "animate", "extend", "connect", "loop", "interpolate"],
+)
+def test_a_count_is_any_whole_number_and_nothing_else(pipe, call, fits):
+    for count in (0, -4, 4.0, "4", True, torch.tensor(4.0), [4]):
+        with pytest.raises(ValueError, match="must be a whole number, got|must be >= |>= 2|add no frames") as error:
+            call(pipe, count)
+        assert "\n" not in str(error.value)
+    assert torch.equal(call(pipe, np.int64(fits)), call(pipe, fits))
+
+
+def test_a_label_is_any_whole_number_or_name_and_nothing_else(pipe):
+    expected = pipe("b", **FAST)
+    for one in (1, np.int64(1), np.uint8(1), torch.tensor(1), np.array(1), 1.0, [1], (np.int64(1),), torch.tensor([1])):
+        assert torch.equal(pipe(one, **FAST), expected)
+        assert pipe.labels(one).tolist() == [1]
+        negative = pipe(0, negative_class_labels=one, **FAST)
+        assert torch.equal(negative, pipe(0, negative_class_labels="b", **FAST))
+    assert torch.equal(pipe(np.array(["a", "c"]), **FAST), pipe([0, 2], **FAST))
+    for one in (
+        1.5,
+        True,
+        float("nan"),
+        b"b",
+        None,
+        object(),
+        [1],
+        torch.tensor(True),
+        np.bool_(True),
+        torch.tensor(1.5),
+    ):
+        for given in ([one], *([] if one is None or isinstance(one, list) else [one])):
+            with pytest.raises(ValueError, match="is neither a whole number nor a name"):
+                pipe(given, **FAST)
+
+
+def test_a_text_is_a_text_a_list_of_texts_or_a_tensor(texts):
+    for given in (3, b"red", [1], ["red", None], np.zeros((1, 4, 64))):
+        for name in ("prompt", "negative_prompt", "prompt_embeds", "captions"):
+            more = {"prompt": "red"} if name.startswith("negative") else {}
+            with pytest.raises(ValueError, match=f"{name} is a .*; give a text, a list of texts, or a tensor"):
+                texts(**{name: given}, **more, **FAST)
+    with pytest.raises(ValueError, match="num_frames must be a whole number, got 'blurry'"):
+        texts("circle left", "blurry", **FAST)
 
 
 def test_a_loop_of_no_whole_groups_has_no_latents(pipe):

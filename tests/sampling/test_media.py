@@ -147,7 +147,43 @@ def test_what_is_no_clip_is_refused_in_one_line(given, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int32", "int64", "float16", "float32", "float64"])
+def test_the_upper_half_of_a_type_s_range_is_generated_and_ambiguous_values_are_refused(kind):
+    white = 1 if kind.startswith("f") else 65535 if kind == "uint16" else 255
+    levels = np.linspace(0, white, 9).astype(kind)[:, None]
+    assert torch.equal(as_mask(levels), torch.from_numpy(levels > white / 2))
+    assert torch.equal(as_mask(levels), torch.tensor([False] * 4 + [bool(levels[4] > white / 2)] + [True] * 4)[:, None])
+    assert not as_mask(np.zeros((4, 4), kind)).any() and as_mask(np.full((4, 4), white, kind)).all()
+    binary = np.eye(4, dtype=kind)
+    if white > 1:
+        with pytest.raises(ValueError, match=rf"array of {kind} .* holds 0 and 1; use bool, or 0 and {white}"):
+            as_mask(binary)
+    else:
+        assert torch.equal(as_mask(binary), torch.eye(4).bool())
+    if kind not in ("uint8", "uint16"):
+        for beyond in (-1, 2 * white):
+            with pytest.raises(ValueError, match="values from .*; give bool, or 0 to"):
+                as_mask(np.array([[0, beyond, white]], dtype=kind))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_clips_in_half_precision_are_the_same_pixels_in_float32(pipe, half):
+    given = pixels(frames()[:1]).to(half)
+    assert as_clips(given, "clip").dtype == torch.float32
+    options = {"class_labels": 1, **FAST}
+    assert torch.equal(pipe.extend(given, 4, **options), pipe.extend(given.float(), 4, **options))
+
+
+def test_the_output_of_a_call_in_place_of_its_frames_is_told_from_them(pipe):
+    made = pipe(1, num_frames=5, output_type="pil", **FAST)
+    with pytest.raises(ValueError, match="clip is a STDiTPipelineOutput, whose .frames are the clips; give"):
+        pipe.extend(made, after=4)
+
+
 def test_what_is_no_mask_is_refused_in_one_line():
+    for given in (np.array([["a"]]), np.array([[None]]), np.ones((2, 2), complex), np.full((2, 2), np.nan)):
+        with pytest.raises(ValueError, match="mask is an array of .*; give"):
+            as_mask(given)
     with pytest.raises(ValueError, match="mask is a str; give a PIL image"):
         as_mask("mask.png")
     with pytest.raises(ValueError, match="mask is a list; give a PIL image"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import fill
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from huggingface_hub.errors import HfHubHTTPError
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
@@ -107,6 +108,9 @@ def test_a_pipeline_made_from_another_shares_its_parts(make, dtype):
     assert longer.config.num_frames == 9 and pipe.config.num_frames == 5
     with pytest.raises(TypeError, match="'unet' is no part of STDiTPipeline; it has guide, scheduler"):
         STDiTPipeline.from_pipe(pipe, unet=None)
+    for other in (3, None, DiffusionPipeline()):
+        with pytest.raises(ValueError, match=f"from_pipe is given a {type(other).__name__}, which has not the parts"):
+            STDiTPipeline.from_pipe(other)
 
 
 def test_a_pipeline_is_made_from_one_with_an_autoencoder_of_diffusers(make):
@@ -209,6 +213,7 @@ def test_a_push_uploads_the_folder_with_its_card_and_keeps_one_that_is_there(pip
         calls.append((repo_id, given))
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
+    monkeypatch.setattr("stdit.sampling.folder_methods.check_connection", lambda: None)
     monkeypatch.setattr(huggingface_hub, "create_repo", create)
     monkeypatch.setattr(STDiTPipeline, "_upload_folder", upload)
     monkeypatch.setattr(huggingface_hub, "file_exists", lambda *given, **more: False)
@@ -223,6 +228,47 @@ def test_a_push_uploads_the_folder_with_its_card_and_keeps_one_that_is_there(pip
     monkeypatch.setattr(huggingface_hub, "file_exists", lambda *given, **more: True)
     pipe.push_to_hub("me/mine", samples=0)
     assert not {"README.md", "samples"} & set(listed[1])
+
+
+def test_a_push_without_a_connection_is_one_line_and_samples_nothing(pipe, monkeypatch):
+    def refused(*given, **more):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    class Broken(HfHubHTTPError.__bases__[0]):
+        """What the hub's client raises where a connection breaks."""
+
+    def broken(*given, **more):
+        raise Broken("connection\nlost")
+
+    saved = []
+    monkeypatch.setattr(STDiTPipeline, "save_pretrained", lambda *given, **more: saved.append(given))
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.create_connection", refused)
+    with pytest.raises(ValueError, match="'nobody/thing' cannot be pushed: .*Connection refused"):
+        pipe.push_to_hub("nobody/thing")
+    assert not saved
+    monkeypatch.setattr("stdit.sampling.folder_methods.check_connection", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "create_repo", broken)
+    with pytest.raises(ValueError, match="'nobody/thing' cannot be pushed: connection lost") as error:
+        pipe.push_to_hub("nobody/thing", samples=0)
+    assert "\n" not in str(error.value) and len(saved) == 1
+
+
+def test_a_push_that_cannot_be_leaves_nothing_behind(pipe, tmp_path):
+    target = tmp_path / "m"
+    for given, message in [
+        ({"samples": ["nope"]}, "class label 'nope' is unknown"), ({"samples": "nope"}, "class label 'nope' is unknown"),
+        ({"samples": -1}, "samples must be >= 0, got -1; give a number, or a list"),
+        ({"samples": True}, "samples must be a whole number, got True"), ({"samples": 1.5}, "samples must be a whole number"),
+        ({"samples": [1.5]}, "class label 1.5 is neither"), ({"run": tmp_path}, "holds no record of a run"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            pipe.push_to_hub(str(target), **given)
+        assert not target.exists()
+    pipe.push_to_hub(str(target), samples="a cat")
+    assert sorted(path.name for path in (target / "samples").iterdir()) == ["000.gif", "000.mp4"]
 
 
 def test_saving_with_push_to_hub_pushes_with_a_card(pipe, tmp_path, monkeypatch):

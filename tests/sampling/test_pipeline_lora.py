@@ -113,6 +113,45 @@ def test_a_fused_adapter_is_in_the_weights_and_comes_out_again(pipe, tmp_path):
     torch.testing.assert_close(STDiTPipeline.from_pretrained(tmp_path)(1, **FAST), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_what_is_fused_comes_out_at_its_scale_or_stays_in_the_weights_whatever_is_called_between(make, guided):
+    pipe, tensors = make(guided), adapter(1)
+    more = {"guidance_scale": 2.0} if guided else {}
+    plain = pipe(1, **{**FAST, **more})
+    pipe.load_lora_weights(tensors, adapter_name="x")
+    pipe.set_adapters("x", 1.4)
+    before = pipe(1, **{**FAST, **more})
+    refused = [
+        lambda: pipe.set_adapters("x", 0.3), lambda: pipe.load_lora_weights(adapter(2), adapter_name="z"),
+        lambda: pipe.fuse_lora(lora_scale=0.3), pipe.disable_lora, lambda: pipe.delete_adapters("x"),
+    ]  # fmt: skip
+    for scale in (0.5, 0.3):  # a second time at another scale
+        pipe.fuse_lora(lora_scale=scale)
+        fused = pipe(1, **{**FAST, **more})
+        assert pipe.num_fused_loras == 1 and not torch.allclose(fused, before, atol=1e-3)
+        if not guided:
+            torch.testing.assert_close(fused, added(make(), (1.4 * scale, tensors)), atol=1e-4, rtol=1e-4)
+        for call in refused:
+            with pytest.raises(
+                ValueError, match="x is fused; call unfuse_lora first, or unload_lora_weights to keep it"
+            ):
+                call()
+        assert torch.equal(pipe(1, **{**FAST, **more}), fused)
+        pipe.unfuse_lora()
+        torch.testing.assert_close(pipe(1, **{**FAST, **more}), before, atol=1e-4, rtol=1e-4)
+    pipe.set_adapters("x", 0.3)
+    pipe.unload_lora_weights()
+    torch.testing.assert_close(pipe(1, **{**FAST, **more}), plain, atol=1e-4, rtol=1e-4)
+    pipe.load_lora_weights(tensors, adapter_name="x")
+    pipe.fuse_lora(lora_scale=0.5)
+    fused = pipe(1, **{**FAST, **more})
+    pipe.unload_lora_weights()
+    assert pipe.num_fused_loras == 0 and torch.equal(pipe(1, **{**FAST, **more}), fused)
+    pipe.load_lora_weights(adapter(2), adapter_name="z")
+    pipe.unload_lora_weights()
+    assert torch.equal(pipe(1, **{**FAST, **more}), fused)
+
+
 def test_an_adapter_is_also_put_into_the_guide(make):
     guided, tensors = make(guided=True), adapter(1)
     plain = guided.guide.blocks[0].attn.qkv(torch.ones(1, 32))
@@ -161,6 +200,12 @@ def test_a_lora_of_another_model_is_refused_before_anything_is_changed(make, tmp
             with pytest.raises(ValueError, match=message) as error:
                 pipe.load_lora_weights(source)
             assert "\n" not in str(error.value)
+    arrays = {name: value.numpy() for name, value in adapter(1).items()}
+    with pytest.raises(ValueError, match="lora_A.weight of the LoRA is a ndarray; give a dict of tensors"):
+        pipe.load_lora_weights(arrays)
+    for name in ("a.b", "", 3):
+        with pytest.raises(ValueError, match="adapter_name is .*; give a text without a point"):
+            pipe.load_lora_weights(adapter(1), adapter_name=name)
     (tmp_path / "output").mkdir()
     with pytest.raises(ValueError, match="has no pytorch_lora_weights.safetensors; give the file of the LoRA"):
         pipe.load_lora_weights(tmp_path / "output")
