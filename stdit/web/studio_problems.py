@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from stdit.files import printable
+
 
 class Fix(NamedTuple):
     """A button. label: what it says. change: of the page's settings, by name."""
@@ -20,7 +22,7 @@ class Problem(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """As the page gets it."""
         fixes = [{"label": fix.label, "change": fix.change} for fix in self.fixes]
-        return {"message": self.message, "fixes": fixes, "stops": self.stops}
+        return {"message": printable(self.message), "fixes": fixes, "stops": self.stops}
 
 
 class Refused(ValueError):

@@ -1,6 +1,8 @@
 """The studio's server: requests become commands, what stands in their way has buttons, and jobs end when they are cancelled."""
 
 import io
+import json
+import os
 import shlex
 import shutil
 import threading
@@ -278,6 +280,26 @@ def test_a_request_that_is_none_is_refused_in_one_line(client, body):
         assert "\n" not in answer.json()["problem"]["message"]
 
 
+@pytest.mark.parametrize("name", ["caption", "label", "model", "mask", "steps"])
+def test_half_of_a_character_is_refused_and_the_studio_goes_on(client, studio, name):
+    body = json.dumps({**ask("generate", 17), "model": "texts", "label": None, "caption": "a boat", name: "a \ud800"})
+    answer = client.post("/api/jobs", content=body)
+    assert answer.status_code == 409 and name in answer.json()["problem"]["message"]
+    assert not studio.jobs.listing() and not studio.history.path.exists()
+    with client.websocket_connect("/events", headers={"host": "127.0.0.1"}) as events:
+        assert events.receive_json()["type"] == "hello"
+
+
+def test_a_folder_whose_name_is_no_text_is_listed(tmp_path, home):
+    (tmp_path / os.fsdecode(b"half-\xff")).symlink_to(home / "models" / "tiny")
+    studio = make_studio(tmp_path, tmp_path / "output", tmp_path)
+    with (
+        TestClient(make_app(studio.routes(), studio.worker, studio.close), base_url="http://127.0.0.1") as client,
+        client.websocket_connect("/events", headers={"host": "127.0.0.1"}) as events,
+    ):
+        assert len(events.receive_json()["models"]) == 1
+
+
 def test_a_model_folder_that_vanishes_is_one_line_and_another_model(client, home, tmp_path):
     shutil.copytree(home / "models", tmp_path / "models")
     studio = make_studio(tmp_path / "models", tmp_path / "output", tmp_path)
@@ -377,8 +399,13 @@ def test_a_damaged_history_loses_its_damaged_lines_alone(client, studio):
         '{"files": ["../x.mp4"]}',
         whole[: len(whole) // 2],
         whole.replace('"generate"', '"fly"').strip(),
+        whole.replace('"red"', '"\\ud800"').strip(),
+        whole.replace('"fps": 8.0', '"fps": NaN').strip(),
+        whole.replace('"fps": 8.0', '"fps": 1e999').strip(),
+        whole.replace('"warnings": []', '"warnings": ["\\udfff"]').strip(),
     ]
-    studio.history.path.write_text("\n".join(damaged) + "\n" + whole)
+    assert whole not in [line + "\n" for line in damaged]
+    studio.history.path.write_text("\n".join(damaged) + "\n" + whole + whole[: len(whole) // 2])
     finished(client, client.post("/api/jobs", json=ask("generate", 17, seed=4)).json()["id"])
     versions = studio.history.versions()
     assert [version["number"] for version in versions] == [3, 2, 1]
