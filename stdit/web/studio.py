@@ -7,6 +7,7 @@ What changes is sent to every tab over a WebSocket (/events), as JSON: {"type": 
 
 import asyncio
 import json
+import math
 import secrets
 import shlex
 from collections.abc import Awaitable, Callable
@@ -210,12 +211,12 @@ class Studio:
         """Take the body as a file; its name, the look and what to keep of it are in the query."""
         if int(http.headers.get("content-length") or 0) > LARGEST_UPLOAD:
             raise Refused(f"the file has more than the {LARGEST_UPLOAD >> 20} MB that are taken; compress or cut it.")
-        look, first = _look(http), http.query_params.get("first")
+        look, first = _look(http), _first(http)
         path, new = await self.media.receive(http.query_params.get("name", ""), http.stream())
 
         def admit() -> str:
             with readable(path):
-                return self.media.admit(path, look, new=new, first=None if first is None else float(first))
+                return self.media.admit(path, look, new=new, first=first)
 
         name = await self.files.run(admit)
         return await self._view_of(name, look)
@@ -309,6 +310,18 @@ async def _body(http: HttpRequest) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Refused("a request is JSON.") from error
+
+
+def _first(http: HttpRequest) -> float | None:
+    """The seconds in a query that are kept of a clip, or none."""
+    given = http.query_params.get("first")
+    try:
+        seconds = None if given is None else float(given)
+    except ValueError:
+        seconds = math.nan
+    if seconds is not None and not 0 < seconds <= MOST_SECONDS:  # also for not-a-number
+        raise Refused(f"first={str(given)[:20]} is no number of seconds up to {MOST_SECONDS:g}.")
+    return seconds
 
 
 def _look(http: HttpRequest) -> Look:

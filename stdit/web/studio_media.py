@@ -134,13 +134,14 @@ class Media:
                 return self.name(path)
             with VideoReader(path, max_pixels=MOST_PIXELS) as reader:
                 seconds = float(reader.timestamps[-1]) + 1 / reader.fps
-            fits = MOST_SECONDS if first is None else min(first, MOST_SECONDS)
+            fits = first or MOST_SECONDS
             if seconds > fits and first is None:
                 use = Fix(f"Use its first {fits:g} seconds", {"upload": {"first": fits}})
                 raise Refused(f"{path.name} lasts {seconds:.0f} s, and {MOST_SECONDS:g} are the most.", use)
             if seconds > fits:
                 begun = self.cut(path, look, 0, max(1, round(fits * (look.fps or 8))))
-                path.unlink()
+                if new:  # a file that was there before stays
+                    path.unlink()
                 return begun
             self.view(path, look)
             return self.name(path)

@@ -257,6 +257,30 @@ def test_uploads_beyond_the_bounds_are_refused_in_one_line_and_nothing_is_left(c
     assert kept.json()["frames"] == 480
 
 
+@pytest.mark.parametrize("first", ["-1", "0", "nan", "inf", "61", "x", "0.5"])
+def test_a_file_that_was_there_stays_whatever_is_kept_of_it(client, studio, home, first):
+    url, content = f"/api/media?name=clip.mp4&{LOOK}", (home / "clip.mp4").read_bytes()
+    name = client.post(url, content=content).json()["name"]
+    again = client.post(f"{url}&first={first}", content=content)
+    assert (studio.output / name).read_bytes() == content
+    if first == "0.5":  # a clip of its own
+        assert again.json()["frames"] == 4 and again.json()["name"] != name
+    else:
+        assert again.status_code == 409 and f"first={first}" in again.json()["problem"]["message"]
+
+
+@pytest.mark.parametrize("url", ["/", "/static/studio.html", "/api/runs", "/api/view/none.mp4", "/static/none"])
+def test_no_other_site_asks_or_shows_the_page_in_a_frame(client, url):
+    answer = client.get(url, headers={"sec-fetch-site": "same-origin"})
+    assert answer.status_code != 403 and answer.headers["x-frame-options"] == "DENY"
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    for site in ("cross-site", "same-site"):
+        for mode, dest in (("no-cors", "image"), ("cors", "empty"), ("navigate", "iframe"), ("navigate", "document")):
+            headers = {"sec-fetch-site": site, "sec-fetch-mode": mode, "sec-fetch-dest": dest}
+            follows_a_link = url == "/" and dest == "document"
+            assert (client.get(url, headers=headers).status_code == 403) != follows_a_link, (site, dest)
+
+
 def test_names_that_lead_elsewhere_are_refused(client, home, names):
     (home / "secret.png").write_bytes((home / "picture.png").read_bytes())
     for url in (
@@ -297,7 +321,8 @@ def test_a_folder_whose_name_is_no_text_is_listed(tmp_path, home):
         TestClient(make_app(studio.routes(), studio.worker, studio.close), base_url="http://127.0.0.1") as client,
         client.websocket_connect("/events", headers={"host": "127.0.0.1"}) as events,
     ):
-        assert len(events.receive_json()["models"]) == 1
+        said = events.receive_text()
+        assert said.encode() and len(json.loads(said)["models"]) == 1
 
 
 def test_a_model_folder_that_vanishes_is_one_line_and_another_model(client, home, tmp_path):
