@@ -126,6 +126,13 @@ def few_steps(page):
     page.evaluate("document.activeElement.blur()")
 
 
+def many_steps(page, count=1000):
+    page.fill("#steps", str(count))
+    page.press("#steps", "Tab")
+    page.wait_for_function(f"window.studio.plan?.commands[0]?.includes('--steps {count} ')")
+    ready(page)
+
+
 def test_each_task_takes_at_most_five_actions(browser, address, home):
     frames = {
         "generate": 17,
@@ -222,6 +229,64 @@ def test_a_version_can_be_taken_up_again_with_its_mask_and_seed(browser, address
         page.wait_for_function("window.studio.mask && window.studio.plan")
         ready(page)
         assert page.inner_text("#command code") == shown
+
+
+def test_a_version_of_another_model_is_taken_up_with_its_task_text_and_seed(browser, address, home):
+    with opened(browser, address) as page:
+        before = page.evaluate("window.studio.versions.length")
+        page.select_option("#model", "texts")
+        page.wait_for_selector("#caption")
+        page.fill("#caption", "a red boat")
+        page.wait_for_function("window.studio.plan?.commands[0]?.includes('red boat')")
+        many_steps(page, 3)
+        shown = page.inner_text("#command code")
+        page.click("#fill")
+        made(page, before + 1)
+        page.select_option("#model", "tiny")
+        page.wait_for_selector(".chip")
+        page.click("#task-extend")
+        page.click(".version .restore")
+        page.wait_for_function("window.studio.model === 'texts' && window.studio.task === 'generate'")
+        page.wait_for_selector("#command code:has-text('red boat')")
+        ready(page)
+        assert page.inner_text("#command code") == shown and page.input_value("#caption") == "a red boat"
+
+
+def test_a_page_that_is_loaded_again_keeps_its_mask_its_seed_and_its_request(browser, address, home):
+    with opened(browser, address) as page:
+        page.click("#task-inpaint")
+        Hand(page).files(home / "clip.mp4")
+        Hand(page).paint()
+        page.fill("#seed", "77")
+        page.click(".chip:text('green')")
+        many_steps(page)
+        shown = page.inner_text("#command code")
+        assert "--mask" in shown and "--seed 77" in shown
+        page.click("#fill")
+        page.wait_for_selector(".job:has-text('left')")
+        page.reload()
+        page.wait_for_selector(".job:has-text('left')")
+        page.wait_for_function("window.studio.mask")
+        ready(page)
+        assert page.inner_text("#command code") == shown
+        assert "another tab" not in page.inner_text(".job")
+        page.keyboard.press("Escape")
+        page.wait_for_selector(".job", state="detached")
+        assert page.evaluate("[...window.studio.jobs.values()].at(-1).state") == "cancelled"
+        many_steps(page, 60)
+        page.click("#fill")
+        page.wait_for_selector(".job")
+        page.reload()
+        page.wait_for_function("window.studio.filled === window.studio.versions[0]?.name && window.player.playing")
+
+
+def test_esc_right_after_generate_cancels_it(browser, address):
+    with opened(browser, address) as page:
+        many_steps(page)
+        page.evaluate(
+            "document.querySelector('#fill').click(); dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))"
+        )
+        page.wait_for_function("[...window.studio.jobs.values()].at(-1)?.state === 'cancelled'")
 
 
 def test_a_timeline_is_laid_moved_and_taken_apart_by_keys(browser, address, home):

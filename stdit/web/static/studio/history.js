@@ -1,6 +1,7 @@
 // The versions that were made: shown, taken as input, and their settings taken up again.
 import { $, ago, h, path } from "./dom.js";
 import { arrange, changed, frameOf, known, loadParts, place, plan, state, viewOf } from "./state.js";
+import { useModel } from "./models.js";
 import { play, player, showMask } from "./stage.js";
 
 let built = "";
@@ -25,9 +26,9 @@ export function show(name) {
 addEventListener("show-version", (event) => show(event.detail));
 
 // Everything as it was when a version was made.
-export function restore(version) {
+export async function restore(version) {
   const { request } = version;
-  if (request.model !== state.model) return dispatchEvent(new CustomEvent("use-model", { detail: request.model }));
+  if (request.model !== state.model && !(await useModel(request.model))) return;
   arrange("generate", []);
   for (const name of ["task", "label", "caption", "steps", "guidance", "seed", "count", "factor", "strength", "height", "width"]) state[name] = request[name];
   state.parts = request.parts.map(({ media, frames }) => ({ media, frames }));
