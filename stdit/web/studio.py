@@ -119,12 +119,17 @@ class Studio:
         }  # fmt: skip
 
     def _job_changed(self, job: Job) -> None:
-        made = {"type": "versions", "versions": self.history.versions()} if job.versions else None
+        if job.state not in ("waiting", "running"):
+            self._tell_versions()
         message = {"type": "job", "job": job.as_json()}
         for tab in self._tabs:
-            if made is not None:
-                tab.tell("versions", made)
             tab.tell(f"job {job.id}", message)
+
+    def _tell_versions(self) -> None:
+        """Tell the tabs which versions there are, since one was made, or may have been removed by somebody."""
+        made = {"type": "versions", "versions": self.history.versions()}
+        for tab in self._tabs:
+            tab.tell("versions", made)
 
     # What tabs ask for
 
@@ -239,7 +244,11 @@ class Studio:
         return await self._view_of(await self.files.run(cut), look)
 
     async def _view(self, http: HttpRequest) -> Response:
-        return await self._view_of(http.path_params["name"], _look(http))
+        try:
+            return await self._view_of(http.path_params["name"], _look(http))
+        except Refused:
+            self._tell_versions()
+            raise
 
     async def _view_of(self, name: str, look: Look) -> Response:
         path = self.media.path(name)

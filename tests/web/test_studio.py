@@ -1,5 +1,6 @@
 """The studio's server: requests become commands, what stands in their way has buttons, and jobs end when they are cancelled."""
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ pytest.importorskip("httpx2", reason="the test client of starlette needs it")
 from PIL import Image
 from starlette.testclient import TestClient
 
+from stdit.data import video_write
 from stdit.data.inputs import read_input
 from stdit.data.video_write import to_uint8
 from stdit.model.stdit import STDiT
@@ -232,6 +234,39 @@ def test_a_cancelled_request_ends_within_one_step_and_leaves_nothing(client, stu
         assert len(calls) < 500
     assert [path.name for path in studio.output.rglob("*.mp4")] == []
     assert client.delete("/api/jobs/none").status_code == 409
+
+
+def test_a_folder_that_is_removed_while_sampling_is_made_again_and_its_versions_are_not_listed(
+    client, studio, monkeypatch
+):
+    (gone,) = finished(client, client.post("/api/jobs", json=ask("generate", 17)).json()["id"])["versions"]
+    forward = STDiT.forward
+
+    def removing(self, *arguments, **more):
+        shutil.rmtree(studio.output, ignore_errors=True)
+        return forward(self, *arguments, **more)
+
+    with client.websocket_connect("/events", headers={"host": "127.0.0.1"}) as events:
+        assert [one["name"] for one in events.receive_json()["versions"]] == [gone]
+        shutil.rmtree(studio.output)
+        assert client.get(f"/api/view/{gone}").status_code == 409
+        assert events.receive_json() == {"type": "versions", "versions": []}
+    for model in ("tiny", "forward"):
+        monkeypatch.setattr(STDiT, "forward", removing)
+        job = client.post("/api/jobs", json=ask("generate", 17, seed=8, model=model)).json()["id"]
+        (made,) = finished(client, job)["versions"]
+        monkeypatch.undo()
+        assert [one["name"] for one in studio.history.versions()] == [made]
+
+
+def test_a_clip_that_cannot_be_written_names_its_file_and_a_remedy(client, studio, monkeypatch):
+    def full(path, *arguments, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"file:{path}")
+
+    monkeypatch.setattr(video_write, "_Mp4Encoder", full)
+    job = client.post("/api/jobs", json=ask("generate", 17)).json()
+    message = finished(client, job["id"], "failed")["problem"]["message"]
+    assert message.startswith(f"'{studio.output}/000-red") and "free some room" in message, message
 
 
 def test_uploads_beyond_the_bounds_are_refused_in_one_line_and_nothing_is_left(client, studio, home, monkeypatch):

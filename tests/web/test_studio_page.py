@@ -400,6 +400,19 @@ def test_a_server_that_ends_while_sampling_is_told_and_taken_up_again(browser, h
         context.__exit__(None, None, None)
 
 
+def test_a_model_that_waits_for_a_request_says_so(browser, home, tmp_path):
+    with serving(home, tmp_path / "output") as (_, url), opened(browser, url) as page:
+        many_steps(page)
+        page.click("#fill")
+        page.wait_for_selector(".job:has-text('left')")
+        page.select_option("#model", "texts")
+        for place in ("#status", "#empty"):
+            page.wait_for_selector(f"{place}:has-text('when what is at work is over')")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#caption")
+        page.wait_for_selector("#status:has-text('ready')")
+
+
 def test_a_model_that_vanishes_is_told_where_one_looks(browser, home, tmp_path):
     shutil.copytree(home / "models", tmp_path / "models")
     (tmp_path / "output").mkdir()

@@ -1,6 +1,6 @@
 // The page: connects to the server and stays connected, and hears keys.
 import { $, h } from "./dom.js";
-import { changed, choose, draw, listen, plan, state } from "./state.js";
+import { atWork, changed, choose, draw, listen, loading, plan, state } from "./state.js";
 import { compare, drawStage, play, player, seek } from "./stage.js";
 import { drawTimeline } from "./timeline.js";
 import { cancelLast, drawSettings, showFinished, submit } from "./settings.js";
@@ -16,8 +16,8 @@ function drawFrame() {
   for (const name of names) { $(`task-${name}`).setAttribute("aria-pressed", String(state.task === name)); $(`task-${name}`).disabled = !state.facts; }
   const status = $("status");
   status.className = state.connected ? (state.facts ? "on" : "wait") : "off";
-  const busy = [...state.jobs.values()].filter((job) => ["waiting", "running"].includes(job.state)).length;
-  status.lastChild.textContent = state.full ?? (!state.connected ? "the server has stopped" : busy ? `${busy} at work` : state.facts ? "ready" : "loading the model");
+  const busy = atWork().length;
+  status.lastChild.textContent = state.full ?? (!state.connected ? "the server has stopped" : !state.facts ? loading() : busy ? `${busy} at work` : "ready");
   const select = $("model"), list = JSON.stringify([state.models.map((model) => model.name), state.model]);
   if (select.dataset.key !== list) {
     select.dataset.key = list;

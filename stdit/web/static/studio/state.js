@@ -14,6 +14,10 @@ export const state = {
 };
 window.studio = state; // for tests
 
+export const atWork = () => [...state.jobs.values()].filter((job) => ["waiting", "running"].includes(job.state));
+// What a model that is not loaded yet waits for.
+export const loading = () => (atWork().length ? "the model is loaded when what is at work is over, or cancelled" : "loading the model");
+
 const listeners = [];
 export const listen = (listener) => listeners.push(listener);
 let due = false;
