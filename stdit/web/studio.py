@@ -27,7 +27,7 @@ from stdit.web.studio_jobs import Job, Jobs, Progress
 from stdit.web.studio_media import LARGEST_UPLOAD, MOST_SECONDS, Look, Media, readable
 from stdit.web.studio_models import Facts, Models
 from stdit.web.studio_plan import Plan, Planner
-from stdit.web.studio_problems import Fix, Problem, Refused
+from stdit.web.studio_problems import Fix, Problem, Refused, said_of
 from stdit.web.studio_request import Request
 from stdit.web.studio_runs import Runs
 from stdit.web.studio_tab import Tab
@@ -302,7 +302,7 @@ def _answered(answer: Answer) -> Answer:
         except Refused as error:
             problem = error.problem
         except (ValueError, OSError) as error:
-            problem = Problem(" ".join(str(error).split())[:300])
+            problem = Problem(said_of(error))
         return JSONResponse({"problem": problem.as_json()}, 409)
 
     return answered

@@ -25,6 +25,15 @@ class Problem(NamedTuple):
         return {"message": printable(self.message), "fixes": fixes, "stops": self.stops}
 
 
+def said_of(error: Exception) -> str:
+    """An error of a file or of the system in one line."""
+    text = str(error)
+    if isinstance(error, OSError) and text.startswith("[Errno"):
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}; check the path, and the room on its disk."
+    return " ".join(text.split())[:300]
+
+
 class Refused(ValueError):
     """A request that cannot be done: its message in one line, and buttons that change it."""
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,6 +268,32 @@ def test_a_clip_that_cannot_be_written_names_its_file_and_a_remedy(client, studi
     job = client.post("/api/jobs", json=ask("generate", 17)).json()
     message = finished(client, job["id"], "failed")["problem"]["message"]
     assert message.startswith(f"'{studio.output}/000-red") and "free some room" in message, message
+
+
+def test_an_upload_that_a_full_disk_ends_names_the_folder_and_not_the_hidden_file(client, studio, home, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, part):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(studio_media, "open", lambda path, mode: Full(path, mode), raising=False)
+    answer = client.post(f"/api/media?name=clip.mp4&{LOOK}", content=(home / "clip.mp4").read_bytes())
+    message = answer.json()["problem"]["message"]
+    assert answer.status_code == 409 and "Errno" not in message and ".part" not in message
+    assert message.startswith(f"{studio.media.inputs}: No space left") and not list(studio.media.inputs.iterdir())
+
+
+def test_a_picture_beyond_what_the_documents_say_is_refused(client, monkeypatch):
+    for height, fits in ((46, True), (47, False)):
+        monkeypatch.setattr(studio_media, "LARGEST_PICTURE", (46, 82))
+        stream = io.BytesIO()
+        Image.new("RGB", (82, height)).save(stream, "png")
+        answer = client.post(f"/api/media?name=large.png&{LOOK}", content=stream.getvalue())
+        assert (answer.status_code == 200) == fits, height
+    assert "has 82 x 47 pixels, and 82 x 46 are the most" in answer.json()["problem"]["message"]
+    text = (Path(__file__).parents[2] / "docs" / "studio.md").read_text()
+    monkeypatch.undo()
+    for height, width in (studio_media.LARGEST_PICTURE, (2304, studio_media.MOST_PIXELS // 2304)):
+        assert f"{width} x {height}" in text
 
 
 def test_uploads_beyond_the_bounds_are_refused_in_one_line_and_nothing_is_left(client, studio, home, monkeypatch):
