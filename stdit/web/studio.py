@@ -28,7 +28,7 @@ from stdit.web.studio_media import LARGEST_UPLOAD, MOST_SECONDS, Look, Media, re
 from stdit.web.studio_models import Facts, Models
 from stdit.web.studio_plan import Plan, Planner
 from stdit.web.studio_problems import Fix, Problem, Refused, said_of
-from stdit.web.studio_request import Request
+from stdit.web.studio_request import LONGEST_TEXT, Request
 from stdit.web.studio_runs import Runs
 from stdit.web.studio_tab import Tab
 
@@ -116,6 +116,7 @@ class Studio:
         return {
             "type": "hello", "boot": self.boot, "models": self.models.listing(), "versions": self.history.versions(),
             "jobs": self.jobs.listing(), "output": self.output.as_posix(), "upload": LARGEST_UPLOAD, "seconds": MOST_SECONDS,
+            "text": LONGEST_TEXT,
         }  # fmt: skip
 
     def _job_changed(self, job: Job) -> None:

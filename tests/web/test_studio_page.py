@@ -60,9 +60,9 @@ def browser():
 
 
 @contextmanager
-def opened(browser, url, policy=False):
+def opened(browser, url, policy=False, width=1280):
     """A page that can be used; what its console says as errors fails the test. policy: whether that of the page holds."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, bypass_csp=not policy)
+    context = browser.new_context(viewport={"width": width, "height": 800}, bypass_csp=not policy)
     page, said = context.new_page(), []
     page.set_default_timeout(15_000)
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -287,6 +287,64 @@ def test_esc_right_after_generate_cancels_it(browser, address):
             "document.querySelector('#fill').click(); dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))"
         )
         page.wait_for_function("[...window.studio.jobs.values()].at(-1)?.state === 'cancelled'")
+
+
+# Points of an element, besides its round corners, at which something else is clicked.
+COVERED = """(name) => {
+  const box = document.querySelector(name).getBoundingClientRect(), found = [];
+  for (let y = box.top + 3; y < box.bottom - 3; y += 4) for (let x = box.left + 3; x < box.right - 3; x += 4)
+    if (!document.elementFromPoint(x, y)?.closest(name)) found.push([x, y]);
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("width", [390, 820, 1440])
+def test_all_of_the_picture_can_be_painted(browser, address, home, width):
+    with opened(browser, address, width=width) as page:
+        page.click("#task-inpaint")
+        Hand(page).files(home / "clip.mp4")
+        page.wait_for_selector("#paint")
+        page.wait_for_selector("#brush")
+        page.evaluate("document.querySelector('#paint').scrollIntoView({ block: 'end' })")
+        assert page.evaluate(COVERED, "#paint") == []
+        page.evaluate("document.querySelector('#brush').scrollIntoView({ block: 'center' })")
+        assert page.evaluate(COVERED, "#clear") == []
+
+
+def test_what_a_narrow_page_shows_is_not_cut_off(browser, address, home, tmp_path):
+    named = tmp_path / f"{'a-rather-long-name-of-a-clip-' * 2}.mp4"
+    shutil.copy(home / "clip.mp4", named)
+    with opened(browser, address, width=390) as page:
+        few_steps(page)
+        before = page.evaluate("window.studio.versions.length")
+        page.click("#task-connect")
+        for name in ("#add-clip", "#add-gap"):
+            page.evaluate("document.querySelector('#timeline').scrollIntoView({ block: 'center' })")
+            assert page.evaluate(COVERED, name) == [], name
+        Hand(page).files(named, home / "picture.png")
+        page.wait_for_function("window.studio.parts.filter((part) => part.media && part.frames).length === 2")
+        page.evaluate("document.querySelector('#timeline').scrollIntoView({ block: 'center' })")
+        assert page.evaluate(COVERED, "#add-gap") == []
+        page.click(".chip:text('green')")
+        ready(page)
+        page.click("#fill")
+        made(page, before + 1)
+        line = page.locator(".version .made").first
+        line.scroll_into_view_if_needed()
+        assert "22 frames · just now" in line.inner_text()
+        end = line.locator("span").last.bounding_box()
+        assert end["x"] + end["width"] <= 390 - 8
+
+
+def test_a_text_that_is_as_long_as_it_may_be_says_so(browser, address):
+    with opened(browser, address) as page:
+        page.select_option("#model", "texts")
+        page.fill("#caption", "a boat")
+        assert page.locator("#full").is_hidden()
+        page.focus("#caption")
+        page.keyboard.insert_text("x" * 2500)
+        page.wait_for_selector("#full:has-text('at most 2000 characters')")
+        assert len(page.input_value("#caption")) == 2000
 
 
 def test_a_timeline_is_laid_moved_and_taken_apart_by_keys(browser, address, home):

@@ -33,7 +33,7 @@ addEventListener("models", (event) => { state.models = event.detail; changed(); 
 const handlers = {
   hello(message) {
     const again = state.boot !== null && state.boot !== message.boot;
-    Object.assign(state, { connected: true, full: null, boot: message.boot, models: message.models, versions: message.versions, limits: { upload: message.upload, seconds: message.seconds } });
+    Object.assign(state, { connected: true, full: null, boot: message.boot, models: message.models, versions: message.versions, limits: { upload: message.upload, seconds: message.seconds, text: message.text } });
     const lost = [...state.jobs.values()].filter((job) => state.mine.has(job.id) && ["waiting", "running"].includes(job.state) && !message.jobs.some((one) => one.id === job.id));
     state.jobs = new Map(message.jobs.map((job) => [job.id, { ...state.jobs.get(job.id), ...job }]));
     tellLost(lost);

@@ -1,5 +1,5 @@
 // The versions that were made: shown, taken as input, and their settings taken up again.
-import { $, ago, h, path } from "./dom.js";
+import { $, ago, h, path, plural } from "./dom.js";
 import { arrange, changed, frameOf, known, loadParts, place, plan, state, viewOf } from "./state.js";
 import { useModel } from "./models.js";
 import { play, player, showMask } from "./stage.js";
@@ -83,7 +83,7 @@ function card(version, numbers) {
     h("div", { class: "about" },
       h("b", {}, `v${version.number} `, h("span", {}, request.task)),
       h("span", { class: "line" }, what || "—"),
-      h("span", { class: "line dim" }, `${from ? `${from} → ` : ""}${version.frames} frames · ${ago(version.time)}`),
+      h("span", { class: "line dim made" }, h("span", { class: "from", title: from }, from), h("span", {}, `${from ? "→ " : ""}${plural(version.frames, "frame")} · ${ago(version.time)}`)),
       h("span", { class: "tools" },
         h("button", { type: "button", class: "ghost use", title: "lay it on the timeline", onclick: () => place(version.name, { label: request.label, caption: request.caption }) }, "use"),
         h("button", { type: "button", class: "ghost restore", title: "timeline and settings as they were", onclick: () => restore(version) }, "settings"),

@@ -61,7 +61,10 @@ function what(facts) {
     rows.push(field("label", h("input", { id: "label", list: "labels", value: state.label ?? "", placeholder: `one of ${facts.classes.length}`, onchange: (event) => { state.label = event.target.value || null; settled(); } })),
       h("datalist", { id: "labels" }, ...facts.classes.map((name) => h("option", { value: name }))));
   }
-  if (facts.captions) rows.push(h("textarea", { id: "caption", rows: 2, placeholder: "what is to be seen", "aria-label": "caption", oninput: (event) => { state.caption = event.target.value || null; later(); } }, state.caption ?? ""));
+  if (facts.captions) {
+    const most = state.limits.text, full = h("small", { class: "dim", id: "full", hidden: (state.caption ?? "").length < most }, `a text has at most ${most} characters`);
+    rows.push(h("textarea", { id: "caption", rows: 2, maxLength: most, placeholder: "what is to be seen", "aria-label": "caption", oninput: (event) => { state.caption = event.target.value || null; full.hidden = event.target.value.length < most; later(); } }, state.caption ?? ""), full);
+  }
   return h("div", { class: "what" }, ...rows);
 }
 let timer = 0;
