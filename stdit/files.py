@@ -25,7 +25,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """A context manager that yields a temporary path, and renames it to `path` if the block ends without an error.
 
     The block writes a file or a folder there. The temporary name has the suffix of `path`, since writers choose a format
-    by it. After an error it is removed. Raises OSError for a full disk, whatever error the writer gave.
+    by it. After an error it is removed. Raises OSError for a full disk, whatever error the writer gave; what fails
+    of the temporary path is told of `path`.
     """
     path = Path(path)
     tmp = temporary_name(path)
@@ -33,8 +34,12 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         yield tmp
         _open_to_others(tmp)
         os.replace(tmp, path)
+    except OSError as error:
+        if error.errno and (error.filename is None or tmp.name in str(error.filename)):  # not of another file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     except Exception as error:
-        if not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < _FULL:
+        if shutil.disk_usage(path.parent).free < _FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     finally:

@@ -50,11 +50,16 @@ def refuse_existing(paths: list[Path], overwrite: bool) -> None:
 
 def write_clips(paths: list[Path], clips: torch.Tensor | Iterable[torch.Tensor], fps: float) -> Iterator[tuple]:
     """Write clips (B, 3, F, H, W), or a stream of their parts; yield (frames, height, width) per file."""
+
+    def ready(path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)  # it may have been removed while the clips were sampled
+        return path
+
     if not isinstance(clips, torch.Tensor) and paths[0].suffix.lower() != ".mp4":
         clips = torch.cat(list(clips), dim=2)
     if isinstance(clips, torch.Tensor):
         for path, clip in zip(paths, clips, strict=True):
-            write_video(path, clip, fps=fps)
+            write_video(ready(path), clip, fps=fps)
             yield tuple(clip.shape[1:])
         return
     frames, size = 0, ()

@@ -16,12 +16,16 @@ from starlette.middleware import Middleware
 from starlette.responses import FileResponse, PlainTextResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 STATIC = Path(__file__).parent / "static"
 LOCAL = ("127.0.0.1", "localhost")
 LARGEST_MESSAGE = 1 << 16  # bytes of a client's message
-POLICY = "default-src 'self'; img-src 'self' blob: data:"
+# Of every answer: nothing is loaded from elsewhere, and no other site shows it in a frame, where clicks could be led.
+POLICY = {
+    b"content-security-policy": b"default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
+    b"x-frame-options": b"DENY",
+}
 
 
 class Worker:
@@ -50,24 +54,37 @@ class LocalOnly:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on if its host is this machine and its origin, if it has one, is the same host."""
-        if scope["type"] in ("http", "websocket"):
-            headers = Headers(scope=scope)
-            host, origin = headers.get("host", ""), headers.get("origin")
-            if (host.rpartition(":")[0] or host) not in LOCAL or (
-                origin is not None and urlsplit(origin).netloc != host
-            ):
-                if scope["type"] == "websocket":
-                    await send({"type": "websocket.close", "code": 1008})
-                else:
-                    await PlainTextResponse("this server answers its own pages only", 403)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        """Pass a request on if its host is this machine, and neither origin nor browser says that another site asks."""
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), *POLICY.items()]}
+            await send(message)
+
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+        elif _own(Headers(scope=scope), scope["path"]):
+            await self.app(scope, receive, guarded)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await PlainTextResponse("this server answers its own pages only", 403)(scope, receive, guarded)
+
+
+def _own(headers: Headers, path: str) -> bool:
+    """Whether this machine asks, and a page of this server; or somebody who follows a link to the page itself."""
+    host, origin = headers.get("host", ""), headers.get("origin")
+    if (host.rpartition(":")[0] or host) not in LOCAL or (origin is not None and urlsplit(origin).netloc != host):
+        return False
+    # GETs without an origin, as of a picture in another site, are known by what browsers say of themselves alone.
+    if headers.get("sec-fetch-site", "none") in ("same-origin", "none"):
+        return True
+    return path == "/" and headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
 
 
 def page(name: str) -> Route:
-    """The route "/" of a page in `static`, which may load nothing from elsewhere."""
-    return Route("/", lambda request: FileResponse(STATIC / name, headers={"content-security-policy": POLICY}))
+    """The route "/" of a page in `static`."""
+    return Route("/", lambda request: FileResponse(STATIC / name))
 
 
 def make_app(routes: Sequence[BaseRoute], worker: Worker, close: Callable[[], None] = lambda: None) -> Starlette:

@@ -7,6 +7,7 @@ What changes is sent to every tab over a WebSocket (/events), as JSON: {"type": 
 
 import asyncio
 import json
+import math
 import secrets
 import shlex
 from collections.abc import Awaitable, Callable
@@ -26,8 +27,8 @@ from stdit.web.studio_jobs import Job, Jobs, Progress
 from stdit.web.studio_media import LARGEST_UPLOAD, MOST_SECONDS, Look, Media, readable
 from stdit.web.studio_models import Facts, Models
 from stdit.web.studio_plan import Plan, Planner
-from stdit.web.studio_problems import Fix, Problem, Refused
-from stdit.web.studio_request import Request
+from stdit.web.studio_problems import Fix, Problem, Refused, said_of
+from stdit.web.studio_request import LONGEST_TEXT, Request
 from stdit.web.studio_runs import Runs
 from stdit.web.studio_tab import Tab
 
@@ -115,15 +116,21 @@ class Studio:
         return {
             "type": "hello", "boot": self.boot, "models": self.models.listing(), "versions": self.history.versions(),
             "jobs": self.jobs.listing(), "output": self.output.as_posix(), "upload": LARGEST_UPLOAD, "seconds": MOST_SECONDS,
+            "text": LONGEST_TEXT,
         }  # fmt: skip
 
     def _job_changed(self, job: Job) -> None:
-        made = {"type": "versions", "versions": self.history.versions()} if job.versions else None
+        if job.state not in ("waiting", "running"):
+            self._tell_versions()
         message = {"type": "job", "job": job.as_json()}
         for tab in self._tabs:
-            if made is not None:
-                tab.tell("versions", made)
             tab.tell(f"job {job.id}", message)
+
+    def _tell_versions(self) -> None:
+        """Tell the tabs which versions there are, since one was made, or may have been removed by somebody."""
+        made = {"type": "versions", "versions": self.history.versions()}
+        for tab in self._tabs:
+            tab.tell("versions", made)
 
     # What tabs ask for
 
@@ -210,12 +217,12 @@ class Studio:
         """Take the body as a file; its name, the look and what to keep of it are in the query."""
         if int(http.headers.get("content-length") or 0) > LARGEST_UPLOAD:
             raise Refused(f"the file has more than the {LARGEST_UPLOAD >> 20} MB that are taken; compress or cut it.")
-        look, first = _look(http), http.query_params.get("first")
+        look, first = _look(http), _first(http)
         path, new = await self.media.receive(http.query_params.get("name", ""), http.stream())
 
         def admit() -> str:
             with readable(path):
-                return self.media.admit(path, look, new=new, first=None if first is None else float(first))
+                return self.media.admit(path, look, new=new, first=first)
 
         name = await self.files.run(admit)
         return await self._view_of(name, look)
@@ -238,7 +245,11 @@ class Studio:
         return await self._view_of(await self.files.run(cut), look)
 
     async def _view(self, http: HttpRequest) -> Response:
-        return await self._view_of(http.path_params["name"], _look(http))
+        try:
+            return await self._view_of(http.path_params["name"], _look(http))
+        except Refused:
+            self._tell_versions()
+            raise
 
     async def _view_of(self, name: str, look: Look) -> Response:
         path = self.media.path(name)
@@ -292,7 +303,7 @@ def _answered(answer: Answer) -> Answer:
         except Refused as error:
             problem = error.problem
         except (ValueError, OSError) as error:
-            problem = Problem(" ".join(str(error).split())[:300])
+            problem = Problem(said_of(error))
         return JSONResponse({"problem": problem.as_json()}, 409)
 
     return answered
@@ -309,6 +320,18 @@ async def _body(http: HttpRequest) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Refused("a request is JSON.") from error
+
+
+def _first(http: HttpRequest) -> float | None:
+    """The seconds in a query that are kept of a clip, or none."""
+    given = http.query_params.get("first")
+    try:
+        seconds = None if given is None else float(given)
+    except ValueError:
+        seconds = math.nan
+    if seconds is not None and not 0 < seconds <= MOST_SECONDS:  # also for not-a-number
+        raise Refused(f"first={str(given)[:20]} is no number of seconds up to {MOST_SECONDS:g}.")
+    return seconds
 
 
 def _look(http: HttpRequest) -> Look:

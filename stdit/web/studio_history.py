@@ -23,9 +23,10 @@ class History:
     def add(self, job: Job, names: list[str], *, facts: dict[str, Any]) -> None:
         """Append the versions of a job. facts: size, rate and notes of its clips."""
         last = max((record["number"] + len(record["files"]) - 1 for record in self._records()), default=0)
+        before = "" if self._whole() else "\n"  # a last line that is damaged is lost alone
         made = {"job": job.id, "request": job.request, "commands": job.commands, "files": names, "number": last + 1}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), **made, **facts}) + "\n")
+            file.write(before + json.dumps({"time": time.time(), **made, **facts}) + "\n")
 
     def versions(self) -> list[dict[str, Any]]:
         """The versions of which the file is there, newest first. number: counts all that were made."""
@@ -42,6 +43,15 @@ class History:
         """The version that these commands have made; None if there is none."""
         return next((version for version in self.versions() if version["commands"] == commands), None)
 
+    def _whole(self) -> bool:
+        """Whether the file ends with a line that was written to its end."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(-1, 2)
+                return file.read() == b"\n"
+        except OSError:  # there is none, or it is empty
+            return True
+
     def _records(self) -> list[dict[str, Any]]:
         """The requests in the file; lines that are damaged, or of another hand, are left out."""
         try:
@@ -56,7 +66,9 @@ class History:
             try:
                 record = json.loads(line)
                 if all(isinstance(record.get(key), kind) for key, kind in _KINDS.items()):
-                    found.append({**record, "request": Request.read(record.get("request")).as_json()})
+                    record = {**record, "request": Request.read(record.get("request")).as_json()}
+                    json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # as it is sent to a page
+                    found.append(record)
             except (Refused, ValueError, AttributeError, RecursionError):
                 continue
         return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stdit.web.server import Worker
-from stdit.web.studio_problems import Refused
+from stdit.web.studio_problems import Refused, said_of
 
 WAITING = 16  # requests that may wait
 _REMEMBERED = 40  # finished ones, for tabs that come back
@@ -139,18 +139,18 @@ class Jobs:
         if job.stop.is_set():
             return
         began, job.state = time.monotonic(), "running"
-        said = 0.0
+        told = 0.0
         loop.call_soon_threadsafe(self._tell, job)
 
         def tell(share: float, step: tuple[int, int] | None) -> None:
-            nonlocal said
+            nonlocal told
             now = time.monotonic()
             job.share, job.step, job.seconds = share, step or job.step, now - began
             job.stepped = job.stepped or began
             if share > 0:
                 job.left = (now - job.stepped) * (1 - share) / share
-            if now - said > _TOLD_EVERY:
-                said = now
+            if now - told > _TOLD_EVERY:
+                told = now
                 loop.call_soon_threadsafe(self._tell, job)
 
         try:
@@ -161,11 +161,10 @@ class Jobs:
         except Refused as error:
             job.state, job.problem = "failed", error.problem.as_json()
         except (ValueError, OSError) as error:
-            job.state, job.problem = "failed", Refused(" ".join(str(error).split())[:300]).problem.as_json()
+            job.state, job.problem = "failed", Refused(said_of(error)).problem.as_json()
         except Exception as error:  # of any kind: the queue goes on
             traceback.print_exc()
-            said_of = (
-                f"the program failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}); see the terminal."
-            )
-            job.state, job.problem = "failed", Refused(said_of).problem.as_json()
+            said = " ".join(str(error).split())[:200]
+            failed = Refused(f"the program failed ({type(error).__name__}: {said}); see the terminal.")
+            job.state, job.problem = "failed", failed.problem.as_json()
         job.seconds = time.monotonic() - began

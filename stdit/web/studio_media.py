@@ -5,6 +5,7 @@ Frames travel as sheets of WebP pictures, so that a page shows them exactly and 
 
 import hashlib
 import io
+import math
 import os
 import re
 from collections import OrderedDict
@@ -22,12 +23,13 @@ from stdit.data.pictures import picture_size
 from stdit.data.video_io import VideoReader
 from stdit.data.video_write import to_uint8, write_video
 from stdit.files import inside
-from stdit.web.studio_problems import Fix, Refused
+from stdit.web.studio_problems import Fix, Refused, said_of
 
 LARGEST_UPLOAD = 64 << 20  # bytes of a file
 MOST_BYTES = 2 << 30  # of all files that were uploaded and cut
 MOST_SECONDS = 60.0
 MOST_PIXELS = 4096 * 2304  # of a frame
+LARGEST_PICTURE = (4608, 8192)  # height and width; others of as many pixels too, as cameras take them
 VIEW_PIXELS = 2**24  # of all frames of a clip at the size of the model
 _ROW = 8  # frames in a row of a sheet, and rows, at most
 _LARGEST_SIDE = 16_000  # pixels of a WebP picture
@@ -109,6 +111,8 @@ class Media:
             if new:
                 os.replace(tmp, path)
             return path, new
+        except OSError as error:  # of the temporary name, which nobody knows
+            raise OSError(error.errno, error.strerror or str(error), str(self.inputs)) from error
         finally:
             tmp.unlink(missing_ok=True)
 
@@ -128,19 +132,21 @@ class Media:
         try:
             if is_picture(path):
                 height, width = picture_size(path)
-                if height * width > 4 * MOST_PIXELS:
-                    raise Refused(f"{path.name} has {width} x {height} pixels; scale it to 4096 x 2304 or so.")
+                if height * width > math.prod(LARGEST_PICTURE):
+                    most = "{1} x {0}".format(*LARGEST_PICTURE)
+                    raise Refused(f"{path.name} has {width} x {height} pixels, and {most} are the most; scale it down.")
                 self.view(path, look)
                 return self.name(path)
             with VideoReader(path, max_pixels=MOST_PIXELS) as reader:
                 seconds = float(reader.timestamps[-1]) + 1 / reader.fps
-            fits = MOST_SECONDS if first is None else min(first, MOST_SECONDS)
+            fits = first or MOST_SECONDS
             if seconds > fits and first is None:
                 use = Fix(f"Use its first {fits:g} seconds", {"upload": {"first": fits}})
                 raise Refused(f"{path.name} lasts {seconds:.0f} s, and {MOST_SECONDS:g} are the most.", use)
             if seconds > fits:
                 begun = self.cut(path, look, 0, max(1, round(fits * (look.fps or 8))))
-                path.unlink()
+                if new:  # a file that was there before stays
+                    path.unlink()
                 return begun
             self.view(path, look)
             return self.name(path)
@@ -202,8 +208,8 @@ def readable(path: Path) -> Iterator[None]:
     except Refused:
         raise
     except (VideoError, ValueError, OSError, EOFError, MemoryError) as error:
-        said = " ".join(str(error).split()).replace(str(path), path.name)
-        raise Refused(said[:300] or f"{path.name} cannot be read; re-encode it.") from error
+        said = said_of(error).replace(str(path), path.name)
+        raise Refused(said or f"{path.name} cannot be read; re-encode it.") from error
 
 
 def _read(path: Path, look: Look, most: int | None = None) -> tuple[np.ndarray, str, tuple[int, int], float, bool]:

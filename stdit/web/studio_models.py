@@ -126,6 +126,6 @@ def _entry(name: str, path: Path) -> dict[str, Any]:
         found = read_labels(path)
     except (ValueError, KeyError, TypeError, OSError) as error:
         return {"name": name, "text": "cannot be read", "error": " ".join(str(error).split())[:200]}
-    size = f"{found.num_frames} frames of {found.height} × {found.width}"  # noqa: RUF001
+    size = f"{found.num_frames} frame{'s' * (found.num_frames != 1)} of {found.height} × {found.width}"  # noqa: RUF001
     kind = f"{found.num_classes} labels" if found.num_classes else "captions" if found.captions else "no labels"
     return {"name": name, "text": f"{size}, {kind}{', forward only' if found.causal else ''}", "causal": found.causal}

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from stdit.files import printable
+
 
 class Fix(NamedTuple):
     """A button. label: what it says. change: of the page's settings, by name."""
@@ -20,7 +22,16 @@ class Problem(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """As the page gets it."""
         fixes = [{"label": fix.label, "change": fix.change} for fix in self.fixes]
-        return {"message": self.message, "fixes": fixes, "stops": self.stops}
+        return {"message": printable(self.message), "fixes": fixes, "stops": self.stops}
+
+
+def said_of(error: Exception) -> str:
+    """An error of a file or of the system in one line."""
+    text = str(error)
+    if isinstance(error, OSError) and text.startswith("[Errno"):
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}; check the path, and the room on its disk."
+    return " ".join(text.split())[:300]
 
 
 class Refused(ValueError):

@@ -103,6 +103,8 @@ def _text(given: Mapping, name: str, longest: int) -> str | None:
         return None
     if not isinstance(value, str) or len(value) > longest or "\0" in value:
         raise Refused(f"{name} is no text of up to {longest} characters.")
+    if any("\ud800" <= character <= "\udfff" for character in value):  # can be neither written nor sent
+        raise Refused(f"{name} holds half of a character (a lone surrogate); write it again.")
     return value
 
 

@@ -1,6 +1,7 @@
 """A tab of the studio, and what it is told."""
 
 import asyncio
+import json
 from collections import OrderedDict
 from contextlib import suppress
 from typing import Any
@@ -31,7 +32,8 @@ class Tab:
                 some.cancel()
                 self._some.clear()
                 while self._waiting and not closed.done():
-                    await self._socket.send_json(self._waiting.popitem(last=False)[1])
+                    # In ASCII, since names of folders need not be texts.
+                    await self._socket.send_text(json.dumps(self._waiting.popitem(last=False)[1]))
         except (WebSocketDisconnect, RuntimeError):  # it closed while something was sent
             pass
         finally:

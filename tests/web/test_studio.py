@@ -1,10 +1,14 @@
 """The studio's server: requests become commands, what stands in their way has buttons, and jobs end when they are cancelled."""
 
+import errno
 import io
+import json
+import os
 import shlex
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +18,7 @@ pytest.importorskip("httpx2", reason="the test client of starlette needs it")
 from PIL import Image
 from starlette.testclient import TestClient
 
+from stdit.data import video_write
 from stdit.data.inputs import read_input
 from stdit.data.video_write import to_uint8
 from stdit.model.stdit import STDiT
@@ -232,6 +237,65 @@ def test_a_cancelled_request_ends_within_one_step_and_leaves_nothing(client, stu
     assert client.delete("/api/jobs/none").status_code == 409
 
 
+def test_a_folder_that_is_removed_while_sampling_is_made_again_and_its_versions_are_not_listed(
+    client, studio, monkeypatch
+):
+    (gone,) = finished(client, client.post("/api/jobs", json=ask("generate", 17)).json()["id"])["versions"]
+    forward = STDiT.forward
+
+    def removing(self, *arguments, **more):
+        shutil.rmtree(studio.output, ignore_errors=True)
+        return forward(self, *arguments, **more)
+
+    with client.websocket_connect("/events", headers={"host": "127.0.0.1"}) as events:
+        assert [one["name"] for one in events.receive_json()["versions"]] == [gone]
+        shutil.rmtree(studio.output)
+        assert client.get(f"/api/view/{gone}").status_code == 409
+        assert events.receive_json() == {"type": "versions", "versions": []}
+    for model in ("tiny", "forward"):
+        monkeypatch.setattr(STDiT, "forward", removing)
+        job = client.post("/api/jobs", json=ask("generate", 17, seed=8, model=model)).json()["id"]
+        (made,) = finished(client, job)["versions"]
+        monkeypatch.undo()
+        assert [one["name"] for one in studio.history.versions()] == [made]
+
+
+def test_a_clip_that_cannot_be_written_names_its_file_and_a_remedy(client, studio, monkeypatch):
+    def full(path, *arguments, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"file:{path}")
+
+    monkeypatch.setattr(video_write, "_Mp4Encoder", full)
+    job = client.post("/api/jobs", json=ask("generate", 17)).json()
+    message = finished(client, job["id"], "failed")["problem"]["message"]
+    assert message.startswith(f"'{studio.output}/000-red") and "free some room" in message, message
+
+
+def test_an_upload_that_a_full_disk_ends_names_the_folder_and_not_the_hidden_file(client, studio, home, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, part):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(studio_media, "open", lambda path, mode: Full(path, mode), raising=False)
+    answer = client.post(f"/api/media?name=clip.mp4&{LOOK}", content=(home / "clip.mp4").read_bytes())
+    message = answer.json()["problem"]["message"]
+    assert answer.status_code == 409 and "Errno" not in message and ".part" not in message
+    assert message.startswith(f"{studio.media.inputs}: No space left") and not list(studio.media.inputs.iterdir())
+
+
+def test_a_picture_beyond_what_the_documents_say_is_refused(client, monkeypatch):
+    for height, fits in ((46, True), (47, False)):
+        monkeypatch.setattr(studio_media, "LARGEST_PICTURE", (46, 82))
+        stream = io.BytesIO()
+        Image.new("RGB", (82, height)).save(stream, "png")
+        answer = client.post(f"/api/media?name=large.png&{LOOK}", content=stream.getvalue())
+        assert (answer.status_code == 200) == fits, height
+    assert "has 82 x 47 pixels, and 82 x 46 are the most" in answer.json()["problem"]["message"]
+    text = (Path(__file__).parents[2] / "docs" / "studio.md").read_text()
+    monkeypatch.undo()
+    for height, width in (studio_media.LARGEST_PICTURE, (2304, studio_media.MOST_PIXELS // 2304)):
+        assert f"{width} x {height}" in text
+
+
 def test_uploads_beyond_the_bounds_are_refused_in_one_line_and_nothing_is_left(client, studio, home, monkeypatch):
     def refused(name, content, more=""):
         answer = client.post(f"/api/media?name={name}&{LOOK}{more}", content=content)
@@ -255,6 +319,30 @@ def test_uploads_beyond_the_bounds_are_refused_in_one_line_and_nothing_is_left(c
     assert kept.json()["frames"] == 480
 
 
+@pytest.mark.parametrize("first", ["-1", "0", "nan", "inf", "61", "x", "0.5"])
+def test_a_file_that_was_there_stays_whatever_is_kept_of_it(client, studio, home, first):
+    url, content = f"/api/media?name=clip.mp4&{LOOK}", (home / "clip.mp4").read_bytes()
+    name = client.post(url, content=content).json()["name"]
+    again = client.post(f"{url}&first={first}", content=content)
+    assert (studio.output / name).read_bytes() == content
+    if first == "0.5":  # a clip of its own
+        assert again.json()["frames"] == 4 and again.json()["name"] != name
+    else:
+        assert again.status_code == 409 and f"first={first}" in again.json()["problem"]["message"]
+
+
+@pytest.mark.parametrize("url", ["/", "/static/studio.html", "/api/runs", "/api/view/none.mp4", "/static/none"])
+def test_no_other_site_asks_or_shows_the_page_in_a_frame(client, url):
+    answer = client.get(url, headers={"sec-fetch-site": "same-origin"})
+    assert answer.status_code != 403 and answer.headers["x-frame-options"] == "DENY"
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    for site in ("cross-site", "same-site"):
+        for mode, dest in (("no-cors", "image"), ("cors", "empty"), ("navigate", "iframe"), ("navigate", "document")):
+            headers = {"sec-fetch-site": site, "sec-fetch-mode": mode, "sec-fetch-dest": dest}
+            follows_a_link = url == "/" and dest == "document"
+            assert (client.get(url, headers=headers).status_code == 403) != follows_a_link, (site, dest)
+
+
 def test_names_that_lead_elsewhere_are_refused(client, home, names):
     (home / "secret.png").write_bytes((home / "picture.png").read_bytes())
     for url in (
@@ -276,6 +364,27 @@ def test_a_request_that_is_none_is_refused_in_one_line(client, body):
         answer = client.post(url, content=body)
         assert answer.status_code == 409
         assert "\n" not in answer.json()["problem"]["message"]
+
+
+@pytest.mark.parametrize("name", ["caption", "label", "model", "mask", "steps"])
+def test_half_of_a_character_is_refused_and_the_studio_goes_on(client, studio, name):
+    body = json.dumps({**ask("generate", 17), "model": "texts", "label": None, "caption": "a boat", name: "a \ud800"})
+    answer = client.post("/api/jobs", content=body)
+    assert answer.status_code == 409 and name in answer.json()["problem"]["message"]
+    assert not studio.jobs.listing() and not studio.history.path.exists()
+    with client.websocket_connect("/events", headers={"host": "127.0.0.1"}) as events:
+        assert events.receive_json()["type"] == "hello"
+
+
+def test_a_folder_whose_name_is_no_text_is_listed(tmp_path, home):
+    (tmp_path / os.fsdecode(b"half-\xff")).symlink_to(home / "models" / "tiny")
+    studio = make_studio(tmp_path, tmp_path / "output", tmp_path)
+    with (
+        TestClient(make_app(studio.routes(), studio.worker, studio.close), base_url="http://127.0.0.1") as client,
+        client.websocket_connect("/events", headers={"host": "127.0.0.1"}) as events,
+    ):
+        said = events.receive_text()
+        assert said.encode() and len(json.loads(said)["models"]) == 1
 
 
 def test_a_model_folder_that_vanishes_is_one_line_and_another_model(client, home, tmp_path):
@@ -377,8 +486,13 @@ def test_a_damaged_history_loses_its_damaged_lines_alone(client, studio):
         '{"files": ["../x.mp4"]}',
         whole[: len(whole) // 2],
         whole.replace('"generate"', '"fly"').strip(),
+        whole.replace('"red"', '"\\ud800"').strip(),
+        whole.replace('"fps": 8.0', '"fps": NaN').strip(),
+        whole.replace('"fps": 8.0', '"fps": 1e999').strip(),
+        whole.replace('"warnings": []', '"warnings": ["\\udfff"]').strip(),
     ]
-    studio.history.path.write_text("\n".join(damaged) + "\n" + whole)
+    assert whole not in [line + "\n" for line in damaged]
+    studio.history.path.write_text("\n".join(damaged) + "\n" + whole + whole[: len(whole) // 2])
     finished(client, client.post("/api/jobs", json=ask("generate", 17, seed=4)).json()["id"])
     versions = studio.history.versions()
     assert [version["number"] for version in versions] == [3, 2, 1]

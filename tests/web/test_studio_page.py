@@ -60,9 +60,9 @@ def browser():
 
 
 @contextmanager
-def opened(browser, url, policy=False):
+def opened(browser, url, policy=False, width=1280):
     """A page that can be used; what its console says as errors fails the test. policy: whether that of the page holds."""
-    context = browser.new_context(viewport={"width": 1280, "height": 800}, bypass_csp=not policy)
+    context = browser.new_context(viewport={"width": width, "height": 800}, bypass_csp=not policy)
     page, said = context.new_page(), []
     page.set_default_timeout(15_000)
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -124,6 +124,13 @@ def made(page, count):
 def few_steps(page):
     page.fill("#steps", "2")
     page.evaluate("document.activeElement.blur()")
+
+
+def many_steps(page, count=1000):
+    page.fill("#steps", str(count))
+    page.press("#steps", "Tab")
+    page.wait_for_function(f"window.studio.plan?.commands[0]?.includes('--steps {count} ')")
+    ready(page)
 
 
 def test_each_task_takes_at_most_five_actions(browser, address, home):
@@ -222,6 +229,122 @@ def test_a_version_can_be_taken_up_again_with_its_mask_and_seed(browser, address
         page.wait_for_function("window.studio.mask && window.studio.plan")
         ready(page)
         assert page.inner_text("#command code") == shown
+
+
+def test_a_version_of_another_model_is_taken_up_with_its_task_text_and_seed(browser, address, home):
+    with opened(browser, address) as page:
+        before = page.evaluate("window.studio.versions.length")
+        page.select_option("#model", "texts")
+        page.wait_for_selector("#caption")
+        page.fill("#caption", "a red boat")
+        page.wait_for_function("window.studio.plan?.commands[0]?.includes('red boat')")
+        many_steps(page, 3)
+        shown = page.inner_text("#command code")
+        page.click("#fill")
+        made(page, before + 1)
+        page.select_option("#model", "tiny")
+        page.wait_for_selector(".chip")
+        page.click("#task-extend")
+        page.click(".version .restore")
+        page.wait_for_function("window.studio.model === 'texts' && window.studio.task === 'generate'")
+        page.wait_for_selector("#command code:has-text('red boat')")
+        ready(page)
+        assert page.inner_text("#command code") == shown and page.input_value("#caption") == "a red boat"
+
+
+def test_a_page_that_is_loaded_again_keeps_its_mask_its_seed_and_its_request(browser, address, home):
+    with opened(browser, address) as page:
+        page.click("#task-inpaint")
+        Hand(page).files(home / "clip.mp4")
+        Hand(page).paint()
+        page.fill("#seed", "77")
+        page.click(".chip:text('green')")
+        many_steps(page)
+        shown = page.inner_text("#command code")
+        assert "--mask" in shown and "--seed 77" in shown
+        page.click("#fill")
+        page.wait_for_selector(".job:has-text('left')")
+        page.reload()
+        page.wait_for_selector(".job:has-text('left')")
+        page.wait_for_function("window.studio.mask")
+        ready(page)
+        assert page.inner_text("#command code") == shown
+        assert "another tab" not in page.inner_text(".job")
+        page.keyboard.press("Escape")
+        page.wait_for_selector(".job", state="detached")
+        assert page.evaluate("[...window.studio.jobs.values()].at(-1).state") == "cancelled"
+        many_steps(page, 60)
+        page.click("#fill")
+        page.wait_for_selector(".job")
+        page.reload()
+        page.wait_for_function("window.studio.filled === window.studio.versions[0]?.name && window.player.playing")
+
+
+def test_esc_right_after_generate_cancels_it(browser, address):
+    with opened(browser, address) as page:
+        many_steps(page)
+        page.evaluate(
+            "document.querySelector('#fill').click(); dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}))"
+        )
+        page.wait_for_function("[...window.studio.jobs.values()].at(-1)?.state === 'cancelled'")
+
+
+# Points of an element, besides its round corners, at which something else is clicked.
+COVERED = """(name) => {
+  const box = document.querySelector(name).getBoundingClientRect(), found = [];
+  for (let y = box.top + 3; y < box.bottom - 3; y += 4) for (let x = box.left + 3; x < box.right - 3; x += 4)
+    if (!document.elementFromPoint(x, y)?.closest(name)) found.push([x, y]);
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("width", [390, 820, 1440])
+def test_all_of_the_picture_can_be_painted(browser, address, home, width):
+    with opened(browser, address, width=width) as page:
+        page.click("#task-inpaint")
+        Hand(page).files(home / "clip.mp4")
+        page.wait_for_selector("#paint")
+        page.wait_for_selector("#brush")
+        page.evaluate("document.querySelector('#paint').scrollIntoView({ block: 'end' })")
+        assert page.evaluate(COVERED, "#paint") == []
+        page.evaluate("document.querySelector('#brush').scrollIntoView({ block: 'center' })")
+        assert page.evaluate(COVERED, "#clear") == []
+
+
+def test_what_a_narrow_page_shows_is_not_cut_off(browser, address, home, tmp_path):
+    named = tmp_path / f"{'a-rather-long-name-of-a-clip-' * 2}.mp4"
+    shutil.copy(home / "clip.mp4", named)
+    with opened(browser, address, width=390) as page:
+        few_steps(page)
+        before = page.evaluate("window.studio.versions.length")
+        page.click("#task-connect")
+        for name in ("#add-clip", "#add-gap"):
+            page.evaluate("document.querySelector('#timeline').scrollIntoView({ block: 'center' })")
+            assert page.evaluate(COVERED, name) == [], name
+        Hand(page).files(named, home / "picture.png")
+        page.wait_for_function("window.studio.parts.filter((part) => part.media && part.frames).length === 2")
+        page.evaluate("document.querySelector('#timeline').scrollIntoView({ block: 'center' })")
+        assert page.evaluate(COVERED, "#add-gap") == []
+        page.click(".chip:text('green')")
+        ready(page)
+        page.click("#fill")
+        made(page, before + 1)
+        line = page.locator(".version .made").first
+        line.scroll_into_view_if_needed()
+        assert "22 frames · just now" in line.inner_text()
+        end = line.locator("span").last.bounding_box()
+        assert end["x"] + end["width"] <= 390 - 8
+
+
+def test_a_text_that_is_as_long_as_it_may_be_says_so(browser, address):
+    with opened(browser, address) as page:
+        page.select_option("#model", "texts")
+        page.fill("#caption", "a boat")
+        assert page.locator("#full").is_hidden()
+        page.focus("#caption")
+        page.keyboard.insert_text("x" * 2500)
+        page.wait_for_selector("#full:has-text('at most 2000 characters')")
+        assert len(page.input_value("#caption")) == 2000
 
 
 def test_a_timeline_is_laid_moved_and_taken_apart_by_keys(browser, address, home):
@@ -333,6 +456,19 @@ def test_a_server_that_ends_while_sampling_is_told_and_taken_up_again(browser, h
         page.keyboard.press("Escape")
         page.wait_for_selector(".job", state="detached")
         context.__exit__(None, None, None)
+
+
+def test_a_model_that_waits_for_a_request_says_so(browser, home, tmp_path):
+    with serving(home, tmp_path / "output") as (_, url), opened(browser, url) as page:
+        many_steps(page)
+        page.click("#fill")
+        page.wait_for_selector(".job:has-text('left')")
+        page.select_option("#model", "texts")
+        for place in ("#status", "#empty"):
+            page.wait_for_selector(f"{place}:has-text('when what is at work is over')")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#caption")
+        page.wait_for_selector("#status:has-text('ready')")
 
 
 def test_a_model_that_vanishes_is_told_where_one_looks(browser, home, tmp_path):

@@ -1,10 +1,11 @@
-// The page: connects to the server and stays connected, chooses the model, and hears keys.
-import { $, call, h, path } from "./dom.js";
-import { arrange, changed, choose, draw, edited, listen, plan, state } from "./state.js";
+// The page: connects to the server and stays connected, and hears keys.
+import { $, h } from "./dom.js";
+import { atWork, changed, choose, draw, listen, loading, plan, state } from "./state.js";
 import { compare, drawStage, play, player, seek } from "./stage.js";
 import { drawTimeline } from "./timeline.js";
-import { cancelLast, drawSettings, finished, submit } from "./settings.js";
+import { cancelLast, drawSettings, showFinished, submit } from "./settings.js";
 import { drawHistory } from "./history.js";
+import { useModel } from "./models.js";
 import { openRuns } from "./runs.js";
 import { icon, TASKS } from "./icons.js";
 
@@ -15,8 +16,8 @@ function drawFrame() {
   for (const name of names) { $(`task-${name}`).setAttribute("aria-pressed", String(state.task === name)); $(`task-${name}`).disabled = !state.facts; }
   const status = $("status");
   status.className = state.connected ? (state.facts ? "on" : "wait") : "off";
-  const busy = [...state.jobs.values()].filter((job) => ["waiting", "running"].includes(job.state)).length;
-  status.lastChild.textContent = state.full ?? (!state.connected ? "the server has stopped" : busy ? `${busy} at work` : state.facts ? "ready" : "loading the model");
+  const busy = atWork().length;
+  status.lastChild.textContent = state.full ?? (!state.connected ? "the server has stopped" : !state.facts ? loading() : busy ? `${busy} at work` : "ready");
   const select = $("model"), list = JSON.stringify([state.models.map((model) => model.name), state.model]);
   if (select.dataset.key !== list) {
     select.dataset.key = list;
@@ -24,53 +25,15 @@ function drawFrame() {
   }
   $("model-text").textContent = state.models.find((model) => model.name === state.model)?.text ?? "";
 }
-for (const drawn of [drawFrame, drawStage, drawTimeline, drawSettings, drawHistory]) listen(drawn);
+for (const drawn of [drawFrame, drawStage, drawTimeline, drawSettings, drawHistory, showFinished]) listen(drawn);
 
-// Loads what the page must know of a model; the timeline stays, and is looked at as that model gets it.
-async function useModel(name) {
-  if (!name) return;
-  const first = state.facts === null && !state.parts.length, before = state.usual;
-  if (name !== state.model) state.steps = state.guidance = state.height = state.width = null;
-  state.model = name; state.facts = null; state.plan = null; state.refused = null;
-  changed();
-  try {
-    const facts = await call("GET", `/api/model/${path(name)}`);
-    if (state.model !== name) return;
-    state.facts = facts;
-    sessionStorage.setItem("model", name);
-    if (state.label && !facts.classes.includes(state.label)) state.label = null;
-    if (!state.label && facts.classes.length && state.task === "generate") state.label = facts.classes[0];
-    if (first) { arrange("generate"); takeUp(); }
-    else if (state.task === "generate" && state.parts.length === 1 && state.parts[0].frames === before) arrange("generate");
-    state.usual = facts.num_frames;
-    edited();
-  } catch (error) {
-    state.refused = error.problem ?? { message: String(error), fixes: [], stops: true };
-    changed();
-  }
-}
 $("model").addEventListener("change", () => useModel($("model").value));
-addEventListener("use-model", (event) => useModel(event.detail));
 addEventListener("models", (event) => { state.models = event.detail; changed(); });
-
-// What was on the page before it was loaded again.
-function takeUp() {
-  try {
-    const kept = JSON.parse(sessionStorage.getItem("request"));
-    if (!kept || kept.model !== state.model) return;
-    for (const name of ["task", "label", "caption", "steps", "guidance", "count", "factor", "strength", "height", "width"]) if (kept[name] !== undefined) state[name] = kept[name];
-    if (kept.parts?.length) state.parts = kept.parts;
-  } catch { /* nothing is kept */ }
-}
-addEventListener("pagehide", () => {
-  const { model, task, label, caption, steps, guidance, count, factor, strength, height, width, parts } = state;
-  if (state.facts) sessionStorage.setItem("request", JSON.stringify({ model, task, label, caption, steps, guidance, count, factor, strength, height, width, parts }));
-});
 
 const handlers = {
   hello(message) {
     const again = state.boot !== null && state.boot !== message.boot;
-    Object.assign(state, { connected: true, full: null, boot: message.boot, models: message.models, versions: message.versions, limits: { upload: message.upload, seconds: message.seconds } });
+    Object.assign(state, { connected: true, full: null, boot: message.boot, models: message.models, versions: message.versions, limits: { upload: message.upload, seconds: message.seconds, text: message.text } });
     const lost = [...state.jobs.values()].filter((job) => state.mine.has(job.id) && ["waiting", "running"].includes(job.state) && !message.jobs.some((one) => one.id === job.id));
     state.jobs = new Map(message.jobs.map((job) => [job.id, { ...state.jobs.get(job.id), ...job }]));
     tellLost(lost);
@@ -80,9 +43,7 @@ const handlers = {
     changed();
   },
   job({ job }) {
-    const before = state.jobs.get(job.id);
-    state.jobs.set(job.id, { ...before, ...job });
-    if (job.state === "done" && state.mine.has(job.id) && before?.state !== "done") finished(state.jobs.get(job.id));
+    state.jobs.set(job.id, { ...state.jobs.get(job.id), ...job });
     changed();
   },
   versions({ versions }) { state.versions = versions; changed(); },

@@ -1,6 +1,7 @@
 // The versions that were made: shown, taken as input, and their settings taken up again.
-import { $, ago, h, path } from "./dom.js";
+import { $, ago, h, path, plural } from "./dom.js";
 import { arrange, changed, frameOf, known, loadParts, place, plan, state, viewOf } from "./state.js";
+import { useModel } from "./models.js";
 import { play, player, showMask } from "./stage.js";
 
 let built = "";
@@ -25,9 +26,9 @@ export function show(name) {
 addEventListener("show-version", (event) => show(event.detail));
 
 // Everything as it was when a version was made.
-export function restore(version) {
+export async function restore(version) {
   const { request } = version;
-  if (request.model !== state.model) return dispatchEvent(new CustomEvent("use-model", { detail: request.model }));
+  if (request.model !== state.model && !(await useModel(request.model))) return;
   arrange("generate", []);
   for (const name of ["task", "label", "caption", "steps", "guidance", "seed", "count", "factor", "strength", "height", "width"]) state[name] = request[name];
   state.parts = request.parts.map(({ media, frames }) => ({ media, frames }));
@@ -82,7 +83,7 @@ function card(version, numbers) {
     h("div", { class: "about" },
       h("b", {}, `v${version.number} `, h("span", {}, request.task)),
       h("span", { class: "line" }, what || "—"),
-      h("span", { class: "line dim" }, `${from ? `${from} → ` : ""}${version.frames} frames · ${ago(version.time)}`),
+      h("span", { class: "line dim made" }, h("span", { class: "from", title: from }, from), h("span", {}, `${from ? "→ " : ""}${plural(version.frames, "frame")} · ${ago(version.time)}`)),
       h("span", { class: "tools" },
         h("button", { type: "button", class: "ghost use", title: "lay it on the timeline", onclick: () => place(version.name, { label: request.label, caption: request.caption }) }, "use"),
         h("button", { type: "button", class: "ghost restore", title: "timeline and settings as they were", onclick: () => restore(version) }, "settings"),

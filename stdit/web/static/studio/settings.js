@@ -1,6 +1,7 @@
 // What is to be seen, how it is sampled, what stands in the way, and the requests that are on their way.
 import { $, call, duration, h } from "./dom.js";
 import { changed, choose, draw, edited, gap, plan, remove, request, state, viewOf } from "./state.js";
+import { useModel } from "./models.js";
 import { play, player } from "./stage.js";
 import { append, cut, resize, upload } from "./timeline.js";
 
@@ -60,7 +61,10 @@ function what(facts) {
     rows.push(field("label", h("input", { id: "label", list: "labels", value: state.label ?? "", placeholder: `one of ${facts.classes.length}`, onchange: (event) => { state.label = event.target.value || null; settled(); } })),
       h("datalist", { id: "labels" }, ...facts.classes.map((name) => h("option", { value: name }))));
   }
-  if (facts.captions) rows.push(h("textarea", { id: "caption", rows: 2, placeholder: "what is to be seen", "aria-label": "caption", oninput: (event) => { state.caption = event.target.value || null; later(); } }, state.caption ?? ""));
+  if (facts.captions) {
+    const most = state.limits.text, full = h("small", { class: "dim", id: "full", hidden: (state.caption ?? "").length < most }, `a text has at most ${most} characters`);
+    rows.push(h("textarea", { id: "caption", rows: 2, maxLength: most, placeholder: "what is to be seen", "aria-label": "caption", oninput: (event) => { state.caption = event.target.value || null; full.hidden = event.target.value.length < most; later(); } }, state.caption ?? ""), full);
+  }
   return h("div", { class: "what" }, ...rows);
 }
 let timer = 0;
@@ -81,7 +85,7 @@ const CHANGES = {
   size: ([height, width]) => { state.height = height; state.width = width; edited(); },
   seed: () => { draw(); state.pinned = false; settled(); },
   show: (name) => dispatchEvent(new CustomEvent("show-version", { detail: name })),
-  model: (name) => dispatchEvent(new CustomEvent("use-model", { detail: name })),
+  model: (name) => useModel(name),
   upload: ({ first }, file) => { if (file) upload([file], { first }); },
   again: (body) => submit(body),
 };
@@ -107,14 +111,14 @@ function drawNotices() {
 
 function drawJobs() {
   const box = $("jobs");
-  const here = [...state.jobs.values()].filter((job) => ["waiting", "running"].includes(job.state) || (state.mine.has(job.id) && job.state === "failed" && !job.dismissed));
+  const here = [...state.jobs.values()].filter((job) => ["waiting", "running"].includes(job.state) || (state.mine.has(job.id) && job.state === "failed"));
   const have = new Map([...box.children].map((node) => [node.dataset.id, node]));
   for (const [id, node] of have) if (!here.some((job) => job.id === id)) node.remove();
   for (const job of here) {
     let node = have.get(job.id);
     if (!node) {
       node = h("div", { class: "job", data: { id: job.id } }, h("div", { class: "bar" }, h("i", {})), h("span", { class: "says numbers" }), h("button", { type: "button", class: "ghost cancel" }, "cancel"));
-      node.querySelector(".cancel").addEventListener("click", () => { const now = state.jobs.get(job.id); if (now?.state === "failed") { now.dismissed = true; changed(); } else cancel(job.id); });
+      node.querySelector(".cancel").addEventListener("click", () => { const now = state.jobs.get(job.id); if (now?.state === "failed") { own(job.id); changed(); } else cancel(job.id); });
       box.append(node);
     }
     node.classList.toggle("failed", job.state === "failed");
@@ -134,8 +138,11 @@ export async function cancel(id) {
   changed();
   try { await call("DELETE", `/api/jobs/${id}`); } catch (error) { state.refused = error.problem; changed(); }
 }
+// The last request of this tab that is not cancelled yet, also one that the server has not answered.
 export function cancelLast() {
-  const mine = [...state.jobs.values()].filter((job) => state.mine.has(job.id) && ["waiting", "running"].includes(job.state));
+  const waits = asking.findLast((one) => !one.cancelled);
+  if (waits) { waits.cancelled = true; return; }
+  const mine = [...state.jobs.values()].filter((job) => state.mine.has(job.id) && ["waiting", "running"].includes(job.state) && !job.cancelling);
   if (mine.length) cancel(mine.at(-1).id);
 }
 
@@ -151,25 +158,39 @@ $("copy").addEventListener("click", async () => {
   setTimeout(() => ($("copy").textContent = "copy"), 1200);
 });
 
+let asking = []; // requests that are not answered yet
 export async function submit(body = request()) {
-  const arrangement = JSON.stringify(state.parts) + state.task;
+  const arrangement = JSON.stringify(state.parts) + state.task, one = { cancelled: false };
   if (!state.pinned) draw(); // at once, so that two clicks are two clips
+  asking.push(one);
   try {
-    const job = await call("POST", "/api/jobs", body), told = state.jobs.get(job.id);
-    state.mine.add(job.id);
-    state.jobs.set(job.id, { ...job, ...told, arrangement }); // it may have been told of already, and even be done
-    if (told?.state === "done") finished(state.jobs.get(job.id));
+    const job = await call("POST", "/api/jobs", body);
+    own(job.id, arrangement);
+    state.jobs.set(job.id, { ...job, ...state.jobs.get(job.id) }); // it may have been told of already, and even be done
+    if (one.cancelled) cancel(job.id);
     state.refused = null;
     changed(); plan();
   } catch (error) { state.refused = error.problem ?? null; changed(); }
+  asking = asking.filter((other) => other !== one);
 }
 
-// Shows what was made: in the gaps of the timeline if that is still as it was.
-export function finished(job) {
-  const name = job.versions[0], same = job.arrangement === JSON.stringify(state.parts) + state.task;
-  viewOf(name, null).catch(() => {});
-  if (same) Object.assign(state, { filled: name, shown: null, compare: false }); else state.shown = name;
-  player.frame = 0;
-  play(true);
+// Notes a request as one of this tab, also after the page is loaded again; without an arrangement as one of none.
+function own(id, arrangement) {
+  if (arrangement === undefined) state.mine.delete(id); else state.mine.set(id, arrangement);
+  sessionStorage.setItem("mine", JSON.stringify([...state.mine].slice(-64)));
+}
+
+// Shows what was made, once: in the gaps of the timeline if that is still as it was when it was asked for.
+export function showFinished() {
+  if (!state.facts) return; // the timeline is not laid yet
+  for (const job of state.jobs.values()) {
+    const arrangement = state.mine.get(job.id), name = job.versions[0];
+    if (job.state !== "done" || !arrangement) continue;
+    own(job.id, null);
+    viewOf(name, null).catch(() => {});
+    if (arrangement === JSON.stringify(state.parts) + state.task) Object.assign(state, { filled: name, shown: null, compare: false }); else state.shown = name;
+    player.frame = 0;
+    play(true);
+  }
 }
 form.addEventListener("submit", (event) => { event.preventDefault(); if (!form.querySelector("#fill").disabled) submit(); });

@@ -1,6 +1,6 @@
 // The stage: shows a version, or the timeline before it is filled, frame by frame; and the brush over it.
 import { $, h, path } from "./dom.js";
-import { changed, frameOf, known, lookOf, media, plan, state, viewOf } from "./state.js";
+import { changed, frameOf, known, loading, lookOf, media, plan, state, viewOf } from "./state.js";
 
 export const player = { frame: 0, playing: false, count: 0, fps: 8, next: 0 };
 window.player = player; // for tests
@@ -102,7 +102,7 @@ function emptyText() {
   const box = $("empty"), shown = version();
   if (shown) { box.hidden = true; return; }
   const text = !state.facts
-    ? (state.refused ? "" : "loading the model …")
+    ? (state.refused ? "" : `${loading()} …`)
     : state.task === "generate" ? "choose a label or write what is to be seen, and generate"
     : media().length ? "" : "drop a clip or picture here";
   box.textContent = text;

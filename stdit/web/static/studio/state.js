@@ -1,13 +1,22 @@
 // The state of this tab, and what changes it. Modules listen, and draw what they show of it.
 import { call, path, query, Refused } from "./dom.js";
 
+// The requests of this tab, and how the timeline was when they were made; null for those whose result was shown.
+function kept() {
+  try { return new Map(JSON.parse(sessionStorage.getItem("mine"))); } catch { return new Map(); }
+}
+
 export const state = {
   connected: false, boot: null, models: [], model: null, facts: null, versions: [], jobs: new Map(), limits: {},
   task: "generate", parts: [], selected: null, label: null, caption: null, steps: null, guidance: null, seed: null, pinned: false,
   count: 1, factor: 2, strength: 0.6, mask: null, height: null, width: null,
-  plan: null, refused: null, shown: null, filled: null, compare: false, masked: null, form: 0, mine: new Set(), uploading: 0,
+  plan: null, refused: null, shown: null, filled: null, compare: false, masked: null, form: 0, mine: kept(), uploading: 0,
 };
 window.studio = state; // for tests
+
+export const atWork = () => [...state.jobs.values()].filter((job) => ["waiting", "running"].includes(job.state));
+// What a model that is not loaded yet waits for.
+export const loading = () => (atWork().length ? "the model is loaded when what is at work is over, or cancelled" : "loading the model");
 
 const listeners = [];
 export const listen = (listener) => listeners.push(listener);
