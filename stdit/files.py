@@ -53,7 +53,8 @@ def _open_to_others(path: Path) -> None:
     """Give files the permissions that new files have here; safetensors writes them for this user alone."""
     for file in [path, *(path.rglob("*") if path.is_dir() else ())]:
         if file.is_file() and not file.is_symlink():
-            file.chmod(0o666 & ~_UMASK)
+            with suppress(OSError):  # file systems without permissions
+                file.chmod(0o666 & ~_UMASK)
 
 
 def temporary_name(path: Path) -> Path:

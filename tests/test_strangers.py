@@ -306,3 +306,17 @@ def test_every_command_ends_so_also_when_it_is_called_from_python():
     for name in COMMANDS:
         recipe = importlib.import_module(f"stdit.recipes.{name.replace('-', '_')}")
         assert hasattr(recipe.main, "__wrapped__"), f"{name} lacks @command"
+
+
+def test_what_is_written_can_be_read_by_whom_the_umask_lets(tmp_path):
+    with atomic_write(tmp_path / "folder") as folder:
+        folder.mkdir()
+        save_file({"x": torch.zeros(2)}, folder / "weights.safetensors")
+    with atomic_write(tmp_path / "plain.txt") as path:
+        path.write_text("x")
+    (tmp_path / "usual").touch()
+    modes = {
+        path.stat().st_mode
+        for path in (tmp_path / "folder/weights.safetensors", tmp_path / "plain.txt", tmp_path / "usual")
+    }
+    assert len(modes) == 1
