@@ -114,7 +114,11 @@ def encode_shard(
             bad |= {dataset.name(i): str(sample) for i, sample in samples.items() if isinstance(sample, VideoError)}
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
-                latents.append(_encode(vae, torch.stack([sample["pixels"] for sample in good.values()]), form))
+                pixels = torch.stack([sample["pixels"] for sample in good.values()])
+                # Alone on a CPU, where it takes no longer, since sums depend on the batch: a clip that is encoded again
+                # has the latents of before.
+                together = 1 if vae.device.type == "cpu" else len(pixels)
+                latents += [_encode(vae, part, form) for part in pixels.split(together)]
                 encoded += list(good)
                 conditions += [stored_conditions(dataset, i, sample) for i, sample in good.items()]
     tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}

@@ -227,8 +227,9 @@ def test_a_version_can_be_taken_up_again_with_its_mask_and_seed(browser, address
         page.wait_for_selector("#fill")
         page.click(".version .restore")
         page.wait_for_function("window.studio.mask && window.studio.plan")
+        # The plan of before the version was taken up may still be shown.
+        page.wait_for_function("text => document.querySelector('#command code').innerText === text", arg=shown)
         ready(page)
-        assert page.inner_text("#command code") == shown
 
 
 def test_a_version_of_another_model_is_taken_up_with_its_task_text_and_seed(browser, address, home):
