@@ -50,7 +50,7 @@ class Captioner:
         except (OSError, ValueError, ImportError) as error:
             said = " ".join(str(error).split())[:300].rstrip(".")
             if "torchvision" in said.lower():
-                said = "its processor needs torchvision; install the one that fits your torch, or use a model without, such as LLaVA"
+                said = "its processor needs torchvision, with which stdit does not work; use a model without, such as LLaVA"
             raise ValueError(f"the model {str(folder)!r} cannot be loaded ({said}).") from error
         if not getattr(self.processor, "chat_template", None):
             raise ValueError(f"{str(folder)!r} has no chat template; use a model that was trained on instructions.")

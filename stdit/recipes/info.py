@@ -10,6 +10,7 @@ from typing import Any
 
 from stdit.files import printable, read_json
 from stdit.recipes.entry import command, command_parser
+from stdit.sampling.labels import read_labels
 
 MODELS, CHECKPOINTS = Path("models"), Path("checkpoints")
 _LISTED = 12  # labels in the list of all models
@@ -38,10 +39,10 @@ def read_settings(folder: Path) -> dict[str, dict[str, Any]]:
     return {part: read_json(folder / name) if (folder / name).is_file() else {} for part, name in files.items()}
 
 
-def label_names(transformer: dict[str, Any]) -> list[str]:
+def label_names(folder: Path) -> list[str]:
     """The names of a model's classes, or their numbers; empty without classes."""
-    names, count = transformer.get("class_names"), transformer.get("num_classes") or 0
-    return [str(name) for name in names] if isinstance(names, list) else [str(i) for i in range(count)]
+    known = read_labels(folder)
+    return [str(name) for name in known.class_names or range(known.num_classes)]
 
 
 def describe(folder: Path) -> Iterator[tuple[str, str]]:
@@ -55,7 +56,7 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
     causal = ", causal: continued frame by frame (stdit sample --task extend)" if transformer.get("causal") else ""
     yield "network", f"{blocks}, patches of {transformer.get('patch_size')}{causal}"
     yield "objective", " ".join(str(one) for one in (pipeline.get("objective"), scheduler.get("solver") or "")).strip()
-    labels = label_names(transformer)
+    labels = label_names(folder)
     if labels:
         shown = ", ".join(labels[:_LISTED]) + (f" and {len(labels) - _LISTED} more" if len(labels) > _LISTED else "")
         yield "labels", f"{len(labels)} (--class-label): {shown}"
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.labels and args.model is None:
         raise ValueError("--labels needs a model, for example stdit info models/quickstart --labels.")
     if args.labels:
-        print("".join(f"{printable(name)}\n" for name in label_names(read_settings(args.model)["transformer"])), end="")
+        print("".join(f"{printable(name)}\n" for name in label_names(args.model)), end="")
         return 0
     folders = [args.model] if args.model else sorted(path.parent for path in MODELS.glob("[!.]*/model_index.json"))
     if not folders:
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in folders:
         try:
             described = list(describe(folder))
-        except (TypeError, AttributeError) as error:  # a value of another kind than a model's settings have
+        except (TypeError, AttributeError, KeyError) as error:  # a value of another kind than a model's settings have
             raise ValueError(f"{folder}: its settings are none of a model ({error}); export it again.") from error
         print(printable(str(folder)))
         for title, text in described:

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from stdit.labels import label_number
 from stdit.recipes.entry import command, command_parser
-from stdit.recipes.info import label_names, newest_model, read_settings
+from stdit.recipes.info import newest_model
 from stdit.recipes.sample_tasks import TASKS, check_options
+from stdit.sampling.labels import read_labels
 from stdit.sampling.options import add_flags, options_from
 
 COUNTS = ("frames", "height", "width", "num_videos", "factor")  # each must be >= 1
@@ -35,11 +36,9 @@ def check_labels(args: argparse.Namespace, model: Path) -> None:
     given = [*(args.class_label or []), *(args.negative_class_label or [])]
     if not given or not (model / "model_index.json").is_file():  # a run's checkpoint says so when it is loaded
         return
-    transformer = read_settings(model)["transformer"]
-    names = label_names(transformer)
-    if names:
-        for label in given:
-            label_number(label, len(names), transformer.get("class_names"))
+    known = read_labels(model)
+    for label in given if known.num_classes else ():
+        label_number(label, known.num_classes, known.class_names)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -101,9 +101,7 @@ def _usage(pipe: Any, repo_id: str, example: str | None) -> str:
     return (
         "## Use\n\n```python\nfrom diffusers.utils import export_to_video\nfrom stdit import STDiTPipeline  # pip install stdit\n\n"
         f'pipe = STDiTPipeline.from_pretrained("{repo_id}")\n'
-        f'frames = pipe({given}output_type="pil").frames[0]\nexport_to_video(frames, "clip.mp4", fps={pipe.config.fps:g})\n```\n\n'
-        f'By diffusers alone, where stdit is installed: `DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{repo_id}", '
-        "trust_remote_code=True)`."
+        f'frames = pipe({given}output_type="pil").frames[0]\nexport_to_video(frames, "clip.mp4", fps={pipe.config.fps:g})\n```'
     )
 
 
