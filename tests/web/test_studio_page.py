@@ -14,6 +14,7 @@ from playwright import sync_api as playwright
 
 from stdit.recipes.studio import make_studio
 from stdit.web.server import make_app
+from stdit.web.studio_jobs import Progress
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if BROWSER is None:
@@ -48,6 +49,25 @@ def serving(home, output, port=0):
 def address(home, tmp_path_factory):
     with serving(home, tmp_path_factory.mktemp("studio") / "output") as (_, url):
         yield url
+
+
+@pytest.fixture
+def brake(monkeypatch):
+    """While this is set, sampling stops after a tenth of its steps until it is cancelled.
+
+    Without it a thousand steps of a tiny model may be over before a page is loaded.
+    """
+    pressed, check = threading.Event(), Progress.check
+    pressed.set()
+
+    def wait(progress, *_):
+        while pressed.is_set() and progress.share > 0.1 and not progress._stop.wait(0.02):
+            pass
+        check(progress)
+
+    monkeypatch.setattr(Progress, "check", wait)
+    yield pressed
+    pressed.clear()
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +273,7 @@ def test_a_version_of_another_model_is_taken_up_with_its_task_text_and_seed(brow
         assert page.inner_text("#command code") == shown and page.input_value("#caption") == "a red boat"
 
 
-def test_a_page_that_is_loaded_again_keeps_its_mask_its_seed_and_its_request(browser, address, home):
+def test_a_page_that_is_loaded_again_keeps_its_mask_its_seed_and_its_request(browser, address, home, brake):
     with opened(browser, address) as page:
         page.click("#task-inpaint")
         Hand(page).files(home / "clip.mp4")
@@ -278,10 +298,12 @@ def test_a_page_that_is_loaded_again_keeps_its_mask_its_seed_and_its_request(bro
         page.click("#fill")
         page.wait_for_selector(".job")
         page.reload()
+        page.wait_for_selector(".job")
+        brake.clear()
         page.wait_for_function("window.studio.filled === window.studio.versions[0]?.name && window.player.playing")
 
 
-def test_esc_right_after_generate_cancels_it(browser, address):
+def test_esc_right_after_generate_cancels_it(browser, address, brake):
     with opened(browser, address) as page:
         many_steps(page)
         page.evaluate(
@@ -413,8 +435,9 @@ def test_a_clip_of_the_wrong_kind_has_a_button_that_makes_it_fit(browser, addres
         assert page.locator(".notice:has-text('cropped')").count() == 0
 
 
-def test_two_tabs_see_each_other_and_esc_cancels(browser, address):
+def test_two_tabs_see_each_other_and_esc_cancels(browser, address, brake):
     with opened(browser, address) as one, opened(browser, address) as two:
+        brake.clear()
         before = two.evaluate("window.studio.versions.length")
         few_steps(one)
         ready(one)
@@ -424,19 +447,20 @@ def test_two_tabs_see_each_other_and_esc_cancels(browser, address):
         seeds = two.evaluate("window.studio.versions.slice(0, 2).map((version) => version.request.seed)")
         assert seeds[0] != seeds[1]
         assert one.evaluate("window.studio.filled") and not two.evaluate("window.studio.filled")
+        brake.set()
         two.fill("#steps", "1000")
         two.press("#steps", "Tab")
         two.wait_for_function("window.studio.plan?.commands[0]?.includes('--steps 1000')")
         two.click("#fill")
         two.wait_for_selector(".job")
-        two.keyboard.press("Escape")  # at once: a thousand steps of a tiny model are soon over
+        two.keyboard.press("Escape")
         for tab in (one, two):
             tab.wait_for_function("[...window.studio.jobs.values()].at(-1)?.state === 'cancelled'")
             tab.wait_for_selector(".job", state="detached")
         assert one.evaluate("window.studio.versions.length") == before + 1
 
 
-def test_a_server_that_ends_while_sampling_is_told_and_taken_up_again(browser, home, tmp_path):
+def test_a_server_that_ends_while_sampling_is_told_and_taken_up_again(browser, home, tmp_path, brake):
     with serving(home, tmp_path / "output") as (_, url):
         context = opened(browser, url)
         page = context.__enter__()
@@ -458,7 +482,7 @@ def test_a_server_that_ends_while_sampling_is_told_and_taken_up_again(browser, h
         context.__exit__(None, None, None)
 
 
-def test_a_model_that_waits_for_a_request_says_so(browser, home, tmp_path):
+def test_a_model_that_waits_for_a_request_says_so(browser, home, tmp_path, brake):
     with serving(home, tmp_path / "output") as (_, url), opened(browser, url) as page:
         many_steps(page)
         page.click("#fill")
