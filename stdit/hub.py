@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlparse
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name of a LoRA's weights in a folder
 _HUB = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w./-]+?))?(?:@([\w.-]+))?")
 # Folders of a run: a name that begins with one of them is a mistyped path rather than the owner of a repository.
 _LOCAL = {".", "..", "checkpoints", "models", "data", "output"}

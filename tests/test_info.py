@@ -4,7 +4,10 @@ import sys
 
 import pytest
 
+from stdit.hub import LORA_FILE
+from stdit.model.lora import save_lora
 from stdit.model.stdit import STDiT
+from stdit.nn.low_rank import add_lora
 from stdit.recipes import info
 from stdit.recipes.entry import child_environment
 from stdit.sampling.pipeline import STDiTPipeline
@@ -30,6 +33,19 @@ def test_models_are_listed_with_their_clips_and_labels(folder, capsys):
     assert "models/pets" in said and "5 frames of 32 x 32 at 6 fps" in said and "a cat, a dog" in said
     assert info.main(["models/pets", "--labels"]) == 0
     assert capsys.readouterr().out == "a cat\na dog\n"
+
+
+def test_a_lora_is_listed_with_its_model_and_the_command_that_uses_it(folder, capsys):
+    model = STDiT.from_pretrained(folder)
+    add_lora(model, "mine", rank=2)
+    save_lora(model, "mine", folder.parent / "mine", {"base": "models/pets"})
+    assert info.main([]) == 0
+    said = capsys.readouterr().out
+    assert "models/mine\n" in said and "models/pets\n" in said and "of models/pets, rank 2" in said
+    assert "stdit sample --model models/pets --lora models/mine\n" in said
+    (folder.parent / "mine" / LORA_FILE).write_bytes(b"cut")
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
+        info.main(["models/mine"])
 
 
 def test_a_model_is_described_without_torch(folder):

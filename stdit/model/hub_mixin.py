@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from stdit.files import read_json
 from stdit.hashes import check_weights
-from stdit.hub import is_folder
+from stdit.hub import LORA_FILE, is_folder
 from stdit.legacy import renamed_parameter, renamed_section
 from stdit.model.lora import check_lora, lora_prefix
 from stdit.nn.low_rank import lora_names
@@ -130,7 +130,7 @@ class HubMixin:
         Raises ValueError for a file that is no LoRA of this model, has larger ranks than its layers, or numbers that are
         not finite.
         """
-        kwargs.setdefault("weight_name", "pytorch_lora_weights.safetensors")
+        kwargs.setdefault("weight_name", LORA_FILE)
         kwargs["use_safetensors"] = True
         source = pretrained_model_name_or_path_or_dict
         if not isinstance(source, Mapping) and Path(source).exists():

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stdit.files import atomic_write
+from stdit.hub import LORA_FILE
 from stdit.nn.low_rank import (
     LowRank,
     adapters_of,
@@ -29,7 +30,6 @@ from stdit.nn.low_rank import (
 from stdit.warn import warn_user
 from stdit.weights import safetensors_shapes
 
-FILE_NAME = "pytorch_lora_weights.safetensors"  # diffusers' name
 PREFIX = "transformer"  # of the names in a file: the component of a pipeline that the LoRA is for
 _SETTINGS = "lora_adapter_metadata"  # diffusers' key in a file's metadata
 
@@ -114,9 +114,9 @@ def save_lora(model: nn.Module, name: str, folder: Path, info: Mapping[str, str]
     settings = {"r": rank, "lora_alpha": layers[0][1].scale * rank, "target_modules": sorted(key for key, _ in layers)}
     described = json.dumps({f"{PREFIX}.{key}": value for key, value in settings.items()})
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / FILE_NAME) as tmp:
+    with atomic_write(folder / LORA_FILE) as tmp:
         save_file(tensors, tmp, metadata={"format": "pt", _SETTINGS: described, **(info or {})})
-    return folder / FILE_NAME
+    return folder / LORA_FILE
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -138,8 +138,8 @@ def lora_file(source: str | Path) -> Path:
     if not path.is_dir():
         raise ValueError(f"there is no LoRA {str(source)!r}; give its file, or the folder that it lies in.")
     files = sorted(path.glob("*.safetensors"))
-    if (path / FILE_NAME) in files or len(files) != 1:
-        return path / FILE_NAME  # whose absence is said where it is read
+    if (path / LORA_FILE) in files or len(files) != 1:
+        return path / LORA_FILE  # whose absence is said where it is read
     return files[0]
 
 

@@ -1,6 +1,6 @@
-"""Say what trained models are: their clips, labels, captions, actions, guidance and defaults.
+"""Say what trained models are: their clips, labels, captions, actions, guidance and defaults; and whose the LoRAs are.
 
-stdit info                          every model under models/
+stdit info                          every model and LoRA under models/
 stdit info models/quickstart        all of one, with its labels
 """
 
@@ -8,7 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from stdit.files import printable, read_json
+from stdit.hub import LORA_FILE
 from stdit.recipes.entry import command, command_parser
 from stdit.sampling.labels import read_labels
 
@@ -45,8 +48,26 @@ def label_names(folder: Path) -> list[str]:
     return [str(name) for name in known.class_names or range(known.num_classes)]
 
 
+def describe_lora(folder: Path) -> Iterator[tuple[str, str]]:
+    """Whose LoRA a folder holds and how it is sampled with, as pairs of a title and a text; ValueError if it is damaged."""
+    file = folder / LORA_FILE
+    try:
+        with safe_open(file, "numpy") as opened:
+            info = opened.metadata() or {}
+            ranks = {opened.get_slice(key).get_shape()[0] for key in opened.keys() if key.endswith("lora_A.weight")}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(file)!r} is not a complete safetensors file ({error}); export it again.") from error
+    base = info.get("base", "")[:200]
+    rank = ", ".join(map(str, sorted(ranks))) or "unknown"
+    yield "LoRA", f"of {base or 'a model that it does not name'}, rank {rank}"
+    yield "sample", f"stdit sample --model {base or 'MODEL'} --lora {folder}"
+
+
 def describe(folder: Path) -> Iterator[tuple[str, str]]:
     """What a model is, as pairs of a title and a text."""
+    if (folder / LORA_FILE).is_file():
+        yield from describe_lora(folder)
+        return
     found = read_settings(folder)
     pipeline, transformer, scheduler = found["pipeline"], found["transformer"], found["scheduler"]
     frames, rate = pipeline.get("num_frames", 1), pipeline.get("fps")
@@ -75,7 +96,7 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print what one model is, or all under models/."""
+    """Print what one model or LoRA is, or all under models/."""
     parser = command_parser("info", __doc__)
     parser.add_argument("model", nargs="?", type=Path, help="a model's folder; default: all under models/")
     parser.add_argument("--labels", action="store_true", help="print the labels alone, one a line")
@@ -85,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.labels:
         print("".join(f"{printable(name)}\n" for name in label_names(args.model)), end="")
         return 0
-    folders = [args.model] if args.model else sorted(path.parent for path in MODELS.glob("[!.]*/model_index.json"))
+    listed = {path.parent for name in ("model_index.json", LORA_FILE) for path in MODELS.glob(f"[!.]*/{name}")}
+    folders = [args.model] if args.model else sorted(listed)
     if not folders:
         raise ValueError(
             f"there is no model under {MODELS}; train one with stdit quickstart, or stdit train --data PATH."

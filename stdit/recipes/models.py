@@ -8,9 +8,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from stdit.config import Config
-from stdit.hub import check_reachable, resolve_source
+from stdit.hub import LORA_FILE, check_reachable, resolve_source
 from stdit.legacy import renamed_config
-from stdit.model.lora import FILE_NAME
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.nn.low_rank import add_lora
@@ -35,7 +34,7 @@ def load_pipeline(model: str | Path) -> STDiTPipeline:
     the newest one, with a note on stderr.
     """
     run = checkpoint_folder(Path(model))
-    if (Path(model) / FILE_NAME).is_file():
+    if (Path(model) / LORA_FILE).is_file():
         raise ValueError(f"{model} is a LoRA; give its model as --model, and --lora {model}.")
     if run is None:
         _note_newer_checkpoint(Path(model))
@@ -43,7 +42,7 @@ def load_pipeline(model: str | Path) -> STDiTPipeline:
     checkpoint = find_checkpoint(run)
     name = checkpoint.path.parent.name
     print(
-        f"{model}: sampled from {checkpoint.path}, the averaged weights of an unfinished run; stdit export {name} writes "
+        f"{model}: sampled from {checkpoint.path}, its averaged weights; stdit export {name} writes them to "
         f"models/{name}.",
         file=sys.stderr,
     )
@@ -82,14 +81,31 @@ def find_checkpoint(folder: Path) -> Checkpoint:
 def load_start(path: str, key: str = "init_from.path") -> STDiT:
     """The model of a folder or hub id that `key` names; ValueError at once, without asking the hub in vain, if there is none."""
     source, options = resolve_source(path, key)
+    if is_local := Path(source).is_dir():
+        check_is_model(Path(source), key)
     try:
         check_reachable(source, "config.json", options)
         return STDiT.from_pretrained(source, **options)
     except OSError as error:
+        said = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{key}={path!r} is no folder, and as a hub id it cannot be read: {' '.join(str(error).split())[:200]}; "
-            "give the folder of a model."
+            f"{key}={path!r} cannot be loaded: {said}; copy or export the model again."
+            if is_local
+            else f"{key}={path!r} is no folder, and as a hub id it cannot be read: {said}; give the folder of a model."
         ) from error
+
+
+def check_is_model(folder: Path, key: str) -> None:
+    """Raise ValueError for a folder that is that of a LoRA, or of anything else than a model."""
+    if (folder / LORA_FILE).is_file():
+        raise ValueError(
+            f"{key}={str(folder)!r} is a LoRA; give its model, or write both in one: stdit export MODEL --lora {folder} --output "
+            "models/merged."
+        )
+    if not any((folder / name).is_file() for name in ("config.json", "model_index.json", "transformer/config.json")):
+        raise ValueError(
+            f"{key}={str(folder)!r} holds no model (no config.json); stdit info lists those under models/."
+        )
 
 
 def load_adapted(config: Config) -> STDiT:

@@ -10,10 +10,9 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdit.hub import check_reachable, resolve_source
+from stdit.hub import LORA_FILE, check_reachable, resolve_source
 from stdit.weights import safetensors_shapes
 
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
 _COMPONENTS = ("transformer", "guide")
 
 
@@ -72,7 +71,7 @@ class LoraMethods(LoraBaseMixin):
 
     @classmethod
     def save_lora_weights(
-        cls, save_directory: str | Path, transformer_lora_layers: Mapping[str, Any], *, weight_name: str = WEIGHT_NAME,
+        cls, save_directory: str | Path, transformer_lora_layers: Mapping[str, Any], *, weight_name: str = LORA_FILE,
         transformer_lora_adapter_metadata: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Save the layers of an adapter (`peft.get_peft_model_state_dict`) in diffusers' format.
@@ -166,7 +165,7 @@ def _lora_file(source: str, weight_name: str | None, options: Mapping[str, Any])
         return path
     if path.is_dir():
         folder = path / options["subfolder"] if options.get("subfolder") else path
-        found = [folder / weight_name] if weight_name else [folder / WEIGHT_NAME, *sorted(folder.glob("*.safetensors"))]
+        found = [folder / weight_name] if weight_name else [folder / LORA_FILE, *sorted(folder.glob("*.safetensors"))]
         for file in found:
             if file.is_file():
                 return file
@@ -175,7 +174,7 @@ def _lora_file(source: str, weight_name: str | None, options: Mapping[str, Any])
     of_id: dict[str, Any] = dict(found_options)
     of_id |= {name: options[name] for name in ("subfolder", "revision", "token") if options.get(name)}
     try:
-        check_reachable(repo, weight_name or WEIGHT_NAME, {k: v for k, v in of_id.items() if k != "token"})
-        return Path(hf_hub_download(repo, weight_name or WEIGHT_NAME, **of_id))
+        check_reachable(repo, weight_name or LORA_FILE, {k: v for k, v in of_id.items() if k != "token"})
+        return Path(hf_hub_download(repo, weight_name or LORA_FILE, **of_id))
     except OSError as error:
         raise ValueError(f"LoRA {source!r} cannot be fetched: {' '.join(str(error).split())[:160]}") from error

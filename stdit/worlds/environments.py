@@ -1,8 +1,11 @@
 """Environments by name: the one that ships, and Gymnasium's; their pictures and the space of their actions."""
 
+import contextlib
+import functools
 import importlib
 import importlib.metadata
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -33,7 +36,7 @@ class Environment(NamedTuple):
 
     env: with Gymnasium's interface. space: of its actions, as a model takes them. first: the number of its first action
     (Gymnasium's `Discrete.start`). turn_based: whether nothing happens between actions (`act`). versions: of the packages
-    that it needs.
+    that it needs. writes: whether its engine, which starts at the first reset, writes into the current folder.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Environment(NamedTuple):
     first: int = 0
     turn_based: bool = False
     versions: Mapping[str, str] = {}
+    writes: bool = False
 
     @property
     def fps(self) -> float:
@@ -50,7 +54,8 @@ class Environment(NamedTuple):
 
     def reset(self, seed: int) -> tuple[Any, dict[str, Any]]:
         """Begin an episode -> observation and info."""
-        return self.env.reset(seed=seed)
+        with contextlib.chdir(_scratch().name) if self.writes else contextlib.nullcontext():
+            return self.env.reset(seed=seed)
 
     def act(
         self, action: Any, frames: int, size: tuple[int, int] | None = None, *, repeat: int | None = None
@@ -103,9 +108,11 @@ def make_environment(
     except ValueError:
         env.close()
         raise
-    known = type(env.unwrapped).__module__.partition(".")[0] in _TURN_BASED
-    turn_based = known if turn_based is None else turn_based
-    return Environment(name, env, space, first=first, turn_based=turn_based, versions=versions)
+    package = type(env.unwrapped).__module__.partition(".")[0]
+    turn_based = package in _TURN_BASED if turn_based is None else turn_based
+    return Environment(
+        name, env, space, first=first, turn_based=turn_based, versions=versions, writes=package == "vizdoom"
+    )
 
 
 def frames_of_action(space: ActionSpace, group: int) -> int:
@@ -159,6 +166,12 @@ def _make(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, str]]:
         dist for mod, dist in _PACKAGES.items() if type(env.unwrapped).__module__.startswith(mod.split(".")[0])
     }
     return env, {dist: importlib.metadata.version(dist) for dist in sorted(needs)}
+
+
+@functools.cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    """A folder until the process ends, for what engines write into the current one (Doom: _vizdoom.ini, _vizdoom/)."""
+    return tempfile.TemporaryDirectory(prefix="stdit-")
 
 
 def _space_of(name: str, env: Any) -> tuple[ActionSpace, int]:

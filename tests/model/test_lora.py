@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from stdit.model.lora import FILE_NAME, base_fingerprint, load_lora, lora_tensors, save_lora, split_strength
+from stdit.hub import LORA_FILE
+from stdit.model.lora import base_fingerprint, load_lora, lora_tensors, save_lora, split_strength
 from stdit.model.stdit import STDiT
 from stdit.nn.low_rank import adapters_of, add_lora, lora_names, merge_lora, remove_lora, set_lora_strength
 
@@ -63,7 +64,7 @@ def test_several_add_up_by_their_strengths_and_merging_them_keeps_the_outputs(mo
     for number, name in enumerate("ab"):
         save_lora(adapted(model, name, seed=number), name, tmp_path / name)
     both = copy.deepcopy(model)
-    names = [load_lora(both, tmp_path / "a", 0.5), load_lora(both, tmp_path / "b" / FILE_NAME, -2.0)]
+    names = [load_lora(both, tmp_path / "a", 0.5), load_lora(both, tmp_path / "b" / LORA_FILE, -2.0)]
     assert lora_names(both) == names
     weight = model.blocks[0].mlp.fc1.weight
     pairs = [dict(adapters_of(both, name))["blocks.0.mlp.fc1"] for name in names]

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from stdit.config import Config, load_typed
 from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_write import write_video
-from stdit.model.lora import FILE_NAME, lora_tensors
+from stdit.hub import LORA_FILE
+from stdit.model.lora import lora_tensors
 from stdit.nn.low_rank import is_low_rank
 from stdit.recipes import export, sample, train
 from stdit.recipes.adapters import _compare_clips, add_loras
@@ -61,7 +62,7 @@ def state(name: str, step: int) -> dict[str, torch.Tensor]:
 
 
 def equal_files(a: str, b: str) -> bool:
-    one, two = (load_file(Path(folder, FILE_NAME)) for folder in (a, b))
+    one, two = (load_file(Path(folder, LORA_FILE)) for folder in (a, b))
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
@@ -91,7 +92,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained):
 
 def test_the_lora_is_that_of_the_checkpoint_and_an_export_writes_it_again(trained, capsys):
     averaged = lora_tensors(load_pipeline("checkpoints/whole").transformer, "default")
-    written = load_file(f"models/whole/{FILE_NAME}")
+    written = load_file(f"models/whole/{LORA_FILE}")
     assert {f"transformer.{key}" for key in averaged} == written.keys()
     assert all(torch.equal(written[f"transformer.{key}"], value) for key, value in averaged.items())
     assert export.main(["whole", "--output", "again"]) == 0
@@ -101,7 +102,7 @@ def test_the_lora_is_that_of_the_checkpoint_and_an_export_writes_it_again(traine
 
 
 def test_sampling_with_loras_is_sampling_from_the_merged_model(trained):
-    loras = ["--lora", "models/whole:3", f"models/whole/{FILE_NAME}:0.5"]
+    loras = ["--lora", "models/whole:3", f"models/whole/{LORA_FILE}:0.5"]
     assert export.main(["models/base", *loras, "--output", "merged"]) == 0
     common = ["--class-label", "0", "--seed", "0", "--steps", "2", "--output"]
     for name, extra in (("plain", []), ("lora", loras), ("off", ["--lora", "models/whole:0"])):
@@ -155,7 +156,7 @@ def test_classes_of_the_data_are_those_of_the_model_by_their_names(trained, caps
         ([*LORA, "text.encoder=words"], "takes no captions, but text.encoder gives"),
         ([*LORA, "train.lora.layers=x"], "matches no linear layer"),
         (["train.lora.rank=99", LORA[1]], "a LoRA of rank 99 is wider"),
-        (["train.lora.rank=4", "init_from.path=models/whole"], "cannot be read"),
+        (["train.lora.rank=4", "init_from.path=models/whole"], "init_from.path='models/whole' is a LoRA; give its model"),
     ],
 )  # fmt: skip
 def test_what_a_lora_cannot_be_is_said_in_one_line_before_training(overrides, message, capsys):

@@ -158,3 +158,13 @@ def test_minigrid_is_turn_based_and_its_actions_have_names():
     pytest.importorskip("minigrid", reason="the extra [worlds] is not installed")
     env = make_environment("MiniGrid-Empty-8x8-v0")
     assert env.turn_based and env.space.count == 7 and env.space.names[:3] == ["left", "right", "forward"]
+
+
+def test_dooms_engine_leaves_nothing_in_the_current_folder(tmp_path, monkeypatch):
+    pytest.importorskip("vizdoom", reason="the extra [worlds] is not installed")
+    monkeypatch.chdir(tmp_path)
+    env = make_environment("VizdoomBasic-v1", {"max_buttons_pressed": 1})
+    env.reset(0)
+    assert env.picture((32, 40)).std() > 1
+    env.env.close()
+    assert list(tmp_path.iterdir()) == []
