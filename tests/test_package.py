@@ -40,6 +40,8 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "bench_scale",
         "budget",
         "build",
+        "encoding",
+        "latent_shards",
         "propose",
         "sample_tasks",
         "sampling",

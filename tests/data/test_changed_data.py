@@ -18,7 +18,7 @@ from stdit.data.identity import content_of, fingerprint
 from stdit.data.rates import clip_rate
 from stdit.data.video_io import VideoError
 from stdit.data.video_write import write_video
-from stdit.recipes import cache_latents, train
+from stdit.recipes import cache_latents, latent_shards, train
 
 TINY = """
 name: t
@@ -61,13 +61,13 @@ def home(tmp_path, monkeypatch, clips):
 def cache(home, monkeypatch):
     """A function that runs cache_latents with two clips a shard -> cache.json, tensors by shard, indices encoded."""
     encoded: list[int] = []
-    real = cache_latents.encode_shard
+    real = latent_shards.encode_shard
 
     def watched(dataset, vae, indices, **options):
         encoded.extend(indices)
         return real(dataset, vae, indices, **options)
 
-    monkeypatch.setattr(cache_latents, "encode_shard", watched)
+    monkeypatch.setattr(latent_shards, "encode_shard", watched)
 
     def run(*arguments: str):
         encoded.clear()

@@ -1,0 +1,120 @@
+"""Clips to latents: read by threads, encoded by a VAE, with the conditions that belong to them."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+
+from stdit.conditions import CONDITIONERS
+from stdit.config import Config
+from stdit.data.datasets import Dataset
+from stdit.data.loader import conditions_of_sample
+from stdit.data.samplers import ClipSize
+from stdit.data.video_io import VideoError
+from stdit.pixels import to_float
+from stdit.precision import Precision, autocast
+from stdit.rng import keyed_rng
+from stdit.vae import VideoVAE
+
+
+class Shard(NamedTuple):
+    """The latents of a part of the data.
+
+    tensors: name -> (N, C, T, h, w), see `_encode`. indices: of the N clips in the dataset. conditions: raw
+    conditions of each clip. bad: unreadable file -> the reason. waited: seconds spent waiting for data.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    indices: list[int]
+    conditions: list[dict]
+    bad: dict[str, str]
+    waited: float
+
+
+class Form(NamedTuple):
+    """The data type of stored latents, and the precision in which they are computed."""
+
+    dtype: torch.dtype = torch.float16
+    precision: Precision = "auto"
+
+    @classmethod
+    def of(cls, config: Config) -> "Form":
+        """That of a config: float32 is also computed in float32, as everything is with train.precision=fp32."""
+        dtype = getattr(torch, config.data.cache_dtype)
+        return cls(dtype, "fp32" if dtype == torch.float32 else config.train.precision)
+
+
+def encode_shard(
+    dataset: Dataset,
+    vae: VideoVAE,
+    indices: Sequence[int],
+    *,
+    seed: int,
+    size: ClipSize | None = None,
+    form: Form,
+) -> Shard:
+    """Read and encode clips. Threads read the next clips meanwhile, since video decoding releases Python's lock."""
+    latents: list[dict[str, torch.Tensor]] = []
+    encoded: list[int] = []
+    conditions: list[dict] = []
+    bad: dict[str, str] = {}
+    waited = 0.0
+
+    draw_of = getattr(dataset, "draw_of", int)  # two variants of a clip may share their draws
+
+    def read(index: int) -> dict[str, Any] | VideoError:
+        try:
+            return dataset.load(index, keyed_rng("sample", seed, draw_of(index)), size)
+        except VideoError as error:
+            return error
+
+    chunks = [indices[i : i + 32] for i in range(0, len(indices), 32)]
+    with ThreadPoolExecutor(3) as pool:
+        ahead = deque([pool.submit(read, i) for i in chunk] for chunk in chunks[:4])
+        for number, chunk in enumerate(chunks):
+            futures = ahead.popleft()
+            ahead.extend([pool.submit(read, i) for i in later] for later in chunks[number + 4 : number + 5])
+            began = time.perf_counter()
+            samples = dict(zip(chunk, (future.result() for future in futures), strict=True))
+            waited += (time.perf_counter() - began) * (number > 0)  # nothing is encoded while the first clips are read
+            bad |= {dataset.name(i): str(sample) for i, sample in samples.items() if isinstance(sample, VideoError)}
+            good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
+            if good:
+                pixels = torch.stack([sample["pixels"] for sample in good.values()])
+                # Alone on a CPU, where it takes no longer, since sums depend on the batch: a clip that is encoded again
+                # has the latents of before.
+                together = 1 if vae.device.type == "cpu" else len(pixels)
+                latents += [_encode(vae, part, form) for part in pixels.split(together)]
+                encoded += list(good)
+                conditions += [stored_conditions(dataset, i, sample) for i, sample in good.items()]
+    tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}
+    return Shard(tensors or {"latents": torch.zeros(0)}, encoded, conditions, bad=bad, waited=waited)
+
+
+def stored_conditions(dataset: Dataset, index: int, sample: dict) -> dict:
+    """The raw conditions that a shard stores besides labels and captions; those of the clip itself are not stored."""
+    read = conditions_of_sample(dataset, index, sample)
+    return {name: value for name, value in read.items() if CONDITIONERS[name].stored and value is not None}
+
+
+@torch.no_grad()
+def _encode(vae: VideoVAE, pixels: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
+    """Encode clips (N, F, H, W, 3) uint8 into tensors (N, C, T, h, w).
+
+    latents: of the whole clips. reencoded: each latent frame, encoded as the start of a segment.
+    """
+    batch = to_float(pixels.to(vae.device)).to(vae.dtype)
+    with autocast(form.precision, vae.device):
+        latents = vae.encode(batch)
+        groups = [vae.frames_of_latent(batch, t) for t in range(1, latents.shape[2])]
+        heads = vae.encode_segment(torch.cat(groups)).split(len(batch)) if groups else ()  # an image has no groups
+    heads = torch.cat([latents[:, :, :1], *heads], dim=2)
+    tensors = {"latents": latents.to("cpu", form.dtype), "reencoded": heads.to("cpu", form.dtype)}
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError(
+            f"VAE {vae.name!r} gave latents that are not finite in {form.dtype}; set data.cache_dtype=float32."
+        )
+    return tensors
