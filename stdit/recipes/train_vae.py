@@ -34,6 +34,9 @@ from stdit.vae import load_vae
 from stdit.vae.tiny import TinyVAE, TinyVAEConfig
 
 
+_MEASURED = 16  # training clips on which PSNR is measured where none are held out
+
+
 def data_fingerprint(config: VAEConfig) -> dict[str, str]:
     """Hashes of the clips and images that the VAE is trained on, by their names, sizes and groups."""
     root = Path(config.data.root)
@@ -44,7 +47,10 @@ def data_fingerprint(config: VAEConfig) -> dict[str, str]:
 
 
 def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.ndarray]]:
-    """Read the training clips, as dicts of short side -> frames, and the held-out clips (F, H, W, 3) at full size."""
+    """Read the training clips, as dicts of short side -> frames, and the held-out clips (F, H, W, 3) at full size.
+
+    If none are held out, the latter are the first of the training clips, which is said.
+    """
     root = Path(config.data.root)
     rows = read_manifest(root / config.data.manifest, root).rows
     if config.data.hold_out and not any("group" in row.columns for row in rows):
@@ -60,6 +66,9 @@ def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.
         else:
             sides = [side for side in config.data.short_sides if side <= min(frames.shape[1:3])]
             training.append({side: resize_short_side(frames, side) for side in sides})
+    if not held_out:
+        held_out = [sizes[max(sizes)] for sizes in training if sizes and len(sizes[max(sizes)]) >= 17][:_MEASURED]
+        print(f"no clip is held out (data.hold_out): PSNR is measured on {len(held_out)} clips of the training")
     return training, held_out
 
 
