@@ -33,7 +33,6 @@ from stdit.training.vae import ClipPool, VAEConfig, VAETrainer, psnr, vae_batche
 from stdit.vae import load_vae
 from stdit.vae.tiny import TinyVAE, TinyVAEConfig
 
-
 _MEASURED = 16  # training clips on which PSNR is measured where none are held out
 
 
