@@ -140,9 +140,9 @@ class Heartbeats:
         if any(beat is not None and beat.order > order for beat in others.values()):
             return  # it is this process that the others wait for
         lost = {p for p, beat in others.items() if beat is not None and beat.number == self._beat_of(earlier[p])}
-        behind = {p: beat for p, beat in others.items() if beat is None or beat.order < order or p in lost}
-        if behind:
-            self._say(place, f"{_described(behind, lost)}; process {self.process} has waited for {mine.seconds:.0f} s.")
+        late = {p: beat for p, beat in others.items() if beat is None or beat.order < order or p in lost}
+        if late:
+            self._say(place, f"{_described(late, lost)}; process {self.process} has waited for {mine.seconds:.0f} s.")
         elif self.process == 0:
             self._say(
                 place,
@@ -167,10 +167,10 @@ class Heartbeats:
         return 0 if beat is None else beat.number
 
 
-def _described(behind: Mapping[int, Beat | None], lost: set[int]) -> str:
+def _described(late: Mapping[int, Beat | None], lost: set[int]) -> str:
     """Processes, where they are and since when."""
     said = []
-    for process, beat in list(behind.items())[:_SHOWN]:
+    for process, beat in list(late.items())[:_SHOWN]:
         if beat is None:
             said.append(f"process {process} has not begun to train")
             continue
@@ -180,7 +180,7 @@ def _described(behind: Mapping[int, Beat | None], lost: set[int]) -> str:
             said.append(f"{who} does not answer, and was {where}")
         else:
             said.append(f"{who} has been {where}, for {beat.seconds:.0f} s")
-    further = [f"{len(behind) - _SHOWN} further ones are behind"] if len(behind) > _SHOWN else []
+    further = [f"{len(late) - _SHOWN} further ones are behind"] if len(late) > _SHOWN else []
     return "; ".join([*said, *further])
 
 
