@@ -126,7 +126,7 @@ class Heartbeats:
 
     def _look(self, place: Place) -> None:
         """Look where the others are, and again three beats later, since one that is lost says nothing new."""
-        found = {process: self._read(process) for process in range(self.processes)}
+        found = self._read()
         if self._first_look is None or self._first_look[0] is not place:
             self._first_look = (place, found)
             return
@@ -156,11 +156,14 @@ class Heartbeats:
             f"{self._line[1]} It is given up after {self.timeout:g} s (train.parallel.timeout).", file=sys.stderr
         )
 
-    def _read(self, process: int) -> Beat | None:
-        """What a process has said last; None if it has not begun."""
+    def _read(self) -> dict[int, Beat | None]:
+        """What each process has said last; None if it has not begun."""
         assert self._store is not None
-        key = str(process)
-        return Beat(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+        keys = [str(process) for process in range(self.processes)]
+        # At once if all have begun; the store would wait for a key that is missing.
+        there = keys if self._store.check(keys) else [key for key in keys if self._store.check([key])]
+        said = dict(zip(there, self._store.multi_get(there), strict=True))
+        return {int(key): Beat(*json.loads(said[key])) if key in said else None for key in keys}
 
     @staticmethod
     def _beat_of(beat: Beat | None) -> int:

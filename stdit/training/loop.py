@@ -184,7 +184,7 @@ class TrainingLoop(ABC):
         estimate = Estimate(self.step, config.steps)
         profiler = StepProfiler(config.profile if main else 0, self.folders.output, config.steps - self.step)
         files = closing(logger) if logger else nullcontext()
-        with self.heartbeats, self._signals, closing(progress), files:
+        with self._signals, closing(progress), files, self.heartbeats:
             while self.step < config.steps:
                 try:
                     measured = self._one_step(wrapped, optimizers, batches)
@@ -194,6 +194,7 @@ class TrainingLoop(ABC):
                     self.step += 1
                     self.after_step()
                     profiler.step()
+                    self._mark("measuring the held-out loss")
                     with self.throughput.paused():  # the rate is that of training
                         metrics.append(measured._replace(held_out=self.held_out_loss()))
                     self.seconds = time.perf_counter() - began

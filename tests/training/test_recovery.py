@@ -31,12 +31,14 @@ model: {size: S/2, depth: 1, hidden_size: 32, num_heads: 2}
 train: {steps: 6, batch_size: 4, checkpoint_every: 100, preview_every: 2, samples: 2, sample_steps: 2, precision: fp32}
 """
 
-# Processes of a run, forked: `body(rank)` runs in each, in a group of gloo whose operations end after 4 seconds.
+# Processes of a run, forked: `body(rank)` runs in each, after the imports, which take longest.
 FORKED = """
 import multiprocessing, os, signal, sys, time
 from datetime import timedelta
 import torch, torch.distributed as dist
+from pathlib import Path
 from accelerate import PartialState
+from stdit.recipes import train
 from stdit.training.heartbeats import Heartbeats
 from stdit.training.config import ParallelConfig
 from stdit.training.parallel import make_mesh
@@ -44,7 +46,6 @@ from stdit.training.parallel import make_mesh
 def start(rank, count):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
-    PartialState(cpu=True, timeout=timedelta(seconds=4))
     body(rank)
 
 def run(count):
@@ -52,7 +53,8 @@ def run(count):
     for one in processes:
         one.start()
     processes[0].join(60)
-    for one in processes:
+    print("exit code", processes[0].exitcode, flush=True)
+    for one in processes[1:]:
         one.kill()
 """
 
@@ -61,7 +63,7 @@ def forked(tmp_path: Path, body: str, count: int, free_port: int) -> subprocess.
     script = tmp_path / "forked.py"
     script.write_text(f"{FORKED}\n{body}\nrun({count})\n")
     command = [sys.executable, str(script), str(free_port)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, env=ONE_THREAD)
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, env=ONE_THREAD, cwd=tmp_path)
 
 
 @pytest.fixture
@@ -78,6 +80,7 @@ def test_a_process_that_hangs_and_one_that_is_gone_are_named_before_the_timeout_
 ):
     body = """
 def body(rank):
+    PartialState(cpu=True, timeout=timedelta(seconds=4))
     began = time.monotonic()
     try:
         with Heartbeats(rank, 3, 4.0) as hearts:
@@ -110,6 +113,7 @@ def body(rank):
 def test_groups_of_replicas_have_the_timeout_of_the_run(tmp_path, free_port):
     body = """
 def body(rank):
+    PartialState(cpu=True)
     mesh = make_mesh(ParallelConfig(shard="fsdp", replicas=2, timeout=77), "cpu", 4)
     if not rank:
         for name in mesh.mesh_dim_names:
@@ -118,7 +122,66 @@ def body(rank):
     dist.barrier()
 """
     done = forked(tmp_path, body, 4, free_port)
-    assert done.stdout.splitlines() == ["replicate [0, 2] 0:01:17", "shard [0, 1] 0:01:17"], done.stderr[-2000:]
+    assert done.stdout.splitlines()[:2] == ["replicate [0, 2] 0:01:17", "shard [0, 1] 0:01:17"], done.stderr[-2000:]
+
+
+def test_other_processes_go_on_while_the_main_one_writes_the_previews_of_all(tmp_path, free_port):
+    (tmp_path / "t.yaml").write_text(TINY)
+    body = """
+def body(rank):
+    real, losses = train.write_previews, train.Trainer.losses
+
+    def slow(*args):
+        began = time.monotonic()
+        while not Path("went-on").is_file():
+            assert time.monotonic() - began < 20
+            time.sleep(0.05)
+        return real(*args)
+
+    def watched(self, *args):
+        if rank == 1 and self.step == 4:  # two steps after the first previews
+            Path("went-on").touch()
+        return losses(self, *args)
+
+    train.write_previews, train.Trainer.losses = slow, watched
+    os._exit(train.run(["t.yaml", "train.trackers=[]"]))
+"""
+    done = forked(tmp_path, body, 2, free_port)
+    assert "exit code 0" in done.stdout and "failed" not in done.stderr, done.stderr[-2000:]
+    sheets = sorted(path.name for path in (tmp_path / "output/t/samples").glob("step-*.png"))
+    assert sheets == ["step-0000002.png", "step-0000004.png"] and (tmp_path / "output/t/training_curves.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_a_process_that_hangs_ends_in_one_line_and_has_its_checkpoint(tmp_path, free_port):
+    (tmp_path / "t.yaml").write_text(TINY)
+    body = """
+def body(rank):
+    encode = train.load_vae
+
+    def load_vae(name):
+        vae = encode(name)
+        real, calls = vae.encode, []
+
+        def hangs(pixels):
+            calls.append(1)
+            if rank == 1 and len(calls) == 4:
+                time.sleep(100)
+            return real(pixels)
+
+        vae.encode = hangs
+        return vae
+
+    train.load_vae = load_vae
+    sys.exit(train.run(["t.yaml", "train.parallel.timeout=8", "train.checkpoint_every=2", "train.samples=0", "train.preview_every=100"]))
+"""
+    done = forked(tmp_path, body, 2, free_port)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Process 1")]
+    assert len(lines) == 2, done.stderr[-3000:]
+    assert "at step 3, computing a loss at training/step.py:" in lines[0] and "given up after 8 s" in lines[0]
+    assert lines[1].endswith("It was given up; run the same command again to resume.")
+    assert "exit code 1" in done.stdout and "Traceback" not in done.stderr
+    assert load_checkpoint(tmp_path / "checkpoints/t").step == 2
 
 
 def test_noise_is_drawn_a_batch_ahead_and_is_that_of_its_keys(monkeypatch):
