@@ -58,11 +58,12 @@ class HeldOutDraws:
         """
         groups = self._order.groups
         mine = [process + i * processes for i in range(-(-len(groups) // processes))]
+        read = [number % len(groups) for number in mine]  # the last of some processes is another's, and does not count
         if not self._batches:
-            # The last of some processes is one that another process measures, and does not count.
-            read = self._read([number % len(groups) for number in mine], {} if set_aside is None else set_aside)
-            self._batches = {number: collate(samples) for number, samples in zip(mine, read, strict=True)}
-        found = {number: loss(self._batches[number]).float().cpu() for number in mine}
+            samples = self._read(read, {} if set_aside is None else set_aside)
+            self._batches = {number: collate(found) for number, found in zip(read, samples, strict=True)}
+        measured = [loss(self._batches[number]).float().cpu() for number in read]
+        found = dict(zip(mine, measured, strict=True))
         zeros = {number: torch.zeros(len(group)) for number, group in enumerate(groups)}
         return torch.cat([found.get(number, zeros[number]) for number in zeros])
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from stdit.data.datasets import Dataset
@@ -79,8 +80,9 @@ def whole_model(model: STDiT, keep: bool) -> STDiT | None:
     weights = gathered(model.state_dict().items(), keep=keep)
     if not keep:
         return None
-    copied = STDiT.from_config(dict(model.config))
-    copied.load_state_dict(weights)
+    with init_empty_weights():  # drawing weights would take longer than gathering them
+        copied = STDiT.from_config(dict(model.config))
+    copied.load_state_dict(weights, assign=True)
     return copied.to(next(model.parameters()).device).requires_grad_(False).eval()
 
 
