@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from stdit.conditions import Conditions, conditioners_of
+from stdit.conditions.base import Key
 from stdit.conditions.values import map_tensors
 from stdit.data.identity import hash_of
 from stdit.data.loader import Batch
@@ -192,11 +193,9 @@ class Trainer(TrainingLoop):
         """The noise that the losses of a batch take."""
         shapes = [(self.vae.channels, *shape) for shape in self._latent_shapes(batch)]
         together = isinstance(batch.pixels if batch.latents is None else batch.latents, Tensor)
-        groups = (
-            [(tuple(batch.keys), shapes[0])]
-            if together
-            else [((key,), shape) for key, shape in zip(batch.keys, shapes, strict=True)]
-        )
+        groups: list[tuple[tuple[Key, ...], tuple[int, ...]]] = [(tuple(batch.keys), shapes[0])]
+        if not together:
+            groups = [((key,), shape) for key, shape in zip(batch.keys, shapes, strict=True)]
         has_history = self.objective.config.mask_strategy == "teacher_forcing"
         return [Draw(purpose, *group) for group in groups for purpose in ("noise", "history")[: 1 + has_history]]
 

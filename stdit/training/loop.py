@@ -183,7 +183,7 @@ class TrainingLoop(ABC):
         self.throughput.restart()
         estimate = Estimate(self.step, config.steps)
         profiler = StepProfiler(config.profile if main else 0, self.folders.output, config.steps - self.step)
-        files = closing(logger) if logger else nullcontext()
+        files: AbstractContextManager = closing(logger) if logger else nullcontext()
         with self._signals, closing(progress), files, self.heartbeats:
             while self.step < config.steps:
                 try:
