@@ -307,7 +307,7 @@ def test_weights_after_60_steps_are_those_of_one_process_with_two_and_with_four(
         assert found < 1e-3 and losses(f"long{count}") == pytest.approx(losses("long1"), rel=1e-4)
 
 
-KILLS = 50
+KILLS = int(os.environ.get("STDIT_KILLS", "50"))
 
 
 @pytest.mark.slow
