@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from stdit.config import Config
+from stdit.data.video_write import to_uint8
 from stdit.recipes import sample, sampling
 from stdit.recipes.sample_tasks import check_options
 from stdit.sampling.options import options_from
@@ -32,14 +33,16 @@ class OwnPreview(NamedTuple):
     call: sampling.Call
 
 
-def read_previews(config: Config, pipe: STDiTPipeline) -> list[OwnPreview]:
+def read_previews(config: Config, pipe: STDiTPipeline, *, quiet: bool = False) -> list[OwnPreview]:
     """Parse `train.previews`, read their files and try each with one step, before training; ValueError names a wrong entry.
 
-    A model that is sharded cannot be tried, since one process has no whole one.
+    A model that is sharded cannot be tried, since one process has no whole one. quiet: without warnings.
     """
     found, trained = [], pipe.transformer.training
     pipe.transformer.eval()
-    try:
+    with warnings.catch_warnings():
+        if quiet:
+            warnings.simplefilter("ignore")
         for text in config.train.previews:
             try:
                 one = _read(text, config, pipe)
@@ -49,8 +52,7 @@ def read_previews(config: Config, pipe: STDiTPipeline) -> list[OwnPreview]:
             except (ValueError, OSError) as error:
                 raise ValueError(f"train.previews: {text!r}: {error}") from error
             found.append(one)
-    finally:
-        pipe.transformer.train(trained)
+    pipe.transformer.train(trained)
     return found
 
 
@@ -82,11 +84,11 @@ def _read(text: str, config: Config, pipe: STDiTPipeline) -> OwnPreview:
     return OwnPreview(text, args, inputs, call)
 
 
-def sample_previews(previews: Sequence[OwnPreview], pipe: STDiTPipeline) -> list[Preview]:
-    """Sample all entries: one clip each, or several of an entry with several labels or captions."""
+def sample_previews(previews: Sequence[OwnPreview], pipe: STDiTPipeline) -> list[list[Preview]]:
+    """Sample entries: one clip each, or several of an entry with several labels or captions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they were shown when the entries were tried
-        return [shown for one in previews for shown in _sample(one, pipe)]
+        return [_sample(one, pipe) for one in previews]
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def _sample(one: OwnPreview, pipe: STDiTPipeline) -> list[Preview]:
     if not isinstance(clips, torch.Tensor):  # a stream of groups of frames
         clips = torch.cat(list(clips), dim=2)
     fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
-    return [Preview(_name(one, pipe, i), clip, fps) for i, clip in enumerate(clips)]
+    return [Preview(_name(one, pipe, i), to_uint8(clip), fps) for i, clip in enumerate(clips)]
 
 
 def _name(one: OwnPreview, pipe: STDiTPipeline, index: int) -> str:

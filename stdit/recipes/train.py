@@ -31,6 +31,7 @@ from stdit.data.samplers import BatchSampler
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import build_objective
 from stdit.model.lora import base_fingerprint
+from stdit.model.stdit import STDiT
 from stdit.model.trunks import TRUNKS
 from stdit.recipes import cache_latents, entry
 from stdit.recipes.adapters import build_adapted
@@ -48,22 +49,24 @@ from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.recipes.order import build_order
 from stdit.recipes.previews import read_previews, sample_previews
 from stdit.recipes.propose import data_overrides, find_or_propose, keep
-from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers
 from stdit.training.parallel import (
     check_agreement,
     compile_blocks,
+    gathered,
     make_mesh,
     parallelize,
     share_frames,
     trained_parameters,
 )
+from stdit.training.previews import Previews
 from stdit.training.results import (
     Preview,
     build_pipeline,
     preview,
+    preview_count,
     replace_lora,
     replace_model,
     whole_model,
@@ -113,7 +116,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     if context > 1:
         check_context(config, vae, model)
     parallelize(model, config.train.parallel, mesh)
-    own = read_previews(config, build_pipeline(model, vae, config)) if main and config.train.previews else []
+    own = read_previews(config, build_pipeline(model, vae, config), quiet=not main) if config.train.previews else []
     folders = RunFolders(config.name)
     if main:
         folders.lock()
@@ -134,8 +137,15 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     }
     check_agreement(accelerator, start)
 
-    def show(pipe: STDiTPipeline) -> list[Preview]:
-        return sample_previews(own, pipe) if own else preview(pipe, config, dataset)
+    # Without the guide: a function that knew the trainer would keep it, and its lock, after an error.
+    def sample(model: STDiT, numbers: Sequence[int]) -> list[list[Preview]]:
+        pipe = build_pipeline(model, vae, config)
+        if own:
+            return sample_previews([own[number] for number in numbers], pipe)
+        return [[one] for one in preview(pipe, config, dataset, numbers)]
+
+    def write(parts: list[list[Preview]], step: int) -> dict[str, Path]:
+        return write_previews([one for part in parts for one in part], folders.samples, step)
 
     trainer = Trainer(
         accelerator, folders, model,
@@ -145,10 +155,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         teacher=build_teacher(config, accelerator.device),
         fps=clip_rate(config.data, dataset) if main else None,  # it warns if the clips' rates differ, which is said once
         held_out=held_out, held_out_every=steps_between(len(order.batch(0))),
-        # Without the guide: a function that knew the trainer would keep it, and its lock, after an error.
         whole_model=whole_model,
-        preview=lambda m, step: write_previews(show(build_pipeline(m, vae, config)), folders.samples, step),
-        preview_at_end=bool(own),
+        previews=Previews(len(own) or preview_count(config), sample, write, at_end=bool(own)),
     )  # fmt: skip
     if checkpoint is not None:
         trainer.restore(checkpoint)
@@ -204,10 +212,12 @@ def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
     accelerator, folders = trainer.accelerator, trainer.folders
     if not code:
         with swap_ema(trainer.model, trainer.ema):
-            model = whole_model(trainer.model, accelerator.is_main_process)
-            if not accelerator.is_main_process or model is None:
+            main = accelerator.is_main_process
+            model = whole_model(trainer.model, main)
+            guide = None if trainer.guide is None else gathered(trainer.guide.items(), keep=main)
+            if not main or model is None:
                 return
-            pipeline = build_pipeline(model, trainer.vae, config, trainer.fps, guide=trainer.guide)
+            pipeline = build_pipeline(model, trainer.vae, config, trainer.fps, guide=guide)
             if config.train.lora.rank is None:
                 replace_model(pipeline, folders.model)
             else:

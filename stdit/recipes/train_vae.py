@@ -26,6 +26,7 @@ from stdit.recipes.build import build_accelerator
 from stdit.recipes.entry import command, command_parser
 from stdit.training.fit import Stopped, swap_ema
 from stdit.training.optim import build_optimizers
+from stdit.training.previews import Previews
 from stdit.training.results import check_finite
 from stdit.training.resume import find_checkpoint
 from stdit.training.run import RunFolders
@@ -182,21 +183,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(trainer: VAETrainer, config: VAEConfig, pool: ClipPool, held_out: list[np.ndarray]) -> int:
     """Train to the last step, or until a signal; returns the exit code."""
 
-    def preview(vae: TinyVAE, step: int) -> dict[str, Path]:
-        sheet = trainer.folders.output / "reconstructions.png"
+    sheet = trainer.folders.output / "reconstructions.png"
+
+    def reconstruct(vae: TinyVAE, _: Sequence[int] = (0,)) -> list[dict]:
         with trainer.accelerator.autocast():
-            scores = evaluate(vae, held_out)
             write_preview(vae, held_out, sheet)
-        Progress.write(f"step {step}: " + ", ".join(f"{key} {value:.2f}" for key, value in scores.items()))
+            return [evaluate(vae, held_out)]
+
+    def say(scores: list[dict], step: int) -> dict[str, Path]:
+        Progress.write(f"step {step}: " + ", ".join(f"{key} {value:.2f}" for key, value in scores[0].items()))
         return {"reconstructions": sheet}
 
     trainer.folders.write_config(config)
     try:
-        trainer.preview = preview
+        trainer.previews = Previews(1, reconstruct, say)
         trainer.fit(vae_batches(pool, trainer.model, config, trainer.step))
     except Stopped as stopped:
         print(stopped)
         return stopped.code
     with swap_ema(trainer.model, trainer.ema):
-        preview(trainer.model, trainer.step)
+        say(reconstruct(trainer.model), trainer.step)
     return 0

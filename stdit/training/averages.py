@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stdit.files import atomic_write
-from stdit.training.parallel import trained_parameters
+from stdit.training.parallel import like, local, trained_parameters, whole
+from stdit.training.shard_files import part_of
 
 # The largest distance of the snapshots' best weights over time to those of the average, as a share of the latter.
 WORST_FIT = 0.1
@@ -40,28 +41,35 @@ def exponent(length: float) -> float:
 class PowerAverages:
     """Averages of a model's weights whose lengths grow with the number of steps.
 
-    lengths: as shares of the training so far. values: for each length the averages of the parameters, in float32.
+    lengths: as shares of the training so far. values: for each length the averages of the parameters, in float32; of a sharded
+    model what this process holds of them.
     """
 
     def __init__(self, model: nn.Module, lengths: Sequence[float]):
         self.lengths, self._exponents = list(lengths), [exponent(length) for length in lengths]
         self.names = list(trained_parameters(model))
-        self.values = [[p.detach().clone().float() for p in trained_parameters(model).values()] for _ in lengths]
+        self.values = [[local(p).detach().clone().float() for p in trained_parameters(model).values()] for _ in lengths]
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after a step, counted from 1 (equation 2 of the paper)."""
         if not self.lengths:
             return
-        parameters = [p.detach() for p in trained_parameters(model).values()]
+        parameters = [local(p).detach() for p in trained_parameters(model).values()]
         for gamma, values in zip(self._exponents, self.values, strict=True):
             torch._foreach_lerp_(values, [p.float() for p in parameters], 1 - (1 - 1 / step) ** (gamma + 1))
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """The averages as groups of a checkpoint: average_0, average_1."""
-        return {f"average_{i}": dict(zip(self.names, values, strict=True)) for i, values in enumerate(self.values)}
+    def state(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """The averages as groups of a checkpoint: average_0, average_1. model: which is sharded as they are."""
+        parameters = trained_parameters(model)
+        return {
+            f"average_{i}": {
+                name: like(value, parameters[name]) for name, value in zip(self.names, values, strict=True)
+            }
+            for i, values in enumerate(self.values)
+        }
 
-    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def restore(self, model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Load what `state` gave; ValueError if that was none, or of another number of lengths."""
         given = {name for name in tensors if name.startswith("average_")}
         if len(given) != len(self.values):
@@ -69,18 +77,22 @@ class PowerAverages:
                 f"the checkpoint has {len(given)} further averages, but train.average_lengths={self.lengths} asks for "
                 f"{len(self.values)}; they begin with a run. Set it as it was, or start again with train.resume=never."
             )
+        parameters = trained_parameters(model)
         for i, values in enumerate(self.values):
             for name, value in zip(self.names, values, strict=True):
-                value.copy_(tensors[f"average_{i}"][name])
+                value.copy_(local(part_of(tensors[f"average_{i}"], name, parameters[name])))
 
-    def write(self, folder: Path, step: int) -> None:
-        """Write a snapshot in 16 bits to folder/step-N.safetensors."""
+    def write(self, model: nn.Module, folder: Path, step: int, *, main: bool = True) -> None:
+        """Write a snapshot in 16 bits to folder/step-N.safetensors, from the main process; all must call it."""
+        tensors = {}
+        for group, values in self.state(model).items():
+            for name, value in values.items():  # one at a time: a sharded one is gathered
+                full = whole(value)
+                if main:
+                    tensors[f"{group.removeprefix('average_')}/{name}"] = full.half().cpu().contiguous()
+        if not main:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{i}/{name}": value.half().cpu().contiguous()
-            for i, values in enumerate(self.values)
-            for name, value in zip(self.names, values, strict=True)
-        }
         info = {"step": str(step), "lengths": " ".join(map(repr, self.lengths))}
         with atomic_write(folder / f"step-{step}.safetensors") as tmp:
             save_file(tensors, tmp, metadata=info)

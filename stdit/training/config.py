@@ -123,15 +123,9 @@ class TrainConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges("train", self, _TRAIN_RANGES, guidance="1 is no guidance", holdout="0 holds out nothing")
-        given = {"holdout": self.holdout, "holdout_values": self.holdout_values, "guide_step": self.guide_step, "average_lengths": self.average_lengths}  # fmt: skip
         if self.compile and (self.parallel.shard != "none" or self.parallel.context > 1):
             raise ValueError(
                 "train.compile=true is not there for a sharded model or for shared frames (train.parallel); set it to false."
-            )
-        if self.parallel.shard != "none" and any(given.values()):
-            name = next(name for name, value in given.items() if value)
-            raise ValueError(
-                f"train.{name}={given[name]} is not there for a sharded model (train.parallel.shard=fsdp); leave it out."
             )
         unfit = {"guide_step": self.guide_step, "average_lengths": self.average_lengths, "parallel.shard": self.parallel.shard != "none" and self.parallel.shard}  # fmt: skip
         if self.lora.rank is not None and any(unfit.values()):

@@ -1,7 +1,8 @@
 """The training of a diffusion model, in the loop of stdit/training/loop.py."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from stdit.conditions import Conditions, conditioners_of
+from stdit.conditions.base import Key
 from stdit.conditions.values import map_tensors
 from stdit.data.identity import hash_of
 from stdit.data.loader import Batch
@@ -20,8 +22,12 @@ from stdit.model.stdit import STDiT
 from stdit.text import CaptionCache
 from stdit.training.config import TrainConfig
 from stdit.training.held_out import HeldOutDraws
-from stdit.training.loop import StepLosses, Stopped, TrainingLoop, swap_ema
+from stdit.training.loop import StepLosses, TrainingLoop
+from stdit.training.loop_state import swap_ema
 from stdit.training.metrics import LEVELS, Breakdown, level_sums
+from stdit.training.noise import Draw, NoiseAhead
+from stdit.training.shard_files import part_of
+from stdit.training.signals import Stopped
 from stdit.training.state import Checkpoint
 from stdit.training.step import FlowMapTraining, diffusion_losses, to_latents
 from stdit.training.throughput import Work
@@ -82,6 +88,7 @@ class Trainer(TrainingLoop):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._flops: dict[Shape, float] = {}
+        self.noise = NoiseAhead()
         self.conditioners = conditioners_of(self.model.config)
         if self.captions is not None:
             self.conditioners["caption"].tokenize = self.captions  # type: ignore[attr-defined]
@@ -101,7 +108,11 @@ class Trainer(TrainingLoop):
         """Load a checkpoint, which files were set aside, and the guide."""
         super().restore(checkpoint)
         self.set_aside |= checkpoint.info.get("set_aside", {})
-        self.guide = checkpoint.tensors.get("guide")
+        if (guide := checkpoint.tensors.get("guide")) is not None:
+            weights = self.model.state_dict()
+            self.guide = {
+                name: part_of(guide, name, weights[name]) if name in weights else guide[name] for name in guide
+            }
 
     def further_tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """The weights of the guide, once its step is taken."""
@@ -167,9 +178,26 @@ class Trainer(TrainingLoop):
         with self.accelerator.autocast():
             given = (clips, conditions, batch.keys)
             losses = diffusion_losses(
-                model, self.objective, *given, patch=self.model.patch_size, flow_map=self._flow_map(conditions, batch)
-            )
+                model, self.objective, *given, patch=self.model.patch_size, flow_map=self._flow_map(conditions, batch),
+                draw=self.noise,
+            )  # fmt: skip
         return StepLosses(losses.clips, level_sums(losses.clips, losses.levels))
+
+    def fit(self, batches: Iterator[Batch]) -> None:
+        """Train to the last step, as the loop does, with noise that is drawn a micro-batch ahead."""
+        left = (self.config.steps - self.step) * self.micro_batches
+        with closing(self.noise.batches(batches, left, self._draws)) as ahead:
+            super().fit(ahead)
+
+    def _draws(self, batch: Batch) -> list[Draw]:
+        """The noise that the losses of a batch take."""
+        shapes = [(self.vae.channels, *shape) for shape in self._latent_shapes(batch)]
+        together = isinstance(batch.pixels if batch.latents is None else batch.latents, Tensor)
+        groups: list[tuple[tuple[Key, ...], tuple[int, ...]]] = [(tuple(batch.keys), shapes[0])]
+        if not together:
+            groups = [((key,), shape) for key, shape in zip(batch.keys, shapes, strict=True)]
+        has_history = self.objective.config.mask_strategy == "teacher_forcing"
+        return [Draw(purpose, *group) for group in groups for purpose in ("noise", "history")[: 1 + has_history]]
 
     def after_step(self) -> None:
         """Keep the averaged weights of `guide_step` as the guide."""

@@ -53,19 +53,19 @@ class HeldOutDraws:
     ) -> Tensor:
         """The losses (draws,) on the CPU, 0 for the draws of other processes; loss: a batch -> (B,).
 
+        It is called as often in every process, since those of a sharded model compute together.
         set_aside: name -> reason of files that are not opened; those that crash or stall their process are added.
         """
         groups = self._order.groups
-        mine = range(process, len(groups), processes)
+        mine = [process + i * processes for i in range(-(-len(groups) // processes))]
+        read = [number % len(groups) for number in mine]  # the last of some processes is another's, and does not count
         if not self._batches:
-            read = self._read(mine, {} if set_aside is None else set_aside)
-            self._batches = {number: collate(samples) for number, samples in zip(mine, read, strict=True)}
-        return torch.cat(
-            [
-                loss(self._batches[number]).float().cpu() if number in mine else torch.zeros(len(group))
-                for number, group in enumerate(groups)
-            ]
-        )
+            samples = self._read(read, {} if set_aside is None else set_aside)
+            self._batches = {number: collate(found) for number, found in zip(read, samples, strict=True)}
+        measured = [loss(self._batches[number]).float().cpu() for number in read]
+        found = dict(zip(mine, measured, strict=True))
+        zeros = {number: torch.zeros(len(group)) for number, group in enumerate(groups)}
+        return torch.cat([found.get(number, zeros[number]) for number in zeros])
 
     def _read(self, numbers: Sequence[int], set_aside: dict[str, str]) -> list[list[dict[str, Any]]]:
         """The samples of each batch."""

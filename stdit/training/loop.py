@@ -5,16 +5,12 @@ what a batch costs.
 """
 
 import math
-import os
-import signal
 import sys
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,24 +23,19 @@ from stdit.training.allocator import reuse_freed_memory
 from stdit.training.averages import PowerAverages
 from stdit.training.config import LoopConfig
 from stdit.training.estimate import Estimate
-from stdit.training.loop_state import LoopState
-from stdit.training.metrics import HELD_OUT, Breakdown, MetricsLogger
+from stdit.training.heartbeats import Heartbeats
+from stdit.training.loop_state import LoopState, swap_ema
+from stdit.training.metrics import Breakdown, MetricsLogger, StepMetrics, rows_of
 from stdit.training.optim import learning_rate, set_learning_rate
 from stdit.training.parallel import accumulating, is_sharded, local_parameters, whole
+from stdit.training.previews import Previews
 from stdit.training.profile import StepProfiler
 from stdit.training.run import RunFolders
 from stdit.training.shards import ShardWriter
+from stdit.training.signals import Interrupted, Stopped, StopSignals
 from stdit.training.state import Checkpoint, save_checkpoint
 from stdit.training.throughput import Throughput, Work, summary
 from stdit.training.trackers import Trackers
-
-
-class Stopped(Exception):
-    """Raised after a signal stopped the run, whose state is saved; `code` is the exit code to use."""
-
-    def __init__(self, code: int, step: int):
-        super().__init__(f"stopped at step {step} by a signal, and saved; run the same command again to resume")
-        self.code = code
 
 
 class StepBatch(Protocol):
@@ -69,34 +60,6 @@ class StepLosses(NamedTuple):
     sums: Tensor
 
 
-class StepMetrics(NamedTuple):
-    """The metrics of one optimizer step, still on the device.
-
-    loss: the part of this process. sums: (2, n), as in `StepLosses`. held_out: the loss on
-    held-out clips, if it was measured after this step.
-    """
-
-    step: int
-    loss: Tensor
-    sums: Tensor
-    lr: float
-    grad_norm: Tensor
-    skipped: int
-    held_out: float | None = None
-
-
-# Signals after which a run saves its state and stops: from a user, a scheduler (SLURM sends USR1), a closed terminal.
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-
-
-class _Interrupted(Exception):
-    """Raised by the signal handler while the loop waits for data, to end the wait."""
-
-
-def _no_preview(model: nn.Module, step: int) -> dict[str, Path]:
-    return {}
-
-
 @dataclass
 class TrainingLoop(ABC):
     """The training loop of any model; a subclass defines the loss of a batch (`losses`).
@@ -110,11 +73,9 @@ class TrainingLoop(ABC):
     optimizers: list
     config: LoopConfig
     resolved: dict  # the whole config, kept in checkpoints
-    # Of (model, step): the files of clips and pictures that it wrote, by name, for the trackers of the run.
-    preview: Callable[[Any, int], Mapping[str, Path]] = field(default=_no_preview, kw_only=True)
-    preview_at_end: bool = field(default=False, kw_only=True)
-    # Of (model, whether this is the main process): the whole model there, None elsewhere.
-    whole_model: Callable[[Any, bool], Any] = field(default=lambda model, main: model, kw_only=True)
+    previews: Previews | None = field(default=None, kw_only=True)
+    # Of (model, whether it is kept here): the whole model, which all processes must ask for.
+    whole_model: Callable[[Any, bool], Any] = field(default=lambda model, keep: model, kw_only=True)
     step: int = field(default=0, init=False)
     skipped: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
@@ -129,8 +90,8 @@ class TrainingLoop(ABC):
             place = (self.folders.checkpoints, self.accelerator.process_index, self.accelerator.num_processes)
             self.writer = ShardWriter(*place, self.config.keep_checkpoints, timeout=self.timeout)
         self.throughput = Throughput(self.accelerator.device, self.accelerator.num_processes)
-        self._signal: int | None = None
-        self._waiting = False  # whether the loop waits for data
+        self.heartbeats = Heartbeats(self.accelerator.process_index, self.accelerator.num_processes, self.timeout)
+        self._signals = StopSignals(says_so=self.accelerator.is_main_process)
         # The manifest hash of the checkpoint that the run began with, see training/resume.py.
         self._origin: str | None = None
         self._skipped_in_a_row = 0
@@ -188,26 +149,28 @@ class TrainingLoop(ABC):
 
     def save(self) -> None:
         """Write a checkpoint: the main process, or, of a sharded model, every process its part while training goes on."""
-        further = self.further_info()
-        if self.accelerator.is_main_process or self.writer is not None:
+        further, main = self.further_info(), self.accelerator.is_main_process
+        if main or self.writer is not None:
             tensors = {**self._state.tensors(), **self.further_tensors()}
             info = {
                 **self._state.info(), "config": self.resolved, "skipped": self.skipped, "seconds": self.seconds,
                 "origin": self._origin, **further,
             }  # fmt: skip
+            folder = self.folders.checkpoints
             if self.writer is not None:
                 self.writer.write(self.step, tensors, info)
-                return
-            save_checkpoint(self.folders.checkpoints, self.step, tensors, info, keep=self.config.keep_checkpoints)
+            else:
+                save_checkpoint(folder, self.step, tensors, info, keep=self.config.keep_checkpoints)
             if self.averages.lengths:
-                self.averages.write(self.folders.checkpoints / "averages", self.step)
-        self.accelerator.wait_for_everyone()
+                self.averages.write(self.model, folder / "averages", self.step, main=main)
+        if self.writer is None:
+            self.accelerator.wait_for_everyone()
 
     def fit(self, batches: Iterator[Any]) -> None:
-        """Train to `config.steps`; `preview` is called with averaged weights every `preview_every` steps.
+        """Train to `config.steps`, and show previews of the averaged weights every `preview_every` steps.
 
-        Raises Stopped after a signal, and ValueError if too many files are unreadable or too many gradients are not
-        finite.
+        Raises Stopped after a signal, and ValueError if too many files are unreadable, too many gradients are not finite, or
+        another process hangs.
         """
         config, main = self.config, self.accelerator.is_main_process
         if self.accelerator.device.type == "cpu":
@@ -220,16 +183,18 @@ class TrainingLoop(ABC):
         self.throughput.restart()
         estimate = Estimate(self.step, config.steps)
         profiler = StepProfiler(config.profile if main else 0, self.folders.output, config.steps - self.step)
-        with self._signals_caught(), closing(progress), closing(logger) if logger else nullcontext():
+        files: AbstractContextManager = closing(logger) if logger else nullcontext()
+        with self._signals, closing(progress), files, self.heartbeats:
             while self.step < config.steps:
                 try:
                     measured = self._one_step(wrapped, optimizers, batches)
-                except _Interrupted:  # this step was not applied
+                except Interrupted:  # this step was not applied
                     stopping = saving = True
                 else:
                     self.step += 1
                     self.after_step()
                     profiler.step()
+                    self._mark("measuring the held-out loss")
                     with self.throughput.paused():  # the rate is that of training
                         metrics.append(measured._replace(held_out=self.held_out_loss()))
                     self.seconds = time.perf_counter() - began
@@ -238,14 +203,16 @@ class TrainingLoop(ABC):
                     if main and (message := estimate.after(self.step)):
                         Progress.write(message, file=sys.stderr)
                 if metrics and (self.step % config.log_every == 0 or saving):
+                    self._mark("averaging losses")
                     rates = self.throughput.rates()
-                    rows = self._gather(metrics, rates)
+                    rows = rows_of(metrics, self.breakdown, rates, self.accelerator)
                     metrics = []
                     if logger is not None:
                         logger.write(rows)
                         progress.set_postfix_str(f"loss {rows[-1]['loss']:.4f}, {summary(rates)}")
                 progress.update(self.step - progress.n)
                 if saving:
+                    self._mark("saving")
                     with self.throughput.paused():
                         self.save()
                         if logger is not None:
@@ -254,26 +221,36 @@ class TrainingLoop(ABC):
                 if self.writer is not None and (stopping or last):
                     self.writer.finish()
                 if stopping:
-                    raise Stopped(128 + self._signal if self._signal else 143, self.step)
-                if self.preview_at_end if last else self.step % config.preview_every == 0:
-                    self._preview(logger)
-                    self.accelerator.wait_for_everyone()
-                    self.throughput.restart()
+                    raise Stopped(self._signals.code, self.step)
+                if self.previews is not None and (
+                    self.previews.at_end if last else self.step % config.preview_every == 0
+                ):
+                    self._mark("sampling previews")
+                    with self.throughput.paused():
+                        self._preview(self.previews, logger)
+
+    def _mark(self, doing: str) -> None:
+        """Tell the other processes what this one does next in its step."""
+        self.heartbeats.mark(self.step, doing)
 
     def _one_step(self, model: nn.Module, optimizers: list, batches: Iterator[Any]) -> StepMetrics:
         """Take one optimizer step -> its metrics."""
         config, device = self.config, self.accelerator.device
         total, sums = torch.zeros((), device=device), torch.zeros(2, len(self.breakdown.columns), device=device)
         for part in range(self.micro_batches):
+            self._mark("reading clips")
             batch = self._next(batches)
+            self._mark("computing a loss")
             self.throughput.add(self.work_of(batch))
             share = self.data_processes / batch.total  # each process adds its part of the mean over clips
             last = part == self.micro_batches - 1
             with self._accumulating(model, last):
                 losses = self.losses(model, batch)
+                self._mark("computing gradients")
                 self.accelerator.backward(losses.clips.sum() * share)
             total += losses.clips.detach().sum() * share
             sums += losses.sums
+        self._mark("applying gradients")
         lr = learning_rate(self.step, config.lr, config.warmup_steps, config.decay_steps, schedule=config.schedule)
         norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm))
         if math.isfinite(float(norm)):
@@ -303,27 +280,11 @@ class TrainingLoop(ABC):
             return accumulating(model, last)
         return nullcontext() if last else self.accelerator.no_sync(model)
 
-    @contextmanager
-    def _signals_caught(self) -> Iterator[None]:
-        """Record signals, which end the run after the current step; handlers can be set in the main thread only."""
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS if in_main_thread}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _next(self, batches: Iterator[Any]) -> StepBatch:
         """The next batch; in a run of one process a signal ends the wait for it, else all stop after the same step."""
-        self._waiting = self.accelerator.num_processes == 1
-        try:
-            if self._waiting and self._signal is not None:
-                raise _Interrupted
-            with self.throughput.waiting():
-                return next(batches)
-        finally:
-            self._waiting = False
+        alone = self.accelerator.num_processes == 1
+        with self._signals.ending_waits() if alone else nullcontext(), self.throughput.waiting():
+            return next(batches)
 
     def _logger(self) -> MetricsLogger:
         """What the main process writes of its steps."""
@@ -331,27 +292,14 @@ class TrainingLoop(ABC):
         trackers = Trackers(self.config.trackers, output, self.step, self.resolved)
         return MetricsLogger(output, self.step, self.breakdown, trackers)
 
-    def _preview(self, logger: MetricsLogger | None) -> None:
-        """Call `preview` in the main process; if it fails, for example because of the memory it takes, the run continues."""
-        main = self.accelerator.is_main_process
-        if not main and self.writer is None:
-            return
-        try:
-            with swap_ema(self.model, self.ema):
-                model = self.whole_model(self.model, main)
-                if model is not None:
-                    shown = self.preview(model, self.step)
-                    if logger is not None:
-                        logger.trackers.show(shown, self.step)
-        except (RuntimeError, MemoryError, OSError, ValueError) as error:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            Progress.write(
-                f"the preview of step {self.step} failed ({reason}); training goes on. Lower train.samples if memory ran out, or "
-                "set train.preview_every higher than train.steps.",
-                file=sys.stderr,
-            )
+    def _preview(self, previews: Previews, logger: MetricsLogger | None) -> None:
+        """Sample previews in all processes; the main one writes them while training goes on."""
+        keep = bool(previews.numbers(self.accelerator))
+        with swap_ema(self.model, self.ema):
+            parts = previews.sample_together(lambda: self.whole_model(self.model, keep), self.step, self.accelerator)
+        if parts is not None and logger is not None:
+            step = self.step
+            logger.show(step, lambda: previews.write(parts, step))
 
     def _skip(self, batch: StepBatch) -> None:
         """Count a step that is not applied because its gradient is not finite."""
@@ -371,55 +319,10 @@ class TrainingLoop(ABC):
                 "use train.precision=fp32, and run again: it resumes from the last checkpoint."
             )
 
-    def _gather(self, metrics: list[StepMetrics], rates: dict[str, float]) -> list[dict]:
-        """Rows of the CSV file, losses averaged over processes."""
-        totals = self.accelerator.reduce(torch.stack([m.loss for m in metrics]), "mean").tolist()
-        sums = self.accelerator.reduce(torch.stack([m.sums for m in metrics]), "sum")
-        means = (sums[:, 0] / sums[:, 1]).tolist()  # nan where no clip counted
-        return [
-            {
-                "step": m.step, "loss": total, "lr": m.lr, "grad_norm": float(m.grad_norm), "skipped": m.skipped,
-                **rates, **dict(zip(self.breakdown.columns, values, strict=True)),
-                **({HELD_OUT: m.held_out} if self.breakdown.held_out else {}),
-            }
-            for m, total, values in zip(metrics, totals, means, strict=True)
-        ]  # fmt: skip
-
-    def _on_signal(self, number: int, _: Any) -> None:
-        self._signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-        if self.accelerator.is_main_process:
-            name = signal.Signals(number).name
-            said = f"\n{name}: the run stops and is saved after this step; a second {name} ends it at once, unsaved\n"
-            os.write(2, said.encode())  # print is not safe in a handler that interrupts another print
-        if self._waiting:
-            self._waiting = False
-            raise _Interrupted
-
     def _stopping(self) -> bool:
         """Whether any process was asked to stop, so that all stop after the same step."""
-        asked = self._signal is not None
+        asked = self._signals.number is not None
         if self.accelerator.num_processes == 1:
             return asked
+        self._mark("agreeing to go on")
         return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device), "sum") > 0)
-
-
-class swap_ema:
-    """A context manager in which the model has the averaged weights, is in evaluation mode and shares no frames."""
-
-    def __init__(self, model: nn.Module, ema: EMAModel):
-        self.model, self.ema = model, ema
-
-    def __enter__(self) -> None:
-        self._context_parallel = getattr(self.model, "context_parallel", None)
-        if self._context_parallel is not None:
-            self.model.context_parallel = None  # type: ignore[assignment]
-        self.ema.store(local_parameters(self.model))
-        self.ema.copy_to(local_parameters(self.model))
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.ema.restore(local_parameters(self.model))
-        if self._context_parallel is not None:
-            self.model.context_parallel = self._context_parallel
-        self.model.train()

@@ -1,4 +1,4 @@
-"""What a training loop keeps in its checkpoints: weights, their moving average, further averages, optimizers."""
+"""What training changes: weights, their moving average, further averages, optimizers; how it is kept, and swapped."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stdit.legacy import renamed_parameter
 from stdit.nn.low_rank import is_low_rank
 from stdit.training.averages import PowerAverages
-from stdit.training.parallel import like, local, trained_parameters
+from stdit.training.parallel import like, local, local_parameters, reshard, trained_parameters
 from stdit.training.shard_files import part_of
 from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer
 
@@ -31,7 +31,7 @@ class LoopState(NamedTuple):
             "model": saved_weights(self.model),
             "ema": {name: like(shadow, parameters[name]) for name, shadow in shadows},
             **states,
-            **self.averages.state(),
+            **self.averages.state(self.model),
         }
 
     def info(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class LoopState(NamedTuple):
         for shadow, (name, p) in zip(self.ema.shadow_params, trained_parameters(self.model).items(), strict=True):
             shadow.data.copy_(local(part_of(tensors["ema"], saved[name], p)))
         self.ema.optimization_step = info["ema_step"]
-        self.averages.restore(tensors)
+        self.averages.restore(self.model, tensors)
         for i, optimizer in enumerate(self.optimizers):
             restore_optimizer(optimizer, tensors.get(f"optimizer_{i}", {}), info["optimizers"][i])
 
@@ -76,3 +76,25 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
             f"{origin} does not fit the model of this config: {' '.join(str(error).split())[:300]}; choose another "
             "name=, or start from its weights with init_from."
         ) from error
+
+
+class swap_ema:
+    """A context manager in which the model has the averaged weights, is in evaluation mode and shares no frames."""
+
+    def __init__(self, model: nn.Module, ema: EMAModel):
+        self.model, self.ema = model, ema
+
+    def __enter__(self) -> None:
+        self._context_parallel = getattr(self.model, "context_parallel", None)
+        if self._context_parallel is not None:
+            self.model.context_parallel = None  # type: ignore[assignment]
+        self.ema.store(local_parameters(self.model))
+        self.ema.copy_to(local_parameters(self.model))
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        reshard(self.model)  # averaged weights that were gathered for a forward pass must not serve in training
+        self.ema.restore(local_parameters(self.model))
+        if self._context_parallel is not None:
+            self.model.context_parallel = self._context_parallel
+        self.model.train()

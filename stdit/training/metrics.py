@@ -1,17 +1,19 @@
-"""Metrics of a run: a CSV file with one row per step, a picture of the curves, and the trackers of the run."""
+"""Metrics of a run: a CSV file with one row per step, a picture of the curves, previews, and the trackers of the run."""
 
 import csv
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from stdit.files import atomic_write
 from stdit.legacy import aliases
+from stdit.training.background import BackgroundWriter
+from stdit.training.curves import Curves, draw_curves
 from stdit.training.throughput import COLUMNS as THROUGHPUT
 from stdit.training.trackers import Trackers
 
@@ -57,20 +59,58 @@ def level_sums(losses: Tensor, levels: Tensor) -> Tensor:
     return sums
 
 
-class MetricsLogger:
-    """Writes training_metrics.csv and training_curves.png to a run's output folder, and passes numbers on to trackers.
+class StepMetrics(NamedTuple):
+    """The metrics of one optimizer step, still on the device.
 
-    Rows after `start_step` are removed, since those steps are taken again.
+    loss: the part of this process. sums: (2, n) sums and counts for the n columns of the breakdown. held_out: the loss on
+    held-out clips, if it was measured after this step.
+    """
+
+    step: int
+    loss: Tensor
+    sums: Tensor
+    lr: float
+    grad_norm: Tensor
+    skipped: int
+    held_out: float | None = None
+
+
+def rows_of(
+    metrics: Sequence[StepMetrics], breakdown: Breakdown, rates: Mapping[str, float], accelerator: Accelerator
+) -> list[dict[str, Any]]:
+    """Rows of the CSV file, with losses averaged over processes, which must all call it. rates: columns of all these steps."""
+    totals = accelerator.reduce(torch.stack([m.loss for m in metrics]), "mean").tolist()
+    sums = accelerator.reduce(torch.stack([m.sums for m in metrics]), "sum")
+    means = (sums[:, 0] / sums[:, 1]).tolist()  # nan where no clip counted
+    return [
+        {
+            "step": m.step, "loss": total, "lr": m.lr, "grad_norm": float(m.grad_norm), "skipped": m.skipped,
+            **rates, **dict(zip(breakdown.columns, values, strict=True)),
+            **({HELD_OUT: m.held_out} if breakdown.held_out else {}),
+        }
+        for m, total, values in zip(metrics, totals, means, strict=True)
+    ]  # fmt: skip
+
+
+class MetricsLogger:
+    """Writes training_metrics.csv, training_curves.png and previews of a run, and passes numbers on to trackers.
+
+    Rows after `start_step` are removed, since those steps are taken again. Drawings and previews are written in a thread.
     """
 
     def __init__(self, output: Path, start_step: int, breakdown: Breakdown = LEVELS, trackers: Trackers | None = None):
         self.path, self.output, self.breakdown = output / "training_metrics.csv", output, breakdown
-        rows = [row for row in read_metrics(self.path) if int(row["step"]) <= start_step]
+        names = columns(breakdown)
+        self._curves = Curves(names)
         with atomic_write(self.path) as tmp, open(tmp, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, columns(breakdown), extrasaction="ignore")
+            writer = csv.DictWriter(stream, names, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(rows)
+            for row in _rows_in(self.path):
+                if int(row["step"]) <= start_step:
+                    writer.writerow(row)
+                    self._curves.add(row)
         self.trackers = Trackers([], output) if trackers is None else trackers
+        self._writer = BackgroundWriter()
         self._drawn = time.monotonic()
 
     def write(self, rows: list[dict]) -> None:
@@ -78,22 +118,34 @@ class MetricsLogger:
         with open(self.path, "a", newline="") as stream:
             csv.DictWriter(stream, columns(self.breakdown)).writerows(rows)
         for row in rows:
+            self._curves.add(row)
             keys = [HELD_OUT] if row.get(HELD_OUT) is not None else []
             if row is rows[-1]:
                 keys += ["loss", "lr", "grad_norm", *THROUGHPUT]
             if keys:
                 self.trackers.log({f"train/{key}": float(row[key]) for key in keys}, row["step"])
 
-    def close(self) -> None:
-        """End the trackers."""
-        self.trackers.close()
-
     def curves(self, last: bool) -> None:
         """Draw the curves, unless they were drawn in the past `REDRAW_SECONDS`; `last`: draw them in any case."""
         now = time.monotonic()
         if last or now - self._drawn >= REDRAW_SECONDS:
-            plot_curves(self.path, self.output / "training_curves.png", self.breakdown)
+            values, picture, breakdown = self._curves.values(), self.output / "training_curves.png", self.breakdown
+            parts = dict(zip(breakdown.columns, breakdown.labels, strict=True))
+            held_out = HELD_OUT if breakdown.held_out else None
+            self._writer.run(
+                "the picture of the curves",
+                lambda: draw_curves(values, picture, breakdown.title, parts=parts, held_out=held_out),
+            )
             self._drawn = now
+
+    def show(self, step: int, write: Callable[[], Mapping[str, Path]]) -> None:
+        """Write the previews of a step, and show them in the trackers. write: writes them -> files by name."""
+        self._writer.run(f"the preview of step {step}", lambda: self.trackers.show(write(), step))
+
+    def close(self) -> None:
+        """Wait for what is being written, and end the trackers."""
+        self._writer.close()
+        self.trackers.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
@@ -101,11 +153,16 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
     Rows that a crash or a power cut damaged are left out: the file is a record, and no run depends on it.
     """
+    return list(_rows_in(path))
+
+
+def _rows_in(path: Path) -> Iterator[dict[str, str]]:
+    """The rows that `read_metrics` gives, one after another, since a long run has many."""
     if not path.is_file():
-        return []
-    lines = path.read_bytes().decode(errors="replace").splitlines()
-    rows = csv.DictReader(line for line in lines if "\0" not in line and len(line) < 4096)
-    return [row for row in rows if _is_whole(row)]
+        return
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        rows = csv.DictReader(line for line in lines if "\0" not in line and len(line) < 4096)
+        yield from (row for row in rows if _is_whole(row))
 
 
 def _is_whole(row: dict) -> bool:
@@ -116,59 +173,3 @@ def _is_whole(row: dict) -> bool:
         return int(row["step"]) > 0
     except (KeyError, TypeError, ValueError):
         return False
-
-
-def plot_curves(metrics: Path, picture: Path, breakdown: Breakdown = LEVELS) -> None:
-    """Draw the loss and its parts, learning rate, gradient norm and throughput over steps, smoothed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_metrics(metrics)
-    if not rows:
-        return
-    values = {key: np.array([float(row.get(key) or "nan") for row in rows]) for key in columns(breakdown)}
-    steps = values["step"]
-    figure, axes = plt.subplots(2, 3, figsize=(15, 7), layout="constrained")
-    (loss, rate, work), (norm, speed, waiting) = axes
-    width = max(1, len(steps) // 60)
-    loss.plot(steps, values["loss"], color="0.85", lw=0.5)
-    loss.plot(*_smooth(steps, values["loss"], width), color="black", label="all")
-    for column, label in zip(breakdown.columns, breakdown.labels, strict=True):
-        loss.plot(*_smooth(steps, values[column], width), label=label)
-    if breakdown.held_out:
-        have = np.isfinite(values[HELD_OUT])
-        loss.plot(steps[have], values[HELD_OUT][have], "o-", color="tab:red", ms=3, label="held out, averaged weights")
-    finite = values["loss"][np.isfinite(values["loss"])]
-    if len(finite):
-        loss.set_ylim(0, 1.2 * np.quantile(finite, 0.99))  # a few spikes must not flatten the rest
-    loss.legend(fontsize=8)
-    for axis, key, title in (
-        (rate, "lr", "learning rate"),
-        (norm, "grad_norm", "gradient norm"),
-        (speed, "clips_per_second", "clips per second"),
-        (work, "tflops", "Tflop/s"),
-        (waiting, "waiting", "share of the time spent waiting for data"),
-    ):
-        smooth = (steps, values[key]) if key == "lr" else _smooth(steps, values[key], width)
-        axis.plot(*smooth, color="black")
-        axis.set_title(title)
-    norm.set_yscale("log")
-    loss.set_title(breakdown.title)
-    for axis in axes.flat:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    with atomic_write(picture) as tmp:
-        figure.savefig(tmp, dpi=110, format="png")
-    plt.close(figure)
-
-
-def _smooth(x: np.ndarray, y: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over windows of `width` values; values that are not finite are left out."""
-    have = np.isfinite(y)
-    x, y = x[have], y[have]
-    if len(y) < 2 * width or width < 2:
-        return x, y
-    kernel = np.ones(width) / width
-    return np.convolve(x, kernel, "valid"), np.convolve(y, kernel, "valid")

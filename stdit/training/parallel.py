@@ -43,8 +43,11 @@ def make_mesh(config: ParallelConfig, device: str, processes: int) -> DeviceMesh
         )
     if config.replicas == 1:
         return init_device_mesh(device, (processes,), mesh_dim_names=("shard",))
-    shape = (config.replicas, processes // config.replicas)
-    return init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
+    ranks = torch.arange(processes).reshape(config.replicas, -1)
+    # init_device_mesh would give its groups torch's own timeout.
+    timeout = timedelta(seconds=config.timeout)
+    groups = [dist.new_subgroups_by_enumeration(one.tolist(), timeout=timeout)[0] for one in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def parallelize(model: Any, config: ParallelConfig, mesh: DeviceMesh | None) -> None:
@@ -85,6 +88,13 @@ def compile_blocks(model: Any, backend: str = "inductor") -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether `parallelize` has sharded a model."""
     return isinstance(model, FSDPModule)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back weights of a sharded model that a forward pass has gathered and that are still whole."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

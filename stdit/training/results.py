@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from stdit.data.datasets import Dataset
 from stdit.data.rates import DEFAULT_FPS, clip_rate
 from stdit.data.video_io import VideoError
-from stdit.data.video_write import write_contact_sheet, write_video
+from stdit.data.video_write import to_uint8, write_contact_sheet, write_video
 from stdit.files import atomic_write, plain_name, write_text
 from stdit.model.lora import base_fingerprint, save_lora
 from stdit.model.stdit import STDiT
@@ -71,15 +73,16 @@ def build_pipeline(
     )
 
 
-def whole_model(model: STDiT, main: bool) -> STDiT | None:
-    """The model, or of a sharded one a whole copy on its device in the main process (None in others); all must call it."""
+def whole_model(model: STDiT, keep: bool) -> STDiT | None:
+    """The model, or of a sharded one a whole copy on its device if `keep` (else None); all processes must call it."""
     if not is_sharded(model):
         return model
-    weights = gathered(model.state_dict().items(), keep=main)
-    if not main:
+    weights = gathered(model.state_dict().items(), keep=keep)
+    if not keep:
         return None
-    copied = STDiT.from_config(dict(model.config))
-    copied.load_state_dict(weights)
+    with init_empty_weights():  # drawing weights would take longer than gathering them
+        copied = STDiT.from_config(dict(model.config))
+    copied.load_state_dict(weights, assign=True)
     return copied.to(next(model.parameters()).device).requires_grad_(False).eval()
 
 
@@ -92,20 +95,34 @@ def preview_conditions(pipeline: STDiTPipeline, dataset: Dataset, count: int) ->
 
 
 class Preview(NamedTuple):
-    """A clip (3, F, H, W) that shows how far training has come: what it is called, and its frames per second."""
+    """A clip (F, H, W, 3) uint8 that shows how far training has come: what it is called, and its frames per second."""
 
     name: str
-    clip: Tensor
+    frames: np.ndarray
     fps: float
 
 
-def preview(pipeline: STDiTPipeline, config: Any, dataset: Dataset) -> list[Preview]:
-    """A few clips of the conditions of the data, always from the same noise."""
-    count = min(12, config.train.samples) or 1
+def preview_count(config: Any) -> int:
+    """The number of clips that a run shows now and then."""
+    return min(12, config.train.samples) or 1
+
+
+def preview(pipeline: STDiTPipeline, config: Any, dataset: Dataset, numbers: Sequence[int]) -> list[Preview]:
+    """Some of the `preview_count` clips of the conditions of the data, each always from its own noise."""
+    count = preview_count(config)
     given = preview_conditions(pipeline, dataset, count)
-    clips = _sample(pipeline, config, given, steps=max(8, config.train.sample_steps // 2))
-    texts = texts_of(pipeline, given, len(clips))
-    return [Preview(text, clip, pipeline.config.fps) for text, clip in zip(texts, clips, strict=True)]
+    texts = texts_of(pipeline, given, count)
+    some = {name: [value[i] for i in numbers] if _is_for_each(value, count) else value for name, value in given.items()}
+    steps = max(8, config.train.sample_steps // 2)
+    clips = _sample(
+        pipeline, config, {**some, "num_videos": len(numbers)}, steps=steps, seed=[config.seed + i for i in numbers]
+    )
+    return [Preview(texts[i], to_uint8(clip), pipeline.config.fps) for i, clip in zip(numbers, clips, strict=True)]
+
+
+def _is_for_each(value: Any, count: int) -> bool:
+    """Whether an argument of a call has a value for each of `count` clips."""
+    return isinstance(value, list | tuple | Tensor | np.ndarray) and len(value) == count
 
 
 def texts_of(pipeline: STDiTPipeline, given: Mapping[str, Any], count: int) -> list[str]:
@@ -120,18 +137,20 @@ def write_previews(previews: Sequence[Preview], folder: Path, step: int) -> dict
     clips = folder / f"step-{step:07d}"
     clips.mkdir(parents=True, exist_ok=True)
     sheet = clips.with_suffix(".png")
-    write_contact_sheet(sheet, [one.clip for one in previews], columns=2, names=[one.name for one in previews])
+    write_contact_sheet(sheet, [one.frames for one in previews], columns=2, names=[one.name for one in previews])
     files = {"sheet": sheet}
-    for number, (text, clip, fps) in enumerate(previews):
+    for number, (text, frames, fps) in enumerate(previews):
         name = "-".join(filter(None, (f"{number:02d}", plain_name(text))))
-        files[name] = clips / f"{name}.{'png' if clip.shape[1] == 1 else 'mp4'}"
-        write_video(files[name], clip, fps=fps)
+        files[name] = clips / f"{name}.{'png' if len(frames) == 1 else 'mp4'}"
+        write_video(files[name], frames, fps=fps)
     return files
 
 
-def _sample(pipeline: STDiTPipeline, config: Any, given: dict[str, Any], *, steps: int) -> Tensor:
+def _sample(
+    pipeline: STDiTPipeline, config: Any, given: dict[str, Any], *, steps: int, seed: int | Sequence[int]
+) -> Tensor:
     return pipeline(
-        **given, num_inference_steps=steps, guidance_scale=config.train.guidance, seed=config.seed, progress=False,
+        **given, num_inference_steps=steps, guidance_scale=config.train.guidance, seed=seed, progress=False,
         precision=config.train.precision,
     )  # fmt: skip
 
@@ -175,7 +194,7 @@ def write_results(pipeline: STDiTPipeline, config: Any, folders: RunFolders, *, 
     if not config.train.samples:
         return
     given = preview_conditions(pipeline, dataset, config.train.samples)
-    clips = _sample(pipeline, config, given, steps=config.train.sample_steps)
+    clips = _sample(pipeline, config, given, steps=config.train.sample_steps, seed=config.seed)
     _save(clips, folders.output / "generated_samples.pt")
     labels = given.get("class_labels")
     targets = target_clips(dataset, pipeline.video_vae, labels, count=len(clips), seed=config.seed)

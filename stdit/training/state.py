@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stdit.hashes import MANIFEST, difference, file_sha256
-from stdit.training.shard_files import check_finite, group_files, part_of
+from stdit.training.shard_files import check_files, check_finite, group_files, part_of
 
 # Checkpoints that this process wrote, or read and found undamaged; they are not hashed again at every save.
 _verified: set[tuple] = set()
@@ -146,7 +146,8 @@ def damage(path: Path) -> str | None:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Load one checkpoint folder without checking its hashes. ValueError if a number in it is not finite."""
     info = json.loads((path / "info.json").read_text())
-    if sharded := group_files(path):  # they are read, and checked, part by part
+    if sharded := group_files(path):  # of which a process reads its rows
+        check_files(path)
         return Checkpoint(info["step"], sharded, info, path)
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     check_finite(tensors, str(path), "use an older checkpoint")

@@ -128,17 +128,18 @@ def diffusion_losses(
     level: float | None = None,
     strategy: str | None = None,
     flow_map: FlowMapTraining | None = None,
+    draw: Callable[..., Tensor] = keyed_normal,
 ) -> Losses:
     """The diffusion loss of each clip: noise at levels drawn by key, predict, and compare where the mask is true.
 
     The mask strategy is drawn for each clip, so that a step has clips of several strategies. Clips of many shapes go
     through the model in one packed sequence. level, strategy: used in place of drawn ones, for the loss at a given
-    noise level. flow_map: needed to train a flow map.
+    noise level. flow_map: needed to train a flow map. draw: gives the noise that `keyed_normal` draws.
     """
     counts = [len(part.latents) for part in clips]
     begins = [sum(counts[:i]) for i in range(len(counts))]
     noisy = [
-        _add_noise(objective, part, keys[begin : begin + count], patch, level=level, strategy=strategy)
+        _add_noise(objective, part, keys[begin : begin + count], patch, level=level, strategy=strategy, draw=draw)
         for part, begin, count in zip(clips, begins, counts, strict=True)
     ]
     arguments: dict[str, Any] = {"conditions": conditions}
@@ -182,6 +183,7 @@ def _add_noise(
     *,
     level: float | None,
     strategy: str | None,
+    draw: Callable[..., Tensor],
 ) -> NoisyBatch:
     (t, h, w), (pt, ph, pw) = clips.latents.shape[2:], patch
     grid = (t // pt, h // ph, w // pw)
@@ -197,7 +199,7 @@ def _add_noise(
     )
     levels, mask = levels.to(clips.latents.device), mask.to(clips.latents.device)
     latents = _with_segments_reencoded(clips, mask)
-    noise = keyed_normal("noise", list(keys), tuple(latents.shape[1:])).to(latents.device)
+    noise = draw("noise", list(keys), tuple(latents.shape[1:])).to(latents.device)
     target = None
     if samples[0].target is not None:
         ends = [one.target for one in samples if one.target is not None]
@@ -210,7 +212,7 @@ def _add_noise(
         clean = torch.stack([one.history for one in samples if one.history is not None])
         clean = clean.to(levels)[:, None].repeat(1, levels.shape[1])
         clean[:, : objective.config.cond_clean_frames] = 0
-        other = keyed_normal("history", list(keys), tuple(latents.shape[1:])).to(latents.device)
+        other = draw("history", list(keys), tuple(latents.shape[1:])).to(latents.device)
         history = objective.noisy(latents, other, clean), objective.timestep(clean)
     return NoisyBatch(
         clean=latents,

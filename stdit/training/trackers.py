@@ -112,7 +112,10 @@ def _show_wandb(tracker: Any, files: Mapping[str, Path], step: int) -> None:
     def shown(path: Path) -> Any:
         return wandb.Video(str(path), format="mp4") if path.suffix == ".mp4" else wandb.Image(str(path))
 
-    tracker.log({f"previews/{name}": shown(path) for name, path in files.items()}, step=step)
+    # Into the row of now, with their step beside them: the run has gone on, and wandb drops what is of an earlier step.
+    tracker.log(
+        {**{f"previews/{name}": shown(path) for name, path in files.items()}, "previews/step": step}, commit=False
+    )
 
 
 def _show_trackio(tracker: Any, files: Mapping[str, Path], step: int) -> None:

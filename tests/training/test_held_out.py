@@ -198,7 +198,7 @@ def test_snapshots_give_averages_of_other_lengths(tmp_path):
         for averages in (kept, truth):
             averages.update(model, step)
         if step % 100 == 0:
-            kept.write(tmp_path, step)
+            kept.write(model, tmp_path, step)
     snapshots = read_snapshots(tmp_path, 800)
     for length, values in zip(truth.lengths, truth.values, strict=True):
         found = average(snapshots, length, 800)
@@ -209,8 +209,9 @@ def test_snapshots_give_averages_of_other_lengths(tmp_path):
 
 
 def test_a_length_that_the_snapshots_cannot_give_is_refused(tmp_path):
-    averages = PowerAverages(nn.Linear(2, 2), [0.05, 0.1])
-    averages.write(tmp_path, 100)
+    model = nn.Linear(2, 2)
+    averages = PowerAverages(model, [0.05, 0.1])
+    averages.write(model, tmp_path, 100)
     with pytest.raises(ValueError, match=r"do not give an average of length 0\.01 .*choose one between"):
         weights_of(read_snapshots(tmp_path, 100), 0.01, 100)
     with pytest.raises(ValueError, match="has no snapshots"):

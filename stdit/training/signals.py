@@ -1,0 +1,69 @@
+"""Signals that end a run: the step that is being taken is finished and saved first."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# From a user, a scheduler (SLURM sends USR1), a closed terminal.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+class Stopped(Exception):
+    """Raised after a signal stopped the run, whose state is saved; `code` is the exit code to use."""
+
+    def __init__(self, code: int, step: int):
+        super().__init__(f"stopped at step {step} by a signal, and saved; run the same command again to resume")
+        self.code = code
+
+
+class Interrupted(Exception):
+    """Raised by the signal handler in a wait that a signal ends."""
+
+
+class StopSignals:
+    """A context manager that records signals. says_so: whether this process writes a line for the first one."""
+
+    def __init__(self, says_so: bool):
+        self.says_so = says_so
+        self.number: int | None = None
+        self._waiting = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # handlers can be set there only
+            self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def code(self) -> int:
+        """The exit code of a process that the signal ended; that of SIGTERM if another process had the signal."""
+        return 128 + self.number if self.number else 143
+
+    @contextmanager
+    def ending_waits(self) -> Iterator[None]:
+        """A context manager in which a signal raises `Interrupted`, also one that came before."""
+        self._waiting = True
+        try:
+            if self.number is not None:
+                raise Interrupted
+            yield
+        finally:
+            self._waiting = False
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+        if self.says_so:
+            name = signal.Signals(number).name
+            said = f"\n{name}: the run stops and is saved after this step; a second {name} ends it at once, unsaved\n"
+            os.write(2, said.encode())  # print is not safe in a handler that interrupts another print
+        if self._waiting:
+            self._waiting = False
+            raise Interrupted
