@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from stdit.conditions import ActionSpace, ClipFacts, read_conditions
 from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
+from stdit.data.errors import VideoError
+from stdit.data.media import open_regular, state_of
 from stdit.data.rates import DEFAULT_FPS
 from stdit.data.samplers import ClipSize
-from stdit.data.video_io import VideoError
+from stdit.data.stores import is_remote
+from stdit.data.tensor_rows import TensorRows
 from stdit.hashes import difference
 
 # Tensor names in caches of version 0.1.0, and their current names.
@@ -121,7 +123,7 @@ class CachedLatents(Annotated):
             )
         shard, row = self._place(index)
         file = self._shard(shard)
-        sample = {_RENAMED.get(name, name): file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (no mapping)
+        sample = {_RENAMED.get(name, name): file.row(name, row) for name in file.names()}
         if not all(torch.isfinite(value).all() for value in sample.values()):
             raise VideoError(f"{self.name(index)} has values that are not finite; cache the latents again.")
         record = self._records[index]
@@ -133,23 +135,23 @@ class CachedLatents(Annotated):
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
-    def _shard(self, number: int) -> Any:
-        """An open shard, whose size and hash are compared with those of cache.json when it is opened."""
+    def _shard(self, number: int) -> TensorRows:
+        """An open shard, whose size and hash are compared with those of cache.json when it is opened; of a store the size."""
         if number not in self._open_shards:
             info = self.info["shards"][number]
             file = self.root / info["file"]
-            if reason := difference(self.root, {info["file"]: info}):
+            if reason := _other_size(file, info) if is_remote(file) else difference(self.root, {info["file"]: info}):
                 raise ValueError(f"{self.root}: {reason}; run cache_latents again with the same --output.")
             try:
-                self._open_shards[number] = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{file} is not a file of tensors ({error}); run cache_latents again with the same --output."
-                ) from error
+                self._open_shards[number] = TensorRows(file)
+            except VideoError:
+                raise
+            except ValueError as error:
+                raise ValueError(f"{error}; run cache_latents again with the same --output.") from error
         return self._open_shards[number]
 
     @cached_property
-    def _open_shards(self) -> dict:
+    def _open_shards(self) -> dict[int, TensorRows]:
         return {}
 
     def __getstate__(self) -> dict:
@@ -159,7 +161,8 @@ class CachedLatents(Annotated):
 def _read_index(path: Path) -> dict[str, Any]:
     """The content of cache.json; ValueError in one line if it is not what `cache_latents` writes."""
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as stream:
+            info = json.loads(stream.read())
         for key in ("num_classes", "class_names", "num_frames", "height", "width", "vae", "vae_fingerprint", "fps"):
             info[key]
         for key in ("fps", "rate"):
@@ -177,6 +180,14 @@ def _read_index(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({type(error).__name__}: {error}); run cache_latents again with the same --output."
         ) from error
     return info
+
+
+def _other_size(file: Path, info: dict[str, Any]) -> str | None:
+    """The difference in size from what cache.json says of a shard, which costs no reading of it all; None if there is none."""
+    size = state_of(file)[0]
+    if size < 0:
+        return f"{info['file']} is missing"
+    return None if info.get("bytes") in (None, size) else f"{info['file']} has {size} bytes instead of {info['bytes']}"
 
 
 def _check_rate(root: Path, rates: list[float], config: DataConfig) -> None:

@@ -1,5 +1,6 @@
 """Datasets of media files. `load(index, rng)` gives a sample; all its randomness comes from `rng`."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,12 @@ from stdit.data.identity import content_of, relative_name, size_of
 from stdit.data.index import MediaIndex
 from stdit.data.manifest import Row, Table
 from stdit.data.measures import Measures
-from stdit.data.media import VideoError, is_picture, member_of
+from stdit.data.media import VideoError, container_of, is_picture, open_regular, state_of
 from stdit.data.pictures import picture_size, read_picture
 from stdit.data.rates import some_rates, warn_of_repeats
 from stdit.data.samplers import ClipSize
 from stdit.data.transforms import cover_size, crop
 from stdit.data.video_io import VideoReader
-from stdit.hashes import file_sha256
 
 # The most readers that a worker keeps, which bounds its memory however many files there are.
 MAX_READERS = 4096
@@ -86,8 +86,10 @@ class TableDataset(Annotated):
         """The file of a row. VideoError if the manifest has a column sha256 and the file another hash."""
         row = self._row(index)
         expected = str(row.columns.get("sha256") or "").strip().lower()
-        if expected and (row.path, expected) not in self._hashed and row.path.is_file():
-            if (found := file_sha256(row.path)) != expected:
+        if expected and (row.path, expected) not in self._hashed and state_of(row.path)[0] >= 0:
+            with open_regular(row.path) as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+            if found != expected:
                 raise VideoError(
                     f"{str(row.path)!r} does not have the sha256 of the manifest ({found[:12]}... in place of "
                     f"{expected[:12]}...); restore the file, or correct the manifest."
@@ -101,8 +103,8 @@ class TableDataset(Annotated):
 
     @cached_property
     def shards(self) -> list[int] | None:
-        """The number of clips in each archive, None for clips that lie in none."""
-        archives = [member.archive if (member := member_of(row.path)) else None for row in self.rows]
+        """The number of clips in each archive or table, None for clips that lie in none."""
+        archives = [container_of(row.path) for row in self.rows]
         if not archives or None in archives:
             return None
         begins = [i for i, name in enumerate(archives) if i == 0 or name != archives[i - 1]]

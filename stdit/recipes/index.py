@@ -23,7 +23,8 @@ from stdit.data.index import SUFFIX, MediaIndex, entries_of, write_index
 from stdit.data.inspections import inspect_all
 from stdit.data.manifest import Table
 from stdit.data.media_report import overview
-from stdit.data.parquet import pyarrow_of, write_parquet
+from stdit.data.packages import pyarrow_of
+from stdit.data.parquet import write_parquet
 from stdit.files import check_writable, claimed
 from stdit.recipes.check_media import data_config_of, judged
 from stdit.recipes.entry import command, command_parser
