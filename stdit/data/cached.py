@@ -15,7 +15,7 @@ from stdit.data.errors import VideoError
 from stdit.data.media import open_regular, state_of
 from stdit.data.rates import DEFAULT_FPS
 from stdit.data.samplers import ClipSize
-from stdit.data.stores import is_remote
+from stdit.data.stores import is_remote, remember
 from stdit.data.tensor_rows import TensorRows
 from stdit.hashes import difference
 
@@ -41,6 +41,7 @@ class CachedLatents(Annotated):
         self._check_sizes(config)
         _check_augmentation(root, self.info, config)
         _check_rate(root, self.rates, config)
+        self._check_shards()
         self._starts = np.cumsum([0] + [shard["count"] for shard in self.info["shards"]])
         plain = (self.info["num_frames"], self.info["height"], self.info["width"])
         self._sizes = [ClipSize(*shard.get("size", plain)) for shard in self.info["shards"]]
@@ -114,6 +115,17 @@ class CachedLatents(Annotated):
                 "data.num_frames, height and width to those of the latents, or cache again."
             )
 
+    def _check_shards(self) -> None:
+        """Raise ValueError if a shard is missing, or has another size than cache.json says: before a run loses anything."""
+        remember([self.root / shard["file"] for shard in self.info["shards"]])
+        for shard in self.info["shards"]:
+            size = state_of(self.root / shard["file"])[0]
+            if size < 0 or shard.get("bytes") not in (None, size):
+                what = "is missing" if size < 0 else f"has {size} bytes instead of {shard['bytes']}"
+                raise ValueError(
+                    f"{self.root}: {shard['file']} {what}; run cache_latents again with the same --output."
+                )
+
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Read the latents (C, T, h, w), reencoded (C, T, h, w) and raw conditions of one clip."""
         cached = ClipSize(*self.shape(index))
@@ -136,11 +148,11 @@ class CachedLatents(Annotated):
         return shard, index - int(self._starts[shard])
 
     def _shard(self, number: int) -> TensorRows:
-        """An open shard, whose size and hash are compared with those of cache.json when it is opened; of a store the size."""
+        """An open shard, whose size and hash are compared with those of cache.json when it is opened (in a store its size, at the start)."""
         if number not in self._open_shards:
             info = self.info["shards"][number]
             file = self.root / info["file"]
-            if reason := _other_size(file, info) if is_remote(file) else difference(self.root, {info["file"]: info}):
+            if not is_remote(file) and (reason := difference(self.root, {info["file"]: info})):
                 raise ValueError(f"{self.root}: {reason}; run cache_latents again with the same --output.")
             try:
                 self._open_shards[number] = TensorRows(file)
@@ -180,14 +192,6 @@ def _read_index(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({type(error).__name__}: {error}); run cache_latents again with the same --output."
         ) from error
     return info
-
-
-def _other_size(file: Path, info: dict[str, Any]) -> str | None:
-    """The difference in size from what cache.json says of a shard, which costs no reading of it all; None if there is none."""
-    size = state_of(file)[0]
-    if size < 0:
-        return f"{info['file']} is missing"
-    return None if info.get("bytes") in (None, size) else f"{info['file']} has {size} bytes instead of {info['bytes']}"
 
 
 def _check_rate(root: Path, rates: list[float], config: DataConfig) -> None:

@@ -6,7 +6,9 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from media import write_barcodes
+from safetensors.torch import save_file
 from store_server import environment, serving
 
 from stdit.data import blocks, stores
@@ -18,6 +20,7 @@ from stdit.data.loader import batches
 from stdit.data.media import VideoError, open_regular, state_of
 from stdit.data.parquet import write_parquet
 from stdit.data.stores import is_remote, url_of
+from stdit.data.tensor_rows import TensorRows
 from stdit.recipes import index
 
 pytest.importorskip("obstore", reason="needs pip install 'stdit[stores]'")
@@ -111,6 +114,28 @@ def test_a_part_is_read_by_its_bytes(bucket, tmp_path):
         assert file.read(100) == whole[-4:] and file.read(1) == b""
     with open_regular("s3://bucket/large.bin") as file:
         assert file.read() == whole
+
+
+def test_a_row_of_a_tensor_in_a_store_is_read_by_its_bytes(bucket, tmp_path):
+    latents = torch.randn(8, 4, 2 * BLOCK // 16, dtype=torch.float32)  # rows of two blocks
+    save_file({"latents": latents, "half": latents[:, :, :3].half()}, tmp_path / "bucket/rows.safetensors")
+    rows = TensorRows("s3://bucket/rows.safetensors")
+    assert (rows.row("latents", 5) == latents[5]).all() and rows.row("half", 7).dtype == torch.float16
+    parts = [part.removeprefix("bytes=").split("-") for _, _, part in bucket.requests if part]
+    assert sum(int(end) - int(begin) + 1 for begin, end in parts) <= 8 * BLOCK  # of 17
+
+
+def test_a_shard_of_a_cache_in_a_store_that_is_missing_or_cut_short_is_refused_before_a_step(bucket, tmp_path):
+    shard = {"file": "0.safetensors", "count": 2, "labels": [None, None], "bytes": 100}
+    info = {"num_classes": 0, "class_names": None, "num_frames": 5, "height": 32, "width": 32, "vae": "tiny", "vae_fingerprint": "", "fps": None}  # fmt: skip
+    (tmp_path / "bucket/latents").mkdir()
+    (tmp_path / "bucket/latents/cache.json").write_text(json.dumps({**info, "shards": [shard]}))
+    with pytest.raises(ValueError, match="0.safetensors is missing"):
+        dataset(root="s3://bucket/latents")
+    (tmp_path / "bucket/latents/0.safetensors").write_bytes(bytes(60))
+    forget()
+    with pytest.raises(ValueError, match="0.safetensors has 60 bytes instead of 100"):
+        dataset(root="s3://bucket/latents")
 
 
 def test_the_cache_keeps_to_its_limit(bucket, tmp_path, monkeypatch):
