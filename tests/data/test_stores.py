@@ -175,12 +175,10 @@ def test_an_index_of_a_store_opens_without_reading_and_knows_what_has_changed(bu
 
 
 @pytest.mark.parametrize(
-    ("status", "reason"), [(403, "answers 403, no permission"), (0, "no answer within 0.5 s, 3 times")]
+    ("status", "reason", "shape"),
+    [(0, "no answer within 0.5 s, 3 times", "folder"), *((403, "answers 403, no permission", one) for one in SHAPES)],
 )
-@pytest.mark.parametrize("shape", ["folder", "manifest", "manifest here", "tar"])
 def test_a_store_that_refuses_or_is_silent_is_named_in_one_line_before_a_step(bucket, status, reason, shape):
-    if status == 0 and shape != "folder":
-        pytest.skip("takes seconds; the way is the same")
     bucket.status = status
     with pytest.raises(ValueError, match=f"s3://bucket.*{reason}") as caught:
         dataset(**SHAPES[shape][1])
