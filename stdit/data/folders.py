@@ -35,6 +35,11 @@ def absolute(path: Path) -> Path:
     return path if is_remote(path) else path.absolute()
 
 
+def named_from(path: Path, folder: Path) -> str:
+    """The name of a file in a list that lies in a folder: relative to it, with slashes, or the URL of a store."""
+    return stores.url_of(path) if is_remote(path) else Path(os.path.relpath(path, folder)).as_posix()
+
+
 def walk(root: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
     """As os.walk: the folders at and below a root, each with the names of its folders and files."""
     if not is_remote(root):

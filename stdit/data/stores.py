@@ -20,6 +20,7 @@ from stdit.data.packages import package
 
 _URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/+(?P<rest>.*)", re.DOTALL)  # one letter is a drive of Windows
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl", "http", "https"}
+_UNLISTED = ("http://", "https://")
 _ATTEMPTS = 3
 _ASKED_AT_ONCE = 16
 _VERSIONS = ("e_tag", "ETag", "etag", "blob_id", "last_modified", "LastModified", "mtime", "created")
@@ -120,7 +121,7 @@ def remember(paths: Sequence[Path]) -> None:
             continue
         try:
             found = _listed(folder, "ls")
-        except (StoreError, NotImplementedError):
+        except StoreError:
             found = {}  # files may be read where folders must not be listed
         if not found:
             unlisted += urls
@@ -142,6 +143,10 @@ def forget() -> None:
 def _listed(url: str, how: str) -> dict[str, Entry]:
     """The files of a folder, or with `find` also of those below it, by name; none if there is no such folder."""
     key = (how, url)
+    if url.startswith(_UNLISTED):
+        raise StoreError(
+            f"{url}: the folders of a web server cannot be listed; name its files in a manifest (data.manifest)."
+        )
     if key not in _listings:
         try:
             _listings[key] = _ask(url, lambda store: _names(store, url, getattr(store, how)(url, detail=True)))

@@ -55,7 +55,9 @@ def data_config_of(source: Path, config: str | None, overrides: list[str], *, al
 def main(argv: Sequence[str] | None = None) -> int:
     """Read every file; exit code 1 if training cannot use one of them."""
     parser = command_parser("check-media", __doc__)
-    parser.add_argument("source", type=Path, help="a folder, or a manifest (.jsonl, .csv)")
+    parser.add_argument(
+        "source", type=Path, help="a folder, or a manifest (.jsonl, .csv, .parquet, .lance), or the URL of one"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of --config")
     parser.add_argument("--config", help="apply the rules of this config's training: a path, or a name in the package")
     parser.add_argument("--report", type=Path, help="write one JSON line per file here; a second call goes on from it")

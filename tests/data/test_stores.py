@@ -226,3 +226,12 @@ def test_a_protocol_that_nothing_reads_is_refused(bucket):
 def test_paths_of_this_machine_are_no_urls():
     assert not any(is_remote(path) for path in ("a/b.mp4", "/a:/b", "C:/clips", "a:b", "./s3:/a", "D:\\clips"))
     assert url_of("s3:/bucket/a") == "s3://bucket/a" and url_of("file:///a") == "file:///a"
+
+
+def test_a_web_server_gives_files_that_a_manifest_names_and_no_folders(bucket):
+    root = f"http://127.0.0.1:{bucket.server_address[1]}/bucket"
+    there, here = dataset(root=root, manifest="rows.jsonl"), dataset(**SHAPES["manifest"][0])
+    assert fingerprint(there) == fingerprint(here)
+    assert (there.load(2, np.random.default_rng(0))["pixels"] == here.load(2, np.random.default_rng(0))["pixels"]).all()
+    with pytest.raises(ValueError, match="folders of a web server cannot be listed"):
+        dataset(root=root)
