@@ -12,10 +12,10 @@ from stdit.conditions import ActionSpace, ClipFacts, read_conditions
 from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
 from stdit.data.errors import VideoError
-from stdit.data.media import open_regular, state_of
+from stdit.data.media import ask_for, open_regular, state_of
 from stdit.data.rates import DEFAULT_FPS
 from stdit.data.samplers import ClipSize
-from stdit.data.stores import is_remote, remember
+from stdit.data.stores import is_remote
 from stdit.data.tensor_rows import TensorRows
 from stdit.hashes import difference
 
@@ -117,7 +117,7 @@ class CachedLatents(Annotated):
 
     def _check_shards(self) -> None:
         """Raise ValueError if a shard is missing, or has another size than cache.json says: before a run loses anything."""
-        remember([self.root / shard["file"] for shard in self.info["shards"]])
+        ask_for(self.root / shard["file"] for shard in self.info["shards"])
         for shard in self.info["shards"]:
             size = state_of(self.root / shard["file"])[0]
             if size < 0 or shard.get("bytes") not in (None, size):

@@ -17,10 +17,10 @@ from stdit.data.facts import Facts
 from stdit.data.folders import absolute, is_file
 from stdit.data.identity import content_of, relative_name
 from stdit.data.manifest import FOLDER_MANIFESTS, Row, Table, folders_below
-from stdit.data.media import state_of
+from stdit.data.media import ask_for, state_of
 from stdit.data.rates import LOOKED_AT
 from stdit.data.records import is_table
-from stdit.data.stores import files_below, is_remote, remember
+from stdit.data.stores import files_below, is_remote
 
 SUFFIX = ".index"
 _VERSION = 1
@@ -143,7 +143,7 @@ class MediaIndex(Sequence[Row]):
         if self.info["folders"] is not None and self.info["folders"] != _folders_state(source):
             self._refuse(f"files of {source} were added, removed or renamed, or its own manifest has changed")
         compared = range(0, len(self), max(1, len(self) // _COMPARED))
-        remember([self.file(i) for i in compared])
+        ask_for(self.file(i) for i in compared)
         for i in compared:
             if self.changed(i):
                 missing = "is missing" if state_of(self.file(i)) == (-1, -1) else "has changed"

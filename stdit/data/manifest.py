@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from stdit.data.folders import is_file, is_folder, names_in, resolved, walk
 from stdit.data.labels import Classes, number_classes
-from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, container_of, is_one_of, open_regular, state_of
+from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ask_for, container_of, is_one_of, open_regular, state_of
 from stdit.data.records import Record, is_table, missing_path, read_records
-from stdit.data.stores import is_remote, remember
+from stdit.data.stores import is_remote
 from stdit.warn import warn_user
 
 __all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "Row", "Table", "find_media", "read_manifest", "scan_folder"]
@@ -71,7 +71,7 @@ def table_of(records: Sequence[Record], path: Path, base: Path, *, allowed: Path
     allowed = resolved(allowed)
     place = _Place(path, base, allowed)
     files = [place.file_of(record) for record in records]
-    remember(files)
+    ask_for(files)
     if any("caption" in record.values for record in records):
         captions = [_caption_of(record, path) for record in records]
     else:

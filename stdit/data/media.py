@@ -5,6 +5,7 @@ import io
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -13,7 +14,7 @@ from PIL import Image
 from stdit.data.blocks import READ_AHEAD, RemoteFile
 from stdit.data.cells import read_cell, state_of_folder
 from stdit.data.errors import VideoError
-from stdit.data.stores import entry_of, is_remote
+from stdit.data.stores import entry_of, is_remote, remember
 
 VIDEO_SUFFIXES = {
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".f4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".m2v", ".vob",
@@ -157,6 +158,11 @@ def state_of(path: Path) -> tuple[int, int]:
         except OSError:
             return -1, -1
     return place.size if isinstance(place, Member) else size, changed
+
+
+def ask_for(paths: Iterable[Path]) -> None:
+    """Ask stores at once for what `state_of` says of many files; nothing for files of this machine."""
+    remember([Path(whole) for whole in dict.fromkeys(container_of(path) or path for path in paths) if is_remote(whole)])
 
 
 def reason_of(error: BaseException) -> str:

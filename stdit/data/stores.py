@@ -68,6 +68,8 @@ def timeout() -> float:
 def entry_of(path: str | os.PathLike) -> Entry | None:
     """The size and version of a file of a store; None if there is none. StoreError if the store refuses or is silent."""
     url = url_of(path)
+    if url not in _entries and _is_missing(url):
+        _entries[url] = None
     if url not in _entries:
         try:
             info = _ask(url, lambda store: store.info(url))
@@ -75,6 +77,13 @@ def entry_of(path: str | os.PathLike) -> Entry | None:
         except FileNotFoundError:
             _entries[url] = None
     return _entries[url]
+
+
+def _is_missing(url: str) -> bool:
+    """Whether a listing says that there is no such file; where files may be listed but not all asked for, that counts."""
+    folder = url.rpartition("/")[0]
+    above = [listed for how, listed in _listings if how == "find" and url.startswith(f"{listed.rstrip('/')}/")]
+    return bool(above) or ("ls", folder) in _listings
 
 
 def read_part(path: str | os.PathLike, begin: int, end: int) -> bytes:
@@ -107,14 +116,13 @@ def names_in(folder: str | os.PathLike) -> list[str]:
 
 
 def remember(paths: Sequence[Path]) -> None:
-    """Ask for the sizes and versions of files at once: a folder's in one listing, those that no listing has, side by side.
+    """Ask for the sizes and versions of files of stores at once: a folder's in one listing, else side by side.
 
     StoreError if the store refuses or is silent.
     """
     folders: dict[str, list[str]] = {}
     for path in paths:
-        if is_remote(path):
-            folders.setdefault(url_of(path.parent), []).append(url_of(path))
+        folders.setdefault(url_of(path.parent), []).append(url_of(path))
     unlisted = []
     for folder, urls in folders.items():
         if all(url in _entries for url in urls):

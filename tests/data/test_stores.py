@@ -93,6 +93,13 @@ def test_batches_from_a_store_are_keyed_and_a_run_goes_on_at_any_step(bucket):
     assert len(bucket.requests) == asked  # all of it lies on the disk by now
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_start_asks_for_folders_not_for_each_clip(bucket, shape):
+    dataset(**SHAPES[shape][1])
+    asked = [key for method, key, _ in bucket.requests if key.endswith(".mp4") or (method == "HEAD" and "clips" in key)]
+    assert asked == [] and len([1 for _, key, _ in bucket.requests if not key.endswith(".txt")]) <= 8
+
+
 def test_worker_processes_read_from_a_store(bucket):
     plain = batches(dataset(root="bucket/clips"), 2, 4)
     there = batches(dataset(root="s3://bucket/clips"), 2, 4, workers=1)
