@@ -27,9 +27,11 @@ from stdit.data.rates import some_rates, warn_of_repeats
 from stdit.data.samplers import ClipSize
 from stdit.data.transforms import cover_size, crop
 from stdit.data.video_io import VideoReader
+from stdit.warn import warn_once
 
 # The most readers that a worker keeps, which bounds its memory however many files there are.
 MAX_READERS = 4096
+_MANY = 100_000  # rows whose copies into processes take seconds each
 
 
 class TableDataset(Annotated):
@@ -221,6 +223,12 @@ class VideoClips(TableDataset):
         return Measures(Path(self.config.root), self.config.backend)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.index is None and len(self) > _MANY:
+            warn_once(
+                "rows without an index",
+                f"{len(self)} rows are copied into every loader process; an index opens at once in all of them: stdit index SOURCE "
+                "--output NAME.index, then data.manifest=NAME.index.",
+            )
         return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_measures")}
 
 
