@@ -75,6 +75,7 @@ def _arrow_rows(path: Path, given: Mapping[str, str]) -> Iterator[dict[str, Any]
     media, names, start = _media_of(schema, path, given), _class_names(schema), 0
     plain = [name for name in schema.names if not _holds_bytes(schema.field(name).type)]
     for batch in batches:
+        batch.validate(full=True)  # what is damaged must not be followed
         clips = [None] * len(batch) if media is None else _parts(batch.column(media), whole, path, start=start)
         for row, clip in zip(batch.select(plain).to_pylist(), clips, strict=True):
             yield _plain(row, {} if media is None else {_PATH: clip}, names)

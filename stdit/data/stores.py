@@ -42,15 +42,19 @@ _listings: dict[tuple[str, str], dict[str, Entry]] = {}  # by "find" (with all b
 
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path is that of a store."""
-    return _URL.match(os.fspath(path)) is not None
+    return _URL.match(_with_slashes(path)) is not None
 
 
 def url_of(path: str | os.PathLike) -> str:
     """The URL of a path of a store, with its two slashes."""
-    found = _URL.match(os.fspath(path))
+    found = _URL.match(_with_slashes(path))
     assert found is not None
     root = "/" if found["protocol"] == "file" else ""
-    return f"{found['protocol']}://{root}{found['rest']}"
+    return f"{found['protocol']}://{root}{found['rest'].rstrip('/')}"
+
+
+def _with_slashes(path: str | os.PathLike) -> str:
+    return os.fspath(path).replace(os.sep, "/")
 
 
 def timeout() -> float:
@@ -68,8 +72,8 @@ def timeout() -> float:
 def entry_of(path: str | os.PathLike) -> Entry | None:
     """The size and version of a file of a store; None if there is none. StoreError if the store refuses or is silent."""
     url = url_of(path)
-    if url not in _entries and _is_missing(url):
-        _entries[url] = None
+    if url not in _entries and (_listed_above(url) is not None or ("ls", url.rpartition("/")[0]) in _listings):
+        _entries[url] = None  # where folders may be listed, files that are not there may be answered with 403
     if url not in _entries:
         try:
             info = _ask(url, lambda store: store.info(url))
@@ -77,13 +81,6 @@ def entry_of(path: str | os.PathLike) -> Entry | None:
         except FileNotFoundError:
             _entries[url] = None
     return _entries[url]
-
-
-def _is_missing(url: str) -> bool:
-    """Whether a listing says that there is no such file; where files may be listed but not all asked for, that counts."""
-    folder = url.rpartition("/")[0]
-    above = [listed for how, listed in _listings if how == "find" and url.startswith(f"{listed.rstrip('/')}/")]
-    return bool(above) or ("ls", folder) in _listings
 
 
 def read_part(path: str | os.PathLike, begin: int, end: int) -> bytes:
@@ -105,14 +102,7 @@ def files_below(root: str | os.PathLike) -> dict[str, Entry]:
 
 def names_in(folder: str | os.PathLike) -> list[str]:
     """The names of the files in a folder of a store, in order; none if there is no such folder."""
-    url = url_of(folder)
-    for (how, listed), found in list(_listings.items()):  # of this folder, or of one above it
-        above = listed.rstrip("/") + "/"
-        if how == "find" and (url + "/").startswith(above):
-            below = (url + "/")[len(above) :]
-            names = [name[len(below) :] for name in found if name.startswith(below)]
-            return sorted(name for name in names if "/" not in name)
-    return sorted(_listed(url, "ls"))
+    return list(_listed(url_of(folder), "ls"))
 
 
 def remember(paths: Sequence[Path]) -> None:
@@ -149,20 +139,33 @@ def forget() -> None:
 
 
 def _listed(url: str, how: str) -> dict[str, Entry]:
-    """The files of a folder, or with `find` also of those below it, by name; none if there is no such folder."""
+    """The files of a folder (`ls`), or also of those below it (`find`), by name; none if there is no such folder."""
     key = (how, url)
-    if url.startswith(_UNLISTED):
-        raise StoreError(
-            f"{url}: the folders of a web server cannot be listed; name its files in a manifest (data.manifest)."
-        )
     if key not in _listings:
+        if url.startswith(_UNLISTED):
+            raise StoreError(
+                f"{url}: the folders of a web server cannot be listed; name its files in a manifest (data.manifest)."
+            )
+        above = _listed_above(url)
+        if above is not None:
+            below = f"{url}/"[len(above) + 1 :]
+            inside = {
+                name[len(below) :]: one for name, one in _listings["find", above].items() if name.startswith(below)
+            }
+            _listings[key] = {name: one for name, one in inside.items() if how == "find" or "/" not in name}
+            return _listings[key]
         try:
             _listings[key] = _ask(url, lambda store: _names(store, url, getattr(store, how)(url, detail=True)))
         except (FileNotFoundError, NotADirectoryError):
             _listings[key] = {}
         for name, entry in _listings[key].items():
-            _entries[f"{url.rstrip('/')}/{name}"] = entry
+            _entries[f"{url}/{name}"] = entry
     return _listings[key]
+
+
+def _listed_above(url: str) -> str | None:
+    """The folder of which all files are known, and that a folder or file lies in; None if there is none."""
+    return next((above for how, above in _listings if how == "find" and f"{url}/".startswith(f"{above}/")), None)
 
 
 def _names(store: Any, url: str, found: Any) -> dict[str, Entry]:
