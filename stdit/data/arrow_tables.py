@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stdit.data.cells import open_lance, open_parquet
+from stdit.data.cells import guarded, open_lance, open_parquet
 from stdit.data.packages import package, pyarrow_of
 
 TABLES = (".parquet", ".arrow", ".lance")
@@ -48,7 +48,7 @@ def _parquet_rows(path: Path, given: Mapping[str, str]) -> Iterator[dict[str, An
     media = _media_of(schema, path, given)
     plain = [name for name in schema.names if not _holds_bytes(schema.field(name).type)]
     named = [f"{media}.path"] if media and _is_named(schema.field(media).type) else []
-    inside = media is not None and _has_bytes(file, media)
+    inside = media is not None and (not named or _has_bytes(file, media))
     names, start = _class_names(schema), 0
     if not plain + named:  # nothing else tells how many rows there are
         for row in range(file.metadata.num_rows):
@@ -109,21 +109,24 @@ def _parts(column: Any, whole: Any, path: Path, *, start: int) -> list[str | Non
 
 
 def _lance_rows(path: Path, given: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    try:
-        table = open_lance(str(path))
-        media, names, start = _media_of(table.schema, path, given), _class_names(table.schema), 0
-        plain = [name for name in table.schema.names if not _holds_bytes(table.schema.field(name).type)]
-        if not plain:
-            yield from ({_PATH: _cell(path, media, row, None)} for row in range(table.count_rows()))
-            return
-        for batch in table.scanner(columns=plain, batch_size=_ROWS, scan_in_order=True).to_batches():
-            for i, row in enumerate(batch.to_pylist()):
-                clip = {} if media is None else {_PATH: _cell(path, media, start + i, None)}
-                yield _plain(row, clip, names)
-            start += len(batch)
-    except (OSError, RuntimeError, KeyError) as error:
-        first = " ".join(str(error).split("\n")[0].split())[:160]
-        raise ValueError(f"{path} is not a table that Lance reads ({first}); write it again.") from error
+    table = open_lance(str(path))
+    schema = guarded(str(path), lambda: table.schema)
+    media, names, start = _media_of(schema, path, given), _class_names(schema), 0
+    plain = [name for name in schema.names if not _holds_bytes(schema.field(name).type)]
+    if not plain:
+        for row in range(guarded(str(path), table.count_rows)):
+            yield {_PATH: _cell(path, media, row, None)}
+        return
+    batches = iter(table.scanner(columns=plain, batch_size=_ROWS, scan_in_order=True).to_batches())
+    while (rows := guarded(str(path), lambda: _next_rows(batches))) is not None:
+        for i, row in enumerate(rows):
+            yield _plain(row, {} if media is None else {_PATH: _cell(path, media, start + i, None)}, names)
+        start += len(rows)
+
+
+def _next_rows(batches: Iterator[Any]) -> list[dict[str, Any]] | None:
+    batch = next(batches, None)
+    return None if batch is None else batch.to_pylist()
 
 
 def _media_of(schema: Any, path: Path, given: Mapping[str, str]) -> str | None:
@@ -157,16 +160,10 @@ def _is_named(kind: Any) -> bool:
 
 
 def _has_bytes(file: Any, column: str) -> bool:
-    """Whether a column of a parquet file has bytes, not the names of files alone."""
-    metadata = file.metadata
-    for group in range(metadata.num_row_groups):
-        chunks = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
-        for chunk in chunks:
-            if chunk.path_in_schema in (column, f"{column}.bytes"):
-                statistics = chunk.statistics
-                if statistics is None or statistics.null_count is None or statistics.null_count < chunk.num_values:
-                    return True
-    return False
+    """Whether a column of bytes and names of a parquet file has bytes in its first row, not the names of files alone."""
+    # Not by the statistics: pyarrow ends the process where those are damaged.
+    first = next(file.iter_batches(1, columns=[column]), None)
+    return first is not None and len(first) > 0 and (first.column(0)[0].as_py() or {}).get("bytes") is not None
 
 
 def _cell(path: Path, column: str | None, row: int, name: str | None) -> str:

@@ -1,8 +1,9 @@
 """The bytes in one row of a table: of a parquet file, or of a table of Lance."""
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from stdit.data.blocks import RemoteFile
 from stdit.data.errors import VideoError
@@ -10,22 +11,31 @@ from stdit.data.packages import package, pyarrow_of
 from stdit.data.stores import is_remote
 
 _TABLES = 8  # that stay open in a process
+T = TypeVar("T")
 
 
 def read_cell(table: str, column: str, row: int) -> bytes:
     """The bytes in a row of a column; VideoError with the place and a remedy."""
     read = _lance_cell if table.endswith(".lance") else _parquet_cell
     place = f"{table}, column {column!r}, row {row}"
-    try:
-        found = read(table, column, row)
-    except VideoError:
-        raise
-    except Exception as error:  # pyarrow and lance raise many types
-        first = " ".join(str(error).split("\n")[0].split())[:160]
-        raise VideoError(f"{place} cannot be read ({first}); write the table again.") from error
+    found = guarded(place, lambda: read(table, column, row))
     if not isinstance(found, bytes):
         raise VideoError(f"{place} has no bytes; leave that row out.")
     return found
+
+
+def guarded(place: str, call: Callable[[], T]) -> T:
+    """What `call` of a library of tables returns; whatever it raises is a VideoError in one line, for a damaged table."""
+    try:
+        return call()
+    except VideoError:
+        raise
+    except BaseException as error:
+        # A panic of Lance is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        first = " ".join(str(error).split("\n")[0].split())[:160]
+        raise VideoError(f"{place} cannot be read ({first}); write the table again.") from error
 
 
 def open_parquet(path: str) -> Any:
@@ -38,7 +48,8 @@ def open_lance(path: str) -> Any:
     """A table of Lance, opened."""
     if is_remote(path):
         raise ValueError(f"{path}: tables of Lance are read from this machine only; copy it here.")
-    return package("lance", "lance", "Tables of Lance").dataset(path)
+    lance = package("lance", "lance", "Tables of Lance")
+    return guarded(path, lambda: lance.dataset(path))
 
 
 def state_of_folder(path: str) -> tuple[int, int]:
