@@ -119,8 +119,8 @@ def _lance_rows(path: Path, given: Mapping[str, str]) -> Iterator[dict[str, Any]
         return
     batches = iter(table.scanner(columns=plain, batch_size=_ROWS, scan_in_order=True).to_batches())
     while (rows := guarded(str(path), lambda: _next_rows(batches))) is not None:
-        for i, row in enumerate(rows):
-            yield _plain(row, {} if media is None else {_PATH: _cell(path, media, start + i, None)}, names)
+        for i, values in enumerate(rows):
+            yield _plain(values, {} if media is None else {_PATH: _cell(path, media, start + i, None)}, names)
         start += len(rows)
 
 

@@ -27,7 +27,7 @@ from stdit.data.rates import DEFAULT_FPS
 from stdit.data.records import is_table
 from stdit.data.samplers import ClipSize
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, ShapeClip, draw, random_clip
-from stdit.data.stores import is_remote
+from stdit.data.stores import allow, is_remote, is_url, url_of
 from stdit.data.tables import KINDS, kind_of, read_folder
 from stdit.data.transforms import resize
 from stdit.rng import keyed_rng
@@ -181,6 +181,7 @@ def build_dataset(config: DataConfig) -> Dataset:
         parts = [replace(config, datasets=[], **_without_weight(one)) for one in config.datasets]
         return JointDataset([build_dataset(part) for part in parts], [part.root or part.source for part in parts])
     root = Path(config.root)
+    allow(root)
     source = _guess(root, config) if config.source == "auto" else config.source
     if source == "latents" and not is_file(root / "cache.json"):
         raise ValueError(
@@ -222,6 +223,8 @@ def _table(root: Path, config: DataConfig, suffixes: set[str], what: str) -> Tab
             )
         return scan_folder(root, suffixes, what)
     manifest = Path(config.manifest)
+    if is_url(manifest):
+        allow(manifest.parent)
     within = root if is_remote(root) or root.is_dir() else None
     if not (is_file(manifest) or is_table(manifest)) and (is_file(root / manifest) or is_table(root / manifest)):
         manifest = root / manifest
@@ -229,6 +232,10 @@ def _table(root: Path, config: DataConfig, suffixes: set[str], what: str) -> Tab
         raise ValueError(f"data.manifest={manifest}: an index is read from this machine only; copy it here.")
     if manifest.suffix == SUFFIX and manifest.is_file():
         index = MediaIndex(manifest)
+        if is_url(index.root) and not is_remote(index.root):
+            raise ValueError(
+                f"{manifest} is of files in a store; to read them there, set data.root={url_of(index.root)}."
+            )
         index.check()
         return index.table
     if within is not None and not is_table(manifest) and manifest.is_dir() and (kind := kind_of(manifest)) is not None:

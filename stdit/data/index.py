@@ -14,13 +14,13 @@ from stdit.conditions import ActionSpace
 from stdit.data.base import Identity
 from stdit.data.columns import Columns, write_columns
 from stdit.data.facts import Facts
-from stdit.data.folders import absolute, is_file
+from stdit.data.folders import is_file
 from stdit.data.identity import content_of, relative_name
 from stdit.data.manifest import FOLDER_MANIFESTS, Row, Table, folders_below
 from stdit.data.media import ask_for, state_of
 from stdit.data.rates import LOOKED_AT
 from stdit.data.records import is_table
-from stdit.data.stores import files_below, is_remote
+from stdit.data.stores import files_below, is_remote, is_url
 
 SUFFIX = ".index"
 _VERSION = 1
@@ -44,7 +44,8 @@ class MediaIndex(Sequence[Row]):
                 f"{path} is no index of version {_VERSION} (it has version {self.info.get('version')!r}); make it again: stdit "
                 "index SOURCE --output FILE."
             )
-        self.root = absolute(self._place_of("root"))
+        root = self._place_of("root")
+        self.root = root if is_url(root) else root.absolute()
 
     def __reduce__(self) -> tuple[type["MediaIndex"], tuple[Path]]:
         return type(self), (self.path,)
@@ -52,7 +53,7 @@ class MediaIndex(Sequence[Row]):
     def _place_of(self, name: str) -> Path:
         """A place that is kept relative to the index, or as a URL."""
         place = Path(self.info[name])
-        return place if is_remote(place) else Path(os.path.normpath(self.path.parent / place))
+        return place if is_url(place) else Path(os.path.normpath(self.path.parent / place))
 
     def __len__(self) -> int:
         return len(self.columns)

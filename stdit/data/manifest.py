@@ -9,7 +9,7 @@ from stdit.data.folders import is_file, is_folder, names_in, resolved, walk
 from stdit.data.labels import Classes, number_classes
 from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ask_for, container_of, is_one_of, open_regular, state_of
 from stdit.data.records import Record, is_table, missing_path, read_records
-from stdit.data.stores import is_remote
+from stdit.data.stores import is_remote, is_url
 from stdit.warn import warn_user
 
 __all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "Row", "Table", "find_media", "read_manifest", "scan_folder"]
@@ -108,14 +108,14 @@ class _Place:
         if not file.is_relative_to(self.allowed):
             raise ValueError(
                 f"{place}: {given!r} leads outside data.root={str(self.allowed)!r} (paths are relative to {self.base}); "
-                f"{'set data.root to the URL that it begins with' if is_remote(given) else 'move the file, or set data.root to a folder that holds it'}."
+                f"{'set data.root to the URL that it begins with' if is_url(given) else 'move the file, or set data.root to a folder that holds it'}."
             )
         return file
 
     def _resolve(self, given: str) -> Path:
-        joined = given if is_remote(given) else os.path.join(self.base, given)
-        if is_remote(joined):
-            return resolved(Path(joined))
+        joined = given if is_url(given) else os.path.join(self.base, given)
+        if is_url(joined):  # also one that may not be read, which lies nowhere here
+            return Path(os.path.normpath(joined))
         if (container := container_of(joined)) is not None:  # what may be a link is the archive
             return Path(str(self._without_links(container)) + joined[len(container) :])
         return self._without_links(joined)

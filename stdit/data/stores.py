@@ -1,11 +1,12 @@
 """Stores that are named by a URL, such as s3://bucket/clips: what lies there, and parts of its files, through fsspec.
 
 The path of a file there is its URL as a Path, which has one slash after the colon. Object stores are reached by obstore,
-whose dependencies conflict with nothing, the others by what fsspec finds installed. A store is only asked for URLs that the
-user named, or that lie below one.
+whose dependencies conflict with nothing, the others by what fsspec finds installed. A store is only asked for URLs that lie
+below one that the user named (`allow`); others are names of files.
 """
 
 import os
+import posixpath
 import re
 import threading
 import time
@@ -35,22 +36,40 @@ class Entry(NamedTuple):
     version: str
 
 
+# The URLs that a user named, in their order.
+_allowed: dict[str, None] = {}
 # What stores have said of files and folders, by URL: a process asks once, so that an epoch asks for nothing but data.
 _entries: dict[str, Entry | None] = {}
 _listings: dict[tuple[str, str], dict[str, Entry]] = {}  # by "find" (with all below) or "ls", and URL
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is that of a store."""
+def allow(*paths: str | os.PathLike) -> None:
+    """Allow the reading of files at and below URLs, which a user named; paths of this machine are nothing to allow."""
+    _allowed.update({url_of(path): None for path in paths if is_url(path)})
+
+
+def allowed() -> list[str]:
+    """The URLs at and below which files may be read."""
+    return list(_allowed)
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    """Whether a path looks like that of a store."""
     return _URL.match(_with_slashes(path)) is not None
 
 
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is that of a store and may be read; any other address is taken for the name of a file of this machine."""
+    return bool(_allowed) and is_url(path) and any(f"{url_of(path)}/".startswith(f"{url}/") for url in _allowed)
+
+
 def url_of(path: str | os.PathLike) -> str:
-    """The URL of a path of a store, with its two slashes."""
+    """The URL of a path of a store, with its two slashes and without relative parts."""
     found = _URL.match(_with_slashes(path))
     assert found is not None
     root = "/" if found["protocol"] == "file" else ""
-    return f"{found['protocol']}://{root}{found['rest'].rstrip('/')}"
+    rest = posixpath.normpath(found["rest"]) if found["rest"] else ""
+    return f"{found['protocol']}://{root}{rest}"
 
 
 def _with_slashes(path: str | os.PathLike) -> str:
@@ -207,6 +226,8 @@ def _store(protocol: str) -> Any:
 
 def _ask(url: str, question: Callable[[Any], T]) -> T:
     """The answer of a store, asked again if it failed; FileNotFoundError, or StoreError in one line."""
+    if not is_remote(url):
+        raise StoreError(f"{url} lies below no URL that was named; set data.root to one.")
     store = _store(url.partition("://")[0])
     reason = ""
     for attempt in range(_ATTEMPTS):

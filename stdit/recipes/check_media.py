@@ -24,6 +24,7 @@ from stdit.data.index import entries_of
 from stdit.data.inspections import MEASURED, inspect_all
 from stdit.data.media_report import Checked, overview, write_clean_manifest, write_sheet
 from stdit.data.records import is_table
+from stdit.data.stores import allow
 from stdit.data.tables import kind_of
 from stdit.files import check_writable, write_text
 from stdit.recipes.entry import command, command_parser
@@ -41,6 +42,7 @@ def data_config_of(source: Path, config: str | None, overrides: list[str], *, al
         raise ValueError(f"{manifest} has no effect here; give the manifest itself in place of {str(source)!r}.")
     any_file = [] if config else ["data.num_frames=1", "data.height=1", "data.width=1"]
     data = load_typed(Config, config, [*any_file, *overrides]).data
+    allow(source)
     chosen = any(override.startswith("data.root=") for override in overrides)
     if is_file(source) or is_table(source) or (chosen and kind_of(source) == "datasets"):
         data.root, data.manifest = data.root if chosen else str(source.parent), str(source)

@@ -19,7 +19,7 @@ from stdit.data.identity import fingerprint
 from stdit.data.loader import batches
 from stdit.data.media import VideoError, open_regular, state_of
 from stdit.data.parquet import write_parquet
-from stdit.data.stores import is_remote, url_of
+from stdit.data.stores import is_remote, is_url, url_of
 from stdit.data.tensor_rows import TensorRows
 from stdit.recipes import index
 
@@ -55,6 +55,7 @@ def bucket(tmp_path, monkeypatch):
 
 def forget():
     stores.forget()
+    stores._allowed.clear()
     stores._store.cache_clear()
 
 
@@ -109,6 +110,7 @@ def test_worker_processes_read_from_a_store(bucket):
 
 
 def test_a_part_is_read_by_its_bytes(bucket, tmp_path):
+    stores.allow("s3://bucket")
     whole = np.random.default_rng(0).bytes(5 * BLOCK + 17)
     (tmp_path / "bucket/large.bin").write_bytes(whole)
     with RemoteFile("s3://bucket/large.bin") as file:
@@ -124,6 +126,7 @@ def test_a_part_is_read_by_its_bytes(bucket, tmp_path):
 
 
 def test_a_row_of_a_tensor_in_a_store_is_read_by_its_bytes(bucket, tmp_path):
+    stores.allow("s3://bucket")
     latents = torch.randn(8, 4, 2 * BLOCK // 16, dtype=torch.float32)  # rows of two blocks
     save_file({"latents": latents, "half": latents[:, :, :3].half()}, tmp_path / "bucket/rows.safetensors")
     rows = TensorRows("s3://bucket/rows.safetensors")
@@ -146,6 +149,7 @@ def test_a_shard_of_a_cache_in_a_store_that_is_missing_or_cut_short_is_refused_b
 
 
 def test_the_cache_keeps_to_its_limit(bucket, tmp_path, monkeypatch):
+    stores.allow("s3://bucket")
     monkeypatch.setenv("STDIT_STORE_CACHE_GB", str(10 * BLOCK / 1e9))
     whole = np.random.default_rng(0).bytes(30 * BLOCK)
     (tmp_path / "bucket/large.bin").write_bytes(whole)
@@ -158,6 +162,7 @@ def test_the_cache_keeps_to_its_limit(bucket, tmp_path, monkeypatch):
 
 
 def test_a_file_that_has_changed_is_read_anew(bucket, tmp_path):
+    stores.allow("s3://bucket")
     file = tmp_path / "bucket/note.bin"
     file.write_bytes(b"before")
     before = state_of("s3://bucket/note.bin")
@@ -230,9 +235,28 @@ def test_a_protocol_that_nothing_reads_is_refused(bucket):
         dataset(root="nosuch://a/b")
 
 
+def test_an_address_that_the_user_did_not_name_is_the_name_of_a_file(bucket):
+    assert index.main(["s3://bucket/clips", "--output", "clips.index", "--workers", "0"]) == 0
+    dataset(root="s3://bucket/clips")
+    for name in (
+        "s3://bucket/rows.jsonl",
+        "s3://bucket/clips/../rows.jsonl",
+        "s3://bucket/clipsmore",
+        "http://localhost/a",
+    ):
+        assert not is_remote(name)
+        with pytest.raises(VideoError, match="cannot be opened"):
+            open_regular(name)
+    forget()
+    asked = len(bucket.requests)
+    with pytest.raises(ValueError, match=r"clips.index is of files in a store.*data.root=s3://bucket/clips"):
+        dataset(manifest="clips.index")
+    assert len(bucket.requests) == asked
+
+
 def test_paths_of_this_machine_are_no_urls():
-    assert not any(is_remote(path) for path in ("a/b.mp4", "/a:/b", "C:/clips", "a:b", "./s3:/a", "D:\\clips"))
-    assert url_of("s3:/bucket/a") == "s3://bucket/a" and url_of("file:///a") == "file:///a"
+    assert not any(is_url(path) for path in ("a/b.mp4", "/a:/b", "C:/clips", "a:b", "./s3:/a", "D:\\clips"))
+    assert url_of("s3:/bucket/./.a") == "s3://bucket/.a" and url_of("file:///a") == "file:///a"
 
 
 def test_a_web_server_gives_files_that_a_manifest_names_and_no_folders(bucket):
