@@ -14,7 +14,7 @@ from stdit.conditions import ActionSpace
 from stdit.data.base import Identity
 from stdit.data.columns import Columns, write_columns
 from stdit.data.facts import Facts
-from stdit.data.folders import is_file
+from stdit.data.folders import is_file, is_folder
 from stdit.data.identity import content_of, relative_name
 from stdit.data.manifest import FOLDER_MANIFESTS, Row, Table, folders_below
 from stdit.data.media import ask_for, state_of
@@ -139,9 +139,12 @@ class MediaIndex(Sequence[Row]):
     def check(self) -> None:
         """Raise ValueError if the source, or one of a thousand files spread over the index, is newer than the index."""
         source = self._place_of("source")
-        if self.info["state"] is not None and list(state_of(source)) != self.info["state"]:
+        # An index does without its source, which may have been left elsewhere.
+        state = state_of(source) if self.info["state"] is not None else (-1, -1)
+        if state[0] >= 0 and list(state) != self.info["state"]:
             self._refuse(f"{source} has changed")
-        if self.info["folders"] is not None and self.info["folders"] != _folders_state(source):
+        folders = self.info["folders"]
+        if folders is not None and is_folder(source) and folders != _folders_state(source):
             self._refuse(f"files of {source} were added, removed or renamed, or its own manifest has changed")
         compared = range(0, len(self), max(1, len(self) // _COMPARED))
         ask_for(self.file(i) for i in compared)
