@@ -46,7 +46,7 @@ def bucket(tmp_path, monkeypatch):
         for i in range(4):
             tar.add(tmp_path / rows[i]["path"].replace("clips", "bucket/clips", 1), f"{i}.mp4")
     with serving(tmp_path) as server:
-        for name, value in {**environment(server), "STDIT_STORE_TIMEOUT": "0.5"}.items():
+        for name, value in {**environment(server), "STDIT_STORE_TIMEOUT": "20"}.items():
             monkeypatch.setenv(name, value)
         forget()
         yield server
@@ -190,7 +190,10 @@ def test_an_index_of_a_store_opens_without_reading_and_knows_what_has_changed(bu
     ("status", "reason", "shape"),
     [(0, "no answer within 0.5 s, 3 times", "folder"), *((403, "answers 403, no permission", one) for one in SHAPES)],
 )
-def test_a_store_that_refuses_or_is_silent_is_named_in_one_line_before_a_step(bucket, status, reason, shape):
+def test_a_store_that_refuses_or_is_silent_is_named_in_one_line_before_a_step(
+    bucket, monkeypatch, status, reason, shape
+):
+    monkeypatch.setenv("STDIT_STORE_TIMEOUT", "0.5")
     bucket.status = status
     with pytest.raises(ValueError, match=f"s3://bucket.*{reason}") as caught:
         dataset(**SHAPES[shape][1])
