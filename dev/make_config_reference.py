@@ -67,6 +67,8 @@ CHOICES: dict[str, dict[str, str]] = {
         "latents": "latents written by `tools/cache_latents.py`",
         "shapes": "moving shapes, drawn on the fly",
         "tar": "tar shards of WebDataset",
+        "datasets": "a data set of Hugging Face: what `save_to_disk` wrote, or a folder of parquet files",
+        "curate": "the output folder of cosmos-curate",
         "lerobot": "a LeRobot dataset, with its actions (layouts v2.0, v2.1 and v3.0)",
     },
     "model.axes": {

@@ -6,14 +6,13 @@ unpacking; every reader of media opens it.
 
 import json
 import tarfile
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stdit.data.labels import Classes, number_classes
-from stdit.data.manifest import Row, Table
-from stdit.data.media import is_one_of, member_of
-from stdit.data.records import find_columns
+from stdit.data.folders import names_in
+from stdit.data.media import VIDEO_SUFFIXES, is_one_of, member_of, open_regular, state_of
+from stdit.data.records import Record, find_columns
 
 _TEXT, _LABEL, _JSON = ".txt", ".cls", ".json"
 _MAX_TEXT = 1 << 20  # bytes of a sample's text or JSON
@@ -29,48 +28,47 @@ class _Sample(NamedTuple):
 
 def find_archives(root: Path) -> list[Path]:
     """The tar archives of a folder, in order."""
-    return sorted(path for path in root.glob("*.tar") if path.is_file())
+    return [root / name for name in names_in(root) if name.endswith(".tar")]
 
 
-def read_archives(root: Path, suffixes: Collection[str]) -> Table:
+def is_archived(root: Path) -> bool:
+    """Whether a folder holds tar archives."""
+    return bool(find_archives(root))
+
+
+def read_archives(root: Path, given: Mapping[str, str] | None = None) -> list[Record]:
     """The clips of all archives in a folder, in their order, with captions, labels and further columns.
 
-    The caption is that of NAME.txt, or of NAME.json (under the names that manifests have); the label is NAME.cls, or that of
-    the JSON; what else the JSON has are further columns. ValueError with the archive and a remedy.
+    The caption is that of NAME.txt, or of NAME.json (under the names that manifests have, or the `given` ones); the label is
+    NAME.cls, or that of the JSON; what else the JSON has are further columns. ValueError with the archive and a remedy.
     """
-    samples = [sample for archive in find_archives(root) for sample in _scan(archive, suffixes)]
+    samples = [sample for archive in find_archives(root) for sample in _scan(archive)]
     if not samples:
         raise ValueError(
-            f"the archives in {str(root)!r} hold no clips ({', '.join(sorted(suffixes))}); give a folder of shards of WebDataset."
+            f"the archives in {str(root)!r} hold no clips ({', '.join(sorted(VIDEO_SUFFIXES))}); give a folder of shards of WebDataset."
         )
-    notes = [_annotations(sample) for sample in samples]
-    labels = [found.pop("label", None) for found in notes]
-    captions = [str(found.pop("caption", None) or "") for found in notes]
-    classes = Classes([None] * len(labels), 0, None)
-    if any(label is not None for label in labels):
-        if None in labels:
-            raise ValueError(
-                f"{samples[labels.index(None)].clip} has no label, but other clips have one; label every clip, or none."
-            )
-        classes = number_classes(labels, lambda i: str(samples[i].clip))
-    rows = zip(samples, classes.indices, captions, notes, strict=True)
-    return Table(
-        [Row(one.clip, label, text, more) for one, label, text, more in rows], classes.num_classes, classes.names
-    )
+    found = [_annotations(sample, given or {}) for sample in samples]
+    for role in ("caption", "label"):
+        if role in (given or {}) and not any(role in values for values in found):
+            raise ValueError(f"{root}: no JSON of a clip has {(given or {})[role]!r} (data.columns.{role}).")
+    return [
+        Record(line, {**values, "path": str(sample.clip.relative_to(root))})
+        for line, (sample, values) in enumerate(zip(samples, found, strict=True), 1)
+    ]
 
 
-def _scan(archive: Path, suffixes: Collection[str]) -> list[_Sample]:
+def _scan(archive: Path) -> list[_Sample]:
     """The samples of an archive, from its headers and annotations."""
     clips: dict[str, Path] = {}
     notes: dict[str, dict[str, bytes]] = {}
     try:
-        with tarfile.open(archive, "r:") as tar:
+        with open_regular(archive) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
                 name = Path(member.name)
                 key, suffix = str(name.with_suffix("")), name.suffix.lower()
-                if is_one_of(name, set(suffixes)):
+                if is_one_of(name, VIDEO_SUFFIXES):
                     if key in clips:
                         raise ValueError(
                             f"{archive} has two clips of the name {key!r}, {clips[key].name} and {name.name}; leave one out."
@@ -83,14 +81,14 @@ def _scan(archive: Path, suffixes: Collection[str]) -> list[_Sample]:
             end = tar.offset
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"{archive} is no tar archive that can be read ({error}); fetch it again.") from error
-    size = archive.stat().st_size
+    size = state_of(archive)[0]
     last = max((found.offset + found.size for path in clips.values() if (found := member_of(path))), default=0)
     if last > size or size < end:
         raise ValueError(f"{archive} is cut short: it has {size} bytes of {max(last, end)}; fetch it again.")
     return [_Sample(key, clip, notes.get(key, {})) for key, clip in clips.items()]
 
 
-def _annotations(sample: _Sample) -> dict[str, Any]:
+def _annotations(sample: _Sample, given: Mapping[str, str]) -> dict[str, Any]:
     """Label, caption and further columns of a sample."""
     found: dict[str, Any] = {}
     try:
@@ -98,7 +96,8 @@ def _annotations(sample: _Sample) -> dict[str, Any]:
             values = json.loads(sample.notes[_JSON])
             if not isinstance(values, dict):
                 raise ValueError("it is no object")
-            roles = find_columns(values, f"{sample.clip}{_JSON}")
+            here = {role: name for role, name in given.items() if name in values}
+            roles = find_columns(values, f"{sample.clip}{_JSON}", here)
             found = {str(roles.get(name, name)): value for name, value in values.items() if roles.get(name) != "path"}
         if _TEXT in sample.notes:
             found["caption"] = sample.notes[_TEXT].decode("utf-8-sig").strip()

@@ -7,7 +7,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from stdit.data.media import VideoError, member_of, open_regular
+from stdit.data.media import VideoError, container_of, open_regular
+from stdit.data.stores import is_remote
 from stdit.data.video_io import VideoReader, frames_at
 from stdit.variants import pick
 from stdit.warn import warn_once
@@ -27,9 +28,9 @@ class LibraryReader(ABC):
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         open_regular(self.path).close()
-        if member_of(self.path) is not None:
+        if container_of(self.path) is not None or is_remote(self.path):
             raise ValueError(
-                f"{self.path!r} lies in an archive, which this backend does not read; use data.backend=pyav."
+                f"{self.path!r} is no file on this machine, which this backend needs; use data.backend=pyav."
             )
 
     def __len__(self) -> int:

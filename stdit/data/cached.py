@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from stdit.conditions import ActionSpace, ClipFacts, read_conditions
 from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
+from stdit.data.errors import VideoError
+from stdit.data.media import ask_for, open_regular, state_of
 from stdit.data.rates import DEFAULT_FPS
 from stdit.data.samplers import ClipSize
-from stdit.data.video_io import VideoError
+from stdit.data.stores import is_remote
+from stdit.data.tensor_rows import TensorRows
 from stdit.hashes import difference
 
 # Tensor names in caches of version 0.1.0, and their current names.
@@ -39,6 +41,7 @@ class CachedLatents(Annotated):
         self._check_sizes(config)
         _check_augmentation(root, self.info, config)
         _check_rate(root, self.rates, config)
+        self._check_shards()
         self._starts = np.cumsum([0] + [shard["count"] for shard in self.info["shards"]])
         plain = (self.info["num_frames"], self.info["height"], self.info["width"])
         self._sizes = [ClipSize(*shard.get("size", plain)) for shard in self.info["shards"]]
@@ -112,6 +115,17 @@ class CachedLatents(Annotated):
                 "data.num_frames, height and width to those of the latents, or cache again."
             )
 
+    def _check_shards(self) -> None:
+        """Raise ValueError if a shard is missing, or has another size than cache.json says: before a run loses anything."""
+        ask_for(self.root / shard["file"] for shard in self.info["shards"])
+        for shard in self.info["shards"]:
+            size = state_of(self.root / shard["file"])[0]
+            if size < 0 or shard.get("bytes") not in (None, size):
+                what = "is missing" if size < 0 else f"has {size} bytes instead of {shard['bytes']}"
+                raise ValueError(
+                    f"{self.root}: {shard['file']} {what}; run cache_latents again with the same --output."
+                )
+
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Read the latents (C, T, h, w), reencoded (C, T, h, w) and raw conditions of one clip."""
         cached = ClipSize(*self.shape(index))
@@ -121,7 +135,7 @@ class CachedLatents(Annotated):
             )
         shard, row = self._place(index)
         file = self._shard(shard)
-        sample = {_RENAMED.get(name, name): file.get_slice(name)[row] for name in file.keys()}  # noqa: SIM118 (no mapping)
+        sample = {_RENAMED.get(name, name): file.row(name, row) for name in file.names()}
         if not all(torch.isfinite(value).all() for value in sample.values()):
             raise VideoError(f"{self.name(index)} has values that are not finite; cache the latents again.")
         record = self._records[index]
@@ -133,23 +147,23 @@ class CachedLatents(Annotated):
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
-    def _shard(self, number: int) -> Any:
-        """An open shard, whose size and hash are compared with those of cache.json when it is opened."""
+    def _shard(self, number: int) -> TensorRows:
+        """An open shard, whose size and hash are compared with those of cache.json when it is opened (in a store its size, at the start)."""
         if number not in self._open_shards:
             info = self.info["shards"][number]
             file = self.root / info["file"]
-            if reason := difference(self.root, {info["file"]: info}):
+            if not is_remote(file) and (reason := difference(self.root, {info["file"]: info})):
                 raise ValueError(f"{self.root}: {reason}; run cache_latents again with the same --output.")
             try:
-                self._open_shards[number] = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{file} is not a file of tensors ({error}); run cache_latents again with the same --output."
-                ) from error
+                self._open_shards[number] = TensorRows(file)
+            except VideoError:
+                raise
+            except ValueError as error:
+                raise ValueError(f"{error}; run cache_latents again with the same --output.") from error
         return self._open_shards[number]
 
     @cached_property
-    def _open_shards(self) -> dict:
+    def _open_shards(self) -> dict[int, TensorRows]:
         return {}
 
     def __getstate__(self) -> dict:
@@ -159,7 +173,8 @@ class CachedLatents(Annotated):
 def _read_index(path: Path) -> dict[str, Any]:
     """The content of cache.json; ValueError in one line if it is not what `cache_latents` writes."""
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as stream:
+            info = json.loads(stream.read())
         for key in ("num_classes", "class_names", "num_frames", "height", "width", "vae", "vae_fingerprint", "fps"):
             info[key]
         for key in ("fps", "rate"):

@@ -1,5 +1,6 @@
 """Datasets of media files. `load(index, rng)` gives a sample; all its randomness comes from `rng`."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +21,17 @@ from stdit.data.identity import content_of, relative_name, size_of
 from stdit.data.index import MediaIndex
 from stdit.data.manifest import Row, Table
 from stdit.data.measures import Measures
-from stdit.data.media import VideoError, is_picture, member_of
+from stdit.data.media import VideoError, container_of, is_picture, open_regular, state_of
 from stdit.data.pictures import picture_size, read_picture
 from stdit.data.rates import some_rates, warn_of_repeats
 from stdit.data.samplers import ClipSize
 from stdit.data.transforms import cover_size, crop
 from stdit.data.video_io import VideoReader
-from stdit.hashes import file_sha256
+from stdit.warn import warn_once
 
 # The most readers that a worker keeps, which bounds its memory however many files there are.
 MAX_READERS = 4096
+_MANY = 100_000  # rows whose copies into processes take seconds each
 
 
 class TableDataset(Annotated):
@@ -86,8 +88,10 @@ class TableDataset(Annotated):
         """The file of a row. VideoError if the manifest has a column sha256 and the file another hash."""
         row = self._row(index)
         expected = str(row.columns.get("sha256") or "").strip().lower()
-        if expected and (row.path, expected) not in self._hashed and row.path.is_file():
-            if (found := file_sha256(row.path)) != expected:
+        if expected and (row.path, expected) not in self._hashed and state_of(row.path)[0] >= 0:
+            with open_regular(row.path) as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+            if found != expected:
                 raise VideoError(
                     f"{str(row.path)!r} does not have the sha256 of the manifest ({found[:12]}... in place of "
                     f"{expected[:12]}...); restore the file, or correct the manifest."
@@ -101,8 +105,8 @@ class TableDataset(Annotated):
 
     @cached_property
     def shards(self) -> list[int] | None:
-        """The number of clips in each archive, None for clips that lie in none."""
-        archives = [member.archive if (member := member_of(row.path)) else None for row in self.rows]
+        """The number of clips in each archive or table, None for clips that lie in none."""
+        archives = [container_of(row.path) for row in self.rows]
         if not archives or None in archives:
             return None
         begins = [i for i, name in enumerate(archives) if i == 0 or name != archives[i - 1]]
@@ -219,6 +223,12 @@ class VideoClips(TableDataset):
         return Measures(Path(self.config.root), self.config.backend)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.index is None and len(self) > _MANY:
+            warn_once(
+                "rows without an index",
+                f"{len(self)} rows are copied into every loader process; an index opens at once in all of them: stdit index SOURCE "
+                "--output NAME.index, then data.manifest=NAME.index.",
+            )
         return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_measures")}
 
 

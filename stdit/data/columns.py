@@ -12,13 +12,13 @@ from typing import Any, Self
 import numpy as np
 from safetensors.numpy import save_file
 
+from stdit.data.tensor_rows import read_header
 from stdit.files import atomic_write
 
 _DTYPES = {
     "BOOL": np.bool_, "U8": np.uint8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F32": np.float32,
     "F64": np.float64,
 }  # fmt: skip
-_MAX_HEADER = 1 << 24
 _HEAP, _STARTS = ".heap", ".starts"
 _INFO = "info"
 
@@ -92,15 +92,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and where its data begins."""
     try:
         with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > _MAX_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length))
+            return read_header(stream)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no table of columns ({error}); write it again.") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} is no table of columns (its header is no object); write it again.")
-    return header, 8 + length
 
 
 def _map(path: Path, entry: dict[str, Any], *, begin: int, size: int) -> np.ndarray:

@@ -19,7 +19,9 @@ class DatasetConfig:
     weight: float = 1.0  # share of the clips that come from it, relative to the weights of the others
     manifest: str | None = None  # as data.manifest
     columns: dict[str, str] = field(default_factory=dict)  # as data.columns
-    source: Literal["auto", "videos", "images", "idx", "latents", "shapes", "lerobot", "tar"] = "auto"  # as data.source
+    source: Literal["auto", "videos", "images", "idx", "latents", "shapes", "lerobot", "tar", "datasets", "curate"] = (
+        "auto"  # as data.source
+    )
     camera: str | None = None  # as data.camera
 
     def __post_init__(self) -> None:
@@ -34,12 +36,14 @@ class DatasetConfig:
 class DataConfig:
     """The clips to train on, their size, and how they are read."""
 
-    root: str = "data/clips"  # folder (or idx file) of the data
+    root: str = "data/clips"  # folder (or idx file) of the data, or the URL of one, such as s3://bucket/clips
     manifest: str | None = None  # CSV or JSON lines: path, label, caption, further columns; null: scan root
     columns: dict[str, str] = field(
         default_factory=dict
     )  # names of the manifest's columns that are path, label and caption, if others: {path: video, caption: text}
-    source: Literal["auto", "videos", "images", "idx", "latents", "shapes", "lerobot", "tar"] = "auto"  # auto: inferred
+    source: Literal["auto", "videos", "images", "idx", "latents", "shapes", "lerobot", "tar", "datasets", "curate"] = (
+        "auto"  # auto: inferred
+    )
     camera: str | None = None  # source=lerobot: the camera, if there are several
     num_frames: int = 17  # pixel frames of a clip; 1 for images
     height: int = 64  # height in pixels

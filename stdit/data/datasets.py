@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import numpy as np
 import torch
 
 from stdit.conditions import ClipFacts
-from stdit.data.archives import find_archives, read_archives
 from stdit.data.base import Annotated, Dataset, Identity
 from stdit.data.cached import CachedLatents
 from stdit.data.clips import Images, VideoClips, window
 from stdit.data.config import DataConfig, DatasetConfig
+from stdit.data.folders import is_file, is_folder, names_in
 from stdit.data.idx import read_idx
 from stdit.data.index import SUFFIX, MediaIndex
 from stdit.data.joint import JointDataset
@@ -23,8 +24,11 @@ from stdit.data.manifest import Table, find_media, read_manifest, scan_folder
 from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_picture
 from stdit.data.pictures import read_picture
 from stdit.data.rates import DEFAULT_FPS
+from stdit.data.records import is_table
 from stdit.data.samplers import ClipSize
 from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES, ShapeClip, draw, random_clip
+from stdit.data.stores import allow, is_remote, is_url, url_of
+from stdit.data.tables import KINDS, kind_of, read_folder
 from stdit.data.transforms import resize
 from stdit.rng import keyed_rng
 from stdit.variants import pick
@@ -156,13 +160,17 @@ def _idx(root: Path, config: DataConfig) -> IdxImages:
     return IdxImages(root, config)
 
 
+def _rows(kind: str, root: Path, config: DataConfig) -> VideoClips:
+    return VideoClips(read_folder(root, kind, config.columns), config)
+
+
 SOURCES: dict[str, Callable[[Path, DataConfig], Dataset]] = {
     "videos": _videos,
     "images": _images,
     "idx": _idx,
     "latents": CachedLatents,
     "lerobot": LeRobotClips,
-    "tar": lambda root, config: VideoClips(read_archives(root, VIDEO_SUFFIXES), config),
+    **{name: partial(_rows, name) for name in KINDS},
     "shapes": lambda root, config: MovingShapes(config),
 }
 
@@ -173,8 +181,9 @@ def build_dataset(config: DataConfig) -> Dataset:
         parts = [replace(config, datasets=[], **_without_weight(one)) for one in config.datasets]
         return JointDataset([build_dataset(part) for part in parts], [part.root or part.source for part in parts])
     root = Path(config.root)
+    allow(root)
     source = _guess(root, config) if config.source == "auto" else config.source
-    if source == "latents" and not (root / "cache.json").is_file():
+    if source == "latents" and not is_file(root / "cache.json"):
         raise ValueError(
             f"data.root={str(root)!r} holds no cached latents; write them from clips: stdit cache-latents CONFIG data.root=CLIPS data.source=auto --output {root} (moving shapes: stdit make-shapes, or stdit quickstart)."
         )
@@ -186,14 +195,14 @@ def _without_weight(one: DatasetConfig) -> dict[str, Any]:
 
 
 def _guess(root: Path, config: DataConfig) -> str:
-    if config.manifest is None and root.is_dir():
-        if (root / "cache.json").is_file():
+    if config.manifest is None and is_folder(root):
+        if is_file(root / "cache.json"):
             return "latents"
         if is_lerobot(root):
             return "lerobot"
-        if find_archives(root) and not find_media(root, VIDEO_SUFFIXES | IMAGE_SUFFIXES).files:
-            return "tar"
-        if any("images-idx3" in p.name for p in root.iterdir()):
+        if (kind := kind_of(root)) is not None:
+            return kind
+        if any("images-idx3" in name for name in names_in(root)):
             return "idx"
     elif config.manifest is None and root.is_file() and "images-idx3" in root.name:
         return "idx"
@@ -203,20 +212,34 @@ def _guess(root: Path, config: DataConfig) -> str:
 def _has_images(root: Path, config: DataConfig) -> bool:
     if config.manifest is not None:
         return any(is_picture(row.path) for row in _table(root, config, IMAGE_SUFFIXES, "images").rows[:1])
-    return not root.is_dir() or not find_media(root, VIDEO_SUFFIXES).files
+    return not is_folder(root) or not find_media(root, VIDEO_SUFFIXES).files
 
 
 def _table(root: Path, config: DataConfig, suffixes: set[str], what: str) -> Table:
     if config.manifest is None:
+        if is_table(root):
+            raise ValueError(
+                f"data.root={str(root)!r} is a table of Lance; give data.manifest={root} (and as data.root the folder of its files)."
+            )
         return scan_folder(root, suffixes, what)
     manifest = Path(config.manifest)
-    within = root if root.is_dir() else None
-    if not manifest.is_file() and (root / manifest).is_file():
+    if is_url(manifest):
+        allow(manifest.parent)
+    within = root if is_remote(root) or root.is_dir() else None
+    if not (is_file(manifest) or is_table(manifest)) and (is_file(root / manifest) or is_table(root / manifest)):
         manifest = root / manifest
+    if manifest.suffix == SUFFIX and is_remote(manifest):
+        raise ValueError(f"data.manifest={manifest}: an index is read from this machine only; copy it here.")
     if manifest.suffix == SUFFIX and manifest.is_file():
         index = MediaIndex(manifest)
+        if is_url(index.root) and not is_remote(index.root):
+            raise ValueError(
+                f"{manifest} is of files in a store; to read them there, set data.root={url_of(index.root)}."
+            )
         index.check()
         return index.table
+    if within is not None and not is_table(manifest) and manifest.is_dir() and (kind := kind_of(manifest)) is not None:
+        return read_folder(manifest, kind, config.columns, within)
     return read_manifest(manifest, within, config.columns)
 
 

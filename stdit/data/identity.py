@@ -6,27 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from stdit.data.base import Dataset, Identity
-from stdit.data.media import VideoError, member_of, open_regular
+from stdit.data.folders import resolved
+from stdit.data.media import VideoError, open_regular, state_of
 
 PART = 65536  # bytes read at the beginning, in the middle and at the end of a file
 
 
 def relative_name(path: Path, root: Path) -> str:
     """The path of a file below `root`, with slashes; its name alone if it lies elsewhere."""
-    for base in (root, root.resolve()):
+    for base in (root, resolved(root)):
         if path.is_relative_to(base):
             return path.relative_to(base).as_posix()
     return path.name
 
 
 def size_of(path: Path) -> int | None:
-    """The size of a file in bytes; None if there is no such file."""
-    if (member := member_of(path)) is not None:
-        return member.size
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
+    """The size of a file in bytes (of one in a table: that of the table); None if there is no such file."""
+    size = state_of(path)[0]
+    return None if size < 0 else size
 
 
 def content_of(path: Path) -> str | None:

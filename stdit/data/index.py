@@ -14,10 +14,13 @@ from stdit.conditions import ActionSpace
 from stdit.data.base import Identity
 from stdit.data.columns import Columns, write_columns
 from stdit.data.facts import Facts
+from stdit.data.folders import is_file, is_folder
 from stdit.data.identity import content_of, relative_name
 from stdit.data.manifest import FOLDER_MANIFESTS, Row, Table, folders_below
-from stdit.data.media import state_of
+from stdit.data.media import ask_for, state_of
 from stdit.data.rates import LOOKED_AT
+from stdit.data.records import is_table
+from stdit.data.stores import files_below, is_remote, is_url
 
 SUFFIX = ".index"
 _VERSION = 1
@@ -41,10 +44,16 @@ class MediaIndex(Sequence[Row]):
                 f"{path} is no index of version {_VERSION} (it has version {self.info.get('version')!r}); make it again: stdit "
                 "index SOURCE --output FILE."
             )
-        self.root = Path(os.path.abspath(self.path.parent / self.info["root"]))
+        root = self._place_of("root")
+        self.root = root if is_url(root) else root.absolute()
 
     def __reduce__(self) -> tuple[type["MediaIndex"], tuple[Path]]:
         return type(self), (self.path,)
+
+    def _place_of(self, name: str) -> Path:
+        """A place that is kept relative to the index, or as a URL."""
+        place = Path(self.info[name])
+        return place if is_url(place) else Path(os.path.normpath(self.path.parent / place))
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -93,7 +102,7 @@ class MediaIndex(Sequence[Row]):
         """Whether a file, or the text next to it, is another than when it was measured, by size and time of change."""
         file = self.file(index)
         known = [tuple(int(self.columns[name][index]) for name in names) for names in (_FILE, _NOTE)]
-        return known != [state_of(file), state_of(file.with_suffix(".txt"))]
+        return known != [state_of(file), _state_of_note(file)]
 
     def identity(self, index: int, *, read: bool = False) -> Identity:
         """The file below the root, its size (or, if it is read, a hash of its content), and its annotations."""
@@ -129,18 +138,23 @@ class MediaIndex(Sequence[Row]):
 
     def check(self) -> None:
         """Raise ValueError if the source, or one of a thousand files spread over the index, is newer than the index."""
-        source = Path(os.path.normpath(self.path.parent / self.info["source"]))
-        if source.is_file() and list(state_of(source)) != self.info["state"]:
+        source = self._place_of("source")
+        # An index does without its source, which may have been left elsewhere.
+        state = state_of(source) if self.info["state"] is not None else (-1, -1)
+        if state[0] >= 0 and list(state) != self.info["state"]:
             self._refuse(f"{source} has changed")
-        if source.is_dir() and self.info["folders"] != _folders_state(source):
+        folders = self.info["folders"]
+        if folders is not None and is_folder(source) and folders != _folders_state(source):
             self._refuse(f"files of {source} were added, removed or renamed, or its own manifest has changed")
-        for i in range(0, len(self), max(1, len(self) // _COMPARED)):
+        compared = range(0, len(self), max(1, len(self) // _COMPARED))
+        ask_for(self.file(i) for i in compared)
+        for i in compared:
             if self.changed(i):
                 missing = "is missing" if state_of(self.file(i)) == (-1, -1) else "has changed"
                 self._refuse(f"{self.file(i)} {missing}")
 
     def _refuse(self, what: str) -> None:
-        source = Path(os.path.normpath(self.path.parent / self.info["source"]))
+        source = self._place_of("source")
         raise ValueError(
             f"{self.path} is older than its files ({what}); bring it up to date: stdit index {source} --output {self.path} "
             "(only what has changed is read)."
@@ -149,11 +163,23 @@ class MediaIndex(Sequence[Row]):
 
 def _folders_state(root: Path) -> str:
     """A hash of the folders below a root, with the times at which files were added to them, and of its own manifests."""
-    names = [*folders_below(root), *(root / name for name in FOLDER_MANIFESTS)]
     digest = hashlib.sha256()
+    if is_remote(root):  # folders have no times there
+        digest.update(json.dumps(files_below(root)).encode())
+        return digest.hexdigest()[:32]
+    names = [*folders_below(root), *(root / name for name in FOLDER_MANIFESTS)]
     for path in names:
         digest.update(f"{relative_name(path, root)} {state_of(path)[1]}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
+
+
+def _state_of_note(file: Path) -> tuple[int, int]:
+    """The state of the text next to a file; of a store, which would be asked for each, none."""
+    return (-1, -1) if is_remote(file) else state_of(file.with_suffix(".txt"))
+
+
+def _relative(path: Path, here: Path) -> str:
+    return str(path) if is_remote(path) else os.path.relpath(path.absolute(), here)
 
 
 def write_index(
@@ -184,7 +210,7 @@ def write_index(
         name: np.array([one.get(name, default) for one in found], dtype)
         for name, dtype, default in (("rotation", np.int16, 0), ("bytes", np.int64, -1), ("modified", np.int64, -1))
     }
-    notes = np.array([state_of(row.path.with_suffix(".txt")) for row in rows], np.int64).reshape(-1, 2)
+    notes = np.array([_state_of_note(row.path) for row in rows], np.int64).reshape(-1, 2)
     arrays |= {name: notes[:, i] for i, name in enumerate(_NOTE)}
     arrays["label"] = np.array([-1 if row.label is None else row.label for row in rows], np.int32)
     arrays |= {
@@ -197,10 +223,10 @@ def write_index(
     }
     info = {
         "version": _VERSION,
-        "root": os.path.relpath(root.absolute(), here),
-        "source": os.path.relpath(source.absolute(), here),
-        "state": list(state_of(source)) if source.is_file() else None,
-        "folders": _folders_state(source) if source.is_dir() else None,
+        "root": _relative(root, here),
+        "source": _relative(source, here),
+        "state": list(state_of(source)) if is_file(source) or is_table(source) else None,
+        "folders": None if is_file(source) or is_table(source) else _folders_state(source),
         "num_classes": table.num_classes,
         "class_names": table.class_names,
         "action_space": None if action_space is None else action_space.plain,

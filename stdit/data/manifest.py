@@ -5,15 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stdit.data.folders import is_file, is_folder, names_in, resolved, walk
 from stdit.data.labels import Classes, number_classes
-from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_one_of
-from stdit.data.records import Record, missing_path, read_records
+from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ask_for, container_of, is_one_of, open_regular, state_of
+from stdit.data.records import Record, is_table, missing_path, read_records
+from stdit.data.stores import is_remote, is_url
 from stdit.warn import warn_user
 
 __all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "Row", "Table", "find_media", "read_manifest", "scan_folder"]
 
 # Files of the hub's convention that list a folder's media.
-FOLDER_MANIFESTS = ("metadata.jsonl", "metadata.csv")
+FOLDER_MANIFESTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # Folders that systems and network storage put among a person's own; folders that begin with a dot are as well.
 _SYSTEM_FOLDERS = {
     "@eaDir", "@tmp", "@__thumb", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information",
@@ -54,14 +56,22 @@ def read_manifest(path: Path, root: Path | None = None, columns: Mapping[str, st
     with the line and a remedy.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"data.manifest={str(path)!r} does not exist; give a .jsonl or .csv file.")
+    if not (is_file(path) or is_table(path)):
+        raise ValueError(f"data.manifest={str(path)!r} does not exist; give a .jsonl, .csv or .parquet file.")
     records = read_records(path, columns)
+    # Rows that lie here may name files of a store by their place below its URL.
+    base = Path(root) if root and is_remote(root) and not is_remote(path) else path.parent
+    return table_of(records, path, base, allowed=Path(root) if root else path.parent)
+
+
+def table_of(records: Sequence[Record], path: Path, base: Path, *, allowed: Path) -> Table:
+    """The table of rows that were read from `path`, with paths relative to `base` that must stay under `allowed`."""
     if not records:
         raise ValueError(f"{path} has no rows; write one line per clip.")
-    allowed = (Path(root) if root else path.parent).resolve()
-    place = _Place(path, allowed)
+    allowed = resolved(allowed)
+    place = _Place(path, base, allowed)
     files = [place.file_of(record) for record in records]
+    ask_for(files)
     if any("caption" in record.values for record in records):
         captions = [_caption_of(record, path) for record in records]
     else:
@@ -77,8 +87,8 @@ def read_manifest(path: Path, root: Path | None = None, columns: Mapping[str, st
 class _Place:
     """Where the files of a manifest lie. Folders are resolved once each, since resolving every path takes minutes for a million."""
 
-    def __init__(self, manifest: Path, allowed: Path):
-        self.manifest, self.allowed = manifest, allowed
+    def __init__(self, manifest: Path, base: Path, allowed: Path):
+        self.manifest, self.base, self.allowed = manifest, base, allowed
         self._resolved: dict[str, str] = {}  # folders -> what they are without links
 
     def file_of(self, record: Record) -> Path:
@@ -89,7 +99,7 @@ class _Place:
         if not given.strip():
             raise ValueError(f"{place}: the path is empty; every row needs one.")
         try:
-            if "\\" in given and not (self.manifest.parent / given).exists():
+            if "\\" in given and not (is_remote(self.base) or (self.base / given).exists()):
                 given = given.replace("\\", "/")
             file = self._resolve(given)
             os.fsencode(file)
@@ -97,15 +107,23 @@ class _Place:
             raise ValueError(f"{place}: {given!r} is not a path ({error}); correct it.") from error
         if not file.is_relative_to(self.allowed):
             raise ValueError(
-                f"{place}: {given!r} leads outside data.root={str(self.allowed)!r} (paths are relative to the manifest); "
-                "move the file, or set data.root to a folder that holds it."
+                f"{place}: {given!r} leads outside data.root={str(self.allowed)!r} (paths are relative to {self.base}); "
+                f"{'set data.root to the URL that it begins with' if is_url(given) else 'move the file, or set data.root to a folder that holds it'}."
             )
         return file
 
     def _resolve(self, given: str) -> Path:
-        folder, name = os.path.split(os.path.join(self.manifest.parent, given))
+        joined = given if is_url(given) else os.path.join(self.base, given)
+        if is_url(joined):  # also one that may not be read, which lies nowhere here
+            return Path(os.path.normpath(joined))
+        if (container := container_of(joined)) is not None:  # what may be a link is the archive
+            return Path(str(self._without_links(container)) + joined[len(container) :])
+        return self._without_links(joined)
+
+    def _without_links(self, path: str) -> Path:
+        folder, name = os.path.split(path)
         if name in ("", ".", ".."):
-            return Path(folder, name).resolve()
+            return Path(path).resolve()
         if folder not in self._resolved:
             self._resolved[folder] = str(Path(folder).resolve())
         file = Path(self._resolved[folder], name)
@@ -137,7 +155,10 @@ def _classes_of(records: Sequence[Record], manifest: Path) -> Classes:
         return Classes([None] * len(labels), 0, None)
     if any(missing):
         line = records[missing.index(True)].line
-        raise ValueError(f"{manifest}, line {line} has no label, but other rows have one; label every row, or none.")
+        path = records[missing.index(True)].values["path"]
+        raise ValueError(
+            f"{manifest}, line {line} ({path}) has no label, but other rows have one; label every row, or none."
+        )
     return number_classes(labels, lambda i: f"{manifest}, line {records[i].line}")
 
 
@@ -162,14 +183,14 @@ def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
     folders.
     """
     root = Path(root)
-    if not root.is_dir():
+    if not is_folder(root):
         raise ValueError(
             f"data.root={str(root)!r} does not exist; give a folder of {what}, or use generated clips of moving "
             "shapes: data.source=shapes."
         )
     found, left_out = find_media(root, suffixes)
     for name in FOLDER_MANIFESTS:
-        if (root / name).is_file() and _is_inside(root / name, root.resolve()):
+        if is_file(root / name) and _is_inside(root / name, resolved(root)):
             return _listed(root, root / name, found, what)
     if not found:
         also = f"; {left_out}" if left_out else ""
@@ -179,7 +200,7 @@ def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
         )
     if left_out:
         warn_user(f"data.root={str(root)!r}: {left_out}.")
-    captions = _captions_next_to(found, root.resolve())
+    captions = _captions_next_to(found, resolved(root))
     classes = _classes_of_folders(root, found, what)
     rows = [Row(*row) for row in zip(found, classes.indices, captions, strict=True)]
     missing = captions.count("")
@@ -196,7 +217,7 @@ def _listed(root: Path, manifest: Path, found: Sequence[Path], what: str) -> Tab
     """The table of a folder's own manifest, with a warning of files that are not in it."""
     table = read_manifest(manifest, root)
     inside = {row.path for row in table.rows}
-    missing = [file for file in found if file.resolve() not in inside]
+    missing = [file for file in found if resolved(file) not in inside]
     if missing:
         warn_user(
             f"{manifest} does not list {len(missing)} of the {len(found)} {what} in its folder (the first: "
@@ -228,13 +249,13 @@ def _classes_of_folders(root: Path, files: Sequence[Path], what: str) -> Classes
 
 def find_media(root: Path, suffixes: set[str]) -> Found:
     """All files with one of `suffixes`, in order, without what is hidden and without links that lead outside."""
-    allowed = root.resolve()
+    allowed = resolved(root)
     if allowed == Path(allowed.anchor):
         raise ValueError(f"{str(root)!r} is the whole file system; give the folder of the clips.")
     found: list[Path] = []
     links: list[Path] = []
     unreadable: list[OSError] = []
-    for folder, folders, files in os.walk(root, onerror=unreadable.append):  # follows no links: they may form a loop
+    for folder, folders, files in walk(root, unreadable.append):
         folders[:] = _visited(folders)
         links += [Path(folder, name) for name in folders if not _is_inside(Path(folder, name), allowed)]
         for name in sorted(files):
@@ -264,7 +285,7 @@ def _visited(names: Sequence[str]) -> list[str]:
 def folders_below(root: Path) -> list[Path]:
     """The folders in which `find_media` looks for files, in order."""
     found = []
-    for folder, folders, _ in os.walk(root):
+    for folder, folders, _ in walk(root):
         folders[:] = _visited(folders)
         found.append(Path(folder))
     return found
@@ -283,24 +304,26 @@ def _is_inside(path: Path, allowed: Path) -> bool:
 def _captions_next_to(files: Sequence[Path], allowed: Path) -> list[str]:
     """The caption of each file: the text of the file of its name with the suffix .txt, empty if there is none."""
     names: dict[Path, dict[str, str]] = {}  # by folder: name of a text file without its suffix -> its full name
-    for folder in {file.parent for file in files}:
-        listed = os.listdir(folder) if folder.is_dir() else []
-        names[folder] = {name[:-4]: name for name in sorted(listed) if name.lower().endswith(".txt")}
+    for folder in {file.parent for file in files if container_of(file) is None}:
+        names[folder] = {name[:-4]: name for name in names_in(folder) if name.lower().endswith(".txt")}
     return [
-        _read_caption(file.parent / names[file.parent][file.stem], allowed) if file.stem in names[file.parent] else ""
+        _read_caption(file.parent / names[file.parent][file.stem], allowed)
+        if file.stem in names.get(file.parent, ())
+        else ""
         for file in files
     ]
 
 
 def _read_caption(file: Path, allowed: Path) -> str:
-    if not file.is_file() or not _is_inside(file, allowed):
+    if not is_file(file) or not _is_inside(file, allowed):
         return ""
-    size = file.stat().st_size
+    size = state_of(file)[0]
     if size > _MAX_CAPTION_BYTES:
         raise ValueError(
             f"{str(file)!r} is too long for a caption ({size} bytes, at most {_MAX_CAPTION_BYTES}); shorten or rename it."
         )
     try:
-        return file.read_text(encoding="utf-8-sig").strip()
+        with open_regular(file) as stream:
+            return stream.read().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(file)!r} is not text in UTF-8 ({error}); save the caption as UTF-8.") from error

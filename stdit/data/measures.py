@@ -2,44 +2,15 @@
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
 from stdit.data.facts import Facts
+from stdit.data.folders import absolute, resolved
 from stdit.data.media import state_of
-from stdit.files import atomic_write
+from stdit.data.user_cache import cache_folder
 
 # The version of the measurements; one for other rules does not read those of this one.
 _VERSION = 1
-
-
-def cache_folder() -> Path:
-    """The folder of what can be made again: $STDIT_CACHE, or stdit in the user's cache ($XDG_CACHE_HOME or ~/.cache)."""
-    own, cache = os.environ.get("STDIT_CACHE"), os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if cache.startswith("~"):  # a user without a home
-        cache = tempfile.gettempdir()
-    return Path(own) if own else Path(cache) / "stdit"
-
-
-def remembered(folder: str, parts: Sequence[bytes], make: Callable[[], np.ndarray]) -> np.ndarray:
-    """What `make` returns, kept in a folder of the cache under a hash of all that it depends on."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    file = cache_folder() / folder / f"{digest.hexdigest()[:32]}.npy"
-    with suppress(OSError, ValueError, EOFError):
-        return np.load(file, allow_pickle=False)
-    made = make()
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(file) as tmp:
-            np.save(tmp, made, allow_pickle=False)
-    return made
 
 
 class Measures:
@@ -50,19 +21,19 @@ class Measures:
     """
 
     def __init__(self, root: Path, backend: str):
-        name = hashlib.sha256(f"{root.resolve()}\n{backend}\n{_VERSION}".encode("utf-8", "surrogateescape"))
+        name = hashlib.sha256(f"{resolved(root)}\n{backend}\n{_VERSION}".encode("utf-8", "surrogateescape"))
         self._file = cache_folder() / "measures" / f"{name.hexdigest()[:32]}.jsonl"
         self._known: dict[str, tuple[list[int], Facts]] = {}
         self._read()
 
     def get(self, path: Path) -> Facts | None:
         """The measurement of a file; None if there is none of the file as it is now."""
-        known = self._known.get(str(path.absolute()))
+        known = self._known.get(str(absolute(path)))
         return known[1] if known and known[0] == _state(path) else None
 
     def put(self, path: Path, facts: Facts) -> None:
         """Remember the measurement of a file."""
-        key, state = str(path.absolute()), _state(path)
+        key, state = str(absolute(path)), _state(path)
         if not state:
             return
         self._known[key] = (state, facts)

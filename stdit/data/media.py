@@ -1,13 +1,20 @@
 """Which files hold pictures and clips, and the opening of a file that may be anything."""
 
+import hashlib
 import io
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
+
+from stdit.data.blocks import READ_AHEAD, RemoteFile
+from stdit.data.cells import read_cell, state_of_folder
+from stdit.data.errors import VideoError
+from stdit.data.stores import entry_of, is_remote, remember
 
 VIDEO_SUFFIXES = {
     ".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".f4v", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".m2v", ".vob",
@@ -20,25 +27,48 @@ IMAGE_SUFFIXES = {
 _OTHER_PICTURES = {".heic", ".heif", ".jxl", ".svg", ".psd", ".eps", ".exr", ".ico", ".tga"}
 
 
-class VideoError(ValueError):
-    """A file that cannot be read as video or picture, or not completely; the message has file, reason and remedy."""
-
-
 class Member(NamedTuple):
-    """A file inside an archive: the archive's path, and where the file lies in it."""
+    """A file inside an archive or a table that is not packed: the archive's path, and where the file lies in it."""
 
     archive: str
     offset: int
     size: int
 
 
-_MEMBER = re.compile(r"(?P<archive>.+\.tar)@(?P<offset>\d{1,18})\+(?P<size>\d{1,18})/[^/]+")
+class Cell(NamedTuple):
+    """A file in a row of a table: the table's path, its column, and the number of the row."""
+
+    table: str
+    column: str
+    row: int
+
+
+_MEMBER = re.compile(r"(?P<archive>.+\.(?:tar|arrow))@(?P<offset>\d{1,18})\+(?P<size>\d{1,18})/[^/]+", re.DOTALL)
+_CELL = re.compile(r"(?P<table>.+\.(?:parquet|lance))@(?P<column>[^/@]+)\[(?P<row>\d{1,18})\]/[^/]+", re.DOTALL)
+
+
+def place_of(path: str | os.PathLike) -> Member | Cell | None:
+    """Where a path lies that is not that of a file: ARCHIVE@OFFSET+SIZE/NAME or TABLE@COLUMN[ROW]/NAME; None for a file's."""
+    name = os.fspath(path).replace(os.sep, "/")
+    if "@" not in name:
+        return None
+    if (found := _MEMBER.fullmatch(name)) is not None:
+        return Member(found["archive"], int(found["offset"]), int(found["size"]))
+    if (found := _CELL.fullmatch(name)) is not None:
+        return Cell(found["table"], found["column"], int(found["row"]))
+    return None
 
 
 def member_of(path: str | os.PathLike) -> Member | None:
-    """The archive and place of a path SHARD.tar@OFFSET+SIZE/NAME; None for the path of a plain file."""
-    found = _MEMBER.fullmatch(os.fspath(path).replace(os.sep, "/"))
-    return Member(found["archive"], int(found["offset"]), int(found["size"])) if found else None
+    """The archive and place of a path ARCHIVE@OFFSET+SIZE/NAME; None for other paths."""
+    place = place_of(path)
+    return place if isinstance(place, Member) else None
+
+
+def container_of(path: str | os.PathLike) -> str | None:
+    """The archive or table that a file lies in; None for a file of its own."""
+    place = place_of(path)
+    return None if place is None else place[0]
 
 
 class _Section(io.RawIOBase):
@@ -75,11 +105,21 @@ class _Section(io.RawIOBase):
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """Open a file for reading that must be a regular one: a pipe would block, a device never end; or raise VideoError.
 
-    A path inside an archive (`member_of`) is opened there.
+    A path inside an archive or table (`place_of`) is opened there, one of a store (`stores.is_remote`) through the blocks on
+    the local disk.
     """
     name = os.fspath(path)
-    if (member := member_of(name)) is not None and not os.path.exists(name):
-        return io.BufferedReader(_Section(open_regular(member.archive), member.offset, member.size))  # type: ignore[return-value]
+    place = place_of(name)
+    if place is not None and not os.path.exists(name):
+        if isinstance(place, Cell):
+            return io.BytesIO(read_cell(place.table, place.column, place.row))
+        return io.BufferedReader(_Section(_open_plain(place.archive), place.offset, place.size))  # type: ignore[return-value]
+    return _open_plain(name)
+
+
+def _open_plain(name: str) -> BinaryIO:
+    if is_remote(name):
+        return io.BufferedReader(RemoteFile(name), READ_AHEAD)  # type: ignore[return-value]
     try:
         # Opening a FIFO must not block.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -97,13 +137,32 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def state_of(path: Path) -> tuple[int, int]:
-    """The size of a file in bytes, and the time of its last change (or its archive's) in nanoseconds; -1, -1 if there is none."""
-    member = member_of(path)
-    try:
-        found = os.stat(path if member is None else member.archive)
-    except OSError:
-        return -1, -1
-    return found.st_size if member is None else member.size, found.st_mtime_ns
+    """The size of a file in bytes, and the time of its last change in nanoseconds; -1, -1 if there is none.
+
+    Of a file in an archive or table the time is that of the archive or table, of one in a table the size is as well. Of one
+    in a store, a number of its version takes the place of the time.
+    """
+    place = place_of(path)
+    whole = path if place is None else place[0]
+    if is_remote(whole):
+        entry = entry_of(whole)
+        if entry is None:
+            return -1, -1
+        size, changed = entry.size, int.from_bytes(hashlib.sha256(entry.version.encode()).digest()[:7])
+    else:
+        try:
+            found = os.stat(whole)
+            size, changed = found.st_size, found.st_mtime_ns
+            if stat.S_ISDIR(found.st_mode) and str(whole).endswith(".lance"):
+                size, changed = state_of_folder(str(whole))
+        except OSError:
+            return -1, -1
+    return place.size if isinstance(place, Member) else size, changed
+
+
+def ask_for(paths: Iterable[Path]) -> None:
+    """Ask stores at once for what `state_of` says of many files; nothing for files of this machine."""
+    remember([Path(whole) for whole in dict.fromkeys(container_of(path) or path for path in paths) if is_remote(whole)])
 
 
 def reason_of(error: BaseException) -> str:

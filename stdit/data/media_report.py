@@ -1,6 +1,5 @@
 """What a check of media files found: an overview in text, a picture of the files, and a manifest of the usable ones."""
 
-import os
 import re
 import statistics
 from collections import Counter
@@ -15,6 +14,7 @@ from stdit.data.backends import open_video
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Images, VideoClips
 from stdit.data.facts import Facts
+from stdit.data.folders import named_from, resolved
 from stdit.data.media import VideoError
 from stdit.data.pictures import read_picture
 from stdit.data.records import write_records
@@ -147,7 +147,7 @@ def write_clean_manifest(path: Path, checked: Mapping[Path, Checked], dataset: V
     folder = path.resolve().parent
     for row in dataset.rows:
         if checked[row.path].reason is None:
-            record: dict[str, Any] = {"path": Path(os.path.relpath(row.path.resolve(), folder)).as_posix()}
+            record: dict[str, Any] = {"path": named_from(resolved(row.path), folder)}
             if row.label is not None:
                 record["label"] = names[row.label] if names else row.label
             if captioned:

@@ -85,8 +85,9 @@ def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     name = os.fspath(path)
     try:
         with open_regular(name) as file:
-            if os.fstat(file.fileno()).st_size > 4 * MAX_PIXELS:  # some decoders read the whole file before its header
+            if file.seek(0, os.SEEK_END) > 4 * MAX_PIXELS:  # some decoders read the whole file before its header
                 raise VideoError(f"{name!r} is a file of more than {4 * MAX_PIXELS >> 20} MiB; compress or scale it.")
+            file.seek(0)
             with Image.open(file, formats=FORMATS) as image:
                 _check_size(image, name)
                 yield image

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stdit.conditions import CONDITIONERS
-from stdit.data.parquet import read_parquet
+from stdit.data.arrow_tables import TABLES, given_of_rows, read_table
+from stdit.data.media import open_regular
 from stdit.files import write_text
 from stdit.warn import warn_user
 
@@ -44,13 +45,18 @@ class Record(NamedTuple):
 
 
 def read_records(path: Path, given: Mapping[str, str] | None = None) -> list[Record]:
-    """Read a CSV file (`.csv`, `.tsv`), a parquet file (`.parquet`), or JSON lines (any other suffix).
+    """Read a CSV file (`.csv`, `.tsv`), a table (`.parquet`, `.arrow`, `.lance`), or JSON lines (any other suffix).
 
     Byte-order marks, Windows line ends, other separators and other names of the columns (`COLUMNS`) are recognised; a
     column that nothing reads is named in a warning. Raises ValueError with the line and a remedy. given: the columns that are
     path, label and caption, by these names, for those that have others.
     """
     rows = read_rows(path, given)
+    return as_records(rows, path, given_of_rows(given, [row for _, row in rows]) if _is_typed(path) else given)
+
+
+def as_records(rows: Sequence[tuple[int, dict[str, Any]]], path: Path, given: Mapping[str, str] | None) -> list[Record]:
+    """The records of numbered rows, of which `path` is named in messages and warnings; as `read_records`."""
     columns = {name: None for _, row in rows for name in row}
     roles = find_columns(columns, str(path), given)
     if rows and "path" not in roles.values():
@@ -59,13 +65,21 @@ def read_records(path: Path, given: Mapping[str, str] | None = None) -> list[Rec
     return [Record(line, row | {roles[name]: row[name] for name in row if name in roles}) for line, row in rows]
 
 
+def is_table(path: Path) -> bool:
+    """Whether a path is that of a table that is a folder, as those of Lance are."""
+    return path.suffix.lower() == ".lance" and path.is_dir()
+
+
+def _is_typed(path: Path) -> bool:
+    return path.suffix.lower() in TABLES
+
+
 def read_rows(path: Path, given: Mapping[str, str] | None = None) -> list[tuple[int, dict[str, Any]]]:
     """The line number of every row of such a file, and its values under the names that they have there."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return list(enumerate(read_parquet(path), 1))
+    if _is_typed(path):
+        return list(enumerate(read_table(path, given), 1))
     text = _read_text(path)
-    return _csv_rows(path, text, given) if suffix in (".csv", ".tsv") else _json_rows(path, text)
+    return _csv_rows(path, text, given) if path.suffix.lower() in (".csv", ".tsv") else _json_rows(path, text)
 
 
 def find_columns(names: Iterable[str], what: str, given: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -134,7 +148,8 @@ def _is_fact(name: str) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        with open_regular(path) as stream:
+            data = stream.read()
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:

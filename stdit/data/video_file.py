@@ -135,6 +135,9 @@ class VideoFile:
         # A file object instead of a name: neither a protocol nor an unusual name nor a playlist can open anything else.
         try:
             self._container = self._probe(self._file)
+        except VideoError:  # of a store, which says more
+            self.close()
+            raise
         except (av.error.FFmpegError, OSError, ValueError) as error:
             self.close()
             raise self.error(f"is not a video that this build can read ({reason_of(error)})") from error

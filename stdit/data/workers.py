@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from stdit.data import stores
+
 # The number of new processes that a file may crash or stall before it is set aside.
 FRESH_TRIES = 2
 # Processes in a row that end before they read a file, which is due to the machine (memory, imports), not to a file.
@@ -57,7 +59,7 @@ class _Worker:
     def __init__(self, samples: Loadable):
         context = multiprocessing.get_context("spawn")  # a live decoder does not survive fork
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, samples), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, samples, stores.allowed()), daemon=True)
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
@@ -227,8 +229,9 @@ def _death(code: int | None) -> str:
     return f"ended with exit code {code}"
 
 
-def _work(connection: Connection, samples: Loadable) -> None:
+def _work(connection: Connection, samples: Loadable, allowed: list[str]) -> None:
     """The main function of a loader process: load a sample for each key that arrives, until the connection closes."""
+    stores.allow(*allowed)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process handles signals to all
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

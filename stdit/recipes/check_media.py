@@ -19,9 +19,13 @@ from stdit.config import Config, load_typed
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Images, VideoClips, build_dataset
 from stdit.data.facts import Facts, assess
+from stdit.data.folders import is_file
 from stdit.data.index import entries_of
 from stdit.data.inspections import MEASURED, inspect_all
 from stdit.data.media_report import Checked, overview, write_clean_manifest, write_sheet
+from stdit.data.records import is_table
+from stdit.data.stores import allow
+from stdit.data.tables import kind_of
 from stdit.files import check_writable, write_text
 from stdit.recipes.entry import command, command_parser
 
@@ -38,8 +42,9 @@ def data_config_of(source: Path, config: str | None, overrides: list[str], *, al
         raise ValueError(f"{manifest} has no effect here; give the manifest itself in place of {str(source)!r}.")
     any_file = [] if config else ["data.num_frames=1", "data.height=1", "data.width=1"]
     data = load_typed(Config, config, [*any_file, *overrides]).data
-    if source.is_file():
-        chosen = any(override.startswith("data.root=") for override in overrides)
+    allow(source)
+    chosen = any(override.startswith("data.root=") for override in overrides)
+    if is_file(source) or is_table(source) or (chosen and kind_of(source) == "datasets"):
         data.root, data.manifest = data.root if chosen else str(source.parent), str(source)
     else:
         data.root, data.manifest = str(source), None
@@ -52,7 +57,9 @@ def data_config_of(source: Path, config: str | None, overrides: list[str], *, al
 def main(argv: Sequence[str] | None = None) -> int:
     """Read every file; exit code 1 if training cannot use one of them."""
     parser = command_parser("check-media", __doc__)
-    parser.add_argument("source", type=Path, help="a folder, or a manifest (.jsonl, .csv)")
+    parser.add_argument(
+        "source", type=Path, help="a folder, or a manifest (.jsonl, .csv, .parquet, .lance), or the URL of one"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of --config")
     parser.add_argument("--config", help="apply the rules of this config's training: a path, or a name in the package")
     parser.add_argument("--report", type=Path, help="write one JSON line per file here; a second call goes on from it")

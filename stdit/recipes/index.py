@@ -18,12 +18,14 @@ import av
 
 from stdit.data.clips import Images, VideoClips
 from stdit.data.datasets import build_dataset
+from stdit.data.folders import named_from
 from stdit.data.identity import fingerprint
 from stdit.data.index import SUFFIX, MediaIndex, entries_of, write_index
 from stdit.data.inspections import inspect_all
 from stdit.data.manifest import Table
 from stdit.data.media_report import overview
-from stdit.data.parquet import pyarrow_of, write_parquet
+from stdit.data.packages import pyarrow_of
+from stdit.data.parquet import write_parquet
 from stdit.files import check_writable, claimed
 from stdit.recipes.check_media import data_config_of, judged
 from stdit.recipes.entry import command, command_parser
@@ -34,7 +36,9 @@ from stdit.warn import warn_user
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the index; exit code 1 if none of the files can be read."""
     parser = command_parser("index", __doc__)
-    parser.add_argument("source", type=Path, help="a folder, or a manifest (.jsonl, .csv, .parquet)")
+    parser.add_argument(
+        "source", type=Path, help="a folder, or a manifest (.jsonl, .csv, .parquet, .lance), or the URL of one"
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -115,7 +119,7 @@ def _plain_rows(index: MediaIndex, folder: Path) -> list[dict[str, Any]]:
     for i, (path, label, caption, columns) in enumerate(index):
         facts, names = index.facts(i), index.info["class_names"]
         row = {
-            "path": Path(os.path.relpath(path, folder)).as_posix(),
+            "path": named_from(path, folder),
             "label": names[label] if names and label is not None else label,
         }
         measured = facts._asdict() if facts else {"refused": index.refused(i)}

@@ -8,7 +8,6 @@ import numpy as np
 
 from stdit.config import Config
 from stdit.data.datasets import Dataset
-from stdit.data.measures import remembered
 from stdit.data.samplers import (
     NO_BUCKET,
     BatchSampler,
@@ -20,6 +19,7 @@ from stdit.data.samplers import (
     WeightedSampler,
     assign_buckets,
 )
+from stdit.data.user_cache import remembered
 from stdit.data.video_io import VideoError
 from stdit.progress import Progress
 from stdit.rng import keyed_rng

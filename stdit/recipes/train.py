@@ -28,6 +28,7 @@ from stdit.data.identity import fingerprint, hash_of
 from stdit.data.loader import batches
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import BatchSampler
+from stdit.data.stores import is_url, url_of
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import build_objective
 from stdit.model.lora import base_fingerprint
@@ -296,6 +297,8 @@ def load_config(args: argparse.Namespace) -> Config:
     )
     if fixed is not None:
         raise ValueError(f"--data {args.data} and {fixed} both name the data; give one of them.")
+    if is_url(args.data):
+        raise ValueError(f"--data is for files on this machine; name a config and data.root={url_of(args.data)}.")
     if not args.data.exists():
         raise ValueError(f"--data {args.data} does not exist; give a folder, a manifest or an index.")
     if args.config is not None:

@@ -16,6 +16,7 @@ from stdit.config import load_typed, to_plain
 from stdit.data.identity import hash_of, relative_name, size_of
 from stdit.data.idx import read_idx
 from stdit.data.manifest import read_manifest
+from stdit.data.stores import allow
 from stdit.data.transforms import resize_short_side
 from stdit.data.video_io import VideoReader
 from stdit.data.video_write import write_contact_sheet
@@ -40,6 +41,7 @@ _MEASURED = 16  # training clips on which PSNR is measured where none are held o
 def data_fingerprint(config: VAEConfig) -> dict[str, str]:
     """Hashes of the clips and images that the VAE is trained on, by their names, sizes and groups."""
     root = Path(config.data.root)
+    allow(root)
     rows = read_manifest(root / config.data.manifest, root).rows
     clips = [(relative_name(row.path, root), size_of(row.path), row.columns.get("group")) for row in rows]
     images = [(Path(path).name, size_of(Path(path))) for path in config.data.images]
@@ -52,6 +54,7 @@ def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.
     If none are held out, the latter are the first of the training clips, which is said.
     """
     root = Path(config.data.root)
+    allow(root)
     rows = read_manifest(root / config.data.manifest, root).rows
     if config.data.hold_out and not any("group" in row.columns for row in rows):
         raise ValueError(

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from media import write_barcodes
 
-from stdit.data.archives import read_archives
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.identity import content_of, size_of
 from stdit.data.loader import batches
-from stdit.data.media import VIDEO_SUFFIXES, member_of, open_regular
+from stdit.data.media import member_of, open_regular
 from stdit.recipes import index
 
 
@@ -78,7 +77,7 @@ def test_an_index_of_shards_needs_no_scan(shards, monkeypatch):
 
 
 def test_a_part_of_an_archive_is_read_like_a_file(shards):
-    path = read_archives(shards, VIDEO_SUFFIXES).rows[4].path
+    path = dataset().rows[4].path
     assert member_of(path).archive.endswith("part-001.tar") and path.suffix == ".mp4"
     whole = (shards.parent / "clips/004.mp4").read_bytes()
     with open_regular(path) as file:
@@ -99,7 +98,7 @@ def test_a_shard_that_is_cut_short_is_refused_before_anything_is_read(shards, le
 def test_clips_of_which_only_some_have_labels_are_refused(shards):
     with tarfile.open(shards / "part-002.tar", "w") as tar:
         tar.add(shards.parent / "clips/000.mp4", "zero.mp4")
-    with pytest.raises(ValueError, match="part-002.tar.*has no label, but other clips have one"):
+    with pytest.raises(ValueError, match="part-002.tar.*has no label, but other rows have one"):
         dataset()
 
 

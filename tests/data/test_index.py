@@ -3,11 +3,15 @@
 import copy
 import json
 import os
+import pickle
+import warnings
 
 import numpy as np
 import pytest
 from media import write_barcodes
 
+from stdit import warn
+from stdit.data import clips as clips_module
 from stdit.data import inspections
 from stdit.data.columns import Columns, write_columns
 from stdit.data.config import DataConfig
@@ -257,3 +261,14 @@ def test_names_that_are_not_utf_8_are_kept(tmp_path):
     entry = {str(tmp_path / name): {"frames": 3, "height": 8, "width": 8}}
     write_index(tmp_path / "odd.index", Table(rows, 0, None), entry, source=tmp_path / "m.csv", root=tmp_path, fingerprint={}, action_space=None)  # fmt: skip
     assert MediaIndex(tmp_path / "odd.index")[0].path == tmp_path / name
+
+
+def test_many_rows_that_are_copied_into_processes_are_named_and_an_index_is_not(clips, monkeypatch):
+    monkeypatch.setattr(clips_module, "_MANY", 5)
+    monkeypatch.setattr(warn, "_warned", set())
+    assert make() == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pickle.dumps(build_dataset(config_of("clips.index")))
+    with pytest.warns(UserWarning, match="6 rows are copied.*stdit index"):
+        pickle.dumps(build_dataset(config_of("clips/manifest.jsonl")))

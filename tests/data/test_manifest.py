@@ -35,7 +35,7 @@ def test_numbers_stay_numbers_and_no_labels_mean_unconditional(tmp_path):
     ("rows", "message"),
     [
         ([{"file": "a"}], "line 1: the column 'path' is missing"),
-        ([{"path": "a", "label": 1}, {"path": "b"}], "line 2 has no label, but other rows have one"),
+        ([{"path": "a", "label": 1}, {"path": "b"}], r"line 2 \(b\) has no label, but other rows have one"),
         ([{"path": "a", "label": -1}], "label -1 is negative"),
         ([{"path": "a", "label": 1.5}], "label 1.5 is neither a whole number nor a name"),
         ([{"path": "../a"}], "leads outside data.root"),

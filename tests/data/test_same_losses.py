@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from store_server import environment, serving
 
-from stdit.data import write_video
+from stdit.data import stores, write_video
 from stdit.data.parquet import write_parquet
 from stdit.files import claimed
 from stdit.recipes import cache_latents, index, train
 from stdit.training.metrics import MetricsLogger
 
+pytest.importorskip("obstore", reason="needs pip install 'stdit[stores]'")
 CLIPS, FRAMES = 8, 5  # every clip has one window, so that a cache holds what is drawn from files
 CONFIG = f"""
 name: t
@@ -54,12 +56,21 @@ def home(tmp_path, monkeypatch):
                 member.size = 1
                 tar.addfile(member, io.BytesIO(str(i % 2).encode()))
     assert index.main(["clips/manifest.jsonl", "--output", "clips.index", "--workers", "0"]) == 0
-    return tmp_path
+    monkeypatch.setenv("STDIT_CACHE", str(tmp_path / "cache"))
+    with serving(tmp_path) as server:  # every folder is a bucket
+        for name, value in environment(server).items():
+            monkeypatch.setenv(name, value)
+        stores.forget()
+        stores._store.cache_clear()
+        yield tmp_path
+        stores._store.cache_clear()
 
 
 SHAPES = {
     "index": ["data.manifest=clips.index"],
     "tar": ["data.root=shards", "data.manifest=null"],
+    "a store": ["data.root=s3://clips", "data.manifest=manifest.jsonl"],
+    "tar in a store": ["data.root=s3://shards", "data.manifest=null"],
     "parquet": ["data.manifest=clips/table.parquet", "data.columns={path: video, label: kind}"],
 }
 
@@ -90,7 +101,9 @@ def compare(steps: int) -> dict[str, float]:
     found = {name: furthest(raw, losses(name, steps, *how)) for name, how in SHAPES.items()}
     assert cache_latents.main(cache("float32", "data.cache_dtype=float32")) == 0
     assert cache_latents.main(cache("one")) == 0
-    found["cached in float16"] = furthest(raw, losses("float16", steps, *cached("one")))
+    half = losses("float16", steps, *cached("one"))
+    found["cached in float16"] = furthest(raw, half)
+    assert losses("stored", steps, *cached("s3://one")) == half
     found["cached in float32"] = furthest(raw, losses("float32", steps, *cached("float32")))
     return found
 
@@ -107,7 +120,7 @@ def same_latents(one: str, other: str) -> bool:
     return all(a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a) for a, b in pairs)
 
 
-def test_a_run_has_the_losses_of_its_clips_from_an_index_tar_shards_parquet_and_cached_latents(home):
+def test_a_run_has_the_losses_of_its_clips_from_an_index_tar_shards_parquet_stores_and_cached_latents(home):
     check(compare(10))
 
 

@@ -1,0 +1,228 @@
+"""Clips in tables of other libraries, as these write them, are the clips themselves: rows with numbers, in a keyed order."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from media import write_barcodes
+
+from stdit.data.config import DataConfig
+from stdit.data.datasets import build_dataset
+from stdit.data.identity import content_of
+from stdit.data.loader import batches
+from stdit.data.media import VideoError, container_of, open_regular, place_of
+from stdit.recipes import index
+
+CLIPS = 6
+
+
+@pytest.fixture
+def clips(tmp_path, monkeypatch):
+    """Six clips in a folder with a manifest."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    for i in range(CLIPS):
+        write_barcodes(tmp_path / f"clips/{i}.mp4", 8 + i)
+    rows = [{"path": f"{i}.mp4", "caption": f"clip {i}", "label": "ba"[i % 2], "score": i} for i in range(CLIPS)]
+    (tmp_path / "clips/manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "clips"
+
+
+def dataset(**settings):
+    return build_dataset(DataConfig(**{"num_frames": 5, "height": 32, "width": 32, **settings}))
+
+
+def saved_as(how, *, inside):
+    """Save the clips with the library `datasets` -> the data settings; inside: their bytes, not their paths."""
+    datasets = pytest.importorskip("datasets", reason="needs pip install datasets")
+    names = ["b", "a"]
+    videos = [f"clips/{i}.mp4" for i in range(CLIPS)]
+    if inside:
+        videos = [{"bytes": Path(name).read_bytes(), "path": name.removeprefix("clips/")} for name in videos]
+    # What the library knows to be videos it saves with their bytes.
+    kind = datasets.Video(decode=False) if inside or how == "parquet" else datasets.Value("string")
+    table = datasets.Dataset.from_dict(
+        {"video": videos, "text": [f"clip {i}" for i in range(CLIPS)], "kind": [i % 2 for i in range(CLIPS)], "score": list(range(CLIPS))},
+        features=datasets.Features(
+            {"video": kind, "text": datasets.Value("string"), "kind": datasets.ClassLabel(names=names), "score": datasets.Value("int64")}
+        ),
+    )  # fmt: skip
+    settings = {"root": "saved", "columns": {"label": "kind"}}
+    if how == "disk":
+        table.save_to_disk("saved", num_shards=2)
+    elif how == "splits":
+        datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk("saved")
+    else:
+        (path := Path("saved/data")).mkdir(parents=True)
+        for number in range(2):
+            part = table.shard(2, number, contiguous=True)
+            part.to_parquet(str(path / f"train-0000{number}-of-00002.parquet"), batch_size=2)
+        table.select([0]).to_parquet(str(path / "test-00000-of-00001.parquet"))
+    return settings if inside else {**settings, "root": ".", "manifest": "saved"}
+
+
+def lance_with(inside):
+    """Write the clips as a table of Lance -> the data settings."""
+    lance = pytest.importorskip("lance", reason="needs pip install 'stdit[lance]'")
+    arrow = pytest.importorskip("pyarrow")
+    names = [f"clips/{i}.mp4" for i in range(CLIPS)]
+    column = arrow.array([Path(name).read_bytes() for name in names], arrow.large_binary()) if inside else names
+    rows = {
+        "video": column,
+        "caption": [f"clip {i}" for i in range(CLIPS)],
+        "kind": ["ba"[i % 2] for i in range(CLIPS)],
+        "score": list(range(CLIPS)),
+    }
+    lance.write_dataset(arrow.table(rows), "clips.lance", max_rows_per_file=4)
+    return {"root": ".", "manifest": "clips.lance", "columns": {"path": "video", "label": "kind"}}
+
+
+WRITERS = {
+    "save_to_disk": lambda: saved_as("disk", inside=True),
+    "save_to_disk, paths": lambda: saved_as("disk", inside=False),
+    "splits": lambda: saved_as("splits", inside=True),
+    "parquet": lambda: saved_as("parquet", inside=True),
+    "parquet, paths": lambda: saved_as("parquet", inside=False),
+    "lance": lambda: lance_with(True),
+    "lance, paths": lambda: lance_with(False),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_table_has_the_samples_of_its_clips_in_a_keyed_order(clips, writer):
+    table, plain = dataset(**WRITERS[writer]()), dataset(root="clips", manifest="clips/manifest.jsonl")
+    assert (len(table), table.class_names) == (CLIPS, plain.class_names)
+    for i in range(CLIPS):
+        ours, theirs = table.record(i), plain.record(i)
+        assert {name: ours[name] for name in theirs} == theirs and table.shape(i) == plain.shape(i)
+        assert content_of(table.rows[i].path) == content_of(plain.rows[i].path)
+    one, other = (batches(data, 3, 4) for data in (table, plain))
+    steps = [next(one).pixels for _ in range(3)]
+    assert all((next(other).pixels == pixels).all() for pixels in steps)
+    assert (next(batches(table, 3, 4, start_step=2)).pixels == steps[2]).all()
+
+
+@pytest.mark.parametrize("writer", ["save_to_disk", "parquet", "lance"])
+def test_an_index_of_a_table_has_its_rows_and_notices_another_table(clips, writer):
+    settings = WRITERS[writer]()
+    source = settings.get("manifest") or settings["root"]
+    columns = "data.columns={" + ", ".join(f"{role}: {name}" for role, name in settings["columns"].items()) + "}"
+    given = ["data.root=."] if writer == "lance" else []
+    assert index.main([source, columns, *given, "--output", "saved.index", "--workers", "0"]) == 0
+    table, indexed = dataset(**settings), dataset(root=settings["root"], manifest="saved.index")
+    assert [indexed.record(i) for i in range(CLIPS)] == [table.record(i) for i in range(CLIPS)]
+    a, b = (data.load(4, np.random.default_rng(0))["pixels"] for data in (table, indexed))
+    assert (a == b).all()
+    shutil.rmtree(source)
+    WRITERS[writer]()
+    with pytest.raises(ValueError, match="older than its files"):
+        dataset(root=settings["root"], manifest="saved.index")
+
+
+def test_the_bytes_of_a_saved_data_set_are_a_part_of_its_file(clips):
+    table = dataset(**saved_as("disk", inside=True))
+    path = table.rows[5].path
+    assert container_of(path).endswith(".arrow") and path.name == "5.mp4"
+    with open_regular(path) as file:
+        assert file.read() == (clips / "5.mp4").read_bytes()
+    assert table.shards == [3, 3]  # for data.order=blocked
+
+
+def test_a_column_that_is_not_there_is_refused(clips):
+    saved = saved_as("parquet", inside=True)
+    for columns, said in (
+        ({"path": "clip"}, "no column 'clip' .data.columns.path"),
+        ({"caption": "words"}, "no column 'words' .data.columns.caption"),
+    ):
+        with pytest.raises(ValueError, match=said) as caught:
+            dataset(**{**saved, "columns": columns})
+        assert "\n" not in str(caught.value) and "'score'" in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["disk", "parquet"])
+def test_a_table_that_is_cut_short_is_refused_before_anything_is_read(clips, how):
+    settings = saved_as(how, inside=True)
+    shard = sorted(clips.parent.glob("saved/**/*-00001-of-00002.*"))[0]
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{shard.name}.*(write it again|cut short)") as caught:
+        dataset(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_files_leads_to_none_outside_the_folder(clips):
+    settings = saved_as("disk", inside=True)
+    shutil.copytree("saved", "other")
+    state = clips.parent / "saved/state.json"
+    state.write_text(state.read_text().replace("data-00000", "../other/data-00000"))
+    with pytest.raises(ValueError, match="leads outside"):
+        dataset(**settings)
+
+
+def test_a_row_without_bytes_is_unreadable_by_its_place(clips):
+    arrow = pytest.importorskip("pyarrow")
+    data = [Path("clips/0.mp4").read_bytes(), None]
+    arrow.parquet.write_table(arrow.table({"video": arrow.array(data, arrow.binary())}), "rows.parquet")
+    table = dataset(root=".", manifest="rows.parquet")
+    assert table.load(0, np.random.default_rng(0))["pixels"].shape == (5, 32, 32, 3)
+    with pytest.raises(VideoError, match="rows.parquet, column 'video', row 1 has no bytes"):
+        table.load(1, np.random.default_rng(0))
+
+
+def test_a_place_in_a_table_is_told_from_the_name_of_a_file():
+    assert place_of("a/b.parquet@video[17]/c.mp4") == ("a/b.parquet", "video", 17)
+    assert place_of("a/b.arrow@5+7/c.mp4") == ("a/b.arrow", 5, 7)
+    assert not any(place_of(name) for name in ("a@b.mp4", "a.tar@1/b.mp4", "a.parquet@[1]/b.mp4", "a.lance@v[x]/b.mp4"))
+
+
+@pytest.fixture
+def curated(clips):
+    """A folder as cosmos-curate's writer of metadata leaves it: four clips, one without a caption, and one that was filtered out."""
+    root = clips.parent / "curated"
+    for folder in ("clips", "filtered_clips", "metas/v0", "metas_jsonl/v0", "processed_videos", "v0"):
+        (root / folder).mkdir(parents=True)
+    for i in range(5):
+        name, kept = f"0000000{i}-b2c8-5f05-8d1f-6ed9b7e5c2aa", i != 4
+        folder = "clips" if kept else "filtered_clips"
+        shutil.copy(clips / f"{i}.mp4", root / f"{folder}/{name}.mp4")
+        windows = [
+            {"start_frame": 0, "end_frame": 5, "qwen_prompt_tokens": 9},
+            {"start_frame": 5, "end_frame": 8, "qwen_caption": f"plain {i}"},
+        ]
+        if i == 1:
+            windows[1]["qwen_lm_enhanced_caption"] = "enhanced 1"
+        meta = {
+            "span_uuid": name, "source_video": "s3://in/long.mp4", "duration_span": [0.0, 1.5], "width_source": 64,
+            "clip_location": f"s3://out/{folder}/{name}.mp4", "aesthetic_score": 4.5 + i,
+            "motion_score": {"global_mean": 0.25, "per_patch_min_256": 0.0}, "windows": [] if i == 2 else windows,
+            "filtered_windows": [], "valid": i != 2, "has_caption": i != 2,
+        }  # fmt: skip
+        (root / f"metas/v0/{name}.json").write_text(json.dumps(meta, indent=4))
+    (root / "summary.json").write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_output_of_cosmos_curate_is_its_clips_with_captions_and_scores(curated, grouped):
+    if grouped:
+        metas = sorted((curated / "metas/v0").iterdir())
+        lines = [json.dumps(json.loads(file.read_text())) for file in metas]
+        (curated / "metas_jsonl/v0/video_0.jsonl").write_text("\n".join(lines) + "\n")
+        shutil.rmtree(curated / "metas")
+    data = dataset(root="curated")
+    assert [data.record(i)["caption"] for i in range(len(data))] == ["plain 0", "enhanced 1", "", "plain 3"]
+    record = data.record(3)
+    assert (record["aesthetic_score"], record["motion_score"], record["label"]) == (7.5, 0.25, None)
+    assert "windows" not in record and data.load(3, np.random.default_rng(0))["pixels"].shape == (5, 32, 32, 3)
+    chosen = dataset(root="curated", columns={"caption": "qwen_caption"})
+    assert chosen.record(1)["caption"] == "plain 1"
+    with pytest.raises(ValueError, match="no window has 'gpt_caption'"):
+        dataset(root="curated", columns={"caption": "gpt_caption"})
+
+
+def test_metas_that_are_damaged_are_refused(curated):
+    meta = sorted((curated / "metas/v0").iterdir())[1]
+    meta.write_text("{")
+    with pytest.raises(ValueError, match=f"{meta.name} cannot be read.*or remove it"):
+        dataset(root="curated")
