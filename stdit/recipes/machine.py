@@ -2,6 +2,7 @@
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,9 +87,10 @@ class Machine(NamedTuple):
 
     def clear(self) -> None:
         """Give the memory of deleted tensors back, and forget compiled graphs."""
-        torch._dynamo.reset()
-        gc.collect()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
         if self.device.type == "cuda":
+            gc.collect()  # compiled models and pipelines refer to themselves
             torch.cuda.empty_cache()
 
     def rate(self, flops: float, seconds: float) -> str:

@@ -68,14 +68,15 @@ def ours(race: RaceSize, sources: Path, device: torch.device) -> Contestant:
         block_out_channels=(8,) * 4, norm_num_groups=8, latent_channels=CHANNELS,
     )  # fmt: skip
     pipe = STDiTPipeline(
-        model, vae.to(device), STDiTScheduler("ddpm"), race.frames or 1, 8 * race.size, 8 * race.size, objective="ddpm"
-    )
+        model, vae.to(device), STDiTScheduler("ddpm"), objective="ddpm", num_frames=race.frames or 1, height=8 * race.size,
+        width=8 * race.size,
+    )  # fmt: skip
     how = {"num_inference_steps": race.steps, "guidance_scale": GUIDANCE, "precision": "fp32", "progress": False}
 
     def sample() -> Tensor:
         return pipe(list(range(race.samples)), output_type="latent", batch_size=race.samples, **how).frames
 
-    return Contestant("stdit", model, list(model.blocks), loss, sample)
+    return Contestant("stdit", model, list(model.blocks), loss=loss, sample=sample)
 
 
 def dit(race: RaceSize, sources: Path, device: torch.device) -> Contestant:
@@ -120,7 +121,7 @@ def _original(name: str, model: Any, diffusion: ModuleType, race: RaceSize) -> C
         )  # fmt: skip
         return found.chunk(2)[0]
 
-    return Contestant(name, model, list(model.blocks), loss, sample)
+    return Contestant(name, model, list(model.blocks), loss=loss, sample=sample)
 
 
 def diffusers_dit(race: RaceSize, sources: Path, device: torch.device) -> Contestant:
@@ -180,7 +181,7 @@ def _diffusers(
             found = scheduler.step(guided.float(), t, found).prev_sample
         return found
 
-    return Contestant("diffusers", model, blocks, loss, sample)
+    return Contestant("diffusers", model, blocks, loss=loss, sample=sample)
 
 
 def _labels(number: int, device: torch.device) -> Tensor:
