@@ -12,7 +12,6 @@ changes. A section ends when its time is over. The exit code is 1 if a check fai
 """
 
 import faulthandler
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -91,7 +90,7 @@ def run_section(
     Whatever is not done when the time is over ends the process, whose results are on disk.
     """
     deadline, missing = time.monotonic() + 60 * minutes, []
-    faulthandler.dump_traceback_later(60 * minutes + 30, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(60 * minutes + 30, exit=True, file=2)
     try:
         for name, check in checks.items():
             key = f"{section}: {name}"

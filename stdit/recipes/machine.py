@@ -15,7 +15,7 @@ from stdit.training.throughput import peak_tflops
 T = TypeVar("T")
 
 
-def timed(function: Callable[[], Any]) -> float:
+def timed(function: Callable[..., Any]) -> float:
     """The seconds that a call of `function` takes."""
     began = time.perf_counter()
     function()
