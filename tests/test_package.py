@@ -2,14 +2,18 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import warnings
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from stdit.config import config_folder, find_config
 from stdit.recipes import cli, entry
@@ -30,6 +34,39 @@ def test_help_imports_nothing_heavy():
     assert all(command in done.stdout for command in cli.COMMANDS)
 
 
+def needs(names: list[str], without: set[str]) -> set[str]:
+    """Packages and what they need in turn, as installed, by their names in lower case."""
+    found: set[str] = set()
+    left = [re.sub(r"[-_.]+", "-", name).lower() for name in names]
+    while left:
+        name = left.pop()
+        if name in found | without:
+            continue
+        try:
+            given = [Requirement(text) for text in metadata.requires(name) or []]
+        except metadata.PackageNotFoundError:
+            continue
+        found.add(name)
+        left += [
+            re.sub(r"[-_.]+", "-", one.name).lower()
+            for one in given
+            if one.marker is None or one.marker.evaluate({"extra": ""})
+        ]
+    return found
+
+
+def test_what_a_machine_with_torch_needs_besides_is_in_one_file():
+    pins = {}
+    for name in ("device", "cuda"):
+        lines = [line for line in (ROOT / f"constraints/{name}.txt").read_text().splitlines() if line[0] != "#"]
+        pins[name] = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower(): line.split("==")[1] for line in lines}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = [Requirement(text).name for text in declared]
+    carried = needs([name for name in names if name != "torch"] + ["pytest"], without=needs(["torch"], set()))
+    assert carried <= set(pins["device"]) and "torch" not in pins["device"]
+    assert pins["device"].items() <= pins["cuda"].items()
+
+
 def test_every_recipe_is_a_command_with_a_help_text(capsys):
     recipes = {path.stem for path in (ROOT / "stdit/recipes").glob("*.py")}
     assert {name.replace("-", "_") for name in cli.COMMANDS} == recipes - {
@@ -37,7 +74,17 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "cli",
         "adapters",
         "entry",
+        "bench_data",
+        "bench_peers",
         "bench_scale",
+        "gpu_compile",
+        "gpu_core",
+        "gpu_long",
+        "gpu_models",
+        "gpu_speed",
+        "machine",
+        "peer_models",
+        "peer_sources",
         "budget",
         "build",
         "encoding",

@@ -35,9 +35,9 @@ COMMANDS = {
     "model-table": "parameters and Gflops of every model size",
     "plot-runs": "loss and samples of several runs in one picture",
     "train-vae": "train the tiny VAE",
-    "bench": "measure speed: loader, training step, attention, VAE, packing, and growth to a million rows",
+    "bench": "measure speed: loader, training step, attention, VAE, packing, growth to a million rows, and beside DiT and Latte",
     "bench-memory": "compare the planned peak of memory with real runs",
-    "gpu-check": "check every CUDA path on this machine",
+    "gpu-check": "check and measure on this machine what needs a GPU",
     "completion": "print what makes bash, zsh or fish complete commands, options, configs and models",
 }
 

@@ -17,7 +17,7 @@ from stdit.data.identity import hash_of, relative_name, size_of
 from stdit.data.idx import read_idx
 from stdit.data.manifest import read_manifest
 from stdit.data.stores import allow
-from stdit.data.transforms import resize_short_side
+from stdit.data.transforms import cover_size, resize_short_side
 from stdit.data.video_io import VideoReader
 from stdit.data.video_write import write_contact_sheet
 from stdit.files import write_json
@@ -35,6 +35,7 @@ from stdit.training.vae import ClipPool, VAEConfig, VAETrainer, psnr, vae_batche
 from stdit.vae import load_vae
 from stdit.vae.tiny import TinyVAE, TinyVAEConfig
 
+EVALUATED_FRAMES, EVALUATED_SIZES = 17, (128, 64)  # of the held-out clips
 _MEASURED = 16  # training clips on which PSNR is measured where none are held out
 
 
@@ -49,9 +50,10 @@ def data_fingerprint(config: VAEConfig) -> dict[str, str]:
 
 
 def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.ndarray]]:
-    """Read the training clips, as dicts of short side -> frames, and the held-out clips (F, H, W, 3) at full size.
+    """Read the training clips, as dicts of short side -> frames, and the beginnings of the held-out clips (F, H, W, 3).
 
-    If none are held out, the latter are the first of the training clips, which is said.
+    Frames are reduced while they are read, so that a clip takes the memory of its largest short side. If none are held out,
+    the latter are the first of the training clips, which is said.
     """
     root = Path(config.data.root)
     allow(root)
@@ -63,19 +65,27 @@ def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.
     training, held_out = [], []
     for row in Progress(rows, desc="reading clips", unit="clip"):
         with VideoReader(row.path) as reader:
-            frames = reader.get_frames(range(len(reader)))
-        if row.columns.get("group") in config.data.hold_out:
-            held_out.append(frames)
-        else:
-            sides = [side for side in config.data.short_sides if side <= min(frames.shape[1:3])]
-            training.append({side: resize_short_side(frames, side) for side in sides})
+            if row.columns.get("group") in config.data.hold_out:
+                first = range(min(len(reader), EVALUATED_FRAMES))
+                held_out.append(_read_reduced(reader, first, EVALUATED_SIZES[0]))
+                continue
+            sides = [side for side in config.data.short_sides if side <= min(reader.size)]
+            frames = _read_reduced(reader, range(len(reader)), max(sides)) if sides else np.empty(0)
+        training.append({side: resize_short_side(frames, side) for side in sides})
     if not held_out:
-        held_out = [sizes[max(sizes)] for sizes in training if sizes and len(sizes[max(sizes)]) >= 17][:_MEASURED]
+        whole = [sizes[max(sizes)] for sizes in training if sizes]
+        held_out = [frames for frames in whole if len(frames) >= EVALUATED_FRAMES][:_MEASURED]
         print(f"no clip is held out (data.hold_out): PSNR is measured on {len(held_out)} clips of the training")
     return training, held_out
 
 
-def center_crop(frames: np.ndarray, size: int, count: int = 17) -> torch.Tensor:
+def _read_reduced(reader: VideoReader, frames: range, side: int) -> np.ndarray:
+    """Frames of a video with a short side of at most `side`."""
+    size = cover_size(reader.size, (side, side)) if side < min(reader.size) else None
+    return reader.get_frames(frames, size=size)
+
+
+def center_crop(frames: np.ndarray, size: int, count: int = EVALUATED_FRAMES) -> torch.Tensor:
     """Scale and crop the first `count` frames (F, H, W, 3) to a square: (1, 3, F, size, size) in [-1, 1]."""
     small = resize_short_side(frames[:count], size)
     y, x = (small.shape[1] - size) // 2, (small.shape[2] - size) // 2
@@ -90,8 +100,8 @@ def _reconstruct(vae: TinyVAE, clip: torch.Tensor) -> torch.Tensor:
 def evaluate(vae: TinyVAE, held_out: list[np.ndarray]) -> dict[str, float]:
     """Measure the PSNR in dB on held-out clips: 17 frames, centre crop, at 128 and at 64 pixels."""
     scores = {}
-    for size in (128, 64):
-        clips = [center_crop(frames, size) for frames in held_out if len(frames) >= 17]
+    for size in EVALUATED_SIZES:
+        clips = [center_crop(frames, size) for frames in held_out if len(frames) >= EVALUATED_FRAMES]
         scores[f"psnr_{size}"] = psnr([(_reconstruct(vae, clip), clip) for clip in clips])
     return scores
 
@@ -99,7 +109,7 @@ def evaluate(vae: TinyVAE, held_out: list[np.ndarray]) -> dict[str, float]:
 @torch.no_grad()
 def write_preview(vae: TinyVAE, held_out: list[np.ndarray], path: Path) -> None:
     """Write a picture with rows of originals and reconstructions, every fourth frame."""
-    clips = [center_crop(frames, 128) for frames in held_out if len(frames) >= 17][::2]
+    clips = [center_crop(frames, EVALUATED_SIZES[0]) for frames in held_out if len(frames) >= EVALUATED_FRAMES][::2]
     rows = [row for clip in clips for row in (clip[0, :, ::4], _reconstruct(vae, clip)[0, :, ::4])]
     write_contact_sheet(path, rows)
 

@@ -1,5 +1,6 @@
 """Adapters from the autoencoders of diffusers to `VideoVAE`, with the normalisation that each of them defines."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,12 @@ from stdit.weights import check_fits
 TILED_PIXELS = 1024 * 1024
 # An image VAE codes this many pixels at a time (64 frames of 512 x 512), since diffusers' takes all frames at once.
 MOST_PIXELS = 64 * 512 * 512
+# Clips of more pixels than this (256 frames of 512 x 512) are coded some frames after others by LTX's autoencoder, in
+# tiles of so many frames that begin so many after each other; the other video autoencoders of diffusers do it anyway.
+LONG_PIXELS = 256 * 512 * 512
+TILE_FRAMES, TILE_STEP = 64, 48
+_SWITCHES = ("use_tiling", "use_framewise_encoding", "use_framewise_decoding")
+_FRAMES = {"tile_sample_min_num_frames": TILE_FRAMES, "tile_sample_stride_num_frames": TILE_STEP}
 _SMALLEST_TILE = 256  # pixels; AutoencoderKL's tiles have the size that its config was trained at, which may be tiny
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -42,6 +49,7 @@ class VAESpec(NamedTuple):
     causal: bool = True
     temporal_granularity: int = 0
     image_is_first_frame: bool = True
+    temporal_tiles: bool = False  # whether long clips are coded in tiles in time only where that is switched on
 
 
 def _scaling_statistics(vae: Any) -> tuple[Tensor, Tensor]:
@@ -90,6 +98,7 @@ VAE_SPECS = {
         lambda v: (v.temporal_compression_ratio, v.spatial_compression_ratio, v.spatial_compression_ratio),
         lambda v: v.config.latent_channels,
         _ltx_statistics,
+        temporal_tiles=True,
     ),
 }
 
@@ -115,7 +124,7 @@ class DiffusersVAE(VideoVAE):
 
     def _encode(self, pixels: Tensor) -> Tensor:
         batch, x = len(pixels), pixels.to(self.dtype)
-        with self._tiled(pixels.shape[-2] * pixels.shape[-1]):
+        with self._tiled(pixels.shape[-3:]):
             if self.spec.per_frame:
                 frames = rearrange(x, "b c t h w -> (b t) c h w").split(_together(pixels.shape[-2:]))
                 raw = torch.cat([self.vae.encode(part).latent_dist.mode() for part in frames])
@@ -125,10 +134,18 @@ class DiffusersVAE(VideoVAE):
         return (raw.float() - _per_channel(self.latent_mean, raw)) / _per_channel(self.latent_std, raw)
 
     @contextmanager
-    def _tiled(self, pixels: int) -> Iterator[None]:
-        """A context manager in which frames of more than `TILED_PIXELS` are coded in tiles, or all if the user wants it."""
-        before = self.vae.use_tiling
-        if pixels > TILED_PIXELS and not before:
+    def _tiled(self, size: Sequence[int]) -> Iterator[None]:
+        """A context manager in which large frames and long clips are coded in tiles, or all if the user wants it.
+
+        size: (F, H, W) of a clip, whose frames are large above `TILED_PIXELS`, and which is long above `LONG_PIXELS`.
+        """
+        before = {name: getattr(self.vae, name) for name in _SWITCHES if hasattr(self.vae, name)}
+        if self.spec.temporal_tiles and math.prod(size) > LONG_PIXELS and not self.vae.use_framewise_decoding:
+            before |= {name: getattr(self.vae, name) for name in _FRAMES}
+            self.vae.use_framewise_encoding = self.vae.use_framewise_decoding = True
+            for name, frames in _FRAMES.items():
+                setattr(self.vae, name, frames)
+        if size[-2] * size[-1] > TILED_PIXELS and not self.vae.use_tiling:
             if getattr(self.vae, "tile_sample_min_size", _SMALLEST_TILE) < _SMALLEST_TILE:
                 self.vae.tile_sample_min_size = _SMALLEST_TILE
                 self.vae.tile_latent_min_size = _SMALLEST_TILE // self.stride[1]
@@ -136,7 +153,8 @@ class DiffusersVAE(VideoVAE):
         try:
             yield
         finally:
-            self.vae.use_tiling = before
+            for name, value in before.items():
+                setattr(self.vae, name, value)
 
     @property
     def resumable(self) -> bool:  # type: ignore[override]
@@ -151,7 +169,7 @@ class DiffusersVAE(VideoVAE):
         mean, std = _per_channel(self.latent_mean, latents), _per_channel(self.latent_std, latents)
         raw = (latents.float() * std + mean).to(self.dtype)
         size = (latents.shape[-2] * self.stride[1], latents.shape[-1] * self.stride[2])
-        with self._tiled(size[0] * size[1]):
+        with self._tiled((self.pixel_frames(latents.shape[2]), *size)):
             if self.spec.per_frame:
                 parts = rearrange(raw, "b c t h w -> (b t) c h w").split(_together(size))
                 frames = torch.cat([self.vae.decode(part).sample for part in parts])

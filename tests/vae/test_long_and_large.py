@@ -1,12 +1,19 @@
 """Long clips and large frames are encoded in parts, with the latents of the whole."""
 
+import json
 import subprocess
 import sys
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
+from stdit.data.transforms import resize_short_side
+from stdit.data.video_io import VideoReader
+from stdit.data.video_write import write_video
+from stdit.recipes.train_vae import read_clips
+from stdit.training.vae import VAEConfig, VAEDataConfig
 from stdit.vae import adapters, as_video_vae, load_vae, tiny
 
 
@@ -123,3 +130,59 @@ def test_an_image_vae_codes_a_long_clip_a_few_frames_at_a_time(monkeypatch):
     torch.testing.assert_close(vae.encode(pixels), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(vae.decode(expected), decoded, atol=1e-5, rtol=1e-5)
     assert counts == [10, 4, 4, 2]
+
+
+@torch.no_grad()
+def test_ltx_codes_long_clips_in_tiles_of_time_and_others_as_ever(monkeypatch):
+    torch.manual_seed(0)
+    vae = as_video_vae(DIFFUSERS["ltx"]()).eval()
+    step = vae.stride[0]
+    pixels, counts = torch.rand(1, 3, 6 * step + 1, 2 * vae.stride[1], 2 * vae.stride[1]) * 2 - 1, []
+    vae.vae.encoder.register_forward_pre_hook(lambda module, given: counts.append(given[0].shape[2]))
+    whole = vae.encode(pixels)
+    decoded = vae.decode(whole)
+    assert counts == [6 * step + 1]
+    counts.clear()
+    before = dict(vars(vae.vae))
+    monkeypatch.setattr(adapters, "LONG_PIXELS", 0.9 * pixels[0, 0].numel())
+    sizes = {"tile_sample_min_num_frames": 2 * step, "tile_sample_stride_num_frames": step}
+    monkeypatch.setattr(adapters, "_FRAMES", sizes)
+    for latents in range(1, 8):
+        clip = pixels[:, :, : vae.pixel_frames(latents)]
+        found = vae.encode(clip)
+        assert found.shape[2] == latents and vae.decode(found).shape == clip.shape
+        if latents < 6:  # not long enough
+            torch.testing.assert_close(found, vae.encode(clip.clone()), rtol=0, atol=0)
+            assert max(counts) == clip.shape[2]
+    assert counts[-7:] == [2 * step + 1] * 5 + [step + 1, 1]
+    # The beginning is that of the whole, since the encoder and its first tile see the same frames before.
+    torch.testing.assert_close(found[:, :, :2], whole[:, :, :2], atol=1e-4, rtol=1e-4)
+    assert vae.decode(whole).shape == decoded.shape
+    assert {key: value for key, value in vars(vae.vae).items() if not key.startswith("_")} == {
+        key: value for key, value in before.items() if not key.startswith("_")
+    }
+
+
+def test_clips_that_a_vae_is_trained_on_are_reduced_while_they_are_read(tmp_path, monkeypatch):
+    rows, column, line = [], np.linspace(0, 255, 192)[:, None], np.linspace(0, 255, 256)
+    frame = np.stack([column + 0 * line, 0 * column + line, 128 + 0 * column + 0 * line], -1).astype(np.uint8)
+    for name, count in (("train", 21), ("test", 33)):
+        write_video(tmp_path / f"{name}.mp4", np.repeat(frame[None], count, 0), fps=8)
+        rows.append({"path": f"{name}.mp4", "group": name})
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read, get_frames = [], VideoReader.get_frames
+
+    def watched(self, indices, size=None):
+        found = get_frames(self, indices, size)
+        read.append(found.shape[:3])
+        return found
+
+    monkeypatch.setattr(VideoReader, "get_frames", watched)
+    data = {"root": str(tmp_path), "manifest": "manifest.jsonl", "hold_out": ["test"], "short_sides": [64, 96, 512]}
+    training, held_out = read_clips(VAEConfig(data=VAEDataConfig(**data)))
+    assert read == [(21, 96, 128), (17, 128, 171)]
+    assert {side: clip.shape for side, clip in training[0].items()} == {64: (21, 64, 85, 3), 96: (21, 96, 128, 3)}
+    for side, clip in training[0].items():
+        expected = resize_short_side(frame[None], side)
+        assert np.abs(clip.astype(int) - expected).mean() < 4
+    assert held_out[0].shape == (17, 128, 171, 3)
