@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stdit.precision import autocast
+from stdit.precision import Precision, autocast
 from stdit.recipes.machine import Machine, gib, timed
 from stdit.recipes.models import default_device
 from stdit.recipes.peer_models import Contestant, RaceSize, contestants
@@ -27,7 +27,7 @@ class Race(NamedTuple):
 
     kind: str
     what: str
-    precision: str = "bf16"
+    precision: Precision = "bf16"
     compiled: bool = False
 
     @property

@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -255,7 +256,7 @@ def planned_memory_is_right(machine: Machine) -> str:
                  "in_channels": 16, "num_classes": 12, "axes": ["spatial", "temporal"], "learn_sigma": False}  # fmt: skip
     batch, latent, results = machine.pick(16, 2), machine.pick((5, 32, 32), (2, 8, 8)), []
     for checkpointing in (False, "selective", True):
-        measured = machine.peak(lambda kind=checkpointing: _some_steps(machine, arguments, kind, clips=(batch, latent)))
+        measured = machine.peak(partial(_some_steps, machine, arguments, checkpointing, clips=(batch, latent)))
         planned = training_memory(
             arguments, latent, batch, optimizer="adamw", bf16=True, checkpointing=checkpointing, fused=True
         ).peak

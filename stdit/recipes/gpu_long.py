@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -113,8 +114,8 @@ def vae_streams(machine: Machine) -> str:
         pixels = torch.rand((1, 3, frames, side, side), device=machine.device) * 2 - 1
         peaks: list[float | None] = []
         latents = vae.encode(pixels)
-        peaks.append(machine.peak(lambda pixels=pixels: vae.encode(pixels)))
-        peaks.append(machine.peak(lambda latents=latents: vae.decode(latents)))
+        peaks.append(machine.peak(partial(vae.encode, pixels)))
+        peaks.append(machine.peak(partial(vae.decode, latents)))
         found.append((pixels.nbytes, peaks))
     (few, before), (many, after) = found
     for a, b in zip(before, after, strict=True):

@@ -47,7 +47,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def train_steps(
-    machine: Machine, model: STDiT, optimizers: Sequence[Any], *, steps: range, precision: Precision = "bf16"
+    machine: Machine, model: Any, optimizers: Sequence[Any], *, steps: range, precision: Precision = "bf16"
 ) -> list[float]:
     """Train with mixed mask strategies and clipped gradients; returns the losses of the steps."""
     probs = dict.fromkeys(DEFAULT_MASK_PROBS, 1.0)

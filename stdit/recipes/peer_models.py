@@ -71,7 +71,12 @@ def ours(race: RaceSize, sources: Path, device: torch.device) -> Contestant:
         model, vae.to(device), STDiTScheduler("ddpm"), objective="ddpm", num_frames=race.frames or 1, height=8 * race.size,
         width=8 * race.size,
     )  # fmt: skip
-    how = {"num_inference_steps": race.steps, "guidance_scale": GUIDANCE, "precision": "fp32", "progress": False}
+    how: dict[str, Any] = {
+        "num_inference_steps": race.steps,
+        "guidance_scale": GUIDANCE,
+        "precision": "fp32",
+        "progress": False,
+    }
 
     def sample() -> Tensor:
         return pipe(list(range(race.samples)), output_type="latent", batch_size=race.samples, **how).frames

@@ -27,10 +27,10 @@ _PACKAGE = str(Path(stdit.__file__).parent)
 
 
 class Place(NamedTuple):
-    """Where a process is: `count` numbers what it does for a step. since: on its own clock."""
+    """Where a process is: `turn` numbers what it does for a step. since: on its own clock."""
 
     step: int
-    count: int
+    turn: int
     doing: str
     since: float
 
@@ -40,7 +40,7 @@ class Beat(NamedTuple):
 
     number: int
     step: int
-    count: int
+    turn: int
     doing: str
     seconds: float
     host: str
@@ -50,7 +50,7 @@ class Beat(NamedTuple):
     @property
     def order(self) -> tuple[int, int]:
         """What compares the places of two processes."""
-        return self.step, self.count
+        return self.step, self.turn
 
 
 class Heartbeats:
@@ -86,8 +86,8 @@ class Heartbeats:
 
     def mark(self, step: int, doing: str) -> None:
         """Say what this process does next. All processes must do the same in a step, in the same order."""
-        count = self._place.count + 1 if self._place.step == step else 0
-        self._place = Place(step, count, doing, time.monotonic())
+        turn = self._place.turn + 1 if self._place.step == step else 0
+        self._place = Place(step, turn, doing, time.monotonic())
 
     @property
     def named(self) -> str | None:
@@ -112,7 +112,7 @@ class Heartbeats:
         self._beats += 1
         seconds = time.monotonic() - place.since
         beat = Beat(
-            self._beats, place.step, place.count, place.doing, seconds=round(seconds, 1), host=socket.gethostname(),
+            self._beats, place.step, place.turn, place.doing, seconds=round(seconds, 1), host=socket.gethostname(),
             pid=os.getpid(), line=self._line_of_code() if seconds > self.timeout / 4 else "",
         )  # fmt: skip
         self._store.set(str(self.process), json.dumps(beat))
@@ -135,7 +135,7 @@ class Heartbeats:
         assert mine is not None
         if mine.number - self._beat_of(earlier[self.process]) < 3:
             return
-        order = (place.step, place.count)
+        order = (place.step, place.turn)
         others = {process: beat for process, beat in found.items() if process != self.process}
         if any(beat is not None and beat.order > order for beat in others.values()):
             return  # it is this process that the others wait for

@@ -48,7 +48,7 @@ class NoiseAhead:
         with ThreadPoolExecutor(1, thread_name_prefix="stdit-noise") as pool:
             waiting: list[B] = []
             for batch in islice(batches, count):
-                draws: dict[Draw, Future[Tensor]] = {draw: pool.submit(draw) for draw in draws_of(batch)}
+                draws: dict[Draw, Future[Tensor]] = {draw: pool.submit(draw.__call__) for draw in draws_of(batch)}
                 if waiting:
                     yield waiting.pop()
                 waiting.append(batch)
