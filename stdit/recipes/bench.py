@@ -4,6 +4,7 @@ stdit bench loader --root path/to/clips      the data loader against PyAV alone 
 stdit bench step                             training steps of small models
 stdit bench floor                            the quickstart's step against its matrix products alone
 stdit bench attention                        explicit attention against the fused kernel
+stdit bench windows                          causal windows by chunks against a mask of all tokens, 8 to 128 frames
 stdit bench vae                              encoding and decoding by the tiny VAE
 stdit bench packing                          clips of many shapes: packed, padded, or in buckets
 stdit bench quickstart --root data/shapes    reading and encoding the quickstart's clips
@@ -33,6 +34,7 @@ from stdit.nn.attention import explicit_attention
 from stdit.pixels import to_float
 from stdit.precision import autocast, native_bf16, resolve
 from stdit.recipes.bench_scale import bench_scale
+from stdit.recipes.bench_windows import bench_windows
 from stdit.recipes.entry import command, command_parser
 from stdit.rng import keyed_rng
 from stdit.training.allocator import reuse_freed_memory
@@ -335,6 +337,7 @@ def bench_quickstart(args: argparse.Namespace) -> None:
 BENCHES = {
     "loader": bench_loader,
     "attention": bench_attention,
+    "windows": lambda args: bench_windows(args.rounds),
     "step": bench_step,
     "floor": bench_floor,
     "vae": bench_vae,
