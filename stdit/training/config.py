@@ -124,9 +124,10 @@ class TrainConfig(LoopConfig):
         super().__post_init__()
         check_ranges("train", self, _TRAIN_RANGES, guidance="1 is no guidance", holdout="0 holds out nothing")
         given = {"holdout": self.holdout, "holdout_values": self.holdout_values, "guide_step": self.guide_step, "average_lengths": self.average_lengths}  # fmt: skip
-        if self.compile and (self.parallel.shard != "none" or self.parallel.context > 1):
+        if self.compile and self.parallel.context > 1:
             raise ValueError(
-                "train.compile=true is not there for a sharded model or for shared frames (train.parallel); set it to false."
+                f"train.compile=true is not there for shared frames (train.parallel.context={self.parallel.context}), which blocks "
+                "exchange inside attention; set it to false."
             )
         if self.parallel.shard != "none" and any(given.values()):
             name = next(name for name, value in given.items() if value)
