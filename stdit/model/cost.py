@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,6 +18,8 @@ from stdit.conditions import Conditions
 from stdit.conditions.values import map_tensors
 from stdit.model.stdit import STDiT
 from stdit.nn.checkpointing import CHECKPOINTING, is_saved
+from stdit.nn.config import BlockConfig
+from stdit.nn.context import visible_frames
 from stdit.nn.muon import muon_parameters
 
 Shape = tuple[int, int, int]
@@ -158,14 +161,26 @@ def over_processes(memory: Memory, *, shards: int, context: int, depth: int, hal
 
 
 def frame_growth(dim: int, grid: tuple[int, int, int], window: int = 4) -> dict[str, float]:
-    """Multiply-adds of a block over a clip's tokens, for joint, factorized and windowed causal attention.
+    """Multiply-adds of a block over a clip's tokens, for joint, factorized, causal and windowed causal attention.
 
     grid: (T, rows, columns) in patches. A factorized block attends within frames or along time, the mean of which is
     given. window: latent frames that a frame attends to.
     """
     frames, patches = grid[0], grid[1] * grid[2]
+
+    def keys_of_causal(last: int | None) -> float:
+        """Keys that a query is multiplied by, on average."""
+        at = np.arange(frames)[:, None].repeat(3, 1)
+        config = BlockConfig(dim, 1, causal=True, window=last)
+        found = visible_frames(config, "joint", at, at, noisy=np.zeros(frames, dtype=bool))
+        if found is None:
+            return frames * patches
+        lengths = np.full(frames, patches)
+        return found._replace(queries=lengths, keys=lengths).products() / (frames * patches)
+
     keys = {
-        "joint": frames * patches, "factorized": (patches + frames) / 2, f"window of {window}": min(frames, window) * patches,
+        "joint": frames * patches, "factorized": (patches + frames) / 2, "causal": keys_of_causal(None),
+        f"window of {window}": keys_of_causal(window),
     }  # fmt: skip
     return {name: frames * patches * (12 * dim**2 + 2 * dim * count) for name, count in keys.items()}
 

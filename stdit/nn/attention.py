@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from stdit.nn.config import BlockConfig
 from stdit.nn.context import AxisTables, BlockContext
-from stdit.nn.layout import AXES
+from stdit.nn.frame_mask import attend_in_chunks
+from stdit.nn.layout import AXES, Kernel
 from stdit.nn.positions import apply_rope
 
 
@@ -63,10 +64,16 @@ class AxialAttnProcessor:
         if attn.relative_position_bias is not None and tables.bias_index is not None:
             added = attn.relative_position_bias(tables.bias_index).to(query.dtype)
             mask = added if mask is None else added.masked_fill(~mask, float("-inf"))
-        out = layout.attend(query, key, value, axis=axis, kernel=partial(self._kernel, attn_mask=mask))
+        # A causal model has neither padding nor a bias of distances (`model.checks`).
+        kernel: Kernel = partial(self._kernel, attn_mask=mask)
+        if isinstance(tables.frames, tuple):
+            kernel = partial(attend_in_chunks, chunks=tables.frames, kernel=self._kernel)
+        elif tables.frames is not None:
+            kernel = partial(self._kernel, attn_mask=tables.frames)
+        out = layout.attend(query, key, value, axis=axis, kernel=kernel)
         return layout.unfold(attn.proj(out.flatten(2)), axis)
 
-    def _kernel(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+    def _kernel(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any) -> Tensor:
         if self._attention_backend is None and _short_in_16_bits(query, key):
             return explicit_attention(query, key, value, attn_mask)
         return dispatch_attention_fn(

@@ -1,7 +1,7 @@
 """The inputs that all blocks of one forward pass share: condition, layout, and position tables made once per axis."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stdit.nn.cache import FrameCache
 from stdit.nn.config import BlockConfig
+from stdit.nn.frame_mask import FrameMask
 from stdit.nn.layout import Layout
 from stdit.nn.modulation import Condition
 from stdit.nn.positions import rope_freqs, temporal_pos_embed
@@ -28,14 +29,15 @@ POSITION_ENCODINGS = {
 class AxisTables(NamedTuple):
     """Position tables and masks of attention along one axis; a field is None where attention does not need it.
 
-    time: (L, D), added to the tokens. query_rope, key_rope: complex (L, 1, pairs). mask: (L, keys) or (N, 1, 1, keys)
-    bool, true where a query may attend. bias_index: (N|1, L, L) rows of the relative position bias. retained: indices of
-    the keys that are cached for the next call.
+    time: (L, D), added to the tokens. query_rope, key_rope: complex (L, 1, pairs). frames: what each frame sees, as chunks, or as
+    a `BlockMask` for flex attention; None if every frame sees all. mask: (N, 1, 1, keys) bool, false for padding. bias_index:
+    (N|1, L, L) rows of the relative position bias. retained: indices of the keys that are cached for the next call.
     """
 
     time: Tensor | None = None
     query_rope: Tensor | None = None
     key_rope: Tensor | None = None
+    frames: Any = None
     mask: Tensor | None = None
     bias_index: Tensor | None = None
     retained: Tensor | None = None
@@ -59,12 +61,17 @@ def make_context(
     condition: Condition,
     layout: Layout,
     cache: FrameCache | None = None,
+    *,
+    flex: bool = False,
 ) -> BlockContext:
-    """Make the context of blocks with these (axis, position encoding) pairs, with tables on the condition's device."""
+    """Make the context of blocks with these (axis, position encoding) pairs, with tables on the condition's device.
+
+    flex: the blocks attend by flex attention, which takes block masks.
+    """
     device = condition.embedding.device
     pairs = dict.fromkeys(attentions)
     tables = {
-        (axis, encoding): _axis_tables(config, axis, encoding, layout, cache=cache, device=device)
+        (axis, encoding): _axis_tables(config, axis, encoding, layout, cache=cache, device=device, flex=flex)
         for axis, encoding in pairs
     }
     return BlockContext(condition, layout, tables, cache)
@@ -83,7 +90,14 @@ def cached_positions(context: BlockContext) -> dict[str, np.ndarray]:
 
 
 def _axis_tables(
-    config: BlockConfig, axis: str, encoding: str, layout: Layout, cache: FrameCache | None, device: torch.device
+    config: BlockConfig,
+    axis: str,
+    encoding: str,
+    layout: Layout,
+    *,
+    cache: FrameCache | None,
+    device: torch.device,
+    flex: bool,
 ) -> AxisTables:
     positions = layout.positions(axis)
     adds_time, rope_axes = POSITION_ENCODINGS[encoding]
@@ -99,20 +113,18 @@ def _axis_tables(
     query_rope = key_rope = None
     if rope_axes:
         rebased = rebase_sink_positions(config, key_positions, positions)
-        query_rope, key_rope = (
-            rope_freqs(at[:, :rope_axes], config.head_dim // 2, layout.scale).to(device) for at in (positions, rebased)
-        )
+        query_rope = key_rope = rope_freqs(positions[:, :rope_axes], config.head_dim // 2, layout.scale).to(device)
+        if rebased is not positions:
+            key_rope = rope_freqs(rebased[:, :rope_axes], config.head_dim // 2, layout.scale).to(device)
     among, noisy = layout.attended(axis)
     among_keys = key_positions if cache is not None else among
-    mask = _attention_mask(config, axis, among, among_keys, noisy=noisy)
-    mask = None if mask is None else mask.to(device)
+    seen = visible_frames(config, axis, among, among_keys, noisy=noisy)
     padding = layout.padding_mask(axis)
-    if padding is not None:
-        mask = padding if mask is None else mask & padding
+    frames = None if seen is None else seen.block_mask(device) if flex else seen.chunks(device)
     index = None
     if config.bias_grid is not None and axis != "temporal":
         index = relative_position_index(layout.spatial_positions(axis), config.bias_grid).to(device)
-    return AxisTables(time, query_rope, key_rope, mask=mask, bias_index=index, retained=retained)
+    return AxisTables(time, query_rope, key_rope, frames=frames, mask=padding, bias_index=index, retained=retained)
 
 
 def rebase_sink_positions(config: BlockConfig, key_positions: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -137,17 +149,29 @@ def relative_position_index(spatial_positions: Tensor, grid: tuple[int, int]) ->
     return y * (2 * columns - 1) + x
 
 
-def _attention_mask(
+def visible_frames(
     config: BlockConfig, axis: str, positions: np.ndarray, key_positions: np.ndarray, noisy: np.ndarray
-) -> Tensor | None:
-    """(queries, keys) bool, true where a query may attend; None if every query may attend to every key."""
+) -> FrameMask | None:
+    """Which frames see which, by the positions (L, 3) of queries and keys; None if every query may attend to every key.
+
+    noisy: (L,) bool, the tokens of noisy copies.
+    """
     if not config.causal or axis == "spatial":
         return None
-    frames, key_frames = positions[:, 0], key_positions[:, 0]
+    query_runs, key_runs = _runs(positions, noisy), _runs(key_positions, noisy)
+    frames, key_frames = positions[query_runs[:-1], 0], key_positions[key_runs[:-1], 0]
     distance = frames[:, None] - key_frames[None]
-    allowed = (distance >= 0) & ((distance < (config.window or len(key_frames) + 1)) | (key_frames < config.sink))
+    allowed = (distance >= 0) & ((distance < (config.window or len(key_positions) + 1)) | (key_frames < config.sink))
     if noisy.any():
         # Teacher forcing: noisy frames attend to themselves and earlier clean frames, clean frames to clean frames.
-        noisy_query, noisy_key = noisy[:, None], noisy[None]
+        noisy_query, noisy_key = noisy[query_runs[:-1], None], noisy[None, key_runs[:-1]]
         allowed &= np.where(noisy_query, np.where(noisy_key, distance == 0, distance > 0), ~noisy_key)
-    return None if allowed.all() else torch.from_numpy(allowed)
+    return None if allowed.all() else FrameMask(allowed, np.diff(query_runs), np.diff(key_runs))
+
+
+def _runs(positions: np.ndarray, noisy: np.ndarray) -> np.ndarray:
+    """The first tokens of runs of tokens of one frame, and after them the number of tokens."""
+    changes = np.diff(positions[:, 0]) != 0
+    if len(noisy) == len(positions):
+        changes |= np.diff(noisy)
+    return np.concatenate([[0], np.flatnonzero(changes) + 1, [len(positions)]])

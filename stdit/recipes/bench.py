@@ -4,6 +4,7 @@ stdit bench loader --root path/to/clips      the data loader against PyAV alone 
 stdit bench step                             training steps of small models
 stdit bench floor                            the quickstart's step against its matrix products alone
 stdit bench attention                        explicit attention against the fused kernel
+stdit bench windows                          causal windows by chunks against a mask of all tokens, 8 to 128 frames
 stdit bench vae                              encoding and decoding by the tiny VAE
 stdit bench packing                          clips of many shapes: packed, padded, or in buckets
 stdit bench peers --peers FOLDER             DiT, Latte and diffusers beside stdit, training and sampling
@@ -30,6 +31,7 @@ from stdit.precision import autocast, native_bf16, resolve
 from stdit.recipes.bench_data import bench_loader, bench_quickstart
 from stdit.recipes.bench_peers import bench_peers
 from stdit.recipes.bench_scale import bench_scale
+from stdit.recipes.bench_windows import bench_windows
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.machine import timed
 from stdit.rng import keyed_rng
@@ -211,6 +213,7 @@ def bench_packing(args: argparse.Namespace) -> None:
 BENCHES = {
     "loader": bench_loader,
     "attention": bench_attention,
+    "windows": lambda args: bench_windows(args.rounds),
     "step": bench_step,
     "floor": bench_floor,
     "vae": bench_vae,

@@ -112,7 +112,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     model.to(accelerator.device)
     mesh = make_mesh(config.train.parallel, accelerator.device.type, processes)
     if config.train.compile:
-        compile_blocks(model)
+        compile_blocks(model, sharded=mesh is not None)
     share_frames(model, config.train.parallel, processes)
     if context > 1:
         check_context(config, vae, model)

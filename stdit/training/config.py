@@ -123,9 +123,10 @@ class TrainConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges("train", self, _TRAIN_RANGES, guidance="1 is no guidance", holdout="0 holds out nothing")
-        if self.compile and (self.parallel.shard != "none" or self.parallel.context > 1):
+        if self.compile and self.parallel.context > 1:
             raise ValueError(
-                "train.compile=true is not there for a sharded model or for shared frames (train.parallel); set it to false."
+                f"train.compile=true is not there for shared frames (train.parallel.context={self.parallel.context}), which blocks "
+                "exchange inside attention; set it to false."
             )
         unfit = {"guide_step": self.guide_step, "average_lengths": self.average_lengths, "parallel.shard": self.parallel.shard != "none" and self.parallel.shard}  # fmt: skip
         if self.lora.rank is not None and any(unfit.values()):

@@ -80,9 +80,16 @@ def share_frames(model: Any, config: ParallelConfig, processes: int) -> None:
     model.enable_context_parallel(dist.new_subgroups(config.context, timeout=timeout)[0])
 
 
-def compile_blocks(model: Any, backend: str = "inductor") -> None:
-    """Compile the blocks of a model in place, each kind of them once, without breaks of the graph."""
-    model.compile_repeated_blocks(fullgraph=True, backend=backend)
+def compile_blocks(model: Any, backend: str = "inductor", *, sharded: bool = False) -> None:
+    """Compile the blocks of a model in place, each kind of them once, without breaks of the graph.
+
+    sharded: `parallelize` follows. Its hooks, which gather weights, cannot be part of a graph: only what runs between them is.
+    """
+    if not sharded:
+        model.compile_repeated_blocks(fullgraph=True, backend=backend)
+        return
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -58,7 +58,7 @@ def test_the_memory_of_many_clips_is_estimated_from_that_of_two(path):
 
 def test_settings_that_training_refuses_are_not_proposed(path):
     for overrides, refused in (
-        (["train.compile=true"], lambda c: c.checkpointing == "selective" or c.sharded or c.context > 1),
+        (["train.compile=true"], lambda c: c.checkpointing == "selective" or c.context > 1),
         (["train.holdout=0.1"], lambda c: c.sharded),
         (["train.batch_size=12"], lambda c: 12 % (c.micro * 4 // c.context)),
     ):

@@ -36,7 +36,7 @@ def test_shards_and_contexts_divide_what_they_share():
 def test_joint_attention_grows_with_the_square_of_long_clips_and_a_window_in_proportion():
     one, four = (frame_growth(64, (frames, 16, 16)) for frames in (64, 256))
     growth = {name: four[name] / one[name] for name in one}
-    assert growth["joint"] > 12 and growth["window of 4"] == pytest.approx(4) and 4 < growth["factorized"] < 9
+    assert growth["joint"] > 12 and growth["window of 4"] == pytest.approx(4, rel=0.02) and 4 < growth["factorized"] < 9
 
 
 def test_a_plan_for_many_devices_says_memory_traffic_checkpoints_and_growth(capsys):

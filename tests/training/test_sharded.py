@@ -224,11 +224,6 @@ def test_replicas_that_do_not_divide_the_processes_are_refused():
         ParallelConfig(replicas=2)
 
 
-def test_a_sharded_model_that_is_to_be_compiled_is_refused_before_step_1(home, capsys):
-    assert train.run(["t.yaml", "name=refused", SHARDED, "train.compile=true"]) == 1
-    assert "is not there for a sharded model" in capsys.readouterr().err
-
-
 def test_a_unet_is_neither_compiled_nor_spread_over_processes(home, capsys):
     assert train.run(["t.yaml", "name=refused", SHARDED, "model.network=unet"]) == 1
     assert "neither compiled nor spread over processes" in capsys.readouterr().err
@@ -239,6 +234,22 @@ def test_a_sharded_run_in_bfloat16_takes_float32_timesteps_and_has_the_losses_of
     assert train.run(["t.yaml", "name=half", *settings]) == 0
     assert launch(2, "name=halves", SHARDED, *settings).returncode == 0
     assert losses("halves") == pytest.approx(losses("half"), rel=2e-3)
+
+
+def test_blocks_of_a_sharded_model_compile_as_one_graph_with_the_gradients_of_one_process():
+    script = Path(__file__).with_name("compiled_shards_run.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = dict(line.split(": ") for line in done.stdout.splitlines())
+    assert float(found["output"]) < 1e-5 and float(found["gradients"]) < 1e-5
+    assert found["graphs"] == "1"  # of four blocks, in spite of the hooks around each
+
+
+def test_shared_frames_are_not_compiled(home, capsys):
+    assert train.run(["t.yaml", "name=refused", "train.compile=true", "train.parallel.context=2"]) == 1
+    assert "train.compile=true is not there for shared frames" in capsys.readouterr().err
 
 
 def test_clips_that_a_context_cannot_share_are_refused_before_step_1(home):

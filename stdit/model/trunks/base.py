@@ -115,7 +115,10 @@ class TrunkContext:
         layout = layout or self.layout
         if id(layout) not in self._contexts:
             attentions = [(block.attn.axis, block.attn.position_encoding) for block in self.blocks]
-            self._contexts[id(layout)] = make_context(self.config, attentions, self.condition, layout, cache=self.cache)
+            flex = all(getattr(b.attn.processor, "_attention_backend", None) == "flex" for b in self.blocks)
+            self._contexts[id(layout)] = make_context(
+                self.config, attentions, self.condition, layout, cache=self.cache, flex=flex
+            )
         return self._contexts[id(layout)]
 
     def __call__(
