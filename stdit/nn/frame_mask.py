@@ -120,8 +120,8 @@ def attend_in_chunks(
     keys, values = (dict(zip(ranges, _slices(x, ranges), strict=True)) for x in (key, value))
     outputs = []
     for part, chunk in zip(query.split([chunk.queries for chunk in chunks], 1), chunks, strict=True):
-        seen = (_joined([x[at] for at in chunk.keys]) for x in (keys, values))
-        outputs.append(kernel(part, *seen, chunk.mask))
+        seen_keys, seen_values = (_joined([x[at] for at in chunk.keys]) for x in (keys, values))
+        outputs.append(kernel(part, seen_keys, seen_values, chunk.mask))
     return torch.cat(outputs, 1)
 
 
@@ -155,10 +155,12 @@ def _block_mask(sees: bytes, queries: tuple[int, ...], keys: tuple[int, ...], de
         def sees_token(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return found[query_run[query], key_run[key]]
 
-        blocks = [part.to(device) for kind in (~whole & (seen > 0), whole) for part in _ordered(kind)]
-        return BlockMask.from_kv_blocks(
-            *blocks, BLOCK_SIZE=_BLOCK, mask_mod=sees_token, seq_lengths=tuple(map(len, runs))
-        )  # type: ignore[arg-type]
+        lengths = len(runs[0]), len(runs[1])
+        (some, which), (all_of, whole_ones) = (_ordered(kind) for kind in (~whole & (seen > 0), whole))
+        blocks = BlockMask.from_kv_blocks(
+            some, which, all_of, whole_ones, BLOCK_SIZE=_BLOCK, mask_mod=sees_token, seq_lengths=lengths
+        )
+        return blocks.to(device)
 
 
 def _ends_of_blocks(run: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
