@@ -77,6 +77,7 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "bench_data",
         "bench_peers",
         "bench_scale",
+        "bench_windows",
         "gpu_compile",
         "gpu_core",
         "gpu_long",

@@ -1,10 +1,13 @@
 """Files that training does not wait for: drawings and clips, which a thread writes one after another."""
 
 import sys
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from stdit.progress import Progress
+
+_WAITING = 4
 
 
 def reason_of(error: BaseException) -> str:
@@ -13,16 +16,19 @@ def reason_of(error: BaseException) -> str:
 
 
 class BackgroundWriter:
-    """Calls functions in a thread, in the order in which they were given."""
+    """Calls functions in a thread, in the order in which they were given, of which at most `_WAITING` are kept.
+
+    A further one waits for the oldest, since each may hold clips.
+    """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stdit-writer")
-        self._last: Future | None = None
+        self._waiting: deque[Future] = deque()
 
     @property
     def is_busy(self) -> bool:
         """Whether a function is still to be called, or has not returned."""
-        return self._last is not None and not self._last.done()
+        return any(not one.done() for one in self._waiting)
 
     def run(self, what: str, write: Callable[[], None]) -> None:
         """Call a function later; if it fails, that is said on stderr, and the run goes on. what: its name in that line."""
@@ -33,7 +39,9 @@ class BackgroundWriter:
             except Exception as error:
                 Progress.write(f"{what} failed ({reason_of(error)}); training goes on.", file=sys.stderr)
 
-        self._last = self._pool.submit(guarded)
+        while len(self._waiting) >= _WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._pool.submit(guarded))
 
     def close(self) -> None:
         """Wait until all functions have returned."""

@@ -69,18 +69,22 @@ class Heartbeats:
         self._beats = 0
         self._stop = threading.Event()
         self._store: dist.Store | None = None
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Heartbeats":
         if self.processes > 1 and (store := _connect()) is not None:
             self._store, self._main = store, threading.get_ident()
             self._tell(self._place)
-            threading.Thread(target=self._run, name="stdit-heartbeats", daemon=True).start()
+            self._thread = threading.Thread(target=self._run, name="stdit-heartbeats", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=5)  # a thread within torch when Python ends would abort the process
         if isinstance(error, RuntimeError) and (named := self.named) is not None:  # a collective operation gave up
             raise ValueError(f"{named} It was given up; run the same command again to resume.") from error
 
@@ -194,5 +198,8 @@ def _connect() -> dist.Store | None:
         return None
     prefix = [os.urandom(8).hex()]
     broadcast_object_list(prefix)
-    store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+    try:
+        store = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
+    except (RuntimeError, ValueError):  # nothing listens there: the run was started in another way
+        return None
     return dist.PrefixStore(f"stdit/{prefix[0]}", store)

@@ -40,7 +40,7 @@ class Previews:
         try:
             model, numbers = whole(), self.numbers(accelerator)
             mine = self.sample(model, numbers) if numbers else []
-        except (RuntimeError, MemoryError, OSError, ValueError) as error:
+        except Exception as error:  # of any kind: the other processes wait for this one below
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             failed = reason_of(error)

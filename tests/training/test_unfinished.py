@@ -32,7 +32,7 @@ def test_a_checkpoint_gives_the_model_that_training_would_write(run, monkeypatch
     for name in ("checkpoints/part", "checkpoints/part/step-2"):
         pipe = models.load_pipeline(name)
         assert torch.equal(weights(pipe), written) and pipe.config.fps == 30
-        assert "stdit export part writes models/part" in capsys.readouterr().err
+        assert "stdit export part writes them to models/part" in capsys.readouterr().err
     (run / "models/part").rename(run / "models/.away")
     try:
         assert info.newest_model().as_posix() == "checkpoints/part"
