@@ -141,6 +141,9 @@ def _media_of(schema: Any, path: Path, given: Mapping[str, str]) -> str | None:
     kinds = _features(schema)
     typed = [name for name in found if kinds.get(name, {}).get("_type") in ("Video", "Image")]
     found = typed or found
+    is_media = any(name in typed or _is_named(schema.field(name).type) for name in found)
+    if not is_media and _PATH in schema.names and _PATH not in found:
+        return None  # the bytes are something else, such as a thumbnail
     if len(found) > 1:
         listed = ", ".join(repr(name) for name in found[:_LISTED])
         raise ValueError(

@@ -1,6 +1,7 @@
 """The bytes in one row of a table: of a parquet file, or of a table of Lance."""
 
 import os
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from stdit.data.errors import VideoError
 from stdit.data.packages import package, pyarrow_of
 from stdit.data.stores import is_remote
 
+_reading = threading.Lock()
 _TABLES = 8  # that stay open in a process
 T = TypeVar("T")
 
@@ -41,7 +43,8 @@ def guarded(place: str, call: Callable[[], T]) -> T:
 def open_parquet(path: str) -> Any:
     """A parquet file, opened: here or in a store."""
     source = RemoteFile(path) if is_remote(path) else path
-    return pyarrow_of("parquet").parquet.ParquetFile(source)
+    # A buffer, or each column of a group is read as a whole.
+    return pyarrow_of("parquet").parquet.ParquetFile(source, buffer_size=1 << 20, pre_buffer=False)
 
 
 def open_lance(path: str) -> Any:
@@ -78,10 +81,11 @@ def _parquet_cell(table: str, column: str, row: int) -> Any:
     file, ends = _parquet(table, found)
     group = next(i for i, end in enumerate(ends) if row < end)
     skip = row - (ends[group - 1] if group else 0)
-    # Row by row: a group may hold more than the memory.
-    for i, batch in enumerate(file.iter_batches(1, row_groups=[group], columns=[column])):
-        if i == skip:
-            return _inner(batch.column(0)[0].as_py())
+    with _reading:  # pyarrow's reader is not for several threads
+        # Row by row: a group may hold more than the memory.
+        for i, batch in enumerate(file.iter_batches(1, row_groups=[group], columns=[column])):
+            if i == skip:
+                return _inner(batch.column(0)[0].as_py())
     return None
 
 

@@ -167,7 +167,9 @@ def _folders_state(root: Path) -> str:
     if is_remote(root):  # folders have no times there
         digest.update(json.dumps(files_below(root)).encode())
         return digest.hexdigest()[:32]
-    names = [*folders_below(root), *(root / name for name in FOLDER_MANIFESTS)]
+    own = [root / name for name in FOLDER_MANIFESTS]
+    own = [path for path in own if path.suffix != ".parquet" or path.is_file()]  # older indexes do not count it
+    names = [*folders_below(root), *own]
     for path in names:
         digest.update(f"{relative_name(path, root)} {state_of(path)[1]}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]

@@ -99,7 +99,8 @@ class _Place:
         if not given.strip():
             raise ValueError(f"{place}: the path is empty; every row needs one.")
         try:
-            if "\\" in given and not (is_remote(self.base) or (self.base / given).exists()):
+            kept = is_remote(self.base) or container_of(given) is not None
+            if "\\" in given and not (kept or (self.base / given).exists()):
                 given = given.replace("\\", "/")
             file = self._resolve(given)
             os.fsencode(file)
@@ -116,18 +117,19 @@ class _Place:
         joined = given if is_url(given) else os.path.join(self.base, given)
         if is_url(joined):  # also one that may not be read, which lies nowhere here
             return Path(os.path.normpath(joined))
-        if (container := container_of(joined)) is not None:  # what may be a link is the archive
-            return Path(str(self._without_links(container)) + joined[len(container) :])
+        if (container := container_of(joined)) is not None:
+            # The name of the archive is kept: the hub's cache has links to files without suffixes.
+            return Path(str(self._without_links(container, last=False)) + joined[len(container) :])
         return self._without_links(joined)
 
-    def _without_links(self, path: str) -> Path:
+    def _without_links(self, path: str, last: bool = True) -> Path:
         folder, name = os.path.split(path)
         if name in ("", ".", ".."):
             return Path(path).resolve()
         if folder not in self._resolved:
             self._resolved[folder] = str(Path(folder).resolve())
         file = Path(self._resolved[folder], name)
-        return file.resolve() if file.is_symlink() else file
+        return file.resolve() if last and file.is_symlink() else file
 
 
 def _caption_of(record: Record, manifest: Path) -> str:

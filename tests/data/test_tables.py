@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from media import write_barcodes
 
+from stdit.data.arrow_tables import read_table
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.identity import content_of
@@ -226,3 +227,12 @@ def test_metas_that_are_damaged_are_refused(curated):
     meta.write_text("{")
     with pytest.raises(ValueError, match=f"{meta.name} cannot be read.*or remove it"):
         dataset(root="curated")
+
+
+def test_a_column_of_bytes_beside_paths_is_not_taken_for_the_clips(tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="the extra [parquet] is not installed")
+    from pyarrow import parquet
+
+    table = arrow.table({"path": ["a.mp4", "b.mp4"], "thumbnail": arrow.array([b"x", b"y"], arrow.binary())})
+    parquet.write_table(table, tmp_path / "clips.parquet")
+    assert [row["path"] for row in read_table(tmp_path / "clips.parquet", {})] == ["a.mp4", "b.mp4"]

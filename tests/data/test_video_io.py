@@ -43,6 +43,14 @@ def numbered(request, tmp_path_factory):
         return write_barcodes(path, **CODINGS[request.param])
     except av.error.FFmpegError as error:
         pytest.skip(f"this FFmpeg cannot encode {request.param}: {error}")
+    finally:  # libsvtav1 gives the process real-time priority where it may, and browsers of later tests wait in vain
+        if hasattr(os, "sched_setscheduler"):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system has no scheduling policies")
+def test_encoding_leaves_no_real_time_priority_behind(numbered):
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_frames_are_those_requested_in_any_order(numbered):
