@@ -40,7 +40,7 @@ def check_sources(folder: Path) -> None:
 
 def import_source(folder: Path, name: str, modules: Sequence[str]) -> list[ModuleType]:
     """Import modules of the folder `name` of the sources, apart from modules of the same names."""
-    with _paths([folder / name, folder]), _placeholders():
+    with _paths([folder / name, folder]), _stand_ins():
         try:
             return [importlib.import_module(module) for module in modules]
         except (ImportError, AttributeError) as error:
@@ -69,7 +69,7 @@ def _forget() -> None:
         del sys.modules[name]
 
 
-class _Placeholders(MetaPathFinder, Loader):
+class _StandIns(MetaPathFinder, Loader):
     """Finds `_UNUSED` modules where nothing else has."""
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
@@ -83,9 +83,9 @@ class _Placeholders(MetaPathFinder, Loader):
 
 
 @contextmanager
-def _placeholders() -> Iterator[None]:
+def _stand_ins() -> Iterator[None]:
     """A context manager in which unused modules that are missing can be imported."""
-    finder = _Placeholders()
+    finder = _StandIns()
     sys.meta_path.append(finder)
     try:
         yield
