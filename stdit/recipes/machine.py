@@ -78,12 +78,15 @@ class Machine(NamedTuple):
             yield
             return
         torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), self.device)
+        device = (
+            torch.cuda.current_device() if self.device.index is None else self.device.index
+        )  # a number is asked for
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), device)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
     def clear(self) -> None:
         """Give the memory of deleted tensors back, and forget compiled graphs."""

@@ -86,24 +86,33 @@ class VAEConfig:
 BATCH_SHAPES = (((9, 64, 16), 0.55), ((17, 64, 8), 0.2), ((17, 128, 2), 0.15), ((9, 96, 7), 0.1))
 
 
+def _fits(clips: Sequence[dict[int, np.ndarray]], frames: int, size: int) -> bool:
+    """Whether a batch of such clips can be cut from the clips of a pool."""
+    return any(side >= size and len(clip) >= frames for sizes in clips for side, clip in sizes.items())
+
+
 class ClipPool:
-    """The training data in memory: clips (F, H, W, 3) uint8, each at several sizes, and grey images (N, 28, 28)."""
+    """The training data in memory: clips (F, H, W, 3) uint8, each at several sizes, and grey images (N, 28, 28).
+
+    Shapes of batches that no clip is large or long enough for are not drawn.
+    """
 
     def __init__(self, clips: Sequence[dict[int, np.ndarray]], images: np.ndarray | None, config: VAEDataConfig):
         self.clips, self.images, self.config = clips, images, config
-        for (frames, size, _), _ in BATCH_SHAPES:
-            fits = any(side >= size and len(clip) >= frames for sizes in clips for side, clip in sizes.items())
-            if not fits and config.share_shapes < 1:
-                raise ValueError(
-                    f"no clip of {config.manifest!r} has {frames} frames with a short side of {size} pixels (of "
-                    "data.short_sides); add such clips, or set data.share_shapes=1 to train on drawn shapes only."
-                )
+        whole = config.share_shapes >= 1
+        self.shapes = [one for one in BATCH_SHAPES if whole or _fits(clips, *one[0][:2])]
+        if not self.shapes:
+            frames, size = min(shape[:2] for shape, _ in BATCH_SHAPES)
+            raise ValueError(
+                f"no clip of {config.manifest!r} has {frames} frames with a short side of {size} pixels (of "
+                "data.short_sides); add such clips, or set data.share_shapes=1 to train on drawn shapes only."
+            )
 
     def batch(self, seed: int, step: int) -> Tensor:
         """Draw a batch (B, 3, F, S, S) in [-1, 1], a pure function of seed and step."""
         rng = np.random.default_rng((seed, step))
-        shares = np.array([share for _, share in BATCH_SHAPES])
-        frames, size, count = BATCH_SHAPES[rng.choice(len(BATCH_SHAPES), p=shares / shares.sum())][0]
+        shares = np.array([share for _, share in self.shapes])
+        frames, size, count = self.shapes[rng.choice(len(self.shapes), p=shares / shares.sum())][0]
         clips = np.stack([self._draw(rng, frames, size) for _ in range(count)])
         return to_float(clips)
 

@@ -21,9 +21,10 @@ from stdit import legacy
 from stdit.ranges import check_ranges
 from stdit.vae.base import DecoderState, VideoVAE
 
-# Bounds of the memory of encoding: pixels of the groups that are encoded at a time (each counted as one frame), over the
-# batch; and the largest side of a tile of a larger frame, in latents.
+# Bounds of the memory: pixels of the groups that are encoded, and decoded, at a time (each counted as one frame), over the
+# batch; and the largest side of a tile of a larger frame, in latents. 17 frames of eight clips of 128 px are decoded at once.
 MOST_PIXELS = 1 << 19
+MOST_DECODED = 1 << 21
 TILE = 96
 
 
@@ -69,12 +70,12 @@ def per_group(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
-def groups_at_once(x: Tensor, stride: Sequence[int] = (1, 1, 1), cost: int = 1) -> int:
+def groups_at_once(x: Tensor, stride: Sequence[int] = (1, 1, 1), cost: int = 1, *, most: int | None = None) -> int:
     """The number of groups of pixels, or of latents of a VAE's stride, that are coded at a time to bound the memory.
 
-    cost: how many times as much memory as in the tiny VAE a group takes.
+    cost: how many times as much memory as in the tiny VAE a group takes. most: pixels of groups at a time (`MOST_PIXELS`).
     """
-    return max(1, MOST_PIXELS // (cost * len(x) * x.shape[3] * stride[1] * x.shape[4] * stride[2]))
+    return max(1, (most or MOST_PIXELS) // (cost * len(x) * x.shape[3] * stride[1] * x.shape[4] * stride[2]))
 
 
 class ResBlock(nn.Module):
@@ -253,7 +254,14 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
 
     @apply_forward_hook
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.decode_raw(self._denormalise(latents))
+        cache = CausalConvCache()
+        at_once = groups_at_once(latents, self.stride, most=MOST_DECODED)
+        parts = self._denormalise(latents).split(at_once, dim=2)
+        frames = (
+            self._to_frames(self.decoder(part.transpose(1, 2), cache), clip_start=i == 0)
+            for i, part in enumerate(parts)
+        )
+        return torch.cat(list(frames), dim=2) if len(parts) > 1 else next(frames)
 
     @apply_forward_hook
     def decode_next(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:

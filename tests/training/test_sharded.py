@@ -239,7 +239,11 @@ def test_a_sharded_run_in_bfloat16_takes_float32_timesteps_and_has_the_losses_of
 def test_blocks_of_a_sharded_model_compile_as_one_graph_with_the_gradients_of_one_process():
     script = Path(__file__).with_name("compiled_shards_run.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[2])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(script.parents[2]), *sys.path]),
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = dict(line.split(": ") for line in done.stdout.splitlines())

@@ -1,4 +1,4 @@
-"""Long clips and large frames are encoded in parts, with the latents of the whole."""
+"""Long clips and large frames are encoded and decoded in parts, with the latents and pixels of the whole."""
 
 import json
 import subprocess
@@ -34,6 +34,18 @@ def test_latents_of_parts_are_those_of_the_whole(vae, monkeypatch, most, tile):
         image = vae.encode(pixels[:, :, :1])
     assert (found - expected).abs().max() < 1e-4
     assert (image - found[:, :, :1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("most", [1, 5 * 2 * 96 * 72])
+def test_pixels_of_parts_are_those_of_the_whole(vae, monkeypatch, most):
+    torch.manual_seed(0)
+    latents, calls = torch.randn(2, vae.channels, 7, 12, 9), []
+    with torch.no_grad(), vae.decoder.register_forward_pre_hook(lambda *args: calls.append(args)):
+        expected = vae.decode(latents)
+        monkeypatch.setattr(tiny, "MOST_DECODED", most)
+        found = vae.decode(latents)
+    assert len(calls) == 1 + (7 if most == 1 else 2)
+    assert found.shape == expected.shape and (found - expected).abs().max() < 1e-4
 
 
 def test_a_margin_that_is_too_small_would_be_seen(vae, monkeypatch):
