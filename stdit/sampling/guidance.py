@@ -96,6 +96,9 @@ def guided(
     null = None if (guidance.scale == 1.0 and not both) or alone or guidance.guider == "auto" else given.null
     weaker = weaker if guidance.scale != 1.0 and guidance.guider == "auto" else None
     combine = GUIDERS[guidance.guider]
+    throughout = guidance.interval[0] <= 0 and guidance.interval[1] >= 1
+    # Asking a model of diffusers for its type goes through all its modules, which takes longer than some steps.
+    types = {one: getattr(one, "dtype", None) for one in (model, weaker)}
 
     def timestep(levels: Tensor, count: int) -> Tensor:
         found = objective.timestep(levels)
@@ -112,7 +115,7 @@ def guided(
     ) -> Tensor:
         ends = {} if target is None else {"target_timestep": timestep(target, len(x))}
         with model.cache_context(context) if hasattr(model, "cache_context") else nullcontext():
-            hidden_states = x.to(getattr(model, "dtype", x.dtype))
+            hidden_states = x.to(types[model] or x.dtype)
             given = _arguments(model, conditions)
             return model(
                 hidden_states=hidden_states, timestep=timestep(levels, len(x)), **given, **extra, **ends
@@ -122,8 +125,8 @@ def guided(
         return torch.cat([levels.expand(count, *[-1] * (levels.ndim - 1))] * 2)
 
     def output(x: Tensor, levels: Tensor, target: Tensor | None = None) -> Tensor:
-        noisiest = float(levels.max())
-        inside = guidance.interval[0] <= noisiest <= guidance.interval[1]
+        # Reading a level would wait until the device has done all steps before.
+        inside = throughout or guidance.interval[0] <= float(levels.max()) <= guidance.interval[1]
         if null is None or not inside:
             conditional = mean = run(x, levels, given.conditions, target, context="cond")
             if weaker is not None and inside:
