@@ -195,10 +195,11 @@ def training_memory(
     checkpointing: bool | str,
     fused: bool,
     copies: int = 0,
+    trained: int | None = None,
 ) -> Memory:
     """Estimate the memory of a training step of `micro_batch` clips, from a forward pass over fake tensors.
 
-    checkpointing: as `model.gradient_checkpointing`. fused: attention does not save its matrix (GPUs; CPUs in float32). copies: of the weights, besides their average. Weights, gradients and EMA are float32.
+    checkpointing: as `model.gradient_checkpointing`. fused: attention does not save its matrix (GPUs; CPUs in float32). copies: of the weights, besides their average. trained: the parameters of a LoRA, if only these are trained. Weights, gradients and EMA are float32.
     """
     forward_cost(arguments, latent)  # fills the caches of position tables with real ones
     with torch.device("meta"):
@@ -210,16 +211,17 @@ def training_memory(
     if checkpointing:
         every, activations = activations, _activations(arguments, checkpointing=checkpointing, fused=fused, **how)
         recomputed = (every - activations) / len(model.blocks)
-    moments = 2 * size - (matrices if optimizer == "muon" else 0)
+    learnt = size if trained is None else 4.0 * trained
+    moments = 2 * learnt - (matrices if optimizer == "muon" and trained is None else 0)
     tokens = forward_cost(arguments, latent).tokens
     widest = (
         micro_batch * tokens * arguments["hidden_size"] * max(4.0, arguments.get("mlp_ratio", 4.0)) * (2 if bf16 else 4)
     )
     return Memory(
-        weights=size,
-        gradients=size,
+        weights=size + (0.0 if trained is None else learnt),
+        gradients=learnt,
         optimizer=moments,
-        ema=size * (1 + copies),
+        ema=learnt * (1 + copies),
         activations=activations,
         recomputed=recomputed,
         working=2 * widest,

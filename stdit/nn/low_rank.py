@@ -68,8 +68,18 @@ def add_lora(
     """Add a new LoRA to the linear layers whose names match the regular expression `layers`.
 
     alpha: the product is scaled by alpha / rank; None: the rank. A is uniform in +-1 / sqrt(width), a function of (seed,
-    name of the layer) alone, and B is zero. ValueError if no layer matches, or one is narrower than the rank.
+    name of the layer) alone, and B is zero. ValueError as `adapted_layers`.
     """
+    for key, layer in adapted_layers(model, rank, layers).items():
+        adapter = LowRank(layer, rank, (rank if alpha is None else alpha) / rank)
+        shape, generator = adapter.lora_A.weight.shape, keyed_generator("lora", seed, zlib.crc32(key.encode()))
+        with torch.no_grad():
+            adapter.lora_A.weight.copy_((2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(layer.in_features))
+        attach(layer, name, adapter)
+
+
+def adapted_layers(model: nn.Module, rank: int, layers: str = LAYERS) -> dict[str, nn.Linear]:
+    """The linear layers, by name, to which a LoRA adds; ValueError if no layer matches, or one is narrower than the rank."""
     try:
         pattern = re.compile(layers)
     except re.error as error:
@@ -82,11 +92,7 @@ def add_lora(
         width = min(layer.weight.shape)
         if rank > width:
             raise ValueError(f"a LoRA of rank {rank} is wider than {key}, which has {width}; use a smaller rank.")
-        adapter = LowRank(layer, rank, (rank if alpha is None else alpha) / rank)
-        shape, generator = adapter.lora_A.weight.shape, keyed_generator("lora", seed, zlib.crc32(key.encode()))
-        with torch.no_grad():
-            adapter.lora_A.weight.copy_((2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(layer.in_features))
-        attach(layer, name, adapter)
+    return found
 
 
 def attach(layer: nn.Linear, name: str, adapter: LowRank) -> None:

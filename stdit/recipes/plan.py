@@ -9,15 +9,19 @@ stdit plan configs/video.yaml --gpu 4090 --fit 24GB     (the settings with which
 import argparse
 from collections.abc import Callable, Sequence
 
+import torch
+
 from stdit.checkpoint.inflate import inflated_arguments
 from stdit.config import Config, load_typed
 from stdit.diffusion.objective import build_objective
 from stdit.model.config import model_arguments
 from stdit.model.cost import Cost, Memory, forward_cost, frame_growth
 from stdit.model.stdit import STDiT
+from stdit.nn.low_rank import adapted_layers
 from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
 from stdit.recipes.entry import command, command_parser
+from stdit.recipes.models import load_start
 from stdit.recipes.planned import (
     CHECKPOINTING_NAMES,
     GIB,
@@ -52,7 +56,9 @@ def arguments_of(config: Config, vae: VAEGeometry) -> dict:
     """The model's arguments. Without `model.num_classes` it has no classes, since only the data has their number."""
     chosen = model_arguments(config.model)
     if config.init_from.path:
-        image = STDiT.from_pretrained(config.init_from.path)
+        image = load_start(config.init_from.path)
+        if config.train.lora.rank is not None:
+            return {key: value for key, value in image.config.items() if not key.startswith("_")}
         chosen |= inflated_arguments(image, chosen, config.model.depth, config.init_from)
     learns = build_objective(config.objective).learns_sigma
     words = load_text_encoder(config.text.encoder).channels if config.text.encoder else None
@@ -62,6 +68,16 @@ def arguments_of(config: Config, vae: VAEGeometry) -> dict:
         "caption_channels": words,
         "sample_size": vae.latent_shape(data.num_frames, data.height, data.width, chosen["patch_size"]),
     }  # fmt: skip
+
+
+def adapted_parameters(config: Config, arguments: dict) -> int | None:
+    """The parameters of the LoRA that a config trains; None if it trains a whole model."""
+    lora = config.train.lora
+    if lora.rank is None:
+        return None
+    with torch.device("meta"):
+        layers = adapted_layers(STDiT(**arguments), lora.rank, lora.layers)
+    return sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers.values())
 
 
 def largest(at: Callable[[int], Memory], room: float) -> int:
@@ -125,7 +141,7 @@ def scale_lines(run: PlannedRun, choice: Choice, cost: Cost) -> list[str]:
             + (f", {sent.tokens / 1e9:,.2f} of tokens" if sent.tokens else "")
             + f"): {total / (run.bandwidth * 1e9):.3f} s at {run.bandwidth:g} GB/s, beside the computation"
         )
-    saved = cost.parameters * 4 * (3 if train.optimizer == "muon" else 4)
+    saved = run.trained * 4 * (3 if train.optimizer == "muon" else 4)
     lines.append(
         f"checkpoints   {saved * train.keep_checkpoints / 1e9:,.1f} GB on disk (the newest {train.keep_checkpoints})"
     )
@@ -205,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     uncounted = "" if run.arguments["num_classes"] else " (and one row per class of the data)"
     print(f"parameters    {cost.parameters:,}{uncounted}")
+    if run.adapted is not None:
+        print(f"LoRA          {run.adapted:,} more, of which alone gradients, moments and an average are kept")
     print(
         f"forward       {cost.total / 1e9:,.1f} Gflops per clip: "
         + ", ".join(f"{kind} {value / cost.total:.0%}" for kind, value in cost.flops.items())
@@ -270,7 +288,7 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
     run = PlannedRun(
         config, arguments, vae.latent_shape(data.num_frames, data.height, data.width, arguments["patch_size"]), args.count,
         bf16=bf16, fused=not (on_cpu and native_bf16() and bf16), on_cpu=on_cpu, peak=args.tflops or peak,
-        utilisation=args.utilisation, bandwidth=args.bandwidth,
+        utilisation=args.utilisation, bandwidth=args.bandwidth, adapted=adapted_parameters(config, arguments),
     )  # fmt: skip
     kind, gather = config.model.gradient_checkpointing, train.parallel.gather_bf16
     return run, Choice(kind, micro, sharded, gather_bf16=gather, context=context)

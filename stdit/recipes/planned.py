@@ -50,7 +50,7 @@ class PlannedRun:
     """A training of a config on `count` devices.
 
     arguments: of the model. latent: (T, h, w) of a clip. peak: Tflops of a device, 0 if unknown; utilisation: the fraction of
-    it that is reached. bandwidth: between devices, in GB/s.
+    it that is reached. bandwidth: between devices, in GB/s. adapted: the parameters of a LoRA, if only these are trained.
     """
 
     config: Config
@@ -63,7 +63,13 @@ class PlannedRun:
     peak: float
     utilisation: float
     bandwidth: float
+    adapted: int | None = None
     _linear: dict[bool | str, tuple[Memory, Memory]] = field(default_factory=dict, init=False, compare=False)
+
+    @property
+    def trained(self) -> int:
+        """The number of parameters that are trained."""
+        return forward_cost(self.arguments, self.latent).parameters if self.adapted is None else self.adapted
 
     def memory(self, choice: Choice, latent: Shape | None = None) -> Memory:
         """The memory of one device, counted."""
@@ -80,8 +86,7 @@ class PlannedRun:
 
     def other(self, choice: Choice) -> float:
         """Bytes that are reserved by the device's libraries, and by DDP, which holds gradients twice."""
-        parameters = forward_cost(self.arguments, self.latent).parameters
-        twice = 4 * parameters if self.count > 1 and not choice.sharded else 0
+        twice = 4 * self.trained if self.count > 1 and not choice.sharded else 0
         return twice + (0 if self.on_cpu else RESERVED)
 
     def need(self, choice: Choice, memory: Memory) -> float:
@@ -102,7 +107,7 @@ class PlannedRun:
         cost = forward_cost(self.arguments, self.latent)
         # FSDP2: weights for each pass, and gradients in float32; DDP: gradients, summed and sent back.
         each = 2 if choice.gather_bf16 else 4
-        weights = cost.parameters * (2 * each + 4 if choice.sharded else 2 * 4)
+        weights = 2 * each * cost.parameters + 4 * self.trained if choice.sharded else 2 * 4 * self.trained
         passes = 4 if choice.checkpointing else 3  # exchanged tokens are computed again
         width = self.arguments["depth"] * 4 * 2 * self.arguments["hidden_size"]
         shared = passes * width * choice.micro * cost.tokens / choice.context if choice.context > 1 else 0.0
@@ -119,6 +124,7 @@ class PlannedRun:
         return training_memory(
             self.arguments, latent, micro, optimizer=train.optimizer, bf16=self.bf16, checkpointing=checkpointing,
             fused=self.fused, copies=len(train.average_lengths) + (train.guide_step is not None),
+            trained=self.adapted,
         )  # fmt: skip
 
     def _share(self, memory: Memory, choice: Choice) -> Memory:

@@ -2,8 +2,11 @@
 
 import pytest
 
+from stdit.config import Config, load_typed
 from stdit.model import cost
 from stdit.model.cost import frame_growth, over_processes, training_memory
+from stdit.model.stdit import STDiT
+from stdit.nn.low_rank import add_lora
 from stdit.recipes import plan
 
 SMALL = {"depth": 6, "hidden_size": 32, "num_heads": 2, "in_channels": 4, "num_classes": 2, "sample_size": (2, 8, 8)}
@@ -62,3 +65,19 @@ def test_a_plan_for_many_devices_says_memory_traffic_checkpoints_and_growth(caps
         assert word in sharded
     with pytest.raises(ValueError, match="--context 3 does not divide --count 16"):
         plan.main([*arguments[:4], "--context", "3"])
+
+
+def test_of_a_lora_only_the_matrices_that_it_adds_take_gradients_and_moments(tmp_path, capsys):
+    model = STDiT(2, 32, 2, in_channels=16, num_classes=3, sample_size=(5, 4, 4))
+    model.save_pretrained(tmp_path / "model")
+    start = [f"init_from.path={tmp_path / 'model'}", "train.lora.rank=4", "data.height=32", "data.width=32"]
+    assert plan.main(["lora", *start, "--gpu", "cpu"]) == 0
+    add_lora(model.requires_grad_(False), "own", rank=4)
+    added = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"LoRA          {added:,} more" in capsys.readouterr().out
+    config = load_typed(Config, "lora", start)
+    arguments = plan.arguments_of(config, plan.find_vae("tiny"))
+    how = {"optimizer": "adamw", "bf16": False, "checkpointing": False, "fused": True}
+    whole, lora = (training_memory(arguments, (5, 4, 4), 2, trained=n, **how) for n in (None, added))
+    assert (lora.gradients, lora.optimizer, lora.ema) == (4 * added, 8 * added, 4 * added)
+    assert lora.weights == whole.weights + 4 * added and lora.activations == whole.activations
