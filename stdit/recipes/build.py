@@ -138,12 +138,17 @@ def action_arguments(config: Config, vae: VideoVAE, dataset: Dataset) -> dict[st
 def build_teacher(config: Config, device: torch.device) -> Teacher | None:
     """The model of `init_from.path` from which a flow map learns; None for other runs, and from a flow map.
 
-    With `objective.distilled_guider=auto` also its guide; ValueError if it has none.
+    With `objective.distilled_guider=auto` also its guide; ValueError if it has none, or there is no teacher.
     """
     if not config.objective.flow_map or config.init_from.path is None:
         return None
     model = load_start(config.init_from.path)
     if model.config.flow_map:
+        if config.objective.distilled_guider == "auto":
+            raise ValueError(
+                f"objective.distilled_guider=auto has no effect: init_from.path={config.init_from.path!r} is a flow map itself, which "
+                "learns on without a teacher; leave it out."
+            )
         return None
     folder = Path(config.init_from.path)
     folder = folder.parent if folder.name == "transformer" else folder

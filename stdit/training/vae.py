@@ -29,6 +29,7 @@ class VAEDataConfig:
     short_sides: list[int] = field(default_factory=lambda: [64, 80, 96, 128, 160])  # short sides of the clips in pixels
     share_shapes: float = 0.15  # fraction of the clips that are drawn shapes
     share_images: float = 0.05  # fraction of the clips that are grey images
+    augment: bool = True  # mirror, transpose, reverse and recolour clips at random; false: for a VAE of one world or place
 
     def __post_init__(self) -> None:
         check_ranges("data", self, {"short_sides": "[1, inf)", "share_shapes": "[0, 1]", "share_images": "[0, 1]"})
@@ -136,6 +137,8 @@ class ClipPool:
         t = rng.integers(len(clip) - span + 1)
         y, x = (rng.integers(n - size + 1) for n in clip.shape[1:3])
         crop = clip[t : t + span : step, y : y + size, x : x + size]
+        if not self.config.augment:
+            return crop
         if rng.random() < 0.5:
             crop = crop[:, :, ::-1]
         if rng.random() < 0.3:

@@ -8,8 +8,10 @@ import torch
 from conftest import fill
 from safetensors.torch import load_file
 
-from stdit import STDiTPipeline
+from stdit import STDiT, STDiTPipeline
+from stdit.config import Config, load_typed
 from stdit.recipes import train
+from stdit.recipes.build import build_teacher
 from stdit.sampling.guidance import GUIDERS
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import TinyVAE
@@ -148,3 +150,12 @@ def test_a_guide_step_that_no_step_reaches_is_said(tmp_path, monkeypatch, capsys
     Path("t.yaml").write_text(TINY)
     assert train.run(["t.yaml", "train.steps=1"]) == 0
     assert "the model gets no guide" in capsys.readouterr().out
+
+
+def test_a_flow_map_learns_on_without_a_guide(tmp_path):
+    STDiT(1, 16, 2, in_channels=4, sample_size=(1, 4, 4), flow_map=True).save_pretrained(tmp_path / "map")
+    config = load_typed(Config, "quickstart_few", [f"init_from.path={tmp_path / 'map'}"])
+    assert build_teacher(config, torch.device("cpu")) is None
+    config.objective.distilled_guider = "auto"
+    with pytest.raises(ValueError, match="is a flow map itself, which learns on without a teacher; leave it out"):
+        build_teacher(config, torch.device("cpu"))

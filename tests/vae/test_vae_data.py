@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from stdit.pixels import to_float
 from stdit.training.vae import BATCH_SHAPES, ClipPool, VAEDataConfig
 
 
@@ -21,3 +22,12 @@ def test_clips_that_no_batch_can_be_cut_from_are_refused():
     with pytest.raises(ValueError, match="has 9 frames with a short side of 64 pixels"):
         pool(32)
     assert len(pool(32, share_shapes=1.0).shapes) == len(BATCH_SHAPES)
+
+
+def test_without_augmentation_clips_are_only_cut():
+    frames = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8)
+    whole = to_float(frames[None])
+    for augment in (True, False):
+        settings = VAEDataConfig(share_shapes=0.0, share_images=0.0, augment=augment)
+        drawn = [ClipPool([{64: frames}], None, settings).batch(0, step) for step in range(3)]
+        assert all((batch == whole).all() for batch in drawn) != augment
