@@ -96,11 +96,17 @@ def _reconstruct(vae: TinyVAE, clip: torch.Tensor) -> torch.Tensor:
     return vae.decode(vae.encode(clip.to(vae.device))).float().cpu()
 
 
+def evaluated_sizes(held_out: list[np.ndarray]) -> list[int]:
+    """Those of `EVALUATED_SIZES` that a held-out clip has, largest first; the smallest if none has one."""
+    largest = max(min(frames.shape[1:3]) for frames in held_out) if held_out else 0
+    return [size for size in EVALUATED_SIZES if size <= largest] or [EVALUATED_SIZES[-1]]
+
+
 @torch.no_grad()
 def evaluate(vae: TinyVAE, held_out: list[np.ndarray]) -> dict[str, float]:
-    """Measure the PSNR in dB on held-out clips: 17 frames, centre crop, at 128 and at 64 pixels."""
+    """Measure the PSNR in dB on held-out clips: 17 frames, centre crop, at 128 pixels if they have so many, and at 64."""
     scores = {}
-    for size in EVALUATED_SIZES:
+    for size in evaluated_sizes(held_out):
         clips = [center_crop(frames, size) for frames in held_out if len(frames) >= EVALUATED_FRAMES]
         scores[f"psnr_{size}"] = psnr([(_reconstruct(vae, clip), clip) for clip in clips])
     return scores
@@ -109,7 +115,8 @@ def evaluate(vae: TinyVAE, held_out: list[np.ndarray]) -> dict[str, float]:
 @torch.no_grad()
 def write_preview(vae: TinyVAE, held_out: list[np.ndarray], path: Path) -> None:
     """Write a picture with rows of originals and reconstructions, every fourth frame."""
-    clips = [center_crop(frames, EVALUATED_SIZES[0]) for frames in held_out if len(frames) >= EVALUATED_FRAMES][::2]
+    size = evaluated_sizes(held_out)[0]
+    clips = [center_crop(frames, size) for frames in held_out if len(frames) >= EVALUATED_FRAMES][::2]
     rows = [row for clip in clips for row in (clip[0, :, ::4], _reconstruct(vae, clip)[0, :, ::4])]
     write_contact_sheet(path, rows)
 
