@@ -29,7 +29,9 @@ class VAEDataConfig:
     short_sides: list[int] = field(default_factory=lambda: [64, 80, 96, 128, 160])  # short sides of the clips in pixels
     share_shapes: float = 0.15  # fraction of the clips that are drawn shapes
     share_images: float = 0.05  # fraction of the clips that are grey images
-    augment: bool = True  # mirror, transpose, reverse and recolour clips at random; false: for a VAE of one world or place
+    augment: bool = (
+        True  # mirror, transpose, reverse and recolour clips at random; false: for a VAE of one world or place
+    )
 
     def __post_init__(self) -> None:
         check_ranges("data", self, {"short_sides": "[1, inf)", "share_shapes": "[0, 1]", "share_images": "[0, 1]"})
@@ -55,10 +57,11 @@ class VAETrainConfig(LoopConfig):
     latent_weight: float = 1e-4  # weight of squared latents, which keeps them near unit size (KL of fixed variance)
     l1_weight: float = 0.02  # weight of the absolute error
     flicker_weight: float = 0.25  # weight of the squared error of frame differences
+    motion_weight: float = 0.0  # further weight of the squared error where a pixel differs from its mean over the clip
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = ("latent_noise", "scale_weight", "latent_weight", "l1_weight", "flicker_weight")
+        weights = ("latent_noise", "scale_weight", "latent_weight", "l1_weight", "flicker_weight", "motion_weight")
         check_ranges(
             "train", self, {**dict.fromkeys(weights, "[0, inf)"), "noisy_share": "[0, 1]", "most_noise": "[0, inf)"}
         )
@@ -176,8 +179,8 @@ def vae_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss, and its `TERMS` (4,) without their weights. levels: standard deviations (B,) of the noise.
 
-    The loss has the squared error, a little absolute error (so that flat areas stay flat), the error of frame
-    differences, the error at half size, and the size of latents. Clips of much noise, which cannot be decoded well,
+    The loss has the squared error (more of it where something moves, if asked), a little absolute error (so that flat areas
+    stay flat), the error of frame differences, the error at half size, and the size of latents. Clips of much noise, which cannot be decoded well,
     count less.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not config.decoder_only):
@@ -188,15 +191,25 @@ def vae_loss(
     decoded = vae.decode_raw(raw + per_clip * vae.latent_std.view(1, -1, 1, 1, 1) * noise).float()
     error = decoded - pixels
     mse = (weight * error.square()).mean()
+    loss = (
+        mse
+        if not config.motion_weight
+        else (weight * (1 + config.motion_weight * motion(pixels)) * error.square()).mean()
+    )
     flicker = (weight * error.diff(dim=2).square()).mean()
     size = raw.float().square().mean()
     l1 = (weight * error.abs()).mean()
-    loss = mse + config.l1_weight * l1 + config.flicker_weight * flicker + config.latent_weight * size
+    loss = loss + config.l1_weight * l1 + config.flicker_weight * flicker + config.latent_weight * size
     half = torch.zeros((), device=pixels.device)
     if config.scale_weight:
         half = (decoded_half(vae, raw) - F.avg_pool3d(pixels, (1, 2, 2))).square().mean()
         loss = loss + config.scale_weight * half
     return loss, torch.stack([mse, flicker, size, half]).detach()
+
+
+def motion(pixels: Tensor) -> Tensor:
+    """How far pixels (B, 3, F, H, W) are from their mean over the clip, in the channel that is farthest: (B, 1, F, H, W)."""
+    return (pixels - pixels.mean(dim=2, keepdim=True)).abs().amax(dim=1, keepdim=True)
 
 
 def decoded_half(vae: TinyVAE, raw: Tensor) -> Tensor:
