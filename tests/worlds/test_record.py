@@ -7,6 +7,8 @@ import types
 import numpy as np
 import pytest
 
+from stdit.data.config import DataConfig
+from stdit.data.datasets import build_dataset
 from stdit.data.video_io import VideoReader
 from stdit.evaluation.metrics import psnr
 from stdit.pixels import to_float
@@ -91,6 +93,29 @@ def test_lossless_clips_have_exactly_the_frames():
     assert record.main(["room", "--lossless", *SHORT]) == 0
     for row in rows():
         assert frames_hash(frames_of(f"out/{row['path']}")) == row["frames_sha256"]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (32, 48)])
+def test_play_and_evaluation_see_the_pictures_that_training_has(size):
+    record.main(["room", "--lossless", *SHORT[:4], "--size", "32x64", *SHORT[6:]])
+    row = rows()[0]
+    clips = build_dataset(
+        DataConfig(
+            source="videos", root="out", manifest="out/manifest.jsonl", num_frames=9, height=size[0], width=size[1]
+        )
+    )
+    trained = clips.load(0, np.random.default_rng(0))["pixels"].numpy()
+    env = environment_of(row["action_space"]["environment"])
+    env.reset(row["seed"])
+    seen = np.stack([env.picture(size), *(one.picture for one in env.act(row["actions"][1], 4, size))])
+    differ = np.abs(seen.astype(int) - trained[:5]).mean()
+    assert differ < 3 if size[0] > 32 else differ == 0  # decoders scale in another way
+
+
+@pytest.mark.parametrize("size", [[0, 64], [64], "64", [10**9, 10**9], [64.0, 64]])
+def test_a_size_that_no_recording_has_is_refused(size):
+    with pytest.raises(ValueError, match="give .height, width."):
+        environment_of({"name": "room", "size": size})
 
 
 def test_an_action_lasts_so_many_frames_and_in_turns_it_is_one_step():
