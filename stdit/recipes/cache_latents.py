@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}.")
     dataset = build_dataset(config.data)
+    if config.data.flip and getattr(dataset, "action_space", None) is not None:
+        raise ValueError("data.flip=true mirrors the clips but not their actions; set data.flip=false.")
     if args.output.resolve() == Path(config.data.root).resolve():
         raise ValueError(
             f"--output {args.output} is data.root itself; set data.root=FOLDER to the folder of the clips."

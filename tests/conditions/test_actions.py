@@ -219,6 +219,17 @@ def test_a_model_learns_actions_from_clips_and_from_cached_latents_and_carries_t
     capsys.readouterr()
     assert train.run(["t.yaml", "name=flipped", "data.flip=true"]) == 1
     assert "mirrors the clips but not their actions" in capsys.readouterr().err
+    arguments = ["data.flip=true", "--freeze-augmentation", "--output", "mirrored"]
+    with pytest.raises(ValueError, match="mirrors the clips but not their actions"):
+        cache_latents.main(["t.yaml", *arguments])
+    assert not (tmp_path / "mirrored").exists()
+    info = json.loads((tmp_path / "latents/cache.json").read_text())
+    (tmp_path / "before").mkdir()
+    for part in (tmp_path / "latents").glob("latents-*"):
+        (tmp_path / "before" / part.name).write_bytes(part.read_bytes())
+    (tmp_path / "before/cache.json").write_text(json.dumps({**info, "flip": True}))  # by an earlier version
+    assert train.run(["t.yaml", "name=before", "data.source=latents", "data.root=before", "data.manifest=null"]) == 1
+    assert "'before' were made with data.flip=true" in capsys.readouterr().err
     assert train.run(["t.yaml", "name=faster", "data.fps=12"]) == 1
     assert "data.fps=12 takes some of the frames" in capsys.readouterr().err
     assert train.run(["t.yaml", "name=untold", "model.actions=false", "data.fps=12"]) == 0
