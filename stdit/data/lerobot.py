@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from stdit.conditions import ActionSpace
+from stdit.conditions.actions import bounded
 from stdit.data.backends import Reader
 from stdit.data.base import Identity
 from stdit.data.clips import VideoClips
@@ -89,7 +90,8 @@ class LeRobotClips(VideoClips):
             return None
         width = int(feature["shape"][0])
         names, bounds = _flat(feature.get("names")), _bounds(self.root)
-        low, high = bounds if bounds is not None and len(bounds[0]) == width else (None, None)
+        fits = bounds is not None and len(bounds[0]) == width and bounded([*bounds[0], *bounds[1]])
+        low, high = bounds if bounds is not None and fits else (None, None)
         space = ActionSpace(width=width, names=names if len(names) == width else None, low=low, high=high)
         space.check(f"{self.root}: features.action")
         return space

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
-import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stdit.conditions import ActionSpace
+from stdit.conditions.actions import bounded
 from stdit.data.transforms import cover_size, crop, resize
 from stdit.worlds.room import Room
 
@@ -203,8 +203,8 @@ def _space_of(name: str, env: Any) -> tuple[ActionSpace, int]:
         return ActionSpace(count=count, names=names if names and len(names) == count else None), int(actions.start)
     if isinstance(actions, spaces.Box) and len(actions.shape) == 1:
         low, high = actions.low.astype(float).tolist(), actions.high.astype(float).tolist()
-        bounded = all(math.isfinite(bound) for bound in (*low, *high))
-        return ActionSpace(width=len(low), low=low if bounded else None, high=high if bounded else None), 0
+        given = {"low": low, "high": high} if bounded([*low, *high]) else {}
+        return ActionSpace(width=len(low), **given), 0
     raise ValueError(
         f"environment {name!r} has actions {actions}, which are neither one of several (Discrete) nor a vector (Box); wrap it, or "
         "choose another one."

@@ -59,6 +59,18 @@ def test_numbers_are_scaled_by_their_bounds_and_missing_ones_are_nan():
     assert grouped[0, 1, [0, 1, 3]].tolist() == [[1, 0], [-1, -1], [0, 1]]
 
 
+@pytest.mark.parametrize("bound", [float("inf"), 3.4028235e38, float("nan"), -2.0])
+def test_bounds_that_are_none_are_refused_with_the_remedy(bound):
+    with pytest.raises(ValueError, match="leave both out for numbers without bounds"):
+        Actions(stride=4, width=2, low=[0, -1], high=[1, bound])
+
+
+def test_a_number_that_is_always_the_same_is_zero_and_missing_ones_stay_missing():
+    same = Actions(stride=1, width=1, low=[0.1], high=[0.1])
+    found = same.encode(same.collate([[None, [0.1], [0.1000003], None]]), 1)[0, :, 0, 0]
+    assert found[1:3].tolist() == [0, 0] and found[[0, 3]].isnan().all()
+
+
 @pytest.mark.parametrize("condition", [KEYS, WHEEL])
 def test_a_fresh_embedder_adds_nothing_and_a_trained_one_knows_the_order_of_actions(condition):
     embedder = condition.embedder(32)

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 
+from stdit.conditions import ActionSpace
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.video_io import VideoReader
@@ -73,7 +74,11 @@ class Blind(Line):
         return None
 
 
-for name, kind in (("Line", Line), ("Many", Many), ("Blind", Blind)):
+class Huge(Line):
+    action_space = gymnasium.spaces.Box(-3.4e38, 3.4e38, (1,), np.float32)
+
+
+for name, kind in (("Line", Line), ("Huge", Huge), ("Many", Many), ("Blind", Blind)):
     gymnasium.register(f"{name}-v0", entry_point=kind)
 
 
@@ -87,6 +92,11 @@ def test_recorded_actions_and_the_seed_give_the_recorded_frames(environment):
         again = replay(environment_of(about), row["actions"], how, seed=row["seed"])
         assert frames_hash(again.frames) == row["frames_sha256"]
         assert psnr(to_float(frames_of(f"out/{row['path']}"))[None], to_float(again.frames)[None]) > 40
+
+
+def test_the_largest_numbers_are_no_bounds():
+    assert make_environment("Huge-v0").space == ActionSpace(width=1)
+    assert make_environment("Line-v0").space == ActionSpace(width=1, low=[-1], high=[1])
 
 
 def test_lossless_clips_have_exactly_the_frames():
