@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from stdit.conditions import Actions, ActionSpace, ClipFacts
-from stdit.data.actions import actions_of_rows
+from stdit.data.actions import actions_of_rows, known_actions
 from stdit.data.backends import Reader, open_video
 from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
@@ -163,10 +163,7 @@ class VideoClips(TableDataset):
 
     def _repeat(self, index: int) -> tuple[int, int | None]:
         """The frames that an action lasts, and the number of a row's actions; (1, None) without actions."""
-        try:
-            space = self.action_space
-        except ValueError:  # another kind of column: a run that needs actions has refused it before
-            space = None
+        space = known_actions(self)
         return (1, None) if space is None else (space.repeat, len(Actions.listed(self.rows[index].columns["actions"])))
 
     def facts(self, index: int) -> Facts:

@@ -9,7 +9,7 @@ from conftest import fill
 
 from stdit.conditions import Actions, ActionSpace, ClipFacts
 from stdit.data.actions import actions_of_rows
-from stdit.recipes import cache_latents, train
+from stdit.recipes import cache_latents, index, train
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import TinyVAE
@@ -249,5 +249,9 @@ def test_a_model_learns_actions_from_clips_and_from_cached_latents_and_carries_t
     rows[0]["actions"] = "walks"  # a column of that name in other data
     (tmp_path / "world/manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert train.run(["t.yaml", "name=other", "model.actions=false"]) == 0
+    assert train.run(["t.yaml", "name=held", "model.actions=false", "train.holdout=0.4"]) == 0
+    assert cache_latents.main(["t.yaml", "--windows", "2", "--output", "walks"]) == 0
+    assert json.loads((tmp_path / "walks/cache.json").read_text())["action_space"] is None
+    assert index.main(["world/manifest.jsonl", "--output", "walks.index"]) == 0
     assert train.run(["t.yaml", "name=none"]) == 1
     assert "row 1 of the manifest: actions 'walks' are no list" in capsys.readouterr().err
