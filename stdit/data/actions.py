@@ -19,6 +19,14 @@ def known_actions(dataset: object) -> ActionSpace | None:
         return None
 
 
+def with_numbers(columns: Mapping[str, Any], space: ActionSpace | None) -> Mapping[str, Any]:
+    """The columns of a row with the numbers of actions that are given by name or as whole floats."""
+    if space is None or space.count is None:
+        return columns
+    actions = [None if one is None else space.number(one) for one in Actions.listed(columns["actions"])]
+    return {**columns, "actions": actions}
+
+
 def actions_of_rows(rows: Sequence[Mapping[str, Any]]) -> ActionSpace | None:
     """The space of the actions of all rows; None if no row has any.
 

@@ -1,6 +1,7 @@
 """Actions: one for every pixel frame, grouped for latent frames, in training and in every way of sampling."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from conftest import fill
 
 from stdit.conditions import Actions, ActionSpace, ClipFacts
 from stdit.data.actions import actions_of_rows
+from stdit.data.clips import TableDataset
+from stdit.data.config import DataConfig
+from stdit.data.manifest import Row, Table
 from stdit.recipes import cache_latents, index, train
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
@@ -192,6 +196,14 @@ def test_the_space_is_found_from_rows_without_one_also_in_csv():
     assert actions_of_rows([{"actions": [None, 3, 0]}, {"actions": "[null, 1]"}]) == ActionSpace(count=4)
     assert actions_of_rows([{"actions": [None, [0.5, 1.0]]}]) == ActionSpace(width=2)
     assert actions_of_rows([{"caption": "a"}]) is None
+
+
+@pytest.mark.parametrize("actions", [[None, "left", "right", "left"], [None, 0.0, 1.0, 0.0], "[null, 0, 1, 0]"])
+def test_actions_in_the_data_may_be_names_or_whole_floats(actions):
+    row = Row(Path("a.mp4"), None, "", {"actions": actions, "action_space": {"count": 2, "names": ["left", "right"]}})
+    found = TableDataset(Table([row], 0, None), DataConfig())
+    raw = Actions.read(found.record(0), ClipFacts((4, 8, 8), 4.0))
+    assert Actions(**found.action_space.plain).encode(Actions.collate([raw]), 1)[0, :, 0].tolist() == [2, 0, 1, 0]
 
 
 def test_frames_that_are_skipped_or_repeated_have_no_actions():

@@ -64,6 +64,14 @@ def test_a_group_that_the_end_of_an_episode_cuts_short_does_not_count():
     assert len(one.lasts) == 3 and len(one.actions) == 2 and len(one.clip) == 9 and len(one.states) == 3
 
 
+def test_a_policy_may_name_its_actions_and_one_that_is_unknown_is_refused():
+    env = make_environment("room")
+    how = Play(env, lambda: lambda *_: "left", 2, group=4, size=(32, 32), state=room.state)
+    assert play_episode(how, 0).actions == [3, 3]
+    with pytest.raises(ValueError, match="'jump' is unknown"):
+        play_episode(how._replace(policy=lambda: lambda *_: "jump"), 0)
+
+
 def test_pictures_equal_to_the_truth_have_no_error_and_brighter_ones_drift(played):
     frames = played[0].lasts
     same, brighter = (
