@@ -290,6 +290,8 @@ class Actions(Conditioner):
         if self.width is None:
             return self.space.number(action)
         try:
+            if isinstance(action, str | bytes | Mapping):  # whose characters or keys may be numbers
+                raise TypeError(f"it is a {type(action).__name__}")
             values = [float(one) for one in action]
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"action {str(action)[:40]!r} is no list of {self.width} numbers; give these.") from error

@@ -5,7 +5,7 @@ import functools
 import importlib
 import importlib.metadata
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +58,17 @@ class Environment(NamedTuple):
     def reset(self, seed: int) -> tuple[Any, dict[str, Any]]:
         """Begin an episode -> observation and info."""
         with contextlib.chdir(_scratch().name) if self.writes else contextlib.nullcontext():
-            return self.env.reset(seed=seed)
+            return self._call("begin an episode", self.env.reset, seed=seed)
+
+    def _call(self, doing: str, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """Call a method of the environment; ValueError of one line if it fails, however it does."""
+        try:
+            return method(*given, **named)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # of code that is not ours
+            said = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"environment {self.name!r} cannot {doing}: {said}") from error
 
     def act(
         self, action: Any, frames: int, size: tuple[int, int] | None = None, *, repeat: int | None = None
@@ -72,7 +82,7 @@ class Environment(NamedTuple):
         taken = None
         for frame in range(frames):
             if taken is None or not self.turn_based or (repeat and frame % repeat == 0 and not taken.done):
-                observation, reward, terminated, truncated, info = self.env.step(given)
+                observation, reward, terminated, truncated, info = self._call("take a step", self.env.step, given)
                 done = bool(terminated or truncated)
                 taken = EnvStep(self.picture(size), observation, reward=float(reward), done=done, info=dict(info))
             yield taken
@@ -85,7 +95,7 @@ class Environment(NamedTuple):
 
         size: (H, W) that it is scaled to cover, and to which its centre is cropped, as clips are in training.
         """
-        frame = np.asarray(self.env.render())
+        frame = np.asarray(self._call("draw its picture", self.env.render))
         if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
             raise ValueError(
                 f"environment {self.name!r} draws {frame.dtype} of shape {frame.shape}, not a picture (height, width, 3) of "

@@ -69,6 +69,12 @@ def test_bounds_that_are_none_are_refused_with_the_remedy(bound):
         Actions(stride=4, width=2, low=[0, -1], high=[1, bound])
 
 
+@pytest.mark.parametrize("action", ["12", {"1": 0, "2": 0}, b"12"])
+def test_texts_and_objects_are_no_lists_of_numbers(action):
+    with pytest.raises(ValueError, match="no list of 2 numbers"):
+        Actions(stride=4, width=2).number(action)
+
+
 def test_a_number_that_is_always_the_same_is_zero_and_missing_ones_stay_missing():
     same = Actions(stride=1, width=1, low=[0.1], high=[0.1])
     found = same.encode(same.collate([[None, [0.1], [0.1000003], None]]), 1)[0, :, 0, 0]

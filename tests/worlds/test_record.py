@@ -74,11 +74,28 @@ class Blind(Line):
         return None
 
 
+class Unfit(Line):
+    def reset(self, *, seed=None, options=None):
+        raise gymnasium.error.DependencyNotInstalled("pygame is not installed, run `pip install pygame`")
+
+
+class Fails(Line):
+    def step(self, action):
+        raise RuntimeError("no GL context")
+
+
 class Huge(Line):
     action_space = gymnasium.spaces.Box(-3.4e38, 3.4e38, (1,), np.float32)
 
 
-for name, kind in (("Line", Line), ("Huge", Huge), ("Many", Many), ("Blind", Blind)):
+for name, kind in (
+    ("Line", Line),
+    ("Unfit", Unfit),
+    ("Fails", Fails),
+    ("Huge", Huge),
+    ("Many", Many),
+    ("Blind", Blind),
+):
     gymnasium.register(f"{name}-v0", entry_point=kind)
 
 
@@ -166,6 +183,9 @@ def test_the_rest_of_an_episode_that_ends_is_not_invented():
     [
         (["Many-v0"], "neither one of several (Discrete) nor a vector (Box)"),
         (["Blind-v0"], "draws"),
+        (["Unfit-v0"], "cannot begin an episode: pygame is not installed"),
+        (["Fails-v0"], "cannot take a step: no GL context"),
+        (["room", "--fps", "inf"], "frames a second are a number above 0"),
         (["NoSuchWorld-v0"], "NoSuchWorld"),
         (["room", "--policy", "clever"], "--policy 'clever' is unknown"),
         (["room", "--policy", "no_such_module:f"], "no_such_module"),
