@@ -32,7 +32,7 @@ from stdit.conditions import Actions
 from stdit.data.video_write import VideoStream, to_uint8
 from stdit.sampling.world import World
 from stdit.web.server import Worker, page
-from stdit.worlds.environments import Environment
+from stdit.worlds.environments import Environment, steps_of_group
 
 _PRESSES = 8  # keys that wait for their step in a turn-based world
 _IDLE = ("stay", "noop", "none", "idle", "nothing")  # names of actions that do nothing
@@ -84,7 +84,7 @@ class Stage:
             "type": "hello", "title": self.title, "fps": self.fps, "evaluations": self.evaluations,
             "count": space.count, "width": space.width, "names": list(space.names or ()),
             "low": list(space.low or ()), "high": list(space.high or ()), "repeat": space.repeat,
-            "turn_based": self.turn_based,
+            "turn_based": self.turn_based, "steps": steps_of_group(space, self.actions.stride),
         }  # fmt: skip
 
     @property

@@ -144,6 +144,11 @@ def frames_of_action(space: ActionSpace, group: int) -> int:
     return space.repeat
 
 
+def steps_of_group(space: ActionSpace, group: int) -> int:
+    """How many steps of a turn-based environment an action takes if it is held for a group of frames."""
+    return max(1, group // frames_of_action(space, group))
+
+
 def environment_of(about: Mapping[str, Any]) -> Environment:
     """The environment that `ActionSpace.environment` describes, with pictures of the size that was recorded."""
     name, options = str(about["name"]), about.get("options") or {}

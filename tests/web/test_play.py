@@ -189,9 +189,8 @@ def test_an_action_that_is_let_go_at_once_ends_nothing_where_no_action_is_idle(t
 
         await until(3)
         for count in (4, 5):
-            tab.say(type="act", action=1)
-            tab.say(type="act", action=None)
             tab.say(**SHOWN)
+            await asyncio.sleep(0.05)
             tab.say(type="act", action=1)
             tab.say(type="act", action=None)
             await asyncio.sleep(0.05)

@@ -133,7 +133,7 @@ const handlers = {
     state.hello = message;
     $("title").textContent = message.title; $("evaluations").textContent = message.evaluations;
     $("speed").value = Math.max(16, Math.round(message.fps)); $("speed").dispatchEvent(new Event("input"));
-    $("status").textContent = message.turn_based ? "each key is one step" : "hold a key";
+    $("status").textContent = message.turn_based ? `each key is ${message.steps === 1 ? "one step" : `${message.steps} steps`}` : "hold a key";
     buildKeys(message);
   },
   reset(message) { state.queue = []; state.epoch = message.epoch; $("truth-figure").hidden = !message.truth; note(""); if (!state.hello.turn_based) sendAction(); },
