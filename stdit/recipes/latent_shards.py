@@ -161,7 +161,7 @@ def write_index(output: Path, head: dict, dataset: Dataset, parts: Sequence[Part
         raise ValueError(
             f"none of the {len(dataset)} clips could be read; stdit check-media lists the reasons, the first is: {next(iter(bad.values()))}"
         )
-    classes = {"num_classes": dataset.num_classes, "class_names": dataset.class_names}
+    classes: dict[str, Any] = {"num_classes": dataset.num_classes, "class_names": dataset.class_names}
     space = known_actions(dataset)
     classes |= {"action_space": None if space is None else space.plain}
     count = sum(record["count"] for record in records)

@@ -184,7 +184,7 @@ def test_an_action_that_is_let_go_at_once_ends_nothing_where_no_action_is_idle(t
         task = asyncio.create_task(Session(stage, tab, Worker()).run())
 
         async def until(count):
-            while len(tab.answers) < count:
+            while len(tab.answers) < count and not task.done():
                 await asyncio.sleep(0.01)
 
         await until(3)
