@@ -14,13 +14,14 @@ from stdit.conditions.base import ClipFacts, Conditioner, Key
 from stdit.conditions.values import Value
 
 LARGEST_COUNT, LARGEST_WIDTH = 100_000, 4096  # actions, and numbers of one; worlds and robots have far fewer
+UNBOUNDED = 1e30  # a bound beyond it is none: environments write infinity as the largest float32
 
 
 @dataclass(frozen=True)
 class ActionSpace:
     """The actions of an environment: one of `count`, or `width` numbers.
 
-    names: of the actions, or of the numbers. low, high: bounds of each number. repeat: frames that one action lasts.
+    names: of the actions, or of the numbers. low, high: bounds of each number (`bounded`). repeat: frames that one action lasts.
     environment: where they belong, as `worlds.environments.make_environment` reads it: name, and perhaps options,
     turn_based and size.
     """
@@ -73,6 +74,12 @@ class ActionSpace:
             value = getattr(self, field)
             if value is not None and len(value) != size:
                 raise ValueError(f"{where}: {len(value)} {field} for {size} {'numbers' if self.width else 'actions'}.")
+        low, high = self.low or (), self.high or ()
+        if not bounded([*low, *high]) or any(high < low for low, high in zip(low, high, strict=False)):
+            raise ValueError(
+                f"{where}: low={str(low)[:60]} and high={str(high)[:60]} are no bounds, which are finite, at most {UNBOUNDED:g}, and "
+                "low <= high; leave both out for numbers without bounds."
+            )
 
     def number(self, action: int | str) -> int:
         """The number of an action that is given as number or name; ValueError if it is unknown or out of range."""
@@ -88,6 +95,11 @@ class ActionSpace:
         if not 0 <= number < self.count or number != action:
             raise ValueError(f"action {action!r} is out of range; use 0 to {self.count - 1}{known}.")
         return number
+
+
+def bounded(bounds: Sequence[float]) -> bool:
+    """Whether all of these bounds are ones: finite, and small enough that float32 holds the range between them."""
+    return all(abs(bound) <= UNBOUNDED for bound in bounds)
 
 
 class ActionEmbedder(nn.Module):
@@ -278,6 +290,8 @@ class Actions(Conditioner):
         if self.width is None:
             return self.space.number(action)
         try:
+            if isinstance(action, str | bytes | Mapping):  # whose characters or keys may be numbers
+                raise TypeError(f"it is a {type(action).__name__}")
             values = [float(one) for one in action]
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"action {str(action)[:40]!r} is no list of {self.width} numbers; give these.") from error
@@ -323,7 +337,10 @@ class Actions(Conditioner):
         return self._scale(values.float())
 
     def _scale(self, values: Tensor) -> Tensor:
-        """Numbers scaled by their bounds to [-1, 1]; ValueError for one beyond them. Without bounds, as they are."""
+        """Numbers scaled by their bounds to [-1, 1]; ValueError for one beyond them. Without bounds, as they are.
+
+        A number that is always the same is 0.
+        """
         if self.space.low is None or self.space.high is None:
             return values
         low, high = torch.tensor(self.space.low).to(values), torch.tensor(self.space.high).to(values)
@@ -334,7 +351,8 @@ class Actions(Conditioner):
             raise ValueError(
                 f"action {values[tuple(where)]:g} is out of range; number {where[-1]} goes from {low[where[-1]]:g} to {high[where[-1]]:g}."
             )
-        return 2 * (values - low) / (high - low).clamp(min=1e-9) - 1
+        scaled = 2 * (values - low) / (high - low).clamp(min=1e-9) - 1
+        return torch.where((high == low) & ~values.isnan(), 0.0, scaled)  # a missing one stays nan
 
 
 def _recorded(record: Mapping[str, Any]) -> list[Any]:

@@ -8,6 +8,25 @@ from typing import Any
 from stdit.conditions import Actions, ActionSpace
 
 
+def known_actions(dataset: object) -> ActionSpace | None:
+    """The actions of a dataset's clips; None if it has none, or if what it calls actions is something else.
+
+    A run that needs them asks `dataset.action_space` itself, which raises ValueError with the reason.
+    """
+    try:
+        return getattr(dataset, "action_space", None)
+    except ValueError:
+        return None
+
+
+def with_numbers(columns: Mapping[str, Any], space: ActionSpace | None) -> Mapping[str, Any]:
+    """The columns of a row with the numbers of actions that are given by name or as whole floats."""
+    if space is None or space.count is None:
+        return columns
+    actions = [None if one is None else space.number(one) for one in Actions.listed(columns["actions"])]
+    return {**columns, "actions": actions}
+
+
 def actions_of_rows(rows: Sequence[Mapping[str, Any]]) -> ActionSpace | None:
     """The space of the actions of all rows; None if no row has any.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from stdit.conditions import Actions, ActionSpace, ClipFacts
-from stdit.data.actions import actions_of_rows
+from stdit.data.actions import actions_of_rows, known_actions, with_numbers
 from stdit.data.backends import Reader, open_video
 from stdit.data.base import Annotated, Identity
 from stdit.data.config import DataConfig
@@ -52,9 +52,9 @@ class TableDataset(Annotated):
         return len(self.rows)
 
     def record(self, index: int) -> dict[str, Any]:
-        """Label, caption and further columns of a row."""
+        """Label, caption and further columns of a row; of actions, their numbers."""
         row = self.rows[index]
-        return {**row.columns, "label": row.label, "caption": row.caption}
+        return {**with_numbers(row.columns, known_actions(self)), "label": row.label, "caption": row.caption}
 
     def name(self, index: int) -> str:
         """The path of the file."""
@@ -68,12 +68,23 @@ class TableDataset(Annotated):
         content = content_of(path) if read else size_of(path)
         return Identity(relative_name(path, Path(self.config.root)), content, label, caption, columns=columns)
 
-    @cached_property
+    @property
     def action_space(self) -> ActionSpace | None:
-        """The actions of the clips, None if they have none."""
+        """The actions of the clips, None if they have none; ValueError if a column of that name is something else."""
+        found = self._actions_found
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+    @cached_property
+    def _actions_found(self) -> ActionSpace | str | None:
+        """The actions of the clips, or why they are none, found once."""
         if self.index is not None:
             return self.index.action_space
-        return actions_of_rows([row.columns for row in self.rows])
+        try:
+            return actions_of_rows([row.columns for row in self.rows])
+        except ValueError as error:
+            return str(error)
 
     def _row(self, index: int) -> Row:
         """A row. VideoError if the index has found that its file cannot be read, or if the file has changed since."""
@@ -163,10 +174,7 @@ class VideoClips(TableDataset):
 
     def _repeat(self, index: int) -> tuple[int, int | None]:
         """The frames that an action lasts, and the number of a row's actions; (1, None) without actions."""
-        try:
-            space = self.action_space
-        except ValueError:  # another kind of column: a run that needs actions has refused it before
-            space = None
+        space = known_actions(self)
         return (1, None) if space is None else (space.repeat, len(Actions.listed(self.rows[index].columns["actions"])))
 
     def facts(self, index: int) -> Facts:

@@ -20,10 +20,14 @@ class Subset:
         self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
         self.decodes = getattr(dataset, "decodes", True)
         self.fixed_sizes = getattr(dataset, "fixed_sizes", False)
-        self.action_space: ActionSpace | None = getattr(dataset, "action_space", None)
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def action_space(self) -> ActionSpace | None:
+        """The actions of the clips, None if they have none; ValueError if what the dataset calls actions is something else."""
+        return getattr(self.dataset, "action_space", None)
 
     @property
     def rates(self) -> list[float]:

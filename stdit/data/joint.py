@@ -7,6 +7,7 @@ import numpy as np
 
 from stdit.conditions import ActionSpace
 from stdit.conditions.label import label_number
+from stdit.data.actions import known_actions
 from stdit.data.base import Annotated, Dataset, Identity
 from stdit.data.identity import identity_of
 from stdit.data.samplers import ClipSize
@@ -31,12 +32,19 @@ class JointDataset(Annotated):
         self.parts = [len(one) for one in datasets]
         self._starts = np.cumsum([0, *self.parts])
         self.decodes = any(getattr(one, "decodes", True) for one in datasets)
-        self.fixed_sizes = self._common("fixed_sizes", False, "latents that are cached and clips")
-        self.action_space: ActionSpace | None = self._common("action_space", None, "different actions")
+        self.fixed_sizes = self._common(
+            [getattr(one, "fixed_sizes", False) for one in datasets], "latents that are cached and clips"
+        )
+        self._common([known_actions(one) for one in datasets], "different actions")
         self.num_classes, self.class_names, self._labels = self._join_classes(classes, num_classes)
 
-    def _common(self, attribute: str, default: Any, what: str) -> Any:
-        found = [getattr(one, attribute, default) for one in self.datasets]
+    @property
+    def action_space(self) -> ActionSpace | None:
+        """The actions of the clips, None if they have none; ValueError if what a data set calls actions is something else."""
+        return next((getattr(one, "action_space", None) for one in self.datasets), None)
+
+    def _common(self, found: Sequence[Any], what: str) -> Any:
+        """What all data sets have; ValueError, which names `what`, if they differ."""
         for name, value in zip(self.names, found, strict=True):
             if value != found[0]:
                 raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from stdit.conditions import ActionSpace
+from stdit.conditions.actions import bounded
 from stdit.data.backends import Reader
 from stdit.data.base import Identity
 from stdit.data.clips import VideoClips
@@ -89,7 +90,8 @@ class LeRobotClips(VideoClips):
             return None
         width = int(feature["shape"][0])
         names, bounds = _flat(feature.get("names")), _bounds(self.root)
-        low, high = bounds if bounds is not None and len(bounds[0]) == width else (None, None)
+        fits = bounds is not None and len(bounds[0]) == width and bounded([*bounds[0], *bounds[1]])
+        low, high = bounds if bounds is not None and fits else (None, None)
         space = ActionSpace(width=width, names=names if len(names) == width else None, low=low, high=high)
         space.check(f"{self.root}: features.action")
         return space
@@ -99,15 +101,19 @@ class LeRobotClips(VideoClips):
         return f"{self.rows[index].path}[{self.places[index].index}]"
 
     def record(self, index: int) -> dict[str, Any]:
-        """The task of an episode, and the action that leads to each of its frames."""
-        actions = {} if self.action_space is None else {"actions": self._actions(index)}
-        return {"label": None, "caption": self.rows[index].caption, **actions}
+        """The task of an episode, and the action that leads to each of its frames, without those of a damaged table."""
+        actions = self._actions_if_read(index)
+        return {
+            "label": None,
+            "caption": self.rows[index].caption,
+            **({} if actions is None else {"actions": actions}),
+        }
 
     def identity(self, index: int, *, read: bool = False) -> Identity:
         """The file and the episode, what is in it, its task, and a hash of its actions."""
         path = self.rows[index].path
         actions = (
-            hashlib.sha256(json.dumps(self._actions(index)).encode()).hexdigest()[:16]
+            hashlib.sha256(json.dumps(self._actions_if_read(index)).encode()).hexdigest()[:16]
             if read
             else self.places[index].length
         )
@@ -126,6 +132,8 @@ class LeRobotClips(VideoClips):
 
     def _pick(self, index: int, reader: Reader, count: int, rng: np.random.Generator) -> tuple[int, list[int]]:
         place = self.places[index]
+        if self.action_space is not None:
+            self._actions(index)  # raises if its table is damaged, so that the episode is set aside
         first = reader.indices_at([place.begins])[0] if place.begins else 0
         if first + place.length > len(reader):
             raise VideoError(
@@ -141,6 +149,13 @@ class LeRobotClips(VideoClips):
         with self._open(self.rows[0].path) as reader:
             return reader.size
 
+    def _actions_if_read(self, index: int) -> list[Any] | None:
+        """The actions of an episode; None without any, or if its table is damaged, which `load` says."""
+        try:
+            return None if self.action_space is None else self._actions(index)
+        except VideoError:
+            return None
+
     def _actions(self, index: int) -> list[Any]:
         place = self.places[index]
         values = _read_actions(place.table)
@@ -149,6 +164,11 @@ class LeRobotClips(VideoClips):
             found = "none" if episode is None else str(len(episode))
             raise VideoError(
                 f"{place.table} has {found} of the {place.length} actions of episode {place.index}; download it again."
+            )
+        if self.action_space is not None and episode.shape[1] != self.action_space.width:
+            raise VideoError(
+                f"{place.table} has actions of {episode.shape[1]} numbers, but meta/info.json says {self.action_space.width}; "
+                "download it again."
             )
         return [None, *episode[:-1].tolist()]
 
@@ -231,7 +251,10 @@ def _read_actions(table: Path) -> dict[int, np.ndarray]:
     """The actions of every episode of a table, each (length, width), in the order of its frames."""
     columns = _parquet(table, ["episode_index", "frame_index", "action"])
     episodes, frames = np.array(columns["episode_index"]), np.array(columns["frame_index"])
-    actions = np.array(columns["action"], dtype=np.float32).reshape(len(frames), -1)  # one number is no list there
+    try:
+        actions = np.array(columns["action"], dtype=np.float32).reshape(len(frames), -1)  # one number is no list there
+    except (TypeError, ValueError) as error:
+        raise VideoError(f"{table} has actions that are no rows of numbers ({error}); download it again.") from error
     found = {}
     for index in np.unique(episodes).tolist():
         chosen = np.flatnonzero(episodes == index)

@@ -76,10 +76,10 @@ class KeyedSamples:
                     raise VideoError(known)
                 reading(name)
                 sample = self.dataset.load(index, keyed_rng("sample", self.seed, step, slot), size)
+                conditions = conditions_of_sample(self.dataset, index, sample)  # a table may be what is damaged
             except VideoError as error:
                 self._bad[name] = bad[name] = str(error)
                 continue
-            conditions = conditions_of_sample(self.dataset, index, sample)
             return {**sample, "conditions": conditions, "key": (self.seed, step, slot), "bad": bad, "total": len(slots)}
         raise ValueError(f"{len(bad)} files in a row could not be read; the last: {list(bad.values())[-1]}")
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from stdit.conditions import ActionSpace
+from stdit.data.actions import known_actions
 from stdit.data.base import Dataset, Identity
 from stdit.data.identity import identity_of
 from stdit.data.samplers import ClipSize
@@ -21,9 +22,13 @@ class ClipVariants:
         self.dataset, self.windows, self.mirrored = dataset, windows, mirrored
         self.num_classes, self.class_names = dataset.num_classes, dataset.class_names
         self.decodes = getattr(dataset, "decodes", True)
-        self.action_space: ActionSpace | None = getattr(dataset, "action_space", None)
-        if mirrored and self.action_space is not None:
+        if mirrored and known_actions(dataset) is not None:
             raise ValueError("mirrored clips would have the actions of the clips as they were; leave out --mirrored.")
+
+    @property
+    def action_space(self) -> ActionSpace | None:
+        """The actions of the clips, None if they have none; ValueError if what the dataset calls actions is something else."""
+        return getattr(self.dataset, "action_space", None)
 
     @property
     def count(self) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stdit.conditions import Actions
 from stdit.data.video_write import to_uint8
 from stdit.evaluation.metrics import decibel, ssim
 from stdit.pixels import to_float
@@ -16,7 +17,7 @@ from stdit.sampling.options import SamplingOptions
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.worlds.environments import Environment
 from stdit.worlds.policies import Policy
-from stdit.worlds.record import read_info
+from stdit.worlds.record import plain, read_info
 
 HORIZONS = (1, 4, 8, 16, 32, 64, 128, 256)  # actions after which dream and truth are compared
 TOGETHER = 48  # rollouts that run as one batch
@@ -64,11 +65,12 @@ class Play(NamedTuple):
 def play_episode(how: Play, seed: int) -> Episode:
     """Play an episode of an action for each group; it is shorter if the environment ends it."""
     env, policy, rng = how.env, how.policy(), keyed_rng("sample", seed)
+    check = Actions(**env.space.plain)
     observation, info = env.reset(seed)
     first, label = env.picture(how.size), None if how.label is None else read_info(info, how.label, env)
     lasts, clip, actions, states = [first], [first], [], [how.state(env.env.unwrapped)]
     for number in range(how.groups):
-        action = policy(observation, info, rng)
+        action = check.number(plain(policy(observation, info, rng)))
         steps = list(env.act(action, how.group, how.size, repeat=how.repeat))
         observation, info = steps[-1].observation, steps[-1].info
         if len(steps) == how.group:  # a group that the end cuts short is no whole one

@@ -127,6 +127,12 @@ def action_arguments(config: Config, vae: VideoVAE, dataset: Dataset) -> dict[st
         )
     if config.data.flip:
         raise ValueError("data.flip=true mirrors the clips but not their actions; set data.flip=false.")
+    for one in getattr(dataset, "datasets", [dataset]):
+        if isinstance(one, CachedLatents) and one.info.get("flip"):
+            raise ValueError(
+                f"the latents in {str(one.root)!r} were made with data.flip=true, which mirrors the clips but not their actions; "
+                "cache them again with data.flip=false."
+            )
     if config.data.fps is not None and getattr(dataset, "decodes", True):
         raise ValueError(
             f"data.fps={config.data.fps:g} takes some of the frames or repeats them, but actions belong to single ones; set "

@@ -67,7 +67,8 @@ def encode_shard(
 
     def read(index: int) -> dict[str, Any] | VideoError:
         try:
-            return dataset.load(index, keyed_rng("sample", seed, draw_of(index)), size)
+            sample = dataset.load(index, keyed_rng("sample", seed, draw_of(index)), size)
+            return {**sample, "stored": stored_conditions(dataset, index, sample)}
         except VideoError as error:
             return error
 
@@ -89,7 +90,7 @@ def encode_shard(
                 together = 1 if vae.device.type == "cpu" else len(pixels)
                 latents += [_encode(vae, part, form) for part in pixels.split(together)]
                 encoded += list(good)
-                conditions += [stored_conditions(dataset, i, sample) for i, sample in good.items()]
+                conditions += [sample["stored"] for sample in good.values()]
     tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}
     return Shard(tensors or {"latents": torch.zeros(0)}, encoded, conditions, bad=bad, waited=waited)
 

@@ -34,7 +34,7 @@ from stdit.recipes.info import newest_model
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.checks import check_world
 from stdit.sampling.options import WORLD_OPTIONS, add_flags, options_from
-from stdit.worlds.environments import SHIPPED, environment_of, frames_of_action
+from stdit.worlds.environments import SHIPPED, environment_of, frames_of_action, steps_of_group
 from stdit.worlds.policies import make_policy
 
 FIRST_SEED = 2_000_000  # beyond the seeds that are recorded or played
@@ -96,6 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         label=label,
         repeat=frames_of_action(space, stride),
     )
+    if env.turn_based and (steps := steps_of_group(space, stride)) > 1:
+        print(
+            f"an action is held for {stride} frames, which are {steps} steps of this environment; for one step each, record with "
+            f"--repeat {stride}"
+        )
     episodes = [play_episode(how, FIRST_SEED + i) for i in range(args.episodes)]
     env.env.close()
     whole = [one for one in episodes if one.actions]

@@ -16,6 +16,7 @@ from typing import Any
 
 import av
 
+from stdit.data.actions import known_actions
 from stdit.data.clips import Images, VideoClips
 from stdit.data.datasets import build_dataset
 from stdit.data.folders import named_from
@@ -76,7 +77,7 @@ def _index(args: Namespace) -> int:
     by_path = {str(path): entry for path, entry in zip(paths, entries, strict=True)}
     write_index(
         args.output, Table(dataset.rows, dataset.num_classes, dataset.class_names), by_path, source=args.source, root=Path(data.root), fingerprint=fingerprint(dataset),
-        action_space=dataset.action_space, hashed=args.hash,
+        action_space=known_actions(dataset), hashed=args.hash,
     )  # fmt: skip
     journal.unlink(missing_ok=True)
     checked = {path: judged(path, entry, data) for path, entry in zip(paths, entries, strict=True)}

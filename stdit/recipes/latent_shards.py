@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+from stdit.data.actions import known_actions
 from stdit.data.datasets import Dataset
 from stdit.data.identity import columns_of, hash_of, identity_of
 from stdit.data.samplers import ClipSize
@@ -160,8 +161,8 @@ def write_index(output: Path, head: dict, dataset: Dataset, parts: Sequence[Part
         raise ValueError(
             f"none of the {len(dataset)} clips could be read; stdit check-media lists the reasons, the first is: {next(iter(bad.values()))}"
         )
-    classes = {"num_classes": dataset.num_classes, "class_names": dataset.class_names}
-    space = getattr(dataset, "action_space", None)
+    classes: dict[str, Any] = {"num_classes": dataset.num_classes, "class_names": dataset.class_names}
+    space = known_actions(dataset)
     classes |= {"action_space": None if space is None else space.plain}
     count = sum(record["count"] for record in records)
     head = {**head, **classes, "clips": count, "rate": rate, "shards": records, "skipped": bad}

@@ -10,6 +10,7 @@ The page is at http://127.0.0.1:8000/ until Ctrl-C. It needs: pip install 'stdit
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,11 @@ class Beginnings:
             clip = to_float(truth.picture(self.size)[None])[None]
             if label is None and self.about.get("label") and self.pipe.transformer.num_classes:
                 label = read_info(info, self.about["label"], truth)
-        world = self.pipe.world(clip, label, options=self.options)
+        options = self.options
+        if clip is None:  # the noise alone says how it begins
+            assert isinstance(options.seed, int)
+            options = replace(options, seed=options.seed + seed)
+        world = self.pipe.world(clip, label, options=options)
         frames = np.zeros((0, *self.size, 3), np.uint8) if clip is None else to_uint8(clip[0])
         return world, frames, truth
 

@@ -9,6 +9,7 @@ The same command goes on where it was stopped. Environments besides "room" need:
 import argparse
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("episodes", "frames", "repeat"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be >= 1, got {getattr(args, name)}.")
-    if args.seed < 0 or (args.fps is not None and not args.fps > 0):
+    if args.seed < 0 or (args.fps is not None and not 0 < args.fps < math.inf):
         raise ValueError(
-            f"--seed {args.seed} and --fps {args.fps}: a seed is 0 or more, frames a second are more than 0."
+            f"--seed {args.seed} and --fps {args.fps}: a seed is 0 or more, frames a second are a number above 0."
         )
     env = make_environment(args.environment, dict(args.option), args.turn_based)
     make_policy(args.policy, env.space)  # raises if there is none

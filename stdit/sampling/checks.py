@@ -92,6 +92,7 @@ def check_world(engine: Engine, options: SamplingOptions) -> Actions:
     _check_solver(engine, options)
     _check_stream(options)
     _check_history_noise(options)
+    _warn_of_length(engine, None)
     return condition
 
 
@@ -199,11 +200,13 @@ def _check_history_noise(options: SamplingOptions) -> None:
         )
 
 
-def _warn_of_length(engine: Engine, frames: int) -> None:
+def _warn_of_length(engine: Engine, frames: int | None) -> None:
+    """Warn of more frames (None: a world, which has no end) than a model without a window can attend to."""
     trained = engine.trained_on.num_frames
-    if engine.model.config.window is None and frames > trained:
+    if engine.model.config.window is None and (frames is None or frames > trained):
+        longer = "in a world without end" if frames is None else f"for {frames}"
         warn_user(
-            f"this causal model was trained on {trained} frames without a window: for {frames} its cache grows with every "
+            f"this causal model was trained on {trained} frames without a window: {longer} its cache grows with every "
             "frame, and it attends further back than in training; train with model.window for long clips."
         )
 

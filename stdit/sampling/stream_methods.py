@@ -20,7 +20,7 @@ from stdit.sampling.canvas import Canvas
 from stdit.sampling.checks import check, check_conditions, check_streamed, check_world, not_streamed
 from stdit.sampling.engine import Engine
 from stdit.sampling.groups import fits
-from stdit.sampling.inputs import Captions, Labels
+from stdit.sampling.inputs import NEGATIVE, Captions, Labels
 from stdit.sampling.media import as_clips
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.output import as_output
@@ -100,11 +100,19 @@ class StreamMethods(CallbackState):
         call.refuse("a world", "latents", "num_videos_per_prompt", "output_type")
         options, config, engine = call.options, self.config, self.engine
         condition = check_world(engine, options)
+        if call.given.get(f"{NEGATIVE}{condition.name}") is not None:
+            raise ValueError(
+                f"a world takes no {NEGATIVE}{condition.name}: guidance leads away from no action; leave it out, or use stream."
+            )
         known = torch.zeros(1, 3, 0, config.height, config.width)
         if isinstance(clip, Tensor) and clip.ndim == 5 and not clip.shape[2]:  # one without frames has a size
             known = clip
         elif clip is not None:
             known = as_clips(clip, "clip", "either")
+        if actions is not None and not known.shape[2]:
+            raise ValueError(
+                "actions= are those of the clip, which has no frames; give a clip, or give an action to each step."
+            )
         count, size = len(known), (known.shape[3], known.shape[4])
         engine.latent_shape((max(1, known.shape[2]), *size))
         with torch.no_grad():

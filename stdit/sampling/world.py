@@ -23,7 +23,8 @@ class World:
     """Clips that a causal model with actions continues, one latent frame for each `step`.
 
     Time and memory of a step are constant. `frames` counts the pixel frames so far. What is generated equals
-    `STDiTPipeline.stream` with the same actions, to the last bit.
+    `STDiTPipeline.stream` with the same actions, to the last bit; with guidance and no action at all, but for rounding, since a
+    stream knows beforehand that there is nothing to lead away from.
     """
 
     def __init__(

@@ -2,7 +2,8 @@
 
 Messages of the page, as JSON: {"type": "act", "action": NUMBER, [NUMBERS] or null}, what is held from now on (in a turn-based
 world: one step; null: nothing); {"type":
-"shown"}, the last group has begun to be shown, so that the next one may be made; {"type": "restart", "seed": N}; {"type":
+"shown", "epoch": N}, the last group has begun to be shown, so that the next one may be made, where N is that of the last reset
+or rewound (others are of frames that are gone, and are ignored); {"type": "restart", "seed": N}; {"type":
 "rewind", "groups": N}; {"type": "record", "on": true or false}. The server sends JSON (hello, reset, rewound, alone, recording, recorded, error, full),
 and each group as binary: a header of 8 bytes (the number of its first frame, the number of its frames, and 1 if the truth is
 beside the dream), then the frames as PNG pictures, each after 4 bytes with its length.
@@ -31,7 +32,7 @@ from stdit.conditions import Actions
 from stdit.data.video_write import VideoStream, to_uint8
 from stdit.sampling.world import World
 from stdit.web.server import Worker, page
-from stdit.worlds.environments import Environment
+from stdit.worlds.environments import Environment, steps_of_group
 
 _PRESSES = 8  # keys that wait for their step in a turn-based world
 _IDLE = ("stay", "noop", "none", "idle", "nothing")  # names of actions that do nothing
@@ -83,7 +84,7 @@ class Stage:
             "type": "hello", "title": self.title, "fps": self.fps, "evaluations": self.evaluations,
             "count": space.count, "width": space.width, "names": list(space.names or ()),
             "low": list(space.low or ()), "high": list(space.high or ()), "repeat": space.repeat,
-            "turn_based": self.turn_based,
+            "turn_based": self.turn_based, "steps": steps_of_group(space, self.actions.stride),
         }  # fmt: skip
 
     @property
@@ -130,6 +131,7 @@ class Session:
         self.held: Any = None  # what goes on from now on; None: the world waits
         self.presses: deque[Any] = deque(maxlen=_PRESSES)  # of a turn-based world, one step each
         self.ready, self.acted = asyncio.Event(), asyncio.Event()
+        self.epoch = 0  # counts restarts and rewinds, after which frames that are on their way are not shown
         self.jobs: asyncio.Queue[Callable[[], Any]] = asyncio.Queue()  # restarts and the like, run between groups
         self.recorder: VideoStream | None = None
         self.start: Start | None = None
@@ -170,6 +172,9 @@ class Session:
                     return
                 action = self.presses.popleft() if self.presses else self.held
                 self._wait_if_idle()
+                if action is None:  # what was held has been let go since: the page is ready for the next
+                    self.ready.set()
+                    return
                 await self._send(await self.worker.run(self._step, action))
         except WebSocketDisconnect:
             raise
@@ -233,7 +238,7 @@ class Session:
             if message["type"] == "websocket.disconnect":
                 return
             try:
-                self._take(json.loads(message.get("text") or ""))
+                self._take(_parsed(message.get("text") or ""))
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 await self._tell_error(error)
 
@@ -241,10 +246,11 @@ class Session:
         """Do what a message says; ValueError for one that is none of those of this module's docstring."""
         kind = message.get("type") if isinstance(message, Mapping) else None
         if kind == "act":
-            action = message["action"]
+            action = _given(message, "action")
             self._act(None if action is None else self.stage.actions.number(action))
         elif kind == "shown":
-            self.ready.set()
+            if _whole(_given(message, "epoch"), "epoch", 2**53) == self.epoch:
+                self.ready.set()
         elif kind == "restart":
             seed = _whole(message.get("seed", 0), "seed", 2**31)
             self.jobs.put_nowait(lambda: self._restart(seed))
@@ -252,7 +258,9 @@ class Session:
             groups = _whole(message.get("groups", 1), "groups", 10**6)
             self.jobs.put_nowait(lambda: self._rewind(groups))
         elif kind == "record":
-            on = bool(message["on"])
+            on = _given(message, "on")
+            if not isinstance(on, bool):
+                raise ValueError(f"on={str(on)[:40]!r} of a message record is neither true nor false.")
             self.jobs.put_nowait(lambda: self._record(on))
         else:
             raise ValueError(
@@ -275,7 +283,9 @@ class Session:
             await self._record(False)
         self.start = Start(*await self.worker.run(self.stage.begin, seed, self.environment))
         self.environment = self.start.truth
-        await self.socket.send_json({"type": "reset", "seed": seed, "truth": self.start.truth is not None})
+        self._new_epoch()
+        reset = {"type": "reset", "epoch": self.epoch, "seed": seed, "truth": self.start.truth is not None}
+        await self.socket.send_json(reset)
         if len(self.start.frames):
             last = self.start.frames[-1:]
             await self._send(Group(self.start.world.frames - 1, last, last if self.start.truth is not None else None))
@@ -284,11 +294,18 @@ class Session:
 
     async def _rewind(self, groups: int) -> None:
         """Take back some groups; the truth, which cannot go back, ends."""
-        assert self.start is not None
+        if self.start is None:
+            raise ValueError("there is no world that could be taken back, since none could begin; restart.")
         self.start.world.rewind(min(groups, self.start.world.rewindable))
+        self._new_epoch()
         await self._end_truth("the truth cannot go back; the dream goes on alone")
-        await self.socket.send_json({"type": "rewound", "frames": self.start.world.frames})
+        await self.socket.send_json({"type": "rewound", "epoch": self.epoch, "frames": self.start.world.frames})
         self.ready.set()
+
+    def _new_epoch(self) -> None:
+        """Ignore from now on that frames of before are shown."""
+        self.epoch += 1
+        self.ready.clear()
 
     async def _record(self, on: bool) -> None:
         """Begin or end a recording of what is shown."""
@@ -308,6 +325,19 @@ class Session:
             return None
         recorder.__exit__(None, None, None)
         return recorder.path.name if recorder.path.is_file() else None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{text[:40]!r} is no message in JSON; send an object with a type.") from error
+
+
+def _given(message: Mapping[str, Any], name: str) -> Any:
+    if name not in message:
+        raise ValueError(f"a message of type {message['type']!r} has no {name!r}; give one.")
+    return message[name]
 
 
 def _whole(value: Any, name: str, most: int) -> int:

@@ -4,21 +4,22 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
-import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from stdit.conditions import ActionSpace
-from stdit.data.transforms import resize
+from stdit.conditions.actions import bounded
+from stdit.data.transforms import cover_size, crop, resize
 from stdit.worlds.room import Room
 
 # Packages that register environments with Gymnasium when they are imported, and the distributions they come from.
 _PACKAGES = {"minigrid": "minigrid", "ale_py": "ale-py", "vizdoom.gymnasium_wrapper": "vizdoom"}
 _TURN_BASED = ("minigrid",)
 SHIPPED = "room"
+LARGEST_SIDE = 4096  # of pictures, in pixels; those of training are far smaller
 
 
 class EnvStep(NamedTuple):
@@ -36,7 +37,8 @@ class Environment(NamedTuple):
 
     env: with Gymnasium's interface. space: of its actions, as a model takes them. first: the number of its first action
     (Gymnasium's `Discrete.start`). turn_based: whether nothing happens between actions (`act`). versions: of the packages
-    that it needs. writes: whether its engine, which starts at the first reset, writes into the current folder.
+    that it needs. writes: whether its engine, which starts at the first reset, writes into the current folder. size: (H, W) of
+    its pictures in recordings; None: as they are drawn.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Environment(NamedTuple):
     turn_based: bool = False
     versions: Mapping[str, str] = {}
     writes: bool = False
+    size: tuple[int, int] | None = None
 
     @property
     def fps(self) -> float:
@@ -55,7 +58,17 @@ class Environment(NamedTuple):
     def reset(self, seed: int) -> tuple[Any, dict[str, Any]]:
         """Begin an episode -> observation and info."""
         with contextlib.chdir(_scratch().name) if self.writes else contextlib.nullcontext():
-            return self.env.reset(seed=seed)
+            return self._call("begin an episode", self.env.reset, seed=seed)
+
+    def _call(self, doing: str, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """Call a method of the environment; ValueError of one line if it fails, however it does."""
+        try:
+            return method(*given, **named)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # of code that is not ours
+            said = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"environment {self.name!r} cannot {doing}: {said}") from error
 
     def act(
         self, action: Any, frames: int, size: tuple[int, int] | None = None, *, repeat: int | None = None
@@ -69,7 +82,7 @@ class Environment(NamedTuple):
         taken = None
         for frame in range(frames):
             if taken is None or not self.turn_based or (repeat and frame % repeat == 0 and not taken.done):
-                observation, reward, terminated, truncated, info = self.env.step(given)
+                observation, reward, terminated, truncated, info = self._call("take a step", self.env.step, given)
                 done = bool(terminated or truncated)
                 taken = EnvStep(self.picture(size), observation, reward=float(reward), done=done, info=dict(info))
             yield taken
@@ -78,14 +91,20 @@ class Environment(NamedTuple):
             taken = taken._replace(reward=0.0) if self.turn_based else taken
 
     def picture(self, size: tuple[int, int] | None = None) -> np.ndarray:
-        """The picture (H, W, 3) uint8 as it is now. size: (H, W) to which it is scaled."""
-        frame = np.asarray(self.env.render())
+        """The picture (H, W, 3) uint8 as it is now, as a recording has it.
+
+        size: (H, W) that it is scaled to cover, and to which its centre is cropped, as clips are in training.
+        """
+        frame = np.asarray(self._call("draw its picture", self.env.render))
         if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
             raise ValueError(
                 f"environment {self.name!r} draws {frame.dtype} of shape {frame.shape}, not a picture (height, width, 3) of "
                 "uint8; choose another one."
             )
-        return frame if size is None else resize(frame[None], size)[0]
+        pictures = frame[None] if self.size is None else resize(frame[None], self.size)
+        if size is not None:
+            pictures = crop(resize(pictures, cover_size(pictures.shape[1:3], size)), size)
+        return pictures[0]
 
 
 def make_environment(
@@ -125,12 +144,27 @@ def frames_of_action(space: ActionSpace, group: int) -> int:
     return space.repeat
 
 
+def steps_of_group(space: ActionSpace, group: int) -> int:
+    """How many steps of a turn-based environment an action takes if it is held for a group of frames."""
+    return max(1, group // frames_of_action(space, group))
+
+
 def environment_of(about: Mapping[str, Any]) -> Environment:
-    """The environment that `ActionSpace.environment` describes."""
+    """The environment that `ActionSpace.environment` describes, with pictures of the size that was recorded."""
     name, options = str(about["name"]), about.get("options") or {}
     if ":" in name or not isinstance(options, Mapping):  # Gymnasium imports the module before a colon
         raise ValueError(f"environment {name[:60]!r} would import a module; name one that is registered.")
-    return make_environment(name, options, about.get("turn_based"))
+    size = about.get("size")
+    if size is not None and not (
+        isinstance(size, list | tuple)
+        and len(size) == 2
+        and all(isinstance(side, int) and 1 <= side <= LARGEST_SIDE for side in size)
+    ):
+        raise ValueError(
+            f"environment {name[:60]!r} has pictures of size={str(size)[:40]!r}; give [height, width], 1 to {LARGEST_SIDE}."
+        )
+    env = make_environment(name, options, about.get("turn_based"))
+    return env._replace(size=None if size is None else (size[0], size[1]))
 
 
 def _make(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, str]]:
@@ -184,8 +218,8 @@ def _space_of(name: str, env: Any) -> tuple[ActionSpace, int]:
         return ActionSpace(count=count, names=names if names and len(names) == count else None), int(actions.start)
     if isinstance(actions, spaces.Box) and len(actions.shape) == 1:
         low, high = actions.low.astype(float).tolist(), actions.high.astype(float).tolist()
-        bounded = all(math.isfinite(bound) for bound in (*low, *high))
-        return ActionSpace(width=len(low), low=low if bounded else None, high=high if bounded else None), 0
+        given = {"low": low, "high": high} if bounded([*low, *high]) else {}
+        return ActionSpace(width=len(low), **given), 0
     raise ValueError(
         f"environment {name!r} has actions {actions}, which are neither one of several (Discrete) nor a vector (Box); wrap it, or "
         "choose another one."

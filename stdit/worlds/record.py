@@ -58,13 +58,14 @@ def replay(env: Environment, actions: Sequence[Any], how: Recording, *, seed: in
 
 
 def _run(env: Environment, choose: Callable[[Any, dict[str, Any], int], Any], how: Recording, *, seed: int) -> Episode:
+    env = env._replace(size=how.size)
     observation, info = env.reset(seed)
-    frames, actions, rewards, done = [env.picture(how.size)], [None], [0.0], False
+    frames, actions, rewards, done = [env.picture()], [None], [0.0], False
     kept: dict[str, list[Any]] = {name: [read_info(info, name, env)] for name in how.info}
     label = None if how.label is None else read_info(info, how.label, env)
     while not done and len(frames) < how.frames:
         action = choose(observation, info, len(frames))
-        for taken in env.act(action, min(how.repeat, how.frames - len(frames)), how.size):
+        for taken in env.act(action, min(how.repeat, how.frames - len(frames))):
             observation, info, done = taken.observation, taken.info, taken.done
             frames.append(taken.picture)
             actions.append(action)

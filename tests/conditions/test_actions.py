@@ -1,6 +1,7 @@
 """Actions: one for every pixel frame, grouped for latent frames, in training and in every way of sampling."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ from conftest import fill
 
 from stdit.conditions import Actions, ActionSpace, ClipFacts
 from stdit.data.actions import actions_of_rows
-from stdit.recipes import cache_latents, train
+from stdit.data.clips import TableDataset
+from stdit.data.config import DataConfig
+from stdit.data.manifest import Row, Table
+from stdit.recipes import cache_latents, index, train
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import TinyVAE
@@ -57,6 +61,24 @@ def test_numbers_are_scaled_by_their_bounds_and_missing_ones_are_nan():
     grouped = WHEEL.encode(raw, 4)
     assert grouped[0, 0].isnan().all() and grouped[0, 1, 2].isnan().all()
     assert grouped[0, 1, [0, 1, 3]].tolist() == [[1, 0], [-1, -1], [0, 1]]
+
+
+@pytest.mark.parametrize("bound", [float("inf"), 3.4028235e38, float("nan"), -2.0])
+def test_bounds_that_are_none_are_refused_with_the_remedy(bound):
+    with pytest.raises(ValueError, match="leave both out for numbers without bounds"):
+        Actions(stride=4, width=2, low=[0, -1], high=[1, bound])
+
+
+@pytest.mark.parametrize("action", ["12", {"1": 0, "2": 0}, b"12"])
+def test_texts_and_objects_are_no_lists_of_numbers(action):
+    with pytest.raises(ValueError, match="no list of 2 numbers"):
+        Actions(stride=4, width=2).number(action)
+
+
+def test_a_number_that_is_always_the_same_is_zero_and_missing_ones_stay_missing():
+    same = Actions(stride=1, width=1, low=[0.1], high=[0.1])
+    found = same.encode(same.collate([[None, [0.1], [0.1000003], None]]), 1)[0, :, 0, 0]
+    assert found[1:3].tolist() == [0, 0] and found[[0, 3]].isnan().all()
 
 
 @pytest.mark.parametrize("condition", [KEYS, WHEEL])
@@ -182,6 +204,14 @@ def test_the_space_is_found_from_rows_without_one_also_in_csv():
     assert actions_of_rows([{"caption": "a"}]) is None
 
 
+@pytest.mark.parametrize("actions", [[None, "left", "right", "left"], [None, 0.0, 1.0, 0.0], "[null, 0, 1, 0]"])
+def test_actions_in_the_data_may_be_names_or_whole_floats(actions):
+    row = Row(Path("a.mp4"), None, "", {"actions": actions, "action_space": {"count": 2, "names": ["left", "right"]}})
+    found = TableDataset(Table([row], 0, None), DataConfig())
+    raw = Actions.read(found.record(0), ClipFacts((4, 8, 8), 4.0))
+    assert Actions(**found.action_space.plain).encode(Actions.collate([raw]), 1)[0, :, 0].tolist() == [2, 0, 1, 0]
+
+
 def test_frames_that_are_skipped_or_repeated_have_no_actions():
     for frames in ([0, 2, 4], [0, 0, 1], [7, 8, 9]):
         assert Actions.read({"actions": [0] * 9}, ClipFacts((3, 8, 8), 4.0, frames)) is None
@@ -219,6 +249,17 @@ def test_a_model_learns_actions_from_clips_and_from_cached_latents_and_carries_t
     capsys.readouterr()
     assert train.run(["t.yaml", "name=flipped", "data.flip=true"]) == 1
     assert "mirrors the clips but not their actions" in capsys.readouterr().err
+    arguments = ["data.flip=true", "--freeze-augmentation", "--output", "mirrored"]
+    with pytest.raises(ValueError, match="mirrors the clips but not their actions"):
+        cache_latents.main(["t.yaml", *arguments])
+    assert not (tmp_path / "mirrored").exists()
+    info = json.loads((tmp_path / "latents/cache.json").read_text())
+    (tmp_path / "before").mkdir()
+    for part in (tmp_path / "latents").glob("latents-*"):
+        (tmp_path / "before" / part.name).write_bytes(part.read_bytes())
+    (tmp_path / "before/cache.json").write_text(json.dumps({**info, "flip": True}))  # by an earlier version
+    assert train.run(["t.yaml", "name=before", "data.source=latents", "data.root=before", "data.manifest=null"]) == 1
+    assert "'before' were made with data.flip=true" in capsys.readouterr().err
     assert train.run(["t.yaml", "name=faster", "data.fps=12"]) == 1
     assert "data.fps=12 takes some of the frames" in capsys.readouterr().err
     assert train.run(["t.yaml", "name=untold", "model.actions=false", "data.fps=12"]) == 0
@@ -226,5 +267,9 @@ def test_a_model_learns_actions_from_clips_and_from_cached_latents_and_carries_t
     rows[0]["actions"] = "walks"  # a column of that name in other data
     (tmp_path / "world/manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert train.run(["t.yaml", "name=other", "model.actions=false"]) == 0
+    assert train.run(["t.yaml", "name=held", "model.actions=false", "train.holdout=0.4"]) == 0
+    assert cache_latents.main(["t.yaml", "--windows", "2", "--output", "walks"]) == 0
+    assert json.loads((tmp_path / "walks/cache.json").read_text())["action_space"] is None
+    assert index.main(["world/manifest.jsonl", "--output", "walks.index"]) == 0
     assert train.run(["t.yaml", "name=none"]) == 1
     assert "row 1 of the manifest: actions 'walks' are no list" in capsys.readouterr().err

@@ -9,6 +9,8 @@ from media import read_barcode, write_barcodes
 from stdit.conditions import Actions
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
+from stdit.data.loader import KeyedSamples
+from stdit.data.samplers import UniformSampler
 from stdit.recipes import cache_latents
 from stdit.rng import keyed_rng
 
@@ -119,6 +121,27 @@ def test_its_latents_can_be_cached_with_the_actions(root, tmp_path, monkeypatch)
     info = json.loads((tmp_path / "latents/cache.json").read_text())
     assert info["action_space"]["names"] == ["left", "right"]
     assert all(np.shape(one["actions"][1:]) == (8, 2) for one in info["shards"][0]["conditions"])
+
+
+@pytest.mark.parametrize("damaged", ["table", "numbers", "video"])
+def test_an_episode_whose_table_or_video_is_damaged_is_set_aside(damaged, tmp_path, monkeypatch, capsys):
+    make_v21(tmp_path / "robot")
+    monkeypatch.chdir(tmp_path)
+    table = tmp_path / "robot/data/chunk-000/episode_000001.parquet"
+    if damaged == "numbers":
+        write_table(table, {**steps(1), "action": [[1.0]] * LENGTHS[1]})
+    else:
+        path = table if damaged == "table" else tmp_path / f"robot/videos/chunk-000/{CAMERA}/episode_000001.mp4"
+        path.write_bytes(b"PAR1damaged")
+    found = dataset(tmp_path / "robot")
+    samples = KeyedSamples(found, 0, UniformSampler(0, 2, 2))
+    loaded = [samples[0, slot] for slot in range(2)]
+    assert [list(one["bad"]) for one in loaded if one["bad"]] == [[found.name(1)]]
+    assert all(len(one["conditions"]["actions"]) == 9 for one in loaded)
+    (tmp_path / "t.yaml").write_text("name: t\ndata: {root: robot, num_frames: 9, height: 32, width: 32, workers: 0}\n")
+    assert cache_latents.main(["t.yaml", "--output", "latents"]) == 0
+    info = json.loads((tmp_path / "latents/cache.json").read_text())
+    assert info["clips"] == 1 and list(info["skipped"]) == [found.name(1)]
 
 
 @pytest.mark.parametrize(

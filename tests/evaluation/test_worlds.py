@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import fill
 
+from stdit.conditions import ActionSpace
 from stdit.evaluation import minigrid, motion, room
 from stdit.evaluation.worlds import DreamedEpisode, Episode, Play, fidelity, fidelity_by_horizon, play_episode
 from stdit.recipes import evaluate, sample
@@ -14,7 +15,7 @@ from stdit.recipes.entry import run
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import TinyVAE
-from stdit.worlds.environments import make_environment
+from stdit.worlds.environments import make_environment, steps_of_group
 from stdit.worlds.policies import make_policy
 
 
@@ -62,6 +63,24 @@ def test_a_group_that_the_end_of_an_episode_cuts_short_does_not_count():
     how = Play(env, make_policy("random", env.space), 9, group=4, size=(64, 64), state=room.state)
     one = play_episode(how, 0)
     assert len(one.lasts) == 3 and len(one.actions) == 2 and len(one.clip) == 9 and len(one.states) == 3
+
+
+def test_a_policy_may_name_its_actions_and_one_that_is_unknown_is_refused():
+    env = make_environment("room")
+    how = Play(env, lambda: lambda *_: "left", 2, group=4, size=(32, 32), state=room.state)
+    assert play_episode(how, 0).actions == [3, 3]
+    with pytest.raises(ValueError, match="'jump' is unknown"):
+        play_episode(how._replace(policy=lambda: lambda *_: "jump"), 0)
+
+
+@pytest.mark.parametrize(("repeat", "steps"), [(1, 4), (2, 2), (4, 1)])
+def test_the_steps_that_a_key_takes_in_turns_are_counted(repeat, steps):
+    env = make_environment("room")._replace(turn_based=True)
+    space = ActionSpace(count=5, repeat=repeat, environment={"name": "room", "turn_based": True})
+    taken, step = [], env.env.step
+    env.env.step = lambda action: taken.append(action) or step(action)
+    list(env.act(1, 4, repeat=repeat))
+    assert len(taken) == steps == steps_of_group(space, 4)
 
 
 def test_pictures_equal_to_the_truth_have_no_error_and_brighter_ones_drift(played):

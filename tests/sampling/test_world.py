@@ -46,6 +46,18 @@ def test_a_world_equals_a_stream_with_the_same_actions_to_the_last_bit(make, cha
     assert world.frames == 17
 
 
+def test_actions_that_a_world_would_drop_are_refused(make):
+    with pytest.raises(ValueError, match="takes no negative_actions"):
+        make().world(clip(), negative_actions=[2] * 4, guidance_scale=2.5, **FAST)
+    with pytest.raises(ValueError, match="give a clip, or give an action to each step"):
+        make().world(None, actions=[3] * 4, **FAST)
+
+
+def test_a_world_of_a_model_without_a_window_warns_that_memory_grows(make):
+    with pytest.warns(UserWarning, match="in a world without end its cache grows"):
+        make(window=None).world(clip(), **FAST)
+
+
 def test_a_world_without_a_clip_begins_with_one_frame(make):
     world = make().world(**FAST)
     assert (world.frames, world.group) == (0, 1)

@@ -1,5 +1,8 @@
 """The page of a world: its protocol, and the page itself in a browser without a screen."""
 
+import argparse
+import asyncio
+import json
 import re
 import shutil
 import socket
@@ -7,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -23,12 +27,16 @@ pytest.importorskip("httpx2", reason="the test client of starlette needs it")
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
+from stdit.conditions import Actions
+from stdit.recipes.play import Beginnings
 from stdit.sampling.checks import check_world
 from stdit.sampling.options import SamplingOptions
-from stdit.web.play import Stage
+from stdit.web.play import Session, Stage
 from stdit.web.server import Worker, make_app, open_port
+from stdit.worlds.environments import make_environment
 
 LOCAL = {"host": "127.0.0.1:80"}
+SHOWN = {"type": "shown", "epoch": 1}
 
 
 def make_pipe(tiny_model, environment=None):
@@ -81,11 +89,11 @@ def test_each_group_is_made_when_the_last_one_is_shown_and_not_before(client, st
         begin(play)
         play.send_json({"type": "act", "action": 1})
         for first in (1, 5, 9):
-            play.send_json({"type": "shown"})
+            play.send_json(SHOWN)
             assert group(play) == (first, 4)
         time.sleep(0.2)
         play.send_json({"type": "restart", "seed": 4})
-        assert play.receive_json() == {"type": "reset", "seed": 4, "truth": False}  # no group came unasked
+        assert play.receive_json() == {"type": "reset", "epoch": 2, "seed": 4, "truth": False}  # no group came unasked
         assert group(play) == (0, 1)
     assert stage.open == 0
 
@@ -95,7 +103,7 @@ def test_each_group_is_made_when_the_last_one_is_shown_and_not_before(client, st
     [
         "", "{", "[1]", "null", '{"type": "jump"}', '{"type": "act"}', '{"type": "act", "action": 9}',
         '{"type": "act", "action": [1]}', '{"type": "act", "action": 1e999}', '{"type": "act", "action": NaN}', '{"type": "restart", "seed": "x"}', '{"type": "restart", "seed": -1}',
-        '{"type": "rewind", "groups": 1.5}', "[" * 5000,
+        '{"type": "rewind", "groups": 1.5}', '{"type": "record"}', '{"type": "record", "on": 1}', '{"type": "shown"}', "[" * 5000,
     ],
 )  # fmt: skip
 def test_a_message_that_is_no_action_is_refused_and_the_connection_stays(client, message):
@@ -103,9 +111,106 @@ def test_a_message_that_is_no_action_is_refused_and_the_connection_stays(client,
         begin(play)
         play.send_text(message)
         answer = play.receive_json()
-        assert answer["type"] == "error" and "\n" not in answer["message"]
-        play.send_json({"type": "shown"})
+        assert answer["type"] == "error" and "\n" not in answer["message"] and len(answer["message"]) > 30
+        play.send_json(SHOWN)
         assert group(play) == (1, 4)
+
+
+def test_frames_of_before_a_restart_or_rewind_that_are_shown_late_ask_for_nothing(client):
+    with client.websocket_connect("/play", headers=LOCAL) as play:
+        begin(play)
+        play.send_json({"type": "restart", "seed": 4})
+        assert play.receive_json()["epoch"] == 2
+        assert group(play) == (0, 1)
+        play.send_json(SHOWN)
+        time.sleep(0.2)
+        play.send_json({"type": "rewind", "groups": 0})
+        assert play.receive_json()["type"] == "rewound"  # and no group before it
+        assert group(play) == (1, 4)
+        play.send_json({"type": "shown", "epoch": 2})
+        time.sleep(0.2)
+        play.send_json({"type": "restart", "seed": 5})
+        assert play.receive_json()["epoch"] == 4
+
+
+def test_a_world_that_cannot_begin_can_be_restarted_and_says_so_when_it_is_taken_back(client, stage):
+    begins = stage.begin
+
+    def fail(seed, truth):
+        raise ValueError("there is no display")
+
+    stage.begin = fail
+    with client.websocket_connect("/play", headers=LOCAL) as play:
+        play.receive_json()
+        assert play.receive_json()["message"] == "there is no display"
+        play.send_json({"type": "rewind", "groups": 1})
+        assert "none could begin" in play.receive_json()["message"]
+        stage.begin = begins
+        play.send_json({"type": "restart", "seed": 0})
+        assert play.receive_json()["type"] == "reset"
+
+
+class Tab:
+    """A socket to which a test says messages, and the types of what is answered."""
+
+    def __init__(self):
+        self.waiting, self.answers = asyncio.Queue(), []
+
+    def say(self, **message):
+        self.waiting.put_nowait({"type": "websocket.receive", "text": json.dumps(message)})
+
+    async def receive(self):
+        return await self.waiting.get()
+
+    async def send_json(self, message):
+        self.answers.append(message["type"])
+
+    async def send_bytes(self, data):
+        self.answers.append("group")
+
+
+def test_an_action_that_is_let_go_at_once_ends_nothing_where_no_action_is_idle(tmp_path):
+    env = make_environment("room", {"size": 32})
+    env.reset(0)
+    pixels = torch.zeros(1, 3, 4, 32, 32)
+
+    def begin(seed, truth):
+        world = types.SimpleNamespace(frames=1, group=4, rewindable=0, step=lambda action: pixels)
+        return world, np.zeros((1, 32, 32, 3), np.uint8), env
+
+    async def play():
+        stage = Stage(begin, Actions(stride=4, count=5), fps=16.0, evaluations=2, title="t", recordings=tmp_path)
+        tab = Tab()
+        task = asyncio.create_task(Session(stage, tab, Worker()).run())
+
+        async def until(count):
+            while len(tab.answers) < count and not task.done():
+                await asyncio.sleep(0.01)
+
+        await until(3)
+        for count in (4, 5):
+            tab.say(**SHOWN)
+            await asyncio.sleep(0.05)
+            tab.say(type="act", action=1)
+            tab.say(type="act", action=None)
+            await asyncio.sleep(0.05)
+            tab.say(type="act", action=1)
+            await until(count)
+            tab.say(type="act", action=None)
+        assert not task.done() and tab.answers == ["hello", "reset", "group", "group", "group"]
+        tab.waiting.put_nowait({"type": "websocket.disconnect"})
+        await task
+
+    asyncio.run(asyncio.wait_for(play(), 20))
+
+
+def test_restart_begins_with_another_picture_where_there_is_no_environment(tiny_model):
+    options = SamplingOptions(num_inference_steps=1, precision="fp32")
+    pipe = make_pipe(tiny_model)
+    args = argparse.Namespace(class_label=None, input=None)
+    begins = Beginnings(pipe, options, check_world(pipe.engine, options), args)
+    first, second, again = (begins(seed)[0].step(None) for seed in (0, 1, 0))
+    assert torch.equal(first, again) and not torch.equal(first, second)
 
 
 def test_more_tabs_than_worlds_are_told_so_and_a_closed_tab_makes_room(client):
@@ -129,12 +234,12 @@ def test_a_world_can_be_taken_back_and_recorded(client, stage):
         play.send_json({"type": "record", "on": True})
         assert play.receive_json()["type"] == "recording"
         for first in (1, 5):
-            play.send_json({"type": "shown"})
+            play.send_json(SHOWN)
             assert group(play) == (first, 4)
         play.send_json({"type": "record", "on": False})
         url = play.receive_json()["url"]
         play.send_json({"type": "rewind", "groups": 2})
-        assert play.receive_json() == {"type": "rewound", "frames": 1}
+        assert play.receive_json() == {"type": "rewound", "epoch": 2, "frames": 1}
         assert group(play) == (1, 4)
     assert client.get(url).content[4:8] == b"ftyp"
     assert client.get("/recordings/..%2Fsecret").status_code == 404

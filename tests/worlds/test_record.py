@@ -7,6 +7,9 @@ import types
 import numpy as np
 import pytest
 
+from stdit.conditions import ActionSpace
+from stdit.data.config import DataConfig
+from stdit.data.datasets import build_dataset
 from stdit.data.video_io import VideoReader
 from stdit.evaluation.metrics import psnr
 from stdit.pixels import to_float
@@ -71,7 +74,28 @@ class Blind(Line):
         return None
 
 
-for name, kind in (("Line", Line), ("Many", Many), ("Blind", Blind)):
+class Unfit(Line):
+    def reset(self, *, seed=None, options=None):
+        raise gymnasium.error.DependencyNotInstalled("pygame is not installed, run `pip install pygame`")
+
+
+class Fails(Line):
+    def step(self, action):
+        raise RuntimeError("no GL context")
+
+
+class Huge(Line):
+    action_space = gymnasium.spaces.Box(-3.4e38, 3.4e38, (1,), np.float32)
+
+
+for name, kind in (
+    ("Line", Line),
+    ("Unfit", Unfit),
+    ("Fails", Fails),
+    ("Huge", Huge),
+    ("Many", Many),
+    ("Blind", Blind),
+):
     gymnasium.register(f"{name}-v0", entry_point=kind)
 
 
@@ -87,10 +111,38 @@ def test_recorded_actions_and_the_seed_give_the_recorded_frames(environment):
         assert psnr(to_float(frames_of(f"out/{row['path']}"))[None], to_float(again.frames)[None]) > 40
 
 
+def test_the_largest_numbers_are_no_bounds():
+    assert make_environment("Huge-v0").space == ActionSpace(width=1)
+    assert make_environment("Line-v0").space == ActionSpace(width=1, low=[-1], high=[1])
+
+
 def test_lossless_clips_have_exactly_the_frames():
     assert record.main(["room", "--lossless", *SHORT]) == 0
     for row in rows():
         assert frames_hash(frames_of(f"out/{row['path']}")) == row["frames_sha256"]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (32, 48)])
+def test_play_and_evaluation_see_the_pictures_that_training_has(size):
+    record.main(["room", "--lossless", *SHORT[:4], "--size", "32x64", *SHORT[6:]])
+    row = rows()[0]
+    clips = build_dataset(
+        DataConfig(
+            source="videos", root="out", manifest="out/manifest.jsonl", num_frames=9, height=size[0], width=size[1]
+        )
+    )
+    trained = clips.load(0, np.random.default_rng(0))["pixels"].numpy()
+    env = environment_of(row["action_space"]["environment"])
+    env.reset(row["seed"])
+    seen = np.stack([env.picture(size), *(one.picture for one in env.act(row["actions"][1], 4, size))])
+    differ = np.abs(seen.astype(int) - trained[:5]).mean()
+    assert differ < 3 if size[0] > 32 else differ == 0  # decoders scale in another way
+
+
+@pytest.mark.parametrize("size", [[0, 64], [64], "64", [10**9, 10**9], [64.0, 64]])
+def test_a_size_that_no_recording_has_is_refused(size):
+    with pytest.raises(ValueError, match="give .height, width."):
+        environment_of({"name": "room", "size": size})
 
 
 def test_an_action_lasts_so_many_frames_and_in_turns_it_is_one_step():
@@ -131,6 +183,9 @@ def test_the_rest_of_an_episode_that_ends_is_not_invented():
     [
         (["Many-v0"], "neither one of several (Discrete) nor a vector (Box)"),
         (["Blind-v0"], "draws"),
+        (["Unfit-v0"], "cannot begin an episode: pygame is not installed"),
+        (["Fails-v0"], "cannot take a step: no GL context"),
+        (["room", "--fps", "inf"], "frames a second are a number above 0"),
         (["NoSuchWorld-v0"], "NoSuchWorld"),
         (["room", "--policy", "clever"], "--policy 'clever' is unknown"),
         (["room", "--policy", "no_such_module:f"], "no_such_module"),

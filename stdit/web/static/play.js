@@ -2,7 +2,7 @@
 // Sends what is held, and shows each group of frames at the chosen speed. The next group is asked for when one begins to be
 // shown, so that it is there when this one ends, and a key takes effect in the group after that at the latest.
 const $ = (id) => document.getElementById(id);
-const state = { hello: null, held: [], queue: [], frame: 0, shownAt: [], values: [], recording: false, frames: 0 };
+const state = { hello: null, held: [], queue: [], frame: 0, shownAt: [], values: [], recording: false, link: null, epoch: 0, frames: 0 };
 window.stdit = state; // for tests
 
 const ARROWS = { ArrowUp: ["up", "forward", "north"], ArrowDown: ["down", "backward", "south"], ArrowLeft: ["left", "west"], ArrowRight: ["right", "east"] };
@@ -112,7 +112,7 @@ function show(now) {
   requestAnimationFrame(show);
   if (now < due || !state.queue.length) return;
   const { dream, truth, number, begins } = state.queue.shift();
-  if (begins) send({ type: "shown" });
+  if (begins) send({ type: "shown", epoch: state.epoch });
   draw($("dream"), dream);
   if (truth) draw($("truth"), truth);
   state.frame = number; state.frames++;
@@ -125,26 +125,28 @@ function show(now) {
 }
 requestAnimationFrame(show);
 
+// The link to the last recording stays beside what is said.
+function note(text) { $("note").replaceChildren(...[text, text && state.link ? " " : "", state.link ?? ""].filter((part) => part !== "")); }
+
 const handlers = {
   hello(message) {
     state.hello = message;
     $("title").textContent = message.title; $("evaluations").textContent = message.evaluations;
     $("speed").value = Math.max(16, Math.round(message.fps)); $("speed").dispatchEvent(new Event("input"));
-    $("status").textContent = message.turn_based ? "each key is one step" : "hold a key";
+    $("status").textContent = message.turn_based ? `each key is ${message.steps === 1 ? "one step" : `${message.steps} steps`}` : "hold a key";
     buildKeys(message);
   },
-  reset(message) { state.queue = []; $("truth-figure").hidden = !message.truth; $("note").textContent = ""; if (!state.hello.turn_based) sendAction(); },
-  rewound(message) { state.queue = []; $("status").textContent = `back at frame ${message.frames}`; },
-  alone(message) { $("truth-figure").hidden = true; $("note").textContent = message.message; },
-  recording() { state.recording = true; $("record").textContent = "stop recording"; $("record").className = "recording"; },
+  reset(message) { state.queue = []; state.epoch = message.epoch; $("truth-figure").hidden = !message.truth; note(""); if (!state.hello.turn_based) sendAction(); },
+  rewound(message) { state.queue = []; state.epoch = message.epoch; $("status").textContent = `back at frame ${message.frames}`; },
+  alone(message) { $("truth-figure").hidden = true; note(message.message); },
+  recording() { state.recording = true; state.link = null; note(""); $("record").textContent = "stop recording"; $("record").className = "recording"; },
   recorded(message) {
     state.recording = false; $("record").textContent = "record"; $("record").className = "";
-    $("note").replaceChildren();
-    if (!message.url) return;
+    if (!message.url) return note("");
     const link = document.createElement("a"); link.href = message.url; link.textContent = "the recording (mp4)"; link.download = "";
-    $("note").append(link);
+    state.link = link; note("");
   },
-  error(message) { $("note").textContent = message.message; },
+  error(message) { note(message.message); },
   full(message) { $("status").textContent = message.message; },
 };
 
