@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,7 +39,11 @@ def load_pipeline(model: str | Path) -> STDiTPipeline:
         raise ValueError(f"{model} is a LoRA; give its model as --model, and --lora {model}.")
     if run is None:
         _note_newer_checkpoint(Path(model))
-        return STDiTPipeline.from_pretrained(str(model)).to(default_device())
+        diffusers_logging.disable_progress_bar()  # of three small parts, which would fill logs
+        try:
+            return STDiTPipeline.from_pretrained(str(model)).to(default_device())
+        finally:
+            diffusers_logging.enable_progress_bar()
     checkpoint = find_checkpoint(run)
     name = checkpoint.path.parent.name
     print(
