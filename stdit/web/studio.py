@@ -1,13 +1,14 @@
 """The studio: a page with a timeline on which clips, pictures and gaps are laid and filled by a trained model.
 
-What changes is sent to every tab over a WebSocket (/events), as JSON: {"type": "hello", ...} with everything, then "job",
-"versions" and "models". What a tab asks for goes by HTTP under /api; a request that is refused is answered with 409 and
+What changes is sent to every tab over a WebSocket (/events), as JSON: {"type": "hello", ...} with everything, then "job" and
+"versions". What a tab asks for goes by HTTP under /api; a request that is refused is answered with 409 and
 {"problem": {"message", "fixes"}}, one line and the buttons that would help.
 """
 
 import asyncio
 import secrets
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from starlette.websockets import WebSocket
 
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.web.server import Worker, page
-from stdit.web.studio_history import History
+from stdit.web.studio_history import History, made_with
 from stdit.web.studio_http import Answer, answered, read_body, read_first, read_look
 from stdit.web.studio_jobs import Job, Jobs, Progress
 from stdit.web.studio_media import LARGEST_UPLOAD, MOST_SECONDS, Look, Media, TooLong, readable
@@ -168,7 +169,13 @@ class Studio:
             return self.media.path(name).as_posix()
 
         planner = Planner(facts, view, path, output=self.output, others=tuple(others))
-        return planner.plan(request)
+        plan = planner.plan(request)
+        made = self.history.made_by(plan.commands)
+        if made is None or made_with(made, facts.written):
+            return plan
+        # The model was trained on since: beside what it made before, which would have the same name.
+        folder = time.strftime("model-%Y%m%d-%H%M%S", time.localtime(facts.written / 1e6))
+        return planner._replace(output=self.output / folder).plan(request)
 
     async def _plan(self, http: HttpRequest) -> Response:
         request, plan = await self._planned(http)
@@ -193,7 +200,7 @@ class Studio:
 
     def _run(self, job: Job, progress: Progress) -> list[str]:
         """Do the commands of a job in the worker -> the names of the versions."""
-        pipe = self.models.pipeline(job.request["model"])
+        pipe, model = self.models.read(job.request["model"])
         self.output.mkdir(parents=True, exist_ok=True)
         hook = pipe.transformer.register_forward_pre_hook(progress.check)  # causal models have many steps for a frame
         warned: list[str] = []
@@ -211,6 +218,7 @@ class Studio:
             "width": width,
             "fps": made.fps,
             "warnings": list(dict.fromkeys(warned)),
+            "model_written": model.written,
         }
         self.history.add(job, names, facts=facts)
         return names
