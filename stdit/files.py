@@ -131,6 +131,11 @@ def _not_a_number(text: str) -> float:
     raise ValueError(f"{text} is no number of JSON")
 
 
+def is_file_name(path: str) -> bool:
+    """Whether the path of an output means a file: by its suffix, unless it is a folder that exists or ends with a slash."""
+    return bool(Path(path).suffix) and not path.endswith(("/", os.sep)) and not Path(path).is_dir()
+
+
 def check_name(name: str, what: str = "name") -> str:
     """Check a name that becomes one part of a path, and return it; ValueError for one that leads elsewhere.
 

@@ -132,6 +132,20 @@ def test_more_minutes_never_train_a_smaller_model_and_fit(clips, monkeypatch):
     assert sizes == sorted(sizes) and len({parameters for parameters, _ in sizes}) > 1
 
 
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ("model.hidden_size=256", [(256, 6, 4), (256, 8, 4)]),
+        ("model.hidden_size=250", [(250, 6, 2), (250, 8, 2), (250, 12, 2), (250, 12, 2)]),
+        ("model.num_heads=7", [(168, 6, 7), (280, 8, 7), (392, 12, 7), (784, 12, 7)]),
+    ],
+)
+def test_sizes_that_are_given_meet_sizes_that_go_with_them(given, rows):
+    found = Budget("own_videos", [], [given], device="cpu", seconds=60)._models()
+    sizes = [dict(one.split("=") for one in [*own, given]) for own in found]
+    assert [tuple(int(one[f"model.{key}"]) for key in ("hidden_size", "depth", "num_heads")) for one in sizes] == rows
+
+
 def test_a_model_that_no_run_of_the_name_wrote_is_not_replaced(clips, tmp_path):
     (tmp_path / "models/my_clips").mkdir(parents=True)
     (tmp_path / "models/my_clips/model_index.json").write_text("{}")

@@ -358,6 +358,14 @@ def test_existing_files_and_unknown_file_types_are_refused_before_sampling(model
     assert Path("mine.json").read_text() == "{}"
 
 
+def test_a_folder_may_have_a_point_in_its_name(model):
+    Path("made.v2").mkdir()
+    for output in ("made.v2", "runs/v1.0/"):
+        arguments = ["--class-label", "0", "--frames", "5", "--steps", "1", "--gif", "--output", output]
+        assert sample.main(arguments) == 0
+        assert {path.suffix for path in Path(output).iterdir()} == {".gif", ".json"}
+
+
 def test_the_quickstart_shows_each_task_with_its_new_frames_marked(model):
     pipe = STDiTPipeline.from_pretrained("models/t")
     pipe.register_to_config(num_frames=17)

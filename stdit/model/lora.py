@@ -75,7 +75,7 @@ def free_name(model: nn.Module, wanted: str) -> str:
     """A name that no LoRA of a model has, made from a text."""
     plain = re.sub(r"\W+", "_", wanted) or "lora"
     taken, number, name = lora_names(model), 2, plain
-    while name in taken:
+    while name in taken or hasattr(nn.ModuleDict(), name):  # LoRAs lie in one, which has no module called "train"
         name, number = f"{plain}_{number}", number + 1
     return name
 

@@ -1,5 +1,6 @@
 """The largest model that some minutes on this machine can train on clips of a config, from measured speeds."""
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from stdit.config import Config, load_typed
 from stdit.data.datasets import build_dataset
 from stdit.data.workers import num_workers
+from stdit.model.config import model_arguments
 from stdit.model.cost import forward_cost, training_memory
 from stdit.pixels import to_float
 from stdit.precision import resolve
@@ -74,9 +76,7 @@ class Budget:
         before = windows * clips * reading
         each = 0.0 if windows else reading
         chosen = None
-        for hidden, depth, heads in MODELS:
-            sizes = {"model.hidden_size": hidden, "model.depth": depth, "model.num_heads": heads}
-            own = [f"{key}={value}" for key, value in sizes.items() if not self._is_given(key)]
+        for own in self._models():
             config = self.config(own)
             arguments, batch, latent = arguments_of(config, vae), config.train.batch_size, self._latent(config, vae)
             cost = forward_cost(arguments, latent)
@@ -102,6 +102,30 @@ class Budget:
             )
         assert chosen is not None
         return chosen
+
+    def _models(self) -> list[list[str]]:
+        """Overrides of the models to choose from, small to large, with the sizes that the user gives.
+
+        Rows whose heads do not divide the width are left out; if none is left, the size that is not given follows the other.
+        """
+        rows = [self._row(*sizes) for sizes in MODELS]
+        fitting = [own for own, (width, heads) in zip(rows, map(self._sizes, rows), strict=True) if width % heads == 0]
+        if fitting:
+            return fitting
+        width, heads = self._sizes()
+        if not self._is_given("model.hidden_size"):
+            unit = 8 * heads  # heads of 8, 16, ... channels
+            return [self._row(max(1, round(wanted / unit)) * unit, depth, heads) for wanted, depth, _ in MODELS]
+        return [self._row(width, depth, math.gcd(width, wanted)) for _, depth, wanted in MODELS]
+
+    def _row(self, width: int, depth: int, heads: int) -> list[str]:
+        sizes = {"model.hidden_size": width, "model.depth": depth, "model.num_heads": heads}
+        return [f"{key}={value}" for key, value in sizes.items() if not self._is_given(key)]
+
+    def _sizes(self, more: Sequence[str] = ()) -> tuple[int, int]:
+        """Width and heads of the model with further overrides."""
+        found = model_arguments(self.config(more).model)
+        return found["hidden_size"], found["num_heads"]
 
     def _windows(self, config: Config, once: float) -> int:
         """Windows of each clip to encode beforehand, where reading all clips takes `once` seconds; 0 if it does not pay."""

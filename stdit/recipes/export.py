@@ -11,7 +11,14 @@ from pathlib import Path
 from stdit.nn.low_rank import merge_lora
 from stdit.recipes.adapters import add_loras
 from stdit.recipes.entry import command, command_parser
-from stdit.recipes.models import CHECKPOINTS, config_of, find_checkpoint, load_pipeline, pipeline_of
+from stdit.recipes.models import (
+    CHECKPOINTS,
+    config_of,
+    find_checkpoint,
+    load_pipeline,
+    pipeline_of,
+    recorded_base,
+)
 from stdit.training.results import replace_lora, replace_model
 
 
@@ -49,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.train.lora.rank is None:
         replace_model(pipe, output)
     else:
-        replace_lora(pipe.transformer, output, config.init_from.path or "")
+        replace_lora(pipe.transformer, output, config.init_from.path or "", recorded_base(checkpoint))
     print(f"{checkpoint.path}, averaged weights{'' if config.train.lora.rank is None else ' of the LoRA'}: {output}")
     return 0
 

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from stdit.config import Config
 from stdit.hub import LORA_FILE, check_reachable, resolve_source
 from stdit.legacy import renamed_config
+from stdit.model.lora import base_fingerprint
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.nn.low_rank import add_lora
@@ -20,6 +21,7 @@ from stdit.training.loop_state import load_weights
 from stdit.training.results import LORA, build_pipeline
 from stdit.training.state import Checkpoint, damage, list_checkpoints, load_checkpoint, read_checkpoint
 from stdit.vae import load_vae
+from stdit.warn import warn_user
 
 
 def default_device() -> str:
@@ -151,11 +153,22 @@ def pipeline_of(checkpoint: Checkpoint) -> STDiTPipeline:
     network = UNet if config.model.network == "unet" else STDiT
     arguments = {key: value for key, value in info["model"].items() if not key.startswith("_")}
     model = network(**arguments) if config.train.lora.rank is None else load_adapted(config)
+    base = recorded_base(checkpoint)
+    if base is not None and base != base_fingerprint(model):
+        warn_user(
+            f"{path} was trained on other weights than those of init_from.path={config.init_from.path!r}, and may not fit them; put "
+            "the former model back, or train again."
+        )
     load_weights(
         model, {**checkpoint.tensors["model"], **checkpoint.tensors["ema"]}, str(path)
     )  # buffers have no average
     guide = checkpoint.tensors.get("guide")
     return build_pipeline(model.eval(), vae, config, info.get("fps"), guide=guide)
+
+
+def recorded_base(checkpoint: Checkpoint) -> str | None:
+    """The fingerprint of the model that a LoRA in a checkpoint was trained for; None for a checkpoint of a whole model."""
+    return checkpoint.info["config"].get("base_fingerprint")
 
 
 def _is_checkpoint(folder: Path) -> bool:

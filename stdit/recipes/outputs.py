@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from stdit.data.video_write import SUFFIXES, VideoStream, write_video
-from stdit.files import check_writable, plain_name
+from stdit.files import check_writable, is_file_name, plain_name
 
 
 def output_paths(
@@ -22,7 +22,7 @@ def output_paths(
     """
     count = len(texts)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    if args.output and Path(args.output).suffix:
+    if args.output and is_file_name(args.output):
         file = Path(args.output)
         numbered = [file.with_name(f"{file.stem}-{i:03d}{file.suffix}") for i in range(count)]
         paths = [file] if count == 1 else numbered
@@ -33,7 +33,10 @@ def output_paths(
         paths = [folder / f"{task}{i:03d}{name}-seed-{args.seed}-{digest}{suffix}" for i, name in enumerate(names)]
     unknown = [path for path in paths if path.suffix.lower() not in SUFFIXES]
     if unknown:
-        raise ValueError(f"--output {unknown[0]}: cannot write {unknown[0].suffix}; use one of {', '.join(SUFFIXES)}.")
+        raise ValueError(
+            f"--output {unknown[0]}: cannot write {unknown[0].suffix}; use one of {', '.join(SUFFIXES)}, or end it with a slash for "
+            "a folder."
+        )
     refuse_existing(paths, args.overwrite)
     for path in paths:
         check_writable(path)

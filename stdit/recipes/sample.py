@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stdit.files import is_file_name
 from stdit.labels import label_number
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.info import newest_model
@@ -118,7 +119,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if value is not None and value < 1:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be >= 1, got {value}.")
-    if args.gif and args.output and Path(args.output).suffix not in ("", ".gif"):
+    if args.gif and args.output and is_file_name(args.output) and Path(args.output).suffix != ".gif":
         raise ValueError(f"--gif and --output {args.output} contradict each other; leave one of them out.")
     return args
 

@@ -142,7 +142,7 @@ def _begin(output: Path, settings: dict[str, Any]) -> None:
     """Check that the folder is new or of the same settings, and note them; ValueError for another."""
     file = output / "settings.json"
     found, journal = read_json(file), output / "videos.jsonl"
-    if found and found != settings and not any(entry.get("rows") for entry in _lines(journal)):
+    if found and found != settings and not _has_clips(output, journal):
         journal.unlink(missing_ok=True)  # of settings that gave no clip
         found = settings
     if found and found != settings:
@@ -152,6 +152,12 @@ def _begin(output: Path, settings: dict[str, Any]) -> None:
     if not found and others:
         raise ValueError(f"{output} holds other files already ({others[0]!r}); choose an empty or new --output.")
     write_json(file, settings)
+
+
+def _has_clips(output: Path, journal: Path) -> bool:
+    """Whether there are clips, of videos with an entry or of one in which a call was stopped."""
+    listed = any(entry.get("rows") for entry in _lines(journal))
+    return listed or any(not path.name.startswith(".") for path in output.rglob("*.mp4"))
 
 
 def _split(sources: list[Source], output: Path, splitter: Splitter, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from stdit.recipes import sample, sampling
 from stdit.recipes.entry import command, command_parser, one_line
-from stdit.recipes.models import load_pipeline
+from stdit.recipes.models import checkpoint_folder, load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
 
 
@@ -38,9 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"the page needs starlette and uvicorn ({error}): pip install 'stdit[web]'.") from error
     opened = open_port(args.port)
     try:
-        chosen = {} if args.model is None else {Path(args.model).name: Path(args.model)}
+        chosen = {} if args.model is None else chosen_model(Path(args.model))
         studio = make_studio(Path(args.models), Path(args.output), Path("output"), chosen)
-        usable = [model["name"] for model in studio.models.listing() if "error" not in model]
+        listed = studio.models.listing()
+        usable = [model["name"] for model in listed if "error" not in model]
+        if chosen and "error" in listed[0]:
+            raise ValueError(f"{args.model} cannot be read: {listed[0]['error']}")
         if not usable:
             raise ValueError(f"there is no model under {args.models}/; make one with make quickstart, or stdit train.")
         studio.worker.begin(studio.models.facts, usable[0])  # it is loaded when the page asks for it
@@ -48,6 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         opened.close()
     return 0
+
+
+def chosen_model(path: Path) -> dict[str, Path]:
+    """The model or checkpoints that a path means, by name; ValueError if it means neither."""
+    checkpoints = checkpoint_folder(path)
+    if checkpoints is None and not (path / "model_index.json").is_file():
+        raise ValueError(
+            f"{str(path)!r} holds no model (model_index.json) and no checkpoint (step-N); give a folder that training wrote, such "
+            "as models/NAME."
+        )
+    return {path.resolve().name: checkpoints or path}
 
 
 def make_studio(models: Path, output: Path, runs: Path, chosen: Mapping[str, Path] | None = None) -> Any:

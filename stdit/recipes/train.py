@@ -222,7 +222,7 @@ def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
             if config.train.lora.rank is None:
                 replace_model(pipeline, folders.model)
             else:
-                replace_lora(model, folders.model, config.init_from.path or "")
+                replace_lora(model, folders.model, config.init_from.path or "", trainer.resolved["base_fingerprint"])
             write_results(pipeline, config, folders, dataset=run.dataset)
     if not accelerator.is_main_process:
         return

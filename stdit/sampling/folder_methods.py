@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import huggingface_hub
 import torch
 
 from stdit.files import write_text
 from stdit.hashes import check_weights, write_weights_manifest
-from stdit.hub import check_connection, check_reachable, is_folder, resolve_source
+from stdit.hub import check_connection, check_reachable, is_folder, resolve_source, with_client_options
 from stdit.legacy import renamed_section
 from stdit.sampling.model_folder import check_folder
 from stdit.vae import VideoVAE
@@ -42,13 +43,24 @@ class FolderMethods:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a folder written by training, or a hub id; ValueError in one line if it holds no model."""
+        """Load a folder written by training, or a hub id; ValueError in one line if it holds no model.
+
+        kwargs: those of diffusers' pipelines, and subfolder.
+        """
         parent: Any = super()
-        source, options = resolve_source(str(pretrained_model_name_or_path), "model")
+        source, of_name = resolve_source(str(pretrained_model_name_or_path), "model")
+        options = with_client_options(of_name, kwargs)
         try:
             check_reachable(source, "model_index.json", options)
+            subfolder = options.pop("subfolder", "")
             if not Path(source).is_dir():
-                source, options = parent.download(source, use_safetensors=True, **options), {}
+                if subfolder:  # which diffusers' download does not know
+                    files = [f"{subfolder}/*.json", f"{subfolder}/*.safetensors"]
+                    source = huggingface_hub.snapshot_download(source, allow_patterns=files, **options)
+                else:
+                    source = parent.download(source, use_safetensors=True, variant=kwargs.get("variant"), **options)
+            source = str(Path(source) / subfolder)
+            kwargs.pop("subfolder", None)
             check_folder(Path(source))
             check_weights(Path(source))
             # The VAE is loaded in float32, where its fingerprint can be compared, and converted afterwards.
@@ -56,7 +68,7 @@ class FolderMethods:
             dtypes = dict(dtypes) if isinstance(dtypes, dict) else {"default": dtypes}
             vae_dtype = dtypes.get("vae", dtypes.get("default", torch.float32))
             dtypes["vae"] = torch.float32
-            pipe = parent.from_pretrained(source, use_safetensors=True, dtype=dtypes, **options, **kwargs)
+            pipe = parent.from_pretrained(source, use_safetensors=True, dtype=dtypes, **kwargs)
             if "vae" not in kwargs:
                 torch.nn.Module.to(pipe.vae, vae_dtype)  # diffusers' own `to` warns of every conversion
             return pipe
@@ -82,7 +94,9 @@ class FolderMethods:
         if source := pipeline.config.get("_name_or_path"):
             made.register_to_config(_name_or_path=source)
         for name in ("_encoder", "_trained_scheduler", "_tile"):
-            setattr(made, name, getattr(pipeline, name, None) or getattr(made, name))
+            if getattr(made, name) is None and not (name == "_encoder" and "text_encoder" in kwargs):
+                setattr(made, name, getattr(pipeline, name, None))
+        made.scheduler = made.scheduler  # which compares one of kwargs with that of training
         return made
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -137,7 +151,6 @@ class FolderMethods:
             self.save_pretrained(folder, **kwargs)
             write_card(self, folder, contents, repo_id=folder.name, license=license)
             return str(folder)
-        import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         # HfHubHTTPError is of the client's errors, of which a broken connection is another one.

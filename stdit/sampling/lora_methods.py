@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdit.hub import LORA_FILE, check_reachable, resolve_source
+from stdit.hub import LORA_FILE, check_reachable, resolve_source, with_client_options
 from stdit.weights import safetensors_shapes
 
 _COMPONENTS = ("transformer", "guide")
@@ -170,11 +170,10 @@ def _lora_file(source: str, weight_name: str | None, options: Mapping[str, Any])
             if file.is_file():
                 return file
         raise ValueError(f"{str(folder)!r} has no {found[0].name}; give the file of the LoRA, or weight_name=.")
-    repo, found_options = resolve_source(source, "LoRA")
-    of_id: dict[str, Any] = dict(found_options)
-    of_id |= {name: options[name] for name in ("subfolder", "revision", "token") if options.get(name)}
+    repo, of_name = resolve_source(source, "LoRA")
+    of_id = with_client_options(of_name, options)
     try:
-        check_reachable(repo, weight_name or LORA_FILE, {k: v for k, v in of_id.items() if k != "token"})
+        check_reachable(repo, weight_name or LORA_FILE, of_id)
         return Path(hf_hub_download(repo, weight_name or LORA_FILE, **of_id))
     except OSError as error:
         raise ValueError(f"LoRA {source!r} cannot be fetched: {' '.join(str(error).split())[:160]}") from error

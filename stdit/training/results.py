@@ -165,10 +165,13 @@ def replace_model(pipeline: STDiTPipeline, folder: Path) -> None:
         pipeline.save_pretrained(tmp, safe_serialization=True)
 
 
-def replace_lora(model: STDiT, folder: Path, base: str) -> None:
-    """Write the LoRA of a training run to a folder, as `replace_model` writes a model. base: the model it is for."""
+def replace_lora(model: STDiT, folder: Path, base: str, fingerprint: str | None) -> None:
+    """Write the LoRA of a training run to a folder, as `replace_model` writes a model.
+
+    base: the model that it was trained for; fingerprint: that of its weights then, None: those of `model`.
+    """
     with _replacing(folder) as tmp:
-        save_lora(model, LORA, tmp, {"base": base, "base_fingerprint": base_fingerprint(model)})
+        save_lora(model, LORA, tmp, {"base": base, "base_fingerprint": fingerprint or base_fingerprint(model)})
 
 
 @contextmanager

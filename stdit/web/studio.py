@@ -1,16 +1,15 @@
 """The studio: a page with a timeline on which clips, pictures and gaps are laid and filled by a trained model.
 
-What changes is sent to every tab over a WebSocket (/events), as JSON: {"type": "hello", ...} with everything, then "job",
-"versions" and "models". What a tab asks for goes by HTTP under /api; a request that is refused is answered with 409 and
+What changes is sent to every tab over a WebSocket (/events), as JSON: {"type": "hello", ...} with everything, then "job" and
+"versions". What a tab asks for goes by HTTP under /api; a request that is refused is answered with 409 and
 {"problem": {"message", "fixes"}}, one line and the buttons that would help.
 """
 
 import asyncio
-import json
-import math
 import secrets
 import shlex
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,19 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from stdit.sampling.pipeline import STDiTPipeline
-from stdit.web.server import LARGEST_MESSAGE, Worker, page
-from stdit.web.studio_history import History
+from stdit.web.server import Worker, page
+from stdit.web.studio_history import History, made_with
+from stdit.web.studio_http import Answer, answered, read_body, read_first, read_look
 from stdit.web.studio_jobs import Job, Jobs, Progress
-from stdit.web.studio_media import LARGEST_UPLOAD, MOST_SECONDS, Look, Media, readable
+from stdit.web.studio_media import LARGEST_UPLOAD, MOST_SECONDS, Look, Media, TooLong, readable
 from stdit.web.studio_models import Facts, Models
 from stdit.web.studio_plan import Plan, Planner
-from stdit.web.studio_problems import Fix, Problem, Refused, said_of
-from stdit.web.studio_request import LONGEST_TEXT, Request
+from stdit.web.studio_problems import Fix, Refused
+from stdit.web.studio_request import LONGEST_TEXT, Part, Request
 from stdit.web.studio_runs import Runs
 from stdit.web.studio_tab import Tab
 
 TABS = 16
-Answer = Callable[[HttpRequest], Awaitable[Response]]
 
 
 @dataclass
@@ -91,7 +90,7 @@ class Studio:
             ("GET", "/api/runs/{name}", self._one_run),
             ("GET", "/preview/{run}/{name}", self._preview),
         ]
-        routes = [Route(path, _answered(answer), methods=[method]) for method, path, answer in rows]
+        routes = [Route(path, answered(answer), methods=[method]) for method, path, answer in rows]
         return [page("studio.html"), WebSocketRoute("/events", self._events), *routes]
 
     # What changes
@@ -144,7 +143,7 @@ class Studio:
 
     async def _planned(self, http: HttpRequest) -> tuple[Request, Plan]:
         """The request in a body, with a seed, and its plan."""
-        request = Request.read(await _body(http))
+        request = Request.read(await read_body(http))
         if request.seed is None:
             request = replace(request, seed=secrets.randbelow(2**31))
         facts = await self._facts(request.model)
@@ -157,16 +156,26 @@ class Studio:
             one["name"] for one in self.models.listing() if one.get("causal") is False and one["name"] != facts.name
         ]
 
-        def view(name: str) -> dict[str, Any]:
-            path = self.media.path(name)
-            with readable(path):
-                return self.media.view(path, Look(*size, facts.fps)).facts()
+        def view(part: Part) -> dict[str, Any]:
+            path = self.media.path(str(part.media))
+            try:
+                with readable(path):
+                    return self.media.view(path, Look(*size, facts.fps)).facts()
+            except TooLong as error:
+                use = Fix(f"Use its first {error.fitting} frames", {"cut": [part.at, 0, error.fitting]})
+                raise Refused(error.problem.message, use) from error
 
         def path(name: str) -> str:
             return self.media.path(name).as_posix()
 
         planner = Planner(facts, view, path, output=self.output, others=tuple(others))
-        return planner.plan(request)
+        plan = planner.plan(request)
+        made = self.history.made_by(plan.commands)
+        if made is None or made_with(made, facts.written):
+            return plan
+        # The model was trained on since: beside what it made before, which would have the same name.
+        folder = time.strftime("model-%Y%m%d-%H%M%S", time.localtime(facts.written / 1e6))
+        return planner._replace(output=self.output / folder).plan(request)
 
     async def _plan(self, http: HttpRequest) -> Response:
         request, plan = await self._planned(http)
@@ -191,7 +200,7 @@ class Studio:
 
     def _run(self, job: Job, progress: Progress) -> list[str]:
         """Do the commands of a job in the worker -> the names of the versions."""
-        pipe = self.models.pipeline(job.request["model"])
+        pipe, model = self.models.read(job.request["model"])
         self.output.mkdir(parents=True, exist_ok=True)
         hook = pipe.transformer.register_forward_pre_hook(progress.check)  # causal models have many steps for a frame
         warned: list[str] = []
@@ -209,6 +218,7 @@ class Studio:
             "width": width,
             "fps": made.fps,
             "warnings": list(dict.fromkeys(warned)),
+            "model_written": model.written,
         }
         self.history.add(job, names, facts=facts)
         return names
@@ -217,7 +227,7 @@ class Studio:
         """Take the body as a file; its name, the look and what to keep of it are in the query."""
         if int(http.headers.get("content-length") or 0) > LARGEST_UPLOAD:
             raise Refused(f"the file has more than the {LARGEST_UPLOAD >> 20} MB that are taken; compress or cut it.")
-        look, first = _look(http), _first(http)
+        look, first = read_look(http), read_first(http)
         path, new = await self.media.receive(http.query_params.get("name", ""), http.stream())
 
         def admit() -> str:
@@ -229,14 +239,14 @@ class Studio:
 
     async def _cut(self, http: HttpRequest) -> Response:
         """Keep some frames of a clip, as a clip or picture of its own."""
-        given = await _body(http)
+        given = await read_body(http)
         try:
             name, begin, end = str(given["name"]), int(given["begin"]), int(given["end"])
         except (KeyError, TypeError, ValueError) as error:
             raise Refused("a cut needs a name, begin and end.") from error
         if not 0 <= begin < end <= 2**20:
             raise Refused(f"frames {begin} to {end} are none; the end comes after the beginning.")
-        path, look = self.media.path(name), _look(http)
+        path, look = self.media.path(name), read_look(http)
 
         def cut() -> str:
             with readable(path):
@@ -246,9 +256,11 @@ class Studio:
 
     async def _view(self, http: HttpRequest) -> Response:
         try:
-            return await self._view_of(http.path_params["name"], _look(http))
+            return await self._view_of(http.path_params["name"], read_look(http))
         except Refused:
-            self._tell_versions()
+            # Told for a file that is gone alone: tabs that draw their versions again would ask for another one again.
+            if not self.media.has(http.path_params["name"]):
+                self._tell_versions()
             raise
 
     async def _view_of(self, name: str, look: Look) -> Response:
@@ -261,7 +273,7 @@ class Studio:
         return JSONResponse({"name": name, **await self.files.run(view)})
 
     async def _sheet(self, http: HttpRequest) -> Response:
-        path, look, number = self.media.path(http.path_params["name"]), _look(http), http.path_params["number"]
+        path, look, number = self.media.path(http.path_params["name"]), read_look(http), http.path_params["number"]
 
         def sheet() -> bytes:
             with readable(path):
@@ -292,57 +304,3 @@ class Studio:
 
     async def _preview(self, http: HttpRequest) -> Response:
         return FileResponse(self.runs.preview(http.path_params["run"], http.path_params["name"]))
-
-
-def _answered(answer: Answer) -> Answer:
-    """What is refused, or was lost on the way, as an answer of one line."""
-
-    async def answered(http: HttpRequest) -> Response:
-        try:
-            return await answer(http)
-        except Refused as error:
-            problem = error.problem
-        except (ValueError, OSError) as error:
-            problem = Problem(said_of(error))
-        return JSONResponse({"problem": problem.as_json()}, 409)
-
-    return answered
-
-
-async def _body(http: HttpRequest) -> Any:
-    """The JSON of a request, within bounds."""
-    text = bytearray()
-    async for part in http.stream():
-        text += part
-        if len(text) > LARGEST_MESSAGE:
-            raise Refused(f"a request has at most {LARGEST_MESSAGE >> 10} kB.")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Refused("a request is JSON.") from error
-
-
-def _first(http: HttpRequest) -> float | None:
-    """The seconds in a query that are kept of a clip, or none."""
-    given = http.query_params.get("first")
-    try:
-        seconds = None if given is None else float(given)
-    except ValueError:
-        seconds = math.nan
-    if seconds is not None and not 0 < seconds <= MOST_SECONDS:  # also for not-a-number
-        raise Refused(f"first={str(given)[:20]} is no number of seconds up to {MOST_SECONDS:g}.")
-    return seconds
-
-
-def _look(http: HttpRequest) -> Look:
-    """The look in a query: height, width and fps, or none."""
-    given = http.query_params
-    if "height" not in given:
-        return Look()
-    try:
-        height, width, fps = int(given["height"]), int(given["width"]), float(given["fps"])
-    except (KeyError, ValueError) as error:
-        raise Refused("a look is a height, a width and a rate.") from error
-    if not (1 <= height <= 4096 and 1 <= width <= 4096 and 0 < fps <= 240):
-        raise Refused(f"{height} x {width} at {fps:g} fps cannot be shown.")
-    return Look(height, width, fps)

@@ -14,6 +14,12 @@ _LISTED = 200  # versions
 _KINDS = {"files": list, "commands": list, "number": int, "time": float, "frames": int, "height": int, "width": int}
 
 
+def made_with(version: dict[str, Any], written: int) -> bool:
+    """Whether a version is of the model that was written then (microseconds), and not of what it was before."""
+    recorded = version.get("model_written")  # which older lines do not have
+    return version["time"] * 1e6 >= written if recorded is None else recorded == written
+
+
 class History:
     """Versions in a folder, newest first. Files that are gone are left out."""
 
@@ -21,7 +27,7 @@ class History:
         self.folder, self.path = folder, folder / "history.jsonl"
 
     def add(self, job: Job, names: list[str], *, facts: dict[str, Any]) -> None:
-        """Append the versions of a job. facts: size, rate and notes of its clips."""
+        """Append the versions of a job. facts: size, rate and notes of its clips, and when the model was written."""
         last = max((record["number"] + len(record["files"]) - 1 for record in self._records()), default=0)
         before = "" if self._whole() else "\n"  # a last line that is damaged is lost alone
         made = {"job": job.id, "request": job.request, "commands": job.commands, "files": names, "number": last + 1}
@@ -29,7 +35,14 @@ class History:
             file.write(before + json.dumps({"time": time.time(), **made, **facts}) + "\n")
 
     def versions(self) -> list[dict[str, Any]]:
-        """The versions of which the file is there, newest first. number: counts all that were made."""
+        """The last versions of which the file is there, newest first. number: counts all that were made."""
+        return self._there()[:_LISTED]
+
+    def made_by(self, commands: list[list[str]]) -> dict[str, Any] | None:
+        """The version that these commands have made; None if there is none."""
+        return next((version for version in self._there() if version["commands"] == commands), None)
+
+    def _there(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for record in self._records():
             for number, name in enumerate(record["files"], record["number"]):
@@ -37,11 +50,7 @@ class History:
                     continue
                 version = {key: value for key, value in record.items() if key != "files"}
                 found.append({**version, "name": name, "number": number})
-        return found[::-1][:_LISTED]
-
-    def made_by(self, commands: list[list[str]]) -> dict[str, Any] | None:
-        """The version that these commands have made; None if there is none."""
-        return next((version for version in self.versions() if version["commands"] == commands), None)
+        return found[::-1]
 
     def _whole(self) -> bool:
         """Whether the file ends with a line that was written to its end."""

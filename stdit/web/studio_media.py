@@ -30,12 +30,21 @@ MOST_BYTES = 2 << 30  # of all files that were uploaded and cut
 MOST_SECONDS = 60.0
 MOST_PIXELS = 4096 * 2304  # of a frame
 LARGEST_PICTURE = (4608, 8192)  # height and width; others of as many pixels too, as cameras take them
-VIEW_PIXELS = 2**24  # of all frames of a clip at the size of the model
+VIEW_PIXELS = 2**24  # of all frames of a clip that a page shows or a request generates
 _ROW = 8  # frames in a row of a sheet, and rows, at most
 _LARGEST_SIDE = 16_000  # pixels of a WebP picture
 _CACHED = 24 << 20  # bytes of sheets that are held
 _LOSSLESS = 2**21  # pixels up to which sheets are exact
 INPUTS = "inputs"
+
+
+class TooLong(Refused):
+    """A clip has more frames at a look than a page can hold. fitting: the most of them."""
+
+    def __init__(self, name: str, count: int, size: tuple[int, int], *fixes: Fix):
+        self.fitting = VIEW_PIXELS // (size[0] * size[1])
+        frames = f"{count} frames of {size[0]} x {size[1]}"
+        super().__init__(f"{name} has {frames}, more than a page can hold; use at most {self.fitting} of them.", *fixes)
 
 
 class Look(NamedTuple):
@@ -84,6 +93,14 @@ class Media:
             raise Refused(f"{Path(name).name} is gone from {self.folder}; choose another clip.")
         return self.folder / name
 
+    def has(self, name: str) -> bool:
+        """Whether there is a clip or picture of this name."""
+        try:
+            self.path(name)
+        except Refused:
+            return False
+        return True
+
     async def receive(self, name: str, parts: AsyncIterator[bytes]) -> tuple[Path, bool]:
         """Write an upload -> its path, and whether it is new. Refused, and nothing is left, if it is too large or of another kind."""
         name = re.split(r"[/\\]", name)[-1]
@@ -127,7 +144,7 @@ class Media:
     def admit(self, path: Path, look: Look, *, new: bool = True, first: float | None = None) -> str:
         """Check an upload -> its name; Refused, and a new file is removed, if it cannot be used.
 
-        first: of a clip that is too long, the seconds that are kept.
+        first: of a clip that is too long, the seconds that are kept, as many of them as a page can hold.
         """
         try:
             if is_picture(path):
@@ -139,12 +156,16 @@ class Media:
                 return self.name(path)
             with VideoReader(path, max_pixels=MOST_PIXELS) as reader:
                 seconds = float(reader.timestamps[-1]) + 1 / reader.fps
-            fits = first or MOST_SECONDS
-            if seconds > fits and first is None:
-                use = Fix(f"Use its first {fits:g} seconds", {"upload": {"first": fits}})
-                raise Refused(f"{path.name} lasts {seconds:.0f} s, and {MOST_SECONDS:g} are the most.", use)
-            if seconds > fits:
-                begun = self.cut(path, look, 0, max(1, round(fits * (look.fps or 8))))
+                count, size, rate = _extent(reader, look)
+            fitting = VIEW_PIXELS // (size[0] * size[1])
+            if first is None and (seconds > MOST_SECONDS or count > fitting):
+                fits = min(MOST_SECONDS, fitting / rate)
+                use = Fix(f"Use its first {fits:.3g} seconds", {"upload": {"first": fits}})
+                if seconds > MOST_SECONDS:
+                    raise Refused(f"{path.name} lasts {seconds:.0f} s, and {MOST_SECONDS:g} are the most.", use)
+                raise TooLong(path.name, count, size, use)
+            if first is not None and (seconds > first or count > fitting):
+                begun = self.cut(path, look, 0, min(fitting, max(1, round(first * rate))))
                 if new:  # a file that was there before stays
                     path.unlink()
                 return begun
@@ -161,7 +182,8 @@ class Media:
 
     def cut(self, path: Path, look: Look, begin: int, end: int) -> str:
         """Write frames [begin, end) at the size and rate of a look -> the name of the clip, or of the picture if it is one frame."""
-        frames = _read(path, look, end)[0][begin:end]
+        frames, _, _, fps, _ = _read(path, look, end)
+        frames = frames[begin:end]
         if not len(frames):
             raise Refused(f"{path.name} has no frames {begin} to {end}; choose others.")
         self._check_room()
@@ -169,7 +191,7 @@ class Media:
         stem = re.sub(r"-[0-9a-f]{8}$", "", path.stem)
         cut = self.inputs / f"{stem[:40]}-{begin}-{end}-{digest}.{'png' if len(frames) == 1 else 'mp4'}"
         if not cut.is_file():
-            write_video(cut, frames, look.fps or 8, encoding="lossless")
+            write_video(cut, frames, fps, encoding="lossless")
         return self.name(cut)
 
     def view(self, path: Path, look: Look) -> View:
@@ -219,17 +241,19 @@ def _read(path: Path, look: Look, most: int | None = None) -> tuple[np.ndarray, 
         found = read_input(path, size, 1.0)  # type: ignore[arg-type]
         return to_uint8(found.pixels[0]), found.note, found.source, look.fps or 1.0, True
     with VideoReader(path, max_pixels=MOST_PIXELS) as reader:
-        fps, (height, width) = reader.fps, reader.size
-        rate = look.fps or fps
-        count = max(1, int(float(reader.timestamps[-1]) * rate + 1e-3) + 1)
-    size = (look.height or height, look.width or width)
+        count, size, rate = _extent(reader, look)
     asked = count if most is None else min(count, most)
-    fitting = VIEW_PIXELS // (size[0] * size[1])
-    if asked > fitting:
-        use = Fix(f"Use its first {fitting} frames", {"cut": [0, fitting]})
-        raise Refused(f"{path.name} has {count} frames of {size[0]} x {size[1]}, more than a page can hold.", use)
+    if asked > VIEW_PIXELS // (size[0] * size[1]):
+        raise TooLong(path.name, count, size)
     found = read_input(path, size, rate, None if asked == count else asked)
-    return to_uint8(found.pixels[0]), found.note, found.source, rate if look.fps else fps, False
+    return to_uint8(found.pixels[0]), found.note, found.source, rate, False
+
+
+def _extent(reader: VideoReader, look: Look) -> tuple[int, tuple[int, int], float]:
+    """Frames, (H, W) and rate of a clip at a look."""
+    rate, (height, width) = look.fps or reader.fps, reader.size
+    count = max(1, int(float(reader.timestamps[-1]) * rate + 1e-3) + 1)
+    return count, (look.height or height, look.width or width), rate
 
 
 def _as_it_is(source: tuple[int, int]) -> tuple[int, int]:

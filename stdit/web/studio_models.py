@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from stdit.sampling.labels import read_labels
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.pipeline import STDiTPipeline
+from stdit.training.state import list_checkpoints
 from stdit.vae import VAEGeometry
 from stdit.web.studio_problems import Fix, Refused
 
@@ -18,6 +19,7 @@ class Facts(NamedTuple):
 
     classes: names of its labels, or their numbers; () for none. grid: pixels by which height and width must be divisible.
     patches: whether parts of a picture can be generated. guidance: the scale that it takes unless another is given.
+    written: when its weights were written, in microseconds.
     """
 
     name: str
@@ -35,9 +37,10 @@ class Facts(NamedTuple):
     steps: int
     guidance: float
     guided: bool
+    written: int
 
     @classmethod
-    def of(cls, name: str, path: Path, pipe: STDiTPipeline) -> "Facts":
+    def of(cls, name: str, path: Path, pipe: STDiTPipeline, written: int) -> "Facts":
         """The facts of a loaded pipeline."""
         model, vae, config, engine = pipe.transformer, pipe.video_vae, pipe.config, pipe.engine
         names = model.config.get("class_names") or [str(number) for number in range(model.num_classes or 0)]
@@ -49,7 +52,7 @@ class Facts(NamedTuple):
             num_frames=config.num_frames, height=config.height, width=config.width, fps=config.fps,
             causal=bool(model.config.get("causal")), patches=bool(model.supports_patch_levels), geometry=geometry, grid=grid,
             steps=_FEW if few else int(SamplingOptions().num_inference_steps),
-            guidance=engine.guidance(SamplingOptions()).scale, guided=engine.distilled_guidance == 1,
+            guidance=engine.guidance(SamplingOptions()).scale, guided=engine.distilled_guidance == 1, written=written,
         )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
@@ -62,26 +65,26 @@ class Facts(NamedTuple):
 class Models:
     """The models under a folder, newest first, and the one pipeline that is loaded.
 
-    load: reads a pipeline; it is called in the worker alone. further: models by name that come first, which may lie elsewhere.
+    load: reads a pipeline; it is called in the worker alone. further: models by name that come first, which may lie elsewhere,
+    and folders of checkpoints.
     """
 
     def __init__(self, folder: Path, load: Callable[[Path], STDiTPipeline], further: Mapping[str, Path] | None = None):
         self.folder, self._load, self._further = folder, load, dict(further or {})
-        self._unfinished = {name for name, path in self._further.items() if not (path / "model_index.json").is_file()}
         self._facts: dict[tuple[str, int], Facts] = {}
         self._loaded: tuple[tuple[str, int], STDiTPipeline] | None = None
 
     def listing(self) -> list[dict[str, Any]]:
         """Name and a line of text of each model; of one that cannot be read, why."""
         found = [path.parent for path in self.folder.glob("[!.]*/model_index.json")]
-        found.sort(key=_changed, reverse=True)
+        found.sort(key=lambda path: _written(path) or 0, reverse=True)
         named = {**self._further, **{path.name: path for path in found if path.name not in self._further}}
         return [_entry(name, path) for name, path in named.items()]
 
     def path(self, name: str) -> Path:
         """The folder of a model; Refused if it is gone."""
         path = self._further.get(name, self.folder / Path(name).name)
-        if not (path / "model_index.json").is_file() and name not in self._unfinished:
+        if _written(path) is None:
             others = [entry["name"] for entry in self.listing() if entry["name"] != name and "error" not in entry]
             fixes = [Fix(f"Use {other}", {"model": other}) for other in others[:2]]
             raise Refused(f"The model {path} is gone; choose another, or put the folder back.", *fixes)
@@ -93,35 +96,37 @@ class Models:
 
     def facts(self, name: str) -> Facts:
         """The facts of a model, which is loaded if they are unknown (in the worker)."""
-        return self.known(name) or self._read(name)[1]
-
-    def pipeline(self, name: str) -> STDiTPipeline:
-        """The pipeline of a model (in the worker)."""
-        return self._read(name)[0]
+        return self.known(name) or self.read(name)[1]
 
     def _key(self, name: str) -> tuple[str, int]:
-        return name, int(_changed(self.path(name)) * 1e6)
+        return name, _written(self.path(name)) or 0
 
-    def _read(self, name: str) -> tuple[STDiTPipeline, Facts]:
+    def read(self, name: str) -> tuple[STDiTPipeline, Facts]:
+        """The pipeline of a model, as it was last written, and its facts (in the worker)."""
         key, path = self._key(name), self.path(name)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # before the next one takes its memory
             self._loaded = key, self._load(path)
         pipe = self._loaded[1]
         if key not in self._facts:
-            self._facts[key] = Facts.of(name, path, pipe)
+            self._facts[key] = Facts.of(name, path, pipe, key[1])
         return pipe, self._facts[key]
 
 
-def _changed(folder: Path) -> float:
-    """When a model was written last; 0 if it is gone, or has only checkpoints."""
-    try:
-        return (folder / "model_index.json").stat().st_mtime
-    except OSError:
-        return 0.0
+def _written(folder: Path) -> int | None:
+    """When a model, or the newest checkpoint in a folder of them, was written, in microseconds; None if there is neither."""
+    checkpoints = [*list_checkpoints(folder)[:1], folder]
+    for file in (folder / "model_index.json", *(path / "info.json" for path in checkpoints)):
+        try:
+            return file.stat().st_mtime_ns // 1000
+        except OSError:
+            continue
+    return None
 
 
 def _entry(name: str, path: Path) -> dict[str, Any]:
+    if not (path / "model_index.json").is_file() and _written(path) is not None:
+        return {"name": name, "text": "its newest checkpoint"}
     try:
         found = read_labels(path)
     except (ValueError, KeyError, TypeError, OSError) as error:

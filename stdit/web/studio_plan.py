@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 from stdit.data.inputs import fit_inside
 from stdit.sampling.groups import fits, fitting_gaps
+from stdit.web.studio_media import VIEW_PIXELS
 from stdit.web.studio_models import Facts
 from stdit.web.studio_problems import Fix, Problem
 from stdit.web.studio_request import Part, Request
 
-MOST_PIXELS = 2**26  # that one request generates
+MOST_PIXELS = 4 * VIEW_PIXELS  # of all clips that one request generates
 PREVIOUS = "{previous}"  # stands for what the command before wrote
 _CROPPED = 0.02  # of a side: less is rounding
 ON_CLIPS = ("interpolate", "inpaint", "outpaint", "edit")
@@ -39,19 +40,19 @@ class Plan(NamedTuple):
 class Planner(NamedTuple):
     """Plans requests to one model.
 
-    view: what a page knows of a clip (`View.facts`) by its name. path: of a file, for a command. output: the folder.
+    view: what a page knows of the clip of a part (`View.facts`). path: of a file, for a command. output: the folder.
     others: names of models that are not causal.
     """
 
     facts: Facts
-    view: Callable[[str], Mapping[str, Any]]
+    view: Callable[[Part], Mapping[str, Any]]
     path: Callable[[str], str]
     output: Path
     others: tuple[str, ...] = ()
 
     def plan(self, request: Request) -> Plan:
         """The commands of a request, and what stands in their way."""
-        facts, views = self.facts, [self.view(part.media) for part in request.media if part.media]
+        facts, views = self.facts, [self.view(part) for part in request.media]
         size = self.size(request)
         known = [int(view["frames"]) for view in views]
         problems = list(self._problems(request, views, known))
@@ -64,12 +65,24 @@ class Planner(NamedTuple):
             frames = sum(known[:1])
         if request.task == "outpaint" and views:
             inner = fit_inside(tuple(views[0]["source"]), size, (facts.height, facts.width))
-        if frames * size[0] * size[1] * request.count > MOST_PIXELS:
-            problems.append(
-                Problem(f"{frames} frames of {size[0]} x {size[1]} are more than one request may generate.")
-            )
+        problems += self._of_amount(request, frames, size)
         stopped = any(problem.stops for problem in problems)
         return Plan([] if stopped else self._commands(request), problems, frames, size, fps=fps, inner=inner)
+
+    def _of_amount(self, request: Request, frames: int, size: tuple[int, int]) -> Iterator[Problem]:
+        """Whether a page can hold a clip, and all of them are not too many."""
+        area, count, asked = size[0] * size[1], request.count, f"{frames} frames of {size[0]} x {size[1]}"
+        most, step = VIEW_PIXELS // area, self.facts.geometry.temporal_granularity or self.facts.geometry.stride[0]
+        if frames > most:
+            before, between, after = request.gaps
+            gaps = [gap for gap in (before, *between, after) if gap.frames]
+            left = gaps[0].frames - -(-(frames - most) // step) * step if len(gaps) == 1 else 0
+            fixes = (Fix(f"Use {left} new frames", {"gap": [gaps[0].at, left]}),) if left > 0 else ()
+            yield Problem(f"{asked} are more than a page can hold; use at most {most} in all.", fixes)
+        elif frames * area * count > MOST_PIXELS:
+            fewer = MOST_PIXELS // (frames * area)
+            use = Fix(f"{fewer} variations", {"count": fewer})
+            yield Problem(f"{count} clips of {asked} are more than one request may generate.", (use,))
 
     def size(self, request: Request) -> tuple[int, int]:
         """(H, W) of the output: what is asked for, else that of training; in outpainting half as wide again."""

@@ -115,6 +115,28 @@ def test_a_call_that_was_stopped_goes_on_and_overwrites_nothing(films, tmp_path,
         assert (tmp_path / "out" / row["path"]).read_bytes() == (tmp_path / "whole" / row["path"]).read_bytes()
 
 
+def test_clips_of_a_call_that_was_stopped_in_its_first_video_are_not_taken_for_those_of_other_settings(
+    films, tmp_path, monkeypatch
+):
+    write, written = Splitter._write, []
+
+    def stopped(self, *arguments):
+        if written:
+            raise KeyboardInterrupt
+        written.append(write(self, *arguments))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Splitter, "_write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(films, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"clips of other settings \(frames=8, size=None\)"):
+        run(films, tmp_path / "out", "--frames", "12", "--size", "32")
+    assert run(films, tmp_path / "out") == 0
+    for row in rows_of(tmp_path / "out"):
+        with VideoReader(tmp_path / "out" / row["path"]) as reader:
+            assert len(reader) == 8
+
+
 def test_processes_cut_the_same_clips_and_videos_that_cannot_be_read_are_named(films, tmp_path, capsys):
     run(films, tmp_path / "here")
     (films / "broken.mp4").write_bytes(b"nothing")

@@ -138,6 +138,15 @@ def test_other_weights_of_the_same_shapes_are_warned_of(model, tmp_path):
         load_lora(other, tmp_path)
 
 
+def test_a_file_may_have_any_name(model, tmp_path):
+    path = save_lora(adapted(model), "a", tmp_path)
+    names = ["train", "half", "type", "values", "training", "_modules", "v1.0", "train_2"]
+    for name in names:
+        load_lora(model, path.rename(tmp_path / f"{name}.safetensors"))
+        path = tmp_path / f"{name}.safetensors"
+    assert len(set(lora_names(model))) == len(names)
+
+
 def test_alphas_of_single_layers_and_rank_stabilised_loras_are_read(model, tmp_path):
     path = save_lora(adapted(model), "a", tmp_path)
     change(path, lambda t, i: (t.update({"transformer.blocks.0.mlp.fc1.alpha": torch.tensor(2.0)}), i.clear()))

@@ -64,6 +64,47 @@ def test_loading_by_stdit_never_runs_a_file_of_the_folder(pipe, tmp_path):
     assert len(STDiTPipeline.from_pretrained(tmp_path)("c", **FAST)) == 1
 
 
+# The hub
+
+
+def test_revision_subfolder_and_cache_of_a_hub_id_are_those_that_are_given(pipe, tmp_path):
+    cache = tmp_path / "cache"
+    for revision, folder, frames in (("main", ".", 5), ("v2", ".", 9), ("main", "part", 13)):
+        commit = f"{'0123'[len(revision) % 4]}" * 40
+        snapshot = cache / "models--owner--name" / "snapshots" / commit
+        STDiTPipeline.from_pipe(pipe, num_frames=frames).save_pretrained(snapshot / folder)
+        (cache / "models--owner--name" / "refs").mkdir(exist_ok=True)
+        (cache / "models--owner--name" / "refs" / revision).write_text(commit)
+
+    def frames_of(name="owner/name", **given):
+        found = STDiTPipeline.from_pretrained(name, cache_dir=cache, local_files_only=True, **given)
+        return found.config.num_frames
+
+    assert frames_of() == 5
+    assert frames_of(revision="v2") == frames_of("owner/name@v2") == 9
+    assert frames_of(subfolder="part") == frames_of("owner/name/part") == 13
+    assert STDiTPipeline.from_pretrained(snapshot, subfolder="part").config.num_frames == 13
+    with pytest.raises(
+        ValueError, match="'owner/name' cannot be loaded: not in the cache, and local_files_only is set"
+    ):
+        frames_of(revision="v3")
+
+
+def test_token_and_variant_are_given_to_the_hub(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    asked = []
+
+    def download(name, **given):
+        asked.append(given)
+        return str(tmp_path)
+
+    monkeypatch.setattr("stdit.sampling.folder_methods.check_reachable", lambda *given: None)
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    given = {"token": "t", "force_download": True, "variant": "fp16"}
+    assert STDiTPipeline.from_pretrained("owner/name", **given).config.num_frames == 5
+    assert asked == [{**given, "use_safetensors": True}]
+
+
 # Memory
 
 
@@ -111,6 +152,23 @@ def test_a_pipeline_made_from_another_shares_its_parts(make, dtype):
     for other in (3, None, DiffusionPipeline()):
         with pytest.raises(ValueError, match=f"from_pipe is given a {type(other).__name__}, which has not the parts"):
             STDiTPipeline.from_pipe(other)
+
+
+def test_a_part_that_is_given_in_place_of_another_is_the_one_that_samples(make):
+    pipe = make(num_classes=0, class_names=None, caption_channels=HashedWordEncoder().channels)
+    pipe.register_to_config(text_encoder="words")
+    pipe._encoder = HashedWordEncoder()
+    assert STDiTPipeline.from_pipe(pipe).encoder is pipe._encoder
+    assert STDiTPipeline.from_pipe(pipe, text_encoder="words").encoder is not pipe._encoder
+    pipe = make("ddpm")
+    scheduler = STDiTScheduler("ddpm", learn_sigma=False, betas="scaled_linear")
+    made = STDiTPipeline.from_pipe(pipe, scheduler=scheduler)
+    assert made.engine.objective is scheduler.objective is not pipe.engine.objective
+    theirs = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    made = STDiTPipeline.from_pipe(pipe, scheduler=theirs)
+    assert made.scheduler is theirs and made.engine.objective is pipe.engine.objective
+    with pytest.raises(ValueError, match="has other betas"):
+        STDiTPipeline.from_pipe(pipe, scheduler=DDIMScheduler(beta_schedule="scaled_linear"))
 
 
 def test_a_pipeline_is_made_from_one_with_an_autoencoder_of_diffusers(make):

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from stdit.config import Config, load_typed
 from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_write import write_video
 from stdit.hub import LORA_FILE
-from stdit.model.lora import lora_tensors
+from stdit.model.lora import load_lora, lora_tensors
 from stdit.nn.low_rank import is_low_rank
 from stdit.recipes import export, sample, train
 from stdit.recipes.adapters import _compare_clips, add_loras
@@ -173,6 +174,25 @@ def test_a_run_does_not_resume_on_another_base(trained, capsys):
     pipe.save_pretrained("models/other")
     assert go("name=whole", LORA[0], "init_from.path=models/other", "train.steps=6") == 1
     assert "base_fingerprint" in capsys.readouterr().err
+
+
+def test_an_export_after_the_base_was_trained_again_warns_and_keeps_what_the_lora_is_for(trained):
+    shutil.copytree("models/base", "models/former")
+    try:
+        pipe = STDiTPipeline.from_pretrained("models/base")
+        torch.nn.init.normal_(pipe.transformer.blocks[0].mlp.fc1.weight)
+        pipe.save_pretrained("models/base")
+        with pytest.warns(UserWarning, match=r"trained on other weights than those of init_from.path='models/base'"):
+            assert export.main(["whole", "--output", "late"]) == 0
+        with pytest.warns(UserWarning, match=r"late was trained on other weights \(models/base\)"):
+            load_lora(pipe.transformer, "late")
+    finally:
+        shutil.rmtree("models/base")
+        Path("models/former").rename("models/base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_lora(load_pipeline("models/base").transformer, "late")
+    shutil.rmtree("late")
 
 
 def test_a_lora_that_is_given_as_a_model_is_refused(trained):

@@ -24,11 +24,14 @@ from stdit.data.video_write import to_uint8
 from stdit.model.stdit import STDiT
 from stdit.recipes import sample
 from stdit.recipes import studio as studio_command
-from stdit.recipes.studio import make_studio
+from stdit.recipes.studio import chosen_model, make_studio
+from stdit.sampling.pipeline import STDiTPipeline
 from stdit.web import studio as studio_module
 from stdit.web import studio_media
 from stdit.web.server import make_app
+from stdit.web.studio_history import made_with
 from stdit.web.studio_jobs import Cancelled, Progress
+from stdit.web.studio_models import Models
 from stdit.web.studio_runs import METRICS, POINTS, Curve
 
 LOOK = "height=32&width=32&fps=8"
@@ -36,7 +39,7 @@ LOOK = "height=32&width=32&fps=8"
 
 @pytest.fixture
 def studio(home, tmp_path):
-    return make_studio(home / "models", tmp_path / "output" / "studio", home / "output")
+    return make_studio(home / "models", tmp_path / "output" / "studio.v2", home / "output")
 
 
 @pytest.fixture
@@ -143,6 +146,27 @@ def test_settings_that_made_a_version_are_not_sampled_again(client):
     assert client.post("/api/jobs", json={**request, "seed": None}).status_code == 202
 
 
+def test_a_model_that_was_trained_on_makes_a_version_of_its_own_and_overwrites_none(home, tmp_path):
+    shutil.copytree(home / "models", tmp_path / "models")
+    studio = make_studio(tmp_path / "models", tmp_path / "output", tmp_path)
+    with TestClient(make_app(studio.routes(), studio.worker, studio.close), base_url="http://127.0.0.1") as client:
+        request, made = ask("generate", 1), []
+        for _ in range(3):
+            command = client.post("/api/plan", json=request).json()["commands"][0]
+            made += finished(client, client.post("/api/jobs", json=request).json()["id"])["versions"]
+            assert str(studio.output / made[-1]).startswith(shlex.split(command)[-1])
+            problem = client.post("/api/jobs", json=request).json()["problem"]
+            assert problem["message"] == f"These settings and this seed made v{len(made)} already."
+            changed = int(time.time()) + 10 * len(made)
+            os.utime(tmp_path / "models" / "tiny" / "model_index.json", (changed, changed))
+        assert len(set(made)) == 3 and all((studio.output / name).is_file() for name in made)
+        assert [one["name"] for one in studio.history.versions()] == made[::-1]
+
+
+def test_a_version_of_before_the_model_was_noted_is_of_the_model_that_was_there():
+    assert made_with({"time": 5.0}, 4_000_000) and not made_with({"time": 5.0}, 6_000_000)
+
+
 def test_a_timeline_of_several_clips_is_filled_by_commands_that_continue_each_other(client, names):
     clip = names["clip.mp4"]
     request = ask("extend", 5, clip, 12, names["picture.png"], 8, clip, 8)
@@ -202,6 +226,10 @@ def test_a_button_removes_the_problem_that_it_stands_beside(client, names):
         "no room around": ask("outpaint", clip, width=32),
         "is cropped to 32 x 32": ask("extend", wide, 8),
         "only goes forward": ask("extend", 4, clip, 8, model="forward"),
+        "277 frames of 256 x 256 are more than a page can hold; use at most 256": ask(
+            "generate", 277, height=256, width=256
+        ),
+        "8 clips of 253 frames of 256 x 256 are more": ask("generate", 253, height=256, width=256, count=8),
     }
     for message, request in cases.items():
         problems = client.post("/api/plan", json=request).json()["problems"]
@@ -258,6 +286,48 @@ def test_a_folder_that_is_removed_while_sampling_is_made_again_and_its_versions_
         (made,) = finished(client, job)["versions"]
         monkeypatch.undo()
         assert [one["name"] for one in studio.history.versions()] == [made]
+
+
+def few_frames(studio, monkeypatch, count):
+    """From now on a page holds so few frames of 32 x 32."""
+    monkeypatch.setattr(studio_media, "VIEW_PIXELS", count * 32 * 32)
+    studio.media._views.clear()
+
+
+def test_tabs_are_not_told_of_versions_for_a_clip_that_is_there_and_cannot_be_shown(client, studio, monkeypatch):
+    request = ask("generate", 17)
+    (made,) = finished(client, client.post("/api/jobs", json=request).json()["id"])["versions"]
+    few_frames(studio, monkeypatch, 16)
+    with client.websocket_connect("/events", headers={"host": "127.0.0.1"}) as events:
+        events.receive_json()
+        problem = client.get(f"/api/view/{made}").json()["problem"]
+        assert "17 frames of 32 x 32, more than a page can hold; use at most 16" in problem["message"]
+        client.post("/api/jobs", json={**request, "seed": 4})
+        assert events.receive_json()["type"] == "job"
+
+
+def test_the_button_beside_a_clip_that_is_too_long_cuts_that_clip(client, studio, names, monkeypatch):
+    request = ask("connect", names["clip.mp4"], 12, names["other.mp4"])
+    few_frames(studio, monkeypatch, 10)
+    problem = client.post("/api/plan", json=request).json()["problem"]
+    assert problem["fixes"] == [{"label": "Use its first 10 frames", "change": {"cut": [2, 0, 10]}}]
+    after = change(client, request, problem["fixes"][0]["change"])
+    assert client.post("/api/plan", json=after).json()["frames"] == 9 + 12 + 10
+
+
+def test_the_beginning_of_an_upload_that_is_too_long_for_the_page_is_kept_by_its_button(
+    client, studio, home, monkeypatch
+):
+    few_frames(studio, monkeypatch, 10)
+    for name, said in (("other.mp4", "has 13 frames of 32 x 32, more than a page"), ("long.mp4", "lasts 88 s")):
+        url, content = f"/api/media?name={name}&{LOOK}", (home / name).read_bytes()
+        problem = client.post(url, content=content).json()["problem"]
+        assert said in problem["message"] and not list(studio.media.inputs.iterdir())
+        (fix,) = problem["fixes"]
+        assert fix["label"] == "Use its first 1.25 seconds"
+        kept = client.post(f"{url}&first={fix['change']['upload']['first']}", content=content).json()
+        assert kept["frames"] == client.get(f"/api/view/{kept['name']}?{LOOK}").json()["frames"] == 10
+        (studio.output / kept["name"]).unlink()
 
 
 def test_a_clip_that_cannot_be_written_names_its_file_and_a_remedy(client, studio, monkeypatch):
@@ -475,6 +545,42 @@ def test_a_folder_without_models_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="there is no model under models/"):
         studio_command.main(["--port", "0", "--no-browser"])
+
+
+def test_a_path_that_is_no_model_ends_in_one_line(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(home / "models")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "model_index.json").write_text("{")
+    for path, said in (("models/typo", "holds no model .* and no checkpoint"), ("damaged", "cannot be read: .*JSON")):
+        with pytest.raises(ValueError, match=f"{path}.* {said}"):
+            studio_command.main([path, "--port", "0", "--no-browser"])
+
+
+def test_the_model_of_a_path_is_served_under_its_name_as_is_the_newest_of_checkpoints(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(home / "models" / "tiny")
+    assert chosen_model(Path(".")) == {"tiny": Path(".")}
+    monkeypatch.chdir(tmp_path)
+    loaded = []
+
+    def load(path):
+        loaded.append(path)
+        return STDiTPipeline.from_pretrained(home / "models" / "tiny")
+
+    for step in (2, 4):
+        folder = tmp_path / "checkpoints" / "run" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "info.json").write_text("{}")
+        for given in ("models/run", "checkpoints/run"):  # the first is not exported yet
+            assert chosen_model(Path(given)) == {"run": Path("checkpoints/run")}
+        if step == 2:
+            models = Models(home / "models", load, chosen_model(Path("models/run")))
+        assert models.listing()[0] == {"name": "run", "text": "its newest checkpoint"}
+        assert models.known("run") is None and models.facts("run").name == "run" and models.known("run") is not None
+    assert loaded == [Path("checkpoints/run")] * 2
+    shutil.rmtree("checkpoints")
+    with pytest.raises(ValueError, match="is gone"):
+        models.facts("run")
 
 
 def test_a_damaged_history_loses_its_damaged_lines_alone(client, studio):

@@ -15,6 +15,7 @@ from playwright import sync_api as playwright
 from stdit.recipes.studio import make_studio
 from stdit.web.server import make_app
 from stdit.web.studio_jobs import Progress
+from stdit.web.studio_problems import Refused
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 if BROWSER is None:
@@ -301,6 +302,30 @@ def test_a_page_that_is_loaded_again_keeps_its_mask_its_seed_and_its_request(bro
         page.wait_for_selector(".job")
         brake.clear()
         page.wait_for_function("window.studio.filled === window.studio.versions[0]?.name && window.player.playing")
+
+
+def test_a_version_that_cannot_be_shown_is_told_and_asked_for_once(browser, home, tmp_path, monkeypatch):
+    with serving(home, tmp_path / "output") as (studio, url), opened(browser, url) as page:
+        few_steps(page)
+        ready(page)
+        page.click("#fill")
+        made(page, 1)
+
+        def refused(path, look):
+            raise Refused("it has more frames than a page can hold")
+
+        monkeypatch.setattr(studio.media, "view", refused)
+        page.reload()
+        ready(page)
+        asked = []
+        page.on("request", lambda request: asked.append(request.url) if "/api/view/" in request.url else None)
+        page.click(".version .face")
+        for place in ("#notices", "#empty"):
+            page.wait_for_selector(f"{place}:has-text('more frames than a page can hold')")
+        before = len(asked)
+        page.evaluate("window.player.playing = true")
+        page.wait_for_timeout(1000)
+        assert len(asked) == before <= 3
 
 
 def test_esc_right_after_generate_cancels_it(browser, address, brake):

@@ -1,7 +1,7 @@
 // The page: connects to the server and stays connected, and hears keys.
 import { $, h } from "./dom.js";
 import { atWork, changed, choose, draw, listen, loading, plan, state } from "./state.js";
-import { compare, drawStage, play, player, seek } from "./stage.js";
+import { compare, drawStage, play, player, retry, seek } from "./stage.js";
 import { drawTimeline } from "./timeline.js";
 import { cancelLast, drawSettings, showFinished, submit } from "./settings.js";
 import { drawHistory } from "./history.js";
@@ -37,6 +37,7 @@ const handlers = {
     const lost = [...state.jobs.values()].filter((job) => state.mine.has(job.id) && ["waiting", "running"].includes(job.state) && !message.jobs.some((one) => one.id === job.id));
     state.jobs = new Map(message.jobs.map((job) => [job.id, { ...state.jobs.get(job.id), ...job }]));
     tellLost(lost);
+    retry();
     const kept = sessionStorage.getItem("model");
     const usable = (name) => state.models.some((model) => model.name === name && !model.error);
     if (!state.facts || again) useModel(usable(state.model) ? state.model : usable(kept) ? kept : state.models.find((model) => !model.error)?.name);

@@ -2,7 +2,7 @@
 import { $, ago, h, path, plural } from "./dom.js";
 import { arrange, changed, frameOf, known, loadParts, place, plan, state, viewOf } from "./state.js";
 import { useModel } from "./models.js";
-import { play, player, showMask } from "./stage.js";
+import { play, player, retry, showMask } from "./stage.js";
 
 let built = "";
 const visible = new Set();
@@ -20,6 +20,7 @@ export function show(name) {
   player.frame = 0;
   if (open) { place(name, { label: version.request.label, caption: version.request.caption }); return; }
   state.shown = name;
+  retry(name);
   play(version.frames > 1);
 }
 

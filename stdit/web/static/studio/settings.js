@@ -78,7 +78,7 @@ const CHANGES = {
   append: (frames) => append(frames),
   insert: ([at, frames]) => { state.parts.splice(at, 0, gap(frames)); edited(); },
   remove: (indices) => remove(indices),
-  cut: ([at, begin, end]) => (end === undefined ? cut(state.parts.findIndex((part) => part.media), at, begin) : cut(at, begin, end)),
+  cut: ([at, begin, end]) => cut(at, begin, end),
   label: (label) => { state.label = label; settled(); },
   caption: (caption) => { state.caption = caption; settled(); },
   count: (count) => { state.count = count; settled(); },

@@ -7,6 +7,15 @@ window.player = player; // for tests
 const picture = $("picture"), paint = $("paint"), pen = paint.getContext("2d", { willReadFrequently: true });
 let erasing = false;
 
+// Versions whose frames were asked for: null while they are on their way, then the problem for which there are none.
+const asked = new Map();
+function ask(name) {
+  asked.set(name, null);
+  viewOf(name, null).then(() => asked.delete(name), (error) => asked.set(name, (state.refused = error.problem ?? { message: String(error), fixes: [], stops: true }))).then(changed);
+}
+// Asks anew for the frames of a version, or of all of them.
+export function retry(name) { if (name === undefined) asked.clear(); else if (asked.get(name)) asked.delete(name); }
+
 export const version = () => state.versions.find((one) => one.name === (state.shown ?? (state.compare ? null : state.filled))) ?? null;
 
 // What is shown: frames, and for each a rectangle of a picture, or what stands in for one that is not made yet.
@@ -14,7 +23,7 @@ export function program() {
   const made = version();
   if (made) {
     const view = known(made.name, null);
-    if (!view) viewOf(made.name, null).then(changed, () => {});
+    if (!view && !asked.has(made.name)) ask(made.name);
     return { count: made.frames, fps: made.fps, width: made.width, height: made.height, at: (i) => ({ frame: frameOf(view, i) }), made };
   }
   const look = lookOf();
@@ -100,8 +109,7 @@ function caption(shown) {
 
 function emptyText() {
   const box = $("empty"), shown = version();
-  if (shown) { box.hidden = true; return; }
-  const text = !state.facts
+  const text = shown ? asked.get(shown.name)?.message ?? "" : !state.facts
     ? (state.refused ? "" : `${loading()} …`)
     : state.task === "generate" ? "choose a label or write what is to be seen, and generate"
     : media().length ? "" : "drop a clip or picture here";

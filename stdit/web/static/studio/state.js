@@ -199,7 +199,7 @@ export async function loadParts() {
     try {
       const view = await viewOf(part.media, look);
       part.frames = view.frames;
-    } catch (error) { state.refused = error.problem ?? null; }
+    } catch (error) { state.refused ??= error.problem ?? null; } // that of the plan has buttons
   }));
   changed();
 }
