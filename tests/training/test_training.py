@@ -198,6 +198,21 @@ def test_a_command_that_resumes_from_a_checkpoint_resumes_its_own_run_when_repea
     assert "resumed from checkpoints/t/step-4" in capsys.readouterr().out
 
 
+def test_a_command_that_resumes_from_its_own_checkpoint_resumes_after_that_was_removed(home, capsys):
+    options = ["train.samples=0", "train.checkpoint_every=2"]
+    again = "train.resume=checkpoints/t/step-2"
+    assert go("train.steps=2", *options) == 0
+    assert go("train.steps=6", again, *options) == 0
+    assert [path.name for path in list_checkpoints(home / "checkpoints" / "t")] == ["step-6", "step-4"]
+    capsys.readouterr()
+    assert go("train.steps=7", "train.resume=checkpoints/t/step-3", *options) == 1  # from which nothing went on
+    assert "train.resume='checkpoints/t/step-3' is damaged or not a checkpoint" in capsys.readouterr().err
+    assert go("train.steps=8", again, *options) == 0
+    assert "resumed from checkpoints/t/step-6" in capsys.readouterr().out
+    assert go("name=whole", "train.steps=8", *options) == 0
+    assert_same_run("whole", "t", 8)
+
+
 def test_resuming_from_an_older_checkpoint_keeps_the_newer_ones(home, capsys):
     options = ["train.samples=0", "train.checkpoint_every=2"]
     assert go("train.steps=6", "train.keep_checkpoints=3", *options) == 0
