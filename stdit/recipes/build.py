@@ -14,13 +14,12 @@ from stdit.conditions import ActionSpace
 from stdit.config import Config
 from stdit.data.datasets import CachedLatents, Dataset
 from stdit.data.holdout import split
-from stdit.data.samplers import (
-    NO_BUCKET,
-    ClipSize,
-)
+from stdit.data.identity import hash_of
+from stdit.data.samplers import NO_BUCKET, ClipSize
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import Objective
 from stdit.model.config import model_arguments
+from stdit.model.lora import base_fingerprint
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.nn.checkpointing import CHECKPOINTING
@@ -163,6 +162,11 @@ def build_teacher(config: Config, device: torch.device) -> Teacher | None:
     for part in filter(None, (model, guide)):
         part.requires_grad_(False).eval().to(device)
     return Teacher(model, guide)
+
+
+def teacher_fingerprint(teacher: Teacher | None) -> str | None:
+    """A hash of the weights of a teacher and of its guide; None without a teacher."""
+    return None if teacher is None else hash_of([base_fingerprint(part) for part in filter(None, teacher)])
 
 
 def check_batch(config: Config, processes: int) -> None:

@@ -45,6 +45,7 @@ from stdit.recipes.build import (
     check_cache,
     check_context,
     split_holdout,
+    teacher_fingerprint,
 )
 from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.recipes.order import build_order
@@ -129,6 +130,9 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
     if is_lora:
         resolved["base_fingerprint"] = base_fingerprint(model)
+    teacher = build_teacher(config, accelerator.device)
+    if config.objective.flow_map:
+        resolved["teacher_fingerprint"] = teacher_fingerprint(teacher)
     checkpoint = find_checkpoint(
         config.train, folders, resolved, to_plain(Config()), main=main, same_vae=vae.has_fingerprint
     )
@@ -153,7 +157,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
         config=config.train, resolved=resolved, objective=objective, vae=vae,
         bad_files=BadFiles(len(dataset), config.data.max_bad_fraction), captions=captions,
-        teacher=build_teacher(config, accelerator.device),
+        teacher=teacher,
         fps=clip_rate(config.data, dataset) if main else None,  # it warns if the clips' rates differ, which is said once
         held_out=held_out, held_out_every=steps_between(len(order.batch(0))),
         whole_model=whole_model,

@@ -21,6 +21,12 @@ _FREE = (
     "train.previews", "train.trackers",
 )  # fmt: skip
 
+# Fingerprints that checkpoints of earlier versions do not have, and what they tell.
+_NOT_ALWAYS_KEPT = {
+    "data_fingerprint": "which data it was trained on",
+    "teacher_fingerprint": "which teacher it learnt from",
+}
+
 
 def find_checkpoint(
     config: LoopConfig,
@@ -48,10 +54,11 @@ def find_checkpoint(
     if checkpoint is None:
         return None
     saved = renamed_config(checkpoint.info["config"])
-    if "data_fingerprint" in resolved and "data_fingerprint" not in saved:
-        if main:
-            print(f"{checkpoint.path} does not say which data it was trained on; it is not compared.", file=sys.stderr)
-        resolved = {key: value for key, value in resolved.items() if key != "data_fingerprint"}
+    for key, what in _NOT_ALWAYS_KEPT.items():
+        if key in resolved and key not in saved:
+            if main:
+                print(f"{checkpoint.path} does not say {what}; it is not compared.", file=sys.stderr)
+            resolved = {name: value for name, value in resolved.items() if name != key}
     if same_vae(saved.get("vae_fingerprint", "")):
         saved = {**saved, "vae_fingerprint": resolved["vae_fingerprint"]}
     changed = [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stdit.model.stdit import STDiT
 from stdit.recipes import train
 from stdit.training.state import list_checkpoints
 
@@ -251,6 +252,24 @@ def test_a_changed_config_does_not_resume_silently(home, capsys):
     assert go("train.samples=0", "train.lr=0.5", "train.allow_changes=true") == 0
     assert go("train.samples=0", "train.steps=1", "train.resume=never") == 0
     assert (home / "checkpoints" / "t.before-1" / "step-6").is_dir()
+
+
+def test_a_flow_map_does_not_go_on_with_another_teacher_silently(home, capsys):
+    teacher = STDiT(
+        in_channels=16, num_classes=12, depth=1, hidden_size=16, num_heads=2, axes=["joint"], learn_sigma=False,
+        sample_size=(2, 4, 4), patch_size=(1, 2, 2),
+    )  # fmt: skip
+    teacher.save_pretrained("one")
+    teacher.save_pretrained("moved")
+    with torch.no_grad():
+        next(teacher.parameters()).add_(0.1)
+    teacher.save_pretrained("other")
+    options = ["train.samples=0", "train.guidance=1", "objective.flow_map=true", "objective.mask_strategy=shared"]
+    small = ["model.depth=1", "model.hidden_size=16", "model.axes=[joint]"]
+    assert go("init_from.path=one", "train.steps=1", *options, *small) == 0
+    assert go("init_from.path=other", "train.steps=1", *options, *small) == 1
+    assert "teacher_fingerprint: " in capsys.readouterr().err
+    assert go("init_from.path=moved", "train.steps=1", *options, *small) == 0
 
 
 def test_two_runs_do_not_share_a_folder(home, capsys):
