@@ -27,7 +27,7 @@ from stdit.nn.blocks import FinalLayer
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.context import cached_positions
-from stdit.nn.context_parallel import ContextParallel, ContextParallelLayout
+from stdit.nn.context_parallel import ContextParallel, ContextParallelLayout, check_shared_frames
 from stdit.nn.embedders import LearnedPosEmbed, PatchEmbed, TimestepEmbedder
 from stdit.nn.layout import DenseLayout, Layout, TeacherForcingLayout
 from stdit.nn.modulation import Condition
@@ -292,7 +292,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         """Raise ValueError for another model's cache, a clip too long for a sink, or unsupported hidden patches."""
         c = self.config
         if self.context_parallel is not None:
-            self.context_parallel.check(frames // (1 + has_history))
+            check_shared_frames(frames // (1 + has_history), self.context_parallel.size)
             if cache is not None:
                 raise ValueError(
                     "a stream makes frame after frame, which no other process can share; call disable_context_parallel()."

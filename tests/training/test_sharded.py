@@ -17,13 +17,16 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from stdit.config import Config, load_typed
 from stdit.recipes import export, train
+from stdit.recipes.build import check_context
 from stdit.training import shards
 from stdit.training.config import ParallelConfig
 from stdit.training.metrics import read_metrics
-from stdit.training.parallel import make_mesh, share_frames
+from stdit.training.parallel import make_mesh
 from stdit.training.shard_files import ShardedTensors
 from stdit.training.state import damage, list_checkpoints, read_checkpoint
+from stdit.vae import load_vae
 
 CONFIG = """
 name: t
@@ -217,11 +220,11 @@ def test_one_process_is_told_that_there_is_nothing_to_share(home):
         assert make_mesh(ParallelConfig(shard="fsdp"), "cpu", 1) is None
 
 
-def test_replicas_that_do_not_divide_the_processes_are_refused():
+def test_replicas_that_do_not_divide_the_processes_are_refused(home):
     with pytest.raises(ValueError, match="replicas=4 does not divide 6 processes; use one of 1, 2, 3, 6"):
         make_mesh(ParallelConfig(shard="fsdp", replicas=4), "cpu", 6)
     with pytest.raises(ValueError, match="context=2 does not divide 3 process"):
-        share_frames(None, ParallelConfig(context=2), 3)
+        check_context(load_typed(Config, "t.yaml", ["train.parallel.context=2"]), load_vae("tiny"), 3)
     with pytest.raises(ValueError, match="no effect without train.parallel.shard=fsdp"):
         ParallelConfig(replicas=2)
 

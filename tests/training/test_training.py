@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from stdit.model.stdit import STDiT
 from stdit.recipes import train
+from stdit.training.run import RunFolders
 from stdit.training.state import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -272,9 +273,27 @@ def test_a_flow_map_does_not_go_on_with_another_teacher_silently(home, capsys):
     assert go("init_from.path=moved", "train.steps=1", *options, *small) == 0
 
 
-def test_two_runs_do_not_share_a_folder(home, capsys):
-    from stdit.training.run import RunFolders
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.holdout=0.99", "leaves no clip to train on"),
+        ("train.parallel.context=2", "does not divide 1 process"),
+        ("name=busy", "output/busy is in use"),
+    ],
+)
+def test_what_needs_no_captions_is_refused_before_they_are_encoded(home, monkeypatch, capsys, override, message):
+    def encoded(*args, **options):
+        raise AssertionError("captions were encoded")
 
+    monkeypatch.setattr(train, "build_captions", encoded)
+    holder = RunFolders("busy")
+    holder.lock()
+    assert go(override, "text.encoder=words") == 1
+    assert message in capsys.readouterr().err
+    holder.unlock()
+
+
+def test_two_runs_do_not_share_a_folder(home, capsys):
     holder = RunFolders("t")
     holder.lock()
     assert go() == 1
