@@ -213,8 +213,9 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         frames, for a causal model. history: clean (or slightly noisy) latents of the same clips and their timesteps
         (B, T), to which each frame attends in place of the noisy earlier frames (teacher forcing of causal models).
         visible: (B, n) indices of the patches that a masked trunk's encoder sees. target_timestep: like timestep, where
-        the step ends, for a flow map, which predicts the mean velocity on the way; None: at timestep itself. Lists of latents and timesteps run as
-        one packed sequence (see `packed`).
+        the step ends, for a flow map, which predicts the mean velocity on the way; None: at timestep itself. It must not be
+        above timestep, for which no model is trained; this is not checked, since it would wait for the device. Lists of
+        latents and timesteps run as one packed sequence (see `packed`).
         """
         if not isinstance(hidden_states, Tensor):
             return self.packed(  # type: ignore[return-value]
