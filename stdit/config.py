@@ -63,6 +63,11 @@ class Config:
                 f"objective.shift={objective.shift} and shift_tokens={objective.shift_tokens} move the levels of flow, but "
                 "DDPM's are fixed by its betas; set objective.shift=1 and shift_tokens=0, or objective.name=flow."
             )
+        if objective.distilled_guidance != 1 and self.train.guidance != 1:
+            raise ValueError(
+                f"train.guidance={self.train.guidance:g} would guide samples of a model that has learnt "
+                f"objective.distilled_guidance={objective.distilled_guidance:g}; set train.guidance=1."
+            )
         longest = max((size[0] for size in self.data.sizes), default=0)
         if self.model.sink and longest > self.data.num_frames:
             raise ValueError(

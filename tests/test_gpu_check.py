@@ -91,6 +91,28 @@ def test_a_second_call_does_only_what_has_not_passed(sections, tmp_path, capsys)
     assert ran[4:] == ["first", "second", "third"]
 
 
+def test_a_check_that_a_user_ended_is_tried_again(sections, tmp_path, monkeypatch):
+    arguments, _ = sections
+
+    def ended(machine):
+        raise KeyboardInterrupt
+
+    checks = gpu_core.CHECKS
+    monkeypatch.setattr(gpu_core, "CHECKS", [checks[0], ended])
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(arguments)
+    assert list(json.loads((tmp_path / "results/core.json").read_text())["checks"]) == ["core: first"]
+
+
+def test_again_keeps_the_results_of_other_sections(sections, tmp_path, monkeypatch):
+    arguments, _ = sections
+    monkeypatch.setattr(gpu_long, "CHECKS", [gpu_core.CHECKS[2]])
+    gpu_check.main(arguments)
+    gpu_check.main(["--section", "long", *arguments[2:], "--again"])
+    kept = json.loads((tmp_path / "results/core.json").read_text())["checks"]
+    assert sorted(kept) == ["core: first", "core: second", "core: third", "long: third"]
+
+
 def test_results_of_other_code_are_not_believed(sections, monkeypatch):
     arguments, ran = sections
     gpu_check.main(arguments)

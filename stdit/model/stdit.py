@@ -27,7 +27,7 @@ from stdit.nn.blocks import FinalLayer
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.context import cached_positions
-from stdit.nn.context_parallel import ContextParallel, ContextParallelLayout
+from stdit.nn.context_parallel import ContextParallel, ContextParallelLayout, check_shared_frames
 from stdit.nn.embedders import LearnedPosEmbed, PatchEmbed, TimestepEmbedder
 from stdit.nn.layout import DenseLayout, Layout, TeacherForcingLayout
 from stdit.nn.modulation import Condition
@@ -213,8 +213,9 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         frames, for a causal model. history: clean (or slightly noisy) latents of the same clips and their timesteps
         (B, T), to which each frame attends in place of the noisy earlier frames (teacher forcing of causal models).
         visible: (B, n) indices of the patches that a masked trunk's encoder sees. target_timestep: like timestep, where
-        the step ends, for a flow map, which predicts the mean velocity on the way; None: at timestep itself. Lists of latents and timesteps run as
-        one packed sequence (see `packed`).
+        the step ends, for a flow map, which predicts the mean velocity on the way; None: at timestep itself. It must not be
+        above timestep, for which no model is trained; this is not checked, since it would wait for the device. Lists of
+        latents and timesteps run as one packed sequence (see `packed`).
         """
         if not isinstance(hidden_states, Tensor):
             return self.packed(  # type: ignore[return-value]
@@ -292,7 +293,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         """Raise ValueError for another model's cache, a clip too long for a sink, or unsupported hidden patches."""
         c = self.config
         if self.context_parallel is not None:
-            self.context_parallel.check(frames // (1 + has_history))
+            check_shared_frames(frames // (1 + has_history), self.context_parallel.size)
             if cache is not None:
                 raise ValueError(
                     "a stream makes frame after frame, which no other process can share; call disable_context_parallel()."

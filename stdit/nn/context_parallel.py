@@ -15,20 +15,21 @@ from torch import Tensor
 from stdit.nn.layout import DenseLayout, Kernel
 
 
+def check_shared_frames(frames: int, processes: int) -> None:
+    """Raise ValueError if a clip's latent frames cannot be shared out evenly."""
+    if frames % processes:
+        near = max(1, round(frames / processes)) * processes
+        raise ValueError(
+            f"{frames} latent frames cannot be shared by {processes} processes; use {near}, or a context of a number that "
+            "divides them."
+        )
+
+
 class ContextParallel:
     """The frames of clips over the processes of a group. group: torch's process group (None: all processes)."""
 
     def __init__(self, group: Any = None):
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
-
-    def check(self, frames: int) -> None:
-        """Raise ValueError if a clip's latent frames cannot be shared out evenly."""
-        if frames % self.size:
-            near = max(1, round(frames / self.size)) * self.size
-            raise ValueError(
-                f"{frames} latent frames cannot be shared by {self.size} processes; use {near}, or a context of a number that "
-                "divides them."
-            )
 
     def check_same(self, number: int, device: torch.device) -> None:
         """Raise ValueError unless all processes of the group have the same whole number."""

@@ -21,15 +21,13 @@ from stdit.vae import VideoVAE
 from stdit.warn import warn_user
 
 
-def build_adapted(
-    config: Config, vae: VideoVAE, dataset: Dataset, objective: Objective, *, caption_channels: int | None = None
-) -> tuple[STDiT, Dataset]:
+def build_adapted(config: Config, vae: VideoVAE, dataset: Dataset, objective: Objective) -> tuple[STDiT, Dataset]:
     """The model of `init_from.path` with a new LoRA, and the dataset with the labels of that model.
 
-    ValueError if data, VAE, captions or objective are not those of the model, which a LoRA cannot change.
+    ValueError if data, VAE or objective are not those of the model, which a LoRA cannot change.
     """
     model = load_adapted(config)
-    _check_base(config, model, vae, objective, caption_channels=caption_channels)
+    _check_base(config, model, vae, objective)
     _compare_clips(config, clip_rate(config.data, dataset))
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -49,9 +47,7 @@ def _compare_clips(config: Config, rate: float) -> None:
         )
 
 
-def _check_base(
-    config: Config, model: STDiT, vae: VideoVAE, objective: Objective, *, caption_channels: int | None
-) -> None:
+def _check_base(config: Config, model: STDiT, vae: VideoVAE, objective: Objective) -> None:
     path, base = config.init_from.path, model.config
     index = _index_of(path)
     if base.in_channels != vae.channels:
@@ -77,8 +73,13 @@ def _check_base(
                 f"objective.{key}={_plain(asked[key])}, but the model of init_from.path={path!r} was trained with "
                 f"{_plain(value)}; set objective.{key}={_plain(value)}."
             )
+
+
+def check_adapted_captions(config: Config, model: STDiT, caption_channels: int | None) -> None:
+    """Raise ValueError if captions are not those that the model of a LoRA takes."""
+    path, base = config.init_from.path, model.config
     if base.caption_channels != caption_channels:
-        encoder = index.get("text_encoder") or "the one that it was trained with"
+        encoder = _index_of(path).get("text_encoder") or "the one that it was trained with"
         needs = f"captions of {base.caption_channels} channels" if base.caption_channels else "no captions"
         given = f"gives {caption_channels} channels" if caption_channels else "is null"
         raise ValueError(

@@ -14,16 +14,16 @@ from stdit.conditions import ActionSpace
 from stdit.config import Config
 from stdit.data.datasets import CachedLatents, Dataset
 from stdit.data.holdout import split
-from stdit.data.samplers import (
-    NO_BUCKET,
-    ClipSize,
-)
+from stdit.data.identity import hash_of
+from stdit.data.samplers import NO_BUCKET, ClipSize
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import Objective
 from stdit.model.config import model_arguments
+from stdit.model.lora import base_fingerprint
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.nn.checkpointing import CHECKPOINTING
+from stdit.nn.context_parallel import check_shared_frames
 from stdit.precision import Precision, resolve
 from stdit.recipes.models import default_device, load_start
 from stdit.recipes.order import measure
@@ -171,6 +171,11 @@ def build_teacher(config: Config, device: torch.device) -> Teacher | None:
     return Teacher(model, guide)
 
 
+def teacher_fingerprint(teacher: Teacher | None) -> str | None:
+    """A hash of the weights of a teacher and of its guide; None without a teacher."""
+    return None if teacher is None else hash_of([base_fingerprint(part) for part in filter(None, teacher)])
+
+
 def check_batch(config: Config, processes: int) -> None:
     """Raise ValueError unless `train.batch_size` is a whole number of micro-batches on every process."""
     train = config.train
@@ -184,20 +189,20 @@ def check_batch(config: Config, processes: int) -> None:
         )
 
 
-def check_context(config: Config, vae: VideoVAE, model: STDiT) -> None:
-    """Raise ValueError for clips or heads that the processes of `train.parallel.context` cannot share."""
-    parallel = model.context_parallel
-    assert parallel is not None
-    for frames, _, _ in config.data.sizes or [[config.data.num_frames, 0, 0]]:
-        parallel.check(vae.latent_frames(frames))
-    heads = model.config.num_heads
-    if heads % parallel.size and "joint" in model.trunk_config.axes:
+def check_context(config: Config, vae: VideoVAE, processes: int) -> None:
+    """Raise ValueError for processes, clips or packs that `train.parallel.context` does not go with."""
+    context = config.train.parallel.context
+    if context == 1:
+        return
+    if processes % context:
         raise ValueError(
-            f"{heads} heads cannot be shared by {parallel.size} processes; use a context that divides num_heads, or "
-            "axes=[spatial, temporal]."
+            f"train.parallel.context={context} does not divide {processes} process(es); start a multiple of {context} (torchrun "
+            f"--nproc-per-node {context} -m stdit train ...), or use another context."
         )
     if config.data.packing:
         raise ValueError("data.packing=true does not go with train.parallel.context; use batches of one size.")
+    for frames, _, _ in config.data.sizes or [[config.data.num_frames, 0, 0]]:
+        check_shared_frames(vae.latent_frames(frames), context)
 
 
 def split_holdout(config: Config, dataset: Dataset) -> tuple[Dataset, HeldOutDraws | None]:

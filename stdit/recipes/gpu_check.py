@@ -49,15 +49,16 @@ def _race(race: Any, machine: Machine, *, sources: Path) -> str:
 
 
 class Results:
-    """What checks have found on a machine, in a file that a later call reads. path: of the file."""
+    """What checks have found on a machine, in a file that a later call reads. path: of the file; again: sections without theirs."""
 
-    def __init__(self, path: Path, machine: Machine, *, again: bool = False):
+    def __init__(self, path: Path, machine: Machine, *, again: Sequence[str] = ()):
         self.path = path
         self._of = {"device": machine.name, "torch": torch.__version__, "full": machine.full, "code": code_hash()}
         self.found: dict[str, dict[str, Any]] = {}
-        if path.is_file() and not again:
+        if path.is_file():
             kept = self._read()
-            self.found = kept["checks"] if kept["of"] == self._of else {}
+            checks = kept["checks"] if kept["of"] == self._of else {}
+            self.found = {key: one for key, one in checks.items() if key.split(": ")[0] not in again}
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -73,6 +74,14 @@ class Results:
     def put(self, name: str, result: str, said: str = "", seconds: float = 0.0) -> None:
         """Keep the result of a check at once."""
         self.found[name] = {"result": result, "said": said, "seconds": round(seconds, 2)}
+        self._write()
+
+    def drop(self, name: str) -> None:
+        """Forget the result of a check at once."""
+        del self.found[name]
+        self._write()
+
+    def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"of": self._of, "checks": self.found})
 
@@ -122,7 +131,7 @@ def _passes(key: str, check: Check, machine: Machine, results: Results, *, left:
     try:
         said, passed = check(machine), True
     except KeyboardInterrupt:
-        del results.found[key]
+        results.drop(key)
         raise
     except Exception as error:
         said, passed = printable(f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"), False
@@ -147,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("output/gpu_check.json"), help="file of results")
     own = ", ".join(f"{name} {minutes}" for name, minutes in MINUTES.items())
     parser.add_argument("--minutes", type=float, help=f"that a section may take (default: {own})")
-    parser.add_argument("--again", action="store_true", help="do what has passed again, too")
+    parser.add_argument("--again", action="store_true", help="do what has passed in these sections again, too")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -161,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = Machine(device, full=device.type == "cuda")
     torch.backends.cuda.matmul.allow_tf32 = False
     print(f"{machine.name}, torch {torch.__version__}")
-    results = Results(args.output, machine, again=args.again)
+    results = Results(args.output, machine, again=sections if args.again else ())
     missing: list[str] = []
     for section in sections:
         minutes = args.minutes or MINUTES[section]

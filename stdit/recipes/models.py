@@ -129,6 +129,11 @@ def config_of(checkpoint: Checkpoint) -> Config:
     info, path = checkpoint.info, checkpoint.path
     settings = {key: value for key, value in info["config"].items() if not key.endswith("_fingerprint")}
     saved = renamed_config(settings)
+    if saved["objective"].get("distilled_guidance", 1.0) != 1:
+        saved = {
+            **saved,
+            "train": {**saved["train"], "guidance": 1.0},
+        }  # earlier versions took a scale that previews refused
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
     except OmegaConfBaseException as error:

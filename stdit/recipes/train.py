@@ -34,8 +34,9 @@ from stdit.diffusion.objective import build_objective
 from stdit.model.lora import base_fingerprint
 from stdit.model.stdit import STDiT
 from stdit.model.trunks import TRUNKS
+from stdit.model.unet import UNet
 from stdit.recipes import cache_latents, entry
-from stdit.recipes.adapters import build_adapted
+from stdit.recipes.adapters import build_adapted, check_adapted_captions
 from stdit.recipes.build import (
     build_accelerator,
     build_captions,
@@ -45,6 +46,7 @@ from stdit.recipes.build import (
     check_cache,
     check_context,
     split_holdout,
+    teacher_fingerprint,
 )
 from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.recipes.order import build_order
@@ -100,35 +102,42 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     vae = load_vae(config.vae.name).to(accelerator.device)
     check_cache(dataset, vae)
     objective = build_objective(config.objective)
-    set_seed(config.seed)
-    # Not under a barrier of accelerate's, which would time out: the processes wait for each other's files.
-    captions = build_captions(config, dataset, accelerator.device, share=(accelerator.process_index, processes))
-    channels = None if captions is None else captions.channels
-    is_lora = config.train.lora.rank is not None
-    if is_lora:
-        model, dataset = build_adapted(config, vae, dataset, objective, caption_channels=channels)
-    else:
-        model = build_model(config, vae, dataset, objective, caption_channels=channels)
-    model.to(accelerator.device)
+    # What needs only the config and the rows is refused before captions are encoded, which may take hours.
+    check_context(config, vae, processes)
     mesh = make_mesh(config.train.parallel, accelerator.device.type, processes)
-    if config.train.compile:
-        compile_blocks(model, sharded=mesh is not None)
-    share_frames(model, config.train.parallel, processes)
-    if context > 1:
-        check_context(config, vae, model)
-    parallelize(model, config.train.parallel, mesh)
-    own = read_previews(config, build_pipeline(model, vae, config), quiet=not main) if config.train.previews else []
     folders = RunFolders(config.name)
     if main:
         folders.lock()
         if config.train.resume != "never":  # which moves what is there
             folders.check_own_model()
     accelerator.wait_for_everyone()
+    is_lora = config.train.lora.rank is not None
+    if is_lora:
+        adapted, dataset = build_adapted(config, vae, dataset, objective)
     kept, held_out = split_holdout(config, dataset)
+    set_seed(config.seed)
+    # Not under a barrier of accelerate's, which would time out: the processes wait for each other's files.
+    captions = build_captions(config, dataset, accelerator.device, share=(accelerator.process_index, processes))
+    channels = None if captions is None else captions.channels
+    model: STDiT | UNet
+    if is_lora:
+        check_adapted_captions(config, adapted, channels)
+        model = adapted
+    else:
+        model = build_model(config, vae, dataset, objective, caption_channels=channels)
+    model.to(accelerator.device)
+    if config.train.compile:
+        compile_blocks(model, sharded=mesh is not None)
+    share_frames(model, config.train.parallel)
+    parallelize(model, config.train.parallel, mesh)
+    own = read_previews(config, build_pipeline(model, vae, config), quiet=not main) if config.train.previews else []
     order = build_order(config, kept, vae, patch=model.patch_size, processes=processes // context)
     resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
     if is_lora:
         resolved["base_fingerprint"] = base_fingerprint(model)
+    teacher = build_teacher(config, accelerator.device)
+    if config.objective.flow_map:
+        resolved["teacher_fingerprint"] = teacher_fingerprint(teacher)
     checkpoint = find_checkpoint(
         config.train, folders, resolved, to_plain(Config()), main=main, same_vae=vae.has_fingerprint
     )
@@ -153,7 +162,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         build_optimizers(model, config.train.optimizer, config.train.lr, config.train.weight_decay),
         config=config.train, resolved=resolved, objective=objective, vae=vae,
         bad_files=BadFiles(len(dataset), config.data.max_bad_fraction), captions=captions,
-        teacher=build_teacher(config, accelerator.device),
+        teacher=teacher,
         fps=clip_rate(config.data, dataset) if main else None,  # it warns if the clips' rates differ, which is said once
         held_out=held_out, held_out_every=steps_between(len(order.batch(0))),
         whole_model=whole_model,

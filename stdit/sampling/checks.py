@@ -150,7 +150,7 @@ def _check_guidance(engine: Engine, options: SamplingOptions) -> None:
 
 def _check_solver(engine: Engine, options: SamplingOptions) -> None:
     name = options.solver or engine.default_solver
-    least, steps = pick(SOLVERS, name, "solver").least_steps, options.num_inference_steps
+    least, steps = pick(SOLVERS, name, "solver").least_steps(engine.objective.path), options.num_inference_steps
     if isinstance(steps, int) and steps < least:
         raise ValueError(
             f"solver {name!r} needs at least {least} steps, got num_inference_steps={steps}; use euler, or more steps."

@@ -25,15 +25,15 @@ EndStep = Callable[[int, int, Tensor, Tensor], tuple[Tensor, bool]]
 
 
 class Solver(ABC):
-    """One run of a solver along a path; `solve` restores frames whose level does not change after every step.
-
-    least_steps: the fewest steps with which it is what its name says.
-    """
-
-    least_steps = 1
+    """One run of a solver along a path; `solve` restores frames whose level does not change after every step."""
 
     def __init__(self, path: Path):
         self.path = path
+
+    @staticmethod
+    def least_steps(path: Path) -> int:
+        """The fewest steps from pure noise with which it is what its name says."""
+        return 1
 
     @abstractmethod
     def step(self, x: Tensor, t: Tensor, t_next: Tensor, predict: Predict, draw: Draw) -> Tensor:
@@ -112,7 +112,10 @@ class AB2(Solver):
     first step; so with schedules of any arrangement the order stays two.
     """
 
-    least_steps = 2
+    @staticmethod
+    def least_steps(path: Path) -> int:
+        """Two, of which the second is of second order."""
+        return 2
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -134,10 +137,14 @@ class DPMSolver2M(Solver):
     """DPM-Solver++(2M) (Lu et al., "DPM-Solver++", algorithm 2): clean data, extrapolated in the log of alpha / sigma.
 
     One model call per step. The first step, the last one to level 0, and those of frames or patches that did not move
-    in the step before are of first order (DDIM).
+    in the step before are of first order (DDIM). So is the second one of flow from pure noise, where alpha is 0: the log
+    of alpha / sigma is infinite there, and so is the length of the first step.
     """
 
-    least_steps = 2
+    @staticmethod
+    def least_steps(path: Path) -> int:
+        """The steps of first order, and one more."""
+        return 3 if path.alpha_sigma(torch.ones(1))[0] > 0 else 4
 
     def __init__(self, path: Path):
         super().__init__(path)
@@ -177,11 +184,13 @@ def solve(
     end_step: EndStep | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Tensor:
-    """Run a schedule to its end with a new solver; returns latents (B, C, T, h, w).
+    """Run a schedule to its end with a new solver; returns latents (B, C, T, h, w). ValueError if a level rises.
 
     Frames or patches whose level does not change in a step stay exactly the same, and so do clean ones, whatever
     `end_step` returns.
     """
+    if (schedule.levels.diff(dim=0) > 0).any():
+        raise ValueError("levels of a schedule rise from one row to the next; give levels that only fall, to 0.")
     run = pick(SOLVERS, solver, "solver")(path)
     x = schedule.x
     pairs = list(pairwise(schedule.levels.to(x.device)))

@@ -92,8 +92,8 @@ class TrainingLoop(ABC):
         self.throughput = Throughput(self.accelerator.device, self.accelerator.num_processes)
         self.heartbeats = Heartbeats(self.accelerator.process_index, self.accelerator.num_processes, self.timeout)
         self._signals = StopSignals(says_so=self.accelerator.is_main_process)
-        # The manifest hash of the checkpoint that the run began with, see training/resume.py.
-        self._origin: str | None = None
+        # The manifest hash and the place of the checkpoint that the run began with, see training/resume.py.
+        self._origin: dict[str, str | None] = {"origin": None, "origin_path": None}
         self._skipped_in_a_row = 0
 
     @property
@@ -145,7 +145,7 @@ class TrainingLoop(ABC):
         self._state.restore(checkpoint)
         info = checkpoint.info
         self.step, self.skipped, self.seconds = checkpoint.step, info["skipped"], info["seconds"]
-        self._origin = info.get("origin")
+        self._origin = {key: info.get(key) for key in self._origin}
 
     def save(self) -> None:
         """Write a checkpoint: the main process, or, of a sharded model, every process its part while training goes on."""
@@ -154,7 +154,7 @@ class TrainingLoop(ABC):
             tensors = {**self._state.tensors(), **self.further_tensors()}
             info = {
                 **self._state.info(), "config": self.resolved, "skipped": self.skipped, "seconds": self.seconds,
-                "origin": self._origin, **further,
+                **self._origin, **further,
             }  # fmt: skip
             folder = self.folders.checkpoints
             if self.writer is not None:

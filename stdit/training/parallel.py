@@ -67,17 +67,18 @@ def parallelize(model: Any, config: ParallelConfig, mesh: DeviceMesh | None) -> 
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
 
 
-def share_frames(model: Any, config: ParallelConfig, processes: int) -> None:
-    """Let groups of `config.context` neighbouring processes share the frames of every clip."""
+def share_frames(model: Any, config: ParallelConfig) -> None:
+    """Let groups of `config.context` neighbouring processes share the frames of every clip; ValueError for heads that cannot be."""
     if config.context == 1:
         return
-    if processes % config.context:
-        raise ValueError(
-            f"train.parallel.context={config.context} does not divide {processes} process(es); start a multiple of "
-            f"{config.context} (torchrun --nproc-per-node {config.context} -m stdit train ...), or use another context."
-        )
     timeout = timedelta(seconds=config.timeout)
     model.enable_context_parallel(dist.new_subgroups(config.context, timeout=timeout)[0])
+    heads = model.config.num_heads
+    if heads % config.context and "joint" in model.trunk_config.axes:
+        raise ValueError(
+            f"{heads} heads cannot be shared by {config.context} processes; use a context that divides num_heads, or "
+            "axes=[spatial, temporal]."
+        )
 
 
 def compile_blocks(model: Any, backend: str = "inductor", *, sharded: bool = False) -> None:

@@ -21,6 +21,12 @@ _FREE = (
     "train.previews", "train.trackers",
 )  # fmt: skip
 
+# Fingerprints that checkpoints of earlier versions do not have, and what they tell.
+_NOT_ALWAYS_KEPT = {
+    "data_fingerprint": "which data it was trained on",
+    "teacher_fingerprint": "which teacher it learnt from",
+}
+
 
 def find_checkpoint(
     config: LoopConfig,
@@ -48,10 +54,11 @@ def find_checkpoint(
     if checkpoint is None:
         return None
     saved = renamed_config(checkpoint.info["config"])
-    if "data_fingerprint" in resolved and "data_fingerprint" not in saved:
-        if main:
-            print(f"{checkpoint.path} does not say which data it was trained on; it is not compared.", file=sys.stderr)
-        resolved = {key: value for key, value in resolved.items() if key != "data_fingerprint"}
+    for key, what in _NOT_ALWAYS_KEPT.items():
+        if key in resolved and key not in saved:
+            if main:
+                print(f"{checkpoint.path} does not say {what}; it is not compared.", file=sys.stderr)
+            resolved = {name: value for name, value in resolved.items() if name != key}
     if same_vae(saved.get("vae_fingerprint", "")):
         saved = {**saved, "vae_fingerprint": resolved["vae_fingerprint"]}
     changed = [
@@ -71,14 +78,17 @@ def find_checkpoint(
 def _from_path(path: Path, folders: RunFolders, *, main: bool) -> Checkpoint:
     """The checkpoint at a path, or the newest checkpoint of this run that continues it.
 
-    The same command therefore resumes when it is run again. Checkpoints of this run that are newer than the one at the
-    path but do not continue it are moved aside, since they would be taken for later ones of this run.
+    The same command therefore resumes when it is run again, also after the checkpoint at the path was removed as one of
+    the oldest of this run. Checkpoints of this run that are newer than the one at the path but do not continue it are moved
+    aside, since they would be taken for later ones of this run.
     """
+    own = list_checkpoints(folders.checkpoints)
+    if not path.exists() and (continued := _continued(path, folders, own)) is not None:
+        return continued
     source = _read(path)
     origin = manifest_hash(source.path)
-    own = list_checkpoints(folders.checkpoints)
     for candidate in own:
-        if _origin(candidate) == origin and damage(candidate) is None:
+        if _origin(candidate)[0] == origin and damage(candidate) is None:
             checkpoint = read_checkpoint(candidate)
             if checkpoint.step > source.step:
                 return checkpoint
@@ -92,15 +102,38 @@ def _from_path(path: Path, folders: RunFolders, *, main: bool) -> Checkpoint:
                 (aside / "averages").mkdir(exist_ok=True)
                 os.rename(snapshot, aside / "averages" / snapshot.name)
         print(f"train.resume={path}: newer checkpoints are now in {aside}", file=sys.stderr)
-    return source._replace(info={**source.info, "origin": origin})
+    known = {"origin": origin, "origin_path": _relative(source.path, folders)}
+    return source._replace(info={**source.info, **known})
 
 
-def _origin(path: Path) -> str | None:
-    """The manifest hash of the checkpoint that `train.resume=PATH` began with, or None."""
-    try:
-        return json.loads((path / "info.json").read_text()).get("origin")
-    except (OSError, ValueError, AttributeError):
+def _continued(path: Path, folders: RunFolders, own: list[Path]) -> Checkpoint | None:
+    """The newest of this run's checkpoints (`own`, newest first) that continues the one that was at `path`, or None."""
+    name = _relative(path, folders)
+    number = path.name.removeprefix("step-")
+    if path.parent.resolve() != folders.checkpoints.resolve() or not number.isdecimal():
         return None
+    for candidate in own:
+        origin, origin_path = _origin(candidate)
+        # Checkpoints of earlier versions hold the hash of their origin and not where it was.
+        if origin is not None and origin_path in (None, name) and damage(candidate) is None:
+            checkpoint = read_checkpoint(candidate)
+            if checkpoint.step > int(number):
+                return checkpoint
+    return None
+
+
+def _relative(path: Path, folders: RunFolders) -> str:
+    """A path from the folder of the run's checkpoints, which stays right if the run is moved."""
+    return Path(os.path.relpath(path.resolve(), folders.checkpoints.resolve())).as_posix()
+
+
+def _origin(path: Path) -> tuple[str | None, str | None]:
+    """The manifest hash and the place of the checkpoint that `train.resume=PATH` began with; None each if not known."""
+    try:
+        info = json.loads((path / "info.json").read_text())
+        return info.get("origin"), info.get("origin_path")
+    except (OSError, ValueError, AttributeError):
+        return None, None
 
 
 def _canonicalize(config: dict, given: dict | None = None) -> dict:

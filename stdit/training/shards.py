@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -63,14 +64,14 @@ class ShardWriter:
 
     def _agree(self, check: Callable[[], None]) -> None:
         """Raise in every process what a check raises in one, which would otherwise leave the others waiting."""
-        problem = None
+        problem, own = None, None
         try:
             check()
-        except (OSError, ValueError) as error:
-            problem = str(error)
+        except Exception as error:
+            problem, own = str(error) or type(error).__name__, error
         found = next((one for one in gather_object([problem]) if one), None)
         if found is not None:
-            raise ValueError(found)
+            raise ValueError(found) from own
 
     def _ready(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._wait()
@@ -109,9 +110,11 @@ class ShardWriter:
                 publish(self.folder, tmp, step, info, described=self._of_all(tmp), keep=self.keep)
         except Exception as error:
             size = sum(value.nbytes for group in copies.values() for value in group.values())
-            self._error = free_space_error(self.folder, step, size, error) if isinstance(error, OSError) else error
+            full = isinstance(error, OSError | SafetensorError)
+            self._error = free_space_error(self.folder, step, size, error) if full else error
             with suppress(OSError):
-                _write_json(tmp / f".{self.process}.json", {"error": str(self._error)})
+                said = str(self._error) or type(self._error).__name__
+                _write_json(tmp / f".{self.process}.json", {"error": said})
 
     def _of_all(self, tmp: Path) -> dict[str, dict]:
         """What the processes have written, once all have."""

@@ -19,8 +19,11 @@ class Stopped(Exception):
         self.code = code
 
 
-class Interrupted(Exception):
-    """Raised by the signal handler in a wait that a signal ends."""
+class Interrupted(BaseException):
+    """Raised by the signal handler in a wait that a signal ends.
+
+    No Exception, as KeyboardInterrupt is none: what reads a file turns every Exception into that of a damaged file.
+    """
 
 
 class StopSignals:
@@ -54,6 +57,8 @@ class StopSignals:
             if self.number is not None:
                 raise Interrupted
             yield
+            if self.number is not None:  # what was waited for has caught the exception, and may be wrong
+                raise Interrupted
         finally:
             self._waiting = False
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stdit.conditions import Conditions
 from stdit.conditions.base import Key
-from stdit.conditions.values import map_tensors
+from stdit.conditions.values import map_tensors, rows
 from stdit.data.loader import Batch
 from stdit.diffusion.flow_map import mean_velocity
 from stdit.diffusion.masks import Grid, choose_strategy
@@ -69,7 +69,7 @@ class NoisyBatch(NamedTuple):
 class FlowMapTraining(NamedTuple):
     """What the target of a flow map needs besides the batch.
 
-    model: the network, without gradients and in float32. null: conditions for the unconditional branch of the guidance
+    model: the network, which is called without gradients, at the precision of the training step. null: conditions for the unconditional branch of the guidance
     that is learnt. teacher: a trained flow model whose guided velocity is learnt; None: that of the data. guide: the weaker
     model that guidance of the teacher leads away from; None: its unconditional branch.
     """
@@ -137,16 +137,19 @@ def diffusion_losses(
     noise level. flow_map: needed to train a flow map. draw: gives the noise that `keyed_normal` draws.
     """
     counts = [len(part.latents) for part in clips]
-    begins = [sum(counts[:i]) for i in range(len(counts))]
+    where = [slice(sum(counts[:i]), sum(counts[: i + 1])) for i in range(len(counts))]
     noisy = [
-        _add_noise(objective, part, keys[begin : begin + count], patch, level=level, strategy=strategy, draw=draw)
-        for part, begin, count in zip(clips, begins, counts, strict=True)
+        _add_noise(objective, part, keys[which], patch, level=level, strategy=strategy, draw=draw)
+        for part, which in zip(clips, where, strict=True)
     ]
     arguments: dict[str, Any] = {"conditions": conditions}
     if noisy[0].history is not None:
         arguments["history"] = noisy[0].history
     if flow_map is not None:
-        noisy = [_with_velocity(objective, one, conditions, flow_map) for one in noisy]
+        noisy = [
+            _with_velocity(objective, one, rows(conditions, which), flow_map._replace(null=rows(flow_map.null, which)))
+            for one, which in zip(noisy, where, strict=True)
+        ]
     if len(noisy) == 1:
         one = noisy[0]
         ends = {} if flow_map is None else {"target_timestep": _timestep(objective, one.target)}

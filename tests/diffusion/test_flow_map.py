@@ -166,6 +166,26 @@ def test_every_mask_strategy_trains_a_flow_map_and_its_new_embedder(strategy, ta
     assert model.r_embedder.mlp[2].weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_flow_map_has_the_same_loss_in_packed_clips_as_in_single_ones(taught):
+    model = fill(build(flow_map=True, axes=["joint"]))
+    teacher = fill(build(axes=["joint"])).requires_grad_(False) if taught else None
+    objective = build_objective(ObjectiveConfig(flow_map=True, distilled_guidance=2.0))
+    clips = [LatentBatch(torch.randn(1, 4, *shape)) for shape in [(5, 4, 4), (2, 4, 8), (1, 8, 4)]]
+    labels, nulls = torch.tensor([[0], [2], [1]]), torch.tensor([[3]])
+    keys = [(0, 5, slot) for slot in range(3)]
+
+    def loss(which: slice) -> torch.Tensor:
+        given = FlowMapTraining(model, {"label": nulls.expand(len(keys[which]), 1)}, teacher)
+        options = {"patch": (1, 2, 2), "strategy": "per_frame", "flow_map": given}
+        return diffusion_losses(
+            model, objective, clips[which], {"label": labels[which]}, keys=keys[which], **options
+        ).clips
+
+    single = torch.cat([loss(slice(i, i + 1)) for i in range(3)])
+    torch.testing.assert_close(loss(slice(0, 3)), single, atol=1e-5, rtol=1e-4)
+
+
 def test_the_guide_of_the_teacher_is_what_its_guidance_leads_away_from():
     model, teacher = fill(build(flow_map=True)), fill(build()).requires_grad_(False)
     plain, guided = (build_objective(ObjectiveConfig(flow_map=True, distilled_guidance=g)) for g in (1.0, 3.0))

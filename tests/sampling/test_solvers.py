@@ -91,6 +91,24 @@ def test_multistep_solvers_need_fewer_steps_than_euler():
     assert error("dpmpp_2m", 12) < error("euler", 30)
 
 
+@pytest.mark.parametrize("path", [FlowPath(), DDPMPath()])
+@pytest.mark.parametrize(("solver", "first_order"), [("ab2", "euler"), ("dpmpp_2m", "ddim")])
+def test_least_steps_are_the_fewest_with_which_a_multistep_solver_is_of_second_order(path, solver, first_order):
+    noise, least = torch.randn(1, 1, 1, 4, 4, dtype=torch.float64), SOLVERS[solver].least_steps(path)
+
+    def differs(steps: int) -> bool:
+        plan = from_noise(noise, path.schedule(steps).double())
+        ends = [solve(plan, ideal(path), path, name) for name in (solver, first_order)]
+        return not torch.allclose(*ends, atol=1e-9, rtol=0)
+
+    assert differs(least) and not differs(least - 1)
+
+
+def test_levels_that_rise_are_refused():
+    with pytest.raises(ValueError, match="give levels that only fall"):
+        solve(from_noise(torch.randn(1, 1, 1, 4, 4), torch.tensor([1.0, 0.4, 0.6, 0.0])), ideal(FlowPath()), FlowPath())
+
+
 def test_ddim_and_euler_give_equal_results():
     noise = torch.randn(1, 2, 3, 4, 4, dtype=torch.float64)
     for path in (FlowPath(), DDPMPath()):

@@ -128,15 +128,19 @@ def test_the_held_out_loss_is_that_of_one_process_with_two(home):
     assert measured("two")[2] == pytest.approx(measured("one")[2], rel=1e-6)
 
 
-def test_draws_do_not_depend_on_the_number_of_processes():
-    draws = HeldOutDraws(shapes(7), dict.fromkeys(range(7)), seed=0)
+def test_draws_do_not_depend_on_the_number_of_processes_or_the_size_of_a_batch():
+    draws, fewer = (HeldOutDraws(shapes(7), dict.fromkeys(range(7)), seed=0, together=n) for n in (8, 3))
+    sizes = set()
 
     def loss(batch):
+        sizes.add(len(batch.keys))
         return batch.pixels.float().flatten(1).mean(1) + torch.tensor([key[1] + key[2] for key in batch.keys])
 
     alone = draws.losses(loss, process=0, processes=1)
     shared = sum(draws.losses(loss, process=p, processes=3) for p in range(3))
-    assert len(alone) == 64 and torch.equal(alone, shared)
+    assert len(alone) == 64 and torch.equal(alone, shared) and sizes == {8}
+    assert torch.equal(fewer.losses(loss), alone) and sizes == {8, 3, 2}
+    assert torch.equal(sum(fewer.losses(loss, process=p, processes=5) for p in range(5)), alone)
 
 
 def test_unreadable_held_out_files_are_said_and_replaced(tmp_path):

@@ -3,16 +3,20 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from stdit.data import pictures
 from stdit.recipes import train
 from stdit.rng import keyed_normal
 from stdit.training import noise, previews
@@ -21,6 +25,7 @@ from stdit.training.curves import MOST, Curves
 from stdit.training.metrics import LEVELS, MetricsLogger, columns
 from stdit.training.noise import Draw, NoiseAhead
 from stdit.training.previews import Previews
+from stdit.training.signals import Interrupted, StopSignals
 from stdit.training.state import load_checkpoint
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -182,6 +187,14 @@ def body(rank):
     assert lines[1].endswith("It was given up; run the same command again to resume.")
     assert "exit code 1" in done.stdout and "Traceback" not in done.stderr
     assert load_checkpoint(tmp_path / "checkpoints/t").step == 2
+
+
+@pytest.mark.parametrize("caught", [Exception, BaseException])
+def test_a_signal_while_a_picture_is_read_ends_the_wait_and_makes_no_file_a_bad_one(tmp_path, monkeypatch, caught):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(pictures, "_check_size", lambda image, path: os.kill(os.getpid(), signal.SIGUSR1))
+    with StopSignals(says_so=False) as signals, pytest.raises(Interrupted), signals.ending_waits(), suppress(caught):
+        pictures.read_picture(tmp_path / "a.png")  # what it raises is caught, as the loader and some libraries do
 
 
 def test_noise_is_drawn_a_batch_ahead_and_is_that_of_its_keys(monkeypatch):

@@ -14,14 +14,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from stdit.config import Config, load_typed
 from stdit.recipes import export, train
+from stdit.recipes.build import check_context
+from stdit.training import shards
 from stdit.training.config import ParallelConfig
 from stdit.training.metrics import read_metrics
-from stdit.training.parallel import make_mesh, share_frames
+from stdit.training.parallel import make_mesh
 from stdit.training.shard_files import ShardedTensors
 from stdit.training.state import damage, list_checkpoints, read_checkpoint
+from stdit.vae import load_vae
 
 CONFIG = """
 name: t
@@ -215,11 +220,11 @@ def test_one_process_is_told_that_there_is_nothing_to_share(home):
         assert make_mesh(ParallelConfig(shard="fsdp"), "cpu", 1) is None
 
 
-def test_replicas_that_do_not_divide_the_processes_are_refused():
+def test_replicas_that_do_not_divide_the_processes_are_refused(home):
     with pytest.raises(ValueError, match="replicas=4 does not divide 6 processes; use one of 1, 2, 3, 6"):
         make_mesh(ParallelConfig(shard="fsdp", replicas=4), "cpu", 6)
     with pytest.raises(ValueError, match="context=2 does not divide 3 process"):
-        share_frames(None, ParallelConfig(context=2), 3)
+        check_context(load_typed(Config, "t.yaml", ["train.parallel.context=2"]), load_vae("tiny"), 3)
     with pytest.raises(ValueError, match="no effect without train.parallel.shard=fsdp"):
         ParallelConfig(replicas=2)
 
@@ -260,6 +265,29 @@ def test_clips_that_a_context_cannot_share_are_refused_before_step_1(home):
     done = launch(2, "name=odd", "train.parallel.context=2", "data.num_frames=9")
     assert done.returncode and "3 latent frames cannot be shared by 2 processes" in done.stderr
     assert not Path("output/odd/training_metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (SafetensorError("No space left on device"), "No space left .* earlier checkpoints are untouched"),
+        (RuntimeError("a bug"), "^a bug$"),
+        (AssertionError(), "^AssertionError$"),
+    ],
+)
+def test_whatever_a_thread_that_writes_shards_raises_the_processes_agree_on(tmp_path, monkeypatch, error, said):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(shards, "save_file", fails)
+    monkeypatch.setattr(shards.dist, "barrier", lambda: None)
+    asked = []
+    monkeypatch.setattr(shards, "gather_object", lambda found: asked.append(found) or found)
+    writer = shards.ShardWriter(tmp_path, 0, 1, keep=2, timeout=5)
+    writer.write(1, {"model": {"w": torch.ones(2)}}, {})
+    with pytest.raises(ValueError, match=said):
+        writer.finish()
+    assert asked[-1] != [None]
 
 
 def test_an_error_of_one_process_is_raised_in_all(home):

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stdit.model.stdit import STDiT
 from stdit.recipes import train
+from stdit.training.run import RunFolders
 from stdit.training.state import list_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,6 +200,21 @@ def test_a_command_that_resumes_from_a_checkpoint_resumes_its_own_run_when_repea
     assert "resumed from checkpoints/t/step-4" in capsys.readouterr().out
 
 
+def test_a_command_that_resumes_from_its_own_checkpoint_resumes_after_that_was_removed(home, capsys):
+    options = ["train.samples=0", "train.checkpoint_every=2"]
+    again = "train.resume=checkpoints/t/step-2"
+    assert go("train.steps=2", *options) == 0
+    assert go("train.steps=6", again, *options) == 0
+    assert [path.name for path in list_checkpoints(home / "checkpoints" / "t")] == ["step-6", "step-4"]
+    capsys.readouterr()
+    assert go("train.steps=7", "train.resume=checkpoints/t/step-3", *options) == 1  # from which nothing went on
+    assert "train.resume='checkpoints/t/step-3' is damaged or not a checkpoint" in capsys.readouterr().err
+    assert go("train.steps=8", again, *options) == 0
+    assert "resumed from checkpoints/t/step-6" in capsys.readouterr().out
+    assert go("name=whole", "train.steps=8", *options) == 0
+    assert_same_run("whole", "t", 8)
+
+
 def test_resuming_from_an_older_checkpoint_keeps_the_newer_ones(home, capsys):
     options = ["train.samples=0", "train.checkpoint_every=2"]
     assert go("train.steps=6", "train.keep_checkpoints=3", *options) == 0
@@ -238,9 +255,45 @@ def test_a_changed_config_does_not_resume_silently(home, capsys):
     assert (home / "checkpoints" / "t.before-1" / "step-6").is_dir()
 
 
-def test_two_runs_do_not_share_a_folder(home, capsys):
-    from stdit.training.run import RunFolders
+def test_a_flow_map_does_not_go_on_with_another_teacher_silently(home, capsys):
+    teacher = STDiT(
+        in_channels=16, num_classes=12, depth=1, hidden_size=16, num_heads=2, axes=["joint"], learn_sigma=False,
+        sample_size=(2, 4, 4), patch_size=(1, 2, 2),
+    )  # fmt: skip
+    teacher.save_pretrained("one")
+    teacher.save_pretrained("moved")
+    with torch.no_grad():
+        next(teacher.parameters()).add_(0.1)
+    teacher.save_pretrained("other")
+    options = ["train.samples=0", "train.guidance=1", "objective.flow_map=true", "objective.mask_strategy=shared"]
+    small = ["model.depth=1", "model.hidden_size=16", "model.axes=[joint]"]
+    assert go("init_from.path=one", "train.steps=1", *options, *small) == 0
+    assert go("init_from.path=other", "train.steps=1", *options, *small) == 1
+    assert "teacher_fingerprint: " in capsys.readouterr().err
+    assert go("init_from.path=moved", "train.steps=1", *options, *small) == 0
 
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.holdout=0.99", "leaves no clip to train on"),
+        ("train.parallel.context=2", "does not divide 1 process"),
+        ("name=busy", "output/busy is in use"),
+    ],
+)
+def test_what_needs_no_captions_is_refused_before_they_are_encoded(home, monkeypatch, capsys, override, message):
+    def encoded(*args, **options):
+        raise AssertionError("captions were encoded")
+
+    monkeypatch.setattr(train, "build_captions", encoded)
+    holder = RunFolders("busy")
+    holder.lock()
+    assert go(override, "text.encoder=words") == 1
+    assert message in capsys.readouterr().err
+    holder.unlock()
+
+
+def test_two_runs_do_not_share_a_folder(home, capsys):
     holder = RunFolders("t")
     holder.lock()
     assert go() == 1
