@@ -38,7 +38,7 @@ CALLS = {
     "autoregressive": lambda pipe, **given: pipe([1], arrangement="autoregressive", **given),
     "pyramid": lambda pipe, **given: pipe([1], arrangement="pyramid", **given),
     **{
-        f"solver {name}": lambda pipe, name=name, **given: pipe([1], solver=name, **given)
+        f"solver {name}": lambda pipe, name=name, **given: pipe([1], solver=name, **given | {"num_inference_steps": 4})
         for name in SOLVERS
         if name != "flow_map"
     },
