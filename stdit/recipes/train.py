@@ -105,6 +105,12 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     # What needs only the config and the rows is refused before captions are encoded, which may take hours.
     check_context(config, vae, processes)
     mesh = make_mesh(config.train.parallel, accelerator.device.type, processes)
+    folders = RunFolders(config.name)
+    if main:
+        folders.lock()
+        if config.train.resume != "never":  # which moves what is there
+            folders.check_own_model()
+    accelerator.wait_for_everyone()
     is_lora = config.train.lora.rank is not None
     if is_lora:
         adapted, dataset = build_adapted(config, vae, dataset, objective)
@@ -125,12 +131,6 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     share_frames(model, config.train.parallel)
     parallelize(model, config.train.parallel, mesh)
     own = read_previews(config, build_pipeline(model, vae, config), quiet=not main) if config.train.previews else []
-    folders = RunFolders(config.name)
-    if main:
-        folders.lock()
-        if config.train.resume != "never":  # which moves what is there
-            folders.check_own_model()
-    accelerator.wait_for_everyone()
     order = build_order(config, kept, vae, patch=model.patch_size, processes=processes // context)
     resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
     if is_lora:
