@@ -199,7 +199,9 @@ def training_memory(
 ) -> Memory:
     """Estimate the memory of a training step of `micro_batch` clips, from a forward pass over fake tensors.
 
-    checkpointing: as `model.gradient_checkpointing`. fused: attention does not save its matrix (GPUs; CPUs in float32). copies: of the weights, besides their average. trained: the parameters of a LoRA, if only these are trained. Weights, gradients and EMA are float32.
+    checkpointing: as `model.gradient_checkpointing`. fused: attention does not save its matrix (GPUs; CPUs in float32).
+    copies: of the weights, besides their average. trained: the parameters of a LoRA, if only these are trained. Weights,
+    gradients and EMA are float32.
     """
     forward_cost(arguments, latent)  # fills the caches of position tables with real ones
     with torch.device("meta"):

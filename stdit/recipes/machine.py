@@ -78,9 +78,8 @@ class Machine(NamedTuple):
             yield
             return
         torch.cuda.empty_cache()
-        device = (
-            torch.cuda.current_device() if self.device.index is None else self.device.index
-        )  # a number is asked for
+        # The limit is set for a device with a number.
+        device = torch.cuda.current_device() if self.device.index is None else self.device.index
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), device)
         try:

@@ -130,10 +130,8 @@ def config_of(checkpoint: Checkpoint) -> Config:
     settings = {key: value for key, value in info["config"].items() if not key.endswith("_fingerprint")}
     saved = renamed_config(settings)
     if saved["objective"].get("distilled_guidance", 1.0) != 1:
-        saved = {
-            **saved,
-            "train": {**saved["train"], "guidance": 1.0},
-        }  # earlier versions took a scale that previews refused
+        # Earlier versions took a scale that previews refused.
+        saved = {**saved, "train": {**saved["train"], "guidance": 1.0}}
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
     except OmegaConfBaseException as error:

@@ -69,8 +69,8 @@ class NoisyBatch(NamedTuple):
 class FlowMapTraining(NamedTuple):
     """What the target of a flow map needs besides the batch.
 
-    model: the network, which is called without gradients, at the precision of the training step. null: conditions for the unconditional branch of the guidance
-    that is learnt. teacher: a trained flow model whose guided velocity is learnt; None: that of the data. guide: the weaker
+    model: the network, which is called without gradients, at the precision of the training step. null: conditions for the
+    unconditional branch of the guidance that is learnt. teacher: a trained flow model whose guided velocity is learnt; None: that of the data. guide: the weaker
     model that guidance of the teacher leads away from; None: its unconditional branch.
     """
 

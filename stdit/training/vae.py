@@ -29,9 +29,7 @@ class VAEDataConfig:
     short_sides: list[int] = field(default_factory=lambda: [64, 80, 96, 128, 160])  # short sides of the clips in pixels
     share_shapes: float = 0.15  # fraction of the clips that are drawn shapes
     share_images: float = 0.05  # fraction of the clips that are grey images
-    augment: bool = (
-        True  # mirror, transpose, reverse and recolour clips at random; false: for a VAE of one world or place
-    )
+    augment: bool = True  # mirror, transpose, reverse and recolour clips at random; false: for a VAE of one world
 
     def __post_init__(self) -> None:
         check_ranges("data", self, {"short_sides": "[1, inf)", "share_shapes": "[0, 1]", "share_images": "[0, 1]"})
@@ -180,8 +178,8 @@ def vae_loss(
     """Compute the loss, and its `TERMS` (4,) without their weights. levels: standard deviations (B,) of the noise.
 
     The loss has the squared error (more of it where something moves, if asked), a little absolute error (so that flat areas
-    stay flat), the error of frame differences, the error at half size, and the size of latents. Clips of much noise, which cannot be decoded well,
-    count less.
+    stay flat), the error of frame differences, the error at half size, and the size of latents. Clips of much noise, which
+    cannot be decoded well, count less.
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not config.decoder_only):
         raw = vae.encode_raw(pixels)
