@@ -20,7 +20,7 @@ FORMATS = (
 )
 # In these formats a frame may depend on all earlier ones, although every packet may be marked as a key frame.
 _NOT_SEEKABLE = {"gif", "apng", "h264", "hevc", "m4v", "mpegvideo", "av1", "obu"}
-SALVAGE = "repair it, leave it out, or pass salvage=True to get the frames that can be decoded"
+SALVAGE = "repair it, leave it out, or read it in Python with salvage=True, which gives the frames that can be decoded"
 _MAX_STREAMS = 16  # streams that are probed within `max_pixels`
 
 

@@ -138,7 +138,7 @@ class VideoReader:
             if array.shape[:2] != shape and not self.salvage:
                 raise VideoError(
                     f"{self.path!r} changes its frame size from {width}x{height} at frame {index}; "
-                    "split it there, or pass salvage=True to resize all frames to the size of the first."
+                    "split it there, or read it in Python with salvage=True, which resizes all frames to the size of the first."
                 )
             if array.shape[:2] != shape:
                 array = self._array(index, reformatter, (height, width))
