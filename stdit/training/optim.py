@@ -1,6 +1,5 @@
 """Optimizers and the learning-rate schedule, for diffusion models and the VAE."""
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -56,8 +55,6 @@ def build_adamw8bit(parameters: list[nn.Parameter], lr: float, weight_decay: flo
 
 
 def _bitsandbytes() -> Any:
-    logger = logging.getLogger("bitsandbytes")
-    logger.setLevel(logging.ERROR)  # on CPUs it warns of a kernel for inference that is not installed
     try:
         import bitsandbytes
     except ImportError as error:
