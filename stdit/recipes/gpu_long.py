@@ -132,7 +132,7 @@ def fit_stays_under(machine: Machine) -> str:
 
 def host_memory_stays_under(machine: Machine) -> str:
     """The same with so little memory that weights, gradients, averages and moments wait in the host's."""
-    choice, said = _fit(machine, machine.pick("8GB", "2GB"))
+    choice, said = _fit(machine, machine.pick("7GB", "2GB"))
     assert choice.offload or not machine.full, f"without the host's memory: {said}"
     return said
 

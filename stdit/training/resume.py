@@ -72,6 +72,11 @@ def find_checkpoint(
             f"({'; '.join(changed)}). Undo the change, choose another name=, "
             "start again with train.resume=never, or resume all the same with train.allow_changes=true."
         )
+    if other := next((line for line in changed if line.startswith("train.optimizer:")), None):
+        raise ValueError(
+            f"{checkpoint.path} has the moments of another optimizer ({other}), which no change allows; undo it, or start from the "
+            "exported model's weights with init_from.path and another name=."
+        )
     return checkpoint
 
 

@@ -118,3 +118,13 @@ def test_a_run_is_resumed_to_the_bit(library, tmp_path, monkeypatch):
     with safe_open("checkpoints/whole/step-4/optimizer_0.safetensors", framework="pt") as file:
         kinds = {file.get_slice(key).get_dtype() for key in file.keys() if key.endswith(("state1", "state2"))}  # noqa: SIM118
     assert kinds == {"U8", "F32"}
+
+
+def test_moments_of_another_optimizer_are_refused_even_if_changes_are_allowed(library, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("t.yaml").write_text(CONFIG)
+    assert train.run(["t.yaml", "train.steps=2"]) == 0
+    capsys.readouterr()
+    for other in ("adamw", "muon"):
+        assert train.run(["t.yaml", f"train.optimizer={other}", "train.allow_changes=true"]) == 1
+        assert "has the moments of another optimizer (train.optimizer:" in capsys.readouterr().err

@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from other_device import other_device
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from stdit.recipes import export, train
-from stdit.training import loop, parallel
+from stdit.training import loop, muon, parallel
 from stdit.training.config import ParallelConfig, TrainConfig
 from stdit.training.metrics import read_metrics
+from stdit.training.muon import Muon
 from stdit.training.parallel import (
     backend_of,
     computing_device,
@@ -119,6 +121,7 @@ def test_gradients_of_a_micro_batch_are_summed_in_the_hosts_memory(home, monkeyp
     assert synced == [True, True]
 
 
+@pytest.mark.slow  # two processes on one core
 def test_two_processes_in_the_hosts_memory_have_the_losses_and_weights_of_one_without(home):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     script = [str(Path(__file__).with_name("offload_run.py")), "t.yaml", "name=two"]
@@ -158,22 +161,47 @@ def test_every_block_is_a_unit_that_torch_keeps_on_the_host_and_gives_back(monke
     assert not dist.is_initialized()
 
 
-def test_what_waits_on_the_host_stays_there_and_is_computed_on_its_device():
+def shard(x: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+    spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=TensorMeta(x.shape, x.stride(), x.dtype))
+    return DTensor(x, spec, requires_grad=False)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A mesh of one process whose device is not the CPU (tests/other_device.py)."""
     with group_of_one("cpu"):
-        here = init_device_mesh("cpu", (1,))
-        part = torch.arange(6.0).reshape(3, 2)
-        spec = DTensorSpec(here, (Shard(0),), tensor_meta=TensorMeta(part.shape, part.stride(), part.dtype))
-        tensor = DTensor(part, spec, requires_grad=False)
-        assert computing_device(tensor).type == computing_device(part).type == "cpu"
-        monkeypatched = pytest.MonkeyPatch()
-        with monkeypatched.context() as patch:  # a mesh of another device, of which the shard is not
-            patch.setattr(here, "_device_type", "meta")
-            assert computing_device(tensor).type == "meta" and tensor.device.type == "cpu"
-            copied = like(part + 1, tensor)
-            assert copied.device.type == "cpu" and torch.equal(local(copied), part + 1)
-            assert copied.placements == tensor.placements and copied.shape == tensor.shape
-            found = whole(tensor)
-            assert torch.equal(found, part) and found.data_ptr() != part.data_ptr()
+        mesh = init_device_mesh("cpu", (1,))
+        monkeypatch.setattr(mesh, "_device_type", "meta")
+        yield mesh
+
+
+def test_what_waits_on_the_host_stays_there_and_is_computed_on_its_device(elsewhere):
+    part = torch.arange(6.0).reshape(3, 2)
+    tensor = shard(part, elsewhere)
+    assert computing_device(tensor).type == "meta" and tensor.device.type == computing_device(part).type == "cpu"
+    copied, found = like(part + 1, tensor), whole(tensor)
+    assert copied.device.type == "cpu" and torch.equal(local(copied), part + 1)
+    assert copied.placements == tensor.placements and copied.shape == tensor.shape
+    assert torch.equal(found, part) and found.data_ptr() != part.data_ptr()
+
+
+def test_muon_iterates_on_the_device_with_matrices_that_wait_on_the_host(elsewhere, monkeypatch):
+    devices = []
+    real = muon.orthogonalize
+    monkeypatch.setattr(muon, "orthogonalize", lambda x: devices.append(x.device.type) or real(x))
+    monkeypatch.setattr(muon, "native_bf16", lambda device: False)
+    torch.manual_seed(0)
+    matrices, gradients = ([torch.randn(6, 4), torch.randn(3, 8)] for _ in range(2))
+    steps = {}
+    for name, placed in (("here", torch.clone), ("elsewhere", lambda x: shard(x.clone(), elsewhere))):
+        steps[name] = [nn.Parameter(placed(x)) for x in matrices]
+        for p, gradient in zip(steps[name], gradients, strict=True):
+            p.grad = placed(gradient)
+        with other_device():
+            Muon(steps[name], lr=0.1, weight_decay=0.1).step()
+    assert devices == ["cpu", "cpu", "meta", "meta"]
+    for one, two in zip(*steps.values(), strict=True):
+        assert local(two).device.type == "cpu" and torch.allclose(one, local(two), atol=1e-6)
 
 
 def test_the_hosts_memory_has_no_effect_on_a_cpu_which_is_said_in_one_line():
