@@ -12,7 +12,14 @@ from stdit.recipes.machine import Machine
 CPU = Machine(torch.device("cpu"), full=False)
 ALL = [*gpu_core.CHECKS, *gpu_compile.CHECKS, *gpu_long.CHECKS]
 # Those that compile, or train by the command, take seconds each.
-SLOW = {"run_resumes_to_the_bit", "outputs_match", "steps_match", "runs_compiled", "fit_stays_under"}
+SLOW = {
+    "run_resumes_to_the_bit",
+    "outputs_match",
+    "steps_match",
+    "runs_compiled",
+    "fit_stays_under",
+    "host_memory_stays_under",
+}
 
 
 def marked(check):

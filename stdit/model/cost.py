@@ -1,8 +1,8 @@
 """Estimates the cost of a model before it is built: operations by kind, and the memory of training."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,15 @@ Shape = tuple[int, int, int]
 class Cost:
     """Size of a model and operations of one forward pass.
 
-    parameters: all parameters, without fixed position tables; table: numbers in DiT's position table, which DiT counts
-    as parameters. tokens: of one clip. flops: multiply-adds of one forward pass, by kind.
+    parameters: all parameters, without fixed position tables; outside: those of no block; table: numbers in DiT's position
+    table, which DiT counts as parameters. tokens: of one clip. flops: multiply-adds of one forward pass, by kind.
     """
 
     parameters: int
     table: int
     tokens: int
     flops: dict[str, float]
+    outside: int
 
     @property
     def total(self) -> float:
@@ -86,7 +87,8 @@ def _forward_cost(arguments: dict[str, Any], latent: Shape) -> Cost:
         sum(p.numel() for p in model.parameters()),
         patches * model.config.hidden_size,
         latent[0] // model.patch_size[0] * patches,
-        flops,
+        flops=flops,
+        outside=sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks.")),
     )
 
 
@@ -160,6 +162,24 @@ def over_processes(memory: Memory, *, shards: int, context: int, depth: int, hal
     )
 
 
+def waiting_on_host(memory: Memory, *, outside: float, depth: int) -> Memory:
+    """The memory of a device whose weights, gradients, averages and moments wait in the host's memory.
+
+    Two blocks of `depth` are on the device, the one that computes and the one that is copied, with their gradients; beside them
+    are the `outside` bytes of weights that no block has.
+    """
+    two = 2 * (memory.weights - outside) / depth
+    return replace(
+        memory,
+        weights=outside + two,
+        gradients=outside + two,
+        optimizer=0.0,
+        ema=0.0,
+        # Gradients of blocks leave while most activations are still there.
+        working=memory.working + two,
+    )
+
+
 def frame_growth(dim: int, grid: tuple[int, int, int], window: int = 4) -> dict[str, float]:
     """Multiply-adds of a block over a clip's tokens, for joint, factorized, causal and windowed causal attention.
 
@@ -207,14 +227,12 @@ def training_memory(
     with torch.device("meta"):
         model = STDiT(**arguments)
     size = 4.0 * sum(p.numel() for p in model.parameters())
-    matrices = 4.0 * sum(p.numel() for p in muon_parameters(model).values())
     how: dict[str, Any] = {"latent": latent, "batch": micro_batch, "bf16": bf16}
     activations, recomputed = _activations(arguments, checkpointing=False, fused=fused, **how), 0.0
     if checkpointing:
         every, activations = activations, _activations(arguments, checkpointing=checkpointing, fused=fused, **how)
         recomputed = (every - activations) / len(model.blocks)
     learnt = size if trained is None else 4.0 * trained
-    moments = 2 * learnt - (matrices if optimizer == "muon" and trained is None else 0)
     tokens = forward_cost(arguments, latent).tokens
     widest = (
         micro_batch * tokens * arguments["hidden_size"] * max(4.0, arguments.get("mlp_ratio", 4.0)) * (2 if bf16 else 4)
@@ -222,12 +240,32 @@ def training_memory(
     return Memory(
         weights=size + (0.0 if trained is None else learnt),
         gradients=learnt,
-        optimizer=moments,
+        optimizer=optimizer_memory(arguments, optimizer, trained),
         ema=learnt * (1 + copies),
         activations=activations,
         recomputed=recomputed,
         working=2 * widest,
     )
+
+
+def optimizer_memory(arguments: dict[str, Any], optimizer: str, trained: int | None = None) -> float:
+    """Bytes of the moments that `train.optimizer` keeps. trained: the parameters of a LoRA, if only these are trained."""
+    if trained is not None:  # its matrices are counted as one
+        with torch.device("meta"):
+            return moments_of([torch.empty(trained)], optimizer)
+    with torch.device("meta"):
+        model = STDiT(**arguments)
+    matrices = 4.0 * sum(p.numel() for p in muon_parameters(model).values()) if optimizer == "muon" else 0.0
+    return moments_of(model.parameters(), optimizer) - matrices
+
+
+def moments_of(parameters: Iterable[Tensor], optimizer: str) -> float:
+    """Bytes of two moments of all parameters, of which Muon keeps one for matrices."""
+    sizes = [p.numel() for p in parameters]
+    if optimizer != "adamw8bit":
+        return 8.0 * sum(sizes)
+    # A code for each number, and a scale in float32 for every 256; those of small tensors are float32.
+    return float(sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes))
 
 
 def _activations(arguments: dict[str, Any], *, checkpointing: bool | str, fused: bool, **how: Any) -> float:

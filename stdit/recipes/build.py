@@ -30,23 +30,29 @@ from stdit.recipes.order import measure
 from stdit.text import CaptionCache, load_text_encoder
 from stdit.training.fit import Teacher
 from stdit.training.held_out import TOGETHER, HeldOutDraws
+from stdit.training.parallel import backend_of
 from stdit.vae import VideoVAE
 
 
-def build_accelerator(precision: Precision, unused_parameters: bool = False, *, timeout: float = 1800.0) -> Accelerator:
+def build_accelerator(
+    precision: Precision, unused_parameters: bool = False, *, timeout: float = 1800.0, offload: bool = False
+) -> Accelerator:
     """Make the `Accelerator` of this process.
 
     unused_parameters: whether a step may leave some parameters without a gradient, which DDP must know. timeout: seconds
-    after which a process that the others wait for ends the run.
+    after which a process that the others wait for ends the run. offload: whether shards wait in the host's memory.
     """
     device = default_device()
+    backend = backend_of(torch.device(device).type, offload=offload)
     AcceleratorState._reset_state()  # which an earlier run in this process may have set to another precision
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # otherwise two processes on CPUs are two separate runs
         mixed_precision={"bf16": "bf16", "fp32": "no"}[resolve(precision, device)],
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
+            InitProcessGroupKwargs(
+                timeout=timedelta(seconds=timeout), **({} if backend is None else {"backend": backend})
+            ),
         ],
     )
 

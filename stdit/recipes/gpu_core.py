@@ -2,12 +2,11 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,7 +29,7 @@ from stdit.training.config import ParallelConfig
 from stdit.training.loop_state import LoopState
 from stdit.training.muon import orthogonalize
 from stdit.training.optim import build_optimizers
-from stdit.training.parallel import is_sharded, local_parameters, parallelize
+from stdit.training.parallel import group_of_one, is_sharded, local_parameters, parallelize
 from stdit.training.shards import ShardWriter
 from stdit.training.state import load_checkpoint
 from stdit.training.step import LatentBatch, diffusion_losses
@@ -178,22 +177,13 @@ def muon_is_orthogonal(machine: Machine) -> str:
     return ", ".join(f"{name} {value:.1e}" for name, value in found.items()) + " from the CPU"
 
 
-@contextlib.contextmanager
-def _alone(machine: Machine) -> Iterator[None]:
-    """A context manager in which this process is a group of one."""
-    backend = "nccl" if machine.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _training(machine: Machine, *, sharded: bool) -> LoopState:
+def _training(machine: Machine, config: ParallelConfig) -> LoopState:
     """A model with Muon and AdamW and its average, in shards over a group of one or not."""
-    model = small_model(machine).to(machine.device)
-    if sharded:
-        parallelize(model, ParallelConfig(shard="fsdp"), init_device_mesh(machine.device.type, (1,)))
+    model = small_model(machine)
+    if not config.offload:
+        model.to(machine.device)
+    if config.shard == "fsdp":
+        parallelize(model, config, init_device_mesh(machine.device.type, (1,)))
         assert is_sharded(model)
     ema = EMAModel(local_parameters(model), decay=0.9, foreach=True)
     return LoopState(model, ema, PowerAverages(model, []), build_optimizers(model, "muon", 1e-3))
@@ -201,10 +191,21 @@ def _training(machine: Machine, *, sharded: bool) -> LoopState:
 
 def shards_of_one_process_equal_the_whole(machine: Machine) -> str:
     """FSDP2 in a group of one: losses of an unsharded model, and a checkpoint of shards resumes to the bit."""
+    return _shards_equal_the_whole(machine, ParallelConfig(shard="fsdp"))
+
+
+def shards_in_the_hosts_memory_equal_the_whole(machine: Machine) -> str:
+    """The same with weights, gradients, averages and moments in the host's memory."""
+    return _shards_equal_the_whole(machine, ParallelConfig(shard="fsdp", offload=True))
+
+
+def _shards_equal_the_whole(machine: Machine, config: ParallelConfig) -> str:
     steps, half = machine.pick((20, 10), (4, 2))
-    with deterministic(), tempfile.TemporaryDirectory() as name, _alone(machine):
+    with deterministic(), tempfile.TemporaryDirectory() as name, group_of_one(machine.device.type):
         folder = Path(name)
-        plain, state = _training(machine, sharded=False), _training(machine, sharded=True)
+        plain, state = _training(machine, ParallelConfig()), _training(machine, config)
+        if config.offload:
+            assert all(p.device.type == "cpu" for p in state.model.parameters()), "weights are not on the host"
         expected = train_steps(machine, plain.model, plain.optimizers, steps=range(steps))
         losses = train_steps(machine, state.model, state.optimizers, steps=range(half))
         state.ema.step(local_parameters(state.model))
@@ -213,7 +214,7 @@ def shards_of_one_process_equal_the_whole(machine: Machine) -> str:
         # Training goes on while the checkpoint is written.
         losses += train_steps(machine, state.model, state.optimizers, steps=range(half, steps))
         writer.finish()
-        again, checkpoint = _training(machine, sharded=True), load_checkpoint(folder)
+        again, checkpoint = _training(machine, config), load_checkpoint(folder)
         assert checkpoint is not None and checkpoint.step == half
         again.restore(checkpoint)
         resumed = train_steps(machine, again.model, again.optimizers, steps=range(half, steps))
@@ -291,5 +292,5 @@ def _some_steps(machine: Machine, arguments: dict, checkpointing: bool | str, *,
 CHECKS: list[Callable[[Machine], str]] = [
     forward_matches_cpu, attention_backends_agree, vae_matches_cpu, originals_numbers_come_out, sampling_works,
     packed_equals_unpacked, cached_rollout_equals_uncached, muon_is_orthogonal, shards_of_one_process_equal_the_whole,
-    run_resumes_to_the_bit, planned_memory_is_right,
+    shards_in_the_hosts_memory_equal_the_whole, run_resumes_to_the_bit, planned_memory_is_right,
 ]  # fmt: skip

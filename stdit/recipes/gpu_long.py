@@ -19,7 +19,7 @@ from stdit.recipes.gpu_models import published_size
 from stdit.recipes.gpu_speed import image_batch, step_report
 from stdit.recipes.machine import Machine, gib
 from stdit.recipes.plan import arguments_of, find_vae, planned
-from stdit.recipes.planned import GIB, RESERVED, find_fit, parse_memory
+from stdit.recipes.planned import GIB, RESERVED, Choice, find_fit, parse_memory
 from stdit.vae import load_vae
 
 _VIDEO = {"in_channels": 16, "num_classes": 12, "learn_sigma": False, "qk_norm": True}
@@ -127,7 +127,17 @@ def vae_streams(machine: Machine) -> str:
 
 def fit_stays_under(machine: Machine) -> str:
     """Training with what `stdit plan --fit` proposes stays below that memory, which the allocator then refuses to exceed."""
-    limit = machine.pick("24GB", "2GB")
+    return _fit(machine, machine.pick("24GB", "2GB"))[1]
+
+
+def host_memory_stays_under(machine: Machine) -> str:
+    """The same with so little memory that weights, gradients, averages and moments wait in the host's."""
+    choice, said = _fit(machine, machine.pick("7GB", "2GB"))
+    assert choice.offload or not machine.full, f"without the host's memory: {said}"
+    return said
+
+
+def _fit(machine: Machine, limit: str) -> tuple[Choice, str]:
     tiny = [
         "model.size=S/2",
         "model.depth=2",
@@ -143,7 +153,15 @@ def fit_stays_under(machine: Machine) -> str:
     ]  # fmt: skip
     config = load_typed(Config, "video", overrides)
     args = argparse.Namespace(
-        gpu="H100", count=1, utilisation=0.4, tflops=None, memory=None, shard=None, context=None, bandwidth=50.0
+        gpu="H100",
+        count=1,
+        utilisation=0.4,
+        tflops=None,
+        memory=None,
+        shard=None,
+        context=None,
+        bandwidth=50.0,
+        host_bandwidth=25.0,
     )
     vae, room = find_vae("tiny"), parse_memory(limit)
     run, current = planned(args, config, arguments_of(config, vae), vae)
@@ -153,7 +171,8 @@ def fit_stays_under(machine: Machine) -> str:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), machine.limited(room - _CONTEXT):
         peak = machine.peak(lambda: _run(["video", *overrides, *proposed]))
     planned_peak = run.need(choice, run.memory(choice)) - RESERVED
-    return f"{' '.join(proposed) or 'as configured'}: planned {planned_peak / GIB:.1f}, measured {gib(peak)} of {limit}"
+    said = f"{' '.join(proposed) or 'as configured'}: planned {planned_peak / GIB:.1f}, measured {gib(peak)} of {limit}"
+    return choice, said
 
 
 def _run(arguments: list[str]) -> None:
@@ -162,4 +181,5 @@ def _run(arguments: list[str]) -> None:
 
 CHECKS: list[Callable[[Machine], str]] = [
     image_speed, long_clip_speed, joint_clip_speed, host_keeps_ahead, time_grows_with_frames, vae_streams, fit_stays_under,
+    host_memory_stays_under,
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_start
 from stdit.recipes.planned import (
     CHECKPOINTING_NAMES,
+    EIGHT_BITS,
     GIB,
     LAUNCH_SECONDS,
     Choice,
@@ -108,9 +109,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--utilisation must be > 0 and <= 1, got {args.utilisation}, and --count must be >= 1, got {args.count}."
         )
-    for name, value in (("--tflops", args.tflops), ("--memory", args.memory)):
+    for name, value in (
+        ("--tflops", args.tflops), ("--memory", args.memory), ("--bandwidth", args.bandwidth),
+        ("--host-bandwidth", args.host_bandwidth),
+    ):  # fmt: skip
         if value is not None and not 0 < value < 1e6:
-            raise ValueError(f"{name} must be > 0 and < 1e6 (Tflops or GiB), got {value}.")
+            raise ValueError(f"{name} must be > 0 and < 1e6 (Tflops, GiB or GB/s), got {value}.")
 
 
 def speed_line(args: argparse.Namespace, run: PlannedRun, choice: Choice) -> str:
@@ -133,15 +137,20 @@ def speed_line(args: argparse.Namespace, run: PlannedRun, choice: Choice) -> str
 def scale_lines(run: PlannedRun, choice: Choice, cost: Cost) -> list[str]:
     """Lines with what devices send each other in a step, the size of checkpoints, and the cost of longer clips."""
     train, arguments, lines = run.config.train, run.arguments, []
+    sent = run.traffic(choice)
+    if choice.offload:
+        lines.append(
+            f"host          {run.on_host(choice) / GIB:.1f} GiB of its memory for each device; {sent.host / 1e9:,.2f} GB per device and step: "
+            f"{sent.host / (run.host_bandwidth * 1e9):.3f} s at {run.host_bandwidth:g} GB/s, beside the optimizer's work on the host"
+        )
     if run.count > 1:
-        sent = run.traffic(choice)
-        total = sum(sent)
+        total = sent.weights + sent.tokens
         lines.append(
             f"sent          {total / 1e9:,.2f} GB per device and step ({sent.weights / 1e9:,.2f} of weights and gradients"
             + (f", {sent.tokens / 1e9:,.2f} of tokens" if sent.tokens else "")
             + f"): {total / (run.bandwidth * 1e9):.3f} s at {run.bandwidth:g} GB/s, beside the computation"
         )
-    saved = run.trained * 4 * (3 if train.optimizer == "muon" else 4)
+    saved = 2 * 4 * run.trained + run.moments(choice)  # weights, their average, moments
     lines.append(
         f"checkpoints   {saved * train.keep_checkpoints / 1e9:,.1f} GB on disk (the newest {train.keep_checkpoints})"
     )
@@ -181,6 +190,16 @@ def fit_lines(args: argparse.Namespace, run: PlannedRun, current: Choice, room: 
     lines.append(f"  {' '.join(found.overrides(current))}")
     slower = f", {run.seconds(found) / run.seconds(current) - 1:+.0%} time for a step" if run.peak else ""
     lines.append(f"              peak {run.need(found, memory) / GIB:.2f} of {room / GIB:g} GiB{slower}")
+    if found.coarse and not current.coarse:
+        lines.append(
+            "              moments of 8 bits change the steps a little, and need bitsandbytes: pip install 'stdit[bitsandbytes]'"
+        )
+    if found.offload and not current.offload:
+        sent = run.traffic(found).host
+        lines.append(
+            f"              {run.on_host(found) / GIB:.1f} GiB wait in the host's memory for each device, of which {sent / 1e9:.1f} GB a step "
+            f"travel, counted at {run.host_bandwidth:g} GB/s (--host-bandwidth)"
+        )
     if found.gather_bf16 and not current.gather_bf16:
         lines.append(
             "              gathers in bfloat16 leave norms without float32 weights, which changes the steps a little"
@@ -202,6 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shard", choices=("none", "fsdp"), help="default: train.parallel.shard of the config")
     parser.add_argument("--context", type=int, help="devices that share a clip's frames; default: that of the config")
     parser.add_argument("--bandwidth", type=float, default=50.0, metavar="GB/S", help="between devices, of each")
+    parser.add_argument(
+        "--host-bandwidth", type=float, default=25.0, metavar="GB/S", help="between a device and the host"
+    )
     parser.add_argument("--fit", metavar="GB", help="propose what makes the run fit, such as 24GB, with the least time")
     parser.add_argument("--refuse", action="store_true", help="exit with 1 if the run does not fit")
     args = parser.parse_intermixed_args(argv)
@@ -210,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_typed(Config, args.config, args.overrides)
     vae = find_vae(config.vae.name)
     run, choice = planned(args, config, arguments_of(config, vae), vae)
-    data, train, latent = config.data, config.train, run.latent
+    data, latent = config.data, run.latent
     on_cpu = run.on_cpu
     described = on_cpu or (args.tflops and args.memory)  # such a device needs no row in GPUS
     room = (args.memory or (0.0 if described else GPUS[args.gpu][1])) * GIB
@@ -230,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = {kind: run.memory(choice._replace(checkpointing=kind)) for kind in CHECKPOINTING_NAMES}
     found = table[choice.checkpointing]
     print(
-        f"memory        micro-batch of {choice.micro}, {'bf16' if run.bf16 else 'fp32'}, {train.optimizer}, on one device, GiB:"
+        f"memory        micro-batch of {choice.micro}, {'bf16' if run.bf16 else 'fp32'}, {run.optimizer(choice)}, on one device, GiB:"
     )
     for part in ("weights", "gradients", "optimizer", "ema"):
         print(f"  {part:<12}{getattr(found, part) / GIB:>8.2f}")
@@ -270,7 +292,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEGeometry) -> tuple[PlannedRun, Choice]:
     """The run of a command line, and its settings; ValueError for devices that cannot be divided so."""
     data, train = config.data, config.train
-    sharded = (args.shard or train.parallel.shard) == "fsdp" and args.count > 1
+    on_cpu = args.gpu == "cpu"
+    wanted = (args.shard or train.parallel.shard) == "fsdp"
+    offload = wanted and train.parallel.offload and not on_cpu
+    sharded = wanted and (args.count > 1 or offload)
     context = args.context or train.parallel.context
     replicas = train.parallel.replicas if sharded else 1
     if args.count % replicas:
@@ -281,14 +306,15 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
         raise ValueError(f"--context {context} does not divide --count {args.count}; use a number that does.")
     check_batch(config, args.count // context)
     micro = train.micro_batch or -(-train.batch_size // (args.count // context))
-    on_cpu = args.gpu == "cpu"
     described = on_cpu or (args.tflops and args.memory)
     peak = 0.0 if described else pick({**GPUS, "cpu": (0.0, 0.0)}, args.gpu, "GPU")[0]
     bf16 = resolve(train.precision, "cpu") == "bf16" if on_cpu else train.precision != "fp32"
     run = PlannedRun(
         config, arguments, vae.latent_shape(data.num_frames, data.height, data.width, arguments["patch_size"]), args.count,
         bf16=bf16, fused=not (on_cpu and native_bf16() and bf16), on_cpu=on_cpu, peak=args.tflops or peak,
-        utilisation=args.utilisation, bandwidth=args.bandwidth, adapted=adapted_parameters(config, arguments),
+        utilisation=args.utilisation, bandwidth=args.bandwidth, host_bandwidth=args.host_bandwidth,
+        adapted=adapted_parameters(config, arguments),
     )  # fmt: skip
     kind, gather = config.model.gradient_checkpointing, train.parallel.gather_bf16
-    return run, Choice(kind, micro, sharded, gather_bf16=gather, context=context)
+    coarse = train.optimizer == EIGHT_BITS
+    return run, Choice(kind, micro, sharded, gather_bf16=gather, context=context, coarse=coarse, offload=offload)

@@ -6,24 +6,44 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from stdit.config import Config, load_typed
-from stdit.model.cost import Memory, Shape, forward_cost, over_processes, training_memory
+from stdit.model.cost import (
+    Memory,
+    Shape,
+    forward_cost,
+    optimizer_memory,
+    over_processes,
+    training_memory,
+    waiting_on_host,
+)
 from stdit.recipes.build import check_batch
 
 GIB = 2**30
 RESERVED = 1.5 * GIB  # of the CUDA context, kernels' workspaces and fragmentation
+EIGHT_BITS = "adamw8bit"  # the optimizer whose moments take 8 bits
 LAUNCH_SECONDS = 0.01  # of a training step of a small model on a GPU: some thousand kernels of a few microseconds
 CHECKPOINTING_NAMES: dict[bool | str, str] = {False: "without", "selective": "with selective", True: "with full"}
 _CHECKPOINTING_TIME = {False: 1.0, "selective": 1.05, True: 4 / 3}  # a backward pass takes two forward passes
 
 
 class Choice(NamedTuple):
-    """How a step is computed. checkpointing: as `model.gradient_checkpointing`; micro: `train.micro_batch`; sharded: FSDP2."""
+    """How a step is computed.
+
+    checkpointing: as `model.gradient_checkpointing`; micro: `train.micro_batch`; sharded: FSDP2. coarse: AdamW with moments of 8
+    bits. offload: blocks wait in the host's memory.
+    """
 
     checkpointing: bool | str
     micro: int
     sharded: bool = False
     gather_bf16: bool = False
     context: int = 1
+    coarse: bool = False
+    offload: bool = False
+
+    @property
+    def last_resort(self) -> int:
+        """How late it is proposed, whatever time it takes: moments of 8 bits, the host's memory, gathers in bfloat16, in turn."""
+        return 3 if self.gather_bf16 else 2 if self.offload else int(self.coarse)
 
     def overrides(self, current: "Choice") -> list[str]:
         """The overrides of a config that has the `current` settings."""
@@ -33,16 +53,22 @@ class Choice(NamedTuple):
             "train.parallel.shard": "fsdp" if self.sharded else "none",
             "train.parallel.gather_bf16": self.gather_bf16,
             "train.parallel.context": self.context,
+            "train.optimizer": EIGHT_BITS if self.coarse else "adamw",
+            "train.parallel.offload": self.offload,
         }
         changed = [mine != other for mine, other in zip(self, current, strict=True)]
         return [f"{key}={value}".lower() for (key, value), new in zip(values.items(), changed, strict=True) if new]
 
 
 class Traffic(NamedTuple):
-    """Bytes that a device sends in a step: of weights and gradients, and of tokens to those that share its frames."""
+    """Bytes that a device sends in a step: of weights and gradients, and of tokens to those that share its frames.
+
+    host: what it takes from the host's memory and brings back.
+    """
 
     weights: float
     tokens: float
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +76,8 @@ class PlannedRun:
     """A training of a config on `count` devices.
 
     arguments: of the model. latent: (T, h, w) of a clip. peak: Tflops of a device, 0 if unknown; utilisation: the fraction of
-    it that is reached. bandwidth: between devices, in GB/s. adapted: the parameters of a LoRA, if only these are trained.
+    it that is reached. bandwidth: between devices, in GB/s; host_bandwidth: between each and the host. adapted: the
+    parameters of a LoRA, if only these are trained.
     """
 
     config: Config
@@ -64,7 +91,9 @@ class PlannedRun:
     utilisation: float
     bandwidth: float
     adapted: int | None = None
+    host_bandwidth: float = 25.0
     _linear: dict[bool | str, tuple[Memory, Memory]] = field(default_factory=dict, init=False, compare=False)
+    _moments: dict[str, float] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def trained(self) -> int:
@@ -77,12 +106,15 @@ class PlannedRun:
 
     def estimate(self, choice: Choice) -> Memory:
         """The memory of one device, from those of one clip and of two: it grows linearly with the clips."""
+        return self._share(self._linearly(choice), choice)
+
+    def _linearly(self, choice: Choice) -> Memory:
         kind = choice.checkpointing
         if kind not in self._linear:
             self._linear[kind] = self._whole(kind, 1, self.latent), self._whole(kind, 2, self.latent)
         one, two = self._linear[kind]
         parts = {part.name: (getattr(one, part.name), getattr(two, part.name)) for part in fields(Memory)}
-        return self._share(Memory(**{name: a + (choice.micro - 1) * (b - a) for name, (a, b) in parts.items()}), choice)
+        return Memory(**{name: a + (choice.micro - 1) * (b - a) for name, (a, b) in parts.items()})
 
     def other(self, choice: Choice) -> float:
         """Bytes that are reserved by the device's libraries, and by DDP, which holds gradients twice."""
@@ -90,9 +122,13 @@ class PlannedRun:
         return twice + (0 if self.on_cpu else RESERVED)
 
     def need(self, choice: Choice, memory: Memory) -> float:
-        """The largest use of memory of a device; on a CPU, saving a checkpoint copies its largest file in memory."""
+        """The largest use of memory of a device.
+
+        On a CPU, saving a checkpoint copies its largest file in memory; previews and exports of a model in shards take it whole.
+        """
         saving = memory.persistent + memory.optimizer if self.on_cpu else 0.0
-        return max(memory.peak + self.other(choice), saving)
+        whole = 4 * forward_cost(self.arguments, self.latent).parameters if choice.sharded else 0.0
+        return max(max(memory.peak, whole) + self.other(choice), saving)
 
     def computation(self, choice: Choice) -> float:
         """Seconds of arithmetic in a step."""
@@ -102,22 +138,50 @@ class PlannedRun:
 
     def traffic(self, choice: Choice) -> Traffic:
         """What a device sends in a step."""
-        if self.count == 1:
-            return Traffic(0.0, 0.0)
         cost = forward_cost(self.arguments, self.latent)
+        # Every micro-batch takes the weights for each pass, and its gradients are summed on the host.
+        again = self._micro_batches(choice) if choice.offload else 0
+        host = again * (2 * 4 * cost.parameters + 4 * self.trained) / self._shards(choice)
+        if self.count == 1:
+            return Traffic(0.0, 0.0, host)
         # FSDP2: weights for each pass, and gradients in float32; DDP: gradients, summed and sent back.
         each = 2 if choice.gather_bf16 else 4
         weights = 2 * each * cost.parameters + 4 * self.trained if choice.sharded else 2 * 4 * self.trained
         passes = 4 if choice.checkpointing else 3  # exchanged tokens are computed again
         width = self.arguments["depth"] * 4 * 2 * self.arguments["hidden_size"]
         shared = passes * width * choice.micro * cost.tokens / choice.context if choice.context > 1 else 0.0
-        return Traffic(weights, shared)
+        return Traffic(weights * max(1, again), shared, host)
 
     def seconds(self, choice: Choice) -> float:
         """Seconds of a step: arithmetic, traffic, and the launching of kernels for each micro-batch, one after another."""
+        launches = LAUNCH_SECONDS * _CHECKPOINTING_TIME[choice.checkpointing] * self._micro_batches(choice)
+        sent = self.traffic(choice)
+        travel = (sent.weights + sent.tokens) / (self.bandwidth * 1e9) + sent.host / (self.host_bandwidth * 1e9)
+        return self.computation(choice) + travel + launches
+
+    def optimizer(self, choice: Choice) -> str:
+        """The `train.optimizer` of a choice."""
+        named = self.config.train.optimizer
+        return EIGHT_BITS if choice.coarse else "adamw" if named == EIGHT_BITS else named
+
+    def moments(self, choice: Choice) -> float:
+        """Bytes of the optimizer's moments, of all devices that share them."""
+        name = self.optimizer(choice)
+        if name not in self._moments:
+            self._moments[name] = optimizer_memory(self.arguments, name, self.adapted)
+        return self._moments[name]
+
+    def on_host(self, choice: Choice) -> float:
+        """Bytes of weights, gradients, averages and moments that wait in the host's memory with `offload`, for each device."""
+        whole = self._linearly(choice)
+        return (whole.weights + whole.gradients + whole.ema + self.moments(choice)) / self._shards(choice)
+
+    def _micro_batches(self, choice: Choice) -> int:
         clips = -(-self.config.train.batch_size // (self.count // choice.context))
-        launches = LAUNCH_SECONDS * _CHECKPOINTING_TIME[choice.checkpointing] * -(-clips // choice.micro)
-        return self.computation(choice) + sum(self.traffic(choice)) / (self.bandwidth * 1e9) + launches
+        return -(-clips // choice.micro)
+
+    def _shards(self, choice: Choice) -> int:
+        return self.count // self.config.train.parallel.replicas if choice.sharded else 1
 
     def _whole(self, checkpointing: bool | str, micro: int, latent: Shape) -> Memory:
         train = self.config.train
@@ -128,9 +192,12 @@ class PlannedRun:
         )  # fmt: skip
 
     def _share(self, memory: Memory, choice: Choice) -> Memory:
-        shards = self.count // self.config.train.parallel.replicas if choice.sharded else 1
-        how = {"context": choice.context, "depth": self.arguments["depth"], "half": choice.gather_bf16}
-        return over_processes(memory, shards=shards, **how)
+        depth, shards = self.arguments["depth"], self._shards(choice)
+        memory = replace(memory, optimizer=self.moments(choice))
+        if choice.offload:
+            outside = 4.0 * forward_cost(self.arguments, self.latent).outside
+            memory, shards = waiting_on_host(memory, outside=outside, depth=depth), 1
+        return over_processes(memory, shards=shards, context=choice.context, depth=depth, half=choice.gather_bf16)
 
 
 def parse_memory(text: str) -> float:
@@ -144,19 +211,20 @@ def parse_memory(text: str) -> float:
 def find_fit(run: PlannedRun, current: Choice, room: float, *, path: str, overrides: Sequence[str]) -> Choice | None:
     """The choice that takes the least time of those that fit into `room` bytes and that training accepts; None if none does.
 
-    The `current` one if it fits and no other takes 2 % less time; gathers in bfloat16, which change a step, only if nothing
-    else fits. path and overrides: of the config.
+    The `current` one if it fits and no other takes 2 % less time. A last resort, which changes a step or needs the host's memory,
+    is proposed only if nothing before it fits. path and overrides: of the config.
     """
-    enough = run.seconds(current) / 1.02 if run.need(current, run.memory(current)) <= room else float("inf")
+    fits = run.need(current, run.memory(current)) <= room
+    enough, latest = (run.seconds(current) / 1.02, current.last_resort) if fits else (float("inf"), 3)
     checks = _Checks(run, current, path=path, overrides=overrides)
     fitting = [choice for choice in _choices(run, current) if run.need(choice, run.estimate(choice)) <= room]
-    for choice in sorted(fitting, key=lambda choice: (choice.gather_bf16, run.seconds(choice))):
-        if run.seconds(choice) > enough or (choice.gather_bf16 and enough < float("inf")):
-            return current
+    for choice in sorted(fitting, key=lambda choice: (choice.last_resort, run.seconds(choice))):
+        if run.seconds(choice) > enough or choice.last_resort > latest:
+            continue
         # Counted, since memory is not quite linear on CPUs.
         if checks.accept(choice) and run.need(choice, run.memory(choice)) <= room:
             return choice
-    return current if enough < float("inf") else None
+    return current if fits else None
 
 
 def smallest(run: PlannedRun, current: Choice, *, path: str, overrides: Sequence[str]) -> Choice:
@@ -168,15 +236,26 @@ def smallest(run: PlannedRun, current: Choice, *, path: str, overrides: Sequence
 
 def _choices(run: PlannedRun, current: Choice) -> Iterator[Choice]:
     """All choices that the devices and the batch allow."""
-    many = run.count > 1
     contexts = [c for c in range(1, run.count + 1) if run.count % c == 0 and run.latent[0] % c == 0]
     for context in contexts:
         clips = -(-run.config.train.batch_size // (run.count // context))
         micros = [n for n in range(clips, 0, -1) if clips % n == 0]
         for micro in [current.micro] if run.config.data.sizes else micros:
-            for sharded, gather in [(False, False), (True, False), (True, True)] if many else [(False, False)]:
+            for way in _ways(run, current):
                 for kind in CHECKPOINTING_NAMES:
-                    yield Choice(kind, micro, sharded, gather_bf16=gather, context=context)
+                    yield Choice(kind, micro, context=context, **way)
+
+
+def _ways(run: PlannedRun, current: Choice) -> list[dict[str, bool]]:
+    """How weights and moments may be kept: whole, in shards, with moments of 8 bits, in the host's memory."""
+    ways = [{"coarse": current.coarse}]
+    if run.count > 1:
+        ways += [{"sharded": True}, {"sharded": True, "gather_bf16": True}]
+    if not run.on_cpu:
+        if run.config.train.optimizer == "adamw":
+            ways.append({"coarse": True})
+        ways.append({"sharded": True, "offload": True})
+    return ways
 
 
 class _Checks:

@@ -54,14 +54,14 @@ from stdit.recipes.previews import read_previews, sample_previews
 from stdit.recipes.propose import data_overrides, find_or_propose, keep
 from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
 from stdit.training.held_out import steps_between
-from stdit.training.optim import build_optimizers
+from stdit.training.optim import build_optimizers, check_optimizer
 from stdit.training.parallel import (
     check_agreement,
-    compile_blocks,
+    effective,
     gathered,
+    group_of_one,
     make_mesh,
-    parallelize,
-    share_frames,
+    place,
     trained_parameters,
 )
 from stdit.training.previews import Previews
@@ -98,13 +98,15 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     context = config.train.parallel.context
     check_batch(config, max(1, processes // context))
     check_trackers(config.train.trackers)
+    check_optimizer(config.train.optimizer)
     dataset = build_dataset(config.data)
     vae = load_vae(config.vae.name).to(accelerator.device)
     check_cache(dataset, vae)
     objective = build_objective(config.objective)
     # What needs only the config and the rows is refused before captions are encoded, which may take hours.
     check_context(config, vae, processes)
-    mesh = make_mesh(config.train.parallel, accelerator.device.type, processes)
+    parallel = effective(config.train.parallel, accelerator.device.type, processes)
+    mesh = make_mesh(parallel, accelerator.device.type, processes)
     folders = RunFolders(config.name)
     if main:
         folders.lock()
@@ -125,11 +127,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         model = adapted
     else:
         model = build_model(config, vae, dataset, objective, caption_channels=channels)
-    model.to(accelerator.device)
-    if config.train.compile:
-        compile_blocks(model, sharded=mesh is not None)
-    share_frames(model, config.train.parallel)
-    parallelize(model, config.train.parallel, mesh)
+    place(model, parallel, mesh, device=accelerator.device, compiled=config.train.compile)
     own = read_previews(config, build_pipeline(model, vae, config), quiet=not main) if config.train.previews else []
     order = build_order(config, kept, vae, patch=model.patch_size, processes=processes // context)
     resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
@@ -342,10 +340,12 @@ def _train(config: Config) -> int:
     began = time.time()
     # The last dual-stream block's text output, and a mask's parameters in a step without a mask, get no gradient.
     unused = TRUNKS[config.model.trunk].has_unused_parameters
-    accelerator = build_accelerator(config.train.precision, unused, timeout=config.train.parallel.timeout)
-    run = build_run(config, accelerator)
-    code = fit(run)
-    write_summary_and_results(run, code, time.time() - began)
+    parallel = config.train.parallel
+    accelerator = build_accelerator(config.train.precision, unused, timeout=parallel.timeout, offload=parallel.offload)
+    with group_of_one(accelerator.device.type, needed=parallel.offload and accelerator.num_processes == 1):
+        run = build_run(config, accelerator)
+        code = fit(run)
+        write_summary_and_results(run, code, time.time() - began)
     if accelerator.num_processes > 1:
         # Threads of gloo may still run when C++ destroys their group at exit, which aborts a process that has done all its
         # work ("terminate called without an active exception", in one of some thirty runs) and ends the others with it.

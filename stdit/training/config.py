@@ -24,7 +24,9 @@ class LoopConfig:
     decay_steps: int | None = None  # step at which the learning rate reaches zero; null: a constant rate
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # how the rate falls until decay_steps
     warmup_steps: int = 0  # steps in which the rate rises from zero
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices by Muon, the rest by AdamW
+    optimizer: Literal["adamw", "muon", "adamw8bit"] = (
+        "adamw"  # muon: matrices by Muon, the rest by AdamW; adamw8bit: AdamW with moments of 8 bits (bitsandbytes)
+    )
     lr: float = 1e-4  # learning rate
     weight_decay: float = 0.0  # decoupled weight decay
     clip_norm: float = 1.0  # largest norm of the gradient
@@ -67,6 +69,7 @@ class ParallelConfig:
     context: int = 1  # processes that share the frames of every clip, for long ones; the rest is data parallel
     gather_bf16: bool = False  # fsdp: gather weights in bfloat16: half the traffic, but norms have no float32 weights
     reshard: bool = True  # fsdp: give gathered weights back after the forward pass; false takes memory and saves time
+    offload: bool = False  # fsdp, also of one process: weights, gradients, averages and optimizer in the host's memory
     timeout: float = 1800.0  # seconds after which a process that does not answer ends the run
 
     def __post_init__(self) -> None:
@@ -74,6 +77,16 @@ class ParallelConfig:
         if self.replicas > 1 and self.shard == "none":
             raise ValueError(
                 f"train.parallel.replicas={self.replicas} has no effect without train.parallel.shard=fsdp; set both."
+            )
+        if self.offload and self.shard == "none":
+            raise ValueError(
+                "train.parallel.offload=true has no effect without train.parallel.shard=fsdp, which moves blocks one by one, also "
+                "with one process; set both."
+            )
+        if self.offload and not self.reshard:
+            raise ValueError(
+                "train.parallel.reshard=false keeps all weights on the device, which train.parallel.offload=true is to prevent; "
+                "set one of them to its default."
             )
 
 
@@ -127,6 +140,11 @@ class TrainConfig(LoopConfig):
             raise ValueError(
                 f"train.compile=true is not there for shared frames (train.parallel.context={self.parallel.context}), which blocks "
                 "exchange inside attention; set it to false."
+            )
+        if self.optimizer == "adamw8bit" and self.parallel.shard != "none":
+            raise ValueError(
+                f"train.optimizer=adamw8bit is not there for shards (train.parallel.shard={self.parallel.shard}), of which bitsandbytes "
+                "knows nothing; set train.optimizer=adamw, or train.parallel.shard=none."
             )
         unfit = {"guide_step": self.guide_step, "average_lengths": self.average_lengths, "parallel.shard": self.parallel.shard != "none" and self.parallel.shard}  # fmt: skip
         if self.lora.rank is not None and any(unfit.values()):

@@ -82,7 +82,6 @@ class TrainingLoop(ABC):
 
     def __post_init__(self) -> None:
         self.ema = EMAModel(local_parameters(self.model), decay=self.config.ema_decay, foreach=True)
-        self.ema.to(self.accelerator.device)
         self.averages = PowerAverages(self.model, self.config.average_lengths)
         self._state = LoopState(self.model, self.ema, self.averages, self.optimizers)
         self.writer: ShardWriter | None = None  # of a sharded model, whose processes each write their part
@@ -270,7 +269,10 @@ class TrainingLoop(ABC):
     def _prepared(self) -> tuple[nn.Module, list]:
         """The model and the optimizers as Accelerate prepares them; FSDP2 has the place of DDP for a sharded model."""
         if is_sharded(self.model):
-            return self.model, [self.accelerator.prepare_optimizer(one) for one in self.optimizers]
+            # Shards and their moments are where they must be, which may be the host's memory.
+            return self.model, [
+                self.accelerator.prepare_optimizer(one, device_placement=False) for one in self.optimizers
+            ]
         wrapped, *optimizers = self.accelerator.prepare(self.model, *self.optimizers)
         return wrapped, optimizers
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit.precision import native_bf16
-from stdit.training.parallel import like, local, rows_of, whole
+from stdit.training.parallel import computing_device, like, local, rows_of, whole
 
 # The quintic iteration of Jordan et al., "Muon" (2024): five steps bring singular values to between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -92,18 +92,22 @@ class Muon(torch.optim.Optimizer):
         for chunk in _chunks(params):
             rows = params[chunk[0]].shape[0]
             columns = params[chunk[0]].numel() // rows
-            stacked = gradients[chunk[0]].new_empty(len(chunk), rows, columns)
+            # Matrices that wait in the host's memory are moved, since their device iterates much faster than the host.
+            device = computing_device(params[chunk[0]])
+            stacked = gradients[chunk[0]].new_empty(len(chunk), rows, columns, device=device)
             for i, direction in zip(chunk, stacked, strict=True):
                 part = torch.lerp(gradients[i], buffers[i], momentum)  # Nesterov's look ahead
                 # The iteration needs whole matrices, which every process gathers from the rows of all.
-                direction.copy_(whole(like(part.reshape(local(params[i]).shape), params[i])).flatten(1))
+                part = part.reshape(local(params[i]).shape).to(device)
+                direction.copy_(whole(like(part, params[i])).flatten(1))
             wide = stacked if rows <= columns else stacked.mT
             dtype = torch.bfloat16 if native_bf16(wide.device) else torch.float32
             updates = orthogonalize(wide.to(dtype))
             for i, update in zip(chunk, updates if rows <= columns else updates.mT, strict=True):
                 part = local(params[i])
                 first, end = rows_of(params[i]) or (0, rows)
-                part.add_(update[first:end].reshape(part.shape), alpha=-lr * 0.2 * math.sqrt(max(rows, columns)))
+                own = update[first:end].reshape(part.shape).to(part.device)
+                part.add_(own, alpha=-lr * 0.2 * math.sqrt(max(rows, columns)))
 
 
 def _chunks(matrices: Sequence[Tensor]) -> list[list[int]]:

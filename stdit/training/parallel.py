@@ -6,6 +6,7 @@ split along its first dimension.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,25 +16,59 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from stdit.training.config import ParallelConfig
 from stdit.warn import warn_user
 
 
+def effective(config: ParallelConfig, device: str, processes: int) -> ParallelConfig:
+    """The settings that have an effect on a type of device and with so many processes; a warning for those that have none.
+
+    A CPU's memory is the host's, and one process has nothing to share with, unless its shards wait in the host's memory.
+    """
+    if config.offload and device == "cpu":
+        warn_user("train.parallel.offload=true has no effect on a CPU, whose memory is the host's; leave it out.")
+        config = replace(config, offload=False)
+        if processes == 1:
+            return replace(config, shard="none", replicas=1)
+    if config.shard == "fsdp" and processes == 1 and not config.offload:
+        warn_user(
+            "train.parallel.shard=fsdp has no effect with one process; start several: torchrun --nproc-per-node N -m stdit train ..."
+        )
+        return replace(config, shard="none", replicas=1)
+    return config
+
+
+def backend_of(device: str, *, offload: bool) -> str | None:
+    """The communication of a process group; None: what accelerate chooses for the device.
+
+    Shards in the host's memory need one for the CPU as well, by which the norm of their gradients is added up.
+    """
+    return f"cpu:gloo,{device}:{dist.get_default_backend_for_device(device)}" if offload and device != "cpu" else None
+
+
+@contextmanager
+def group_of_one(device: str, *, needed: bool = True) -> Iterator[None]:
+    """A context manager in which this process, which is alone, is a process group, if it is `needed` and is not one yet."""
+    if not needed or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group(backend_of(device, offload=True) or "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def make_mesh(config: ParallelConfig, device: str, processes: int) -> DeviceMesh | None:
     """The mesh of processes over which a model is sharded; None without sharding.
 
     With replicas, every group of processes / replicas holds the whole model between them (HSDP). ValueError if the processes
-    cannot be divided so; a warning for a single process, which has nothing to share with.
+    cannot be divided so. config: of `effective`.
     """
     if config.shard == "none":
-        return None
-    if processes == 1:
-        warn_user(
-            "train.parallel.shard=fsdp has no effect with one process; start several: torchrun --nproc-per-node N -m stdit train ..."
-        )
         return None
     if processes % config.replicas:
         fits = [n for n in range(1, processes + 1) if processes % n == 0]
@@ -54,7 +89,8 @@ def parallelize(model: Any, config: ParallelConfig, mesh: DeviceMesh | None) -> 
     """Shard a model in place, a unit for each block and one for the rest; nothing without a mesh.
 
     Gradients are reduced in float32, and inputs stay as they are: autocast chooses the precision of operations, as for a
-    model that is not sharded.
+    model that is not sharded. With `config.offload` the shards stay on the host, where the model may be: units are moved to
+    the device one by one.
     """
     if mesh is None:
         return
@@ -63,8 +99,23 @@ def parallelize(model: Any, config: ParallelConfig, mesh: DeviceMesh | None) -> 
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+    # Pages of memory that are pinned can be copied while the device computes; there are none without a device.
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if config.offload else OffloadPolicy()
     for part in [*model.blocks, model]:
-        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard)
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard, offload_policy=place)
+    model.is_offloaded = config.offload
+
+
+def place(
+    model: Any, config: ParallelConfig, mesh: DeviceMesh | None, *, device: torch.device, compiled: bool = False
+) -> None:
+    """Bring a model to its device and spread it over processes, in place; compiled: its blocks by torch.compile."""
+    if not config.offload:  # a model that waits on the host may be too large for the device
+        model.to(device)
+    if compiled:
+        compile_blocks(model, sharded=mesh is not None)
+    share_frames(model, config)
+    parallelize(model, config, mesh)
 
 
 def share_frames(model: Any, config: ParallelConfig) -> None:
@@ -98,6 +149,11 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether the shards of a model wait in the host's memory."""
+    return is_sharded(model) and bool(model.is_offloaded)
+
+
 def reshard(model: nn.Module) -> None:
     """Give back weights of a sharded model that a forward pass has gathered and that are still whole."""
     for part in model.modules():
@@ -113,6 +169,13 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
+def computing_device(tensor: Tensor) -> torch.device:
+    """The device that computes with a tensor; that of a shard may wait elsewhere."""
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.device_type == tensor.device.type:
+        return tensor.device
+    return torch.device(tensor.device_mesh.device_type)
+
+
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that training changes, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -125,9 +188,11 @@ def local_parameters(model: nn.Module) -> list[Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered if it is sharded, which all processes must ask for."""
+    """The whole tensor, gathered if it is sharded, which all processes must ask for; it is where its parts are."""
     if not isinstance(tensor, DTensor):
         return tensor
+    if tensor.device_mesh.size() == 1 and all(placement.is_shard() for placement in tensor.placements):
+        return local(tensor).clone()  # one process holds all of it
     with torch.no_grad():
         return tensor.full_tensor()
 
@@ -145,9 +210,13 @@ def rows_of(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def like(part: Tensor, tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, as a tensor that is sharded as another one of its shape is."""
+    """What this process holds of a tensor, on any device, as a tensor that is sharded as another one of its shape is."""
     if not isinstance(tensor, DTensor):
         return part
+    if part.device.type != tensor.device_mesh.device_type:  # `from_local` would move it there
+        made = torch.empty_like(tensor, dtype=part.dtype, device=part.device)
+        local(made).copy_(part)
+        return made
     return DTensor.from_local(
         part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
@@ -163,9 +232,12 @@ def is_writer(tensor: Tensor, main: bool) -> bool:
 
 @contextmanager
 def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
-    """A context manager in which gradients of a sharded model are summed here, and over processes in the last micro-batch."""
+    """A context manager in which gradients of a sharded model are summed here, and over processes in the last micro-batch.
+
+    Those of shards that wait in the host's memory are summed there, since their device has no room for all of them.
+    """
     assert isinstance(model, FSDPModule)
-    model.set_requires_gradient_sync(last)
+    model.set_requires_gradient_sync(last or is_offloaded(model))
     yield
 
 

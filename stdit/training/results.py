@@ -24,7 +24,7 @@ from stdit.pixels import to_float
 from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
-from stdit.training.parallel import gathered, is_sharded
+from stdit.training.parallel import computing_device, gathered, is_sharded
 from stdit.training.run import RunFolders
 from stdit.vae import VideoVAE
 
@@ -74,7 +74,7 @@ def build_pipeline(
 
 
 def whole_model(model: STDiT, keep: bool) -> STDiT | None:
-    """The model, or of a sharded one a whole copy on its device if `keep` (else None); all processes must call it."""
+    """The model, or of a sharded one a whole copy where it computes if `keep` (else None); all processes must call it."""
     if not is_sharded(model):
         return model
     weights = gathered(model.state_dict().items(), keep=keep)
@@ -83,7 +83,7 @@ def whole_model(model: STDiT, keep: bool) -> STDiT | None:
     with init_empty_weights():  # drawing weights would take longer than gathering them
         copied = STDiT.from_config(dict(model.config))
     copied.load_state_dict(weights, assign=True)
-    return copied.to(next(model.parameters()).device).requires_grad_(False).eval()
+    return copied.to(computing_device(next(model.parameters()))).requires_grad_(False).eval()
 
 
 def preview_conditions(pipeline: STDiTPipeline, dataset: Dataset, count: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ _FREE = (
     "train.resume", "train.allow_changes", "train.samples", "train.sample_steps", "train.guidance", "train.max_skipped",
     "train.micro_batch", "data.workers", "data.timeout", "data.cache_dtype", "data.max_bad_fraction", "data.root", "data.manifest", "data.images", "name", "vae.name",
     "model.gradient_checkpointing", "init_from.path", "train.parallel.shard", "train.parallel.replicas",
-    "train.parallel.reshard", "train.parallel.context", "train.parallel.timeout", "train.compile", "train.profile",
+    "train.parallel.reshard", "train.parallel.offload", "train.parallel.context", "train.parallel.timeout", "train.compile", "train.profile",
     "train.previews", "train.trackers",
 )  # fmt: skip
 
@@ -71,6 +71,11 @@ def find_checkpoint(
             f"{checkpoint.path} was made with a different config{' or data' if 'data_fingerprint' in resolved else ''} "
             f"({'; '.join(changed)}). Undo the change, choose another name=, "
             "start again with train.resume=never, or resume all the same with train.allow_changes=true."
+        )
+    if other := next((line for line in changed if line.startswith("train.optimizer:")), None):
+        raise ValueError(
+            f"{checkpoint.path} has the moments of another optimizer ({other}), which no change allows; undo it, or start from the "
+            "exported model's weights with init_from.path and another name=."
         )
     return checkpoint
 

@@ -169,7 +169,10 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], info: dict) -> None:
-    """Restore an optimizer's state, the inverse of `flatten_optimizer`; of a sharded model, what this process holds of it."""
+    """Restore an optimizer's state, the inverse of `flatten_optimizer`; of a sharded model, what this process holds of it.
+
+    The optimizer keeps the implementation that it was built with, since that depends on where its tensors are.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict] = {}
     for key in tensors:
@@ -179,7 +182,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         state.setdefault(int(index), {})[name] = value.clone()  # load_state_dict would share it
     for index, values in info["numbers"].items():
         state.setdefault(int(index), {}).update(values)
-    optimizer.load_state_dict({"state": state, "param_groups": info["param_groups"]})
+    groups = [
+        {**saved, **{key: own[key] for key in ("foreach", "fused") if key in own}}
+        for saved, own in zip(info["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _plain(tensor: Tensor) -> Tensor:

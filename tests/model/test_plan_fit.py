@@ -1,12 +1,15 @@
 """What `stdit plan --fit` proposes."""
 
+import dataclasses
 import re
 
 import pytest
+import torch
 
 from stdit.config import Config, load_typed
+from stdit.model.stdit import STDiT
 from stdit.recipes import plan
-from stdit.recipes.planned import GIB, Choice, PlannedRun, find_fit, parse_memory, smallest
+from stdit.recipes.planned import GIB, Choice, PlannedRun, _Checks, _choices, find_fit, parse_memory, smallest
 
 CONFIG = """
 name: p
@@ -88,3 +91,85 @@ def test_an_amount_of_memory_is_that_of_a_cards_label():
     for text in ("24TB", "0GB", "-1", "GB", "1e3"):
         with pytest.raises(ValueError, match="no amount of memory; give one such as 24GB"):
             parse_memory(text)
+
+
+def needs(run: PlannedRun, choice: Choice) -> float:
+    return run.need(choice, run.memory(choice))
+
+
+def of_weights(path: str, *overrides: str) -> PlannedRun:
+    """A run of one device whose weights take most of its memory, and which one clip at a time makes least."""
+    deep = {**ARGUMENTS, "depth": 8, "hidden_size": 384}
+    run = planned(path, 1, "train.batch_size=4", *overrides)
+    return dataclasses.replace(run, arguments=deep)
+
+
+def test_the_host_keeps_all_but_two_blocks_and_what_is_no_block(path):
+    run, choice = of_weights(path), Choice(True, 1)
+    with torch.device("meta"):
+        model = STDiT(**run.arguments)
+    block = 4 * sum(p.numel() for p in model.blocks[0].parameters())
+    rest = 4 * sum(p.numel() for name, p in model.named_parameters() if not name.startswith("blocks."))
+    here, away = run.memory(choice), run.memory(choice._replace(sharded=True, offload=True))
+    assert away.weights == pytest.approx(rest + 2 * block) and away.optimizer == away.ema == 0
+    assert (away.activations, away.recomputed) == (here.activations, here.recomputed)
+    everything = here.weights + here.gradients + here.optimizer + here.ema
+    assert run.on_host(choice._replace(sharded=True, offload=True)) == pytest.approx(everything)
+    assert needs(run, choice._replace(sharded=True, offload=True)) < needs(run, choice)
+
+
+def test_moments_of_8_bits_take_a_quarter_and_nothing_else_changes(path):
+    run, choice = of_weights(path), Choice("selective", 2)
+    exact, coarse = run.memory(choice), run.memory(choice._replace(coarse=True))
+    assert 0.25 < coarse.optimizer / exact.optimizer < 0.27
+    assert dataclasses.replace(coarse, optimizer=exact.optimizer) == exact
+
+
+def test_savers_are_proposed_one_after_the_other_as_room_becomes_less(path):
+    run, current = of_weights(path), Choice(False, 4)
+    how = {"path": path, "overrides": ["train.batch_size=4"]}
+    smallest_of = [
+        min(needs(run, Choice(True, 1, **way)) for way in ways)
+        for ways in ([{}], [{"coarse": True}], [{"sharded": True, "offload": True}])
+    ]
+    assert smallest_of == sorted(smallest_of, reverse=True) and len(set(smallest_of)) == 3
+    for room, (coarse, offload) in zip(smallest_of, ((False, False), (True, False), (False, True)), strict=True):
+        found = find_fit(run, current, room, **how)
+        assert (found.coarse, found.offload, found.sharded) == (coarse, offload, offload)
+    assert find_fit(run, current, smallest_of[-1] - 1, **how) is None
+
+
+def test_the_host_takes_time_for_every_micro_batch_and_less_with_a_faster_link(path):
+    run, choice = of_weights(path), Choice(True, 4, sharded=True, offload=True)
+    parameters = run.trained
+    assert run.traffic(choice).host == 12 * parameters and run.traffic(choice._replace(micro=1)).host == 48 * parameters
+    assert run.traffic(choice._replace(sharded=False, offload=False)).host == 0
+    fast = dataclasses.replace(run, host_bandwidth=50.0)
+    assert run.seconds(choice) - fast.seconds(choice) == pytest.approx(12 * parameters / 50e9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "coarse", "offload"),
+    [(["train.optimizer=muon"], False, True), (["train.lora.rank=4", "init_from.path=m"], True, False)],
+)
+def test_savers_that_training_refuses_are_not_proposed(path, overrides, coarse, offload):
+    run, current = of_weights(path, *overrides), Choice(False, 4)
+    how = {"path": path, "overrides": ["train.batch_size=4", *overrides]}
+    found = {(c.coarse, c.offload) for c in _choices(run, current) if _Checks(run, current, **how).accept(c)}
+    assert found == {(False, False)} | ({(True, False)} if coarse else set()) | ({(False, True)} if offload else set())
+
+
+def test_a_proposal_says_what_it_needs_and_the_plan_of_it_fits(path, capsys):
+    size = ["model.depth=12", "model.hidden_size=768", "model.num_heads=12", "train.batch_size=2"]
+    given = [path, *size, "--gpu", "4090", "--host-bandwidth", "10"]
+    for room, words in (("3.5GB", "bitsandbytes"), ("2.25GB", "wait in the host's memory")):
+        assert plan.main([*given, "--fit", room]) == 0
+        said = capsys.readouterr().out
+        assert words in said
+        overrides = re.search(r"^  ((?:model|train)\..*)$", said, re.MULTILINE)[1].split()
+        assert plan.main([*given, *overrides]) == 0
+        again = capsys.readouterr().out
+        assert float(re.search(r"peak +([\d.]+)", again)[1]) <= float(room[:-2])
+    assert "train.parallel.offload=true" in overrides and "at 10 GB/s" in again
+    with pytest.raises(ValueError, match="--host-bandwidth must be > 0"):
+        plan.main([path, "--host-bandwidth", "0"])

@@ -23,7 +23,7 @@ from stdit.recipes.build import check_context
 from stdit.training import shards
 from stdit.training.config import ParallelConfig
 from stdit.training.metrics import read_metrics
-from stdit.training.parallel import make_mesh
+from stdit.training.parallel import effective, make_mesh
 from stdit.training.shard_files import ShardedTensors
 from stdit.training.state import damage, list_checkpoints, read_checkpoint
 from stdit.vae import load_vae
@@ -217,7 +217,7 @@ def test_some_rows_of_shards_are_read_without_the_others(tmp_path):
 
 def test_one_process_is_told_that_there_is_nothing_to_share(home):
     with pytest.warns(UserWarning, match="no effect with one process; start several"):
-        assert make_mesh(ParallelConfig(shard="fsdp"), "cpu", 1) is None
+        assert effective(ParallelConfig(shard="fsdp"), "cpu", 1) == ParallelConfig()
 
 
 def test_replicas_that_do_not_divide_the_processes_are_refused(home):
