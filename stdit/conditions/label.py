@@ -21,17 +21,19 @@ class Label(Conditioner):
     stored = False  # a latent cache has its own column of labels
     dropout_salt = ()  # shared with captions: a clip loses its label and its caption together
 
-    def __init__(self, num_classes: int, class_names: Sequence[str] | None = None):
-        self.num_classes, self.class_names = num_classes, class_names
+    def __init__(self, num_classes: int, class_names: Sequence[str] | None = None, std: float = 0.02):
+        self.num_classes, self.class_names, self.std = num_classes, class_names, std
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self | None:
         """Make it if the config has `num_classes`."""
-        return cls(config["num_classes"], config.get("class_names")) if config.get("num_classes") else None
+        if not config.get("num_classes"):
+            return None
+        return cls(config["num_classes"], config.get("class_names"), config.get("label_std", 0.02))
 
     def embedder(self, dim: int) -> nn.Module:
         """Make the embedding table."""
-        return LabelEmbedder(self.num_classes, dim)
+        return LabelEmbedder(self.num_classes, dim, self.std)
 
     def null(self, count: int) -> Tensor:
         """Label `num_classes` (count, 1)."""

@@ -13,7 +13,7 @@ SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 
 
 _RANGES = {
     "unet_channels": "[1, inf)", "unet_layers": "[1, inf)", "patch_size": "[1, inf)", "depth": "[1, inf)",
-    "hidden_size": "[1, inf)", "num_heads": "[1, inf)", "mlp_ratio": "(0, inf)", "num_classes": "[0, inf)",
+    "hidden_size": "[1, inf)", "num_heads": "[1, inf)", "mlp_ratio": "(0, inf)", "num_classes": "[0, inf)", "label_std": "[0, inf)",
     "window": "[2, inf)", "sink": "[0, inf)", "num_decoder_blocks": "[0, inf)", "num_single_blocks": "[0, inf)",
 }  # fmt: skip
 
@@ -38,6 +38,9 @@ class ModelConfig:
     mlp_ratio: float = 4.0  # width of the MLP's hidden layer, in multiples of hidden_size
     qk_norm: bool = False  # RMS norm of queries and keys
     num_classes: int | None = None  # number of labels; null: as many as the data has; 0: no labels
+    label_std: float = (
+        0.02  # standard deviation of label embeddings at first: DiT's; with 0.5, short runs learn labels sooner
+    )
     position_encoding: Literal["sincos", "rope", "rope_3d", "sincos+rope_3d", "latte"] = "sincos"  # see the values
     causal: bool = False  # frames attend to themselves and earlier frames; needs rope or rope_3d
     window: int | None = None  # causal: latent frames that a frame attends to, including itself; null: all

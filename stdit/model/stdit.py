@@ -46,8 +46,9 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
     Attention: axes, cycled over the depth; qk_norm; position_encoding (`nn.config.PositionEncoding`); pos_scaling (see
     `set_pos_scaling`); causal, window and sink in latent frames (`nn.config.BlockConfig`); learned_pos_embed and
     relative_position_bias (U-ViT, MDT).
-    Conditions: num_classes with class_names, micro_conditions (`conditions.micro`), caption_channels with caption_axes,
-    extra_conditions (name of a conditioner -> its arguments); conditioning, a row of `nn.conditioning.CONDITIONINGS`.
+    Conditions: num_classes with class_names and label_std, the standard deviation of fresh embeddings of labels;
+    micro_conditions (`conditions.micro`), caption_channels with caption_axes, extra_conditions (name of a conditioner -> its
+    arguments); conditioning, a row of `nn.conditioning.CONDITIONINGS`.
     Trunk: a row of `model.trunks.TRUNKS`, with num_decoder_blocks (masked) and num_single_blocks (dual_stream).
     Flow maps: flow_map, whether the model also takes the timesteps where a step ends; distilled_guidance, the guidance
     scale that is learnt into it (1: none).
@@ -105,6 +106,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         extra_conditions: dict[str, dict[str, Any]] | None = None,
         flow_map: bool = False,
         distilled_guidance: float = 1.0,
+        label_std: float = 0.02,
     ):
         super().__init__()
         defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}

@@ -65,13 +65,14 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """Embeds labels 0..num_classes; label `num_classes` is the null label for classifier-free guidance."""
 
-    def __init__(self, num_classes: int, dim: int):
+    def __init__(self, num_classes: int, dim: int, std: float = 0.02):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        self.std = std
 
     def reset(self) -> None:
-        """Initialise the table as DiT does, with standard deviation 0.02."""
-        nn.init.normal_(self.embedding_table.weight, std=0.02)
+        """Initialise the table with standard deviation `std`; DiT's is 0.02."""
+        nn.init.normal_(self.embedding_table.weight, std=self.std)
 
     def forward(self, labels: Tensor) -> Tensor:
         """Labels (...) -> vectors (..., D)."""

@@ -158,3 +158,17 @@ def test_bfloat16_keeps_positions_and_timesteps_apart(tiny_model):
     x, t = torch.randn(1, 4, 3, 8, 8), torch.tensor([431.0])
     exact, half = model(x, t), model.to(torch.bfloat16)(x.bfloat16(), t).float()
     assert (exact - half).norm() / exact.norm() < 0.03
+
+
+def test_embeddings_of_labels_start_with_the_standard_deviation_that_is_asked_for():
+    plain = {
+        "depth": 1,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "in_channels": 4,
+        "num_classes": 99,
+        "sample_size": (2, 4, 4),
+    }
+    for given, std in (({}, 0.02), ({"label_std": 0.5}, 0.5)):
+        table = STDiT(**plain, **given).y_embedder.embedding_table.weight
+        assert table.std().item() == pytest.approx(std, rel=0.1)
