@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -52,7 +52,7 @@ from stdit.recipes.entry import command, command_parser, out_of_memory
 from stdit.recipes.order import build_order
 from stdit.recipes.previews import read_previews, sample_previews
 from stdit.recipes.propose import data_overrides, find_or_propose, keep
-from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
+from stdit.training.fit import BadFiles, Stopped, Teacher, Trainer, swap_ema
 from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers
 from stdit.training.parallel import (
@@ -76,11 +76,11 @@ from stdit.training.results import (
     write_previews,
     write_results,
 )
-from stdit.training.resume import find_checkpoint
+from stdit.training.resume import find_checkpoint, set_aside
 from stdit.training.run import RunFolders
-from stdit.training.state import manifest_hash
+from stdit.training.state import Checkpoint, manifest_hash
 from stdit.training.trackers import check_trackers
-from stdit.vae import load_vae
+from stdit.vae import VideoVAE, load_vae
 
 
 class Run(NamedTuple):
@@ -102,7 +102,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     vae = load_vae(config.vae.name).to(accelerator.device)
     check_cache(dataset, vae)
     objective = build_objective(config.objective)
-    # What needs only the config and the rows is refused before captions are encoded, which may take hours.
+    # What needs only the config, the rows and the files of the run is refused before captions are encoded, which may take
+    # hours; nothing of an earlier run is moved until all is built.
     check_context(config, vae, processes)
     mesh = make_mesh(config.train.parallel, accelerator.device.type, processes)
     folders = RunFolders(config.name)
@@ -111,16 +112,19 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         if config.train.resume != "never":  # which moves what is there
             folders.check_own_model()
     accelerator.wait_for_everyone()
-    is_lora = config.train.lora.rank is not None
-    if is_lora:
+    adapted: STDiT | None = None
+    if config.train.lora.rank is not None:
         adapted, dataset = build_adapted(config, vae, dataset, objective)
     kept, held_out = split_holdout(config, dataset)
+    teacher = build_teacher(config, torch.device("cpu"))  # the device's memory is for the text encoder first
+    resolved = _resolved(config, vae, dataset, adapted=adapted, teacher=teacher)
+    checkpoint = _agreed_checkpoint(accelerator, config, resolved, folders=folders, vae=vae)
     set_seed(config.seed)
     # Not under a barrier of accelerate's, which would time out: the processes wait for each other's files.
     captions = build_captions(config, dataset, accelerator.device, share=(accelerator.process_index, processes))
     channels = None if captions is None else captions.channels
     model: STDiT | UNet
-    if is_lora:
+    if adapted is not None:
         check_adapted_captions(config, adapted, channels)
         model = adapted
     else:
@@ -132,20 +136,10 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     parallelize(model, config.train.parallel, mesh)
     own = read_previews(config, build_pipeline(model, vae, config), quiet=not main) if config.train.previews else []
     order = build_order(config, kept, vae, patch=model.patch_size, processes=processes // context)
-    resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
-    if is_lora:
-        resolved["base_fingerprint"] = base_fingerprint(model)
-    teacher = build_teacher(config, accelerator.device)
-    if config.objective.flow_map:
-        resolved["teacher_fingerprint"] = teacher_fingerprint(teacher)
-    checkpoint = find_checkpoint(
-        config.train, folders, resolved, to_plain(Config()), main=main, same_vae=vae.has_fingerprint
-    )
-    start = {
-        "checkpoint": None if checkpoint is None else manifest_hash(checkpoint.path)[:12],
-        "config": hash_of(resolved),
-    }
-    check_agreement(accelerator, start)
+    for part in filter(None, teacher or ()):
+        part.to(accelerator.device)
+    if main:
+        set_aside(config.train, folders, checkpoint)
 
     # Without the guide: a function that knew the trainer would keep it, and its lock, after an error.
     def sample(model: STDiT, numbers: Sequence[int]) -> list[list[Preview]]:
@@ -180,6 +174,35 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     if main:
         folders.write_config(config)
     return Run(config, kept, order, trainer)
+
+
+def _resolved(
+    config: Config, vae: VideoVAE, dataset: Dataset, *, adapted: STDiT | None, teacher: Teacher | None
+) -> dict[str, Any]:
+    """The config as plain values, with fingerprints of what a run is made from; a checkpoint's must be the same."""
+    found: dict[str, Any] = {"vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
+    if adapted is not None:
+        found["base_fingerprint"] = base_fingerprint(adapted)
+    if config.objective.flow_map:
+        found["teacher_fingerprint"] = teacher_fingerprint(teacher)
+    return {**to_plain(config), **found}
+
+
+def _agreed_checkpoint(
+    accelerator: Accelerator, config: Config, resolved: dict, *, folders: RunFolders, vae: VideoVAE
+) -> Checkpoint | None:
+    """The checkpoint to resume from; ValueError, in every process, unless all have found it and have one config."""
+    checkpoint = find_checkpoint(
+        config.train,
+        folders,
+        resolved,
+        to_plain(Config()),
+        main=accelerator.is_main_process,
+        same_vae=vae.has_fingerprint,
+    )
+    found = None if checkpoint is None else manifest_hash(checkpoint.path)[:12]
+    check_agreement(accelerator, {"checkpoint": found, "config": hash_of(resolved)})
+    return checkpoint
 
 
 def fit(run: Run) -> int:

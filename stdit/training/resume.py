@@ -39,18 +39,16 @@ def find_checkpoint(
 ) -> Checkpoint | None:
     """The checkpoint that `train.resume` asks for, or None to start from step 0. ValueError if its config differs.
 
-    resolved: the config of this run; defaults: the default config, for keys that did not exist when the checkpoint was
-    written; main: whether this is the main process, which moves old checkpoints away with resume=never. same_vae: whether
-    another fingerprint is that of the run's VAE.
+    Nothing is changed on disk; see `set_aside`. resolved: the config of this run; defaults: the default config, for keys
+    that did not exist when the checkpoint was written; main: whether this is the main process, which says what is not
+    compared. same_vae: whether another fingerprint is that of the run's VAE.
     """
     if config.resume == "never":
-        for kept in folders.archive() if main else ():
-            print(f"train.resume=never: the files of an earlier run are now in {kept}", file=sys.stderr)
         return None
     if config.resume == "auto":
         checkpoint = load_checkpoint(folders.checkpoints)
     else:
-        checkpoint = _from_path(Path(config.resume), folders, main=main)
+        checkpoint = _from_path(Path(config.resume), folders)
     if checkpoint is None:
         return None
     saved = renamed_config(checkpoint.info["config"])
@@ -75,12 +73,39 @@ def find_checkpoint(
     return checkpoint
 
 
-def _from_path(path: Path, folders: RunFolders, *, main: bool) -> Checkpoint:
+def set_aside(config: LoopConfig, folders: RunFolders, checkpoint: Checkpoint | None) -> None:
+    """Move what the run would replace to NAME.before-N, before its first step; the main process calls it.
+
+    With train.resume=never these are all files of an earlier run. With the path of a checkpoint they are this run's
+    checkpoints that are newer than `checkpoint` and do not continue it, which would be taken for later ones of this run.
+    """
+    if config.resume == "never":
+        for kept in folders.archive():
+            print(f"train.resume=never: the files of an earlier run are now in {kept}", file=sys.stderr)
+        return
+    if config.resume == "auto" or checkpoint is None:
+        return
+
+    def newer(step: str) -> bool:
+        return int(step.removeprefix("step-")) > checkpoint.step
+
+    if not (left := [path for path in list_checkpoints(folders.checkpoints) if newer(path.name)]):
+        return
+    aside = folders.new_archive(folders.checkpoints)
+    for path in left:
+        os.rename(path, aside / path.name)
+    for snapshot in (folders.checkpoints / "averages").glob("step-*.safetensors"):
+        if newer(snapshot.stem):
+            (aside / "averages").mkdir(exist_ok=True)
+            os.rename(snapshot, aside / "averages" / snapshot.name)
+    print(f"train.resume={config.resume}: newer checkpoints are now in {aside}", file=sys.stderr)
+
+
+def _from_path(path: Path, folders: RunFolders) -> Checkpoint:
     """The checkpoint at a path, or the newest checkpoint of this run that continues it.
 
     The same command therefore resumes when it is run again, also after the checkpoint at the path was removed as one of
-    the oldest of this run. Checkpoints of this run that are newer than the one at the path but do not continue it are moved
-    aside, since they would be taken for later ones of this run.
+    the oldest of this run.
     """
     own = list_checkpoints(folders.checkpoints)
     if not path.exists() and (continued := _continued(path, folders, own)) is not None:
@@ -92,16 +117,6 @@ def _from_path(path: Path, folders: RunFolders, *, main: bool) -> Checkpoint:
             checkpoint = read_checkpoint(candidate)
             if checkpoint.step > source.step:
                 return checkpoint
-    newer = [p for p in own if int(p.name.removeprefix("step-")) > source.step]
-    if main and newer:
-        aside = folders.new_archive(folders.checkpoints)
-        for checkpoint_folder in newer:
-            os.rename(checkpoint_folder, aside / checkpoint_folder.name)
-        for snapshot in (folders.checkpoints / "averages").glob("step-*.safetensors"):
-            if int(snapshot.stem.removeprefix("step-")) > source.step:
-                (aside / "averages").mkdir(exist_ok=True)
-                os.rename(snapshot, aside / "averages" / snapshot.name)
-        print(f"train.resume={path}: newer checkpoints are now in {aside}", file=sys.stderr)
     known = {"origin": origin, "origin_path": _relative(source.path, folders)}
     return source._replace(info={**source.info, **known})
 
