@@ -28,7 +28,6 @@ from stdit.data.identity import fingerprint, hash_of
 from stdit.data.loader import batches
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import BatchSampler
-from stdit.data.stores import is_url, url_of
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import build_objective
 from stdit.model.lora import base_fingerprint
@@ -48,10 +47,11 @@ from stdit.recipes.build import (
     split_holdout,
     teacher_fingerprint,
 )
-from stdit.recipes.entry import command, command_parser, out_of_memory
+from stdit.recipes.entry import command, out_of_memory
 from stdit.recipes.order import build_order
 from stdit.recipes.previews import read_previews, sample_previews
 from stdit.recipes.propose import data_overrides, find_or_propose, keep
+from stdit.recipes.train_arguments import read_arguments
 from stdit.training.fit import BadFiles, Stopped, Teacher, Trainer, swap_ema
 from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers
@@ -288,16 +288,7 @@ def _trained(model: nn.Module) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the run of a config; returns the exit code (143 after a signal)."""
-    parser = command_parser("train", __doc__)
-    add = parser.add_argument
-    add("config", nargs="?", help="a path, or the name of a config in the package; not needed with --data")
-    add("overrides", nargs="*", metavar="key=value")
-    add("--data", type=Path, metavar="PATH", help="a folder, manifest or index of clips or pictures")
-    add("--minutes", type=float, help="of the training that --data proposes; default: 30 on a CPU, 120 on a GPU")
-    add("--print-config", action="store_true", help="print the resolved config and stop")
-    args = parser.parse_intermixed_args(argv)
-    if args.config is not None and "=" in args.config:
-        args.config, args.overrides = None, [args.config, *args.overrides]
+    args = read_arguments(argv, __doc__)
     config = load_config(args)
     if args.print_config:
         print(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -312,27 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load_config(args: argparse.Namespace) -> Config:
     """The config of a command line: a named one, or one that is proposed for --data."""
-    if args.minutes is not None and (args.data is None or args.config is not None):
-        raise ValueError(
-            "--minutes belongs to --data without a config, for which a training is proposed; leave it out."
-        )
-    if args.minutes is not None and not 0 < args.minutes < 1e6:
-        raise ValueError(f"--minutes {args.minutes:g}: give a number above 0 and below a million.")
     if args.data is None:
-        if args.config is None:
-            raise ValueError(
-                "name a config, for example stdit train quickstart, or data: stdit train --data path/to/clips."
-            )
         return load_typed(Config, args.config, args.overrides)
-    fixed = next(
-        (one for one in args.overrides if one.startswith(("data.root=", "data.manifest=", "data.datasets="))), None
-    )
-    if fixed is not None:
-        raise ValueError(f"--data {args.data} and {fixed} both name the data; give one of them.")
-    if is_url(args.data):
-        raise ValueError(f"--data is for files on this machine; name a config and data.root={url_of(args.data)}.")
-    if not args.data.exists():
-        raise ValueError(f"--data {args.data} does not exist; give a folder, a manifest or an index.")
     if args.config is not None:
         return load_typed(Config, args.config, [*args.overrides, *data_overrides(args.data)])
     return _proposed(args)
