@@ -76,9 +76,9 @@ from stdit.training.results import (
     write_previews,
     write_results,
 )
-from stdit.training.resume import find_checkpoint, set_aside
+from stdit.training.resume import candidates, find_checkpoint, set_aside
 from stdit.training.run import RunFolders
-from stdit.training.state import Checkpoint, manifest_hash
+from stdit.training.state import Checkpoint, manifest_hash, shared_check
 from stdit.training.trackers import check_trackers
 from stdit.vae import VideoVAE, load_vae
 
@@ -192,6 +192,9 @@ def _agreed_checkpoint(
     accelerator: Accelerator, config: Config, resolved: dict, *, folders: RunFolders, vae: VideoVAE
 ) -> Checkpoint | None:
     """The checkpoint to resume from; ValueError, in every process, unless all have found it and have one config."""
+    seen = candidates(config.train, folders)
+    check_agreement(accelerator, {"checkpoint": seen[0] if seen else None, "checkpoints": seen})
+    check = shared_check(accelerator.process_index, accelerator.num_processes)
     checkpoint = find_checkpoint(
         config.train,
         folders,
@@ -199,6 +202,7 @@ def _agreed_checkpoint(
         to_plain(Config()),
         main=accelerator.is_main_process,
         same_vae=vae.has_fingerprint,
+        check=check,
     )
     found = None if checkpoint is None else manifest_hash(checkpoint.path)[:12]
     check_agreement(accelerator, {"checkpoint": found, "config": hash_of(resolved)})
