@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from stdit.training.config import ParallelConfig
 from stdit.warn import warn_user
 
-
 _GRAPHS = 256  # of one kind of block, at most
 
 
