@@ -254,7 +254,9 @@ def test_the_output_of_cosmos_curate_is_its_clips_with_captions_and_scores(curat
     assert chosen.record(1)["caption"] == "plain 1"
     with pytest.raises(ValueError, match="no window has 'gpt_caption'"):
         dataset(root="curated", columns={"caption": "gpt_caption"})
-    with pytest.raises(ValueError, match=r"no clip has 'aestetic' \(data.columns.label\); there are 'aesthetic_score', "):
+    with pytest.raises(
+        ValueError, match=r"no clip has 'aestetic' \(data.columns.label\); there are 'aesthetic_score', "
+    ):
         dataset(root="curated", columns={"label": "aestetic"})
 
 
