@@ -86,6 +86,7 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "machine",
         "peer_models",
         "peer_sources",
+        "train_arguments",
         "budget",
         "build",
         "encoding",
@@ -120,6 +121,22 @@ def test_help_loads_neither_torch_nor_diffusers():
     script = "import sys; from stdit.recipes.cli import main; main(['sample', '--help']); print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "name a config"),
+        (["--data", "nowhere"], "does not exist"),
+        (["--data", "empty"], "holds no files; give a folder of videos or pictures"),
+        (["video", "--minutes", "3"], "--minutes belongs to --data"),
+    ],
+)
+def test_arguments_of_train_that_cannot_be_are_told_before_torch_is_loaded(tmp_path, given, message):
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    code = f"import sys; from stdit.recipes.cli import main; code = main({['train', *given]!r}); sys.exit(code + 10 * ('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_an_unknown_command_names_the_nearest_and_the_version_is_printed(capsys):

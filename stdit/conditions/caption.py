@@ -80,7 +80,10 @@ class Caption(Conditioner):
         return self.value(*self.tokenize(values))
 
     def parse(self, given: Any, count: int) -> Tokens:
-        """Encode texts, one per clip or one for all, or take tokens (B, L, C) of them; None is the empty text."""
+        """Encode texts, one per clip or one for all, or take tokens (B, L, C) of them; None is the empty text.
+
+        Tokens that are all zeros are padding beside others.
+        """
         if not isinstance(given, Tensor):
             return self.encode(self._texts(given, count), 1)
         if given.ndim != 3 or given.shape[-1] != self.channels or len(given) not in (1, count):
@@ -88,7 +91,10 @@ class Caption(Conditioner):
                 f"tokens of texts are {tuple(given.shape)}; this model takes ({count}, length, {self.channels}), or (1, length, "
                 f"{self.channels}) for all clips."
             )
-        return self.value(given.float().expand(count, -1, -1))
+        tokens = given.float().expand(count, -1, -1)
+        mask = (tokens != 0).any(-1)
+        mask |= ~mask.any(-1, keepdim=True)  # a text of zeros alone has nothing else to attend to
+        return self.value(tokens, None if mask.all() else mask)
 
     def pair(self, given: Any, count: int, negative: Any = None) -> tuple[Tokens, Tokens]:
         """The encoded texts, and the encoded negative or empty ones, padded to one length; or tokens of either."""

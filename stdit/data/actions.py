@@ -19,6 +19,12 @@ def known_actions(dataset: object) -> ActionSpace | None:
         return None
 
 
+def check_flip(flip: bool, dataset: object) -> None:
+    """Raise ValueError for clips with actions that are to be mirrored, after which the actions would be wrong."""
+    if flip and known_actions(dataset) is not None:
+        raise ValueError("data.flip=true mirrors the clips but not their actions; set data.flip=false.")
+
+
 def with_numbers(columns: Mapping[str, Any], space: ActionSpace | None) -> Mapping[str, Any]:
     """The columns of a row with the numbers of actions that are given by name or as whole floats."""
     if space is None or space.count is None:

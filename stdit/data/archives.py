@@ -28,7 +28,7 @@ class _Sample(NamedTuple):
 
 def find_archives(root: Path) -> list[Path]:
     """The tar archives of a folder, in order."""
-    return [root / name for name in names_in(root) if name.endswith(".tar")]
+    return [root / name for name in names_in(root) if name.lower().endswith(".tar")]
 
 
 def is_archived(root: Path) -> bool:

@@ -7,6 +7,7 @@ TABLE.parquet@COLUMN[ROW]/NAME, which `media.open_regular` opens.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stdit.data.packages import package, pyarrow_of
 TABLES = (".parquet", ".arrow", ".lance")
 _ROWS = 4096  # read at a time
 _LISTED = 8  # columns named in a message
+_LOOKED_AT = 8  # groups of rows, and rows at the beginning of each
 _PATH = "path"
 
 
@@ -48,7 +50,7 @@ def _parquet_rows(path: Path, given: Mapping[str, str]) -> Iterator[dict[str, An
     media = _media_of(schema, path, given)
     plain = [name for name in schema.names if not _holds_bytes(schema.field(name).type)]
     named = [f"{media}.path"] if media and _is_named(schema.field(media).type) else []
-    inside = media is not None and (not named or _has_bytes(file, media))
+    inside = media is not None and (not named or _has_bytes(file, media, path))
     names, start = _class_names(schema), 0
     if not plain + named:  # nothing else tells how many rows there are
         for row in range(file.metadata.num_rows):
@@ -89,23 +91,39 @@ def _parts(column: Any, whole: Any, path: Path, *, start: int) -> list[str | Non
     if _is_named(column.type):
         paths = column.field("path").to_pylist()
         cells = column.field("bytes")
-    wide = str(cells.type).startswith("large")
-    _, offsets, data = cells.buffers()
+    place = _place_in_views if str(cells.type).endswith("_view") else _place_by_offsets
     places: list[str | None] = []
     for i, name in enumerate(paths):
         if not cells[i].is_valid:
             places.append(name)
             continue
-        size = 8 if wide else 4
-        begin, end = (
-            int.from_bytes(offsets[(cells.offset + i + k) * size : (cells.offset + i + k + 1) * size], "little")
-            for k in (0, 1)
-        )
-        offset = data.address - whole.address + begin
-        if not 0 <= offset <= whole.size - (end - begin):
+        address, size = place(cells, cells.offset + i)
+        offset = address - whole.address
+        if not 0 <= offset <= whole.size - size:
             raise ValueError(f"{path} is packed; save the data set with save_to_disk, or as parquet.")
-        places.append(f"{path.name}@{offset}+{end - begin}/{_name(name, start + i)}")
+        places.append(f"{path.name}@{offset}+{size}/{_name(name, start + i)}")
     return places
+
+
+def _place_by_offsets(cells: Any, number: int) -> tuple[int, int]:
+    """The address and size of a value of the types binary and large_binary, which lie behind each other."""
+    _, offsets, data = cells.buffers()
+    width = 8 if str(cells.type).startswith("large") else 4
+    begin, end = (_number(offsets, (number + k) * width, width) for k in (0, 1))
+    return data.address + begin, end - begin
+
+
+def _place_in_views(cells: Any, number: int) -> tuple[int, int]:
+    """The address and size of a value of the type binary_view: in its view of 16 bytes, or where that points to."""
+    _, views, *data = cells.buffers()
+    begin = 16 * number
+    if (size := _number(views, begin, 4)) <= 12:
+        return views.address + begin + 4, size
+    return data[_number(views, begin + 8, 4)].address + _number(views, begin + 12, 4), size
+
+
+def _number(buffer: Any, begin: int, width: int) -> int:
+    return int.from_bytes(buffer[begin : begin + width], "little")
 
 
 def _lance_rows(path: Path, given: Mapping[str, str]) -> Iterator[dict[str, Any]]:
@@ -162,11 +180,33 @@ def _is_named(kind: Any) -> bool:
     return "bytes" in names and "path" in names
 
 
-def _has_bytes(file: Any, column: str) -> bool:
-    """Whether a column of bytes and names of a parquet file has bytes in its first row, not the names of files alone."""
+def _has_bytes(file: Any, column: str, path: Path) -> bool:
+    """Whether a column of bytes and names of a parquet file has bytes, not the names of files alone.
+
+    Some rows over the whole file are looked at, since the bytes of all take long to read; ValueError if they differ. A row
+    that differs all the same is refused by its number when it is read.
+    """
     # Not by the statistics: pyarrow ends the process where those are damaged.
-    first = next(file.iter_batches(1, columns=[column]), None)
-    return first is not None and len(first) > 0 and (first.column(0)[0].as_py() or {}).get("bytes") is not None
+    groups = file.num_row_groups
+    known: tuple[int, bool] | None = None
+    for group in sorted({round(i * (groups - 1) / (_LOOKED_AT - 1)) for i in range(_LOOKED_AT)}) if groups else ():
+        start = sum(file.metadata.row_group(i).num_rows for i in range(group))
+        for row, batch in enumerate(
+            islice(file.iter_batches(1, row_groups=[group], columns=[column]), _LOOKED_AT), start
+        ):
+            value = (batch.column(0)[0].as_py() if len(batch) else None) or {}
+            if value.get("bytes") is None and value.get("path") is None:
+                continue  # a row without a clip
+            has_bytes = value.get("bytes") is not None
+            if known is not None and has_bytes != known[1]:
+                kinds = {True: "bytes", False: f"a name alone ({str(value.get('path'))[:80]!r})"}
+                raise ValueError(
+                    f"{path}: {column!r} has {kinds[has_bytes]} in row {row}, but not in row {known[0]}; write bytes in all rows, "
+                    "or names in all."
+                )
+            known = known or (row, has_bytes)
+            break
+    return known is not None and known[1]
 
 
 def _cell(path: Path, column: str | None, row: int, name: str | None) -> str:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 def read_cell(table: str, column: str, row: int) -> bytes:
     """The bytes in a row of a column; VideoError with the place and a remedy."""
-    read = _lance_cell if table.endswith(".lance") else _parquet_cell
+    read = _lance_cell if table.lower().endswith(".lance") else _parquet_cell
     place = f"{table}, column {column!r}, row {row}"
     found = guarded(place, lambda: read(table, column, row))
     if not isinstance(found, bytes):

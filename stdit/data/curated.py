@@ -16,6 +16,7 @@ from stdit.files import LARGEST_JSON
 
 _CLIPS = "clips"
 _SINGLE, _GROUPED = "metas/v0", "metas_jsonl/v0"
+_LISTED = 8  # columns named in a message
 _LEFT_OUT = {"windows", "filtered_windows", "embedding", "clip_location", "errors"}
 
 
@@ -32,7 +33,7 @@ def read_curated(root: Path, given: Mapping[str, str] | None) -> list[Record]:
     """
     metas = dict(_metas(root))
     records = []
-    wanted = (given or {}).get("caption")
+    wanted, label = (given or {}).get("caption"), (given or {}).get("label")
     for line, name in enumerate(name for name in names_in(root / _CLIPS) if name.lower().endswith(".mp4")):
         meta = metas.get(Path(name).stem, {})
         values = {
@@ -45,9 +46,14 @@ def read_curated(root: Path, given: Mapping[str, str] | None) -> list[Record]:
         caption = _caption(
             [one for one in windows if isinstance(one, dict)] if isinstance(windows, list) else [], wanted
         )
-        if (label := (given or {}).get("label")) is not None and label in values:
+        if label is not None and label in values:
             values["label"] = values[label]
         records.append(Record(line + 1, {**values, "path": f"{_CLIPS}/{name}", "caption": caption}))
+    if label is not None and records and not any(label in record.values for record in records):
+        known = ", ".join(
+            repr(name) for name in sorted({name for record in records for name in record.values})[:_LISTED]
+        )
+        raise ValueError(f"{root}: no clip has {label!r} (data.columns.label); there are {known}.")
     if wanted is not None and records and not any(record.values["caption"] for record in records):
         raise ValueError(f"{root}: no window has {wanted!r} (data.columns.caption); see the names in {root / _SINGLE}.")
     return records
@@ -56,11 +62,11 @@ def read_curated(root: Path, given: Mapping[str, str] | None) -> list[Record]:
 def _metas(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """What was found out, by the name of the clip."""
     for name in names_in(root / _GROUPED):
-        if name.endswith(".jsonl"):
+        if name.lower().endswith(".jsonl"):
             for _, row in read_rows(root / _GROUPED / name):
                 yield str(row.get("span_uuid")), row
     for name in names_in(root / _SINGLE):
-        if name.endswith(".json"):
+        if name.lower().endswith(".json"):
             file = root / _SINGLE / name
             try:
                 with open_regular(file) as stream:

@@ -150,7 +150,9 @@ def _videos(root: Path, config: DataConfig) -> VideoClips:
 
 def _images(root: Path, config: DataConfig) -> Images:
     _one_frame(config)
-    return Images(_table(root, config, IMAGE_SUFFIXES, "images"), config)
+    guessed = config.source == "auto"  # since there is no video
+    what, suffixes = ("videos or pictures", VIDEO_SUFFIXES | IMAGE_SUFFIXES) if guessed else ("images", IMAGE_SUFFIXES)
+    return Images(_table(root, config, suffixes, what), config)
 
 
 def _idx(root: Path, config: DataConfig) -> IdxImages:

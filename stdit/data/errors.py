@@ -7,3 +7,7 @@ class VideoError(ValueError):
 
 class StoreError(VideoError):
     """A store that refuses, or does not answer."""
+
+
+class SilentStoreError(StoreError):
+    """A store gave no answer in time."""

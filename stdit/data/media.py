@@ -43,8 +43,8 @@ class Cell(NamedTuple):
     row: int
 
 
-_MEMBER = re.compile(r"(?P<archive>.+\.(?:tar|arrow))@(?P<offset>\d{1,18})\+(?P<size>\d{1,18})/[^/]+", re.DOTALL)
-_CELL = re.compile(r"(?P<table>.+\.(?:parquet|lance))@(?P<column>[^/@]+)\[(?P<row>\d{1,18})\]/[^/]+", re.DOTALL)
+_MEMBER = re.compile(r"(?P<archive>.+\.(?i:tar|arrow))@(?P<offset>\d{1,18})\+(?P<size>\d{1,18})/[^/]+", re.DOTALL)
+_CELL = re.compile(r"(?P<table>.+\.(?i:parquet|lance))@(?P<column>[^/@]+)\[(?P<row>\d{1,18})\]/[^/]+", re.DOTALL)
 
 
 def place_of(path: str | os.PathLike) -> Member | Cell | None:
@@ -153,7 +153,7 @@ def state_of(path: Path) -> tuple[int, int]:
         try:
             found = os.stat(whole)
             size, changed = found.st_size, found.st_mtime_ns
-            if stat.S_ISDIR(found.st_mode) and str(whole).endswith(".lance"):
+            if stat.S_ISDIR(found.st_mode) and str(whole).lower().endswith(".lance"):
                 size, changed = state_of_folder(str(whole))
         except OSError:
             return -1, -1

@@ -12,7 +12,7 @@ from stdit.data.stores import is_remote
 from stdit.files import inside, read_json
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
-_SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+\.parquet")
+_SHARD = re.compile(r"(?P<split>.+?)-\d+-of-\d+\.(?i:parquet)")
 _TRAIN = "train"
 
 
@@ -55,7 +55,8 @@ def _files(root: Path) -> list[Path]:
 
 def _parquet_files(root: Path) -> list[Path]:
     for folder in (root, root / "data"):
-        found = [folder / name for name in names_in(folder) if name.endswith(".parquet") and name != "metadata.parquet"]
+        names = [(name, name.lower()) for name in names_in(folder)]
+        found = [folder / name for name, low in names if low.endswith(".parquet") and low != "metadata.parquet"]
         if found:
             return found
     return []

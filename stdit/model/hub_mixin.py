@@ -11,7 +11,7 @@ from stdit.files import read_json
 from stdit.hashes import check_weights
 from stdit.hub import LORA_FILE, is_folder
 from stdit.legacy import renamed_parameter, renamed_section
-from stdit.model.lora import check_lora, lora_prefix
+from stdit.model.lora import check_adapter_name, check_lora, lora_prefix
 from stdit.nn.low_rank import lora_names
 from stdit.weights import check_fits
 
@@ -130,6 +130,7 @@ class HubMixin:
         Raises ValueError for a file that is no LoRA of this model, has larger ranks than its layers, or numbers that are
         not finite.
         """
+        check_adapter_name(kwargs.get("adapter_name"))
         kwargs.setdefault("weight_name", LORA_FILE)
         kwargs["use_safetensors"] = True
         source = pretrained_model_name_or_path_or_dict

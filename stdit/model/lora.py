@@ -54,6 +54,7 @@ def load_lora(
     strength: how much it counts, 1 as it was trained; several add up. ValueError for a file that is no LoRA of this model.
     compare: warn of one that was trained on other weights of the same shapes.
     """
+    check_adapter_name(name)
     lora = read_lora(model, source)
     base = lora.info.get("base_fingerprint") if compare else None
     if base is not None and next(model.parameters()).dtype == torch.float32 and base != base_fingerprint(model):
@@ -71,11 +72,28 @@ def load_lora(
     return name
 
 
+def check_adapter_name(name: str | None) -> None:
+    """Raise ValueError for a name that no module of a model can have; None is one that is yet to be made."""
+    if name is None:
+        return
+    if not isinstance(name, str) or "." in name or not name:
+        raise ValueError(f"adapter_name is {name!r}; give a text without a point.")
+    if _is_taken(name):
+        raise ValueError(
+            f"adapter_name is {name!r}, which torch's modules use themselves; give another, such as my_{name}."
+        )
+
+
+def _is_taken(name: str) -> bool:
+    """Whether a ModuleDict, in which LoRAs lie, has an attribute of this name, such as "train"."""
+    return hasattr(nn.ModuleDict(), name)
+
+
 def free_name(model: nn.Module, wanted: str) -> str:
     """A name that no LoRA of a model has, made from a text."""
     plain = re.sub(r"\W+", "_", wanted) or "lora"
     taken, number, name = lora_names(model), 2, plain
-    while name in taken or hasattr(nn.ModuleDict(), name):  # LoRAs lie in one, which has no module called "train"
+    while name in taken or _is_taken(name):
         name, number = f"{plain}_{number}", number + 1
     return name
 

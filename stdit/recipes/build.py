@@ -12,6 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from stdit.checkpoint.inflate import inflate, inflated_arguments
 from stdit.conditions import ActionSpace
 from stdit.config import Config
+from stdit.data.actions import check_flip
 from stdit.data.datasets import CachedLatents, Dataset
 from stdit.data.holdout import split
 from stdit.data.identity import hash_of
@@ -131,8 +132,7 @@ def action_arguments(config: Config, vae: VideoVAE, dataset: Dataset) -> dict[st
             "model.actions=true but the clips have no actions; record some (stdit record), or give a manifest with a column "
             "'actions', one for every frame."
         )
-    if config.data.flip:
-        raise ValueError("data.flip=true mirrors the clips but not their actions; set data.flip=false.")
+    check_flip(config.data.flip, dataset)
     for one in getattr(dataset, "datasets", [dataset]):
         if isinstance(one, CachedLatents) and one.info.get("flip"):
             raise ValueError(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from stdit.config import Config, load_typed
-from stdit.data.actions import known_actions
+from stdit.data.actions import check_flip
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.rates import clip_rate
@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}.")
     dataset = build_dataset(config.data)
-    if config.data.flip and known_actions(dataset) is not None:
-        raise ValueError("data.flip=true mirrors the clips but not their actions; set data.flip=false.")
+    check_flip(config.data.flip, dataset)
     if args.output.resolve() == Path(config.data.root).resolve():
         raise ValueError(
             f"--output {args.output} is data.root itself; set data.root=FOLDER to the folder of the clips."

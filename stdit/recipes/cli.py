@@ -42,6 +42,9 @@ COMMANDS = {
 }
 
 
+# Command -> the module whose `read_arguments` finds errors before the recipe is imported, which takes seconds.
+ARGUMENTS = {"train": "train_arguments"}
+
 # What `stdit COMMAND --help` prints (dev/make_help.py), so that it takes no seconds of imports.
 HELP = Path(__file__).parent / "help"
 
@@ -82,4 +85,6 @@ def _dispatch(arguments: Sequence[str] | None) -> int:
     if {"-h", "--help"} & set(arguments[1:]) and text.is_file():
         print(text.read_text(encoding="utf-8"), end="")
         return 0
+    if name in ARGUMENTS:
+        importlib.import_module(f"stdit.recipes.{ARGUMENTS[name]}").read_arguments(arguments[1:])
     return importlib.import_module(f"stdit.recipes.{name.replace('-', '_')}").main(arguments[1:])

@@ -5,7 +5,8 @@
     stdit train video data.root=data/clips data.manifest=data/clips/manifest.jsonl
 
 Cuts are found by PySceneDetect (pip install 'stdit[split]'). Still and black clips are left out. The same command goes on
-where it was stopped, and takes further videos; nothing is overwritten. Captions: stdit caption data/clips/manifest.jsonl
+where it was stopped, takes further videos, and cuts clips again that are gone although manifest.jsonl names them; nothing
+is overwritten. Captions: stdit caption data/clips/manifest.jsonl
 """
 
 import argparse
@@ -172,8 +173,13 @@ def _split(sources: list[Source], output: Path, splitter: Splitter, args: argpar
                 f"{str(source.path)!r} is not the video that {source.name!r} was when it was cut; rename it, or choose another "
                 "--output."
             )
+
+    def is_cut(entry: dict[str, Any]) -> bool:
+        rows = [row["path"] for row in entry.get("rows", ())]
+        return "rows" in entry and not any(path in listed and not (output / path).exists() for path in rows)
+
     # A video that could not be read is tried again: it may have been repaired.
-    missing = [i for i, source in enumerate(sources) if "rows" not in known.get(source.name, {})]
+    missing = [i for i, source in enumerate(sources) if not is_cut(known.get(source.name, {}))]
     if len(missing) < len(sources):
         print(f"{_number(len(sources) - len(missing), 'video')} cut before")
     workers = num_workers(args.workers, True) if args.workers is not None or len(missing) > 1 else 0

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +28,6 @@ from stdit.data.identity import fingerprint, hash_of
 from stdit.data.loader import batches
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import BatchSampler
-from stdit.data.stores import is_url, url_of
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import build_objective
 from stdit.model.lora import base_fingerprint
@@ -48,11 +47,12 @@ from stdit.recipes.build import (
     split_holdout,
     teacher_fingerprint,
 )
-from stdit.recipes.entry import command, command_parser, out_of_memory
+from stdit.recipes.entry import command, out_of_memory
 from stdit.recipes.order import build_order
 from stdit.recipes.previews import read_previews, sample_previews
 from stdit.recipes.propose import data_overrides, find_or_propose, keep
-from stdit.training.fit import BadFiles, Stopped, Trainer, swap_ema
+from stdit.recipes.train_arguments import read_arguments
+from stdit.training.fit import BadFiles, Stopped, Teacher, Trainer, swap_ema
 from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers, check_optimizer
 from stdit.training.parallel import (
@@ -76,11 +76,11 @@ from stdit.training.results import (
     write_previews,
     write_results,
 )
-from stdit.training.resume import find_checkpoint
+from stdit.training.resume import candidates, find_checkpoint, set_aside
 from stdit.training.run import RunFolders
-from stdit.training.state import manifest_hash
+from stdit.training.state import Checkpoint, manifest_hash, shared_check
 from stdit.training.trackers import check_trackers
-from stdit.vae import load_vae
+from stdit.vae import VideoVAE, load_vae
 
 
 class Run(NamedTuple):
@@ -103,7 +103,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     vae = load_vae(config.vae.name).to(accelerator.device)
     check_cache(dataset, vae)
     objective = build_objective(config.objective)
-    # What needs only the config and the rows is refused before captions are encoded, which may take hours.
+    # What needs only the config, the rows and the files of the run is refused before captions are encoded, which may take
+    # hours; nothing of an earlier run is moved until all is built.
     check_context(config, vae, processes)
     parallel = effective(config.train.parallel, accelerator.device.type, processes)
     mesh = make_mesh(parallel, accelerator.device.type, processes)
@@ -113,16 +114,19 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         if config.train.resume != "never":  # which moves what is there
             folders.check_own_model()
     accelerator.wait_for_everyone()
-    is_lora = config.train.lora.rank is not None
-    if is_lora:
+    adapted: STDiT | None = None
+    if config.train.lora.rank is not None:
         adapted, dataset = build_adapted(config, vae, dataset, objective)
     kept, held_out = split_holdout(config, dataset)
+    teacher = build_teacher(config, torch.device("cpu"))  # the device's memory is for the text encoder first
+    resolved = _resolved(config, vae, dataset, adapted=adapted, teacher=teacher)
+    checkpoint = _agreed_checkpoint(accelerator, config, resolved, folders=folders, vae=vae)
     set_seed(config.seed)
     # Not under a barrier of accelerate's, which would time out: the processes wait for each other's files.
     captions = build_captions(config, dataset, accelerator.device, share=(accelerator.process_index, processes))
     channels = None if captions is None else captions.channels
     model: STDiT | UNet
-    if is_lora:
+    if adapted is not None:
         check_adapted_captions(config, adapted, channels)
         model = adapted
     else:
@@ -130,20 +134,10 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     place(model, parallel, mesh, device=accelerator.device, compiled=config.train.compile)
     own = read_previews(config, build_pipeline(model, vae, config), quiet=not main) if config.train.previews else []
     order = build_order(config, kept, vae, patch=model.patch_size, processes=processes // context)
-    resolved = {**to_plain(config), "vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
-    if is_lora:
-        resolved["base_fingerprint"] = base_fingerprint(model)
-    teacher = build_teacher(config, accelerator.device)
-    if config.objective.flow_map:
-        resolved["teacher_fingerprint"] = teacher_fingerprint(teacher)
-    checkpoint = find_checkpoint(
-        config.train, folders, resolved, to_plain(Config()), main=main, same_vae=vae.has_fingerprint
-    )
-    start = {
-        "checkpoint": None if checkpoint is None else manifest_hash(checkpoint.path)[:12],
-        "config": hash_of(resolved),
-    }
-    check_agreement(accelerator, start)
+    for part in filter(None, teacher or ()):
+        part.to(accelerator.device)
+    if main:
+        set_aside(config.train, folders, checkpoint)
 
     # Without the guide: a function that knew the trainer would keep it, and its lock, after an error.
     def sample(model: STDiT, numbers: Sequence[int]) -> list[list[Preview]]:
@@ -178,6 +172,39 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     if main:
         folders.write_config(config)
     return Run(config, kept, order, trainer)
+
+
+def _resolved(
+    config: Config, vae: VideoVAE, dataset: Dataset, *, adapted: STDiT | None, teacher: Teacher | None
+) -> dict[str, Any]:
+    """The config as plain values, with fingerprints of what a run is made from; a checkpoint's must be the same."""
+    found: dict[str, Any] = {"vae_fingerprint": vae.fingerprint(), "data_fingerprint": fingerprint(dataset)}
+    if adapted is not None:
+        found["base_fingerprint"] = base_fingerprint(adapted)
+    if config.objective.flow_map:
+        found["teacher_fingerprint"] = teacher_fingerprint(teacher)
+    return {**to_plain(config), **found}
+
+
+def _agreed_checkpoint(
+    accelerator: Accelerator, config: Config, resolved: dict, *, folders: RunFolders, vae: VideoVAE
+) -> Checkpoint | None:
+    """The checkpoint to resume from; ValueError, in every process, unless all have found it and have one config."""
+    seen = candidates(config.train, folders)
+    check_agreement(accelerator, {"checkpoint": seen[0] if seen else None, "checkpoints": seen})
+    check = shared_check(accelerator.process_index, accelerator.num_processes)
+    checkpoint = find_checkpoint(
+        config.train,
+        folders,
+        resolved,
+        to_plain(Config()),
+        main=accelerator.is_main_process,
+        same_vae=vae.has_fingerprint,
+        check=check,
+    )
+    found = None if checkpoint is None else manifest_hash(checkpoint.path)[:12]
+    check_agreement(accelerator, {"checkpoint": found, "config": hash_of(resolved)})
+    return checkpoint
 
 
 def fit(run: Run) -> int:
@@ -263,16 +290,7 @@ def _trained(model: nn.Module) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the run of a config; returns the exit code (143 after a signal)."""
-    parser = command_parser("train", __doc__)
-    add = parser.add_argument
-    add("config", nargs="?", help="a path, or the name of a config in the package; not needed with --data")
-    add("overrides", nargs="*", metavar="key=value")
-    add("--data", type=Path, metavar="PATH", help="a folder, manifest or index of clips or pictures")
-    add("--minutes", type=float, help="of the training that --data proposes; default: 30 on a CPU, 120 on a GPU")
-    add("--print-config", action="store_true", help="print the resolved config and stop")
-    args = parser.parse_intermixed_args(argv)
-    if args.config is not None and "=" in args.config:
-        args.config, args.overrides = None, [args.config, *args.overrides]
+    args = read_arguments(argv, __doc__)
     config = load_config(args)
     if args.print_config:
         print(OmegaConf.to_yaml(OmegaConf.structured(config)))
@@ -287,27 +305,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def load_config(args: argparse.Namespace) -> Config:
     """The config of a command line: a named one, or one that is proposed for --data."""
-    if args.minutes is not None and (args.data is None or args.config is not None):
-        raise ValueError(
-            "--minutes belongs to --data without a config, for which a training is proposed; leave it out."
-        )
-    if args.minutes is not None and not 0 < args.minutes < 1e6:
-        raise ValueError(f"--minutes {args.minutes:g}: give a number above 0 and below a million.")
     if args.data is None:
-        if args.config is None:
-            raise ValueError(
-                "name a config, for example stdit train quickstart, or data: stdit train --data path/to/clips."
-            )
         return load_typed(Config, args.config, args.overrides)
-    fixed = next(
-        (one for one in args.overrides if one.startswith(("data.root=", "data.manifest=", "data.datasets="))), None
-    )
-    if fixed is not None:
-        raise ValueError(f"--data {args.data} and {fixed} both name the data; give one of them.")
-    if is_url(args.data):
-        raise ValueError(f"--data is for files on this machine; name a config and data.root={url_of(args.data)}.")
-    if not args.data.exists():
-        raise ValueError(f"--data {args.data} does not exist; give a folder, a manifest or an index.")
     if args.config is not None:
         return load_typed(Config, args.config, [*args.overrides, *data_overrides(args.data)])
     return _proposed(args)

@@ -29,7 +29,7 @@ from stdit.training.fit import Stopped, swap_ema
 from stdit.training.optim import build_optimizers
 from stdit.training.previews import Previews
 from stdit.training.results import check_finite
-from stdit.training.resume import find_checkpoint
+from stdit.training.resume import find_checkpoint, set_aside
 from stdit.training.run import RunFolders
 from stdit.training.vae import ClipPool, VAEConfig, VAETrainer, psnr, vae_batches
 from stdit.vae import load_vae
@@ -184,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resolved = {**to_plain(config), "data_fingerprint": data_fingerprint(config)}
         trainer = VAETrainer(accelerator, folders, vae, optimizers, config=config.train, resolved=resolved)
         checkpoint = find_checkpoint(config.train, folders, resolved, to_plain(VAEConfig()))
+        set_aside(config.train, folders, checkpoint)
         if checkpoint is not None:
             trainer.restore(checkpoint)
             print(f"resumed from {checkpoint.path}")

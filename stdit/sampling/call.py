@@ -121,9 +121,13 @@ def read_call(arguments: Mapping[str, Any], conditioners: Mapping[str, Condition
 def _rename_texts(left: dict[str, Any], conditioners: Mapping[str, Conditioner]) -> None:
     """Give the texts of a call stdit's names; ValueError for a model that takes none."""
     for theirs, ours in RENAMED.items():
-        text = left.pop(theirs, None)
-        if text is None:
+        text, mask = left.pop(theirs, None), None
+        if theirs.endswith("_embeds"):
+            mask = left.pop(theirs.replace("_embeds", "_attention_mask"), None)
+        if text is None and mask is None:
             continue
+        if mask is not None:
+            text = _masked(theirs, text, mask)
         if left.get(ours) is not None:
             raise ValueError(
                 f"{theirs} and {ours} (or {theirs.removesuffix('_embeds')}) are the same; give one of them."
@@ -138,6 +142,19 @@ def _rename_texts(left: dict[str, Any], conditioners: Mapping[str, Conditioner])
     only_text = Label.name not in conditioners and Caption.name in conditioners
     if only_text and left.get("captions") is None and _is_text(left.get("class_labels")):
         left["captions"] = left.pop("class_labels")  # the first argument of diffusers' pipelines is the prompt
+
+
+def _masked(name: str, tokens: Any, mask: Any) -> Tensor:
+    """Tokens (B, L, C) with zeros where their mask (B, L) is false or 0, which makes them padding."""
+    what = name.replace("_embeds", "_attention_mask")
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+        raise ValueError(f"{what} belongs to {name}, a tensor (B, L, C); give both, or neither.")
+    if not isinstance(mask, Tensor) or mask.shape != tokens.shape[:2]:
+        shown = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{what} is {shown}; give a tensor {tuple(tokens.shape[:2])}, true for tokens of the text.")
+    if not mask.bool().any(-1).all():
+        raise ValueError(f"{what} leaves no token of a text; its end token belongs to it.")
+    return tokens.masked_fill(~mask.bool()[..., None].to(tokens.device), 0)
 
 
 def _check_texts(name: str, given: Any) -> None:

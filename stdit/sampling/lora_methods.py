@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit.hub import LORA_FILE, check_reachable, resolve_source, with_client_options
+from stdit.model.lora import check_adapter_name
 from stdit.weights import safetensors_shapes
 
 _COMPONENTS = ("transformer", "guide")
@@ -44,8 +45,7 @@ class LoraMethods(LoraBaseMixin):
         """
         _require_peft()
         self._refuse_fused("load_lora_weights")
-        if adapter_name is not None and (not isinstance(adapter_name, str) or "." in adapter_name or not adapter_name):
-            raise ValueError(f"adapter_name is {adapter_name!r}; give a text without a point.")
+        check_adapter_name(adapter_name)
         if not hasattr(self.transformer, "load_lora_adapter"):
             raise ValueError(
                 f"this model is a {type(self.transformer).__name__}, for which stdit has no LoRAs; leave it out."

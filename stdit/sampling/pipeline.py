@@ -237,8 +237,9 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
         the patch. All frames are sampled at once unless `window` is given. Options: those of `fill`.
 
         As diffusers' video pipelines have them: prompt, negative_prompt: `captions`, `negative_captions`; prompt_embeds,
-        negative_prompt_embeds: tokens (B, L, C) of the text encoder in their place. num_videos_per_prompt: clips of
-        each prompt or label, next to each other. generator: its initial seed is `seed`, it is not used up; of a list each is
+        negative_prompt_embeds: tokens (B, L, C) of the text encoder in their place; prompt_attention_mask,
+        negative_prompt_attention_mask: (B, L), which of them are no padding. num_videos_per_prompt: clips of each prompt or
+        label, next to each other. generator: its initial seed is `seed`, it is not used up; of a list each is
         the seed of one clip. latents: the noise to start from, (B, C, T, h, w).
         callback_on_step_end: called as (pipeline, step, timestep, tensors) after every step, with the tensors that
         callback_on_step_end_tensor_inputs names, and may return others. output_type: "pil", "np", "pt" or "latent" gives

@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from stdit.training.config import ParallelConfig
 from stdit.warn import warn_user
 
+_GRAPHS = 256  # of one kind of block, at most
+
 
 def effective(config: ParallelConfig, device: str, processes: int) -> ParallelConfig:
     """The settings that have an effect on a type of device and with so many processes; a warning for those that have none.
@@ -137,6 +139,11 @@ def compile_blocks(model: Any, backend: str = "inductor", *, sharded: bool = Fal
 
     sharded: `parallelize` follows. Its hooks, which gather weights, cannot be part of a graph: only what runs between them is.
     """
+    # torch takes lengths, sizes and batches as variables from their second value on. Levels of clips, frames or patches, one
+    # or several frames or clips, axes, and passes without gradients still need a graph each; torch would end the run at the
+    # ninth.
+    config = torch._dynamo.config  # imported by torch.compile; importing it with this module would take a second
+    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
     if not sharded:
         model.compile_repeated_blocks(fullgraph=True, backend=backend)
         return

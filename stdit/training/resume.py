@@ -6,10 +6,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from stdit.hashes import MANIFEST
 from stdit.legacy import renamed_config
 from stdit.training.config import LoopConfig
 from stdit.training.run import RunFolders, differences
-from stdit.training.state import Checkpoint, damage, list_checkpoints, load_checkpoint, manifest_hash, read_checkpoint
+from stdit.training.state import (
+    Check,
+    Checkpoint,
+    damage,
+    list_checkpoints,
+    load_checkpoint,
+    manifest_hash,
+    read_checkpoint,
+)
 
 # Keys that may change when a run resumes, since they do not change what a training step computes.
 _FREE = (
@@ -36,21 +45,20 @@ def find_checkpoint(
     *,
     main: bool = True,
     same_vae: Callable[[str], bool] = lambda fingerprint: False,
+    check: Check = damage,
 ) -> Checkpoint | None:
     """The checkpoint that `train.resume` asks for, or None to start from step 0. ValueError if its config differs.
 
-    resolved: the config of this run; defaults: the default config, for keys that did not exist when the checkpoint was
-    written; main: whether this is the main process, which moves old checkpoints away with resume=never. same_vae: whether
-    another fingerprint is that of the run's VAE.
+    Nothing is changed on disk; see `set_aside`. resolved: the config of this run; defaults: the default config, for keys
+    that did not exist when the checkpoint was written; main: whether this is the main process, which says what is not
+    compared. same_vae: whether another fingerprint is that of the run's VAE. check: finds damage.
     """
     if config.resume == "never":
-        for kept in folders.archive() if main else ():
-            print(f"train.resume=never: the files of an earlier run are now in {kept}", file=sys.stderr)
         return None
     if config.resume == "auto":
-        checkpoint = load_checkpoint(folders.checkpoints)
+        checkpoint = load_checkpoint(folders.checkpoints, check)
     else:
-        checkpoint = _from_path(Path(config.resume), folders, main=main)
+        checkpoint = _from_path(Path(config.resume), folders, check)
     if checkpoint is None:
         return None
     saved = renamed_config(checkpoint.info["config"])
@@ -80,38 +88,64 @@ def find_checkpoint(
     return checkpoint
 
 
-def _from_path(path: Path, folders: RunFolders, *, main: bool) -> Checkpoint:
+def candidates(config: LoopConfig, folders: RunFolders) -> list[str]:
+    """The checkpoints that `find_checkpoint` may look at, newest first, each with a hash of its content."""
+    if config.resume == "never":
+        return []
+    given = [] if config.resume == "auto" else [Path(config.resume), *list_checkpoints(Path(config.resume))]
+    found = [path for path in (*list_checkpoints(folders.checkpoints), *given) if (path / MANIFEST).is_file()]
+    return [f"{path.name} {manifest_hash(path)[:12]}" for path in found]
+
+
+def set_aside(config: LoopConfig, folders: RunFolders, checkpoint: Checkpoint | None) -> None:
+    """Move what the run would replace to NAME.before-N, before its first step; the main process calls it.
+
+    With train.resume=never these are all files of an earlier run. With the path of a checkpoint they are this run's
+    checkpoints that are newer than `checkpoint` and do not continue it, which would be taken for later ones of this run.
+    """
+    if config.resume == "never":
+        for kept in folders.archive():
+            print(f"train.resume=never: the files of an earlier run are now in {kept}", file=sys.stderr)
+        return
+    if config.resume == "auto" or checkpoint is None:
+        return
+
+    def newer(step: str) -> bool:
+        return int(step.removeprefix("step-")) > checkpoint.step
+
+    if not (left := [path for path in list_checkpoints(folders.checkpoints) if newer(path.name)]):
+        return
+    aside = folders.new_archive(folders.checkpoints)
+    for path in left:
+        os.rename(path, aside / path.name)
+    for snapshot in (folders.checkpoints / "averages").glob("step-*.safetensors"):
+        if newer(snapshot.stem):
+            (aside / "averages").mkdir(exist_ok=True)
+            os.rename(snapshot, aside / "averages" / snapshot.name)
+    print(f"train.resume={config.resume}: newer checkpoints are now in {aside}", file=sys.stderr)
+
+
+def _from_path(path: Path, folders: RunFolders, check: Check) -> Checkpoint:
     """The checkpoint at a path, or the newest checkpoint of this run that continues it.
 
     The same command therefore resumes when it is run again, also after the checkpoint at the path was removed as one of
-    the oldest of this run. Checkpoints of this run that are newer than the one at the path but do not continue it are moved
-    aside, since they would be taken for later ones of this run.
+    the oldest of this run.
     """
     own = list_checkpoints(folders.checkpoints)
-    if not path.exists() and (continued := _continued(path, folders, own)) is not None:
+    if not path.exists() and (continued := _continued(path, folders, own, check=check)) is not None:
         return continued
-    source = _read(path)
+    source = _read(path, check)
     origin = manifest_hash(source.path)
     for candidate in own:
-        if _origin(candidate)[0] == origin and damage(candidate) is None:
+        if _origin(candidate)[0] == origin and check(candidate) is None:
             checkpoint = read_checkpoint(candidate)
             if checkpoint.step > source.step:
                 return checkpoint
-    newer = [p for p in own if int(p.name.removeprefix("step-")) > source.step]
-    if main and newer:
-        aside = folders.new_archive(folders.checkpoints)
-        for checkpoint_folder in newer:
-            os.rename(checkpoint_folder, aside / checkpoint_folder.name)
-        for snapshot in (folders.checkpoints / "averages").glob("step-*.safetensors"):
-            if int(snapshot.stem.removeprefix("step-")) > source.step:
-                (aside / "averages").mkdir(exist_ok=True)
-                os.rename(snapshot, aside / "averages" / snapshot.name)
-        print(f"train.resume={path}: newer checkpoints are now in {aside}", file=sys.stderr)
     known = {"origin": origin, "origin_path": _relative(source.path, folders)}
     return source._replace(info={**source.info, **known})
 
 
-def _continued(path: Path, folders: RunFolders, own: list[Path]) -> Checkpoint | None:
+def _continued(path: Path, folders: RunFolders, own: list[Path], *, check: Check) -> Checkpoint | None:
     """The newest of this run's checkpoints (`own`, newest first) that continues the one that was at `path`, or None."""
     name = _relative(path, folders)
     number = path.name.removeprefix("step-")
@@ -120,7 +154,7 @@ def _continued(path: Path, folders: RunFolders, own: list[Path]) -> Checkpoint |
     for candidate in own:
         origin, origin_path = _origin(candidate)
         # Checkpoints of earlier versions hold the hash of their origin and not where it was.
-        if origin is not None and origin_path in (None, name) and damage(candidate) is None:
+        if origin is not None and origin_path in (None, name) and check(candidate) is None:
             checkpoint = read_checkpoint(candidate)
             if checkpoint.step > int(number):
                 return checkpoint
@@ -164,14 +198,14 @@ def _merge(defaults: dict, given: dict) -> dict:
     return merged | {key: _merge(defaults[key], given[key]) for key in both}
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(path: Path, check: Check) -> Checkpoint:
     """Read the checkpoint at a path that the user gave: a checkpoint, or the newest one of a folder."""
     if path.name.startswith("step-"):
-        reason = damage(path)
+        reason = check(path)
         if reason:
             raise ValueError(f"train.resume={str(path)!r} is damaged or not a checkpoint ({reason}); choose another.")
         return read_checkpoint(path)
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, check)
     if checkpoint is None:
         raise ValueError(
             f"train.resume={str(path)!r} holds no checkpoints; use auto, never, or a folder of step-N folders."

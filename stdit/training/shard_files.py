@@ -6,8 +6,9 @@ Its metadata says which rows they are, so that any number of processes can read 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -19,16 +20,27 @@ ROWS = "rows"  # in the metadata: the first row of every tensor that is in shard
 _NAME = re.compile(r"(?P<group>.+)-\d{5}-of-\d{5}")
 
 
+class _Part(NamedTuple):
+    """Some rows of a tensor: the number of the first, their shape, and the file that has them."""
+
+    first: int
+    shape: tuple[int, ...]
+    file: Path
+
+
 class ShardedTensors(Mapping[str, Tensor]):
     """The tensors of a group of shards, read from the files when they are asked for; some rows of them take less memory."""
 
     def __init__(self, files: Sequence[Path]):
-        self._parts: dict[str, list[tuple[int, Path]]] = {}  # the first row of each part
+        self._parts: dict[str, list[_Part]] = {}
         for file in files:
             with safe_open(file, framework="pt") as shard:
                 rows = json.loads((shard.metadata() or {}).get(ROWS, "{}"))
                 for key in shard.keys():  # noqa: SIM118 (no mapping)
-                    self._parts.setdefault(key, []).append((int(rows.get(key, 0)), file))
+                    part = _Part(int(rows.get(key, 0)), tuple(shard.get_slice(key).get_shape()), file)
+                    self._parts.setdefault(key, []).append(part)
+        for parts in self._parts.values():
+            parts.sort(key=lambda part: part.first)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -42,25 +54,25 @@ class ShardedTensors(Mapping[str, Tensor]):
 
     def shape_of(self, key: str) -> tuple[int, ...]:
         """The shape of the whole tensor."""
-        shapes = []
-        for _, file in self._parts[key]:
-            with safe_open(file, framework="pt") as shard:
-                shapes.append(shard.get_slice(key).get_shape())
+        shapes = [part.shape for part in self._parts[key]]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
     def rows(self, key: str, first: int, end: int | None) -> Tensor:
-        """The rows [first, end) of a tensor (None: to its last)."""
+        """The rows [first, end) of a tensor (None: to its last), from the files that have some of them."""
         found: list[Tensor] = []
-        for start, file in sorted(self._parts[key], key=lambda part: part[0]):
-            with safe_open(file, framework="pt") as shard:
-                part = shard.get_slice(key)
-                shape = part.get_shape()
-                if not shape:
+        for start, shape, file in self._parts[key]:
+            if not shape:
+                with safe_open(file, framework="pt") as shard:
                     return shard.get_tensor(key)
-                begin, stop = max(first - start, 0), shape[0] if end is None else min(end - start, shape[0])
-                if begin < stop or (not found and begin == stop):
-                    found.append(part[begin : max(begin, stop)])
-        return torch.cat(found)
+            begin, stop = max(first - start, 0), shape[0] if end is None else min(end - start, shape[0])
+            if begin < stop:
+                found.append(_slice(file, key, begin, stop))
+        return torch.cat(found) if found else _slice(self._parts[key][0].file, key, 0, 0)
+
+
+def _slice(file: Path, key: str, begin: int, end: int) -> Tensor:
+    with safe_open(file, framework="pt") as shard:
+        return shard.get_slice(key)[begin:end]
 
 
 def group_files(folder: Path) -> dict[str, Mapping[str, Tensor]]:
@@ -72,9 +84,11 @@ def group_files(folder: Path) -> dict[str, Mapping[str, Tensor]]:
     return {group: ShardedTensors(files) for group, files in groups.items()}
 
 
-def check_files(folder: Path) -> None:
-    """Raise ValueError if a number in the tensors of a checkpoint is not finite; one tensor is read at a time."""
+def check_files(folder: Path, names: Collection[str]) -> None:
+    """Raise ValueError if a number in one of these files of shards is not finite; one tensor is read at a time."""
     for file in sorted(folder.glob("*.safetensors")):
+        if file.name not in names or not _NAME.fullmatch(file.stem):
+            continue
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (no mapping)
                 check_finite({file.stem: {key: tensors.get_tensor(key)}}, str(folder), "use an older checkpoint")

@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +19,10 @@ from stdit.training.shard_files import check_files, check_finite, group_files, p
 
 # Checkpoints that this process wrote, or read and found undamaged; they are not hashed again at every save.
 _verified: set[tuple] = set()
+
+
+# Why a checkpoint cannot be trusted, None if it can.
+Check = Callable[[Path], str | None]
 
 
 class Checkpoint(NamedTuple):
@@ -95,14 +100,15 @@ def free_space_error(folder: Path, step: int, size: int, error: Exception) -> OS
     )
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
+def load_checkpoint(folder: Path, check: Check | None = None) -> Checkpoint | None:
     """Load the newest undamaged checkpoint of `folder`; None if there are no checkpoints.
 
-    A damaged one is reported on stderr, and the one before it is tried. Raises ValueError if all are damaged.
+    A damaged one is reported on stderr, and the one before it is tried. check: see `Check`; `damage` by default. Raises
+    ValueError if all are damaged.
     """
     reasons = []
     for path in list_checkpoints(folder):
-        reason = damage(path)
+        reason = (check or damage)(path)
         if reason is None:
             try:
                 return read_checkpoint(path)
@@ -124,13 +130,35 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
-def damage(path: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None if every file matches its recorded size and hash."""
+def shared_check(process: int, processes: int) -> Check:
+    """A check by several processes, each of which reads some of the files; all get the answer, and all must call it.
+
+    They must see the same checkpoints, since they wait for each other at each.
+    """
+
+    def check(path: Path) -> str | None:
+        found = gather_object([damage(path, (process, processes))])
+        if not any(found):
+            _verified.add(_identity(path))
+        return next((reason for reason in found if reason), None)
+
+    return check if processes > 1 else damage
+
+
+def damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Why a checkpoint cannot be trusted, or None if every file matches its recorded size and hash.
+
+    Shards must hold finite numbers as well; of other tensors `read_checkpoint` sees to that. share: the number of this part
+    of the files and of all parts, when others read the other parts.
+    """
+    part, parts = share
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if not all({"sha256", "bytes"} <= recorded.keys() for recorded in manifest.values()):
             return f"{MANIFEST} has no hashes"
-        if reason := difference(path, manifest):
+        own = sorted(manifest)[part::parts]
+        sizes = {name: {"bytes": recorded["bytes"]} for name, recorded in manifest.items()}
+        if reason := difference(path, sizes | {name: manifest[name] for name in own}):
             return reason
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read: {error}"
@@ -139,15 +167,19 @@ def damage(path: Path) -> str | None:
         return f"{unlisted[0]} is not listed in {MANIFEST}"
     if "info.json" not in manifest:
         return "info.json is not listed"
-    _verified.add(_identity(path))
+    try:
+        check_files(path, own)
+    except ValueError as error:
+        return str(error)
+    if parts == 1:
+        _verified.add(_identity(path))
     return None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Load one checkpoint folder without checking its hashes. ValueError if a number in it is not finite."""
+    """Load one checkpoint folder without checking its hashes. ValueError if a number in it is not finite, except in shards."""
     info = json.loads((path / "info.json").read_text())
     if sharded := group_files(path):  # of which a process reads its rows
-        check_files(path)
         return Checkpoint(info["step"], sharded, info, path)
     tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     check_finite(tensors, str(path), "use an older checkpoint")

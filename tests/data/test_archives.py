@@ -57,6 +57,14 @@ def test_a_dataset_of_shards_is_that_of_the_clips(shards):
         assert size_of(packed.rows[i].path) == size_of(plain.rows[i].path)
 
 
+def test_shards_with_a_suffix_in_capitals_are_found(shards):
+    expected = dataset().load(0, np.random.default_rng(0))["pixels"]
+    for file in shards.iterdir():
+        file.rename(file.with_suffix(".TAR"))
+    found = dataset()
+    assert len(found) == 6 and (found.load(0, np.random.default_rng(0))["pixels"] == expected).all()
+
+
 def test_batches_are_keyed_and_a_run_goes_on_at_any_step(shards):
     packed, plain = dataset(), dataset("clips", manifest="clips/manifest.jsonl")
     for data in (packed, plain):

@@ -115,6 +115,19 @@ def test_a_call_that_was_stopped_goes_on_and_overwrites_nothing(films, tmp_path,
         assert (tmp_path / "out" / row["path"]).read_bytes() == (tmp_path / "whole" / row["path"]).read_bytes()
 
 
+def test_a_clip_that_is_gone_is_cut_again_while_the_manifest_names_it(films, tmp_path):
+    assert run(films, tmp_path / "out") == 0
+    rows, manifest = rows_of(tmp_path / "out"), tmp_path / "out" / "manifest.jsonl"
+    first, last = (tmp_path / "out" / rows[i]["path"] for i in (0, -1))
+    before = first.read_bytes()
+    first.unlink()
+    last.unlink()
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))  # which the user has dropped
+    assert rows[0]["source"] != rows[-1]["source"]
+    assert run(films, tmp_path / "out") == 0
+    assert first.read_bytes() == before and not last.exists() and rows_of(tmp_path / "out") == rows[:-1]
+
+
 def test_clips_of_a_call_that_was_stopped_in_its_first_video_are_not_taken_for_those_of_other_settings(
     films, tmp_path, monkeypatch
 ):

@@ -3,6 +3,8 @@
 import json
 import os
 import tarfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,3 +271,20 @@ def test_a_web_server_gives_files_that_a_manifest_names_and_no_folders(bucket):
     assert (there.load(2, np.random.default_rng(0))["pixels"] == here.load(2, np.random.default_rng(0))["pixels"]).all()
     with pytest.raises(ValueError, match="folders of a web server cannot be listed"):
         dataset(root=root)
+
+
+def test_a_silent_store_is_waited_for_once_and_not_for_every_folder(monkeypatch):
+    asked = []
+
+    class Silent:
+        def ls(self, url, detail):
+            asked.append(url)
+            time.sleep(5)
+
+    monkeypatch.setenv("STDIT_STORE_TIMEOUT", "0.1")
+    monkeypatch.setattr(stores, "_ATTEMPTS", 1)
+    monkeypatch.setattr(stores, "_store", lambda protocol: Silent())
+    monkeypatch.setattr(stores, "is_remote", lambda url: True)
+    with pytest.raises(stores.StoreError, match="no answer within 0.1 s"):
+        stores.remember([Path(f"s3://silent/{folder}/a.mp4") for folder in "abc"])
+    assert asked == ["s3://silent/a"]

@@ -161,6 +161,40 @@ def test_a_list_of_files_leads_to_none_outside_the_folder(clips):
         dataset(**settings)
 
 
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view"])
+@pytest.mark.parametrize("suffix", ["arrow", "ARROW", "PARQUET"])
+def test_every_type_of_bytes_is_read_whatever_the_case_of_the_suffix(clips, kind, suffix):
+    arrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    values = [b"short", None, Path("clips/0.mp4").read_bytes(), Path("clips/1.mp4").read_bytes()]
+    column = arrow.array(values, arrow.binary()).cast(getattr(arrow, kind)())
+    batch = arrow.record_batch({"video": column, "text": arrow.array(list("abcd"), arrow.string_view())})
+    table = Path(f"clips.{suffix}")
+    if suffix == "PARQUET":
+        arrow.parquet.write_table(arrow.table(batch), table)
+    else:
+        with arrow.ipc.new_file(str(table), batch.schema) as writer:
+            writer.write_batch(batch)
+    rows = list(read_table(table))
+    assert [row["text"] for row in rows] == list("abcd")
+    for row, value in zip(rows, values, strict=True):
+        if value is not None:
+            with open_regular(Path(row["path"])) as stream:
+                assert stream.read() == value
+
+
+def test_a_table_of_bytes_and_names_is_refused_before_anything_is_read(clips):
+    arrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    data = Path("clips/0.mp4").read_bytes()
+    cells = [None, *[{"bytes": data, "path": "0.mp4"}] * 3, *[{"bytes": None, "path": "clips/1.mp4"}] * 2]
+    arrow.parquet.write_table(arrow.table({"video": cells}), "mixed.parquet", row_group_size=2)
+    with pytest.raises(
+        ValueError, match=r"'video' has a name alone \('clips/1.mp4'\) in row 4, but not in row 1; write bytes"
+    ):
+        list(read_table(Path("mixed.parquet")))
+
+
 def test_a_row_without_bytes_is_unreadable_by_its_place(clips):
     arrow = pytest.importorskip("pyarrow")
     data = [Path("clips/0.mp4").read_bytes(), None]
@@ -220,6 +254,10 @@ def test_the_output_of_cosmos_curate_is_its_clips_with_captions_and_scores(curat
     assert chosen.record(1)["caption"] == "plain 1"
     with pytest.raises(ValueError, match="no window has 'gpt_caption'"):
         dataset(root="curated", columns={"caption": "gpt_caption"})
+    with pytest.raises(
+        ValueError, match=r"no clip has 'aestetic' \(data.columns.label\); there are 'aesthetic_score', "
+    ):
+        dataset(root="curated", columns={"label": "aestetic"})
 
 
 def test_metas_that_are_damaged_are_refused(curated):

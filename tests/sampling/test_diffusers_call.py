@@ -244,6 +244,34 @@ def test_tokens_of_a_prompt_are_taken_in_place_of_the_prompt(texts):
         texts(prompt="red", **given)
 
 
+def test_padded_tokens_of_prompts_give_the_clips_of_the_prompts(texts):
+    encoded = texts.encoder.encode(["a red one", "blue"])
+    assert not encoded.mask.all()
+    expected = texts(prompt=["a red one", "blue"], guidance_scale=3.0, **FAST)
+    again = texts(prompt_embeds=encoded.tokens, guidance_scale=3.0, **FAST)
+    torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
+    noisy = encoded.tokens + (~encoded.mask[..., None]).float()  # as T5 leaves it
+    masked = texts(prompt_embeds=noisy, prompt_attention_mask=encoded.mask.long(), guidance_scale=3.0, **FAST)
+    torch.testing.assert_close(masked, expected, atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(texts(prompt_embeds=torch.zeros(1, 4, 64), **FAST)).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt_attention_mask": torch.ones(1, 4)}, "^prompt_attention_mask belongs to prompt_embeds"),
+        (
+            {"prompt_embeds": torch.ones(1, 4, 64), "prompt_attention_mask": torch.ones(1, 3)},
+            r"mask is \(1, 3\); .* \(1, 4\)",
+        ),
+        ({"prompt_embeds": torch.ones(1, 4, 64), "prompt_attention_mask": torch.zeros(1, 4)}, "leaves no token"),
+    ],
+)
+def test_a_mask_that_does_not_fit_its_tokens_is_refused(texts, given, message):
+    with pytest.raises(ValueError, match=message):
+        texts(**given, **FAST)
+
+
 def test_a_prompt_for_a_model_without_text_is_refused_with_its_classes(pipe, make):
     for call in (pipe, lambda **given: pipe.extend(clip(), after=4, **given)):
         with pytest.raises(

@@ -74,6 +74,14 @@ def test_a_file_a_folder_and_a_state_dict_load_the_same_adapter(make, tmp_path):
         torch.testing.assert_close(pipe(1, **FAST), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["train", "keys", "to"])
+def test_an_adapter_name_that_a_model_uses_itself_is_refused_before_anything_is_changed(pipe, name):
+    with pytest.raises(ValueError, match=f"adapter_name is '{name}', .*; give another"):
+        pipe.load_lora_weights(adapter(1), adapter_name=name)
+    assert pipe.get_list_adapters() == {}
+    pipe.load_lora_weights(adapter(1), adapter_name="mine")
+
+
 def test_adapters_are_weighted_and_without_them_the_model_is_the_old_one_bit_for_bit(pipe):
     first, second = adapter(1), adapter(2, rank=2)
     plain = pipe(1, **FAST)

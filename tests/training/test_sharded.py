@@ -1,5 +1,6 @@
 """Runs whose model is sharded over processes (gloo on CPUs)."""
 
+import json
 import os
 import random
 import shutil
@@ -17,15 +18,17 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from stdit import hashes
 from stdit.config import Config, load_typed
+from stdit.hashes import describe_files
 from stdit.recipes import export, train
 from stdit.recipes.build import check_context
-from stdit.training import shards
+from stdit.training import shard_files, shards
 from stdit.training.config import ParallelConfig
 from stdit.training.metrics import read_metrics
 from stdit.training.parallel import effective, make_mesh
 from stdit.training.shard_files import ShardedTensors
-from stdit.training.state import damage, list_checkpoints, read_checkpoint
+from stdit.training.state import damage, list_checkpoints, read_checkpoint, shared_check
 from stdit.vae import load_vae
 
 CONFIG = """
@@ -213,6 +216,44 @@ def test_some_rows_of_shards_are_read_without_the_others(tmp_path):
     for first in range(11):
         for end in range(first, 11):
             assert torch.equal(found.rows("w", first, end), whole[first:end])
+
+
+def test_only_the_files_that_have_the_rows_are_opened(tmp_path, monkeypatch):
+    for i in range(3):
+        save_file(
+            {"w": torch.ones(4, 3)}, tmp_path / f"model-0000{i + 1}-of-00003.safetensors", {"rows": f'{{"w": {4 * i}}}'}
+        )
+    found, opened = ShardedTensors(sorted(tmp_path.iterdir())), []
+    real = shard_files.safe_open
+    monkeypatch.setattr(
+        shard_files, "safe_open", lambda file, **how: opened.append(file.name[9:11]) or real(file, **how)
+    )
+    assert found.shape_of("w") == (12, 3) and opened == []
+    found.rows("w", 4, 8)
+    assert opened == ["02"]
+
+
+@pytest.mark.parametrize("harmed", ["model-00001-of-00002", "model-00002-of-00002", "ema-00001-of-00002", "info"])
+def test_each_file_of_a_checkpoint_is_hashed_by_one_process_and_all_learn_of_its_damage(tmp_path, monkeypatch, harmed):
+    folder = tmp_path / "step-1"
+    folder.mkdir()
+    for name in ("model-00001-of-00002", "model-00002-of-00002", "ema-00001-of-00002"):
+        save_file({"w": torch.ones(4)}, folder / f"{name}.safetensors")
+    (folder / "info.json").write_text('{"step": 1}')
+    (folder / "MANIFEST.json").write_text(json.dumps(describe_files(folder, sorted(folder.iterdir()))))
+    hashed = []
+    monkeypatch.setattr(
+        hashes, "file_sha256", lambda file, real=hashes.file_sha256: hashed.append(file.name) or real(file)
+    )
+    assert [damage(folder, (part, 3)) for part in range(3)] == [None] * 3
+    assert len(hashed) == len(set(hashed)) == 4
+    file = next(folder.glob(f"{harmed}.*"))
+    file.write_bytes(file.read_bytes()[:-1] + b" ")
+    reasons = [damage(folder, (part, 3)) for part in range(3)]
+    assert sum(reason is not None for reason in reasons) == 1
+    monkeypatch.setattr("stdit.training.state.gather_object", lambda own: reasons)
+    for process in range(3):
+        assert f"{file.name} does not match its hash" in shared_check(process, 3)(folder)
 
 
 def test_one_process_is_told_that_there_is_nothing_to_share(home):

@@ -100,6 +100,16 @@ def test_blocks_compile_as_one_graph_with_equal_gradients(settings):
     assert max(float((after[k] - before[k]).abs().max()) for k in before) < 1e-6
 
 
+def test_compiled_blocks_take_more_kinds_of_batches_than_torchs_limit():
+    model = STDiT(depth=1, hidden_size=16, num_heads=2, in_channels=4, num_classes=2, axes=["joint"])
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        compile_blocks(model, backend="eager")
+        for shape in ((2,), (2, 3), (2, 3, 4)):  # levels of clips, of frames and of patches
+            model(torch.randn(2, 4, 3, 4, 4), 1000 * torch.rand(shape), torch.tensor([0, 1]))
+    assert torch._dynamo.config.recompile_limit < 256
+
+
 def test_a_profile_is_a_trace_of_the_steps_after_the_warm_up_and_changes_no_step(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.yaml").write_text(CONFIG.replace("steps: 4", "steps: 6"))

@@ -293,6 +293,36 @@ def test_what_needs_no_captions_is_refused_before_they_are_encoded(home, monkeyp
     holder.unlock()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr=0.5", "train.lr: 0.001 -> 0.5"),
+        ("train.resume=checkpoints/t/step-1", "is damaged or not a checkpoint"),
+        ("train.steps=2", "No undamaged checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_captions_are_encoded(
+    home, monkeypatch, capsys, override, message
+):
+    assert go("train.steps=1", "train.samples=0") == 0
+    if "lr" not in override:
+        (home / "checkpoints/t/step-1/info.json").write_text("{}")
+
+    def encoded(*args, **options):
+        raise AssertionError("captions were encoded")
+
+    monkeypatch.setattr(train, "build_captions", encoded)
+    assert go(override) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_start_again_leaves_the_earlier_one_in_its_place(home, capsys):
+    assert go("train.steps=1", "train.samples=0") == 0
+    assert go("train.resume=never", "model.num_classes=3") == 1
+    assert "the data has labels up to 11" in capsys.readouterr().err
+    assert (home / "checkpoints/t/step-1").is_dir() and not (home / "checkpoints/t.before-1").exists()
+
+
 def test_two_runs_do_not_share_a_folder(home, capsys):
     holder = RunFolders("t")
     holder.lock()
