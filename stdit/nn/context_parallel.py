@@ -2,8 +2,8 @@
 
 In joint attention and along time every process attends with a share of the heads over all frames (Jacobs et al.,
 "DeepSpeed-Ulysses"); attention within a frame needs no exchange, and heads that cannot be shared out are left whole along
-time, where patches are shared out in their place. Of more processes than heads, some share the heads and their keys and
-values travel around the others (`ring_attention`).
+time, where patches are shared out in their place. Where heads are too few, groups of processes share them, and keys and values
+travel from group to group (`ring_attention`).
 """
 
 import math
@@ -47,8 +47,8 @@ def check_ring(ring: int, *, causal: bool) -> None:
         return
     if causal:
         raise ValueError(
-            f"ring={ring} does not go with causal=true: ring attention takes no masks, by which frames, windows and teacher forcing "
-            "are hidden; use ring=1 and a context that divides num_heads."
+            f"ring={ring} does not go with causal=true: ring attention takes no masks, which causal frames, windows and teacher forcing "
+            "need; use ring=1 and a context that divides num_heads."
         )
     torch_ring()
 
@@ -153,9 +153,8 @@ class ContextParallelLayout(DenseLayout):
         if size == 1:
             return kernel(query, key, value)
         by_heads = heads % size == 0
-        if (
-            not by_heads and query.shape[0] % size
-        ):  # along time, since joint attention shares heads (`check_shared_heads`)
+        # Of joint attention, heads are always shared (`check_shared_heads`).
+        if not by_heads and query.shape[0] % size:
             raise ValueError(
                 f"neither {heads} heads nor {query.shape[0]} sequences along time (patches times clips) can be shared by {size} "
                 "processes; use a context that divides one of them."

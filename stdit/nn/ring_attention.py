@@ -1,7 +1,7 @@
 """Ring attention: queries stay, keys and values travel around the processes of a group (Liu et al., 2023).
 
 torch sends, merges and differentiates (`_templated_ring_attention`); its kernel is the fused one of the device, which returns
-the logarithm of its sum. torch's own faces of it take over attention of a whole model, and have no kernel for CPUs.
+the logarithm of its sum. torch's own interfaces to it replace attention of a whole model, and have no kernel for CPUs.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ class RingKernels(NamedTuple):
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    kept: tuple[str, ...]
+    further: tuple[str, ...]
 
 
 _aten = torch.ops.aten
@@ -96,8 +96,9 @@ class _Ring(torch.autograd.Function):
         kernels = _kernels(query)
         with _options() as ring:
             out, sums, *rest = ring.forward(group, _SEQUENCE, kernels.forward, query=query, key=key, value=value)
-        ctx.save_for_backward(query, key, value, out, sums)
-        ctx.group, ctx.rest = group, dict(zip(kernels.kept, rest, strict=False))
+        saved = (query, key, value, out, sums)
+        ctx.save_for_backward(*saved)
+        ctx.group, ctx.rest = group, dict(zip(kernels.further, rest, strict=False))  # a debug mask follows them
         return out
 
     @staticmethod

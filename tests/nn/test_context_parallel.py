@@ -72,13 +72,13 @@ def test_a_ring_of_processes_that_share_heads_in_pairs_has_output_and_gradients_
 
 @pytest.mark.parametrize("device", list(RING_KERNELS))
 def test_the_kernels_of_a_ring_take_what_the_ring_passes_on(device):
-    forward, backward, kept = RING_KERNELS[device]
+    forward, backward, further = RING_KERNELS[device]
     x = torch.empty(2, 3, 40, 8, dtype=torch.bfloat16, device="meta")
     out, sums, *rest = forward(x, x, x, is_causal=False)
     assert out.shape == x.shape and sums.shape == x.shape[:3]
     found = backward(
         grad_out=out, query=x, key=x, value=x, out=out, logsumexp=sums, is_causal=False, dropout_p=0.0,
-        **dict(zip(kept, rest, strict=False)),
+        **dict(zip(further, rest, strict=False)),
     )  # fmt: skip
     assert [gradient.shape for gradient in found[:3]] == [x.shape] * 3
 

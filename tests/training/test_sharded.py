@@ -109,7 +109,7 @@ def test_processes_share_out_the_previews_of_one(home):
     [
         ["train.parallel.context=2"],
         ["train.parallel.context=2", SHARDED],
-        ["train.parallel.context=2", SHARDED, "train.parallel.ring=2"],
+        pytest.param(["train.parallel.context=2", SHARDED, "train.parallel.ring=2"], marks=pytest.mark.slow),
     ],
 )
 def test_processes_that_share_the_frames_of_clips_have_the_losses_of_one(home, how):
