@@ -321,6 +321,5 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
         adapted=adapted_parameters(config, arguments),
     )  # fmt: skip
     kind, gather = config.model.gradient_checkpointing, train.parallel.gather_bf16
-    coarse = train.optimizer == EIGHT_BITS
-    spread = {"context": context, "ring": ring, "coarse": coarse, "offload": offload}
-    return run, Choice(kind, micro, sharded, gather_bf16=gather, **spread)
+    choice = Choice(kind, micro, sharded, gather_bf16=gather, context=context, ring=ring)
+    return run, choice._replace(coarse=train.optimizer == EIGHT_BITS, offload=offload)
