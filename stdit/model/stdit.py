@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,13 @@ from stdit.nn.blocks import FinalLayer
 from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS
 from stdit.nn.context import cached_positions
-from stdit.nn.context_parallel import ContextParallel, ContextParallelLayout, check_shared_frames
+from stdit.nn.context_parallel import (
+    ContextParallel,
+    ContextParallelLayout,
+    check_ring,
+    check_shared_frames,
+    check_shared_heads,
+)
 from stdit.nn.embedders import LearnedPosEmbed, PatchEmbed, TimestepEmbedder
 from stdit.nn.layout import DenseLayout, Layout, TeacherForcingLayout
 from stdit.nn.modulation import Condition
@@ -271,11 +278,15 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         output = self._output(unpatchify(self.final_layer(tokens, condition), self.patch_size, rows))
         return output if parallel is None else parallel.gather(output, dim=2)
 
-    def enable_context_parallel(self, group: Any = None) -> None:
-        """Share the frames of every clip among the processes of a group (None: all), which all call the model alike.
+    def enable_context_parallel(
+        self, size: int | None = None, *, ring: int = 1, timeout: timedelta | None = None
+    ) -> None:
+        """Share the frames of every clip among groups of `size` neighbouring processes (None: all), which call the model alike.
 
-        Outputs and the mean of the processes' gradients are those of one process. ValueError for a model that attends to
-        other tokens than those of the frames, or whose patches have several frames.
+        ring: processes of a group around which keys and values travel, for more processes than heads; the others share heads.
+        timeout: of the groups of processes (None: torch's). All processes of the run call this. Outputs and the mean of the
+        processes' gradients are those of one process. ValueError for a model that attends to other tokens than those of the
+        frames, or whose patches have several frames; for heads that cannot be shared; for a ring of a causal model.
         """
         c = self.config
         own_blocks = c.trunk not in ("stack", "long_skip") or self.conditioning.in_context or c.relative_position_bias
@@ -285,7 +296,11 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
                 f"patches and no relative_position_bias; this model has trunk={c.trunk!r}, patch_size={list(self.patch_size)}, "
                 f"conditioning={c.conditioning!r}."
             )
-        self.context_parallel = ContextParallel(group)
+        check_ring(ring, causal=c.causal)
+        parallel = ContextParallel(size, ring=ring, timeout=timeout)
+        if "joint" in self.trunk_config.axes:
+            check_shared_heads(c.num_heads, parallel.size, ring, causal=c.causal)
+        self.context_parallel = parallel
 
     def disable_context_parallel(self) -> None:
         """Undo `enable_context_parallel`."""

@@ -2,9 +2,13 @@
 
 In joint attention and along time every process attends with a share of the heads over all frames (Jacobs et al.,
 "DeepSpeed-Ulysses"); attention within a frame needs no exchange, and heads that cannot be shared out are left whole along
-time, where patches are shared out in their place.
+time, where patches are shared out in their place. Where heads are too few, groups of processes share them, and keys and values
+travel from group to group (`ring_attention`).
 """
 
+import math
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stdit.nn.layout import DenseLayout, Kernel
+from stdit.nn.ring_attention import attend_in_ring, torch_ring
 
 
 def check_shared_frames(frames: int, processes: int) -> None:
@@ -25,11 +30,58 @@ def check_shared_frames(frames: int, processes: int) -> None:
         )
 
 
-class ContextParallel:
-    """The frames of clips over the processes of a group. group: torch's process group (None: all processes)."""
+def check_shared_heads(heads: int, processes: int, ring: int, *, causal: bool) -> None:
+    """Raise ValueError if joint attention of these heads cannot be shared by processes, `ring` of which form each ring."""
+    if heads % (processes // ring):
+        fits = processes // math.gcd(heads, processes)
+        instead = "" if causal else f"train.parallel.ring={fits} (pipelines: enable_context_parallel(ring={fits})), "
+        raise ValueError(
+            f"{heads} heads cannot be shared by {processes // ring} processes; use {instead}a context that divides num_heads, or "
+            "axes=[spatial, temporal]."
+        )
 
-    def __init__(self, group: Any = None):
-        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+
+def check_ring(ring: int, *, causal: bool) -> None:
+    """Raise ValueError for ring attention of a causal model, or if torch has none."""
+    if ring == 1:
+        return
+    if causal:
+        raise ValueError(
+            f"ring={ring} does not go with causal=true: ring attention takes no masks, which causal frames, windows and teacher forcing "
+            "need; use ring=1 and a context that divides num_heads."
+        )
+    torch_ring()
+
+
+class ContextParallel:
+    """The frames of clips over groups of neighbouring processes. All processes of a run make it alike.
+
+    size: processes of a group (None: all). ring: of these, the processes around which keys and values travel; size / ring
+    neighbours share heads. timeout: of the groups (None: torch's). ValueError if one does not divide the other.
+    """
+
+    def __init__(self, size: int | None = None, *, ring: int = 1, timeout: timedelta | None = None):
+        every = dist.get_world_size()
+        self.size = size or every
+        if every % self.size or self.size % ring:
+            raise ValueError(
+                f"{every} processes cannot be divided into groups of {self.size} with rings of {ring}; use numbers that divide."
+            )
+        ranks = torch.arange(every).reshape(-1, ring, self.size // ring)
+
+        def group_of(lists: torch.Tensor) -> Any:
+            """The group of this process among lists (groups, processes) of ranks."""
+            if lists.shape[1] == every:
+                return dist.group.WORLD
+            return dist.new_subgroups_by_enumeration(lists.tolist(), timeout=timeout)[0]
+
+        self.group = group_of(ranks.flatten(1))
+        self.rank = dist.get_rank(self.group)
+        self.sharing_heads, self.ring = self.size // ring, None
+        self.head_group = self.group
+        if ring > 1:
+            self.ring = group_of(ranks.transpose(1, 2).flatten(0, 1))
+            self.head_group = group_of(ranks.flatten(0, 1)) if self.sharing_heads > 1 else None
 
     def check_same(self, number: int, device: torch.device) -> None:
         """Raise ValueError unless all processes of the group have the same whole number."""
@@ -60,11 +112,11 @@ class ContextParallel:
         return torch.cat(all_gather(x.contiguous(), group=self.group), dim=dim)
 
     def exchange(self, x: Tensor) -> Tensor:
-        """Send part i of (size, ...) to process i, and receive one part of each."""
+        """Send part i of (sharing_heads, ...) to process i of those that share heads, and receive one part of each."""
         from torch.distributed.nn.functional import all_to_all_single
 
         x = x.contiguous()
-        return all_to_all_single(torch.empty_like(x), x, group=self.group)
+        return all_to_all_single(torch.empty_like(x), x, group=self.head_group)
 
 
 class ContextParallelLayout(DenseLayout):
@@ -95,12 +147,17 @@ class ContextParallelLayout(DenseLayout):
         """Exchange, run the kernel over whole sequences, and exchange back."""
         if axis == "spatial":
             return kernel(query, key, value)
-        size, heads = self.parallel.size, query.shape[2]
+        if self.parallel.ring is not None:  # without masks (`check_ring`)
+            kernel = partial(attend_in_ring, group=self.parallel.ring)
+        size, heads = self.parallel.sharing_heads, query.shape[2]
+        if size == 1:
+            return kernel(query, key, value)
         by_heads = heads % size == 0
-        if not by_heads and (axis == "joint" or query.shape[0] % size):
+        # Of joint attention, heads are always shared (`check_shared_heads`).
+        if not by_heads and query.shape[0] % size:
             raise ValueError(
-                f"{heads} heads cannot be shared by {size} processes; use a context that divides num_heads, or "
-                "axes=[spatial, temporal]."
+                f"neither {heads} heads nor {query.shape[0]} sequences along time (patches times clips) can be shared by {size} "
+                "processes; use a context that divides one of them."
             )
         shared = 3 if by_heads else 1  # the dimension of (three, N, L, H, D) that is shared out: heads, or sequences
         found = self._exchange(torch.stack([query, key, value]), share=shared, join=2)
@@ -108,5 +165,5 @@ class ContextParallelLayout(DenseLayout):
 
     def _exchange(self, x: Tensor, share: int, join: int) -> Tensor:
         """Share out one dimension among the processes, and join the parts of another that they hold."""
-        parts = torch.stack(x.chunk(self.parallel.size, share))
+        parts = torch.stack(x.chunk(self.parallel.sharing_heads, share))
         return torch.cat(self.parallel.exchange(parts).unbind(0), dim=join)

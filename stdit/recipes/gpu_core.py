@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,8 +17,11 @@ from stdit.checkpoint.files import Weights
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.model.cost import training_memory
 from stdit.model.stdit import STDiT
+from stdit.nn.attention import explicit_attention
 from stdit.nn.cache import FrameCache
 from stdit.nn.checkpointing import CHECKPOINTING
+from stdit.nn.layout import Kernel
+from stdit.nn.ring_attention import attend_in_ring
 from stdit.precision import autocast
 from stdit.recipes import train
 from stdit.recipes.gpu_models import deterministic, inputs, relative, small_model, train_steps
@@ -224,6 +228,25 @@ def _shards_equal_the_whole(machine: Machine, config: ParallelConfig) -> str:
     return f"losses within {worst:.0e} of an unsharded model; resumed from shards to the bit"
 
 
+def a_ring_of_one_equals_plain_attention(machine: Machine) -> str:
+    """torch's ring attention in a group of one, in bfloat16: outputs and gradients are those of plain products."""
+    shape = machine.pick((2, 4096, 16, 72), (2, 64, 2, 24))
+    given = torch.randn(4, *shape, device=machine.device, dtype=torch.bfloat16)
+    with group_of_one(machine.device.type):
+        ring = _with_gradients(partial(attend_in_ring, group=dist.group.WORLD), given)
+    plain = _with_gradients(explicit_attention, given.float())
+    output, gradient = relative(ring[0], plain[0]), max(map(relative, ring[1:], plain[1:]))
+    assert output < 2e-2 and gradient < 3e-2, f"outputs differ by {output:.1e}, gradients by {gradient:.1e}"
+    return f"outputs {output:.1e}, gradients {gradient:.1e} from plain products in float32"
+
+
+def _with_gradients(attend: Kernel, given: torch.Tensor) -> list[torch.Tensor]:
+    """The output of attention for queries, keys and values, and the gradients of these by that of the output, all in `given`."""
+    query, key, value, gradient = (x.clone().requires_grad_() for x in given)
+    output = attend(query, key, value)
+    return [output, *torch.autograd.grad(output, (query, key, value), gradient)]
+
+
 # A run of Muon and AdamW on drawn shapes.
 RUN = """
 name: own
@@ -292,5 +315,6 @@ def _some_steps(machine: Machine, arguments: dict, checkpointing: bool | str, *,
 CHECKS: list[Callable[[Machine], str]] = [
     forward_matches_cpu, attention_backends_agree, vae_matches_cpu, originals_numbers_come_out, sampling_works,
     packed_equals_unpacked, cached_rollout_equals_uncached, muon_is_orthogonal, shards_of_one_process_equal_the_whole,
-    shards_in_the_hosts_memory_equal_the_whole, run_resumes_to_the_bit, planned_memory_is_right,
+    shards_in_the_hosts_memory_equal_the_whole, a_ring_of_one_equals_plain_attention, run_resumes_to_the_bit,
+    planned_memory_is_right,
 ]  # fmt: skip

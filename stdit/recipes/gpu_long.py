@@ -160,6 +160,7 @@ def _fit(machine: Machine, limit: str) -> tuple[Choice, str]:
         memory=None,
         shard=None,
         context=None,
+        ring=None,
         bandwidth=50.0,
         host_bandwidth=25.0,
     )

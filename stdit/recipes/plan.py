@@ -17,6 +17,7 @@ from stdit.diffusion.objective import build_objective
 from stdit.model.config import model_arguments
 from stdit.model.cost import Cost, Memory, forward_cost, frame_growth
 from stdit.model.stdit import STDiT
+from stdit.nn.context_parallel import check_ring
 from stdit.nn.low_rank import adapted_layers
 from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
@@ -220,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory", type=float, metavar="GIB", help="memory of a device that is not listed")
     parser.add_argument("--shard", choices=("none", "fsdp"), help="default: train.parallel.shard of the config")
     parser.add_argument("--context", type=int, help="devices that share a clip's frames; default: that of the config")
+    parser.add_argument("--ring", type=int, help="of these, devices around which keys and values travel; likewise")
     parser.add_argument("--bandwidth", type=float, default=50.0, metavar="GB/S", help="between devices, of each")
     parser.add_argument(
         "--host-bandwidth", type=float, default=25.0, metavar="GB/S", help="between a device and the host"
@@ -296,7 +298,7 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
     wanted = (args.shard or train.parallel.shard) == "fsdp"
     offload = wanted and train.parallel.offload and not on_cpu
     sharded = wanted and (args.count > 1 or offload)
-    context = args.context or train.parallel.context
+    context, ring = args.context or train.parallel.context, args.ring or train.parallel.ring
     replicas = train.parallel.replicas if sharded else 1
     if args.count % replicas:
         raise ValueError(
@@ -304,6 +306,9 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
         )
     if args.count % context:
         raise ValueError(f"--context {context} does not divide --count {args.count}; use a number that does.")
+    if context % ring:
+        raise ValueError(f"--ring {ring} does not divide --context {context}; use a number that does.")
+    check_ring(ring, causal=config.model.causal)
     check_batch(config, args.count // context)
     micro = train.micro_batch or -(-train.batch_size // (args.count // context))
     described = on_cpu or (args.tflops and args.memory)
@@ -316,5 +321,5 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
         adapted=adapted_parameters(config, arguments),
     )  # fmt: skip
     kind, gather = config.model.gradient_checkpointing, train.parallel.gather_bf16
-    coarse = train.optimizer == EIGHT_BITS
-    return run, Choice(kind, micro, sharded, gather_bf16=gather, context=context, coarse=coarse, offload=offload)
+    choice = Choice(kind, micro, sharded, gather_bf16=gather, context=context, ring=ring)
+    return run, choice._replace(coarse=train.optimizer == EIGHT_BITS, offload=offload)

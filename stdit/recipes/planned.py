@@ -1,5 +1,6 @@
 """What a planned training takes with given settings, and the settings with which it fits into a given memory."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -15,6 +16,7 @@ from stdit.model.cost import (
     training_memory,
     waiting_on_host,
 )
+from stdit.nn.ring_attention import has_ring_kernels
 from stdit.recipes.build import check_batch
 
 GIB = 2**30
@@ -29,7 +31,7 @@ class Choice(NamedTuple):
     """How a step is computed.
 
     checkpointing: as `model.gradient_checkpointing`; micro: `train.micro_batch`; sharded: FSDP2. coarse: AdamW with moments of 8
-    bits. offload: blocks wait in the host's memory.
+    bits. offload: blocks wait in the host's memory. context, ring: as in `train.parallel`.
     """
 
     checkpointing: bool | str
@@ -39,6 +41,7 @@ class Choice(NamedTuple):
     context: int = 1
     coarse: bool = False
     offload: bool = False
+    ring: int = 1
 
     @property
     def last_resort(self) -> int:
@@ -55,6 +58,7 @@ class Choice(NamedTuple):
             "train.parallel.context": self.context,
             "train.optimizer": EIGHT_BITS if self.coarse else "adamw",
             "train.parallel.offload": self.offload,
+            "train.parallel.ring": self.ring,
         }
         changed = [mine != other for mine, other in zip(self, current, strict=True)]
         return [f"{key}={value}".lower() for (key, value), new in zip(values.items(), changed, strict=True) if new]
@@ -147,9 +151,15 @@ class PlannedRun:
         # FSDP2: weights for each pass, and gradients in float32; DDP: gradients, summed and sent back.
         each = 2 if choice.gather_bf16 else 4
         weights = 2 * each * cost.parameters + 4 * self.trained if choice.sharded else 2 * 4 * self.trained
-        passes = 4 if choice.checkpointing else 3  # exchanged tokens are computed again
-        width = self.arguments["depth"] * 4 * 2 * self.arguments["hidden_size"]
-        shared = passes * width * choice.micro * cost.tokens / choice.context if choice.context > 1 else 0.0
+        forwards = 2 if choice.checkpointing else 1  # exchanged tokens are computed again
+        # Of every token that a device holds: a number of each channel, in 16 bits, in every block.
+        width = self.arguments["depth"] * 2 * self.arguments["hidden_size"]
+        held = width * choice.micro * cost.tokens / choice.context
+        # Shared heads: queries, keys, values and outputs are exchanged, with a backward pass that counts as two.
+        by_heads = 4 * (forwards + 2) if choice.context > choice.ring else 0
+        # A ring: keys and values go to all others, backward as well, and then their gradients, in 32 bits, all the way round.
+        around = 2 * (choice.ring - 1) * (forwards + 1) + 4 * choice.ring if choice.ring > 1 else 0
+        shared = (by_heads + around) * held
         return Traffic(weights * max(1, again), shared, host)
 
     def seconds(self, choice: Choice) -> float:
@@ -237,13 +247,16 @@ def smallest(run: PlannedRun, current: Choice, *, path: str, overrides: Sequence
 def _choices(run: PlannedRun, current: Choice) -> Iterator[Choice]:
     """All choices that the devices and the batch allow."""
     contexts = [c for c in range(1, run.count + 1) if run.count % c == 0 and run.latent[0] % c == 0]
+    heads, model = run.arguments["num_heads"], run.config.model
     for context in contexts:
+        # Heads are shared by as many as can; a ring joins the rest (`check_shared_heads`).
+        ring = context // math.gcd(heads, context) if "joint" in model.axes and not model.causal else 1
         clips = -(-run.config.train.batch_size // (run.count // context))
         micros = [n for n in range(clips, 0, -1) if clips % n == 0]
         for micro in [current.micro] if run.config.data.sizes else micros:
             for way in _ways(run, current):
                 for kind in CHECKPOINTING_NAMES:
-                    yield Choice(kind, micro, context=context, **way)
+                    yield Choice(kind, micro, context=context, ring=ring, **way)
 
 
 def _ways(run: PlannedRun, current: Choice) -> list[dict[str, bool]]:
@@ -293,6 +306,12 @@ class _Checks:
             and model.trunk in ("stack", "long_skip")
             and model.conditioning != "in_context"
             and not (model.relative_position_bias or config.data.packing or arguments["patch_size"][0] > 1)
-            and (arguments["num_heads"] % choice.context == 0 or "joint" not in model.axes)
+            and (choice.ring == 1 or (not model.causal and self._has_ring_kernels()))
+            and (arguments["num_heads"] % (choice.context // choice.ring) == 0 or "joint" not in model.axes)
         )
         return config if choice.context == 1 or shares_frames else None
+
+    def _has_ring_kernels(self) -> bool:
+        run = self.run
+        width = run.arguments["hidden_size"] // run.arguments["num_heads"]
+        return has_ring_kernels("cpu" if run.on_cpu else "cuda", width, in_16_bits=run.bf16)

@@ -67,13 +67,20 @@ class ParallelConfig:
     shard: Literal["none", "fsdp"] = "none"  # fsdp: weights, gradients, averages and optimizer in shards (FSDP2)
     replicas: int = 1  # fsdp: groups of processes that each hold the whole model between them (HSDP)
     context: int = 1  # processes that share the frames of every clip, for long ones; the rest is data parallel
+    ring: int = (
+        1  # of these, processes around which keys and values travel, for more of them than heads (ring attention)
+    )
     gather_bf16: bool = False  # fsdp: gather weights in bfloat16: half the traffic, but norms have no float32 weights
     reshard: bool = True  # fsdp: give gathered weights back after the forward pass; false takes memory and saves time
     offload: bool = False  # fsdp, also of one process: weights, gradients, averages and optimizer in the host's memory
     timeout: float = 1800.0  # seconds after which a process that does not answer ends the run
 
     def __post_init__(self) -> None:
-        check_ranges("train.parallel", self, {"replicas": "[1, inf)", "context": "[1, inf)", "timeout": "(0, inf)"})
+        check_ranges(
+            "train.parallel",
+            self,
+            {"replicas": "[1, inf)", "context": "[1, inf)", "ring": "[1, inf)", "timeout": "(0, inf)"},
+        )
         if self.replicas > 1 and self.shard == "none":
             raise ValueError(
                 f"train.parallel.replicas={self.replicas} has no effect without train.parallel.shard=fsdp; set both."
@@ -87,6 +94,12 @@ class ParallelConfig:
             raise ValueError(
                 "train.parallel.reshard=false keeps all weights on the device, which train.parallel.offload=true is to prevent; "
                 "set one of them to its default."
+            )
+        if self.context % self.ring:
+            fits = [n for n in range(1, self.context + 1) if self.context % n == 0]
+            raise ValueError(
+                f"train.parallel.ring={self.ring} does not divide train.parallel.context={self.context}; use one of "
+                f"{', '.join(map(str, fits))}."
             )
 
 

@@ -121,17 +121,10 @@ def place(
 
 
 def share_frames(model: Any, config: ParallelConfig) -> None:
-    """Let groups of `config.context` neighbouring processes share the frames of every clip; ValueError for heads that cannot be."""
-    if config.context == 1:
-        return
-    timeout = timedelta(seconds=config.timeout)
-    model.enable_context_parallel(dist.new_subgroups(config.context, timeout=timeout)[0])
-    heads = model.config.num_heads
-    if heads % config.context and "joint" in model.trunk_config.axes:
-        raise ValueError(
-            f"{heads} heads cannot be shared by {config.context} processes; use a context that divides num_heads, or "
-            "axes=[spatial, temporal]."
-        )
+    """Let groups of `config.context` neighbouring processes share the frames of every clip; ValueError for a model that cannot."""
+    if config.context > 1:
+        timeout = timedelta(seconds=config.timeout)
+        model.enable_context_parallel(config.context, ring=config.ring, timeout=timeout)
 
 
 def compile_blocks(model: Any, backend: str = "inductor", *, sharded: bool = False) -> None:

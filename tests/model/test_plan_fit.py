@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,23 @@ def test_settings_that_training_refuses_are_not_proposed(path):
         needs = run.need(current, run.memory(current))
         found = find_fit(run, current, 0.98 * needs, **how)
         assert found is None or not refused(found)
+
+
+def test_processes_beyond_those_that_can_share_heads_form_a_ring_which_sends_more(path):
+    def arranged(run):
+        return {(c.context, c.ring) for c in _choices(run, Choice(False, 4))}
+
+    six = {**ARGUMENTS, "num_heads": 6}
+    run = replace(planned(path, 8, "model.axes=[joint]"), arguments=six)
+    assert arranged(run) == {(1, 1), (2, 1), (4, 2), (8, 4)}
+    factorized = replace(planned(path, 8, "model.axes=[spatial,temporal]"), arguments=six)
+    assert arranged(factorized) == {(1, 1), (2, 1), (4, 1), (8, 1)}
+    sent = [run.traffic(Choice(False, 4, context=4, ring=ring)).tokens for ring in (1, 2, 4)]
+    assert 0 < sent[0] < sent[1] < sent[2]
+    assert Choice(False, 4, context=8, ring=4).overrides(Choice(False, 4)) == [
+        "train.parallel.context=8",
+        "train.parallel.ring=4",
+    ]
 
 
 def test_the_proposed_overrides_make_the_plan_fit(path, capsys):

@@ -65,6 +65,8 @@ def test_a_plan_for_many_devices_says_memory_traffic_checkpoints_and_growth(caps
         assert word in sharded
     with pytest.raises(ValueError, match="--context 3 does not divide --count 16"):
         plan.main([*arguments[:4], "--context", "3"])
+    with pytest.raises(ValueError, match="--ring 4 does not divide --context 2"):
+        plan.main([*arguments, "--ring", "4"])
 
 
 def test_of_a_lora_only_the_matrices_that_it_adds_take_gradients_and_moments(tmp_path, capsys):

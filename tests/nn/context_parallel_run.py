@@ -23,6 +23,13 @@ CASES = {
     "captions": ({"conditioning": "cross_attention", "caption_channels": 8}, {"captions": True}),
     "checkpointing": ({"position_encoding": "rope_3d"}, {"checkpointing": True}),
     "selective checkpointing": (FACTORIZED, {"checkpointing": "selective"}),
+    "ring": ({}, {"ring": 2}),
+    "ring of three heads": ({"num_heads": 3, "hidden_size": 24, "position_encoding": "rope_3d", "qk_norm": True}, {"ring": 2}),
+    "ring, factorized": (FACTORIZED, {"ring": 2, "per_frame": True}),
+    "ring, levels per patch": ({}, {"ring": 2, "per_patch": True}),
+    "ring, captions": ({"conditioning": "cross_attention", "caption_channels": 8}, {"ring": 2, "captions": True}),
+    "ring, checkpointing": ({}, {"ring": 2, "checkpointing": True}),
+    "ring, selective checkpointing": ({"position_encoding": "rope_3d"}, {"ring": 2, "checkpointing": "selective"}),
 }  # fmt: skip
 
 
@@ -54,6 +61,17 @@ def run(model, given):
     return output.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def gradients_differ(parts, gradients):
+    """The largest difference of the mean of the processes' gradients, relative to the largest gradient of a tensor."""
+    worst = 0.0
+    for key, expected in gradients.items():
+        mean = parts[key].clone()
+        dist.all_reduce(mean)
+        difference = (mean / dist.get_world_size() - expected).abs().max()
+        worst = max(worst, float(difference / expected.abs().max().clamp(min=1e-3)))
+    return worst
+
+
 def say(name, text):
     if dist.get_rank() == 0:
         print(f"{name}: {text}", flush=True)
@@ -74,34 +92,27 @@ def main():
         model = made(**settings)
         if checkpointing := how.pop("checkpointing", False):
             model.enable_gradient_checkpointing(CHECKPOINTING[checkpointing])
+        ring = how.pop("ring", 1)
         given = arguments(**how)
         output, gradients = run(model, given)
-        model.enable_context_parallel()
+        model.enable_context_parallel(ring=ring)
         shared, parts = run(model, given)
-        worst = 0.0
-        for key in gradients:
-            mean = parts[key].clone()
-            dist.all_reduce(mean)
-            worst = max(
-                worst,
-                float(
-                    (mean / dist.get_world_size() - gradients[key]).abs().max()
-                    / gradients[key].abs().max().clamp(min=1e-3)
-                ),
-            )
-        say(name, f"{float((output - shared).abs().max() / output.abs().max())} {worst}")
+        say(name, f"{float((output - shared).abs().max() / output.abs().max())} {gradients_differ(parts, gradients)}")
     model = made()
     vae = load_vae("tiny")
     pipeline = STDiTPipeline(made(in_channels=16), vae, STDiTScheduler("flow"), num_frames=13, height=64, width=64)
-    options = {"class_labels": [1, 2], "num_inference_steps": 3, "progress": False}
+    options = {"class_labels": [1, 2], "num_inference_steps": 3, "precision": "fp32", "progress": False}
     alone = pipeline(**options)
     pipeline.transformer.enable_context_parallel()
     say("sample", float((pipeline(**options) - alone).abs().max()))
+    pipeline.transformer.enable_context_parallel(ring=2)
+    say("ring, sample", float((pipeline(**options) - alone).abs().max()))
     model.enable_context_parallel()
     say("frames", refusal(lambda: model(torch.randn(1, 4, 5, 8, 8), torch.ones(1), torch.tensor([0]))))
     three = made(num_heads=3, hidden_size=24)
-    three.enable_context_parallel()
-    say("heads", refusal(lambda: three(**arguments())))
+    say("heads", refusal(three.enable_context_parallel))
+    say("ring, division", refusal(lambda: model.enable_context_parallel(ring=3)))
+    say("ring, causal", refusal(lambda: made(causal=True, position_encoding="rope_3d").enable_context_parallel(ring=2)))
     say("in-context", refusal(lambda: made(conditioning="in_context").enable_context_parallel()))
     from stdit.nn.cache import FrameCache
 

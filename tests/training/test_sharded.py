@@ -107,7 +107,14 @@ def test_processes_share_out_the_previews_of_one(home):
     assert clips[0] == clips[1] and len(clips[0]) == 2
 
 
-@pytest.mark.parametrize("how", [["train.parallel.context=2"], ["train.parallel.context=2", SHARDED]])
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["train.parallel.context=2"],
+        ["train.parallel.context=2", SHARDED],
+        pytest.param(["train.parallel.context=2", SHARDED, "train.parallel.ring=2"], marks=pytest.mark.slow),
+    ],
+)
 def test_processes_that_share_the_frames_of_clips_have_the_losses_of_one(home, how):
     name = f"context{len(how)}"
     settings = ("data.num_frames=13", "train.steps=4", "train.samples=0", "model.num_heads=2")
@@ -261,11 +268,21 @@ def test_one_process_is_told_that_there_is_nothing_to_share(home):
         assert effective(ParallelConfig(shard="fsdp"), "cpu", 1) == ParallelConfig()
 
 
-def test_replicas_that_do_not_divide_the_processes_are_refused(home):
+def test_processes_that_cannot_be_divided_so_are_refused(home):
     with pytest.raises(ValueError, match="replicas=4 does not divide 6 processes; use one of 1, 2, 3, 6"):
         make_mesh(ParallelConfig(shard="fsdp", replicas=4), "cpu", 6)
     with pytest.raises(ValueError, match="context=2 does not divide 3 process"):
         check_context(load_typed(Config, "t.yaml", ["train.parallel.context=2"]), load_vae("tiny"), 3)
+    with pytest.raises(ValueError, match="ring=3 does not divide train.parallel.context=4; use one of 1, 2, 4"):
+        ParallelConfig(context=4, ring=3)
+    causal = [
+        "train.parallel.context=2",
+        "train.parallel.ring=2",
+        "model.causal=true",
+        "model.position_encoding=rope_3d",
+    ]
+    with pytest.raises(ValueError, match="ring=2 does not go with causal=true"):
+        check_context(load_typed(Config, "t.yaml", causal), load_vae("tiny"), 2)
     with pytest.raises(ValueError, match="no effect without train.parallel.shard=fsdp"):
         ParallelConfig(replicas=2)
 

@@ -1,0 +1,33 @@
+"""Run by one process, which forks four: two rings whose processes share heads in pairs, against one process."""
+
+import os
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from context_parallel_run import arguments, gradients_differ, made, run, say
+
+SIX_HEADS = {"num_heads": 6, "hidden_size": 48, "position_encoding": "rope_3d"}
+
+
+def compare(rank: int, store: str) -> None:
+    """Print what differs between the model of this process and that of all four."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
+    model, given = made(depth=2, **SIX_HEADS), arguments()
+    output, gradients = run(model, given)
+    model.enable_context_parallel(ring=2)
+    shared, parts = run(model, given)
+    say("pairs", f"{float((output - shared).abs().max() / output.abs().max())} {gradients_differ(parts, gradients)}")
+    parallel = model.context_parallel
+    groups = [dist.get_process_group_ranks(group) for group in (parallel.ring, parallel.head_group)]
+    said = [None] * 4
+    dist.all_gather_object(said, groups)
+    say("groups", said)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(compare, (os.path.join(folder, "store"),), nprocs=4, start_method="fork")
