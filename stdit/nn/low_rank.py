@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from stdit.rng import keyed_generator
 
 LAYERS = r"blocks\..*\.(qkv|q|kv|proj|fc1|fc2)"  # the matrices of attention and MLP
-_INSIDE = re.compile(r"(^|\.)lora\.\w+\.lora_[AB](\.weight)?$")  # names of parts of a LoRA
+_INSIDE = re.compile(r"(^|\.)lora\.[^.]+\.lora_[AB](\.weight)?$")  # names of parts of a LoRA
 
 
 class LowRank(nn.Module):

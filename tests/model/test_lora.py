@@ -147,6 +147,12 @@ def test_a_file_may_have_any_name(model, tmp_path):
     assert len(set(lora_names(model))) == len(names)
 
 
+def test_a_lora_may_have_a_name_with_signs(model, tmp_path):
+    path, base = save_lora(adapted(model), "a", tmp_path), base_fingerprint(model)
+    assert load_lora(model, path, name="my-lora") == "my-lora"
+    assert lora_names(model) == ["my-lora"] and base_fingerprint(model) == base
+
+
 def test_alphas_of_single_layers_and_rank_stabilised_loras_are_read(model, tmp_path):
     path = save_lora(adapted(model), "a", tmp_path)
     change(path, lambda t, i: (t.update({"transformer.blocks.0.mlp.fc1.alpha": torch.tensor(2.0)}), i.clear()))
