@@ -366,6 +366,23 @@ def test_a_folder_may_have_a_point_in_its_name(model):
         assert {path.suffix for path in Path(output).iterdir()} == {".gif", ".json"}
 
 
+def test_the_quickstart_refuses_what_training_would_before_it_draws_clips(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/quickstart").mkdir(parents=True)
+
+    def drawn(argv):
+        raise AssertionError("clips were drawn")
+
+    monkeypatch.setattr(make_shapes, "main", drawn)
+    with pytest.raises(ValueError, match="models/quickstart holds a model that no run of this name wrote"):
+        quickstart.main([])
+    with pytest.raises(ValueError, match="train.stesp"):
+        quickstart.main(["name=other", "train.stesp=3"])
+    for mine in ("name=other", "train.resume=never"):
+        with pytest.raises(AssertionError, match="clips were drawn"):
+            quickstart.main([mine])
+
+
 def test_the_quickstart_shows_each_task_with_its_new_frames_marked(model):
     pipe = STDiTPipeline.from_pretrained("models/t")
     pipe.register_to_config(num_frames=17)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from stdit.config import Config, load_typed
 from stdit.data.video_write import to_uint8, write_contact_sheet, write_video
 from stdit.evaluation.held_out import held_out
 from stdit.evaluation.operations import mark_generated
@@ -21,6 +22,7 @@ from stdit.precision import native_bf16
 from stdit.recipes import cache_latents, make_shapes, train
 from stdit.recipes.entry import command, command_parser
 from stdit.sampling.pipeline import STDiTPipeline
+from stdit.training.run import RunFolders
 
 CONFIG = "quickstart"
 
@@ -56,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-clips", type=int, default=2400, help="number of clips that are drawn")
     args = parser.parse_args(argv)
     began = time.time()
+    config = load_typed(Config, CONFIG, args.overrides)
+    if config.train.resume != "never":  # training would refuse it after all clips are drawn and encoded
+        RunFolders(config.name).check_own_model()
     if not native_bf16():
         print("This CPU has no bfloat16 instructions: training runs in float32, and takes about twice as long.")
     print("1/4  drawing clips of moving shapes")
