@@ -114,7 +114,8 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def flags_of(recipe: str) -> set[str]:
-    source = (ROOT / "stdit" / "recipes" / f"{recipe}.py").read_text()
+    files = [ROOT / "stdit" / "recipes" / f"{recipe}{suffix}.py" for suffix in ("", "_arguments")]
+    source = "".join(file.read_text() for file in files if file.is_file())
     found = set(re.findall(r"\"(--[\w-]+)\"", source)) | {"--help"}
     if "add_flags" in source:
         found |= {one.metadata["flag"] for one in SamplingOptions.__dataclass_fields__.values()}
