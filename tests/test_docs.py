@@ -16,7 +16,7 @@ from stdit.evaluation.compare import Comparison
 from stdit.model.config import ModelConfig
 from stdit.model.trunks import TRUNKS
 from stdit.nn.conditioning import CONDITIONINGS
-from stdit.recipes.cli import COMMANDS
+from stdit.recipes.cli import ARGUMENTS, COMMANDS
 from stdit.sampling.options import SamplingOptions
 from stdit.training.vae import VAEConfig
 
@@ -114,8 +114,8 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def flags_of(recipe: str) -> set[str]:
-    files = [ROOT / "stdit" / "recipes" / f"{recipe}{suffix}.py" for suffix in ("", "_arguments")]
-    source = "".join(file.read_text() for file in files if file.is_file())
+    modules = [recipe, *([ARGUMENTS[recipe]] if recipe in ARGUMENTS else [])]
+    source = "".join((ROOT / "stdit" / "recipes" / f"{module}.py").read_text() for module in modules)
     found = set(re.findall(r"\"(--[\w-]+)\"", source)) | {"--help"}
     if "add_flags" in source:
         found |= {one.metadata["flag"] for one in SamplingOptions.__dataclass_fields__.values()}

@@ -9,5 +9,5 @@ class StoreError(VideoError):
     """A store that refuses, or does not answer."""
 
 
-class SilentStoreError(StoreError):
+class NoAnswerError(StoreError):
     """A store gave no answer in time."""

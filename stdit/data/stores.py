@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from stdit.data.errors import SilentStoreError, StoreError
+from stdit.data.errors import NoAnswerError, StoreError
 from stdit.data.packages import package
 
 _URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/+(?P<rest>.*)", re.DOTALL)  # one letter is a drive of Windows
@@ -138,7 +138,7 @@ def remember(paths: Sequence[Path]) -> None:
             continue
         try:
             found = _listed(folder, "ls")
-        except SilentStoreError:
+        except NoAnswerError:
             raise  # which would be silent for every other folder as well
         except StoreError:
             found = {}  # files may be read where folders must not be listed
@@ -250,7 +250,7 @@ def _ask(url: str, question: Callable[[Any], T]) -> T:
                 raise FileNotFoundError(url) from error
             late = time.monotonic() - began >= timeout()
             reason = f"no answer within {timeout():g} s" if late else _first_line(error) or type(error).__name__
-    raise (SilentStoreError if late else StoreError)(
+    raise (NoAnswerError if late else StoreError)(
         f"{url}: the store cannot be read ({reason}, {_ATTEMPTS} times); check the network and the address."
     )
 
