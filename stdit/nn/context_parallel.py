@@ -7,6 +7,7 @@ travel from group to group (`ring_attention`).
 """
 
 import math
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from stdit.nn.layout import DenseLayout, Kernel
-from stdit.nn.ring_attention import attend_in_ring, torch_ring
+from stdit.nn.ring_attention import attend_in_ring, check_ring_kernels, torch_ring
 
 
 def check_shared_frames(frames: int, processes: int) -> None:
@@ -51,6 +52,34 @@ def check_ring(ring: int, *, causal: bool) -> None:
             "need; use ring=1 and a context that divides num_heads."
         )
     torch_ring()
+
+
+def check_shared_attention(
+    arguments: Mapping[str, Any], processes: int, ring: int, *, device: str, in_16_bits: bool
+) -> None:
+    """Raise ValueError if attention of a model cannot be shared by processes, `ring` of which form each ring.
+
+    arguments: of the model. device: its kind. in_16_bits: whether attention runs in bfloat16 or float16.
+    """
+    causal, heads = arguments["causal"], arguments["num_heads"]
+    check_ring(ring, causal=causal)
+    if "joint" in arguments["axes"]:
+        check_shared_heads(heads, processes, ring, causal=causal)
+    if ring > 1:
+        check_ring_kernels(device, arguments["hidden_size"] // heads, in_16_bits=in_16_bits)
+
+
+def sent_by_attention(processes: int, ring: int, *, forwards: int, size: int) -> float:
+    """Bytes that a process sends in a training step for each channel of a token that it holds, in a block that exchanges.
+
+    forwards: forward passes, one more with checkpointing. size: bytes of a number.
+    """
+    sharing = processes // ring
+    # Shared heads: queries, keys, values and outputs, of which a process keeps its own part; as much in the backward pass.
+    by_heads = 4 * size * (forwards + 1) * (sharing - 1) / sharing
+    # A ring: keys and values to the others, backward as well, and then their gradients, in float32, all the way round.
+    around = 2 * size * (ring - 1) * (forwards + 1) + 2 * 4 * ring if ring > 1 else 0
+    return by_heads + around
 
 
 class ContextParallel:

@@ -57,7 +57,7 @@ def torch_ring() -> TorchRing:
         )
     except ImportError as error:
         raise ValueError(
-            f"torch {torch.__version__} lacks the ring attention that torch 2.13 has ({error}); use torch 2.13, or ring=1."
+            f"torch {torch.__version__} lacks the ring attention that torch 2.11 and 2.13 have ({error}); use one of them, or ring=1."
         ) from error
     return TorchRing(_templated_ring_attention, _templated_ring_attention_backward, _cp_options, _RotateMethod)
 
@@ -74,17 +74,23 @@ def attend_in_ring(query: Tensor, key: Tensor, value: Tensor, group: Any) -> Ten
 
 def has_ring_kernels(device: str, width: int, *, in_16_bits: bool) -> bool:
     """Whether a kind of device has kernels for heads of `width` numbers, in bfloat16 or float16 or in float32."""
-    return device == "cpu" or (device == "cuda" and in_16_bits and width % 8 == 0)
+    return device == "cpu" or (device == "cuda" and in_16_bits and width % 8 == 0 and width <= 256)
+
+
+def check_ring_kernels(device: str, width: int, *, in_16_bits: bool) -> None:
+    """Raise ValueError if a kind of device has no kernels for heads of `width` numbers, as `has_ring_kernels` says."""
+    if not has_ring_kernels(device, width, in_16_bits=in_16_bits):
+        raise ValueError(
+            f"ring attention runs on CPUs, and on CUDA in bfloat16 or float16 with heads of a multiple of 8 numbers up to 256, not on "
+            f"{device} in {'16' if in_16_bits else '32'} bits with heads of {width}; use train.precision=bf16 (a pipeline: "
+            "dtype=torch.bfloat16), another num_heads, or ring=1."
+        )
 
 
 def _kernels(query: Tensor) -> RingKernels:
     """The kernels for tensors (N, H, L, D) such as the queries."""
-    device, width = query.device.type, query.shape[-1]
-    if not has_ring_kernels(device, width, in_16_bits=query.dtype in (torch.bfloat16, torch.float16)):
-        raise ValueError(
-            f"ring attention runs on CPUs, and on CUDA in bfloat16 or float16 with heads of a multiple of 8 numbers, not on {device} "
-            f"in {query.dtype} with heads of {width}; use train.precision=bf16 (a pipeline: dtype=torch.bfloat16), or ring=1."
-        )
+    device = query.device.type
+    check_ring_kernels(device, query.shape[-1], in_16_bits=query.dtype in (torch.bfloat16, torch.float16))
     return RING_KERNELS[device]
 
 

@@ -24,7 +24,7 @@ from stdit.model.lora import base_fingerprint
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.nn.checkpointing import CHECKPOINTING
-from stdit.nn.context_parallel import check_ring, check_shared_frames
+from stdit.nn.context_parallel import check_ring, check_shared_attention, check_shared_frames
 from stdit.precision import Precision, resolve
 from stdit.recipes.models import default_device, load_start
 from stdit.recipes.order import measure
@@ -207,7 +207,13 @@ def check_context(config: Config, vae: VideoVAE, processes: int) -> None:
         )
     if config.data.packing:
         raise ValueError("data.packing=true does not go with train.parallel.context; use batches of one size.")
-    check_ring(config.train.parallel.ring, causal=config.model.causal)
+    ring = config.train.parallel.ring
+    if config.init_from.path:  # the model's shape may be that of its file: `enable_context_parallel` checks it
+        check_ring(ring, causal=config.model.causal)
+    else:
+        in_16_bits = resolve(config.train.precision, vae.device) == "bf16"
+        device = vae.device.type
+        check_shared_attention(model_arguments(config.model), context, ring, device=device, in_16_bits=in_16_bits)
     for frames, _, _ in config.data.sizes or [[config.data.num_frames, 0, 0]]:
         check_shared_frames(vae.latent_frames(frames), context)
 

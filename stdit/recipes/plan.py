@@ -17,7 +17,7 @@ from stdit.diffusion.objective import build_objective
 from stdit.model.config import model_arguments
 from stdit.model.cost import Cost, Memory, forward_cost, frame_growth
 from stdit.model.stdit import STDiT
-from stdit.nn.context_parallel import check_ring
+from stdit.nn.context_parallel import check_shared_attention
 from stdit.nn.low_rank import adapted_layers
 from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
@@ -308,12 +308,13 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
         raise ValueError(f"--context {context} does not divide --count {args.count}; use a number that does.")
     if context % ring:
         raise ValueError(f"--ring {ring} does not divide --context {context}; use a number that does.")
-    check_ring(ring, causal=config.model.causal)
     check_batch(config, args.count // context)
     micro = train.micro_batch or -(-train.batch_size // (args.count // context))
     described = on_cpu or (args.tflops and args.memory)
     peak = 0.0 if described else pick({**GPUS, "cpu": (0.0, 0.0)}, args.gpu, "GPU")[0]
     bf16 = resolve(train.precision, "cpu") == "bf16" if on_cpu else train.precision != "fp32"
+    if context > 1:
+        check_shared_attention(arguments, context, ring, device="cpu" if on_cpu else "cuda", in_16_bits=bf16)
     run = PlannedRun(
         config, arguments, vae.latent_shape(data.num_frames, data.height, data.width, arguments["patch_size"]), args.count,
         bf16=bf16, fused=not (on_cpu and native_bf16() and bf16), on_cpu=on_cpu, peak=args.tflops or peak,

@@ -16,6 +16,7 @@ from stdit.model.cost import (
     training_memory,
     waiting_on_host,
 )
+from stdit.nn.context_parallel import sent_by_attention
 from stdit.nn.ring_attention import has_ring_kernels
 from stdit.recipes.build import check_batch
 
@@ -152,14 +153,12 @@ class PlannedRun:
         each = 2 if choice.gather_bf16 else 4
         weights = 2 * each * cost.parameters + 4 * self.trained if choice.sharded else 2 * 4 * self.trained
         forwards = 2 if choice.checkpointing else 1  # exchanged tokens are computed again
-        # Of every token that a device holds: a number of each channel, in 16 bits, in every block.
-        width = self.arguments["depth"] * 2 * self.arguments["hidden_size"]
-        held = width * choice.micro * cost.tokens / choice.context
-        # Shared heads: queries, keys, values and outputs are exchanged, with a backward pass that counts as two.
-        by_heads = 4 * (forwards + 2) if choice.context > choice.ring else 0
-        # A ring: keys and values go to all others, backward as well, and then their gradients, in 32 bits, all the way round.
-        around = 2 * (choice.ring - 1) * (forwards + 1) + 4 * choice.ring if choice.ring > 1 else 0
-        shared = (by_heads + around) * held
+        sent = sent_by_attention(choice.context, choice.ring, forwards=forwards, size=2 if self.bf16 else 4)
+        depth, axes = self.arguments["depth"], self.arguments.get("axes", ("joint",))
+        blocks = sum(
+            axes[i % len(axes)] != "spatial" for i in range(depth)
+        )  # attention within a frame exchanges nothing
+        shared = sent * blocks * self.arguments["hidden_size"] * choice.micro * cost.tokens / choice.context
         return Traffic(weights * max(1, again), shared, host)
 
     def seconds(self, choice: Choice) -> float:

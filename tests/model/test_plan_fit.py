@@ -84,6 +84,10 @@ def test_processes_beyond_those_that_can_share_heads_form_a_ring_which_sends_mor
     assert arranged(factorized) == {(1, 1), (2, 1), (4, 1), (8, 1)}
     sent = [run.traffic(Choice(False, 4, context=4, ring=ring)).tokens for ring in (1, 2, 4)]
     assert 0 < sent[0] < sent[1] < sent[2]
+    within = replace(factorized, arguments={**six, "axes": ["spatial", "temporal"]})
+    assert within.traffic(Choice(False, 4, context=2)).tokens == run.traffic(Choice(False, 4, context=2)).tokens / 2
+    in_32_bits = replace(run, bf16=False)
+    assert in_32_bits.traffic(Choice(False, 4, context=4)).tokens == 2 * sent[0]
     assert Choice(False, 4, context=8, ring=4).overrides(Choice(False, 4)) == [
         "train.parallel.context=8",
         "train.parallel.ring=4",

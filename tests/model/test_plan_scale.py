@@ -69,6 +69,14 @@ def test_a_plan_for_many_devices_says_memory_traffic_checkpoints_and_growth(caps
         plan.main([*arguments, "--ring", "4"])
 
 
+def test_a_plan_refuses_shared_frames_that_training_refuses():
+    arguments = ["video", "model.size=S/2", "model.axes=[joint]", "--count", "4", "--context", "4"]
+    with pytest.raises(ValueError, match="6 heads cannot be shared by 4 processes; use train.parallel.ring=2"):
+        plan.main(arguments)
+    with pytest.raises(ValueError, match="not on cuda in 32 bits with heads of 64"):
+        plan.main([*arguments, "--ring", "2", "train.precision=fp32"])
+
+
 def test_of_a_lora_only_the_matrices_that_it_adds_take_gradients_and_moments(tmp_path, capsys):
     model = STDiT(2, 32, 2, in_channels=16, num_classes=3, sample_size=(5, 4, 4))
     model.save_pretrained(tmp_path / "model")

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stdit.nn import ring_attention
+from stdit.nn.context_parallel import sent_by_attention
 from stdit.nn.ring_attention import RING_KERNELS, attend_in_ring, torch_ring
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,12 +63,21 @@ def test_what_cannot_be_shared_is_refused_in_one_line(lines, case, message):
     assert message in lines[case]
 
 
-def test_a_ring_of_processes_that_share_heads_in_pairs_has_output_and_gradients_of_one():
-    lines = said_by(str(SCRIPT.with_name("ring_of_pairs_run.py")))
-    output, gradient = map(float, lines["pairs"].split())
+@pytest.fixture(scope="module")
+def pairs():
+    """What four processes say that form rings and share heads in pairs."""
+    return said_by(str(SCRIPT.with_name("ring_of_pairs_run.py")))
+
+
+def test_a_ring_of_processes_that_share_heads_in_pairs_has_output_and_gradients_of_one(pairs):
+    output, gradient = map(float, pairs["pairs"].split())
     assert output < 1e-5 and gradient < 1e-5
-    rings, pairs = zip(*ast.literal_eval(lines["groups"]), strict=True)
+    rings, pairs = zip(*ast.literal_eval(pairs["groups"]), strict=True)
     assert rings == ([0, 2], [1, 3], [0, 2], [1, 3]) and pairs == ([0, 1], [0, 1], [2, 3], [2, 3])
+
+
+def test_a_plan_counts_the_bytes_that_four_processes_send(pairs):
+    assert float(pairs["sent"]) == sent_by_attention(4, 2, forwards=1, size=4)
 
 
 @pytest.mark.parametrize("device", list(RING_KERNELS))
@@ -85,8 +95,9 @@ def test_the_kernels_of_a_ring_take_what_the_ring_passes_on(device):
 
 def test_a_device_or_a_torch_without_ring_attention_is_refused_in_one_line(monkeypatch):
     x = torch.empty(2, 40, 3, 8, device="meta")
-    with pytest.raises(ValueError, match="not on meta in torch.float32 with heads of 8; use train.precision=bf16"):
+    with pytest.raises(ValueError, match="not on meta in 32 bits with heads of 8; use train.precision=bf16"):
         attend_in_ring(x, x, x, None)
+    assert [width for width in (64, 60, 512) if ring_attention.has_ring_kernels("cuda", width, in_16_bits=True)] == [64]
     assert not ring_attention.has_ring_kernels("cuda", 64, in_16_bits=False)
     monkeypatch.setitem(sys.modules, "torch.distributed.tensor.experimental._context_parallel._attention", None)
     with pytest.raises(ValueError, match="lacks the ring attention"):

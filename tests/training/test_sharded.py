@@ -283,6 +283,9 @@ def test_processes_that_cannot_be_divided_so_are_refused(home):
     ]
     with pytest.raises(ValueError, match="ring=2 does not go with causal=true"):
         check_context(load_typed(Config, "t.yaml", causal), load_vae("tiny"), 2)
+    three = ["train.parallel.context=2", "model.num_heads=3", "model.hidden_size=24", "model.axes=[joint]"]
+    with pytest.raises(ValueError, match="3 heads cannot be shared by 2 processes; use train.parallel.ring=2"):
+        check_context(load_typed(Config, "t.yaml", three), load_vae("tiny"), 2)
     with pytest.raises(ValueError, match="no effect without train.parallel.shard=fsdp"):
         ParallelConfig(replicas=2)
 
