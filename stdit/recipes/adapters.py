@@ -15,6 +15,7 @@ from stdit.model.config import ModelConfig, model_arguments
 from stdit.model.lora import load_lora, split_strength
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
+from stdit.nn.checkpointing import CHECKPOINTING
 from stdit.recipes.models import load_adapted
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.vae import VideoVAE
@@ -30,7 +31,7 @@ def build_adapted(config: Config, vae: VideoVAE, dataset: Dataset, objective: Ob
     _check_base(config, model, vae, objective)
     _compare_clips(config, clip_rate(config.data, dataset))
     if config.model.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(CHECKPOINTING[config.model.gradient_checkpointing])
     if differing := _overruled(config.model, model):
         print(f"the network is that of {config.init_from.path}; {', '.join(differing)} of the config do not count")
     return model, _with_classes_of(model, dataset)

@@ -248,7 +248,8 @@ def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
     if not code:
         with swap_ema(trainer.model, trainer.ema):
             main = accelerator.is_main_process
-            model = whole_model(trainer.model, main)
+            # In the host's memory, since the device may have no room for it beside the shards; it is written first.
+            model = whole_model(trainer.model, main, torch.device("cpu"))
             guide = None if trainer.guide is None else gathered(trainer.guide.items(), keep=main)
             if not main or model is None:
                 return
@@ -257,7 +258,8 @@ def write_summary_and_results(run: Run, code: int, seconds: float) -> None:
                 replace_model(pipeline, folders.model)
             else:
                 replace_lora(model, folders.model, config.init_from.path or "", trainer.resolved["base_fingerprint"])
-            write_results(pipeline, config, folders, dataset=run.dataset)
+            if config.train.samples:
+                write_results(pipeline.to(accelerator.device), config, folders, dataset=run.dataset)
     if not accelerator.is_main_process:
         return
     folders.write_summary(

@@ -73,8 +73,11 @@ def build_pipeline(
     )
 
 
-def whole_model(model: STDiT, keep: bool) -> STDiT | None:
-    """The model, or of a sharded one a whole copy where it computes if `keep` (else None); all processes must call it."""
+def whole_model(model: STDiT, keep: bool, device: torch.device | None = None) -> STDiT | None:
+    """The model, or of a sharded one a whole copy if `keep` (else None); all processes must call it.
+
+    device: of the copy; None: where the model computes.
+    """
     if not is_sharded(model):
         return model
     weights = gathered(model.state_dict().items(), keep=keep)
@@ -83,7 +86,7 @@ def whole_model(model: STDiT, keep: bool) -> STDiT | None:
     with init_empty_weights():  # drawing weights would take longer than gathering them
         copied = STDiT.from_config(dict(model.config))
     copied.load_state_dict(weights, assign=True)
-    return copied.to(computing_device(next(model.parameters()))).requires_grad_(False).eval()
+    return copied.to(device or computing_device(next(model.parameters()))).requires_grad_(False).eval()
 
 
 def preview_conditions(pipeline: STDiTPipeline, dataset: Dataset, count: int) -> dict[str, Any]:
@@ -194,8 +197,6 @@ def check_finite(model: nn.Module, remedy: str) -> None:
 
 def write_results(pipeline: STDiTPipeline, config: Any, folders: RunFolders, *, dataset: Dataset) -> None:
     """Write generated_samples.pt, target_samples.pt (plain tensors (B, 3, F, H, W) in [-1, 1]), clips and a contact sheet."""
-    if not config.train.samples:
-        return
     given = preview_conditions(pipeline, dataset, config.train.samples)
     clips = _sample(pipeline, config, given, steps=config.train.sample_steps, seed=config.seed)
     _save(clips, folders.output / "generated_samples.pt")

@@ -14,6 +14,8 @@ from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_write import write_video
 from stdit.hub import LORA_FILE
 from stdit.model.lora import load_lora, lora_tensors
+from stdit.model.stdit import STDiT
+from stdit.nn.checkpointing import CHECKPOINTING
 from stdit.nn.low_rank import is_low_rank
 from stdit.recipes import export, sample, train
 from stdit.recipes.adapters import _compare_clips, add_loras
@@ -208,3 +210,10 @@ def test_clips_of_another_rate_than_the_models_are_named_and_of_the_same_are_not
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"as in its training: data.fps=8\.$"):
         _compare_clips(config, 4.0)
+
+
+def test_a_lora_keeps_the_kind_of_checkpointing_that_its_config_names(home, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(STDiT, "enable_gradient_checkpointing", lambda self, how=None: chosen.append(how))
+    assert go("name=kinds", *LORA, "train.steps=1", "train.samples=0", "model.gradient_checkpointing=selective") == 0
+    assert chosen == [CHECKPOINTING["selective"]]

@@ -464,3 +464,8 @@ def test_one_and_two_processes_agree_on_the_loss(home, extra):
 def test_a_rate_that_reaches_zero_before_the_end_is_said(home, capsys):
     assert go("train.steps=4", "train.decay_steps=2", "train.samples=0") == 0
     assert "train.steps=4 goes beyond train.decay_steps=2" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_another_spread_of_fresh_labels_which_its_checkpoint_replaces(home):
+    assert go("train.steps=1", "train.samples=0", "model.label_std=0.3") == 0
+    assert go("train.steps=2", "train.samples=0") == 0
