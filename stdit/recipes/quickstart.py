@@ -21,6 +21,7 @@ from stdit.evaluation.operations import mark_generated
 from stdit.precision import native_bf16
 from stdit.recipes import cache_latents, make_shapes, train
 from stdit.recipes.entry import command, command_parser
+from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.run import RunFolders
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("4/4  the tasks are shown only without key=value; see stdit sample --help")
     elif code == 0:
         print("4/4  extending, connecting, looping and animating drawn clips")
-        show_tasks(STDiTPipeline.from_pretrained("models/quickstart"), Path("output/quickstart"))
+        show_tasks(load_pipeline("models/quickstart"), Path("output/quickstart"))
         print("output/quickstart/tasks.png: extended, connected, loop, animated; an orange line marks new frames")
     if code == 0:
         print(
