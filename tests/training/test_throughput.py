@@ -107,7 +107,6 @@ def test_compiled_blocks_take_more_kinds_of_batches_than_torchs_limit():
         compile_blocks(model, backend="eager")
         for shape in ((2,), (2, 3), (2, 3, 4)):  # levels of clips, of frames and of patches
             model(torch.randn(2, 4, 3, 4, 4), 1000 * torch.rand(shape), torch.tensor([0, 1]))
-    assert torch._dynamo.config.recompile_limit < 256
 
 
 def test_a_profile_is_a_trace_of_the_steps_after_the_warm_up_and_changes_no_step(tmp_path, monkeypatch, capsys):
