@@ -105,6 +105,28 @@ class PlannedRun:
         """The number of parameters that are trained."""
         return forward_cost(self.arguments, self.latent).parameters if self.adapted is None else self.adapted
 
+    @property
+    def configured(self) -> Choice:
+        """The settings of the config, also those that have no effect on these devices."""
+        train, parallel = self.config.train, self.config.train.parallel
+        return Choice(
+            self.config.model.gradient_checkpointing,
+            train.micro_batch or self._clips(parallel.context),
+            sharded=parallel.shard == "fsdp",
+            gather_bf16=parallel.gather_bf16,
+            context=parallel.context,
+            coarse=train.optimizer == EIGHT_BITS,
+            offload=parallel.offload,
+            ring=parallel.ring,
+        )
+
+    def overrides(self, choice: Choice) -> list[str]:
+        """The overrides that give the config the settings of a choice."""
+        configured = self.configured
+        if self.config.train.micro_batch is None and not self.config.data.sizes:
+            configured = configured._replace(micro=self._clips(choice.context))  # all clips of a process
+        return choice.overrides(configured)
+
     def memory(self, choice: Choice, latent: Shape | None = None) -> Memory:
         """The memory of one device, counted."""
         return self._share(self._whole(choice.checkpointing, choice.micro, latent or self.latent), choice)
@@ -185,9 +207,12 @@ class PlannedRun:
         whole = self._linearly(choice)
         return (whole.weights + whole.gradients + whole.ema + self.moments(choice)) / self._shards(choice)
 
+    def _clips(self, context: int) -> int:
+        """The clips of a process in a step."""
+        return -(-self.config.train.batch_size // (self.count // context))
+
     def _micro_batches(self, choice: Choice) -> int:
-        clips = -(-self.config.train.batch_size // (self.count // choice.context))
-        return -(-clips // choice.micro)
+        return -(-self._clips(choice.context) // choice.micro)
 
     def _shards(self, choice: Choice) -> int:
         return self.count // self.config.train.parallel.replicas if choice.sharded else 1
@@ -296,7 +321,7 @@ class _Checks:
     def _config(self, choice: Choice) -> Config | None:
         """The config with a choice, None if it is refused."""
         try:
-            config = load_typed(Config, self.path, [*self.overrides, *choice.overrides(self.current)])
+            config = load_typed(Config, self.path, [*self.overrides, *self.run.overrides(choice)])
         except ValueError:
             return None
         model, arguments = config.model, self.run.arguments

@@ -1,5 +1,6 @@
 """What `stdit plan --fit` proposes."""
 
+import argparse
 import dataclasses
 import re
 from dataclasses import replace
@@ -100,6 +101,24 @@ def test_the_proposed_overrides_make_the_plan_fit(path, capsys):
     overrides = re.search(r"^  ((?:model|train)\..*)$", said, re.MULTILINE)[1].split()
     assert plan.main([path, *overrides, "--gpu", "4090", "--count", "4"]) == 0
     assert float(re.search(r"peak +([\d.]+)", capsys.readouterr().out)[1]) <= 1.6
+
+
+def test_a_choice_is_accepted_under_flags_as_it_is_under_settings(path):
+    parser = argparse.Namespace(overrides=[], shard="fsdp", context=2, ring=None)
+    overrides = plan.with_flags(parser)
+    assert overrides == ["train.parallel.shard=fsdp", "train.parallel.context=2"]
+    run = planned(path, 2, *overrides)
+    checks = _Checks(run, run.configured, path=path, overrides=overrides)
+    for choice in (run.configured._replace(offload=True), run.configured._replace(context=1, micro=16)):
+        assert checks.accept(choice)
+        config = load_typed(Config, path, [*overrides, *run.overrides(choice)])
+        assert replace(run, config=config).configured == choice
+
+
+def test_micro_batches_that_all_clips_of_a_process_are_need_no_override(path):
+    run = planned(path, 4)
+    assert run.overrides(Choice(False, 16, context=2)) == ["train.parallel.context=2"]
+    assert run.overrides(Choice(False, 8, context=2)) == ["train.micro_batch=8", "train.parallel.context=2"]
 
 
 def test_nothing_fits_is_said_with_what_the_least_takes(path, capsys):
