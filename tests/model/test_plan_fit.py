@@ -159,6 +159,24 @@ def test_the_host_keeps_all_but_two_blocks_and_what_is_no_block(path):
     assert needs(run, choice._replace(sharded=True, offload=True)) < needs(run, choice)
 
 
+def test_the_whole_model_that_is_sampled_stands_beside_the_shards_and_the_moments(path):
+    deep = {**ARGUMENTS, "depth": 8, "hidden_size": 384}
+    choice = Choice(True, 1, sharded=True)
+
+    def beyond(*overrides: str, offload: bool = False) -> float:
+        """What sampling takes beside what stays on the device, in whole models."""
+        run = replace(planned(path, 8, "train.batch_size=8", *overrides), arguments=deep)
+        way = choice._replace(offload=offload)
+        memory = replace(run.memory(way), activations=0.0, gradients=0.0, recomputed=0.0, working=0.0)
+        stays = 0.0 if offload else memory.persistent
+        return (run.need(way, memory) - run.other(way) - stays) / (4 * run.trained)
+
+    nothing = ["train.samples=0", "train.steps=9", "train.preview_every=9"]
+    assert beyond() == beyond(*nothing[:2], "train.preview_every=8") == pytest.approx(1)
+    assert beyond("train.guide_step=5") == beyond("train.guide_step=5", offload=True) == pytest.approx(2)
+    assert beyond(*nothing, "train.guide_step=5") == pytest.approx(0)
+
+
 def test_moments_of_8_bits_take_a_quarter_and_nothing_else_changes(path):
     run, choice = of_weights(path), Choice("selective", 2)
     exact, coarse = run.memory(choice), run.memory(choice._replace(coarse=True))
@@ -187,6 +205,19 @@ def test_the_host_takes_time_for_every_micro_batch_and_less_with_a_faster_link(p
     assert run.traffic(choice._replace(sharded=False, offload=False)).host == 0
     fast = dataclasses.replace(run, host_bandwidth=50.0)
     assert run.seconds(choice) - fast.seconds(choice) == pytest.approx(12 * parameters / 50e9)
+
+
+def test_every_micro_batch_gathers_weights_and_exchanges_tokens_and_gradients_are_reduced_once(path):
+    run = planned(path, 4)
+    once, four = (Choice(False, micro, sharded=True) for micro in (8, 2))
+    for overrides, passes in (([], 2), (["train.parallel.shard=fsdp", "train.parallel.reshard=false"], 1)):
+        given = planned(path, 4, *overrides)
+        assert given.traffic(once).weights == (passes + 1) * 4 * run.trained
+        assert given.traffic(four).weights == (4 * passes + 1) * 4 * run.trained
+    assert run.traffic(four._replace(offload=True)).weights == 4 * run.traffic(once).weights
+    assert run.traffic(Choice(False, 2)).weights == run.traffic(Choice(False, 8)).weights
+    whole, parts = (run.traffic(Choice(False, micro, context=2)).tokens for micro in (16, 4))
+    assert whole == parts > 0
 
 
 @pytest.mark.parametrize(
