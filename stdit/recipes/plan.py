@@ -149,7 +149,7 @@ def scale_lines(run: PlannedRun, choice: Choice, cost: Cost) -> list[str]:
     sent = run.traffic(choice)
     if choice.offload:
         lines.append(
-            f"host          {run.on_host(choice) / GIB:.1f} GiB of its memory for each device; {sent.host / 1e9:,.2f} GB per device and step: "
+            f"host          {run.on_host(choice) / GIB:.1f} GiB of its memory for each device while a checkpoint is written; {sent.host / 1e9:,.2f} GB per device and step: "
             f"{sent.host / (run.host_bandwidth * 1e9):.3f} s at {run.host_bandwidth:g} GB/s, beside the optimizer's work on the host"
         )
     if run.count > 1:
@@ -206,7 +206,7 @@ def fit_lines(args: argparse.Namespace, run: PlannedRun, current: Choice, room: 
     if found.offload and not current.offload:
         sent = run.traffic(found).host
         lines.append(
-            f"              {run.on_host(found) / GIB:.1f} GiB wait in the host's memory for each device, of which {sent / 1e9:.1f} GB a step "
+            f"              {run.on_host(found) / GIB:.1f} GiB of the host's memory for each device, with a checkpoint's copy; {sent / 1e9:.1f} GB a step "
             f"travel, counted at {run.host_bandwidth:g} GB/s (--host-bandwidth)"
         )
     if found.gather_bf16 and not current.gather_bf16:

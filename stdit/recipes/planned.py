@@ -213,9 +213,13 @@ class PlannedRun:
         return self._moments[name]
 
     def on_host(self, choice: Choice) -> float:
-        """Bytes of weights, gradients, averages and moments that wait in the host's memory with `offload`, for each device."""
+        """Bytes of the host's memory for each device with `offload`: weights, gradients, averages and moments.
+
+        A checkpoint copies all of these but gradients, and holds them while it is written.
+        """
         whole = self._linearly(choice)
-        return (whole.weights + whole.gradients + whole.ema + self.moments(choice)) / self._shards(choice)
+        saved = whole.weights + whole.ema + self.moments(choice)
+        return (2 * saved + whole.gradients) / self._shards(choice)
 
     def _clips(self, context: int) -> int:
         """The clips of a process in a step."""
@@ -231,8 +235,7 @@ class PlannedRun:
         train = self.config.train
         return training_memory(
             self.arguments, latent, micro, optimizer=train.optimizer, bf16=self.bf16, checkpointing=checkpointing,
-            fused=self.fused, copies=len(train.average_lengths) + (train.guide_step is not None),
-            trained=self.adapted,
+            fused=self.fused, copies=len(train.average_lengths) + (train.guide_step is not None), trained=self.adapted,
         )  # fmt: skip
 
     def _share(self, memory: Memory, choice: Choice) -> Memory:
