@@ -25,7 +25,6 @@ from stdit.recipes.entry import command, command_parser
 from stdit.recipes.models import load_start
 from stdit.recipes.planned import (
     CHECKPOINTING_NAMES,
-    EIGHT_BITS,
     GIB,
     LAUNCH_SECONDS,
     Choice,
@@ -110,12 +109,21 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--utilisation must be > 0 and <= 1, got {args.utilisation}, and --count must be >= 1, got {args.count}."
         )
+    for name, value in (("--context", args.context), ("--ring", args.ring)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}; 1 shares no frames.")
     for name, value in (
         ("--tflops", args.tflops), ("--memory", args.memory), ("--bandwidth", args.bandwidth),
         ("--host-bandwidth", args.host_bandwidth),
     ):  # fmt: skip
         if value is not None and not 0 < value < 1e6:
             raise ValueError(f"{name} must be > 0 and < 1e6 (Tflops, GiB or GB/s), got {value}.")
+
+
+def with_flags(args: argparse.Namespace) -> list[str]:
+    """The overrides of a command line, with those that its flags stand for, so that the config is checked as training does."""
+    flags = {"shard": args.shard, "context": args.context, "ring": args.ring}
+    return [*args.overrides, *(f"train.parallel.{key}={value}" for key, value in flags.items() if value is not None)]
 
 
 def speed_line(args: argparse.Namespace, run: PlannedRun, choice: Choice) -> str:
@@ -141,7 +149,7 @@ def scale_lines(run: PlannedRun, choice: Choice, cost: Cost) -> list[str]:
     sent = run.traffic(choice)
     if choice.offload:
         lines.append(
-            f"host          {run.on_host(choice) / GIB:.1f} GiB of its memory for each device; {sent.host / 1e9:,.2f} GB per device and step: "
+            f"host          {run.on_host(choice) / GIB:.1f} GiB of its memory for each device while a checkpoint is written; {sent.host / 1e9:,.2f} GB per device and step: "
             f"{sent.host / (run.host_bandwidth * 1e9):.3f} s at {run.host_bandwidth:g} GB/s, beside the optimizer's work on the host"
         )
     if run.count > 1:
@@ -166,7 +174,7 @@ def scale_lines(run: PlannedRun, choice: Choice, cost: Cost) -> list[str]:
 
 def fit_lines(args: argparse.Namespace, run: PlannedRun, current: Choice, room: float) -> tuple[list[str], bool]:
     """Lines with the settings that make a run fit into `room` bytes, and whether there are any."""
-    given = {"path": args.config, "overrides": args.overrides}
+    given = {"path": args.config, "overrides": with_flags(args)}
     needs = run.need(current, run.memory(current))
     found = find_fit(run, current, room, **given)
     device = "one device" if run.count == 1 else f"each of {run.count} devices"
@@ -177,7 +185,7 @@ def fit_lines(args: argparse.Namespace, run: PlannedRun, current: Choice, room: 
         parts = {"weights": memory.weights, "optimizer": memory.optimizer, "averages": memory.ema, "activations": memory.activations + memory.recomputed}  # fmt: skip
         return [
             *lines,
-            f"nothing fits: the least is {run.need(least, memory) / GIB:.2f} GiB, with {' '.join(least.overrides(current)) or 'the settings as they are'}",
+            f"nothing fits: the least is {run.need(least, memory) / GIB:.2f} GiB, with {' '.join(run.overrides(least)) or 'the settings as they are'}",
             "              of it "
             + ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
             + "; use a smaller model.size, fewer or smaller frames"
@@ -188,7 +196,7 @@ def fit_lines(args: argparse.Namespace, run: PlannedRun, current: Choice, room: 
     if needs <= room:
         lines.append("              it fits as configured; this takes less time:")
     memory = run.memory(found)
-    lines.append(f"  {' '.join(found.overrides(current))}")
+    lines.append(f"  {' '.join(run.overrides(found))}")
     slower = f", {run.seconds(found) / run.seconds(current) - 1:+.0%} time for a step" if run.peak else ""
     lines.append(f"              peak {run.need(found, memory) / GIB:.2f} of {room / GIB:g} GiB{slower}")
     if found.coarse and not current.coarse:
@@ -198,7 +206,7 @@ def fit_lines(args: argparse.Namespace, run: PlannedRun, current: Choice, room: 
     if found.offload and not current.offload:
         sent = run.traffic(found).host
         lines.append(
-            f"              {run.on_host(found) / GIB:.1f} GiB wait in the host's memory for each device, of which {sent / 1e9:.1f} GB a step "
+            f"              {run.on_host(found) / GIB:.1f} GiB of the host's memory for each device, with a checkpoint's copy; {sent / 1e9:.1f} GB a step "
             f"travel, counted at {run.host_bandwidth:g} GB/s (--host-bandwidth)"
         )
     if found.gather_bf16 and not current.gather_bf16:
@@ -231,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     check_arguments(args)
     wanted = None if args.fit is None else parse_memory(args.fit)
-    config = load_typed(Config, args.config, args.overrides)
+    config = load_typed(Config, args.config, with_flags(args))
     vae = find_vae(config.vae.name)
     run, choice = planned(args, config, arguments_of(config, vae), vae)
     data, latent = config.data, run.latent
@@ -294,11 +302,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEGeometry) -> tuple[PlannedRun, Choice]:
     """The run of a command line, and its settings; ValueError for devices that cannot be divided so."""
     data, train = config.data, config.train
-    on_cpu = args.gpu == "cpu"
-    wanted = (args.shard or train.parallel.shard) == "fsdp"
-    offload = wanted and train.parallel.offload and not on_cpu
-    sharded = wanted and (args.count > 1 or offload)
-    context, ring = args.context or train.parallel.context, args.ring or train.parallel.ring
+    on_cpu, context, ring = args.gpu == "cpu", train.parallel.context, train.parallel.ring
+    offload = train.parallel.offload and not on_cpu
+    sharded = train.parallel.shard == "fsdp" and (args.count > 1 or offload)
     replicas = train.parallel.replicas if sharded else 1
     if args.count % replicas:
         raise ValueError(
@@ -306,10 +312,7 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
         )
     if args.count % context:
         raise ValueError(f"--context {context} does not divide --count {args.count}; use a number that does.")
-    if context % ring:
-        raise ValueError(f"--ring {ring} does not divide --context {context}; use a number that does.")
     check_batch(config, args.count // context)
-    micro = train.micro_batch or -(-train.batch_size // (args.count // context))
     described = on_cpu or (args.tflops and args.memory)
     peak = 0.0 if described else pick({**GPUS, "cpu": (0.0, 0.0)}, args.gpu, "GPU")[0]
     bf16 = resolve(train.precision, "cpu") == "bf16" if on_cpu else train.precision != "fp32"
@@ -321,6 +324,5 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
         utilisation=args.utilisation, bandwidth=args.bandwidth, host_bandwidth=args.host_bandwidth,
         adapted=adapted_parameters(config, arguments),
     )  # fmt: skip
-    kind, gather = config.model.gradient_checkpointing, train.parallel.gather_bf16
-    choice = Choice(kind, micro, sharded, gather_bf16=gather, context=context, ring=ring)
-    return run, choice._replace(coarse=train.optimizer == EIGHT_BITS, offload=offload)
+    # Without the settings that have no effect on these devices.
+    return run, run.configured._replace(sharded=sharded, offload=offload)

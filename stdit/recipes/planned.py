@@ -105,6 +105,23 @@ class PlannedRun:
         """The number of parameters that are trained."""
         return forward_cost(self.arguments, self.latent).parameters if self.adapted is None else self.adapted
 
+    @property
+    def configured(self) -> Choice:
+        """The settings of the config, also those that have no effect on these devices."""
+        train, parallel = self.config.train, self.config.train.parallel
+        return Choice(
+            self.config.model.gradient_checkpointing, train.micro_batch or self._clips(parallel.context),
+            sharded=parallel.shard == "fsdp", gather_bf16=parallel.gather_bf16, context=parallel.context,
+            coarse=train.optimizer == EIGHT_BITS, offload=parallel.offload, ring=parallel.ring,
+        )  # fmt: skip
+
+    def overrides(self, choice: Choice) -> list[str]:
+        """The overrides that give the config the settings of a choice."""
+        configured = self.configured
+        if self.config.train.micro_batch is None and not self.config.data.sizes:
+            configured = configured._replace(micro=self._clips(choice.context))  # all clips of a process
+        return choice.overrides(configured)
+
     def memory(self, choice: Choice, latent: Shape | None = None) -> Memory:
         """The memory of one device, counted."""
         return self._share(self._whole(choice.checkpointing, choice.micro, latent or self.latent), choice)
@@ -129,11 +146,23 @@ class PlannedRun:
     def need(self, choice: Choice, memory: Memory) -> float:
         """The largest use of memory of a device.
 
-        On a CPU, saving a checkpoint copies its largest file in memory; previews and exports of a model in shards take it whole.
+        On a CPU, saving a checkpoint copies its largest file in memory. What samples from a model in shards has it whole, beside
+        what stays on the device; blocks that wait in the host's memory are not there between steps.
         """
         saving = memory.persistent + memory.optimizer if self.on_cpu else 0.0
-        whole = 4 * forward_cost(self.arguments, self.latent).parameters if choice.sharded else 0.0
-        return max(max(memory.peak, whole) + self.other(choice), saving)
+        whole = self._sampled() if choice.sharded else 0.0
+        sampling = whole + (0.0 if choice.offload else memory.persistent)
+        return max(max(memory.peak, sampling) + self.other(choice), saving)
+
+    def _sampled(self) -> float:
+        """Bytes of the whole model from which previews and the samples at the end are made; these also have its guide.
+
+        0 for a run that samples nothing, whose model is exported from the host.
+        """
+        train = self.config.train
+        shown = bool(train.previews) or train.preview_every < train.steps
+        copies = 1 + (train.guide_step is not None) if train.samples else int(shown)
+        return copies * 4.0 * forward_cost(self.arguments, self.latent).parameters
 
     def computation(self, choice: Choice) -> float:
         """Seconds of arithmetic in a step."""
@@ -145,21 +174,24 @@ class PlannedRun:
         """What a device sends in a step."""
         cost = forward_cost(self.arguments, self.latent)
         # Every micro-batch takes the weights for each pass, and its gradients are summed on the host.
-        again = self._micro_batches(choice) if choice.offload else 0
-        host = again * (2 * 4 * cost.parameters + 4 * self.trained) / self._shards(choice)
+        micro_batches = self._micro_batches(choice)
+        host = choice.offload * micro_batches * (2 * 4 * cost.parameters + 4 * self.trained) / self._shards(choice)
         if self.count == 1:
             return Traffic(0.0, 0.0, host)
-        # FSDP2: weights for each pass, and gradients in float32; DDP: gradients, summed and sent back.
-        each = 2 if choice.gather_bf16 else 4
-        weights = 2 * each * cost.parameters + 4 * self.trained if choice.sharded else 2 * 4 * self.trained
+        # DDP: gradients of the step, summed and sent back. FSDP2: weights for each pass of every micro-batch (one of the two
+        # passes if they are kept for the other), and gradients in float32, once if the device has room to add them up.
+        weights = 2.0 * 4 * self.trained
+        if choice.sharded:
+            gathered = (2 if self.config.train.parallel.reshard else 1) * (2 if choice.gather_bf16 else 4)
+            reduced = micro_batches if choice.offload else 1
+            weights = micro_batches * gathered * cost.parameters + 4 * reduced * self.trained
         forwards = 2 if choice.checkpointing else 1  # exchanged tokens are computed again
         sent = sent_by_attention(choice.context, choice.ring, forwards=forwards, size=2 if self.bf16 else 4)
         depth, axes = self.arguments["depth"], self.arguments.get("axes", ("joint",))
-        blocks = sum(
-            axes[i % len(axes)] != "spatial" for i in range(depth)
-        )  # attention within a frame exchanges nothing
-        shared = sent * blocks * self.arguments["hidden_size"] * choice.micro * cost.tokens / choice.context
-        return Traffic(weights * max(1, again), shared, host)
+        # Attention within a frame exchanges nothing.
+        blocks = sum(axes[i % len(axes)] != "spatial" for i in range(depth))
+        tokens = self._clips(choice.context) * cost.tokens / choice.context  # of all micro-batches
+        return Traffic(weights, sent * blocks * self.arguments["hidden_size"] * tokens, host)
 
     def seconds(self, choice: Choice) -> float:
         """Seconds of a step: arithmetic, traffic, and the launching of kernels for each micro-batch, one after another."""
@@ -181,13 +213,20 @@ class PlannedRun:
         return self._moments[name]
 
     def on_host(self, choice: Choice) -> float:
-        """Bytes of weights, gradients, averages and moments that wait in the host's memory with `offload`, for each device."""
+        """Bytes of the host's memory for each device with `offload`: weights, gradients, averages and moments.
+
+        A checkpoint copies all of these but gradients, and holds them while it is written.
+        """
         whole = self._linearly(choice)
-        return (whole.weights + whole.gradients + whole.ema + self.moments(choice)) / self._shards(choice)
+        saved = whole.weights + whole.ema + self.moments(choice)
+        return (2 * saved + whole.gradients) / self._shards(choice)
+
+    def _clips(self, context: int) -> int:
+        """The clips of a process in a step."""
+        return -(-self.config.train.batch_size // (self.count // context))
 
     def _micro_batches(self, choice: Choice) -> int:
-        clips = -(-self.config.train.batch_size // (self.count // choice.context))
-        return -(-clips // choice.micro)
+        return -(-self._clips(choice.context) // choice.micro)
 
     def _shards(self, choice: Choice) -> int:
         return self.count // self.config.train.parallel.replicas if choice.sharded else 1
@@ -196,8 +235,7 @@ class PlannedRun:
         train = self.config.train
         return training_memory(
             self.arguments, latent, micro, optimizer=train.optimizer, bf16=self.bf16, checkpointing=checkpointing,
-            fused=self.fused, copies=len(train.average_lengths) + (train.guide_step is not None),
-            trained=self.adapted,
+            fused=self.fused, copies=len(train.average_lengths) + (train.guide_step is not None), trained=self.adapted,
         )  # fmt: skip
 
     def _share(self, memory: Memory, choice: Choice) -> Memory:
@@ -296,7 +334,7 @@ class _Checks:
     def _config(self, choice: Choice) -> Config | None:
         """The config with a choice, None if it is refused."""
         try:
-            config = load_typed(Config, self.path, [*self.overrides, *choice.overrides(self.current)])
+            config = load_typed(Config, self.path, [*self.overrides, *self.run.overrides(choice)])
         except ValueError:
             return None
         model, arguments = config.model, self.run.arguments

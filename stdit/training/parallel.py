@@ -210,16 +210,17 @@ def rows_of(tensor: Tensor) -> tuple[int, int] | None:
 
 
 def like(part: Tensor, tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, on any device, as a tensor that is sharded as another one of its shape is."""
+    """What this process holds of a tensor, on any device, as a tensor that is sharded as another one of its shape is.
+
+    It shares the memory of `part` and takes no gradients.
+    """
     if not isinstance(tensor, DTensor):
         return part
-    if part.device.type != tensor.device_mesh.device_type:  # `from_local` would move it there
-        made = torch.empty_like(tensor, dtype=part.dtype, device=part.device)
-        local(made).copy_(part)
-        return made
-    return DTensor.from_local(
-        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    # `DTensor.from_local` would move a part that is elsewhere to the device of the mesh.
+    spec = tensor._spec
+    assert spec.tensor_meta is not None
+    described = replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=part.dtype))
+    return DTensor(part, described, requires_grad=False)
 
 
 def is_writer(tensor: Tensor, main: bool) -> bool:

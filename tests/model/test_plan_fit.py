@@ -1,5 +1,6 @@
 """What `stdit plan --fit` proposes."""
 
+import argparse
 import dataclasses
 import re
 from dataclasses import replace
@@ -102,6 +103,24 @@ def test_the_proposed_overrides_make_the_plan_fit(path, capsys):
     assert float(re.search(r"peak +([\d.]+)", capsys.readouterr().out)[1]) <= 1.6
 
 
+def test_a_choice_is_accepted_under_flags_as_it_is_under_settings(path):
+    parser = argparse.Namespace(overrides=[], shard="fsdp", context=2, ring=None)
+    overrides = plan.with_flags(parser)
+    assert overrides == ["train.parallel.shard=fsdp", "train.parallel.context=2"]
+    run = planned(path, 2, *overrides)
+    checks = _Checks(run, run.configured, path=path, overrides=overrides)
+    for choice in (run.configured._replace(offload=True), run.configured._replace(context=1, micro=16)):
+        assert checks.accept(choice)
+        config = load_typed(Config, path, [*overrides, *run.overrides(choice)])
+        assert replace(run, config=config).configured == choice
+
+
+def test_micro_batches_that_all_clips_of_a_process_are_need_no_override(path):
+    run = planned(path, 4)
+    assert run.overrides(Choice(False, 16, context=2)) == ["train.parallel.context=2"]
+    assert run.overrides(Choice(False, 8, context=2)) == ["train.micro_batch=8", "train.parallel.context=2"]
+
+
 def test_nothing_fits_is_said_with_what_the_least_takes(path, capsys):
     assert plan.main([path, "--gpu", "4090", "--fit", "1.55GB"]) == 1
     said = capsys.readouterr().out
@@ -135,9 +154,28 @@ def test_the_host_keeps_all_but_two_blocks_and_what_is_no_block(path):
     here, away = run.memory(choice), run.memory(choice._replace(sharded=True, offload=True))
     assert away.weights == pytest.approx(rest + 2 * block) and away.optimizer == away.ema == 0
     assert (away.activations, away.recomputed) == (here.activations, here.recomputed)
-    everything = here.weights + here.gradients + here.optimizer + here.ema
+    written = here.weights + here.optimizer + here.ema  # a checkpoint's copy
+    everything = here.weights + here.gradients + here.optimizer + here.ema + written
     assert run.on_host(choice._replace(sharded=True, offload=True)) == pytest.approx(everything)
     assert needs(run, choice._replace(sharded=True, offload=True)) < needs(run, choice)
+
+
+def test_the_whole_model_that_is_sampled_stands_beside_the_shards_and_the_moments(path):
+    deep = {**ARGUMENTS, "depth": 8, "hidden_size": 384}
+    choice = Choice(True, 1, sharded=True)
+
+    def beyond(*overrides: str, offload: bool = False) -> float:
+        """What sampling takes beside what stays on the device, in whole models."""
+        run = replace(planned(path, 8, "train.batch_size=8", *overrides), arguments=deep)
+        way = choice._replace(offload=offload)
+        memory = replace(run.memory(way), activations=0.0, gradients=0.0, recomputed=0.0, working=0.0)
+        stays = 0.0 if offload else memory.persistent
+        return (run.need(way, memory) - run.other(way) - stays) / (4 * run.trained)
+
+    nothing = ["train.samples=0", "train.steps=9", "train.preview_every=9"]
+    assert beyond() == beyond(*nothing[:2], "train.preview_every=8") == pytest.approx(1)
+    assert beyond("train.guide_step=5") == beyond("train.guide_step=5", offload=True) == pytest.approx(2)
+    assert beyond(*nothing, "train.guide_step=5") == pytest.approx(0)
 
 
 def test_moments_of_8_bits_take_a_quarter_and_nothing_else_changes(path):
@@ -170,6 +208,19 @@ def test_the_host_takes_time_for_every_micro_batch_and_less_with_a_faster_link(p
     assert run.seconds(choice) - fast.seconds(choice) == pytest.approx(12 * parameters / 50e9)
 
 
+def test_every_micro_batch_gathers_weights_and_exchanges_tokens_and_gradients_are_reduced_once(path):
+    run = planned(path, 4)
+    once, four = (Choice(False, micro, sharded=True) for micro in (8, 2))
+    for overrides, passes in (([], 2), (["train.parallel.shard=fsdp", "train.parallel.reshard=false"], 1)):
+        given = planned(path, 4, *overrides)
+        assert given.traffic(once).weights == (passes + 1) * 4 * run.trained
+        assert given.traffic(four).weights == (4 * passes + 1) * 4 * run.trained
+    assert run.traffic(four._replace(offload=True)).weights == 4 * run.traffic(once).weights
+    assert run.traffic(Choice(False, 2)).weights == run.traffic(Choice(False, 8)).weights
+    whole, parts = (run.traffic(Choice(False, micro, context=2)).tokens for micro in (16, 4))
+    assert whole == parts > 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "coarse", "offload"),
     [(["train.optimizer=muon"], False, True), (["train.lora.rank=4", "init_from.path=m"], True, False)],
@@ -184,7 +235,7 @@ def test_savers_that_training_refuses_are_not_proposed(path, overrides, coarse, 
 def test_a_proposal_says_what_it_needs_and_the_plan_of_it_fits(path, capsys):
     size = ["model.depth=12", "model.hidden_size=768", "model.num_heads=12", "train.batch_size=2"]
     given = [path, *size, "--gpu", "4090", "--host-bandwidth", "10"]
-    for room, words in (("3.5GB", "bitsandbytes"), ("2.25GB", "wait in the host's memory")):
+    for room, words in (("3.5GB", "bitsandbytes"), ("2.25GB", "of the host's memory")):
         assert plan.main([*given, "--fit", room]) == 0
         said = capsys.readouterr().out
         assert words in said

@@ -65,8 +65,24 @@ def test_a_plan_for_many_devices_says_memory_traffic_checkpoints_and_growth(caps
         assert word in sharded
     with pytest.raises(ValueError, match="--context 3 does not divide --count 16"):
         plan.main([*arguments[:4], "--context", "3"])
-    with pytest.raises(ValueError, match="--ring 4 does not divide --context 2"):
+    with pytest.raises(ValueError, match="ring=4 does not divide train.parallel.context=2"):
         plan.main([*arguments, "--ring", "4"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["train.optimizer=adamw8bit", "--shard", "fsdp"], "adamw8bit is not there for shards"),
+        (["init_from.path=m", "train.lora.rank=4", "--shard", "fsdp"], "not there for a LoRA"),
+        (["train.compile=true", "--context", "2"], "not there for shared frames"),
+        (["--ring", "-1"], "--ring must be >= 1, got -1"),
+        (["--ring", "0"], "--ring must be >= 1, got 0"),
+        (["--context", "0"], "--context must be >= 1, got 0"),
+    ],
+)
+def test_a_plan_refuses_flags_that_training_refuses_as_settings(given, said):
+    with pytest.raises(ValueError, match=said):
+        plan.main(["video", "--count", "8", *given])
 
 
 def test_a_plan_refuses_shared_frames_that_training_refuses():
