@@ -181,6 +181,7 @@ class Config:
             "micro_conditions",
             "gradient_checkpointing",
             "extra_conditions",
+            "label_std",
         )
         chosen = [
             f"model.{key}={getattr(self.model, key)}" for key in keys if getattr(self.model, key) != getattr(plain, key)

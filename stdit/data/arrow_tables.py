@@ -17,7 +17,7 @@ from stdit.data.packages import package, pyarrow_of
 TABLES = (".parquet", ".arrow", ".lance")
 _ROWS = 4096  # read at a time
 _LISTED = 8  # columns named in a message
-_LOOKED_AT = 8  # groups of rows, and rows at the beginning of each
+_LOOKED_AT = 8  # rows at the beginning of a group of rows
 _PATH = "path"
 
 
@@ -183,13 +183,13 @@ def _is_named(kind: Any) -> bool:
 def _has_bytes(file: Any, column: str, path: Path) -> bool:
     """Whether a column of bytes and names of a parquet file has bytes, not the names of files alone.
 
-    Some rows over the whole file are looked at, since the bytes of all take long to read; ValueError if they differ. A row
-    that differs all the same is refused by its number when it is read.
+    Rows of the first and the last group are looked at, since of every group that is, all bytes are read; ValueError if they
+    differ. A row that differs all the same is refused by its number when it is read.
     """
     # Not by the statistics: pyarrow ends the process where those are damaged.
     groups = file.num_row_groups
     known: tuple[int, bool] | None = None
-    for group in sorted({round(i * (groups - 1) / (_LOOKED_AT - 1)) for i in range(_LOOKED_AT)}) if groups else ():
+    for group in sorted({0, groups - 1}) if groups else ():
         start = sum(file.metadata.row_group(i).num_rows for i in range(group))
         for row, batch in enumerate(
             islice(file.iter_batches(1, row_groups=[group], columns=[column]), _LOOKED_AT), start

@@ -32,7 +32,7 @@ def read_curated(root: Path, given: Mapping[str, str] | None) -> list[Record]:
     "caption", such as qwen_caption. ValueError with the file and a remedy.
     """
     metas = dict(_metas(root))
-    records = []
+    records, labelled = [], False
     wanted, label = (given or {}).get("caption"), (given or {}).get("label")
     for line, name in enumerate(name for name in names_in(root / _CLIPS) if name.lower().endswith(".mp4")):
         meta = metas.get(Path(name).stem, {})
@@ -48,8 +48,9 @@ def read_curated(root: Path, given: Mapping[str, str] | None) -> list[Record]:
         )
         if label is not None and label in values:
             values["label"] = values[label]
+            labelled = True
         records.append(Record(line + 1, {**values, "path": f"{_CLIPS}/{name}", "caption": caption}))
-    if label is not None and records and not any(label in record.values for record in records):
+    if label is not None and records and not labelled:
         known = ", ".join(
             repr(name) for name in sorted({name for record in records for name in record.values})[:_LISTED]
         )

@@ -56,7 +56,7 @@ def _files(root: Path) -> list[Path]:
 def _parquet_files(root: Path) -> list[Path]:
     for folder in (root, root / "data"):
         names = [(name, name.lower()) for name in names_in(folder)]
-        found = [folder / name for name, low in names if low.endswith(".parquet") and low != "metadata.parquet"]
+        found = [folder / name for name, low in names if low.endswith(".parquet") and name != "metadata.parquet"]
         if found:
             return found
     return []

@@ -24,6 +24,8 @@ def check_arguments(config: Any, defaults: Mapping[str, object]) -> None:
     check_classes(config.num_classes, config.class_names)
     check_axes(config.axes)
     check_axes(config.caption_axes, "caption_axes", may_be_empty=True)
+    if config.label_std < 0:
+        raise ValueError(f"label_std must be >= 0, got {config.label_std}; DiT's is 0.02.")
     check_choice("pos_scaling", config.pos_scaling, POS_SCALINGS)
     check_choice("activation", config.activation, tuple(ACTIVATIONS))
     check_causal(

@@ -184,10 +184,15 @@ def _split(sources: list[Source], output: Path, splitter: Splitter, args: argpar
         print(f"{_number(len(sources) - len(missing), 'video')} cut before")
     workers = num_workers(args.workers, True) if args.workers is not None or len(missing) > 1 else 0
     workers = min(workers, len(missing))
+    # Clips of an earlier cut that somebody took out of the manifest stay out when a clip beside them is cut again.
+    left_out = {row["path"] for entry in known.values() for row in entry.get("rows", ())} - listed
+    removed = {path for path in left_out if not (output / path).exists()}
     with open(journal, "a", encoding="utf-8") as entries, open(manifest, "a", encoding="utf-8") as rows:
         for entry in Progress(_entries(splitter, missing, workers, args.timeout), total=len(missing), unit="video"):
             known[entry["video"]] = entry
-            new = [row for row in entry.get("rows", ()) if row["path"] not in listed]
+            for path in (row["path"] for row in entry.get("rows", ()) if row["path"] in removed):
+                (output / path).unlink(missing_ok=True)
+            new = [row for row in entry.get("rows", ()) if row["path"] not in listed | left_out]
             for stream, lines in ((rows, new), (entries, [entry])):  # a video without an entry is cut again
                 stream.write("".join(json.dumps(line) + "\n" for line in lines))
                 stream.flush()

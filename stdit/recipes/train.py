@@ -310,7 +310,13 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.data is None:
         return load_typed(Config, args.config, args.overrides)
     if args.config is not None:
-        return load_typed(Config, args.config, [*args.overrides, *data_overrides(args.data)])
+        config = load_typed(Config, args.config, [*args.overrides, *data_overrides(args.data)])
+        if config.data.source == "shapes":
+            raise ValueError(
+                f"--data {args.data} has no effect with data.source=shapes, which draws its clips; set data.source=auto, or leave "
+                "--data out."
+            )
+        return config
     return _proposed(args)
 
 
@@ -329,11 +335,17 @@ def _proposed(args: argparse.Namespace) -> Config:
         )
     proposal = find_or_propose(args.data, args.overrides, args.minutes)
     print("\n".join(proposal.lines), file=sys.stderr if args.print_config else sys.stdout, flush=True)
+    config = proposal.config(args.overrides)
     if not args.print_config:
+        # What training would refuse, before all clips are encoded.
+        check_optimizer(config.train.optimizer)
+        check_trackers(config.train.trackers)
+        if config.train.resume != "never":
+            RunFolders(config.name).check_own_model()
         keep(proposal, args.data, args.overrides)
         if proposal.cache is not None:
             cache_latents.main(proposal.cache)
-    return proposal.config(args.overrides)
+    return config
 
 
 def _train(config: Config) -> int:

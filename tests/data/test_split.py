@@ -128,6 +128,19 @@ def test_a_clip_that_is_gone_is_cut_again_while_the_manifest_names_it(films, tmp
     assert first.read_bytes() == before and not last.exists() and rows_of(tmp_path / "out") == rows[:-1]
 
 
+def test_a_clip_that_was_taken_out_stays_out_when_one_of_its_video_is_cut_again(films, tmp_path):
+    assert run(films, tmp_path / "out") == 0
+    rows, manifest = rows_of(tmp_path / "out"), tmp_path / "out" / "manifest.jsonl"
+    first, second = rows[:2]
+    assert first["source"] == second["source"]
+    for row in (first, second):
+        (tmp_path / "out" / row["path"]).unlink()
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    assert run(films, tmp_path / "out") == 0
+    assert rows_of(tmp_path / "out") == rows[1:]
+    assert not (tmp_path / "out" / first["path"]).exists() and (tmp_path / "out" / second["path"]).is_file()
+
+
 def test_clips_of_a_call_that_was_stopped_in_its_first_video_are_not_taken_for_those_of_other_settings(
     films, tmp_path, monkeypatch
 ):

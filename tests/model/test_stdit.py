@@ -172,3 +172,8 @@ def test_embeddings_of_labels_start_with_the_standard_deviation_that_is_asked_fo
     for given, std in (({}, 0.02), ({"label_std": 0.5}, 0.5)):
         table = STDiT(**plain, **given).y_embedder.embedding_table.weight
         assert table.std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_a_negative_spread_of_labels_is_refused():
+    with pytest.raises(ValueError, match=r"label_std must be >= 0, got -1.0; DiT's is 0.02"):
+        STDiT(depth=1, hidden_size=64, num_heads=2, num_classes=3, label_std=-1.0)

@@ -469,3 +469,8 @@ def test_a_rate_that_reaches_zero_before_the_end_is_said(home, capsys):
 def test_a_run_goes_on_with_another_spread_of_fresh_labels_which_its_checkpoint_replaces(home):
     assert go("train.steps=1", "train.samples=0", "model.label_std=0.3") == 0
     assert go("train.steps=2", "train.samples=0") == 0
+
+
+def test_data_beside_a_config_that_draws_its_clips_is_refused(home, capsys):
+    assert go("--data", str(home)) == 1
+    assert "has no effect with data.source=shapes" in capsys.readouterr().err
