@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from other_device import other_device
+from run_files import largest_difference, losses, state
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -23,7 +24,6 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from stdit.recipes import export, train
 from stdit.training import loop, muon, parallel
 from stdit.training.config import ParallelConfig, TrainConfig
-from stdit.training.metrics import read_metrics
 from stdit.training.muon import Muon
 from stdit.training.parallel import (
     backend_of,
@@ -35,7 +35,7 @@ from stdit.training.parallel import (
     parallelize,
     whole,
 )
-from stdit.training.state import damage, read_checkpoint
+from stdit.training.state import damage
 
 CONFIG = """
 name: t
@@ -60,21 +60,6 @@ def home(tmp_path_factory):
         patch.setattr(train, "effective", lambda config, device, processes: config)
         assert train.run(["t.yaml", "name=host", *OFFLOAD]) == 0
         yield folder
-
-
-def losses(name: str, column: str = "loss") -> list[float]:
-    return [float(row[column]) for row in read_metrics(Path(f"output/{name}/training_metrics.csv")) if row[column]]
-
-
-def state(name: str, step: int) -> dict[str, torch.Tensor]:
-    groups = read_checkpoint(Path(f"checkpoints/{name}/step-{step}")).tensors
-    return {f"{group}/{key}": tensors[key] for group, tensors in groups.items() for key in tensors}
-
-
-def largest_difference(one: dict, two: dict) -> float:
-    assert one.keys() == two.keys()
-    pairs = [(value.double(), two[key].double().reshape(value.shape)) for key, value in one.items()]
-    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in pairs)
 
 
 def test_a_run_in_the_hosts_memory_has_the_losses_weights_averages_and_moments_of_one_without(home):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from run_files import largest_difference, losses, state
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -25,10 +26,9 @@ from stdit.recipes import export, train
 from stdit.recipes.build import check_context
 from stdit.training import shard_files, shards
 from stdit.training.config import ParallelConfig
-from stdit.training.metrics import read_metrics
 from stdit.training.parallel import effective, make_mesh
 from stdit.training.shard_files import ShardedTensors
-from stdit.training.state import damage, list_checkpoints, read_checkpoint, shared_check
+from stdit.training.state import damage, list_checkpoints, shared_check
 from stdit.vae import load_vae
 
 CONFIG = """
@@ -68,21 +68,6 @@ def launch(processes: int, *overrides: str) -> subprocess.CompletedProcess:
     if done.returncode:
         print(done.stderr[-3000:])
     return done
-
-
-def losses(name: str, column: str = "loss") -> list[float]:
-    return [float(row[column]) for row in read_metrics(Path(f"output/{name}/training_metrics.csv")) if row[column]]
-
-
-def state(name: str, step: int) -> dict[str, torch.Tensor]:
-    groups = read_checkpoint(Path(f"checkpoints/{name}/step-{step}")).tensors
-    return {f"{group}/{key}": tensors[key] for group, tensors in groups.items() for key in tensors}
-
-
-def largest_difference(one: dict, two: dict) -> float:
-    assert one.keys() == two.keys()
-    pairs = [(value.double(), two[key].double().reshape(value.shape)) for key, value in one.items()]
-    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in pairs)
 
 
 def test_a_sharded_run_has_the_losses_and_the_weights_of_one_process(home):
