@@ -16,6 +16,10 @@ from stdit.variants import pick
 __all__ = ["Config", "TextChoice", "VAEChoice", "config_folder", "find_config", "load_typed", "to_plain"]
 
 
+# Keys of the objective that move the levels of flow, and the values at which they do not.
+_STILL = {"shift": 1.0, "sampling_shift": None, "shift_tokens": 0}
+
+
 @dataclass
 class VAEChoice:
     """The VAE of a run."""
@@ -58,10 +62,13 @@ class Config:
                 "model.caption_axes out."
             )
         objective = self.objective
-        if objective.name == "ddpm" and (objective.shift, objective.shift_tokens) != (1.0, 0):
+        moved = [
+            f"{key}={getattr(objective, key)}" for key, still in _STILL.items() if getattr(objective, key) != still
+        ]
+        if objective.name == "ddpm" and moved:
             raise ValueError(
-                f"objective.shift={objective.shift} and shift_tokens={objective.shift_tokens} move the levels of flow, but "
-                "DDPM's are fixed by its betas; set objective.shift=1 and shift_tokens=0, or objective.name=flow."
+                f"objective.{moved[0]} moves the levels of flow, but DDPM's are fixed by its betas; leave it out, or set "
+                "objective.name=flow."
             )
         if objective.distilled_guidance != 1 and self.train.guidance != 1:
             raise ValueError(

@@ -16,7 +16,7 @@ DEFAULT_MASK_PROBS = {
 
 _RANGES = {
     "mask_warmup_steps": "[0, inf)", "cond_noise_max": "[0, 1)", "cond_clean_frames": "[0, inf)", "cond_timestep_shift": "(0, inf)", "mask_ratio": "[0, 0.75]",
-    "shift": "(0, inf)", "shift_tokens": "[0, inf)", "distilled_guidance": "[1, inf)",
+    "shift": "(0, inf)", "sampling_shift": "(0, inf)", "shift_tokens": "[0, inf)", "distilled_guidance": "[1, inf)",
 }  # fmt: skip
 
 
@@ -40,6 +40,9 @@ class ObjectiveConfig:
     learn_sigma: bool = True  # ddpm: the network also predicts the variance
     distribution: Distribution = "logit_normal"  # flow: distribution of levels in training
     shift: float = 1.0  # flow: shifts levels toward noise, in training and sampling
+    sampling_shift: float | None = (
+        None  # flow: another shift in sampling, and where steps of a flow map end; null: shift
+    )
     flow_map: bool = False  # flow: the network also learns where steps end, for sampling in few of them
     distilled_guidance: float = 1.0  # flow_map: guidance scale that is learnt into the network; 1: none
     distilled_guider: Literal["cfg", "auto"] = (

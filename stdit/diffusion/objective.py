@@ -69,8 +69,11 @@ class Objective(ABC):
         return self.path.timestep(levels)
 
     @abstractmethod
-    def schedule(self, steps: int | str, tokens: int) -> Tensor:
-        """Levels (steps + 1,) from noise to 0 for sampling a clip of `tokens` latent positions."""
+    def schedule(self, steps: int | str, tokens: int, shift: float | None = None) -> Tensor:
+        """Levels (steps + 1,) from noise to 0 for sampling a clip of `tokens` latent positions.
+
+        shift: flow: how far levels are shifted toward noise; None: as the config says.
+        """
 
 
 class FlowObjective(Objective):
@@ -80,12 +83,12 @@ class FlowObjective(Objective):
         super().__init__(config)
         self.path = FlowPath()
 
-    def _shift(self, levels: Tensor, tokens: int) -> Tensor:
-        return shift_levels(levels, size_shift(self.config.shift, tokens, self.config.shift_tokens))
+    def _shift(self, levels: Tensor, tokens: int, shift: float) -> Tensor:
+        return shift_levels(levels, size_shift(shift, tokens, self.config.shift_tokens))
 
     def sample_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:
         """Draw levels from `config.distribution` and shift them for the clip's size."""
-        return self._shift(sample_levels(generator, count, self.config.distribution), tokens)
+        return self._shift(sample_levels(generator, count, self.config.distribution), tokens, self.config.shift)
 
     def estimate(self, output: Tensor, x: Tensor, levels: Tensor) -> Estimate:
         """Read the output as velocity."""
@@ -95,9 +98,13 @@ class FlowObjective(Objective):
         """Squared error of the velocity."""
         return (output.float() - (noise - clean)).square().mean(dim=1)
 
-    def schedule(self, steps: int | str, tokens: int) -> Tensor:
+    def schedule(self, steps: int | str, tokens: int, shift: float | None = None) -> Tensor:
         """Evenly spaced levels from 1 to 0, shifted for the clip's size."""
-        return self._shift(self.path.schedule(steps), tokens)
+        return self._shift_steps(self.path.schedule(steps), tokens, shift)
+
+    def _shift_steps(self, levels: Tensor, tokens: int, shift: float | None = None) -> Tensor:
+        """Shift levels between which sampling steps: a shift of the call, of the config's sampling, or of its training."""
+        return self._shift(levels, tokens, shift or self.config.sampling_shift or self.config.shift)
 
 
 class FlowMapObjective(FlowObjective):
@@ -112,7 +119,7 @@ class FlowMapObjective(FlowObjective):
             return found._replace(target=found.levels)
         kind = MASK_STRATEGIES[strategy]
         order: Order = "alone" if kind.teacher_forcing else "delayed" if kind.level_per_frame else "together"
-        drawn = draw_segment(generator, found.mask, lambda levels: self._shift(levels, tokens), order)
+        drawn = draw_segment(generator, found.mask, lambda levels: self._shift_steps(levels, tokens), order)
         t, r = (part.view(-1, *[1] * (found.mask.ndim - 1)) for part in drawn)
         levels, target = (torch.where(found.mask, part, found.levels) for part in (t, r))
         return found._replace(levels=levels, target=target)
@@ -151,8 +158,8 @@ class DDPMObjective(Objective):
         bound = variational_bound(self.path, x, clean, frozen, levels=levels, one_step=1 / self.chain.num_steps)
         return simple + bound.mean(dim=1).to(simple.dtype)
 
-    def schedule(self, steps: int | str, tokens: int) -> Tensor:
-        """Levels of the chain's steps that `steps` selects; the clip's size has no influence."""
+    def schedule(self, steps: int | str, tokens: int, shift: float | None = None) -> Tensor:
+        """Levels of the chain's steps that `steps` selects; the clip's size and a shift have no influence."""
         return self.path.schedule(steps)
 
 

@@ -51,7 +51,7 @@ def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int]
     labels, output = [i % len(CLASS_NAMES) for i in range(args.clips)], _output(model)
     clips = pipe(
         [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, num_inference_steps=args.steps,
-        guidance_scale=_guidance(pipe, args), seed=args.seed, solver=args.solver, guider=args.guider,
+        guidance_scale=_guidance(pipe, args), seed=args.seed, solver=args.solver, guider=args.guider, shift=args.shift,
     )  # fmt: skip
     return [to_uint8(clip) for clip in clips], labels, output
 
@@ -135,7 +135,7 @@ def _sampled(pipe: STDiTPipeline, args: argparse.Namespace, size: tuple[int, int
         labels = [(first + i) % classes for i in range(count)] if classes else None
         yield pipe(
             labels, size[0], size[1], size[1], num_inference_steps=args.steps, guidance_scale=_guidance(pipe, args), seed=args.seed + first, solver=args.solver,
-            num_videos=count, progress=False,
+            shift=args.shift, num_videos=count, progress=False,
         )  # fmt: skip
 
 
@@ -251,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--guider", choices=get_args(Guider), help="what guidance leads away from; default: the model's"
     )
     parser.add_argument("--solver", help="default: the model's")
+    parser.add_argument("--shift", type=float, help="of noise levels toward noise (flow); default: the model's")
     parser.add_argument(
         "--against", metavar="FILE", help="an evaluation.json of the same seed: print the differences, clip by clip"
     )

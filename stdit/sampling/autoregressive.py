@@ -50,7 +50,7 @@ class Rollout:
         self.guidance = guidance if guided else guidance._replace(scale=1.0)
         trained_frames = engine.trained_on.num_frames  # the duration that a model conditioned on it saw in training
         shape = engine.latent_shape((trained_frames, *size))
-        self.levels = engine.schedule(options.num_inference_steps, shape)[:, None].to(engine.device)
+        self.levels = engine.schedule(options, shape)[:, None].to(engine.device)
         self._frame_shape = (1, *shape[1:])
         asked = engine.history_noise if options.history_noise is None else options.history_noise
         self.history_noise = engine.objective.path.quantize(torch.tensor(asked))

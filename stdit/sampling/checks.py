@@ -149,6 +149,11 @@ def _check_guidance(engine: Engine, options: SamplingOptions) -> None:
 
 
 def _check_solver(engine: Engine, options: SamplingOptions) -> None:
+    if options.shift is not None and engine.objective.config.name != "flow":
+        raise ValueError(
+            f"shift={options.shift} (--shift) moves the levels of flow, but this model was trained with {engine.objective.config.name}; "
+            "leave it out."
+        )
     name = options.solver or engine.default_solver
     least, steps = pick(SOLVERS, name, "solver").least_steps(engine.objective.path), options.num_inference_steps
     if isinstance(steps, int) and steps < least:
@@ -170,6 +175,11 @@ def _check_scheduler(engine: Engine, canvas: Canvas, options: SamplingOptions) -
         raise ValueError(
             f"this task needs a noise level per frame, which only stdit's solvers have; this model has scheduler {name}: add "
             "solver='ddim' (--solver ddim)."
+        )
+    if options.shift is not None:
+        raise ValueError(
+            f"shift={options.shift} (--shift) is for stdit's solvers, but this model has scheduler {name}, which has a shift of its "
+            "own; leave it out."
         )
     if isinstance(options.num_inference_steps, str):
         raise ValueError(

@@ -103,10 +103,10 @@ class Engine:
         """The shape (T, h, w) of a clip's latents; ValueError if the clip does not fit the VAE or the patches."""
         return self.vae.latent_shape(*size, self.model.patch_size)
 
-    def schedule(self, steps: int | str, latent_shape: Size) -> Tensor:
-        """The noise levels (steps + 1,), from 1 to 0, for a clip of this latent shape."""
+    def schedule(self, options: SamplingOptions, latent_shape: Size) -> Tensor:
+        """The noise levels (steps + 1,), from 1 to 0, of a call for a clip of this latent shape."""
         frames, height, width = latent_shape
-        return self.objective.schedule(steps, frames * height * width)
+        return self.objective.schedule(options.num_inference_steps, frames * height * width, options.shift)
 
     def draw(self, keys: Keys, step: int, latent_shape: Size) -> Tensor:
         """Draw noise (B, C, T, h, w) that is a function of each clip's key and `step` alone."""

@@ -57,6 +57,15 @@ class SamplingOptions:
     num_inference_steps: int | str = _option(
         30, "solver steps, a number; for DDPM also ddim50: 50 steps of DiT's spacing", flag="--steps", type=_steps
     )
+    shift: float | None = _option(
+        None,
+        "flow: how far noise levels are shifted toward noise; more of the steps then decide what is where, fewer its "
+        "outlines; default: the model's",
+        flag="--shift",
+        type=float,
+        above=0,
+        remedy="; 1 leaves the levels evenly spaced",
+    )
     guidance_scale: float | None = _option(
         None,
         "classifier-free guidance toward label or caption; 1: none; default: 2, or 1 for a model that has learnt it",

@@ -141,7 +141,7 @@ class WindowedSampler:
 
     def _levels(self, strength: float, shape: Size) -> Tensor:
         """The levels (steps + 1,) of one frame, scaled to begin at `strength`."""
-        levels = self.engine.schedule(self.options.num_inference_steps, shape)
+        levels = self.engine.schedule(self.options, shape)
         return levels if strength == 1 else self.engine.objective.path.quantize(levels / levels[0] * strength)
 
     def _run_diffusers(self, output: SteeredDenoiser, x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def build_pipeline(
     data, objective = config.data, config.objective
     scheduler = STDiTScheduler(
         objective.name,
-        objective.shift,
+        objective.sampling_shift or objective.shift,
         solver="flow_map" if objective.flow_map else None,
         shift_tokens=objective.shift_tokens,
         betas=objective.betas,

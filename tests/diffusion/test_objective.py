@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from stdit.diffusion.levels import shift_levels
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.diffusion.variational import learned_log_variance, posterior, variational_bound
 
@@ -94,6 +95,15 @@ def test_the_last_step_is_a_likelihood_of_quantized_data():
 def test_a_shift_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match=r"objective.shift must be > 0, got 0.0"):
         ObjectiveConfig(shift=0.0)
+
+
+def test_a_shift_of_sampling_moves_the_levels_of_sampling_and_not_those_of_training():
+    plain = build_objective(ObjectiveConfig(shift=2.0))
+    moved = build_objective(ObjectiveConfig(shift=2.0, sampling_shift=4.0))
+    torch.testing.assert_close(moved.schedule(4, 80), shift_levels(torch.linspace(1, 0, 5), 4.0))
+    assert torch.equal(moved.schedule(4, 80, shift=2.0), plain.schedule(4, 80))
+    one, other = (o.sample_levels(torch.Generator().manual_seed(0), 5, 80) for o in (plain, moved))
+    assert torch.equal(one, other)
 
 
 def test_a_device_without_float64_computes_the_same_losses_in_float32(monkeypatch):

@@ -138,6 +138,23 @@ def test_a_named_solver_replaces_the_scheduler_of_the_folder(make):
         sample(make(), num_inference_steps="ddim10")
 
 
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
+def test_a_shift_of_the_call_takes_the_place_of_the_models(make, solver):
+    plain, shifted = make(scheduler=STDiTScheduler(shift=2.0)), make(scheduler=STDiTScheduler(shift=4.0))
+    options = {"solver": solver, "num_inference_steps": 4}
+    expected = sample(shifted, **options)
+    assert torch.equal(sample(plain, shift=4.0, **options), expected)
+    assert not torch.equal(sample(plain, **options), expected)
+
+
+def test_a_shift_is_refused_where_levels_are_not_those_of_flow(make):
+    with pytest.raises(ValueError, match=r"shift=2.0 .* levels of flow, but .* with ddpm; leave it out"):
+        sample(make("ddpm"), shift=2.0)
+    theirs = make("flow", diffusers.FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="scheduler FlowMatchEulerDiscreteScheduler, which has a shift of its own"):
+        sample(theirs, shift=2.0)
+
+
 def test_class_names_that_are_lists_match_each_name(make):
     pipe = make(class_names=["tench, Tinca tinca", "goldfish", "shark"])
     assert pipe.labels(["Tinca tinca", "tench, Tinca tinca", "shark"]).tolist() == [0, 0, 2]

@@ -60,7 +60,7 @@ def assert_same_run(a: str, b: str, step: int) -> None:
 
 
 def test_a_run_writes_metrics_curves_samples_summary_and_model(home):
-    assert go() == 0
+    assert go("objective.sampling_shift=4") == 0
     output = home / "output" / "t"
     for name in (
         "training_metrics.csv",
@@ -77,9 +77,9 @@ def test_a_run_writes_metrics_curves_samples_summary_and_model(home):
     assert json.loads((output / "summary.json").read_text())["step"] == 6
     from stdit import STDiTPipeline
 
-    clips = STDiTPipeline.from_pretrained("models/t")(
-        class_labels=["circle left"], num_inference_steps=2, progress=False
-    )
+    pipe = STDiTPipeline.from_pretrained("models/t")
+    assert pipe.scheduler.config.shift == 4
+    clips = pipe(class_labels=["circle left"], num_inference_steps=2, progress=False)
     assert clips.shape == (1, 3, 5, 32, 32)
     assert len(list_checkpoints(home / "checkpoints" / "t")) == 2
 
