@@ -139,8 +139,12 @@ class PlannedRun:
         return Memory(**{name: a + (choice.micro - 1) * (b - a) for name, (a, b) in parts.items()})
 
     def other(self, choice: Choice) -> float:
-        """Bytes that are reserved by the device's libraries, and by DDP, which holds gradients twice."""
-        twice = 4 * self.trained if self.count > 1 and not choice.sharded else 0
+        """Bytes that are reserved by the device's libraries, and of a second, whole copy of gradients.
+
+        DDP has it for what it sends. FSDP2 has it while it adds up micro-batches, which it shares out after the last one.
+        """
+        adds_up = self._micro_batches(choice) > 1 and not choice.offload
+        twice = 4 * self.trained if self.count > 1 and (adds_up or not choice.sharded) else 0
         return twice + (0 if self.on_cpu else RESERVED)
 
     def need(self, choice: Choice, memory: Memory) -> float:

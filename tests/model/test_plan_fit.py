@@ -178,6 +178,15 @@ def test_the_whole_model_that_is_sampled_stands_beside_the_shards_and_the_moment
     assert beyond(*nothing, "train.guide_step=5") == pytest.approx(0)
 
 
+def test_shards_hold_whole_gradients_while_they_add_up_micro_batches_unless_the_host_does(path):
+    run = planned(path, 4)
+    one, several = Choice(True, 8, sharded=True), Choice(True, 4, sharded=True)
+    assert run.other(several) - run.other(one) == 4 * run.trained
+    assert run.other(several._replace(offload=True)) == run.other(one._replace(offload=True)) == run.other(one)
+    for way in (one, several):  # DDP holds them twice in any case
+        assert run.other(way._replace(sharded=False)) == run.other(several)
+
+
 def test_moments_of_8_bits_take_a_quarter_and_nothing_else_changes(path):
     run, choice = of_weights(path), Choice("selective", 2)
     exact, coarse = run.memory(choice), run.memory(choice._replace(coarse=True))
