@@ -39,18 +39,22 @@ def is_archived(root: Path) -> bool:
 def read_archives(root: Path, given: Mapping[str, str] | None = None) -> list[Record]:
     """The clips of all archives in a folder, in their order, with captions, labels and further columns.
 
-    The caption is that of NAME.txt, or of NAME.json (under the names that manifests have, or the `given` ones); the label is
-    NAME.cls, or that of the JSON; what else the JSON has are further columns. ValueError with the archive and a remedy.
+    The caption is that of NAME.txt, or of NAME.json under the names that manifests have; the label is NAME.cls, or that of the
+    JSON. A `given` name (role -> name) takes the place of both. What else the JSON has are further columns. ValueError with the
+    archive and a remedy.
     """
     samples = [sample for archive in find_archives(root) for sample in _scan(archive)]
     if not samples:
         raise ValueError(
             f"the archives in {str(root)!r} hold no clips ({', '.join(sorted(VIDEO_SUFFIXES))}); give a folder of shards of WebDataset."
         )
-    found = [_annotations(sample, given or {}) for sample in samples]
-    for role in ("caption", "label"):
-        if role in (given or {}) and not any(role in values for values in found):
-            raise ValueError(f"{root}: no JSON of a clip has {(given or {})[role]!r} (data.columns.{role}).")
+    given = {role: name for role, name in (given or {}).items() if role != "path"}
+    names: set[str] = set()
+    found = [_annotations(sample, given, names) for sample in samples]
+    for role, name in given.items():
+        if name not in names:
+            have = ", ".join(map(repr, sorted(names))) or "no columns"
+            raise ValueError(f"{root}: no JSON of a clip has {name!r} (data.columns.{role}); they have {have}.")
     return [
         Record(line, {**values, "path": str(sample.clip.relative_to(root))})
         for line, (sample, values) in enumerate(zip(samples, found, strict=True), 1)
@@ -88,20 +92,24 @@ def _scan(archive: Path) -> list[_Sample]:
     return [_Sample(key, clip, notes.get(key, {})) for key, clip in clips.items()]
 
 
-def _annotations(sample: _Sample, given: Mapping[str, str]) -> dict[str, Any]:
-    """Label, caption and further columns of a sample."""
+def _annotations(sample: _Sample, given: Mapping[str, str], names: set[str]) -> dict[str, Any]:
+    """Label, caption and further columns of a sample; the names that its JSON has are added to `names`."""
     found: dict[str, Any] = {}
     try:
         if _JSON in sample.notes:
             values = json.loads(sample.notes[_JSON])
             if not isinstance(values, dict):
                 raise ValueError("it is no object")
+            names.update(values)
             here = {role: name for role, name in given.items() if name in values}
             roles = find_columns(values, f"{sample.clip}{_JSON}", here)
-            found = {str(roles.get(name, name)): value for name, value in values.items() if roles.get(name) != "path"}
-        if _TEXT in sample.notes:
+            # No other column is guessed where one was named, also in a JSON that lacks it.
+            roles = {name: role for name, role in roles.items() if given.get(role, name) == name}
+            found = {name: value for name, value in values.items() if name not in roles}
+            found |= {role: values[name] for name, role in roles.items() if role != "path"}
+        if _TEXT in sample.notes and "caption" not in given:
             found["caption"] = sample.notes[_TEXT].decode("utf-8-sig").strip()
-        if _LABEL in sample.notes:
+        if _LABEL in sample.notes and "label" not in given:
             found["label"] = sample.notes[_LABEL].decode().strip()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the annotations of {sample.clip} cannot be read ({error}); correct them.") from error

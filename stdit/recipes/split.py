@@ -25,7 +25,7 @@ from stdit.data.media import VIDEO_SUFFIXES, state_of
 from stdit.data.scenes import ClipRules, scene_detector
 from stdit.data.split import Source, Splitter
 from stdit.data.workers import WorkerPool, num_workers
-from stdit.files import check_writable, claimed, printable, read_json, write_json
+from stdit.files import check_writable, claimed, printable, read_json, write_json, write_text
 from stdit.progress import Progress
 from stdit.recipes.entry import command, command_parser
 from stdit.warn import warn_user
@@ -165,6 +165,9 @@ def _split(sources: list[Source], output: Path, splitter: Splitter, args: argpar
     """Cut the videos that have no entry in videos.jsonl -> the entries of all; manifest and entries grow with every video."""
     journal, manifest = output / "videos.jsonl", output / "manifest.jsonl"
     known = {entry["video"]: entry for entry in _lines(journal)}
+    if not manifest.exists():  # it was removed: all clips are listed again
+        every = [row for entry in known.values() for row in entry.get("rows", ())]
+        write_text(manifest, "".join(json.dumps(row) + "\n" for row in every))
     listed = {row["path"] for row in _lines(manifest)}
     for source in sources:
         entry = known.get(source.name)
@@ -210,14 +213,28 @@ def _entries(splitter: Splitter, keys: list[int], workers: int, timeout: float) 
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; a last line that was not written to its end is cut off."""
+    """The objects of a file of JSON lines; a last line that was not written to its end is cut off.
+
+    One that lacks only the end of its line, as editors leave it, gets that.
+    """
     if not path.is_file():
         return []
     with open(path, "rb+") as stream:
         data = stream.read()
         whole = data[: data.rfind(b"\n") + 1]
-        stream.truncate(len(whole))
+        if _is_object(data[len(whole) :]):
+            stream.write(b"\n")
+            whole = data
+        else:
+            stream.truncate(len(whole))
     return [json.loads(line) for line in whole.decode().split("\n") if line.strip()]
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def overview(entries: Sequence[dict[str, Any]], rules: ClipRules) -> str:

@@ -57,6 +57,15 @@ def test_a_dataset_of_shards_is_that_of_the_clips(shards):
         assert size_of(packed.rows[i].path) == size_of(plain.rows[i].path)
 
 
+def test_a_column_that_is_named_goes_before_text_files_and_guesses_and_must_be_there(shards):
+    records = [dataset(columns={"caption": "text"}).record(i) for i in range(6)]
+    assert [record["caption"] for record in records] == ["another"] * 6
+    with pytest.raises(
+        ValueError, match=r"no JSON of a clip has 'txt' \(data.columns.caption\); they have 'score', 'text'"
+    ):
+        dataset(columns={"caption": "txt"})
+
+
 def test_shards_with_a_suffix_in_capitals_are_found(shards):
     expected = dataset().load(0, np.random.default_rng(0))["pixels"]
     for file in shards.iterdir():

@@ -128,6 +128,19 @@ def test_a_clip_that_is_gone_is_cut_again_while_the_manifest_names_it(films, tmp
     assert first.read_bytes() == before and not last.exists() and rows_of(tmp_path / "out") == rows[:-1]
 
 
+def test_a_row_without_the_end_of_its_line_is_kept_and_a_manifest_that_was_removed_is_written_again(films, tmp_path):
+    assert run(films, tmp_path / "out") == 0
+    rows, manifest = rows_of(tmp_path / "out"), tmp_path / "out" / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().rstrip("\n"))  # as an editor leaves it
+    assert run(films, tmp_path / "out") == 0
+    assert rows_of(tmp_path / "out") == rows and manifest.read_text().endswith("\n")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.mp4")}
+    manifest.unlink()
+    assert run(films, tmp_path / "out") == 0
+    assert rows_of(tmp_path / "out") == rows
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.mp4")} == before
+
+
 def test_a_clip_that_was_taken_out_stays_out_when_one_of_its_video_is_cut_again(films, tmp_path):
     assert run(films, tmp_path / "out") == 0
     rows, manifest = rows_of(tmp_path / "out"), tmp_path / "out" / "manifest.jsonl"
