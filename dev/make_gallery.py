@@ -1,6 +1,6 @@
-"""Write the moving pictures of README and docs: docs/gallery/*.webp, from models/quickstart and models/room.
+"""Write the pictures of README and docs that models make: docs/gallery/*.webp and docs/few-steps.png.
 
-python dev/make_gallery.py [quickstart] [tasks] [room]
+python dev/make_gallery.py [quickstart] [tasks] [room] [few_steps]      from the models of these names, and quickstart_few
 """
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from stdit import STDiTPipeline
 from stdit.data.video_write import to_uint8
@@ -69,6 +69,22 @@ def tasks() -> None:
     write("tasks", tile(clips, 4), pipe.config.fps)
 
 
+def few_steps() -> None:
+    """First and last frame of a clip of every class, of the same noise, in more and more evaluations."""
+    few, teacher = (STDiTPipeline.from_pretrained(f"models/{name}") for name in ("quickstart_few", "quickstart"))
+    labels, margin, rows = list(range(12)), 60, []
+    for evaluations, pipe, steps in [*((n, few, n) for n in (1, 2, 4, 8)), (60, teacher, 30)]:
+        clips = pipe(class_labels=labels, seed=1, num_inference_steps=steps, progress=False)
+        frames = np.concatenate([to_uint8(clip)[[0, -1]] for clip in clips])
+        row = np.pad(frames, ((0, 0), (0, 4), (0, 2), (0, 0)), constant_values=255)
+        picture = Image.fromarray(np.pad(np.concatenate(row, 1), ((0, 0), (margin, 0), (0, 0)), constant_values=255))
+        ImageDraw.Draw(picture).text((4, picture.height // 2 - 8), f"{evaluations} eval.", fill="black")
+        rows.append(np.asarray(picture))
+    path = FOLDER.parent / "few-steps.png"
+    Image.fromarray(np.concatenate(rows)).save(path)
+    print(path)
+
+
 def room(actions: int = 24, worlds: int = 4) -> None:
     """Dreams above the truth, under the same actions."""
     pipe = STDiTPipeline.from_pretrained("models/room")
@@ -96,6 +112,6 @@ def room(actions: int = 24, worlds: int = 4) -> None:
 
 if __name__ == "__main__":
     wanted = sys.argv[1:] or ["quickstart", "tasks", "room"]
-    for make in (quickstart, tasks, room):
+    for make in (quickstart, tasks, room, few_steps):
         if make.__name__ in wanted:
             make()

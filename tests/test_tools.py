@@ -57,6 +57,22 @@ def test_shapes_are_drawn_with_a_manifest_of_the_truth(home, capsys):
         make_shapes.main(["--output", "none", "--num-clips", "0"])
 
 
+def test_more_clips_are_added_to_those_that_are_drawn_and_equal_those_of_a_fresh_folder(home, capsys):
+    settings = ["--frames", "5", "--size", "48"]
+    before = {path: path.stat().st_mtime_ns for path in Path("shapes").glob("*.mp4")}
+    assert make_shapes.main(["--output", "shapes", "--num-clips", "27", *settings]) == 0
+    assert make_shapes.main(["--output", "fresh", "--num-clips", "27", *settings]) == 0
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in Path("shapes").glob("*.mp4")}.items()
+    names = sorted(path.name for path in Path("fresh").iterdir())
+    assert names == sorted(path.name for path in Path("shapes").iterdir()) and len(names) == 29
+    assert [n for n in names if (Path("fresh") / n).read_bytes() != (Path("shapes") / n).read_bytes()] == []
+    with pytest.raises(ValueError, match="has clips of other settings"):
+        make_shapes.main(["--output", "shapes", "--num-clips", "24", *settings])
+    Path("shapes/manifest.jsonl").write_text("{}\n")  # rows that somebody has taken out are not drawn again
+    with pytest.raises(ValueError, match="has clips of other settings"):
+        make_shapes.main(["--output", "shapes", "--num-clips", "30", *settings])
+
+
 def test_the_direction_of_bouncing_shapes_is_not_measured_and_old_labels_are_refused(home, monkeypatch):
     bounce = ["--output", "bounce", "--num-clips", "3", "--frames", "5", "--motion", "bounce"]
     make_shapes.main(bounce)

@@ -1,6 +1,8 @@
 """Draw clips of moving shapes as mp4 files, with a manifest that records the true motion of each.
 
 stdit make-shapes --output data/shapes --num-clips 480 --seed 0
+
+More clips of the same settings are added to those that a folder has.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from stdit.rng import keyed_rng
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw the clips, unless the folder already has the same clips."""
+    """Draw the clips that the folder does not have yet."""
     parser = command_parser("make-shapes", __doc__)
     parser.add_argument("--output", default="data/shapes", help="folder for the clips and manifest.jsonl")
     parser.add_argument("--num-clips", type=int, default=480, help="number of clips")
@@ -53,20 +55,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {key: value for key, value in vars(args).items() if key != "output" and (value or key != "without")}
     if args.motion == "bounce":
         settings["labels"] = "colour and shape"  # version 0.1.0 labelled directions, which change at every bounce
+    lines: list[str] = []
     if manifest.is_file():
-        found = json.loads(settings_file.read_text()) if settings_file.is_file() else None
+        found = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
         if found == settings:
             print(f"{output} already has these clips; nothing is drawn.")
             return 0
-        raise ValueError(
-            f"{output} has clips of other settings ({found}); choose another --output, or remove the folder."
-        )
+        lines = manifest.read_text().splitlines()
+        grown = {**found, "num_clips": args.num_clips}
+        if grown != settings or not found["num_clips"] == len(lines) < args.num_clips:
+            raise ValueError(
+                f"{output} has clips of other settings ({found}); choose another --output, or remove the folder."
+            )
     output.mkdir(parents=True, exist_ok=True)
-    rows = [draw_clip(args, i, output) for i in Progress(range(args.num_clips), unit="clip", desc="drawing")]
+    new = range(len(lines), args.num_clips)
+    lines += [json.dumps(draw_clip(args, i, output)) for i in Progress(new, unit="clip", desc="drawing")]
+    # Without a manifest a folder is drawn anew, and with another number of rows than its settings say it is refused.
+    if not manifest.is_file():
+        write_text(settings_file, json.dumps(settings) + "\n")
+    write_text(manifest, "\n".join(lines) + "\n")
     write_text(settings_file, json.dumps(settings) + "\n")
-    write_text(
-        manifest, "\n".join(map(json.dumps, rows)) + "\n"
-    )  # written last, so that a folder with a manifest is complete
     print(
         f"{args.num_clips} clips of {args.frames} frames at {args.size} x {args.size} and their true motion: {manifest}"
     )

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="keys of the training config, as for stdit train"
     )
-    parser.add_argument("--num-clips", type=int, default=2400, help="number of clips that are drawn")
+    parser.add_argument("--num-clips", type=int, default=4800, help="number of clips that are drawn")
     args = parser.parse_args(argv)
     began = time.time()
     config = load_typed(Config, CONFIG, args.overrides)
