@@ -62,13 +62,17 @@ class Config:
                 "model.caption_axes out."
             )
         objective = self.objective
-        moved = [
-            f"{key}={getattr(objective, key)}" for key, still in _STILL.items() if getattr(objective, key) != still
-        ]
+        moved = [key for key, still in _STILL.items() if getattr(objective, key) != still]
         if objective.name == "ddpm" and moved:
+            remedy = " ".join(f"objective.{key}={_STILL[key]}" for key in moved).replace("None", "null")
             raise ValueError(
-                f"objective.{moved[0]} moves the levels of flow, but DDPM's are fixed by its betas; leave it out, or set "
-                "objective.name=flow."
+                f"objective.{moved[0]}={getattr(objective, moved[0])} moves the levels of flow, but DDPM's are fixed by its betas; "
+                f"set {remedy}, or objective.name=flow."
+            )
+        if objective.sampling_shift is not None and self.train.lora.rank is not None:
+            raise ValueError(
+                f"objective.sampling_shift={objective.sampling_shift} would be saved with a model, and a LoRA is sampled with the "
+                "schedule of the one it changes; leave it out, and sample with --shift."
             )
         if objective.distilled_guidance != 1 and self.train.guidance != 1:
             raise ValueError(

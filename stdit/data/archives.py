@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from stdit.data.folders import names_in
 from stdit.data.media import VIDEO_SUFFIXES, is_one_of, member_of, open_regular, state_of
-from stdit.data.records import Record, find_columns
+from stdit.data.records import Record, find_columns, listed
 
 _TEXT, _LABEL, _JSON = ".txt", ".cls", ".json"
 _MAX_TEXT = 1 << 20  # bytes of a sample's text or JSON
@@ -48,12 +48,13 @@ def read_archives(root: Path, given: Mapping[str, str] | None = None) -> list[Re
         raise ValueError(
             f"the archives in {str(root)!r} hold no clips ({', '.join(sorted(VIDEO_SUFFIXES))}); give a folder of shards of WebDataset."
         )
+    find_columns((), str(root), given)  # raises for what is no role
     given = {role: name for role, name in (given or {}).items() if role != "path"}
     names: set[str] = set()
     found = [_annotations(sample, given, names) for sample in samples]
     for role, name in given.items():
         if name not in names:
-            have = ", ".join(map(repr, sorted(names))) or "no columns"
+            have = listed(sorted(names)) if names else "no columns"
             raise ValueError(f"{root}: no JSON of a clip has {name!r} (data.columns.{role}); they have {have}.")
     return [
         Record(line, {**values, "path": str(sample.clip.relative_to(root))})
@@ -102,10 +103,9 @@ def _annotations(sample: _Sample, given: Mapping[str, str], names: set[str]) -> 
                 raise ValueError("it is no object")
             names.update(values)
             here = {role: name for role, name in given.items() if name in values}
-            roles = find_columns(values, f"{sample.clip}{_JSON}", here)
-            # No other column is guessed where one was named, also in a JSON that lacks it.
-            roles = {name: role for name, role in roles.items() if given.get(role, name) == name}
-            found = {name: value for name, value in values.items() if name not in roles}
+            roles = find_columns(values, f"{sample.clip}{_JSON}", here, but=given)
+            # Where a column was named no other is taken for it, also in a JSON that lacks it.
+            found = {name: value for name, value in values.items() if name not in roles and name not in given}
             found |= {role: values[name] for name, role in roles.items() if role != "path"}
         if _TEXT in sample.notes and "caption" not in given:
             found["caption"] = sample.notes[_TEXT].decode("utf-8-sig").strip()

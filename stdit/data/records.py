@@ -82,11 +82,13 @@ def read_rows(path: Path, given: Mapping[str, str] | None = None) -> list[tuple[
     return _csv_rows(path, text, given) if path.suffix.lower() in (".csv", ".tsv") else _json_rows(path, text)
 
 
-def find_columns(names: Iterable[str], what: str, given: Mapping[str, str] | None = None) -> dict[str, str]:
+def find_columns(
+    names: Iterable[str], what: str, given: Mapping[str, str] | None = None, *, but: Iterable[str] = ()
+) -> dict[str, str]:
     """The columns that are path, label and caption: name -> which of the three; a column of just that name goes first.
 
     Raises ValueError if two others could be the same one. given: the column of each of the three that was named; ValueError
-    if there is none of that name.
+    if there is none of that name. but: of the three, those that no column is guessed for.
     """
     names = list(names)
     found: dict[str, str] = {}
@@ -94,15 +96,15 @@ def find_columns(names: Iterable[str], what: str, given: Mapping[str, str] | Non
         if role not in COLUMNS:
             raise ValueError(f"data.columns has {role!r}; name the columns of {', '.join(COLUMNS)}.")
         if names and column not in names:
-            raise ValueError(f"{what} has no column {column!r} (data.columns.{role}); it has {_listed(names)}.")
+            raise ValueError(f"{what} has no column {column!r} (data.columns.{role}); it has {listed(names)}.")
         found[column] = role
-    for role in COLUMNS.keys() - (given or {}).keys():
-        candidates = [name for name in names if _ROLES.get(_plain(name)) == role]
+    for role in COLUMNS.keys() - (given or {}).keys() - set(but):
+        candidates = [name for name in names if _ROLES.get(_plain(name)) == role and name not in found]
         exact = [name for name in candidates if name == role] or [n for n in candidates if _plain(n) == role]
         chosen = exact or candidates
         if len(chosen) > 1:
             raise ValueError(
-                f"{what}: the columns {_listed(chosen)} could each be the {role}; rename the right one {role!r}."
+                f"{what}: the columns {listed(chosen)} could each be the {role}; rename the right one {role!r}."
             )
         found |= {name: role for name in chosen}
     return found
@@ -119,14 +121,15 @@ def missing_path(names: Iterable[str]) -> str:
     names = list(names)
     like = [name for name in names[:_LISTED] if nearest_column(name) in COLUMNS["path"]]
     hint = f"; {like[0]!r} looks like it" if like else ""
-    return f"the column 'path' is missing (it has {_listed(names)}{hint})"
+    return f"the column 'path' is missing (it has {listed(names)}{hint})"
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(repr(name[:60]) for name in names[:_LISTED]) + more if names else "none"
 
@@ -137,7 +140,7 @@ def _warn_of_unknown(path: Path, names: Sequence[str]) -> None:
         close = [f"{name!r} looks like {like!r}" for name in unknown[:_LISTED] if (like := nearest_column(name))]
         hint = f" ({', '.join(close)})" if close else ""
         warn_user(
-            f"{path}: nothing reads the columns {_listed(unknown)}{hint}; rename what is a path, label or caption. The "
+            f"{path}: nothing reads the columns {listed(unknown)}{hint}; rename what is a path, label or caption. The "
             "others reach conditions of those names only."
         )
 

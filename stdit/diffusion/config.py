@@ -53,7 +53,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         unchanged = "1 leaves the levels as they are"
         check_ranges(
-            "objective", self, _RANGES, shift=unchanged, cond_timestep_shift=unchanged, mask_ratio="MDT v2 uses 0.3",
+            "objective", self, _RANGES, shift=unchanged, sampling_shift="null: that of training", cond_timestep_shift=unchanged, mask_ratio="MDT v2 uses 0.3",
             cond_noise_max="0 keeps known frames clean",
         )  # fmt: skip
         if self.flow_map and (self.name != "flow" or self.mask_ratio):

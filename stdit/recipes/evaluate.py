@@ -161,7 +161,7 @@ def evaluate_captions(args: argparse.Namespace) -> int:
     output = _output(model)
     options = {
         "num_inference_steps": args.steps, "guidance_scale": _guidance(pipe, args), "seed": args.seed, "num_frames": args.frames,
-        "height": args.size, "width": args.size,
+        "height": args.size, "width": args.size, "solver": args.solver, "guider": args.guider, "shift": args.shift,
     }  # fmt: skip
     every = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
     unknown = [pair for pair in args.captions if pair not in every]

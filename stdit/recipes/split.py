@@ -165,8 +165,9 @@ def _split(sources: list[Source], output: Path, splitter: Splitter, args: argpar
     """Cut the videos that have no entry in videos.jsonl -> the entries of all; manifest and entries grow with every video."""
     journal, manifest = output / "videos.jsonl", output / "manifest.jsonl"
     known = {entry["video"]: entry for entry in _lines(journal)}
-    if not manifest.exists():  # it was removed: all clips are listed again
-        every = [row for entry in known.values() for row in entry.get("rows", ())]
+    if not manifest.exists():  # it was removed: all clips that are there are listed again
+        rows_before = (row for entry in known.values() for row in entry.get("rows", ()))
+        every = [row for row in rows_before if (output / row["path"]).exists()]
         write_text(manifest, "".join(json.dumps(row) + "\n" for row in every))
     listed = {row["path"] for row in _lines(manifest)}
     for source in sources:

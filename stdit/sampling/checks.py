@@ -25,6 +25,7 @@ def check(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: i
     engine.latent_shape((frames, height, width))
     _check_channels(engine, options)
     _check_guidance(engine, options)
+    _check_shift(engine, options)
     _check_scheduler(engine, canvas, options)
     if canvas.mask.shape[1] > 1 and not engine.model.supports_patch_levels:
         raise ValueError(
@@ -89,6 +90,7 @@ def check_world(engine: Engine, options: SamplingOptions) -> Actions:
         )
     check_streamed(options)
     _check_guidance(engine, options)
+    _check_shift(engine, options)
     _check_solver(engine, options)
     _check_stream(options)
     _check_history_noise(options)
@@ -149,11 +151,6 @@ def _check_guidance(engine: Engine, options: SamplingOptions) -> None:
 
 
 def _check_solver(engine: Engine, options: SamplingOptions) -> None:
-    if options.shift is not None and engine.objective.config.name != "flow":
-        raise ValueError(
-            f"shift={options.shift} (--shift) moves the levels of flow, but this model was trained with {engine.objective.config.name}; "
-            "leave it out."
-        )
     name = options.solver or engine.default_solver
     least, steps = pick(SOLVERS, name, "solver").least_steps(engine.objective.path), options.num_inference_steps
     if isinstance(steps, int) and steps < least:
@@ -164,6 +161,14 @@ def _check_solver(engine: Engine, options: SamplingOptions) -> None:
         raise ValueError(
             "solver 'flow_map' needs a model that was trained with objective.flow_map=true; use euler, ab2 or dpmpp_2m, or train "
             "one (configs/quickstart_few.yaml)."
+        )
+
+
+def _check_shift(engine: Engine, options: SamplingOptions) -> None:
+    objective = engine.objective.config.name
+    if options.shift is not None and objective != "flow":
+        raise ValueError(
+            f"shift={options.shift} (--shift) moves the levels of flow, but this model was trained with {objective}; leave it out."
         )
 
 
@@ -178,8 +183,8 @@ def _check_scheduler(engine: Engine, canvas: Canvas, options: SamplingOptions) -
         )
     if options.shift is not None:
         raise ValueError(
-            f"shift={options.shift} (--shift) is for stdit's solvers, but this model has scheduler {name}, which has a shift of its "
-            "own; leave it out."
+            f"shift={options.shift} (--shift) is for stdit's solvers, but this model has scheduler {name}; leave it out, or add "
+            "solver='euler' (--solver euler)."
         )
     if isinstance(options.num_inference_steps, str):
         raise ValueError(

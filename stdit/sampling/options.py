@@ -64,7 +64,7 @@ class SamplingOptions:
         flag="--shift",
         type=float,
         above=0,
-        remedy="; 1 leaves the levels evenly spaced",
+        remedy="; 1 is no shift",
     )
     guidance_scale: float | None = _option(
         None,
@@ -257,7 +257,7 @@ def make_options(options: SamplingOptions | None = None, choices: Mapping[str, A
 
 
 # The options of a world, which goes on group by group.
-WORLD_OPTIONS = ("num_inference_steps", "guidance_scale", "history_noise", "solver", "seed")
+WORLD_OPTIONS = ("num_inference_steps", "shift", "guidance_scale", "history_noise", "solver", "seed")
 
 
 def add_flags(parser: argparse.ArgumentParser, only: Sequence[str] | None = None, **defaults: Any) -> None:

@@ -69,10 +69,12 @@ def find_checkpoint(
             resolved = {name: value for name, value in resolved.items() if name != key}
     if same_vae(saved.get("vae_fingerprint", "")):
         saved = {**saved, "vae_fingerprint": resolved["vae_fingerprint"]}
+    # Where steps of a flow map end is what it is trained on; other models learn the same with any schedule.
+    free = _FREE if resolved["objective"]["flow_map"] else (*_FREE, "objective.sampling_shift")
     changed = [
         line
         for line in differences(_canonicalize(_merge(defaults, saved), saved), _canonicalize(resolved))
-        if not line.startswith(tuple(f"{k}:" for k in _FREE))
+        if not line.startswith(tuple(f"{k}:" for k in free))
     ]
     if changed and not config.allow_changes:
         raise ValueError(

@@ -60,6 +60,10 @@ def test_a_dataset_of_shards_is_that_of_the_clips(shards):
 def test_a_column_that_is_named_goes_before_text_files_and_guesses_and_must_be_there(shards):
     records = [dataset(columns={"caption": "text"}).record(i) for i in range(6)]
     assert [record["caption"] for record in records] == ["another"] * 6
+    labelled = dataset(columns={"label": "text"})  # also of a name that is usual for captions
+    assert labelled.num_classes == 1 and labelled.record(1)["caption"] == "clip 1"
+    with pytest.raises(ValueError, match=r"data.columns has 'captoin'; name the columns of"):
+        dataset(columns={"captoin": "text"})
     with pytest.raises(
         ValueError, match=r"no JSON of a clip has 'txt' \(data.columns.caption\); they have 'score', 'text'"
     ):

@@ -106,7 +106,7 @@ def test_every_option_has_a_help_text_and_the_old_flag_is_hidden(monkeypatch):
         ({"num_inference_steps": 0}, "num_inference_steps must be >= 1, got 0."),
         ({"num_inference_steps": "few"}, "num_inference_steps must be a whole number, or ddimN .* got 'few'"),
         ({"num_inference_steps": 2.5}, "got 2.5"),
-        ({"shift": 0.0}, "shift must be a positive number, got 0.0; 1 leaves the levels evenly spaced."),
+        ({"shift": 0.0}, "shift must be a positive number, got 0.0; 1 is no shift."),
         ({"guidance_scale": float("nan")}, "guidance_scale must be >= 0, got nan; 1 is no guidance."),
         ({"guidance_interval": (0.2, 0.1)}, r"0 <= low <= high, got \(0.2, 0.1\)"),
         ({"guidance_interval": (0.2,)}, "must be two levels"),

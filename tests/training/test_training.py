@@ -466,9 +466,15 @@ def test_a_rate_that_reaches_zero_before_the_end_is_said(home, capsys):
     assert "train.steps=4 goes beyond train.decay_steps=2" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_with_another_spread_of_fresh_labels_which_its_checkpoint_replaces(home):
-    assert go("train.steps=1", "train.samples=0", "model.label_std=0.3") == 0
+@pytest.mark.parametrize("free", ["model.label_std=0.3", "objective.sampling_shift=4"])
+def test_a_run_goes_on_with_another_setting_that_changes_no_step(home, free):
+    assert go("train.steps=1", "train.samples=0", free) == 0
     assert go("train.steps=2", "train.samples=0") == 0
+
+
+def test_a_schedule_that_a_lora_could_not_keep_is_refused(home, capsys):
+    assert go("train.lora.rank=2", "init_from.path=models/t", "objective.sampling_shift=4") == 1
+    assert "leave it out, and sample with --shift" in capsys.readouterr().err
 
 
 def test_data_beside_a_config_that_draws_its_clips_is_refused(home, capsys):
