@@ -31,7 +31,7 @@ SMALL = {
     "model.depth": 3, "model.hidden_size": 32, "model.num_heads": 2, "train.batch_size": 4, "train.warmup_steps": 2,
     "train.steps": 10, "train.decay_steps": 20, "train.optimizer": "adamw", "train.lr": 2e-3, "train.precision": "fp32",
     "train.checkpoint_every": 100, "train.preview_every": 100, "train.log_every": 5, "train.samples": 2,
-    "train.sample_steps": 3, "train.ema_decay": 0.9, **DATA,
+    "train.sample_steps": 3, "train.ema_decay": 0.9, "objective.sampling_shift": None, **DATA,
 }  # fmt: skip
 # Name -> the config and its changes.
 RUNS: dict[str, tuple[str, dict]] = yaml.safe_load((HERE / "runs.yaml").read_text())
