@@ -159,7 +159,7 @@ def build_teacher(config: Config, device: torch.device) -> Teacher | None:
         if config.objective.distilled_guider == "auto":
             raise ValueError(
                 f"objective.distilled_guider=auto has no effect: init_from.path={config.init_from.path!r} is a flow map itself, which "
-                "learns on without a teacher; leave it out."
+                "learns on without a teacher; use cfg."
             )
         return None
     folder = Path(config.init_from.path)

@@ -70,7 +70,8 @@ def find_checkpoint(
     if same_vae(saved.get("vae_fingerprint", "")):
         saved = {**saved, "vae_fingerprint": resolved["vae_fingerprint"]}
     # Where steps of a flow map end is what it is trained on; other models learn the same with any schedule.
-    free = _FREE if resolved["objective"]["flow_map"] else (*_FREE, "objective.sampling_shift")
+    is_flow_map = resolved.get("objective", {}).get("flow_map", False)
+    free = _FREE if is_flow_map else (*_FREE, "objective.sampling_shift")
     changed = [
         line
         for line in differences(_canonicalize(_merge(defaults, saved), saved), _canonicalize(resolved))
