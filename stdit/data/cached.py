@@ -74,6 +74,7 @@ class CachedLatents(Annotated):
         shard, row = self._place(index)
         record, info = self._records[index], self.info["shards"][shard]
         columns = {**record["conditions"], **{key: self.info.get(key) for key in ("seed", "fps", "crop", "flip")}}
+        columns |= {name: values[row] for name, values in info.get("columns", {}).items()}
         if self.info.get("dtype", "float16") != "float16":
             columns["dtype"] = self.info["dtype"]
         return Identity(

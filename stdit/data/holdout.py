@@ -107,15 +107,19 @@ def _group(dataset: Dataset, index: int, column: str | None) -> str:
     """The value of a column for a sample, or the name of its file."""
     if column is None and hasattr(dataset, "group_of"):
         return str(dataset.group_of(index))
-    one = identity_of(dataset, index)
-    if column is None:
-        return one.source
-    if column not in one.columns:
+    return identity_of(dataset, index).source if column is None else column_of(dataset, index, column)
+
+
+def column_of(dataset: Dataset, index: int, column: str) -> str:
+    """The value of a column for a sample; ValueError if the sample does not have it."""
+    columns = identity_of(dataset, index).columns
+    if column not in columns:
+        cached = " Latents have it once stdit cache-latents, run again, is given it too." if not getattr(dataset, "decodes", True) else ""
         raise ValueError(
             f"train.holdout_column={column!r} is no column that {dataset.name(index)} has; it has "
-            f"{', '.join(map(str, one.columns)) or 'none'}. Leave it out to hold out files."
+            f"{', '.join(map(str, columns)) or 'none'}. Leave it out to hold out files.{cached}"
         )
-    return str(one.columns[column])
+    return str(columns[column])
 
 
 def _hash(name: str) -> str:

@@ -82,8 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     build_captions(
         config, dataset, default_device(), share=rank_of_process()
     )  # first, since it may find that there are none
-    write_shards(args.output, dataset, vae, parts, seed=config.seed, form=Form.of(config))
-    return write_index(args.output, head, dataset, parts, rate=clip_rate(config.data, dataset))
+    form = Form.of(config)
+    write_shards(args.output, dataset, vae, parts, seed=config.seed, form=form)
+    return write_index(args.output, head, dataset, parts, rate=clip_rate(config.data, dataset), form=form)
 
 
 def divide(dataset: Dataset, sizes: Sequence[ClipSize], shard_size: int, *, seed: int) -> list[Part]:

@@ -35,16 +35,18 @@ class Shard(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The data type of stored latents, and the precision in which they are computed."""
+    """How clips are stored: the data type of latents, the precision in which they are computed, a column for hold-outs."""
 
     dtype: torch.dtype = torch.float16
     precision: Precision = "auto"
+    column: str | None = None
 
     @classmethod
     def of(cls, config: Config) -> "Form":
         """That of a config: float32 is also computed in float32, as everything is with train.precision=fp32."""
         dtype = getattr(torch, config.data.cache_dtype)
-        return cls(dtype, "fp32" if dtype == torch.float32 else config.train.precision)
+        precision = "fp32" if dtype == torch.float32 else config.train.precision
+        return cls(dtype, precision, config.train.holdout_column)
 
 
 def encode_shard(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from stdit.data.actions import known_actions
 from stdit.data.datasets import Dataset
+from stdit.data.holdout import column_of
 from stdit.data.identity import columns_of, hash_of, identity_of
 from stdit.data.samplers import ClipSize
 from stdit.files import atomic_write, claimed, write_text
@@ -72,11 +73,11 @@ def _write_shard(
     }
     wanted = [i for i in indices if i not in unchanged]
     done.update(kept=len(unchanged), encoded=len(wanted))
-    annotations = hash_of([dataset.record(i) for i in indices])
+    annotations = _hash_of_annotations(dataset, indices, form.column)
     if not wanted and len(old["rows"]) == len(indices):
         if old["annotations"] != annotations:
             done["annotated"] += 1
-            record = {**old, **_annotations(dataset, [i for i in indices if unchanged[i] is not None])}
+            record = {**old, **_annotations(dataset, [i for i in indices if unchanged[i] is not None], form.column)}
             write_text(file.with_suffix(".json"), json.dumps({**record, "annotations": annotations}))
         return 0.0
     shard = encode_shard(dataset, vae, wanted, seed=seed, size=part.size, form=form)
@@ -87,7 +88,8 @@ def _write_shard(
     kept_rows = [number for number, row in enumerate(record["rows"]) if row is not None]
     record |= {"clips": [sources[number][0] for number in kept_rows]}  # what variants of one clip share
     record |= {} if part.size is None else {"size": list(part.size)}
-    record |= _annotations(dataset, [i for i, row in zip(indices, record["rows"], strict=True) if row is not None])
+    found = [i for i, row in zip(indices, record["rows"], strict=True) if row is not None]
+    record |= _annotations(dataset, found, form.column)
     write_text(file.with_suffix(".json"), json.dumps(record))
     return shard.waited
 
@@ -98,9 +100,16 @@ def source_of(dataset: Dataset, index: int) -> list:
     return [one.source, one.content, hash_of(columns_of(one))]
 
 
-def _annotations(dataset: Dataset, indices: Sequence[int]) -> dict[str, list]:
+def _annotations(dataset: Dataset, indices: Sequence[int], column: str | None) -> dict[str, Any]:
+    """Labels and captions, and the values of a column by which clips can be held out."""
     rows = [dataset.record(i) for i in indices]
-    return {"labels": [row["label"] for row in rows], "captions": [row["caption"] for row in rows]}
+    found: dict[str, Any] = {"labels": [row["label"] for row in rows], "captions": [row["caption"] for row in rows]}
+    return found | {"columns": {} if column is None else {column: [column_of(dataset, i, column) for i in indices]}}
+
+
+def _hash_of_annotations(dataset: Dataset, indices: Sequence[int], column: str | None) -> str:
+    rows = [dataset.record(i) for i in indices]
+    return hash_of(rows if column is None else [rows, column, [column_of(dataset, i, column) for i in indices]])
 
 
 def _merge(file: Path, old: dict, shard: Shard, *, unchanged: dict[int, int | None], indices: Sequence[int]) -> dict:
@@ -145,13 +154,15 @@ def _read_record(file: Path) -> dict[str, Any]:
         return _NOTHING
 
 
-def write_index(output: Path, head: dict, dataset: Dataset, parts: Sequence[Part], *, rate: float) -> int:
+def write_index(
+    output: Path, head: dict, dataset: Dataset, parts: Sequence[Part], *, rate: float, form: Form
+) -> int:
     """Write cache.json once every shard is there and of this data (the last process does). rate: frames per second."""
     records = []
     for number, part in enumerate(parts):
         path = output / f"latents-{number:05d}.json"
         record = json.loads(path.read_text()) if path.is_file() else {}
-        if record.get("annotations") != hash_of([dataset.record(i) for i in part.indices]):
+        if record.get("annotations") != _hash_of_annotations(dataset, part.indices, form.column):
             print(f"process {rank_of_process()[0]} is done; the last process to finish writes {output / 'cache.json'}")
             return 0
         index = {key: value for key, value in record.items() if key not in ("rows", "annotations")}

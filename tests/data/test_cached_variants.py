@@ -196,3 +196,20 @@ def test_captions_are_encoded_with_the_latents_and_found_by_training(home, monke
     with pytest.raises(ValueError, match="no clip of 'clips' has a caption"):
         cache_latents.main(["t.yaml", *words, "--output", "other"])
     assert not list((home / "other").glob("latents-*"))
+
+
+def test_a_cache_keeps_the_column_by_which_clips_are_held_out(home, capsys):
+    rows = [{"path": f"{i}.mp4", "scene": "indoors" if i in (1, 5) else "street"} for i in (0, 1, 2, 5)]
+    (home / "clips/list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (home / "t.yaml").write_text(CONFIG.replace(f"sizes: {SIZES}, ", "manifest: clips/list.jsonl, "))
+    assert cache("--windows", "2") == 0
+    latents = build_dataset(DataConfig(root="latents", source="latents", num_frames=5, height=32, width=32))
+    with pytest.raises(ValueError, match="'scene' is no column .* once stdit cache-latents, run again"):
+        split(latents, 0.0, "scene", ["indoors"])
+    capsys.readouterr()
+    assert cache("--windows", "2", "train.holdout_column=scene", "train.holdout_values=[indoors]") == 0
+    assert "8 clips kept, 0 encoded" in capsys.readouterr().out
+    latents = build_dataset(DataConfig(root="latents", source="latents", num_frames=5, height=32, width=32))
+    train_on, held = split(latents, 0.0, "scene", ["indoors"])
+    assert (len(train_on), len(held)) == (4, 4)
+    assert {latents.group_of(i) for i in held.indices} == {"1.mp4", "5.mp4"}
