@@ -169,6 +169,22 @@ class Config:
         if objective.mask_ratio:
             choice = f"objective.mask_ratio={objective.mask_ratio}"
             yield Need("masking", choice, "set model.trunk=masked, or objective.mask_ratio=0")
+        if objective.route_ratio:
+            choice = f"objective.route_ratio={objective.route_ratio}"
+            yield Need(
+                "routing",
+                choice,
+                "set model.trunk=stack with another model.conditioning than in_context, or objective.route_ratio=0",
+            )
+            for key, sharing in (
+                (f"model.depth={self.model.depth}", self.model.depth is not None and self.model.depth < 3),
+                ("data.packing=true", self.data.packing),
+                (f"train.parallel.context={self.train.parallel.context}", self.train.parallel.context > 1),
+            ):
+                if sharing:
+                    raise ValueError(
+                        f"{choice} takes whole clips of one shape and blocks in the middle, which {key} does not have; set it to 0, or leave out {key}."
+                    )
         if self.data.packing:
             remedy = (
                 f"set data.packing=false, or model.trunk to one of {', '.join(trunks_that_support('packing'))}, with "

@@ -114,7 +114,11 @@ def column_of(dataset: Dataset, index: int, column: str) -> str:
     """The value of a column for a sample; ValueError if the sample does not have it."""
     columns = identity_of(dataset, index).columns
     if column not in columns:
-        cached = " Latents have it once stdit cache-latents, run again, is given it too." if not getattr(dataset, "decodes", True) else ""
+        cached = (
+            " Latents have it once stdit cache-latents, run again, is given it too."
+            if not getattr(dataset, "decodes", True)
+            else ""
+        )
         raise ValueError(
             f"train.holdout_column={column!r} is no column that {dataset.name(index)} has; it has "
             f"{', '.join(map(str, columns)) or 'none'}. Leave it out to hold out files.{cached}"

@@ -15,7 +15,7 @@ DEFAULT_MASK_PROBS = {
 }  # fmt: skip
 
 _RANGES = {
-    "mask_warmup_steps": "[0, inf)", "cond_noise_max": "[0, 1)", "cond_clean_frames": "[0, inf)", "cond_timestep_shift": "(0, inf)", "mask_ratio": "[0, 0.75]",
+    "mask_warmup_steps": "[0, inf)", "cond_noise_max": "[0, 1)", "cond_clean_frames": "[0, inf)", "cond_timestep_shift": "(0, inf)", "mask_ratio": "[0, 0.75]", "route_ratio": "[0, 0.9]",
     "shift": "(0, inf)", "sampling_shift": "(0, inf)", "shift_tokens": "[0, inf)", "distilled_guidance": "[1, inf)",
 }  # fmt: skip
 
@@ -36,6 +36,7 @@ class ObjectiveConfig:
     )
     cond_timestep_shift: float = 1.0  # flow: additional shift toward noise for clips with known frames
     mask_ratio: float = 0.0  # trunk=masked: share of patches hidden from the encoder in a second pass (MDT v2: 0.3)
+    route_ratio: float = 0.0  # trunk=stack: share of patches that skip the middle blocks in training (TREAD: 0.5)
     betas: Betas = "linear"  # ddpm: linear (DiT), or scaled_linear (Stable Diffusion, U-ViT)
     learn_sigma: bool = True  # ddpm: the network also predicts the variance
     distribution: Distribution = "logit_normal"  # flow: distribution of levels in training
@@ -54,13 +55,14 @@ class ObjectiveConfig:
         unchanged = "1 leaves the levels as they are"
         check_ranges(
             "objective", self, _RANGES, shift=unchanged, sampling_shift="null: that of training", cond_timestep_shift=unchanged, mask_ratio="MDT v2 uses 0.3",
-            cond_noise_max="0 keeps known frames clean",
+            cond_noise_max="0 keeps known frames clean", route_ratio="TREAD uses 0.5",
         )  # fmt: skip
-        if self.flow_map and (self.name != "flow" or self.mask_ratio):
-            other = f"name={self.name}" if self.name != "flow" else f"mask_ratio={self.mask_ratio}"
-            raise ValueError(
-                f"objective.flow_map=true does not go with objective.{other}; use name=flow and mask_ratio=0, or flow_map=false."
-            )
+        for key, plain in (("name", "flow"), ("mask_ratio", 0), ("route_ratio", 0)):
+            if self.flow_map and getattr(self, key) != plain:
+                raise ValueError(
+                    f"objective.flow_map=true does not go with objective.{key}={getattr(self, key)}; use {key}={plain}, or "
+                    "flow_map=false."
+                )
         if self.distilled_guidance != 1 and not self.flow_map:
             raise ValueError(
                 f"objective.distilled_guidance={self.distilled_guidance} has no effect without objective.flow_map=true; set both."

@@ -1,7 +1,8 @@
 """Capabilities of models beyond clips of one shape at one noise level, and the checks that a model has them.
 
 packing: clips of many shapes in one sequence. patch_levels: a noise level per patch. frame_levels: a noise level per
-latent frame. masking: training with patches hidden from the encoder. causal: frames attend only to themselves and
+latent frame. masking: training with patches hidden from the encoder. routing: training
+with patches that skip the middle blocks. causal: frames attend only to themselves and
 earlier frames. text: captions. block_caching: blocks form one residual stream, so that diffusers' caches may skip all
 but the first.
 """
@@ -26,6 +27,7 @@ WHAT = {
     "patch_levels": "a noise level per patch",
     "frame_levels": "a noise level per latent frame",
     "masking": "training with hidden patches",
+    "routing": "training with patches that skip the middle blocks",
     "causal": "causal attention over frames",
     "text": "captions",
     "block_caching": "blocks that form one residual stream",
@@ -36,7 +38,7 @@ def supported(trunk: str, conditioning: str, *, causal: bool = False, text: bool
     """Capabilities of a transformer with this trunk and conditioning."""
     both = TRUNKS[trunk].supports & CONDITIONINGS[conditioning].supports
     found = (
-        (both & {"packing", "patch_levels"})
+        (both & {"packing", "patch_levels", "routing"})
         | (TRUNKS[trunk].supports & {"masking", "block_caching"})
         | {"frame_levels"}
     )

@@ -1,6 +1,7 @@
 """Estimates the cost of a model before it is built: operations by kind, and the memory of training."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from stdit.model.stdit import STDiT
 from stdit.nn.checkpointing import CHECKPOINTING, is_saved
 from stdit.nn.config import BlockConfig
 from stdit.nn.context import visible_frames
+from stdit.nn.layout import visible_count
 from stdit.nn.muon import muon_parameters
 
 Shape = tuple[int, int, int]
@@ -93,18 +95,26 @@ def _forward_cost(arguments: dict[str, Any], latent: Shape) -> Cost:
 
 
 @torch.no_grad()
-def clip_flops(model: STDiT, latent: Shape) -> float:
-    """Multiply-adds of one forward pass of a clip of `latent` (T, h, w), counted by running the model."""
+def clip_flops(model: STDiT, latent: Shape, route_ratio: float = 0.0) -> float:
+    """Multiply-adds of one forward pass of a clip of `latent` (T, h, w), counted by running the model.
+
+    route_ratio: the share of patches that skip the middle blocks (`objective.route_ratio`).
+    """
+    patches = math.prod(latent[1:]) // math.prod(model.patch_size[1:])
+    visible = torch.arange(visible_count(patches, route_ratio), device="cpu")[None] if route_ratio else None
     with FlopCounterMode(display=False) as counter:
-        model(*_inputs(model, latent, 1), **_example_conditions(model))
+        model(*_inputs(model, latent, 1), **_example_conditions(model), visible=visible)
     return counter.get_total_flops() / 2
 
 
-def flops_of_config(config: Mapping[str, Any], latent: Shape) -> float:
-    """Multiply-adds of one forward pass of a clip of `latent` (T, h, w) by the model of a config, on the meta device."""
+def flops_of_config(config: Mapping[str, Any], latent: Shape, route_ratio: float = 0.0) -> float:
+    """Multiply-adds of one forward pass of a clip of `latent` (T, h, w) by the model of a config, on the meta device.
+
+    route_ratio: the share of patches that skip the middle blocks (`objective.route_ratio`).
+    """
     with torch.device("meta"):
         model = STDiT.from_config(dict(config))
-        return clip_flops(model, latent)
+        return clip_flops(model, latent, route_ratio)
 
 
 def _example_conditions(model: STDiT, batch: int = 1) -> dict[str, Conditions]:

@@ -221,7 +221,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         (B, T, L), true for tokens; micro_conditions (B|1, N), nan where unknown. cache: keys and values of earlier
         frames, for a causal model. history: clean (or slightly noisy) latents of the same clips and their timesteps
         (B, T), to which each frame attends in place of the noisy earlier frames (teacher forcing of causal models).
-        visible: (B, n) indices of the patches that a masked trunk's encoder sees. target_timestep: like timestep, where
+        visible: (B, n) indices of the patches that a masked trunk's encoder, or the middle blocks of a stack, see. target_timestep: like timestep, where
         the step ends, for a flow map, which predicts the mean velocity on the way; None: at timestep itself. It must not be
         above timestep, for which no model is trained; this is not checked, since it would wait for the device. Lists of
         latents and timesteps run as one packed sequence (see `packed`).
@@ -326,8 +326,13 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
                 f"a model with sink={c.sink} runs frame by frame beyond the {c.sample_size[0]} latent frames of its "
                 "training clips; use pipe.stream, or a cache and one frame per call."
             )
-        if visible is not None and "masking" not in self.supports:
-            raise ValueError(f"trunk={c.trunk!r} sees every patch; leave `visible` out, or use trunk='masked'.")
+        if visible is not None and not {"masking", "routing"} & self.supports:
+            raise ValueError(
+                f"trunk={c.trunk!r} with conditioning={c.conditioning!r} sees every patch; leave `visible` out, or use "
+                "trunk='masked' or 'stack'."
+            )
+        if visible is not None and self.context_parallel is not None:
+            raise ValueError("processes that share frames see every patch; leave `visible` out.")
 
     def _with_prefix(self, tokens: Tensor, condition: Condition) -> tuple[Tensor, int, Tensor | None]:
         """Put the condition's tokens before the patches (in-context), and return their number and mask, too."""

@@ -54,7 +54,8 @@ class Conditioning(NamedTuple):
     @property
     def supports(self) -> frozenset[str]:
         """Capabilities (`model.capabilities`) that a model with this conditioning may have."""
-        return frozenset() if self.by_tokens else frozenset({"packing", "patch_levels"})
+        joining = frozenset() if self.in_context else frozenset({"routing"})
+        return joining if self.by_tokens else joining | {"packing", "patch_levels"}
 
 
 _head = partial(AdaLN, branches=1, gated=False)

@@ -29,7 +29,7 @@ POSITION_ENCODINGS = {
 class AxisTables(NamedTuple):
     """Position tables and masks of attention along one axis; a field is None where attention does not need it.
 
-    time: (L, D), added to the tokens. query_rope, key_rope: complex (L, 1, pairs). frames: what each frame sees, as chunks, or as
+    time: (L, D), added to the tokens. query_rope, key_rope: complex (L, 1, pairs), or (N, L, 1, pairs) where sequences differ. frames: what each frame sees, as chunks, or as
     a `BlockMask` for flex attention; None if every frame sees all. mask: (N, 1, 1, keys) bool, false for padding. bias_index:
     (N|1, L, L) rows of the relative position bias. retained: indices of the keys that are cached for the next call.
     """
@@ -113,7 +113,8 @@ def _axis_tables(
     query_rope = key_rope = None
     if rope_axes:
         rebased = rebase_sink_positions(config, key_positions, positions)
-        query_rope = key_rope = rope_freqs(positions[:, :rope_axes], config.head_dim // 2, layout.scale).to(device)
+        rotary = layout.rotary_positions(axis)[..., :rope_axes]
+        query_rope = key_rope = rope_freqs(rotary, config.head_dim // 2, layout.scale).to(device)
         if rebased is not positions:
             key_rope = rope_freqs(rebased[:, :rope_axes], config.head_dim // 2, layout.scale).to(device)
     among, noisy = layout.attended(axis)

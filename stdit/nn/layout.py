@@ -37,6 +37,9 @@ class Layout(Protocol):
     def spatial_positions(self, axis: str) -> Tensor:
         """Row and column (N|1, L, 2) of each token of the folded sequences."""
 
+    def rotary_positions(self, axis: str) -> np.ndarray:
+        """As `positions`, or (N, L, 3) if they differ between sequences."""
+
     def is_noisy_copy(self, axis: str) -> np.ndarray:
         """(L,) bool, true for tokens of a noisy copy of the clip (teacher forcing)."""
 
@@ -58,7 +61,7 @@ class DenseLayout:
 
     grid: (T, rows, columns). frame_offset: position in time of the first frame (a cache holds earlier frames).
     num_prefix_tokens: tokens of the condition before the patches of every frame; prefix_mask: (B, T, num_prefix_tokens)
-    bool, false for padding among them. visible: (B, n) indices of the visible patches if others are hidden (MDT); then
+    bool, false for padding among them. visible: (B, n) indices of the visible patches if others are hidden (MDT, TREAD); then
     only the frames of `positions` are valid, and `spatial_positions` has rows and columns.
     """
 
@@ -82,7 +85,7 @@ class DenseLayout:
 
     def with_visible(self, visible: Tensor) -> "DenseLayout":
         """The same layout with only the visible patches (B, n) of every frame."""
-        return DenseLayout(
+        return type(self)(
             self.grid,
             frame_offset=self.frame_offset,
             scale=self.scale,
@@ -117,6 +120,14 @@ class DenseLayout:
         if axis == "joint":
             return cells.repeat(1, t, 1)
         return cells if len(cells) == 1 else cells.repeat_interleave(t, 0)
+
+    def rotary_positions(self, axis: str) -> np.ndarray:
+        """Frame, row and column, (L, 3) for all sequences, or (N, L, 3) where each clip has other visible patches."""
+        positions = self.positions(axis)
+        if self.visible is None or axis == "temporal":
+            return positions
+        cells = self.spatial_positions(axis).numpy()
+        return np.concatenate([np.broadcast_to(positions[:, :1], (*cells.shape[:2], 1)), cells], axis=-1)
 
     def is_noisy_copy(self, axis: str) -> np.ndarray:
         """All false (L,): no frame is a noisy copy."""
@@ -160,6 +171,25 @@ class TeacherForcingLayout(DenseLayout):
         """(L,) bool, true in the second half of the frames."""
         tokens = np.arange(len(self.positions(axis)))
         return tokens * 2 >= len(tokens) if axis != "spatial" else np.zeros(len(tokens), dtype=bool)
+
+
+def visible_count(patches: int, ratio: float) -> int:
+    """How many of the patches of a frame are visible where a share of them is hidden: at least one."""
+    return max(1, int(patches * (1 - ratio)))
+
+
+def gather_patches(x: Tensor, visible: Tensor) -> Tensor:
+    """Select the visible patches (B, n) of every frame: (B, T, S, D) -> (B, T, n, D)."""
+    return x.gather(2, _index(x, visible))
+
+
+def scatter_patches(x: Tensor, visible: Tensor, patches: Tensor) -> Tensor:
+    """Put patches (B, T, n, D) at the visible places (B, n) of every frame of `x` (B, T, S, D)."""
+    return x.scatter(2, _index(x, visible), patches.to(x))
+
+
+def _index(x: Tensor, visible: Tensor) -> Tensor:
+    return visible.to(x.device)[:, None, :, None].expand(len(x), x.shape[1], -1, x.shape[-1])
 
 
 def grid_positions(frames: int, rows: int, columns: int, first_frame: int = 0) -> np.ndarray:

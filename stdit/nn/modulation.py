@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stdit.nn.layout import Layout
+from stdit.nn.layout import Layout, gather_patches
 
 
 class Condition(NamedTuple):
@@ -20,6 +20,14 @@ class Condition(NamedTuple):
     adaln: Tensor | None = None
     tokens: Tensor | None = None
     token_mask: Tensor | None = None
+
+    def of_patches(self, visible: Tensor) -> "Condition":
+        """The condition of the visible patches (B, n) of every frame, where it differs between patches."""
+        embedding, adaln = (
+            x if x is None or x.shape[2] == 1 else gather_patches(x, visible) for x in (self.embedding, self.adaln)
+        )
+        assert embedding is not None
+        return self._replace(embedding=embedding, adaln=adaln)
 
 
 class Modulation(NamedTuple):

@@ -66,6 +66,10 @@ class PackedLayout:
         positions = np.concatenate([grid_positions(*grid) for grid in self.grids])
         return positions[self.temporal_order.numpy()] if axis == "temporal" else positions
 
+    def rotary_positions(self, axis: str) -> np.ndarray:
+        """The positions (L, 3) of all patches."""
+        return self.positions(axis)
+
     def spatial_positions(self, axis: str) -> Tensor:
         """Row and column (1, L, 2) of each token within its clip."""
         return torch.from_numpy(self.positions(axis)[None, :, 1:])

@@ -105,6 +105,7 @@ class Probe:
                 conditions,
                 keys=batch.keys,
                 patch=self.model.patch_size,
+                route=True,
             )
         losses.clips.mean().backward()
         for optimizer in self.optimizers:

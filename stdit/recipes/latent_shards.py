@@ -154,9 +154,7 @@ def _read_record(file: Path) -> dict[str, Any]:
         return _NOTHING
 
 
-def write_index(
-    output: Path, head: dict, dataset: Dataset, parts: Sequence[Part], *, rate: float, form: Form
-) -> int:
+def write_index(output: Path, head: dict, dataset: Dataset, parts: Sequence[Part], *, rate: float, form: Form) -> int:
     """Write cache.json once every shard is there and of this data (the last process does). rate: frames per second."""
     records = []
     for number, part in enumerate(parts):

@@ -138,7 +138,7 @@ class Trainer(TrainingLoop):
             return 0.0
         if latent not in self._flops:
             try:
-                self._flops[latent] = flops_of_config(self.model.config, latent)
+                self._flops[latent] = flops_of_config(self.model.config, latent, self.objective.config.route_ratio)
             except (ValueError, TypeError, RuntimeError):  # a model that cannot be counted is trained all the same
                 self._flops[latent] = 0.0
         return self._flops[latent]
@@ -179,7 +179,7 @@ class Trainer(TrainingLoop):
             given = (clips, conditions, batch.keys)
             losses = diffusion_losses(
                 model, self.objective, *given, patch=self.model.patch_size, flow_map=self._flow_map(conditions, batch),
-                draw=self.noise,
+                draw=self.noise, route=True,
             )  # fmt: skip
         return StepLosses(losses.clips, level_sums(losses.clips, losses.levels))
 

@@ -14,6 +14,7 @@ from stdit.diffusion.flow_map import mean_velocity
 from stdit.diffusion.masks import Grid, choose_strategy
 from stdit.diffusion.objective import Objective
 from stdit.diffusion.paths import like
+from stdit.nn.layout import visible_count
 from stdit.pixels import to_float
 from stdit.rng import keyed_generator, keyed_normal
 from stdit.vae import VideoVAE
@@ -129,12 +130,14 @@ def diffusion_losses(
     strategy: str | None = None,
     flow_map: FlowMapTraining | None = None,
     draw: Callable[..., Tensor] = keyed_normal,
+    route: bool = False,
 ) -> Losses:
     """The diffusion loss of each clip: noise at levels drawn by key, predict, and compare where the mask is true.
 
     The mask strategy is drawn for each clip, so that a step has clips of several strategies. Clips of many shapes go
     through the model in one packed sequence. level, strategy: used in place of drawn ones, for the loss at a given
-    noise level. flow_map: needed to train a flow map. draw: gives the noise that `keyed_normal` draws.
+    noise level. flow_map: needed to train a flow map. draw: gives the noise that `keyed_normal` draws. route: as
+    training does, let patches skip the middle blocks by `objective.route_ratio`.
     """
     counts = [len(part.latents) for part in clips]
     where = [slice(sum(counts[:i]), sum(counts[: i + 1])) for i in range(len(counts))]
@@ -153,9 +156,13 @@ def diffusion_losses(
     if len(noisy) == 1:
         one = noisy[0]
         ends = {} if flow_map is None else {"target_timestep": _timestep(objective, one.target)}
+        if route and objective.config.route_ratio:
+            ends["visible"] = _visible_patches(objective.config.route_ratio, keys, one, patch)
         outputs = [model(one.noisy, one.timestep, **arguments, **ends)]
         if objective.config.mask_ratio:  # once with all patches, once with some hidden (MDT)
-            visible = _visible_patches(objective.config.mask_ratio, keys, one, patch)
+            # MDT v2 draws the ratio from 0.3 to 0.5.
+            more = 0.2 * float(torch.rand((), generator=keyed_generator("mask", *keys[0][:2])))
+            visible = _visible_patches(objective.config.mask_ratio + more, keys, one, patch)
             outputs.append(model(one.noisy, one.timestep, **arguments, visible=visible))
             losses = [_compare(objective, output, one) for output in outputs]
             return Losses(losses[0].clips + losses[1].clips, losses[0].levels)
@@ -169,11 +176,9 @@ def diffusion_losses(
 
 
 def _visible_patches(ratio: float, keys: Sequence[Key], one: NoisyBatch, patch: tuple[int, int, int]) -> Tensor:
-    """Draw the patches (B, n) of a frame that the encoder sees: n by the key of the step, which ones by that of the clip."""
+    """Draw by key the patches (B, n) of every frame of a clip that are left where a share is hidden."""
     patches = (one.noisy.shape[3] // patch[1]) * (one.noisy.shape[4] // patch[2])
-    # MDT v2 draws the ratio from 0.3 to 0.5.
-    ratio += 0.2 * float(torch.rand((), generator=keyed_generator("mask", *keys[0][:2])))
-    count = max(1, int(patches * (1 - ratio)))
+    count = visible_count(patches, ratio)
     drawn = [torch.randperm(patches, generator=keyed_generator("mask", *key))[:count] for key in keys]
     return torch.stack(drawn).to(one.noisy.device)
 

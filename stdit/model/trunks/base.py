@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from stdit.nn.cache import FrameCache
 from stdit.nn.conditioning import CONDITIONINGS, Conditioning
 from stdit.nn.config import BlockConfig
 from stdit.nn.context import POSITION_ENCODINGS, BlockContext, make_context
-from stdit.nn.layout import Layout
+from stdit.nn.layout import DenseLayout, Layout
 from stdit.nn.modulation import Condition
 
 
@@ -97,7 +97,7 @@ class TrunkContext:
     """The blocks of a model and their inputs in one forward pass.
 
     call: runs a block, with gradient checkpointing if it is enabled. visible: (B, n) indices of the patches that the
-    encoder of a masked trunk sees, None for all. The blocks are passed here and not as arguments of a trunk, because
+    encoder of a masked trunk or the middle blocks of a stack see, None for all. The blocks are passed here and not as arguments of a trunk, because
     accelerate's hooks move modules that are arguments of a module.
     """
 
@@ -109,6 +109,17 @@ class TrunkContext:
     cache: FrameCache | None = None
     visible: Tensor | None = None
     _contexts: dict[int, BlockContext] = field(default_factory=dict)
+
+    def of_patches(self, visible: Tensor) -> "TrunkContext":
+        """The context of blocks that see only these patches (B, n) of every frame."""
+        assert isinstance(self.layout, DenseLayout)
+        return replace(
+            self,
+            layout=self.layout.with_visible(visible),
+            condition=self.condition.of_patches(visible),
+            visible=None,
+            _contexts={},
+        )
 
     def of(self, layout: Layout | None = None) -> BlockContext:
         """The blocks' context for a layout (None: `self.layout`); its position tables are made once."""

@@ -1,14 +1,12 @@
 """MDT v2's trunk: an encoder with hidden patches in training, a side-interpolater for these, and a decoder."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from stdit.model.trunks.base import Trunk, TrunkConfig, TrunkContext
 from stdit.model.trunks.long_skip import forward_with_long_skips
 from stdit.nn.embedders import LearnedPosEmbed
-from stdit.nn.layout import DenseLayout
+from stdit.nn.layout import DenseLayout, gather_patches, scatter_patches
 
 
 class Masked(Trunk):
@@ -65,8 +63,8 @@ class Masked(Trunk):
         if ctx.visible is None:
             tokens = forward_with_long_skips(encoder, tokens, ctx) + pos_embed
         else:
-            encoder_ctx = replace(ctx, layout=ctx.layout.with_visible(ctx.visible))
-            visible = forward_with_long_skips(encoder, _gather(tokens, ctx.visible), encoder_ctx)
+            patches = gather_patches(tokens, ctx.visible)
+            visible = forward_with_long_skips(encoder, patches, ctx.of_patches(ctx.visible))
             tokens = self._interpolate(visible, ctx, pos_embed)
         for block in decoder:
             tokens = ctx(block, tokens, skip=first_tokens)
@@ -76,17 +74,9 @@ class Masked(Trunk):
         """Fill in the hidden patches with the side-interpolater; the visible patches stay unchanged."""
         batch, frames, _, dim = tokens.shape
         assert ctx.visible is not None
-        index = ctx.visible[:, None, :, None].expand(-1, frames, -1, dim)
-        full = (
-            self.mask_token.to(tokens).expand(batch, frames, len(pos_embed), dim).scatter(2, index, tokens) + pos_embed
-        )
+        hidden = self.mask_token.to(tokens).expand(batch, frames, len(pos_embed), dim)
+        full = scatter_patches(hidden, ctx.visible, tokens) + pos_embed
         is_visible = torch.zeros(batch, len(pos_embed), dtype=torch.bool, device=tokens.device).scatter(
             1, ctx.visible, True
         )
         return torch.where(is_visible[:, None, :, None], full, ctx(self.side_interpolater, full))
-
-
-def _gather(tokens: Tensor, visible: Tensor) -> Tensor:
-    """Select the visible patches (B, n) of every frame: (B, T, S, D) -> (B, T, n, D)."""
-    index = visible[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[-1])
-    return tokens.gather(2, index)

@@ -1,17 +1,38 @@
 """DiT's trunk: one block after another."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from stdit.model.trunks.base import Trunk, TrunkContext
+from stdit.nn.layout import gather_patches, scatter_patches
 
 
 class Stack(Trunk):
-    """A plain sequence of blocks (DiT, figure 3)."""
+    """A plain sequence of blocks (DiT, figure 3).
 
-    supports = frozenset({"packing", "patch_levels", "block_caching"})
+    With `visible`, in training, the other patches skip the middle blocks (Krause et al., "TREAD", section 3).
+    """
+
+    supports = frozenset({"packing", "patch_levels", "block_caching", "routing"})
 
     def forward(self, tokens: Tensor, ctx: TrunkContext) -> Tensor:
         """Run the tokens through the blocks in order."""
-        for block in ctx.blocks:
-            tokens = ctx(block, tokens)
-        return tokens
+        if ctx.visible is None:
+            return _run(ctx, ctx.blocks, tokens)
+        middle = routed_blocks(len(ctx.blocks))
+        tokens = _run(ctx, ctx.blocks[: middle.start], tokens)
+        patches = _run(ctx.of_patches(ctx.visible), ctx.blocks[middle], gather_patches(tokens, ctx.visible))
+        return _run(ctx, ctx.blocks[middle.stop :], scatter_patches(tokens, ctx.visible, patches))
+
+
+def routed_blocks(depth: int) -> slice:
+    """The blocks that patches can skip: of 28 the third to the 24th, as in TREAD, and the same share of other depths."""
+    return slice(max(1, depth // 12), depth - max(1, depth // 7))
+
+
+def _run(ctx: TrunkContext, blocks: Sequence[Any], tokens: Tensor) -> Tensor:
+    for block in blocks:
+        tokens = ctx(block, tokens)
+    return tokens
