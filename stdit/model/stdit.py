@@ -221,7 +221,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         (B, T, L), true for tokens; micro_conditions (B|1, N), nan where unknown. cache: keys and values of earlier
         frames, for a causal model. history: clean (or slightly noisy) latents of the same clips and their timesteps
         (B, T), to which each frame attends in place of the noisy earlier frames (teacher forcing of causal models).
-        visible: (B, n) indices of the patches that a masked trunk's encoder, or the middle blocks of a stack, see. target_timestep: like timestep, where
+        visible: indices of the patches that a masked trunk's encoder (B, n) or the middle blocks of a stack (B, T, n) see. target_timestep: like timestep, where
         the step ends, for a flow map, which predicts the mean velocity on the way; None: at timestep itself. It must not be
         above timestep, for which no model is trained; this is not checked, since it would wait for the device. Lists of
         latents and timesteps run as one packed sequence (see `packed`).
@@ -241,6 +241,7 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
             timestep = _after_history(history[1], timestep)
             target_timestep = None if target_timestep is None else _after_history(history[1], target_timestep)
             given = repeat_frames(given, 2)
+            visible = visible if visible is None or visible.ndim == 2 else visible.repeat(1, 2, 1)
         self._check_call(hidden_states.shape[2], cache, history is not None, visible)
         grid = token_grid(hidden_states.shape[2:], self.patch_size)
         scale = self._position_scale(grid)

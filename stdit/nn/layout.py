@@ -61,8 +61,9 @@ class DenseLayout:
 
     grid: (T, rows, columns). frame_offset: position in time of the first frame (a cache holds earlier frames).
     num_prefix_tokens: tokens of the condition before the patches of every frame; prefix_mask: (B, T, num_prefix_tokens)
-    bool, false for padding among them. visible: (B, n) indices of the visible patches if others are hidden (MDT, TREAD); then
-    only the frames of `positions` are valid, and `spatial_positions` has rows and columns.
+    bool, false for padding among them. visible: (B, n), or (B, T, n) if they differ between frames, indices of the visible patches
+    if others are hidden (MDT, TREAD); then only the frames of `positions` are valid, and `spatial_positions` has rows and
+    columns.
     """
 
     def __init__(
@@ -81,10 +82,10 @@ class DenseLayout:
     @property
     def patches_per_frame(self) -> int:
         """Number of visible patches per frame."""
-        return self.grid[1] * self.grid[2] if self.visible is None else self.visible.shape[1]
+        return self.grid[1] * self.grid[2] if self.visible is None else self.visible.shape[-1]
 
     def with_visible(self, visible: Tensor) -> "DenseLayout":
-        """The same layout with only the visible patches (B, n) of every frame."""
+        """The same layout with only the visible patches (B, n) or (B, T, n) of every frame."""
         return type(self)(
             self.grid,
             frame_offset=self.frame_offset,
@@ -116,10 +117,10 @@ class DenseLayout:
         """Row and column (N|1, L, 2) of the visible patches."""
         t, rows, columns = self.grid
         cells = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).flatten(0, 1)
-        cells = cells[None] if self.visible is None else cells[self.visible.cpu()]
-        if axis == "joint":
-            return cells.repeat(1, t, 1)
-        return cells if len(cells) == 1 else cells.repeat_interleave(t, 0)
+        if self.visible is None:
+            return cells[None] if axis != "joint" else cells[None].repeat(1, t, 1)
+        by_frame = cells[_by_frame(self.visible).cpu()].expand(-1, t, -1, -1)
+        return by_frame.flatten(1, 2) if axis == "joint" else by_frame.flatten(0, 1)
 
     def rotary_positions(self, axis: str) -> np.ndarray:
         """Frame, row and column, (L, 3) for all sequences, or (N, L, 3) where each clip has other visible patches."""
@@ -179,17 +180,22 @@ def visible_count(patches: int, ratio: float) -> int:
 
 
 def gather_patches(x: Tensor, visible: Tensor) -> Tensor:
-    """Select the visible patches (B, n) of every frame: (B, T, S, D) -> (B, T, n, D)."""
+    """Select the visible patches, (B, n) or (B, T, n), of every frame: (B, T, S, D) -> (B, T, n, D)."""
     return x.gather(2, _index(x, visible))
 
 
 def scatter_patches(x: Tensor, visible: Tensor, patches: Tensor) -> Tensor:
-    """Put patches (B, T, n, D) at the visible places (B, n) of every frame of `x` (B, T, S, D)."""
+    """Put patches (B, T, n, D) at the visible places, (B, n) or (B, T, n), of every frame of `x` (B, T, S, D)."""
     return x.scatter(2, _index(x, visible), patches.to(x))
 
 
 def _index(x: Tensor, visible: Tensor) -> Tensor:
-    return visible.to(x.device)[:, None, :, None].expand(len(x), x.shape[1], -1, x.shape[-1])
+    return _by_frame(visible.to(x.device))[..., None].expand(len(x), x.shape[1], -1, x.shape[-1])
+
+
+def _by_frame(visible: Tensor) -> Tensor:
+    """Visible patches (B, n) or (B, T, n) -> (B, T|1, n)."""
+    return visible if visible.ndim == 3 else visible[:, None]
 
 
 def grid_positions(frames: int, rows: int, columns: int, first_frame: int = 0) -> np.ndarray:

@@ -22,7 +22,7 @@ class Condition(NamedTuple):
     token_mask: Tensor | None = None
 
     def of_patches(self, visible: Tensor) -> "Condition":
-        """The condition of the visible patches (B, n) of every frame, where it differs between patches."""
+        """The condition of the visible patches of every frame, where it differs between patches."""
         embedding, adaln = (
             x if x is None or x.shape[2] == 1 else gather_patches(x, visible) for x in (self.embedding, self.adaln)
         )

@@ -157,12 +157,13 @@ def diffusion_losses(
         one = noisy[0]
         ends = {} if flow_map is None else {"target_timestep": _timestep(objective, one.target)}
         if route and objective.config.route_ratio:
-            ends["visible"] = _visible_patches(objective.config.route_ratio, keys, one, patch)
+            frames = one.noisy.shape[2] // patch[0]
+            ends["visible"] = _visible_patches(objective.config.route_ratio, keys, one, patch, frames=frames)
         outputs = [model(one.noisy, one.timestep, **arguments, **ends)]
         if objective.config.mask_ratio:  # once with all patches, once with some hidden (MDT)
             # MDT v2 draws the ratio from 0.3 to 0.5.
             more = 0.2 * float(torch.rand((), generator=keyed_generator("mask", *keys[0][:2])))
-            visible = _visible_patches(objective.config.mask_ratio + more, keys, one, patch)
+            visible = _visible_patches(objective.config.mask_ratio + more, keys, one, patch)[:, 0]
             outputs.append(model(one.noisy, one.timestep, **arguments, visible=visible))
             losses = [_compare(objective, output, one) for output in outputs]
             return Losses(losses[0].clips + losses[1].clips, losses[0].levels)
@@ -175,12 +176,15 @@ def diffusion_losses(
     return Losses(*(torch.cat(parts) for parts in zip(*losses, strict=True)))
 
 
-def _visible_patches(ratio: float, keys: Sequence[Key], one: NoisyBatch, patch: tuple[int, int, int]) -> Tensor:
-    """Draw by key the patches (B, n) of every frame of a clip that are left where a share is hidden."""
+def _visible_patches(
+    ratio: float, keys: Sequence[Key], one: NoisyBatch, patch: tuple[int, int, int], *, frames: int = 1
+) -> Tensor:
+    """Draw by key the patches (B, frames, n) of a clip that are left where a share is hidden."""
     patches = (one.noisy.shape[3] // patch[1]) * (one.noisy.shape[4] // patch[2])
     count = visible_count(patches, ratio)
-    drawn = [torch.randperm(patches, generator=keyed_generator("mask", *key))[:count] for key in keys]
-    return torch.stack(drawn).to(one.noisy.device)
+    generators = [keyed_generator("mask", *key) for key in keys]
+    drawn = [[torch.randperm(patches, generator=one)[:count] for _ in range(frames)] for one in generators]
+    return torch.stack([torch.stack(clip) for clip in drawn]).to(one.noisy.device)
 
 
 def _add_noise(

@@ -34,38 +34,47 @@ def inputs():
     return torch.randn(2, 4, 3, 8, 6), torch.tensor([[0.0, 100.0, 300.0], [700.0, 0.0, 20.0]]), torch.tensor([1, 4])
 
 
+def permutations(frames=None):
+    """All 12 patches of two clips, or of every frame of them, in another order each."""
+    generator, count = torch.Generator().manual_seed(3), 2 * (frames or 1)
+    orders = torch.stack([torch.randperm(12, generator=generator) for _ in range(count)])
+    return orders if frames is None else orders.view(2, frames, 12)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_middle_blocks_that_see_all_patches_in_any_order_change_nothing(name):
     network, (x, t, labels) = model(**MODELS[name]), inputs()
-    orders = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     history = {"history": (torch.randn_like(x), torch.zeros(2, 3))} if name == "causal" else {}
     plain = network(x, t, labels, **history)
-    torch.testing.assert_close(network(x, t, labels, visible=orders, **history), plain, atol=2e-5, rtol=1e-4)
-    assert not torch.allclose(network(x, t, labels, visible=orders[:, :6], **history), plain, atol=1e-3)
+    for orders in (permutations(), permutations(frames=3)):
+        torch.testing.assert_close(network(x, t, labels, visible=orders, **history), plain, atol=2e-5, rtol=1e-4)
+        assert not torch.allclose(network(x, t, labels, visible=orders[..., :6], **history), plain, atol=1e-3)
 
 
 @torch.no_grad()
 def test_levels_per_patch_stay_with_their_patches():
     network, (x, _, labels) = model(position_encoding="rope_3d", conditioning="adaln_single"), inputs()
-    orders = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     levels = 1000 * torch.rand(2, 3, 12)
     plain = network(x, levels, labels)
-    torch.testing.assert_close(network(x, levels, labels, visible=orders), plain, atol=2e-5, rtol=1e-4)
+    found = network(x, levels, labels, visible=permutations(frames=3))
+    torch.testing.assert_close(found, plain, atol=2e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_patches_around_the_middle_blocks_come_out_of_them_as_they_went_in():
     network, (x, t, labels) = model(depth=4), inputs()
-    seen, visible = {}, torch.tensor([[0, 5, 7], [3, 11, 1]])
+    seen, visible = {}, torch.tensor([[[0, 5, 7]] * 3, [[3, 11, 1], [3, 1, 11], [3, 11, 2]]])
     for i in range(4):
         network.blocks[i].register_forward_hook(lambda block, args, result, i=i: seen.update({i: (args[0], result)}))
     network(x, t, labels, visible=visible)
     assert [seen[i][0].shape[2] for i in range(4)] == [12, 3, 3, 12]
     before, after = seen[0][1], seen[3][0]
-    moved = (before != after).any(3).any(1)
-    assert [row.nonzero().flatten().tolist() for row in moved] == [[0, 5, 7], [1, 3, 11]]
-    assert torch.equal(after[1][:, [3, 11, 1]], seen[2][1][1])
+    moved = (before != after).any(3)
+    assert [[frame.nonzero().flatten().tolist() for frame in clip] for clip in moved] == [
+        [[0, 5, 7]] * 3, [[1, 3, 11], [1, 3, 11], [2, 3, 11]],
+    ]  # fmt: skip
+    assert torch.equal(after[1, 2, [3, 11, 2]], seen[2][1][1, 2])
 
 
 def test_blocks_that_are_skipped_are_those_of_tread():

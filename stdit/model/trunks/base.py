@@ -96,7 +96,7 @@ class TrunkConfig:
 class TrunkContext:
     """The blocks of a model and their inputs in one forward pass.
 
-    call: runs a block, with gradient checkpointing if it is enabled. visible: (B, n) indices of the patches that the
+    call: runs a block, with gradient checkpointing if it is enabled. visible: (B, n) or (B, T, n) indices of the patches that the
     encoder of a masked trunk or the middle blocks of a stack see, None for all. The blocks are passed here and not as arguments of a trunk, because
     accelerate's hooks move modules that are arguments of a module.
     """
@@ -111,7 +111,7 @@ class TrunkContext:
     _contexts: dict[int, BlockContext] = field(default_factory=dict)
 
     def of_patches(self, visible: Tensor) -> "TrunkContext":
-        """The context of blocks that see only these patches (B, n) of every frame."""
+        """The context of blocks that see only these patches of every frame."""
         assert isinstance(self.layout, DenseLayout)
         return replace(
             self,

@@ -12,7 +12,8 @@ from stdit.nn.layout import gather_patches, scatter_patches
 class Stack(Trunk):
     """A plain sequence of blocks (DiT, figure 3).
 
-    With `visible`, in training, the other patches skip the middle blocks (Krause et al., "TREAD", section 3).
+    With `visible`, in training, the other patches skip the middle blocks (Krause et al., "TREAD", section 3). Where blocks
+    attend along time, these are the same in all frames of a clip.
     """
 
     supports = frozenset({"packing", "patch_levels", "block_caching", "routing"})
@@ -21,10 +22,12 @@ class Stack(Trunk):
         """Run the tokens through the blocks in order."""
         if ctx.visible is None:
             return _run(ctx, ctx.blocks, tokens)
-        middle = routed_blocks(len(ctx.blocks))
+        middle, visible = routed_blocks(len(ctx.blocks)), ctx.visible
+        if visible.ndim == 3 and any(block.attn.axis == "temporal" for block in ctx.blocks):
+            visible = visible[:, 0]
         tokens = _run(ctx, ctx.blocks[: middle.start], tokens)
-        patches = _run(ctx.of_patches(ctx.visible), ctx.blocks[middle], gather_patches(tokens, ctx.visible))
-        return _run(ctx, ctx.blocks[middle.stop :], scatter_patches(tokens, ctx.visible, patches))
+        patches = _run(ctx.of_patches(visible), ctx.blocks[middle], gather_patches(tokens, visible))
+        return _run(ctx, ctx.blocks[middle.stop :], scatter_patches(tokens, visible, patches))
 
 
 def routed_blocks(depth: int) -> slice:
