@@ -95,6 +95,10 @@ class Config:
     def _check_start(self) -> None:
         """Raise ValueError for a LoRA or a guided teacher without the model that it needs."""
         start, lora = self.init_from, self.train.lora
+        if self.objective.distilled_scales and start.path is None:
+            raise ValueError(
+                "objective.distilled_scales needs a teacher, whose guidance is learnt; set init_from.path to a trained model."
+            )
         if self.objective.distilled_guider == "auto" and start.path is None:
             raise ValueError(
                 "objective.distilled_guider=auto needs a teacher with a guide; set init_from.path to a model that was trained with "

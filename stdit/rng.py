@@ -18,6 +18,7 @@ PURPOSES = (
     "mask",
     "grouped",
     "lora",
+    "guidance",
 )
 
 

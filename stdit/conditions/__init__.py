@@ -9,12 +9,15 @@ from typing import Any
 from stdit.conditions.actions import Actions, ActionSpace
 from stdit.conditions.base import ClipFacts, Conditioner
 from stdit.conditions.caption import Caption
+from stdit.conditions.guidance import LearntGuidance
 from stdit.conditions.label import Label
 from stdit.conditions.micro import Micro
 from stdit.conditions.values import Conditions, Guided, Tokens
 from stdit.variants import pick
 
-CONDITIONERS: dict[str, type[Conditioner]] = {"label": Label, "micro": Micro, "caption": Caption, "actions": Actions}
+CONDITIONERS: dict[str, type[Conditioner]] = {
+    "label": Label, "micro": Micro, "caption": Caption, "actions": Actions, "guidance": LearntGuidance,
+}  # fmt: skip
 
 __all__ = [
     "CONDITIONERS",
@@ -26,6 +29,7 @@ __all__ = [
     "Conditions",
     "Guided",
     "Label",
+    "LearntGuidance",
     "Micro",
     "Tokens",
     "check_extra_conditions",

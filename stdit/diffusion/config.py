@@ -49,6 +49,9 @@ class ObjectiveConfig:
     distilled_guider: Literal["cfg", "auto"] = (
         "cfg"  # what the teacher's guidance leads away from: no condition, or its guide
     )
+    distilled_scales: dict[str, float] = field(
+        default_factory=dict
+    )  # flow_map: instead of one scale, all from 1 to this by guider, {cfg: 5, auto: 3}: the scale is a condition
     shift_tokens: int = 0  # flow: latent positions at which shift holds; it scales with the root of the size; 0: off
 
     def __post_init__(self) -> None:
@@ -71,6 +74,7 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.distilled_guider={self.distilled_guider} has no effect without objective.flow_map=true; set both."
             )
+        self._check_scales()
         for name in self.mask_probs:
             _check_strategy(name, "strategy in objective.mask_probs")
         for name, probability in self.mask_probs.items():
@@ -83,6 +87,24 @@ class ObjectiveConfig:
             raise ValueError(
                 "objective.mask_probs.teacher_forcing gives every clip a noised history and mixes with no other strategy; "
                 "set it to 0, or use objective.mask_strategy=teacher_forcing."
+            )
+
+    def _check_scales(self) -> None:
+        for name, scale in self.distilled_scales.items():
+            if name not in ("cfg", "auto") or not 1 < scale < float("inf"):
+                raise ValueError(
+                    f"objective.distilled_scales={self.distilled_scales} must have the largest scale, above 1, of the guider cfg or "
+                    f"auto, got {name}: {scale}."
+                )
+        other = (
+            f"flow_map={str(self.flow_map).lower()}" if not self.flow_map
+            else f"distilled_guidance={self.distilled_guidance:g}" if self.distilled_guidance != 1
+            else f"distilled_guider={self.distilled_guider}" if self.distilled_guider != "cfg" else None
+        )  # fmt: skip
+        if self.distilled_scales and other is not None:
+            raise ValueError(
+                f"objective.distilled_scales does not go with objective.{other}; a flow map learns either one scale, or all up to "
+                "a largest one."
             )
 
     @property

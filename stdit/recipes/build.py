@@ -109,6 +109,8 @@ def build_model(
         return UNet(**given, sample_size=shape, channels=config.model.unet_channels, layers=config.model.unet_layers)
     arguments = model_arguments(config.model)
     arguments["extra_conditions"] = {**arguments["extra_conditions"], **actions}
+    if config.objective.distilled_scales:
+        arguments["extra_conditions"]["guidance"] = {"scales": dict(config.objective.distilled_scales)}
     given |= {"flow_map": config.objective.flow_map, "distilled_guidance": config.objective.distilled_guidance}
     image = load_start(config.init_from.path) if config.init_from.path else None
     if image is not None:
@@ -150,25 +152,26 @@ def action_arguments(config: Config, vae: VideoVAE, dataset: Dataset) -> dict[st
 def build_teacher(config: Config, device: torch.device) -> Teacher | None:
     """The model of `init_from.path` from which a flow map learns; None for other runs, and from a flow map.
 
-    With `objective.distilled_guider=auto` also its guide; ValueError if it has none, or there is no teacher.
+    Where the guider `auto` is learnt also its guide; ValueError if it has none, or there is no teacher.
     """
     if not config.objective.flow_map or config.init_from.path is None:
         return None
     model = load_start(config.init_from.path)
+    by_guide = config.objective.distilled_guider == "auto" or "auto" in config.objective.distilled_scales
     if model.config.flow_map:
-        if config.objective.distilled_guider == "auto":
+        if by_guide or config.objective.distilled_scales:
             raise ValueError(
-                f"objective.distilled_guider=auto has no effect: init_from.path={config.init_from.path!r} is a flow map itself, which "
-                "learns on without a teacher; use cfg."
+                f"guidance cannot be learnt: init_from.path={config.init_from.path!r} is a flow map itself, which "
+                "learns on without a teacher; use objective.distilled_guider=cfg without distilled_scales."
             )
         return None
     folder = Path(config.init_from.path)
     folder = folder.parent if folder.name == "transformer" else folder
     guide = None
-    if config.objective.distilled_guider == "auto":
+    if by_guide:
         if not (folder / "guide" / "config.json").is_file():
             raise ValueError(
-                f"objective.distilled_guider=auto, but init_from.path={config.init_from.path!r} has no folder guide; use cfg, or "
+                f"the guider auto is to be learnt, but init_from.path={config.init_from.path!r} has no folder guide; use cfg, or "
                 "a model that was trained with train.guide_step."
             )
         guide = STDiT.from_pretrained(folder, subfolder="guide")

@@ -59,8 +59,9 @@ def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int]
 def _guidance(pipe: STDiTPipeline, args: argparse.Namespace) -> float:
     if args.guidance is not None:
         return args.guidance
-    plain = pipe.engine.distilled_guidance == 1 and (pipe.guide is None or args.guider not in (None, "auto"))
-    return 3.0 if plain else pipe.engine.default_guidance
+    engine = pipe.engine
+    guider = args.guider or engine.default_guider
+    return 3.0 if engine.distilled_guidance == 1 and guider != "auto" else engine.default_guidance
 
 
 def _output(model: Path) -> Path:

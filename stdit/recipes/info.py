@@ -86,6 +86,9 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
     for name, space in (transformer.get("extra_conditions") or {}).items():
         if name == "actions" and isinstance(space, dict):
             yield "actions", f"{', '.join(space.get('names') or []) or space.get('width')} (stdit play)"
+        elif name == "guidance" and isinstance(space, dict):
+            scales = ", ".join(f"{guider} 1 to {most:g}" for guider, most in space["scales"].items())
+            yield "guidance", f"{scales}, learnt: one evaluation a step (--guider, --guidance)"
         else:
             yield "condition", str(name)
     tasks = [one for one in pipeline.get("mask_strategies") or [] if one != "shared"]

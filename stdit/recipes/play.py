@@ -95,11 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         actions = check_world(pipe.engine, options)
         pipe.labels(args.class_label)  # raises for one that is unknown
         frames_of_action(actions.space, pipe.video_vae.stride[0])
-        scale = pipe.engine.guidance(options).scale
+        branches = pipe.engine.guidance(options).branches
         begin = Beginnings(pipe, options, actions, args)
         worker = Worker()
         stage = Stage(
-            begin, actions, fps=pipe.config.fps, evaluations=args.steps * (2 if scale != 1 else 1) + 1,
+            begin, actions, fps=pipe.config.fps, evaluations=args.steps * branches + 1,
             title=f"{model.name}", recordings=Path("output") / model.name / "played", sessions=args.sessions,
         )  # fmt: skip
         app = make_app(stage.routes(worker), worker)

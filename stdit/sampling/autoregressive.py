@@ -45,7 +45,7 @@ class Rollout:
         self.solver = options.solver or engine.default_solver
         # Every call must run the same branches of guidance, since each branch has its own keys and values in the cache.
         guidance = engine.guidance(options)._replace(interval=(0.0, 1.0), history=1.0)
-        if guidance.guider == "auto":  # the cache has the keys and values of one model
+        if guidance.guider == "auto" and not guidance.learnt:  # the cache has the keys and values of one model
             guidance = guidance._replace(guider="cfg")
         self.guidance = guidance if guided else guidance._replace(scale=1.0)
         trained_frames = engine.trained_on.num_frames  # the duration that a model conditioned on it saw in training
@@ -105,7 +105,7 @@ class Rollout:
         return other
 
     def _denoiser(self, given: Guided, guidance: Guidance) -> Denoiser:
-        if self.guidance.scale == 1:  # whatever a callback asks for: the cache has keys and values of one branch
+        if self.guidance.branches == 1:  # whatever a callback asks for: the cache has keys and values of one branch
             return self.engine.denoiser(given, self.guidance, cache=self.cache)
         return self.engine.denoiser(given, guidance, cache=self.cache, both=True)
 

@@ -138,6 +138,9 @@ def _check_channels(engine: Engine, options: SamplingOptions) -> None:
 
 
 def _check_guidance(engine: Engine, options: SamplingOptions) -> None:
+    if engine.learnt_guidance is not None:
+        _check_learnt(engine, options)
+        return
     if options.guider == "auto" and engine.guide is None:
         raise ValueError(
             "guider='auto' leads away from a weaker model, which this one does not have; leave it out, or train with "
@@ -147,6 +150,24 @@ def _check_guidance(engine: Engine, options: SamplingOptions) -> None:
         raise ValueError(
             f"guidance_scale={options.guidance_scale} on top of the {engine.distilled_guidance:g} that this model has learnt; leave "
             "it out (--guidance 1)."
+        )
+
+
+def _check_learnt(engine: Engine, options: SamplingOptions) -> None:
+    """Raise ValueError for a guider, a scale or levels that a model which takes scales as a condition has not learnt."""
+    assert engine.learnt_guidance is not None
+    scales, guidance = engine.learnt_guidance.scales, engine.guidance(options)
+    pick(scales, guidance.guider, "guider of this model, which has learnt guidance")
+    most = scales[guidance.guider]
+    if not 1 <= guidance.scale <= most:
+        raise ValueError(
+            f"guidance_scale={guidance.scale:g} is not among those that this model has learnt for {guidance.guider!r}, 1 to {most:g}; "
+            "choose one of them."
+        )
+    if guidance.interval != (0.0, 1.0) or guidance.channels is not None:
+        raise ValueError(
+            "guidance_interval and guidance_channels are for guidance by a second evaluation, and this model has learnt "
+            "guidance; leave them out."
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from stdit.conditions import ClipFacts, Conditions, Guided
+from stdit.conditions import ClipFacts, Conditions, Guided, LearntGuidance
 from stdit.diffusion.objective import Objective
 from stdit.diffusion.predictions import Estimate
 from stdit.model.stdit import STDiT
@@ -84,8 +84,16 @@ class Engine:
         return getattr(self.model.config, "distilled_guidance", 1.0)
 
     @property
+    def learnt_guidance(self) -> LearntGuidance | None:
+        """The condition on guidance scales of a model that has learnt many; None: it has none."""
+        found = self.model.conditioners.get("guidance")
+        return found if isinstance(found, LearntGuidance) else None
+
+    @property
     def default_guidance(self) -> float:
         """The guidance scale of calls that give none: 2, or 1 if the model has learnt one or is conditioned on actions alone."""
+        if self.learnt_guidance is not None:
+            return min(2.0, self.learnt_guidance.scales[self.default_guider])
         conditioners = self.model.conditioners.values()
         unguided = bool(conditioners) and not any(conditioner.guided_by_default for conditioner in conditioners)
         return 1.0 if unguided or self.distilled_guidance != 1 else 2.0
@@ -93,11 +101,14 @@ class Engine:
     @property
     def default_guider(self) -> str:
         """The guider of calls that give none."""
-        return "cfg" if self.guide is None else "auto"
+        learnt = self.learnt_guidance
+        by_guide = self.guide is not None if learnt is None else "auto" in learnt.scales
+        return "auto" if by_guide else "cfg"
 
     def guidance(self, options: SamplingOptions) -> Guidance:
         """The guidance of a call, with the model's defaults for what it does not say."""
-        return Guidance.of(options, self.default_guidance, self.default_guider)
+        found = Guidance.of(options, self.default_guidance, self.default_guider)
+        return found._replace(learnt=self.learnt_guidance is not None)
 
     def latent_shape(self, size: Size) -> Size:
         """The shape (T, h, w) of a clip's latents; ValueError if the clip does not fit the VAE or the patches."""
@@ -148,6 +159,11 @@ class Engine:
         both: bool = False,
     ) -> Denoiser:
         """Make a function (x, levels, target) -> output of the guided model; arguments: those of `guided`."""
+        if guidance.learnt:
+            assert self.learnt_guidance is not None
+            scales = self.learnt_guidance.at_scale(guidance.guider, guidance.scale).to(self.device)
+            given = given.change(lambda conditions: {**conditions, "guidance": scales})
+            guidance = guidance._replace(scale=1.0, guider="cfg")
         return guided(
             self.model, self.objective, given, guidance,
             weaker=self.guide, noised_context=noised_context, cache=cache, both=both,

@@ -28,7 +28,7 @@ class Guidance(NamedTuple):
     scale: 1 is none. interval: levels of the noisiest frame at which it is applied (Kynkaanniemi et al.). channels: the
     number of latent channels that are guided, from the first (DiT's published samples: three of four), None is all.
     history: guidance toward known frames (Song et al., "History-Guided Video Diffusion"), 1 is none. guider: a row of
-    `GUIDERS`, what it leads away from.
+    `GUIDERS`, what it leads away from. learnt: the model takes the scale as a condition.
     """
 
     scale: float = 1.0
@@ -36,6 +36,7 @@ class Guidance(NamedTuple):
     channels: int | None = None
     history: float = 1.0
     guider: str = "cfg"
+    learnt: bool = False
 
     @classmethod
     def of(cls, options: SamplingOptions, default: float, guider: str = "cfg") -> Self:
@@ -47,6 +48,11 @@ class Guidance(NamedTuple):
             channels=options.guidance_channels,
             history=options.history_guidance,
         )
+
+    @property
+    def branches(self) -> int:
+        """How often the network runs in a step: once where there is no guidance, or where it is learnt."""
+        return 1 if self.scale == 1 or self.learnt else 2
 
 
 def away_from_null(conditional: Tensor, null: Tensor, scale: float) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from stdit.conditions import Conditions, conditioners_of
+from stdit.conditions import Conditions, LearntGuidance, conditioners_of
 from stdit.conditions.base import Key
 from stdit.conditions.values import map_tensors
 from stdit.data.identity import hash_of
@@ -248,6 +248,9 @@ class Trainer(TrainingLoop):
         """The conditions of a batch for the model, each dropped with probability `dropout`."""
         found: Conditions = {}
         for name, conditioner in self.conditioners.items():
+            if isinstance(conditioner, LearntGuidance):
+                found[name] = conditioner.value(conditioner.of_keys(batch.keys))
+                continue
             if name not in batch.conditions:
                 raise ValueError(
                     f"the model takes {name!r}, which the data does not have; give a manifest with it (and cache latents "

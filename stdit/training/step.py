@@ -1,6 +1,6 @@
 """One training step as a pure function: a batch, keyed noise and levels, a loss per clip."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -256,6 +256,7 @@ def _with_velocity(objective: Objective, one: NoisyBatch, conditions: Conditions
     """Add what a flow map is to predict: the mean velocity on the way of the data, or of the teacher."""
     assert one.target is not None
     scale = objective.config.distilled_guidance
+    scales = conditions.get("guidance")  # of every clip, where the scale is a condition
 
     def run(network: Callable[..., Tensor], noisy: NoisyBatch, target: Tensor | None, conditions: Conditions) -> Tensor:
         further = {} if noisy.history is None else {"history": noisy.history}
@@ -263,7 +264,9 @@ def _with_velocity(objective: Objective, one: NoisyBatch, conditions: Conditions
         timestep = _timestep(objective, noisy.levels)
         return network(noisy.noisy, timestep, conditions=conditions, **further, **ends).float()
 
-    if given.teacher is not None:
+    if given.teacher is not None and isinstance(scales, Tensor):
+        velocity = _guided_velocity(run, one, conditions, given, objective.config.distilled_scales)
+    elif given.teacher is not None:
         velocity = run(given.teacher, one, None, conditions)
         if scale != 1:
             worse = (
@@ -278,13 +281,43 @@ def _with_velocity(objective: Objective, one: NoisyBatch, conditions: Conditions
             velocity = scale * velocity + (1 - scale) * run(given.model, one, one.levels, given.null)
 
     def rest(x: Tensor, levels: Tensor, target: Tensor, which: Tensor) -> Tensor:
-        history = None if one.history is None else (one.history[0][which], one.history[1][which])
-        chosen = map_tensors(conditions, lambda value: value if len(value) == 1 else value[which])
-        return run(given.model, one._replace(noisy=x, levels=levels, history=history), target, chosen)
+        part = _clips(one, which)._replace(noisy=x, levels=levels)
+        return run(given.model, part, target, _conditions_of(conditions, which))
 
     return one._replace(
         velocity=mean_velocity(rest, one.noisy, velocity=velocity, levels=one.levels, target=one.target)
     )
+
+
+def _guided_velocity(
+    run: Callable[..., Tensor], one: NoisyBatch, conditions: Conditions, given: FlowMapTraining, guiders: Iterable[str]
+) -> Tensor:
+    """The teacher's velocity, led away from its null branch and its guide by the scales of each clip."""
+    scales = conditions["guidance"]
+    assert isinstance(scales, Tensor)
+    conditions, null = (
+        {name: value for name, value in part.items() if name != "guidance"} for part in (conditions, given.null)
+    )
+    velocity = run(given.teacher, one, None, conditions)
+    found = velocity.clone()
+    for guider, by in zip(guiders, scales.to(velocity)[:, 0].unbind(1), strict=True):
+        which = by > 1
+        if not bool(which.any()):
+            continue
+        network, chosen = (given.guide, conditions) if guider == "auto" else (given.teacher, null)
+        worse = run(network, _clips(one, which), None, _conditions_of(chosen, which))
+        found[which] += (by[which] - 1).view(-1, *[1] * (worse.ndim - 1)) * (velocity[which] - worse)
+    return found
+
+
+def _clips(one: NoisyBatch, which: Tensor) -> NoisyBatch:
+    """What the network gets of some clips of a batch (B,) bool; the rest is as it was."""
+    history = None if one.history is None else (one.history[0][which], one.history[1][which])
+    return one._replace(noisy=one.noisy[which], levels=one.levels[which], history=history)
+
+
+def _conditions_of(conditions: Conditions, which: Tensor) -> Conditions:
+    return map_tensors(conditions, lambda value: value if len(value) == 1 else value[which])
 
 
 def _per_patch(frames: Tensor, grid: Grid) -> Tensor:
