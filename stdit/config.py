@@ -79,6 +79,13 @@ class Config:
                 f"train.guidance={self.train.guidance:g} would guide samples of a model that has learnt "
                 f"objective.distilled_guidance={objective.distilled_guidance:g}; set train.guidance=1."
             )
+        if objective.distilled_scales and not 1 <= self.train.guidance <= (
+            most := max(objective.distilled_scales.values())
+        ):
+            raise ValueError(
+                f"train.guidance={self.train.guidance:g} is not among the scales that the model is to learn "
+                f"(objective.distilled_scales), 1 to {most:g}; choose one of them."
+            )
         longest = max((size[0] for size in self.data.sizes), default=0)
         if self.model.sink and longest > self.data.num_frames:
             raise ValueError(

@@ -14,7 +14,8 @@ from stdit.rng import keyed_generator
 class LearntGuidance(Conditioner):
     """A guidance scale for each guider, added to the conditioning vector (Meng et al., "On Distillation of Guided Diffusion").
 
-    scales: guider -> the largest scale of training, in the order of a value's numbers. A scale of 1 is no guidance.
+    scales: guider -> the largest scale of training; a value's numbers are in the order of their names, since JSON keeps no
+    order. A scale of 1 is no guidance.
     """
 
     name = "guidance"
@@ -28,7 +29,7 @@ class LearntGuidance(Conditioner):
     def __init__(self, scales: Mapping[str, float]):
         if not scales or not all(1 < scale < float("inf") for scale in scales.values()):
             raise ValueError(f"scales={dict(scales)} must name a guider, and a largest scale above 1 for each")
-        self.scales = {str(name): float(scale) for name, scale in scales.items()}
+        self.scales = {str(name): float(scale) for name, scale in sorted(scales.items())}
 
     def embedder(self, dim: int) -> nn.Module:
         """Make the embedder of the scales, which adds nothing at first."""

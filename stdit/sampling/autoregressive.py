@@ -162,7 +162,7 @@ class AutoregressiveSampler:
         given = engine.with_clip_facts(given, (trained_frames, *size[1:]), self.options.fps)
         rollout = Rollout(
             engine, self.options, size[1:], keys,
-            guided=not given.unconditional, noise=self.noise, on_step=self.on_step,
+            guided=not given.unconditional or engine.learnt_guidance is not None, noise=self.noise, on_step=self.on_step,
         )  # fmt: skip
 
         def conditions() -> Guided:

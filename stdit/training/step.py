@@ -265,7 +265,7 @@ def _with_velocity(objective: Objective, one: NoisyBatch, conditions: Conditions
         return network(noisy.noisy, timestep, conditions=conditions, **further, **ends).float()
 
     if given.teacher is not None and isinstance(scales, Tensor):
-        velocity = _guided_velocity(run, one, conditions, given, objective.config.distilled_scales)
+        velocity = _guided_velocity(run, one, conditions, given, sorted(objective.config.distilled_scales))
     elif given.teacher is not None:
         velocity = run(given.teacher, one, None, conditions)
         if scale != 1:

@@ -1,0 +1,177 @@
+"""A flow map that takes the scale of guidance as a condition: what it learns, and how it is sampled."""
+
+import pytest
+import torch
+from conftest import fill
+
+from stdit.conditions import LearntGuidance
+from stdit.config import Config, load_typed
+from stdit.diffusion.config import ObjectiveConfig
+from stdit.diffusion.objective import build_objective
+from stdit.model.stdit import STDiT
+from stdit.recipes.build import build_teacher
+from stdit.recipes.info import main as info
+from stdit.sampling.pipeline import STDiTPipeline
+from stdit.sampling.scheduler import STDiTScheduler
+from stdit.training.step import FlowMapTraining, LatentBatch, diffusion_losses
+from stdit.vae.tiny import TinyVAE
+
+SCALES = {"cfg": 5.0, "auto": 3.0}  # numbers of a value: auto, cfg
+LEARNT = {"flow_map": True, "extra_conditions": {"guidance": {"scales": SCALES}}}
+FAST = {"num_inference_steps": 2, "progress": False, "num_frames": 5, "height": 16, "width": 16}
+
+
+def build(**changes) -> STDiT:
+    torch.manual_seed(0)
+    sizes = {"depth": 2, "hidden_size": 24, "num_heads": 2, "in_channels": 4, "num_classes": 3}
+    return STDiT(**{**sizes, "sample_size": (5, 4, 4), "learn_sigma": False, "axes": ["joint"], **changes}).eval()
+
+
+def make_pipe(tiny_model, **model) -> STDiTPipeline:
+    network = tiny_model(in_channels=16, num_classes=3, learn_sigma=False, **LEARNT, **model)
+    vae = TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))
+    return STDiTPipeline(network, vae, STDiTScheduler("flow", learn_sigma=False), 5, 16, 16, 8.0, "flow")
+
+
+def scales_of(clips) -> torch.Tensor:
+    return LearntGuidance(SCALES).of_keys([(0, 3, slot) for slot in clips])
+
+
+def test_every_clip_draws_one_guider_and_its_scale_by_key():
+    drawn = scales_of(range(400))
+    assert torch.equal(drawn[37:41], scales_of(range(37, 41)))
+    assert ((drawn > 1).sum(1) == 1).all()
+    assert 2.8 < drawn[:, 0].max() <= 3.0 and 4.8 < drawn[:, 1].max() <= 5.0
+    assert 150 < int((drawn[:, 0] > 1).sum()) < 250
+
+
+@torch.no_grad()
+def test_a_fresh_condition_on_scales_changes_nothing():
+    plain, learnt = fill(build(flow_map=True)), build(**LEARNT)
+    missing = learnt.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing and all(name.startswith("guidance_embedder") for name in missing)
+    x, t, y = torch.randn(2, 4, 5, 4, 4), torch.tensor([300.0, 800.0]), torch.tensor([0, 2])
+    expected = plain(x, t, y)
+    assert torch.equal(learnt(x, t, y), expected)
+    assert torch.equal(learnt(x, t, y, guidance_scales=torch.tensor([[2.0, 1.0], [1.0, 4.0]])), expected)
+    fill(learnt.guidance_embedder)
+    assert not torch.equal(learnt(x, t, y, guidance_scales=torch.tensor([[2.0, 1.0], [1.0, 4.0]])), expected)
+
+
+@pytest.mark.parametrize("strategy", ["shared", "prefix", "region"])
+def test_the_target_is_the_teachers_velocity_at_the_scale_of_each_clip(strategy, monkeypatch):
+    from stdit.diffusion import objective as module
+
+    monkeypatch.setattr(module, "VELOCITY_SHARE", 1.1)  # the velocity itself, without segments
+    teacher, guide = fill(build()), fill(build(), 0.2)
+    scales, labels, null = scales_of(range(4)), torch.tensor([[0], [1], [2], [1]]), torch.full((4, 1), 3)
+
+    def guided(x, timestep, conditions, target_timestep):
+        """A model that gives the velocity which it is to learn."""
+        with torch.no_grad():
+            plain = teacher(x, timestep, conditions={"label": labels})
+            away = [teacher(x, timestep, conditions={"label": null}), guide(x, timestep, conditions={"label": labels})]
+        by = [(scale - 1).view(-1, 1, 1, 1, 1) for scale in conditions["guidance"][:, 0].flip(1).unbind(1)]
+        return plain + sum(scale * (plain - worse) for scale, worse in zip(by, away, strict=True))
+
+    latents = torch.randn(4, 4, 5, 4, 4)
+    conditions = {"label": labels, "guidance": scales[:, None]}
+    given = FlowMapTraining(guided, {"label": null, "guidance": scales[:, None]}, teacher, guide)
+    objective = build_objective(ObjectiveConfig(flow_map=True, distilled_scales=SCALES))
+    losses = diffusion_losses(
+        guided, objective, [LatentBatch(latents, lambda mask: latents.transpose(1, 2)[mask])], conditions,
+        [(0, 3, slot) for slot in range(4)], patch=(1, 2, 2), strategy=strategy, flow_map=given,
+    )  # fmt: skip
+    assert losses.clips.max() < 1e-10
+
+
+@torch.no_grad()
+def test_a_call_runs_the_network_once_a_step_at_the_scale_it_asks_for(tiny_model):
+    pipe = make_pipe(tiny_model)
+    fill(pipe.transformer.guidance_embedder)
+    seen = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda model, args, given: seen.append((len(given["hidden_states"]), given["guidance_scales"].tolist())),
+        with_kwargs=True,
+    )
+    default = pipe(1, **FAST)
+    assert seen == [(1, [[[2.0, 1.0]]])] * 2  # away from the guide, by 2
+    assert torch.equal(default, pipe(1, guider="auto", guidance_scale=2.0, **FAST))
+    seen.clear()
+    other = pipe(1, guider="cfg", guidance_scale=4.0, **FAST)
+    assert seen == [(1, [[[1.0, 4.0]]])] * 2 and not torch.equal(other, default)
+    seen.clear()
+    pipe(1, guidance_scale=1.0, **FAST)
+    assert seen == [(1, [[[1.0, 1.0]]])] * 2
+
+
+@torch.no_grad()
+def test_streams_and_saved_models_keep_the_learnt_scales(tiny_model, tmp_path, capsys):
+    causal = {"axes": ["joint"], "causal": True, "position_encoding": "rope_3d", "window": 2}
+    pipe = make_pipe(tiny_model, **causal)
+    fill(pipe.transformer.guidance_embedder)
+    clip, given = torch.rand(1, 3, 5, 16, 16), {"num_inference_steps": 2, "progress": False}
+
+    def stream(pipe, **options):
+        return torch.cat(list(pipe.stream(clip, 8, 0, **given, **options)), 2)
+
+    calls = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda model, args, kw: calls.append(len(kw["hidden_states"])), with_kwargs=True
+    )
+    found = stream(pipe)
+    handle.remove()
+    assert set(calls) == {1}
+    assert not torch.equal(found, stream(pipe, guider="cfg", guidance_scale=4.0))
+    pipe.save_pretrained(tmp_path / "m")
+    assert torch.equal(found, stream(STDiTPipeline.from_pretrained(tmp_path / "m")))
+    assert info([str(tmp_path / "m")]) == 0
+    assert "auto 1 to 3, cfg 1 to 5, learnt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"guidance_scale": 4.0}, "guidance_scale=4 is not among those that this model has learnt for 'auto', 1 to 3"),
+        ({"guidance_scale": 0.5, "guider": "cfg"}, "1 to 5"),
+        ({"guider": "cfg_zero"}, "guider of this model"),
+        ({"guidance_interval": (0.5, 1.0)}, "guidance_interval"),
+    ],
+)
+def test_what_was_not_learnt_is_refused(tiny_model, options, words):
+    with pytest.raises(ValueError, match=words):
+        make_pipe(tiny_model)(1, **FAST, **options)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["objective.distilled_scales={cfg: 5}"], "does not go with objective.flow_map=false"),
+        (["objective.flow_map=true", "objective.distilled_scales={cfg: 1}"], "must have the largest scale, above 1"),
+        (["objective.flow_map=true", "objective.distilled_scales={apg: 3}"], "guider cfg or auto, got apg"),
+        (
+            ["objective.flow_map=true", "objective.distilled_scales={cfg: 3}", "objective.distilled_guidance=2", "train.guidance=1"],
+            "does not go with objective.distilled_guidance=2",
+        ),
+        (["objective.flow_map=true", "objective.distilled_scales={cfg: 3}"], "needs a teacher"),
+        (["objective.flow_map=true", "objective.distilled_scales={cfg: 3}", "init_from.path=m", "train.guidance=4"], "train.guidance=4"),
+    ],
+)  # fmt: skip
+def test_scales_that_cannot_be_learnt_are_refused(tmp_path, overrides, words):
+    (tmp_path / "t.yaml").write_text("name: t\n")
+    with pytest.raises(ValueError, match=words):
+        load_typed(Config, tmp_path / "t.yaml", overrides)
+
+
+def test_a_guide_is_loaded_where_its_scales_are_learnt(tmp_path):
+    build().save_pretrained(tmp_path / "m" / "transformer")
+    scales = ["objective.distilled_guider=cfg", "objective.distilled_guidance=1", "train.guidance=2"]
+    config = load_typed(
+        Config,
+        "quickstart_few",
+        [*scales, f"init_from.path={tmp_path / 'm' / 'transformer'}", "objective.distilled_scales={auto: 3}"],
+    )
+    with pytest.raises(ValueError, match="has no folder guide"):
+        build_teacher(config, torch.device("cpu"))
+    build().save_pretrained(tmp_path / "m" / "guide")
+    assert build_teacher(config, torch.device("cpu")).guide is not None
