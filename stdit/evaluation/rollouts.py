@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stdit.data.video_write import to_uint8
 from stdit.evaluation.held_out import EvalResult, HeldOut, Metric, label_kwargs, same_object
@@ -24,6 +24,7 @@ def rollout(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options:
     `options` are those of `pipe.stream`.
     """
     seconds, memory, shown = [], [], [data.pixels[:8, :, :known]]
+    network = _Stopwatch(pipe.transformer)
     last_parts: deque[Tensor] = deque(maxlen=5)  # the others are dropped, since the memory of the process is measured
     every = max(1, new // 4 // 12)  # shows about 12 frames in the contact sheet; a part has 4 frames
     stream = pipe.stream(data.pixels[:, :, :known], new, **label_kwargs(pipe, data), **options)
@@ -37,6 +38,7 @@ def rollout(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options:
         last_parts.append(part)
         if len(seconds) % every == 0:
             shown.append(part[:8, :, -1:].clone())  # a view would hold the memory of the whole part
+    network.remove()
     generated = torch.cat(list(last_parts), 2)
     tenth = max(1, len(seconds) // 10)
     end = [measure_shape(to_uint8(clip)[-17:]) for clip in generated]
@@ -59,9 +61,34 @@ def rollout(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options:
         Metric(f"{name}: moving and inside the frame at the end", float(moving.mean()), "%", interval=wilson(moving)),
         Metric(f"{name}: seconds per frame, last tenth over first", float(last / first), "", most=1.1),
         Metric(f"{name}: seconds per frame for {len(generated)} clips", float(np.median(seconds)), "s"),
+        Metric(f"{name}: of these in the network, without decoding", network.seconds / new, "s"),
         Metric(f"{name}: memory of the process, last over first tenth", memory[-1] / memory[tenth], "", most=1.1),
     ]
     return EvalResult(metrics, [to_uint8(clip) for clip in torch.cat(shown, 2)])
+
+
+class _Stopwatch:
+    """Adds up the seconds of a network's calls; a device is waited for."""
+
+    def __init__(self, network: nn.Module):
+        self.seconds = 0.0
+        self._handles = [network.register_forward_pre_hook(self._start), network.register_forward_hook(self._stop)]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _start(self, network: nn.Module, inputs: Any) -> None:
+        self._began = _now(network)
+
+    def _stop(self, network: nn.Module, inputs: Any, output: Any) -> None:
+        self.seconds += _now(network) - self._began
+
+
+def _now(network: nn.Module) -> float:
+    if next(network.parameters()).device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _resident() -> float:
