@@ -102,6 +102,10 @@ class Config:
     def _check_start(self) -> None:
         """Raise ValueError for a LoRA or a guided teacher without the model that it needs."""
         start, lora = self.init_from, self.train.lora
+        if "guidance" in self.model.extra_conditions:
+            raise ValueError(
+                "model.extra_conditions.guidance is what objective.distilled_scales turns on; set that, and leave this one out."
+            )
         if self.objective.distilled_scales and start.path is None:
             raise ValueError(
                 "objective.distilled_scales needs a teacher, whose guidance is learnt; set init_from.path to a trained model."

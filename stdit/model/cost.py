@@ -47,17 +47,18 @@ class Cost:
         return sum(self.flops.values())
 
 
-def forward_cost(arguments: dict[str, Any], latent: Shape) -> Cost:
+def forward_cost(arguments: dict[str, Any], latent: Shape, route_ratio: float = 0.0) -> Cost:
     """Count one forward pass of a clip of `latent` (T, h, w) on the meta device, in multiply-adds as in DiT's paper.
 
+    route_ratio: the share of patches that skip the middle blocks (`objective.route_ratio`).
     flops has the keys "attention spatial", "attention temporal", "attention joint" (with their projections),
     "attention to the condition", "mlp", "modulation" and "embedding and head".
     """
-    key = json.dumps([arguments, latent], sort_keys=True, default=str)
+    key = json.dumps([arguments, latent, route_ratio], sort_keys=True, default=str)
     if key not in _costs:
         if len(_costs) >= _MAX_COSTS:
             _costs.clear()
-        _costs[key] = _forward_cost(arguments, latent)
+        _costs[key] = _forward_cost(arguments, latent, route_ratio)
     return _costs[key]
 
 
@@ -65,12 +66,12 @@ _MAX_COSTS = 64
 _costs: dict[str, Cost] = {}  # by arguments and latent: a plan asks for few of them many times
 
 
-def _forward_cost(arguments: dict[str, Any], latent: Shape) -> Cost:
+def _forward_cost(arguments: dict[str, Any], latent: Shape, route_ratio: float) -> Cost:
     with torch.device("meta"):
         model = STDiT(**arguments)
         inputs = _inputs(model, latent, 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs, **_example_conditions(model))
+        model(*inputs, **_example_conditions(model), **_visible(model, latent, route_ratio))
     counts = {name: sum(ops.values()) / 2 for name, ops in counter.get_flop_counts().items()}
     flops: dict[str, float] = {}
     inside = 0.0
@@ -100,11 +101,17 @@ def clip_flops(model: STDiT, latent: Shape, route_ratio: float = 0.0) -> float:
 
     route_ratio: the share of patches that skip the middle blocks (`objective.route_ratio`).
     """
-    patches = math.prod(latent[1:]) // math.prod(model.patch_size[1:])
-    visible = torch.arange(visible_count(patches, route_ratio), device="cpu")[None] if route_ratio else None
     with FlopCounterMode(display=False) as counter:
-        model(*_inputs(model, latent, 1), **_example_conditions(model), visible=visible)
+        model(*_inputs(model, latent, 1), **_example_conditions(model), **_visible(model, latent, route_ratio))
     return counter.get_total_flops() / 2
+
+
+def _visible(model: STDiT, latent: Shape, route_ratio: float) -> dict[str, Tensor]:
+    """The argument for as many patches (1, n) as the middle blocks see; none if these are all."""
+    if not route_ratio:
+        return {}
+    patches = math.prod(latent[1:]) // math.prod(model.patch_size[1:])
+    return {"visible": torch.arange(visible_count(patches, route_ratio), device="cpu")[None]}
 
 
 def flops_of_config(config: Mapping[str, Any], latent: Shape, route_ratio: float = 0.0) -> float:

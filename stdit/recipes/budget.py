@@ -79,7 +79,7 @@ class Budget:
         for own in self._models():
             config = self.config(own)
             arguments, batch, latent = arguments_of(config, vae), config.train.batch_size, self._latent(config, vae)
-            cost = forward_cost(arguments, latent)
+            cost = forward_cost(arguments, latent, config.objective.route_ratio)
             seconds = batch * (6 * cost.total / (rate * _UTILISATION) + each)
             wanted = config.train.steps if self._is_given("train.steps") else STEPS
             possible = min(wanted, int((self.seconds - before) / seconds))

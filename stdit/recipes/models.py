@@ -92,7 +92,7 @@ def load_start(path: str, key: str = "init_from.path") -> STDiT:
         check_is_model(Path(source), key)
     try:
         check_reachable(source, "config.json", options)
-        return STDiT.from_pretrained(source, **options)
+        model = STDiT.from_pretrained(source, **options)
     except OSError as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(
@@ -100,6 +100,12 @@ def load_start(path: str, key: str = "init_from.path") -> STDiT:
             if is_local
             else f"{key}={path!r} is no folder, and as a hub id it cannot be read: {said}; give the folder of a model."
         ) from error
+    if key == "init_from.path" and "guidance" in model.conditioners:
+        raise ValueError(
+            f"{key}={path!r} has learnt scales of guidance (objective.distilled_scales), which further training would not keep; "
+            "train the model that was its teacher."
+        )
+    return model
 
 
 def check_is_model(folder: Path, key: str) -> None:

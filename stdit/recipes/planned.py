@@ -170,7 +170,7 @@ class PlannedRun:
 
     def computation(self, choice: Choice) -> float:
         """Seconds of arithmetic in a step."""
-        flops = forward_cost(self.arguments, self.latent).total
+        flops = forward_cost(self.arguments, self.latent, self.config.objective.route_ratio).total
         work = 2 * 3 * _CHECKPOINTING_TIME[choice.checkpointing] * flops * self.config.train.batch_size
         return work / ((self.peak or 1.0) * 1e12 * self.utilisation * self.count)
 

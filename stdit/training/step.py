@@ -265,7 +265,9 @@ def _with_velocity(objective: Objective, one: NoisyBatch, conditions: Conditions
         return network(noisy.noisy, timestep, conditions=conditions, **further, **ends).float()
 
     if given.teacher is not None and isinstance(scales, Tensor):
-        velocity = _guided_velocity(run, one, conditions, given, sorted(objective.config.distilled_scales))
+        velocity = _guided_velocity(
+            run, one, conditions, given=given, guiders=sorted(objective.config.distilled_scales)
+        )
     elif given.teacher is not None:
         velocity = run(given.teacher, one, None, conditions)
         if scale != 1:
@@ -290,7 +292,12 @@ def _with_velocity(objective: Objective, one: NoisyBatch, conditions: Conditions
 
 
 def _guided_velocity(
-    run: Callable[..., Tensor], one: NoisyBatch, conditions: Conditions, given: FlowMapTraining, guiders: Iterable[str]
+    run: Callable[..., Tensor],
+    one: NoisyBatch,
+    conditions: Conditions,
+    *,
+    given: FlowMapTraining,
+    guiders: Iterable[str],
 ) -> Tensor:
     """The teacher's velocity, led away from its null branch and its guide by the scales of each clip."""
     scales = conditions["guidance"]

@@ -11,6 +11,7 @@ from stdit.diffusion.objective import build_objective
 from stdit.model.stdit import STDiT
 from stdit.recipes.build import build_teacher
 from stdit.recipes.info import main as info
+from stdit.recipes.models import load_start
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.training.step import FlowMapTraining, LatentBatch, diffusion_losses
@@ -154,6 +155,7 @@ def test_what_was_not_learnt_is_refused(tiny_model, options, words):
             "does not go with objective.distilled_guidance=2",
         ),
         (["objective.flow_map=true", "objective.distilled_scales={cfg: 3}"], "needs a teacher"),
+        (["model.extra_conditions={guidance: {scales: {cfg: 3}}}"], "is what objective.distilled_scales turns on"),
         (["objective.flow_map=true", "objective.distilled_scales={cfg: 3}", "init_from.path=m", "train.guidance=4"], "train.guidance=4"),
     ],
 )  # fmt: skip
@@ -161,6 +163,12 @@ def test_scales_that_cannot_be_learnt_are_refused(tmp_path, overrides, words):
     (tmp_path / "t.yaml").write_text("name: t\n")
     with pytest.raises(ValueError, match=words):
         load_typed(Config, tmp_path / "t.yaml", overrides)
+
+
+def test_a_model_with_learnt_scales_is_no_start_of_another_training(tmp_path):
+    build(**LEARNT).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has learnt scales of guidance .* train the model that was its teacher"):
+        load_start(str(tmp_path))
 
 
 def test_a_guide_is_loaded_where_its_scales_are_learnt(tmp_path):

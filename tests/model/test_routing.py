@@ -6,7 +6,7 @@ from conftest import fill
 
 from stdit.config import Config, load_typed
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
-from stdit.model.cost import flops_of_config
+from stdit.model.cost import flops_of_config, forward_cost
 from stdit.model.stdit import STDiT
 from stdit.model.trunks.stack import routed_blocks
 from stdit.training.step import LatentBatch, diffusion_losses
@@ -113,6 +113,8 @@ def test_every_weight_learns_from_a_step_in_which_patches_skip():
 def test_operations_of_a_step_are_those_of_the_patches_that_blocks_see():
     config = dict(model(depth=6, hidden_size=96, axes=["spatial"]).config)
     whole, half = (flops_of_config(config, (3, 16, 16), ratio) for ratio in (0.0, 0.5))
+    arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+    assert forward_cost(arguments, (3, 16, 16), 0.5).total == half
     blocks = 4 / 6 * 0.5  # of six blocks four see half of the patches, and attention among them is a quarter
     assert (1 - 1.2 * blocks) * whole < half < (1 - 0.8 * blocks) * whole
 
