@@ -79,11 +79,12 @@ class Config:
                 f"train.guidance={self.train.guidance:g} would guide samples of a model that has learnt "
                 f"objective.distilled_guidance={objective.distilled_guidance:g}; set train.guidance=1."
             )
-        if objective.distilled_scales and not 1 <= self.train.guidance <= (
-            most := max(objective.distilled_scales.values())
-        ):
+        # Samples are guided by auto where it is learnt.
+        guider = "auto" if "auto" in objective.distilled_scales else "cfg"
+        most = objective.distilled_scales.get(guider)
+        if most is not None and not 1 <= self.train.guidance <= most:
             raise ValueError(
-                f"train.guidance={self.train.guidance:g} is not among the scales that the model is to learn "
+                f"train.guidance={self.train.guidance:g} is not among the scales that the model is to learn for the guider {guider} "
                 f"(objective.distilled_scales), 1 to {most:g}; choose one of them."
             )
         longest = max((size[0] for size in self.data.sizes), default=0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stdit.conditions.base import ClipFacts, Conditioner, Key
 from stdit.nn.embedders import MicroConditionEmbedder
 from stdit.rng import keyed_generator
+from stdit.variants import pick
 
 
 class LearntGuidance(Conditioner):
@@ -54,7 +55,14 @@ class LearntGuidance(Conditioner):
         return found
 
     def at_scale(self, guider: str, scale: float) -> Tensor:
-        """The value (1, 1, N) of one guider's scale for all clips."""
+        """The value (1, 1, N) of one guider's scale for all clips; ValueError for one that was not learnt."""
+        pick(self.scales, guider, "guider of this model, which has learnt guidance")
+        most = self.scales[guider]
+        if not 1 <= scale <= most:
+            raise ValueError(
+                f"guidance_scale={scale:g} is not among those that this model has learnt for {guider!r}, 1 to {most:g}; choose one "
+                "of them."
+            )
         found = self.null(1)
         found[..., list(self.scales).index(guider)] = scale
         return found

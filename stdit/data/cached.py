@@ -74,7 +74,6 @@ class CachedLatents(Annotated):
         shard, row = self._place(index)
         record, info = self._records[index], self.info["shards"][shard]
         columns = {**record["conditions"], **{key: self.info.get(key) for key in ("seed", "fps", "crop", "flip")}}
-        columns |= {name: values[row] for name, values in info.get("columns", {}).items()}
         if self.info.get("dtype", "float16") != "float16":
             columns["dtype"] = self.info["dtype"]
         return Identity(
@@ -86,6 +85,11 @@ class CachedLatents(Annotated):
         shard, row = self._place(index)
         clips = self.info["shards"][shard].get("clips")
         return str(clips[row]) if clips else self.identity(index).source
+
+    def held_columns(self, index: int) -> dict[str, str]:
+        """The value of the column by which clips can be held out; it is no part of the identity."""
+        shard, row = self._place(index)
+        return {name: values[row] for name, values in self.info["shards"][shard].get("columns", {}).items()}
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """The (frames, height, width) in pixels that a clip was encoded at."""

@@ -112,7 +112,9 @@ def _group(dataset: Dataset, index: int, column: str | None) -> str:
 
 def column_of(dataset: Dataset, index: int, column: str) -> str:
     """The value of a column for a sample; ValueError if the sample does not have it."""
-    columns = identity_of(dataset, index).columns
+    columns = dict(identity_of(dataset, index).columns)
+    if hasattr(dataset, "held_columns"):
+        columns |= dataset.held_columns(index)
     if column not in columns:
         cached = (
             " Latents have it once stdit cache-latents, run again, is given it too."

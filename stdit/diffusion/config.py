@@ -51,7 +51,7 @@ class ObjectiveConfig:
     )
     distilled_scales: dict[str, float] = field(
         default_factory=dict
-    )  # flow_map: instead of one scale, all from 1 to this by guider, {cfg: 5, auto: 3}: the scale is a condition
+    )  # flow_map: in place of one scale all from 1 to this, as a condition, by guider: {cfg: 5, auto: 3}; 1: not this guider
     shift_tokens: int = 0  # flow: latent positions at which shift holds; it scales with the root of the size; 0: off
 
     def __post_init__(self) -> None:
@@ -90,11 +90,13 @@ class ObjectiveConfig:
             )
 
     def _check_scales(self) -> None:
+        # One that a config names can be left out: an override adds to its mapping.
+        self.distilled_scales = {name: scale for name, scale in self.distilled_scales.items() if scale != 1}
         for name, scale in self.distilled_scales.items():
             if name not in ("cfg", "auto") or not 1 < scale < float("inf"):
                 raise ValueError(
                     f"objective.distilled_scales={self.distilled_scales} must have the largest scale, above 1, of the guider cfg or "
-                    f"auto, got {name}: {scale}."
+                    f"auto, got {name}: {scale}; 1 leaves a guider out."
                 )
         other = (
             f"flow_map={str(self.flow_map).lower()}" if not self.flow_map

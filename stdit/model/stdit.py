@@ -332,6 +332,10 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
                 f"trunk={c.trunk!r} with conditioning={c.conditioning!r} sees every patch; leave `visible` out, or use "
                 "trunk='masked' or 'stack'."
             )
+        if visible is not None and visible.ndim > 2 and "routing" not in self.supports:
+            raise ValueError(
+                f"trunk={c.trunk!r} hides the same patches in all frames; give visible as (clips, patches)."
+            )
         if visible is not None and self.context_parallel is not None:
             raise ValueError("processes that share frames see every patch; leave `visible` out.")
 

@@ -116,7 +116,9 @@ class DenseLayout:
     def spatial_positions(self, axis: str) -> Tensor:
         """Row and column (N|1, L, 2) of the visible patches."""
         t, rows, columns = self.grid
-        cells = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1).flatten(0, 1)
+        # On the CPU also where the default device is another: tables are made there.
+        at = [torch.arange(count, device="cpu") for count in (rows, columns)]
+        cells = torch.stack(torch.meshgrid(*at, indexing="ij"), -1).flatten(0, 1)
         if self.visible is None:
             return cells[None] if axis != "joint" else cells[None].repeat(1, t, 1)
         by_frame = cells[_by_frame(self.visible).cpu()].expand(-1, t, -1, -1)

@@ -56,6 +56,11 @@ def _check_base(config: Config, model: STDiT, vae: VideoVAE, objective: Objectiv
             f"the model of init_from.path={path!r} takes latents of {base.in_channels} channels, but vae.name={config.vae.name!r} "
             f"makes {vae.channels}; set vae.name to the VAE that it was trained with."
         )
+    if config.objective.route_ratio and "routing" not in model.supports:
+        raise ValueError(
+            f"objective.route_ratio={config.objective.route_ratio} needs patches that skip the middle blocks, which the model of "
+            f"init_from.path={path!r} (trunk={base.trunk}, conditioning={base.conditioning}) does not support; set it to 0."
+        )
     recorded = index.get("vae_fingerprint")
     if recorded is not None and not vae.has_fingerprint(recorded):
         raise ValueError(

@@ -109,12 +109,13 @@ def build_model(
         return UNet(**given, sample_size=shape, channels=config.model.unet_channels, layers=config.model.unet_layers)
     arguments = model_arguments(config.model)
     arguments["extra_conditions"] = {**arguments["extra_conditions"], **actions}
-    if config.objective.distilled_scales:
-        arguments["extra_conditions"]["guidance"] = {"scales": dict(config.objective.distilled_scales)}
     given |= {"flow_map": config.objective.flow_map, "distilled_guidance": config.objective.distilled_guidance}
     image = load_start(config.init_from.path) if config.init_from.path else None
     if image is not None:
         arguments |= inflated_arguments(image, arguments, config.model.depth, config.init_from)
+    if config.objective.distilled_scales:  # after the comparison with the teacher, which has no such condition
+        scales = {"scales": dict(config.objective.distilled_scales)}
+        arguments["extra_conditions"] = {**arguments["extra_conditions"], "guidance": scales}
     shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width, arguments["patch_size"])
     model = STDiT(**{**arguments, **given, "sample_size": shape})
     if image is not None:
@@ -171,8 +172,8 @@ def build_teacher(config: Config, device: torch.device) -> Teacher | None:
     if by_guide:
         if not (folder / "guide" / "config.json").is_file():
             raise ValueError(
-                f"the guider auto is to be learnt, but init_from.path={config.init_from.path!r} has no folder guide; use cfg, or "
-                "a model that was trained with train.guide_step."
+                f"the guider auto is to be learnt, but init_from.path={config.init_from.path!r} has no folder guide; use cfg "
+                "(objective.distilled_scales.auto=1 leaves auto out), or a model that was trained with train.guide_step."
             )
         guide = STDiT.from_pretrained(folder, subfolder="guide")
     for part in filter(None, (model, guide)):

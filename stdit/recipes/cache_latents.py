@@ -17,6 +17,8 @@ from stdit.config import Config, load_typed
 from stdit.data.actions import check_flip
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
+from stdit.data.holdout import column_of
+from stdit.data.identity import identity_of
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import NO_BUCKET, ClipSize
 from stdit.data.variants import ClipVariants
@@ -79,12 +81,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     check_settings(args.output, head, vae)
     parts = divide(dataset, [ClipSize(*size) for size in config.data.sizes], args.shard_size, seed=config.seed)
+    form = Form.of(config)
+    form = form._replace(column=form.column or _recorded_column(args.output, dataset))
+    for index in range(len(dataset)) if form.column else ():
+        column_of(dataset, index, form.column or "")  # raises for a row without it, before anything is encoded
     build_captions(
         config, dataset, default_device(), share=rank_of_process()
     )  # first, since it may find that there are none
-    form = Form.of(config)
     write_shards(args.output, dataset, vae, parts, seed=config.seed, form=form)
     return write_index(args.output, head, dataset, parts, rate=clip_rate(config.data, dataset), form=form)
+
+
+def _recorded_column(output: Path, dataset: Dataset) -> str | None:
+    """The column by which clips of the folder's latents can be held out, kept where a further run does not name it."""
+    try:
+        columns = json.loads((output / "cache.json").read_text())["shards"][0]["columns"]
+        return next((name for name in columns if name in identity_of(dataset, 0).columns), None)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def divide(dataset: Dataset, sizes: Sequence[ClipSize], shard_size: int, *, seed: int) -> list[Part]:

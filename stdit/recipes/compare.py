@@ -85,6 +85,8 @@ class Probe:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         shape = vae.latent_shape(self.config.data.num_frames, self.config.data.height, self.config.data.width)
         self.gflops = clip_flops(self.model, shape) / 1e9
+        ratio = self.config.objective.route_ratio
+        self.trained_gflops = clip_flops(self.model, shape, ratio) / 1e9 if ratio else self.gflops
         patches = [n // p for n, p in zip(shape, self.model.patch_size, strict=True)]
         self.tokens = float(np.prod(patches)) * settings.batch_size
 
@@ -135,7 +137,7 @@ def plan(spec: Comparison, folder: Path) -> dict[str, dict]:
         seconds = float(np.median(probe.seconds[2:])) if probe.seconds else float("nan")
         batch = probe.config.train.batch_size
         steps = spec.budget.steps_for(
-            seconds_per_step=seconds, tokens_per_step=probe.tokens, gflops_per_step=3 * probe.gflops * batch
+            seconds_per_step=seconds, tokens_per_step=probe.tokens, gflops_per_step=3 * probe.trained_gflops * batch
         )
         variants[name] = {"steps": steps, "parameters": probe.parameters, "gflops": probe.gflops}
     write_json(file, {"spec": asked, "variants": variants})

@@ -61,6 +61,8 @@ def _guidance(pipe: STDiTPipeline, args: argparse.Namespace) -> float:
         return args.guidance
     engine = pipe.engine
     guider = args.guider or engine.default_guider
+    if engine.learnt_guidance is not None:
+        return min(2.0 if guider == "auto" else 3.0, engine.learnt_guidance.scales.get(guider, 3.0))
     return 3.0 if engine.distilled_guidance == 1 and guider != "auto" else engine.default_guidance
 
 

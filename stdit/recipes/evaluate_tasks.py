@@ -43,7 +43,11 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
         }
 
     def at(scale: float, guider: str | None = "cfg") -> dict:
-        """Options of a task that must follow its label: guidance leads away from no label."""
+        """Options of a task that must follow its label: guidance leads away from no label, where the model can."""
+        learnt = pipe.engine.learnt_guidance
+        if learnt is not None:
+            guider = guider if guider in learnt.scales else pipe.engine.default_guider
+            return {**options, "guidance_scale": min(scale, learnt.scales[guider]), "guider": guider}
         return {**options, "guidance_scale": scale if pipe.engine.distilled_guidance == 1 else 1.0, "guider": guider}
 
     labelled = at(2.0, guider=None)

@@ -57,7 +57,7 @@ def write_shards(
         print(f"{done['elsewhere']} shards were being written by another process")
     if done["kept"]:
         print(
-            f"{done['kept']} clips kept, {done['encoded']} encoded; labels or captions of {done['annotated']} shards renewed"
+            f"{done['kept']} clips kept, {done['encoded']} encoded; labels, captions or columns of {done['annotated']} shards renewed"
         )
 
 

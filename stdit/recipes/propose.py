@@ -145,7 +145,11 @@ def propose(source: Path, given: Sequence[str], minutes: float | None) -> Propos
     config = budget.config()
     cache, folder = None, f"data/{config.name}_latents"
     if chosen.windows:
-        of_data = [one for one in [*own, *given] if key_of(one).startswith(("data.", "vae.")) or key_of(one) == "seed"]
+        of_data = [
+            one
+            for one in [*own, *given]
+            if key_of(one).startswith(("data.", "vae.", "train.holdout")) or key_of(one) == "seed"
+        ]
         cache = [BASE, *of_data, "--output", folder, "--windows", str(chosen.windows), "--freeze-augmentation"]
         own = [one for one in own if key_of(one) not in ("data.root", "data.manifest")]
         own += [f"data.root={folder}", "data.source=latents"]

@@ -105,7 +105,9 @@ class Rollout:
         return other
 
     def _denoiser(self, given: Guided, guidance: Guidance) -> Denoiser:
-        if self.guidance.branches == 1:  # whatever a callback asks for: the cache has keys and values of one branch
+        if self.guidance.learnt:
+            return self.engine.denoiser(given, guidance, cache=self.cache)
+        if self.guidance.scale == 1:  # whatever a callback asks for: the cache has keys and values of one branch
             return self.engine.denoiser(given, self.guidance, cache=self.cache)
         return self.engine.denoiser(given, guidance, cache=self.cache, both=True)
 

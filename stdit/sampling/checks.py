@@ -40,7 +40,7 @@ def check(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: i
                 "without model.causal, or extend a clip by after=."
             )
         if streams(engine, canvas, options):
-            _check_stream(options)
+            _check_stream(engine, options)
             _check_history_noise(options)
             _warn_of_length(engine, max(frames, canvas.pixels.shape[2]))
     elif options.history_noise is not None:
@@ -92,7 +92,7 @@ def check_world(engine: Engine, options: SamplingOptions) -> Actions:
     _check_guidance(engine, options)
     _check_shift(engine, options)
     _check_solver(engine, options)
-    _check_stream(options)
+    _check_stream(engine, options)
     _check_history_noise(options)
     _warn_of_length(engine, None)
     return condition
@@ -153,17 +153,25 @@ def _check_guidance(engine: Engine, options: SamplingOptions) -> None:
         )
 
 
+def check_learnt_guidance(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for conditions of a call that a model which has learnt scales of guidance would not heed."""
+    negative = [key for key, value in given.items() if value is not None and key.startswith(NEGATIVE)]
+    if negative:
+        raise ValueError(
+            f"{negative[0]} has no effect on a model that has learnt guidance, which leads away from no condition; leave it out, or "
+            "sample its teacher."
+        )
+    if given.get("guidance_scales") is not None:
+        raise ValueError(
+            "guidance_scales is for calls of the network; give guider= and guidance_scale= in place of it."
+        )
+
+
 def _check_learnt(engine: Engine, options: SamplingOptions) -> None:
     """Raise ValueError for a guider, a scale or levels that a model which takes scales as a condition has not learnt."""
     assert engine.learnt_guidance is not None
-    scales, guidance = engine.learnt_guidance.scales, engine.guidance(options)
-    pick(scales, guidance.guider, "guider of this model, which has learnt guidance")
-    most = scales[guidance.guider]
-    if not 1 <= guidance.scale <= most:
-        raise ValueError(
-            f"guidance_scale={guidance.scale:g} is not among those that this model has learnt for {guidance.guider!r}, 1 to {most:g}; "
-            "choose one of them."
-        )
+    guidance = engine.guidance(options)
+    engine.learnt_guidance.at_scale(guidance.guider, guidance.scale)
     if guidance.interval != (0.0, 1.0) or guidance.channels is not None:
         raise ValueError(
             "guidance_interval and guidance_channels are for guidance by a second evaluation, and this model has learnt "
@@ -214,14 +222,14 @@ def _check_scheduler(engine: Engine, canvas: Canvas, options: SamplingOptions) -
         )
 
 
-def _check_stream(options: SamplingOptions) -> None:
+def _check_stream(engine: Engine, options: SamplingOptions) -> None:
     """Raise ValueError for options that do not apply when frames are generated one by one with a cache."""
     defaults = SamplingOptions()
     names = ("history_guidance", "guidance_interval", "arrangement", "tile")
     changed = [
         f"{name}={getattr(options, name)}" for name in names if getattr(options, name) != getattr(defaults, name)
     ]
-    changed += ["guider=auto"] if options.guider == "auto" else []
+    changed += ["guider=auto"] if options.guider == "auto" and engine.learnt_guidance is None else []
     if changed:
         raise ValueError(
             f"a causal model generates frame by frame, to which these options do not apply: leave out {', '.join(changed)}, or "

@@ -91,9 +91,15 @@ class Engine:
 
     @property
     def default_guidance(self) -> float:
-        """The guidance scale of calls that give none: 2, or 1 if the model has learnt one or is conditioned on actions alone."""
+        """The guidance scale of calls that give none.
+
+        2, or the largest if the model has learnt scales below; 1 if it has learnt a single one, or takes actions alone.
+        """
+        return self._default_guidance(self.default_guider)
+
+    def _default_guidance(self, guider: str) -> float:
         if self.learnt_guidance is not None:
-            return min(2.0, self.learnt_guidance.scales[self.default_guider])
+            return min(2.0, self.learnt_guidance.scales.get(guider, 2.0))
         conditioners = self.model.conditioners.values()
         unguided = bool(conditioners) and not any(conditioner.guided_by_default for conditioner in conditioners)
         return 1.0 if unguided or self.distilled_guidance != 1 else 2.0
@@ -107,7 +113,8 @@ class Engine:
 
     def guidance(self, options: SamplingOptions) -> Guidance:
         """The guidance of a call, with the model's defaults for what it does not say."""
-        found = Guidance.of(options, self.default_guidance, self.default_guider)
+        guider = options.guider or self.default_guider
+        found = Guidance.of(options, self._default_guidance(guider), guider)
         return found._replace(learnt=self.learnt_guidance is not None)
 
     def latent_shape(self, size: Size) -> Size:

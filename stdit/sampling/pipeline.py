@@ -26,7 +26,7 @@ from stdit.sampling.autoregressive import AutoregressiveSampler
 from stdit.sampling.call import Call, read_call
 from stdit.sampling.callbacks import Callback
 from stdit.sampling.canvas import Canvas
-from stdit.sampling.checks import check, check_conditions, streams, warn_of_conditions
+from stdit.sampling.checks import check, check_conditions, check_learnt_guidance, streams, warn_of_conditions
 from stdit.sampling.engine import Engine, TrainedOn
 from stdit.sampling.folder_methods import FolderMethods
 from stdit.sampling.groups import latents_of_output, pad_to_groups
@@ -271,7 +271,10 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
         return frames, height, width
 
     def _call(self, **arguments: Any) -> Call:
-        return read_call(arguments, self.transformer.conditioners)
+        call = read_call(arguments, self.transformer.conditioners)
+        if "guidance" in self.transformer.conditioners:
+            check_learnt_guidance(call.given)
+        return call
 
     def _fill(self, canvas: Canvas, call: Call) -> Any:
         """Fill a canvas as a call asks for it; `fill` has the arguments."""

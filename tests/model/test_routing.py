@@ -110,6 +110,12 @@ def test_every_weight_learns_from_a_step_in_which_patches_skip():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in network.named_parameters())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_operations_of_a_step_are_counted_with_every_encoding(name):
+    config = dict(model(**MODELS[name]).config)
+    assert 0 < flops_of_config(config, (3, 8, 6), 0.5) < flops_of_config(config, (3, 8, 6))
+
+
 def test_operations_of_a_step_are_those_of_the_patches_that_blocks_see():
     config = dict(model(depth=6, hidden_size=96, axes=["spatial"]).config)
     whole, half = (flops_of_config(config, (3, 16, 16), ratio) for ratio in (0.0, 0.5))
