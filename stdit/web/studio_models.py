@@ -19,6 +19,7 @@ class Facts(NamedTuple):
 
     classes: names of its labels, or their numbers; () for none. grid: pixels by which height and width must be divisible.
     patches: whether parts of a picture can be generated. guidance: the scale that it takes unless another is given.
+    scales: the largest scale by guider of a model that has learnt guidance, else empty.
     written: when its weights were written, in microseconds.
     """
 
@@ -37,6 +38,7 @@ class Facts(NamedTuple):
     steps: int
     guidance: float
     guided: bool
+    scales: Mapping[str, float]
     written: int
 
     @classmethod
@@ -52,7 +54,8 @@ class Facts(NamedTuple):
             num_frames=config.num_frames, height=config.height, width=config.width, fps=config.fps,
             causal=bool(model.config.get("causal")), patches=bool(model.supports_patch_levels), geometry=geometry, grid=grid,
             steps=_FEW if few else int(SamplingOptions().num_inference_steps),
-            guidance=engine.guidance(SamplingOptions()).scale, guided=engine.distilled_guidance == 1, written=written,
+            guidance=engine.guidance(SamplingOptions()).scale, guided=engine.distilled_guidance == 1,
+            scales={} if engine.learnt_guidance is None else engine.learnt_guidance.scales, written=written,
         )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:

@@ -321,6 +321,9 @@ class Planner(NamedTuple):
         yield from ("--steps", str(request.steps or facts.steps))
         if request.guidance is not None:
             yield from ("--guidance", f"{request.guidance:g}")
+            # Of two guiders that were learnt, the one that reaches so far.
+            if facts.scales.get("auto", float("inf")) < request.guidance <= facts.scales.get("cfg", 0):
+                yield from ("--guider", "cfg")
         yield from ("--seed", str(request.seed or 0))
 
 

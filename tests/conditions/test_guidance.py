@@ -3,12 +3,14 @@
 import pytest
 import torch
 from conftest import fill
+from safetensors.torch import load_file
 
 from stdit.conditions import LearntGuidance
 from stdit.config import Config, load_typed
 from stdit.diffusion.config import ObjectiveConfig
 from stdit.diffusion.objective import build_objective
 from stdit.model.stdit import STDiT
+from stdit.recipes import train
 from stdit.recipes.build import build_teacher
 from stdit.recipes.info import main as info
 from stdit.recipes.models import load_start
@@ -19,6 +21,13 @@ from stdit.vae.tiny import TinyVAE
 
 SCALES = {"cfg": 5.0, "auto": 3.0}  # numbers of a value: auto, cfg
 LEARNT = {"flow_map": True, "extra_conditions": {"guidance": {"scales": SCALES}}}
+TINY = """
+name: t
+data: {source: shapes, num_frames: 5, height: 32, width: 32, num_shapes: 8, workers: 0}
+model: {size: S/2, depth: 2, hidden_size: 32, num_heads: 2}
+train: {steps: 4, batch_size: 2, lr: 1.0e-2, ema_decay: 0.9, checkpoint_every: 2, samples: 0, precision: fp32, trackers: [],
+        preview_every: 100}
+"""
 FAST = {"num_inference_steps": 2, "progress": False, "num_frames": 5, "height": 16, "width": 16}
 
 
@@ -28,8 +37,9 @@ def build(**changes) -> STDiT:
     return STDiT(**{**sizes, "sample_size": (5, 4, 4), "learn_sigma": False, "axes": ["joint"], **changes}).eval()
 
 
-def make_pipe(tiny_model, **model) -> STDiTPipeline:
-    network = tiny_model(in_channels=16, num_classes=3, learn_sigma=False, **LEARNT, **model)
+def make_pipe(tiny_model, scales=SCALES, **model) -> STDiTPipeline:
+    learnt = {"flow_map": True, "extra_conditions": {"guidance": {"scales": scales}}}
+    network = tiny_model(in_channels=16, num_classes=3, learn_sigma=False, **learnt, **model)
     vae = TinyVAE(encoder_widths=(8, 8), decoder_widths=(8, 8, 8))
     return STDiTPipeline(network, vae, STDiTScheduler("flow", learn_sigma=False), 5, 16, 16, 8.0, "flow")
 
@@ -148,7 +158,7 @@ def test_what_was_not_learnt_is_refused(tiny_model, options, words):
     ("overrides", "words"),
     [
         (["objective.distilled_scales={cfg: 5}"], "does not go with objective.flow_map=false"),
-        (["objective.flow_map=true", "objective.distilled_scales={cfg: 1}"], "must have the largest scale, above 1"),
+        (["objective.flow_map=true", "objective.distilled_scales={cfg: 0.5}"], "must have the largest scale, above 1"),
         (["objective.flow_map=true", "objective.distilled_scales={apg: 3}"], "guider cfg or auto, got apg"),
         (
             ["objective.flow_map=true", "objective.distilled_scales={cfg: 3}", "objective.distilled_guidance=2", "train.guidance=1"],
@@ -157,12 +167,82 @@ def test_what_was_not_learnt_is_refused(tiny_model, options, words):
         (["objective.flow_map=true", "objective.distilled_scales={cfg: 3}"], "needs a teacher"),
         (["model.extra_conditions={guidance: {scales: {cfg: 3}}}"], "is what objective.distilled_scales turns on"),
         (["objective.flow_map=true", "objective.distilled_scales={cfg: 3}", "init_from.path=m", "train.guidance=4"], "train.guidance=4"),
+        (["objective.flow_map=true", "objective.distilled_scales={cfg: 5, auto: 3}", "init_from.path=m", "train.guidance=4"], "for the guider auto"),
     ],
 )  # fmt: skip
 def test_scales_that_cannot_be_learnt_are_refused(tmp_path, overrides, words):
     (tmp_path / "t.yaml").write_text("name: t\n")
     with pytest.raises(ValueError, match=words):
         load_typed(Config, tmp_path / "t.yaml", overrides)
+
+
+def test_an_override_leaves_a_guider_out_of_a_config_that_names_it():
+    auto = load_typed(Config, "quickstart_few", ["objective.distilled_scales.auto=1"])
+    assert auto.objective.distilled_scales == {"cfg": 5.0}
+    both = ["objective.distilled_scales={cfg: 1, auto: 1}", "objective.distilled_guidance=2", "train.guidance=1"]
+    assert load_typed(Config, "quickstart_few", both).objective.distilled_scales == {}
+
+
+@torch.no_grad()
+def test_scales_of_calls_and_callbacks_are_those_that_were_learnt(tiny_model):
+    pipe = make_pipe(tiny_model)
+    fill(pipe.transformer.guidance_embedder)
+    for keyword in ("negative_class_labels", "guidance_scales"):
+        with pytest.raises(ValueError, match=f"^{keyword}"):
+            pipe(1, **FAST, **{keyword: 0 if keyword != "guidance_scales" else [[1.0, 1.0]]})
+
+    def raised(scale):
+        def callback(pipe, step, timestep, tensors):
+            pipe._guidance_scale = scale
+            return tensors
+
+        return pipe(1, **FAST, guider="cfg", guidance_scale=2.0, callback_on_step_end=callback)
+
+    assert not torch.equal(raised(5.0), raised(2.0))
+    with pytest.raises(ValueError, match="guidance_scale=50 is not among those"):
+        raised(50.0)
+    low = make_pipe(tiny_model, scales={"cfg": 1.5, "auto": 3.0})
+    assert torch.equal(low(1, guider="cfg", **FAST), low(1, guider="cfg", guidance_scale=1.5, **FAST))
+
+
+def test_a_run_learns_the_scales_of_its_teacher_and_goes_on_exactly(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.yaml").write_text(TINY)
+    assert train.run(["t.yaml", "name=teacher", "train.guide_step=2"]) == 0
+    few = [
+        "t.yaml",
+        "init_from.path=models/teacher",
+        "objective.flow_map=true",
+        "objective.distilled_scales={cfg: 4, auto: 3}",
+    ]
+    assert train.run([*few, "name=whole"]) == 0
+    assert train.run([*few, "name=parts", "train.steps=2"]) == 0 and train.run([*few, "name=parts"]) == 0
+    whole, parts = (
+        load_file(f"models/{name}/transformer/diffusion_pytorch_model.safetensors") for name in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys() and all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert any(whole[name].abs().sum() > 0 for name in whole if name == "guidance_embedder.out.weight")
+    exported = STDiTPipeline.from_pretrained("models/whole")
+    assert exported.guide is None and exported.engine.learnt_guidance.scales == {"auto": 3.0, "cfg": 4.0}
+
+
+@pytest.mark.parametrize("routed", [0.0, 0.5])
+def test_patches_skip_blocks_in_training_and_in_no_held_out_loss(tmp_path, monkeypatch, routed):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.yaml").write_text(TINY)
+    seen = []
+    forward = STDiT.forward
+
+    def counted(self, *args, **given):
+        seen.append((torch.is_grad_enabled(), given.get("visible") is not None))
+        return forward(self, *args, **given)
+
+    monkeypatch.setattr(STDiT, "forward", counted)
+    monkeypatch.setattr("stdit.training.fit.flops_of_config", lambda *args: 1.0)
+    options = [f"objective.route_ratio={routed}", "model.depth=3", "train.holdout=0.3", "train.average_lengths=[]"]
+    assert train.run(["t.yaml", *options]) == 0
+    assert {by for learning, by in seen if learning} == {routed > 0}
+    assert {by for learning, by in seen if not learning} == {False}
 
 
 def test_a_model_with_learnt_scales_is_no_start_of_another_training(tmp_path):

@@ -31,7 +31,9 @@ from stdit.web import studio_media
 from stdit.web.server import make_app
 from stdit.web.studio_history import made_with
 from stdit.web.studio_jobs import Cancelled, Progress
-from stdit.web.studio_models import Models
+from stdit.web.studio_models import Facts, Models
+from stdit.web.studio_plan import Planner
+from stdit.web.studio_request import Request
 from stdit.web.studio_runs import METRICS, POINTS, Curve
 
 LOOK = "height=32&width=32&fps=8"
@@ -129,6 +131,20 @@ def test_the_command_that_is_shown_writes_the_same_clip(client, studio, names, t
     (again,) = (tmp_path / "again").glob("*.mp4")
     assert again.name == made
     assert again.read_bytes() == (studio.output / made).read_bytes()
+
+
+def test_a_scale_that_only_one_guider_has_learnt_is_asked_of_that_one(home, tmp_path):
+    pipe = STDiTPipeline.from_pretrained(home / "models" / "tiny")
+    config = {key: value for key, value in pipe.transformer.config.items() if not key.startswith("_")}
+    learnt = {"flow_map": True, "extra_conditions": {"guidance": {"scales": {"cfg": 5.0, "auto": 3.0}}}}
+    few = STDiTPipeline(STDiT(**{**config, **learnt}), pipe.vae, pipe.scheduler, 17, 32, 32, 8.0, "flow")
+    facts = Facts.of("few", tmp_path, few, 0)
+    assert facts.as_json()["scales"] == {"auto": 3.0, "cfg": 5.0} and facts.guidance == 2.0
+    planner = Planner(facts, lambda part: {}, str, tmp_path)
+    for scale, guider in ((2.0, []), (4.0, ["--guider", "cfg"])):
+        command = list(planner._settings(Request.read({"task": "generate", "label": "red", "guidance": scale})))
+        at = command.index("--guidance")
+        assert command[at + 1 : -2] == [f"{scale:g}", *guider]
 
 
 def test_a_label_may_be_a_number_as_on_the_command_line(client):

@@ -26,6 +26,8 @@ function field(label, node, hint = "") { return h("label", { class: "field", tit
 function number(id, value, options, set) {
   return h("input", { id, type: "number", value: value === null ? "" : String(value), ...options, oninput: (event) => { set(event.target.value === "" ? null : Number(event.target.value)); later(); } });
 }
+// A model that has learnt guidance takes the scales that it has learnt.
+function bounds(scales) { const most = Object.values(scales); return most.length ? { min: 1, max: Math.max(...most) } : { min: 0 }; }
 function settled() { changed(); plan(); }
 
 function build() {
@@ -41,7 +43,7 @@ function build() {
   }[task]?.() ?? [];
   const rest = [
     field("steps", number("steps", state.steps, { min: 1, max: 1000, placeholder: String(facts.steps) }, (value) => (state.steps = value)), "solver steps: more are slower and better"),
-    facts.guided ? field("guidance", number("guidance", state.guidance, { min: 0, step: "any", placeholder: String(facts.guidance) }, (value) => (state.guidance = value)), "how strongly the label or text is followed; 1: not at all") : null,
+    facts.guided ? field("guidance", number("guidance", state.guidance, { ...bounds(facts.scales), step: "any", placeholder: String(facts.guidance) }, (value) => (state.guidance = value)), "how strongly the label or text is followed; 1: not at all") : null,
     field("variations", number("count", state.count, { min: 1, max: 8 }, (value) => (state.count = value ?? 1))),
     field("seed", h("span", { class: "seed" },
       number("seed", state.seed, { min: 0, max: Number.MAX_SAFE_INTEGER }, (value) => { state.seed = value ?? draw(); state.pinned = value !== null; }),
