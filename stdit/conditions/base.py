@@ -112,6 +112,10 @@ class Conditioner(ABC):
         null = null[:, 0] if values.ndim < null.ndim else null
         return torch.where(gone, null, values)
 
+    def redraw(self, values: Any, keys: Sequence[Key]) -> Any:
+        """Other values in place of collated ones, drawn by the clips' keys; by default the same, where none can be drawn."""
+        return values
+
     def encode(self, values: Any, stride: int) -> Value:
         """Convert collated values to a value; `stride`: pixel frames per latent frame after the first."""
         return self.value(values)

@@ -12,6 +12,9 @@ from stdit.rng import keyed_generator
 from stdit.variants import pick
 
 
+PLAIN_SHARE = 0.15  # clips at scale 1, which edits that keep what a clip shows are made with
+
+
 class LearntGuidance(Conditioner):
     """A guidance scale for each guider, added to the conditioning vector (Meng et al., "On Distillation of Guided Diffusion").
 
@@ -46,12 +49,12 @@ class LearntGuidance(Conditioner):
         return None
 
     def of_keys(self, keys: Sequence[Key]) -> Tensor:
-        """Draw a guider and its scale for each training clip, the others are 1: (B, N)."""
+        """Draw a guider and its scale for each training clip; the others, and all of some clips, are 1: (B, N)."""
         found = torch.ones(len(keys), len(self.scales))
         for row, key in zip(found, keys, strict=True):
-            which, share = torch.rand(2, generator=keyed_generator("guidance", *key)).tolist()
+            guided, which, share = torch.rand(3, generator=keyed_generator("guidance", *key)).tolist()
             number = int(which * len(self.scales))
-            row[number] += share * (list(self.scales.values())[number] - 1)
+            row[number] += (guided >= PLAIN_SHARE) * share * (list(self.scales.values())[number] - 1)
         return found
 
     def at_scale(self, guider: str, scale: float) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stdit.conditions.base import ClipFacts, Conditioner, Key
 from stdit.labels import label_number, label_values
 from stdit.nn.embedders import LabelEmbedder
+from stdit.rng import keyed_generator
 
 
 class Label(Conditioner):
@@ -52,6 +53,11 @@ class Label(Conditioner):
     def drop(self, values: Any, keys: Sequence[Key], rate: float) -> Any:
         """Replace the labels of dropped clips by `num_classes`."""
         return torch.where(torch.tensor(self.dropped(keys, rate)), self.num_classes, values)
+
+    def redraw(self, values: Any, keys: Sequence[Key]) -> Any:
+        """Any of the labels, drawn by the clips' keys."""
+        generators = [keyed_generator("guidance", *key, 1) for key in keys]
+        return torch.cat([torch.randint(self.num_classes, (1,), generator=one) for one in generators]).to(values)
 
     def parse(self, given: Any, count: int) -> Tensor:
         """Convert numbers or names, one per clip or one for all, to (count, 1); (B, T) tensors or arrays are per latent frame."""

@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, help="height and width; default: as in training")
     parser.add_argument("--steps", type=int, default=30, help="of the solver")
     parser.add_argument(
-        "--guidance", type=float, help="default: 3; 2 for a model with a guide, 1 for one that has learnt it"
+        "--guidance", type=float, help="default: 3; 2 for a model with a guide, 1 for one that has learnt one scale"
     )
     parser.add_argument(
         "--guider", choices=get_args(Guider), help="what guidance leads away from; default: the model's"

@@ -68,7 +68,7 @@ class SamplingOptions:
     )
     guidance_scale: float | None = _option(
         None,
-        "classifier-free guidance toward label or caption; 1: none; default: 2, or 1 for a model that has learnt it",
+        "classifier-free guidance toward label or caption; 1: none; default: 2, or 1 for a model that has learnt one scale",
         flag="--guidance",
         type=float,
         least=0,
@@ -77,7 +77,7 @@ class SamplingOptions:
     guider: Guider | None = _option(  # noqa: RUF009
         None,
         "what guidance leads away from: cfg: no label or caption; cfg_zero: the same, scaled to fit (CFG-Zero*); auto: the "
-        "weaker model that was saved in training (train.guide_step); default: auto for a model that has one, else cfg",
+        "weaker model that was saved in training (train.guide_step); default: auto for a model that has one or has learnt it, else cfg",
         flag="--guider",
         type=str,
         choices=get_args(Guider),

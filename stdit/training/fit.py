@@ -15,10 +15,12 @@ from stdit.conditions.base import Key
 from stdit.conditions.values import map_tensors
 from stdit.data.identity import hash_of
 from stdit.data.loader import Batch
+from stdit.diffusion.masks import choose_strategy
 from stdit.diffusion.objective import Objective
 from stdit.legacy import aliases
 from stdit.model.cost import Shape, flops_of_config
 from stdit.model.stdit import STDiT
+from stdit.rng import keyed_generator
 from stdit.text import CaptionCache
 from stdit.training.config import TrainConfig
 from stdit.training.held_out import HeldOutDraws
@@ -32,6 +34,8 @@ from stdit.training.state import Checkpoint
 from stdit.training.step import FlowMapTraining, diffusion_losses, to_latents
 from stdit.training.throughput import Work
 from stdit.vae import VideoVAE
+
+EDITED_SHARE = 0.25  # of clips without known frames, which a teacher sees under another label than their own
 
 __all__ = ["BadFiles", "Stopped", "Trainer", "TrainingLoop", "diffusion_losses", "swap_ema", "to_latents"]
 
@@ -174,7 +178,7 @@ class Trainer(TrainingLoop):
         if getattr(self.model, "context_parallel", None) is not None:
             read = hash_of([batch.keys, sorted(batch.bad), sorted(self.set_aside)])
             self.model.context_parallel.check_same(int(read, 16), self.accelerator.device)
-        conditions, clips = self._conditions(batch, self.config.label_dropout), to_latents(batch, self.vae)
+        conditions, clips = self._conditions(batch, training=True), to_latents(batch, self.vae)
         with self.accelerator.autocast():
             given = (clips, conditions, batch.keys)
             losses = diffusion_losses(
@@ -221,7 +225,7 @@ class Trainer(TrainingLoop):
     def loss_of(self, batch: Batch) -> Tensor:
         """The losses (B,) of a batch with the model's weights as they are, and all conditions."""
         self._note_bad(batch)
-        conditions = self._conditions(batch, dropout=0.0)
+        conditions = self._conditions(batch, training=False)
         with self.accelerator.autocast():
             return diffusion_losses(
                 self.model, self.objective, to_latents(batch, self.vae), conditions, keys=batch.keys,
@@ -234,6 +238,11 @@ class Trainer(TrainingLoop):
             self.accelerator.print(f"skipped a file: {reason}")
         self.bad_files.check()
 
+    def _is_edited(self, key: Key) -> bool:
+        """Whether a clip gets another label: edits ask for one, and a teacher knows what to do with it."""
+        drawn = float(torch.rand((), generator=keyed_generator("guidance", *key, 2)))
+        return drawn < EDITED_SHARE and choose_strategy(key, self.objective.config.mask_probs_at(key[1])) == "shared"
+
     def _flow_map(self, conditions: Conditions, batch: Batch) -> FlowMapTraining | None:
         if not self.objective.config.flow_map:
             return None
@@ -244,9 +253,11 @@ class Trainer(TrainingLoop):
         null = map_tensors(null, lambda x: x.to(self.accelerator.device))
         return FlowMapTraining(self.model, null, *(self.teacher or ()))
 
-    def _conditions(self, batch: Batch, dropout: float) -> Conditions:
-        """The conditions of a batch for the model, each dropped with probability `dropout`."""
+    def _conditions(self, batch: Batch, training: bool) -> Conditions:
+        """The conditions of a batch for the model; in training some are dropped, or those of other clips for a teacher."""
         found: Conditions = {}
+        dropout = self.config.label_dropout if training else 0.0
+        redrawn = torch.tensor([training and self.teacher is not None and self._is_edited(key) for key in batch.keys])
         for name, conditioner in self.conditioners.items():
             if isinstance(conditioner, LearntGuidance):
                 found[name] = conditioner.value(conditioner.of_keys(batch.keys))
@@ -256,6 +267,10 @@ class Trainer(TrainingLoop):
                     f"the model takes {name!r}, which the data does not have; give a manifest with it (and cache latents "
                     "again), or train a model without it."
                 )
-            values = conditioner.drop(batch.conditions[name], batch.keys, dropout)
+            values = batch.conditions[name]
+            if bool(redrawn.any()):
+                other = conditioner.redraw(values, batch.keys)
+                values = torch.where(redrawn, other, values) if other is not values else values
+            values = conditioner.drop(values, batch.keys, dropout)
             found[name] = conditioner.encode(values, self.vae.stride[0])
         return map_tensors(found, lambda x: x.to(self.accelerator.device))
