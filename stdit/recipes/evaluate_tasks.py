@@ -50,7 +50,8 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
             return {**options, "guidance_scale": min(scale, learnt.scales[guider]), "guider": guider}
         return {**options, "guidance_scale": scale if pipe.engine.distilled_guidance == 1 else 1.0, "guider": guider}
 
-    labelled = at(2.0, guider=None)
+    # A few-step model loses shapes without cfg, whose scale costs it nothing.
+    labelled = at(2.0, guider=None) if pipe.engine.learnt_guidance is None else at(3.0)
     return {
         "extend-forward": lambda: op.extension(pipe, data, 5, backward=False, max_error=2.0, **labelled),
         "extend-backward": lambda: op.extension(pipe, data, 8, backward=True, max_error=2.0, **labelled),
