@@ -190,7 +190,8 @@ class Config:
             yield Need(
                 "routing",
                 choice,
-                "set model.trunk=stack with another model.conditioning than in_context, or objective.route_ratio=0",
+                "set model.network=transformer and model.trunk=stack with another model.conditioning than in_context, or "
+                "objective.route_ratio=0",
             )
             for key, sharing in (
                 (f"model.depth={self.model.depth}", self.model.depth is not None and self.model.depth < 3),

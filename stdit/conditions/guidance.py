@@ -58,7 +58,7 @@ class LearntGuidance(Conditioner):
 
     def at_scale(self, guider: str, scale: float) -> Tensor:
         """The value (1, 1, N) of one guider's scale for all clips; ValueError for one that was not learnt."""
-        pick(self.scales, guider, "guider of this model, which has learnt guidance")
+        pick(self.scales, guider, "learnt guider")
         most = self.scales[guider]
         if not 1 <= scale <= most:
             raise ValueError(

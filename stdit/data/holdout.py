@@ -117,7 +117,7 @@ def column_of(dataset: Dataset, index: int, column: str) -> str:
         columns |= dataset.held_columns(index)
     if column not in columns:
         cached = (
-            " Latents have it once stdit cache-latents, run again, is given it too."
+            " Latents have it once stdit cache-latents, run again, is given it and train.holdout or train.holdout_values."
             if not getattr(dataset, "decodes", True)
             else ""
         )

@@ -106,7 +106,7 @@ class ObjectiveConfig:
         if self.distilled_scales and other is not None:
             raise ValueError(
                 f"objective.distilled_scales does not go with objective.{other}; a flow map learns either one scale, or all up to "
-                "a largest one."
+                "a largest one; objective.distilled_scales={cfg: 1, auto: 1} learns none by this key."
             )
 
     @property

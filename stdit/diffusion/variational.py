@@ -64,6 +64,8 @@ def variational_bound(
     # The posterior of the last step has variance 0; the next step's is used instead, as in DiT.
     _, floor, _ = posterior(path, x[:1, :1, :1, :1, :1], x[:1, :1, :1, :1, :1], *_second_step(one_step, x.device))
     smallest = torch.where(like(after, x) > 0, true_variance, floor)
+    # Known frames, at level 0, have no loss, but the logarithm of 0 would make the gradient of all others not finite.
+    largest = torch.where(like(levels, x) > 0, largest, floor)
     assert estimate.variance is not None
     log_variance = learned_log_variance(estimate.variance, smallest, largest)
     kl = normal_kl(true_mean, smallest.log(), mean, log_variance)

@@ -154,7 +154,7 @@ def test_streams_and_saved_models_keep_the_learnt_scales(tiny_model, tmp_path, c
     [
         ({"guidance_scale": 4.0}, "guidance_scale=4 is not among those that this model has learnt for 'auto', 1 to 3"),
         ({"guidance_scale": 0.5, "guider": "cfg"}, "1 to 5"),
-        ({"guider": "cfg_zero"}, "guider of this model"),
+        ({"guider": "cfg_zero"}, "learnt guider 'cfg_zero'"),
         ({"guidance_interval": (0.5, 1.0)}, "guidance_interval"),
     ],
 )

@@ -128,9 +128,9 @@ def test_operations_of_a_step_are_those_of_the_patches_that_blocks_see():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.trunk=long_skip"], "set model.trunk=stack"),
+        (["model.trunk=long_skip"], "model.trunk=stack"),
         (["model.conditioning=in_context", "model.position_encoding=sincos"], "in_context"),
-        (["model.network=unet"], "set model.trunk=stack"),
+        (["model.network=unet"], "model.trunk=stack"),
         (["model.depth=2"], "model.depth=2"),
         (["data.packing=true"], "data.packing=true"),
         (["objective.flow_map=true"], "route_ratio=0"),
