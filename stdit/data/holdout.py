@@ -111,10 +111,12 @@ def _group(dataset: Dataset, index: int, column: str | None) -> str:
 
 
 def column_of(dataset: Dataset, index: int, column: str) -> str:
-    """The value of a column for a sample; ValueError if the sample does not have it."""
-    columns = dict(identity_of(dataset, index).columns)
-    if hasattr(dataset, "held_columns"):
-        columns |= dataset.held_columns(index)
+    """The value of a column for a sample; ValueError if the sample does not have it.
+
+    A manifest's columns, of cached latents the one they were made with; `label` is the name of the class, `caption` the
+    caption.
+    """
+    columns = columns_for_holdout(dataset, index)
     if column not in columns:
         cached = (
             " Latents have it once stdit cache-latents, run again, is given it and train.holdout or train.holdout_values."
@@ -126,6 +128,17 @@ def column_of(dataset: Dataset, index: int, column: str) -> str:
             f"{', '.join(map(str, columns)) or 'none'}. Leave it out to hold out files.{cached}"
         )
     return str(columns[column])
+
+
+def columns_for_holdout(dataset: Dataset, index: int) -> dict[str, Any]:
+    """The columns by which a sample can be held out, with their values."""
+    one = identity_of(dataset, index)
+    own = dataset.held_columns(index) if hasattr(dataset, "held_columns") else dict(one.columns)
+    if one.caption:
+        own = {"caption": one.caption, **own}
+    if one.label is not None:
+        own = {"label": dataset.class_names[one.label] if dataset.class_names else one.label, **own}
+    return own
 
 
 def _hash(name: str) -> str:

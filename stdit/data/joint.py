@@ -117,10 +117,12 @@ class JointDataset(Annotated):
         return found._replace(source=f"{part}/{found.source}" if len(self.parts) > 1 else found.source, label=label)
 
     def held_columns(self, index: int) -> dict[str, str]:
-        """Columns by which a clip can be held out besides those of its identity."""
+        """Columns by which a clip can be held out."""
         part, own = self._place(index)
         dataset = self.datasets[part]
-        return dataset.held_columns(own) if hasattr(dataset, "held_columns") else {}
+        return (
+            dataset.held_columns(own) if hasattr(dataset, "held_columns") else dict(identity_of(dataset, own).columns)
+        )
 
     def group_of(self, index: int) -> str:
         """The file that a clip comes from."""

@@ -24,21 +24,20 @@ def rollout(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options:
     `options` are those of `pipe.stream`.
     """
     seconds, memory, shown = [], [], [data.pixels[:8, :, :known]]
-    network = _Stopwatch(pipe.transformer)
     last_parts: deque[Tensor] = deque(maxlen=5)  # the others are dropped, since the memory of the process is measured
     every = max(1, new // 4 // 12)  # shows about 12 frames in the contact sheet; a part has 4 frames
     stream = pipe.stream(data.pixels[:, :, :known], new, **label_kwargs(pipe, data), **options)
-    while True:
-        started = time.perf_counter()
-        part = next(stream, None)
-        if part is None:
-            break
-        seconds.append((time.perf_counter() - started) / part.shape[2])
-        memory.append(_resident())
-        last_parts.append(part)
-        if len(seconds) % every == 0:
-            shown.append(part[:8, :, -1:].clone())  # a view would hold the memory of the whole part
-    network.remove()
+    with _Stopwatch(pipe.transformer) as network:
+        while True:
+            started = time.perf_counter()
+            part = next(stream, None)
+            if part is None:
+                break
+            seconds.append((time.perf_counter() - started) / part.shape[2])
+            memory.append(_resident())
+            last_parts.append(part)
+            if len(seconds) % every == 0:
+                shown.append(part[:8, :, -1:].clone())  # a view would hold the memory of the whole part
     generated = torch.cat(list(last_parts), 2)
     tenth = max(1, len(seconds) // 10)
     end = [measure_shape(to_uint8(clip)[-17:]) for clip in generated]
@@ -68,15 +67,20 @@ def rollout(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options:
 
 
 class _Stopwatch:
-    """Adds up the seconds of a network's calls; a device is waited for."""
+    """Adds up the seconds of a network's calls within a context; a device is waited for."""
 
     def __init__(self, network: nn.Module):
         self.seconds = 0.0
-        self._handles = [network.register_forward_pre_hook(self._start), network.register_forward_hook(self._stop)]
+        self._network = network
 
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+    def __enter__(self) -> "_Stopwatch":
+        hooks = (self._network.register_forward_pre_hook(self._start), self._network.register_forward_hook(self._stop))
+        self._hooks = hooks
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _start(self, network: nn.Module, inputs: Any) -> None:
         self._began = _now(network)

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from stdit.checkpoint.inflate import inflate, inflated_arguments
-from stdit.conditions import ActionSpace
+from stdit.conditions import ActionSpace, conditioners_of
 from stdit.config import Config
 from stdit.data.actions import check_flip
 from stdit.data.datasets import CachedLatents, Dataset
@@ -118,11 +118,24 @@ def build_model(
         arguments["extra_conditions"] = {**arguments["extra_conditions"], "guidance": scales}
     shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width, arguments["patch_size"])
     model = STDiT(**{**arguments, **given, "sample_size": shape})
+    _check_learns_cfg(config, model)
     if image is not None:
         print(f"from {config.init_from.path}: {inflate(image, model, config.init_from).keeps}")
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing(CHECKPOINTING[config.model.gradient_checkpointing])
     return model
+
+
+def _check_learns_cfg(config: Config, model: STDiT) -> None:
+    """Raise ValueError for classifier-free guidance that is to be learnt where there is no condition to lead away from."""
+    objective = config.objective
+    one = objective.distilled_guidance != 1 and objective.distilled_guider == "cfg"
+    if (one or "cfg" in objective.distilled_scales) and not set(conditioners_of(model.config)) - {"guidance"}:
+        key = f"distilled_guidance={objective.distilled_guidance:g}" if one else "distilled_scales.cfg"
+        raise ValueError(
+            f"objective.{key}: classifier-free guidance leads away from no label or caption, and this model has neither; set it "
+            "to 1, or let it learn the guider auto."
+        )
 
 
 def action_arguments(config: Config, vae: VideoVAE, dataset: Dataset) -> dict[str, Any]:

@@ -9,6 +9,7 @@ The same command, run again, encodes only clips that are new or that changed, an
 
 import json
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,7 @@ from stdit.config import Config, load_typed
 from stdit.data.actions import check_flip
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
-from stdit.data.holdout import column_of
-from stdit.data.identity import identity_of
+from stdit.data.holdout import column_of, columns_for_holdout, split
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import NO_BUCKET, ClipSize
 from stdit.data.variants import ClipVariants
@@ -82,9 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_settings(args.output, head, vae)
     parts = divide(dataset, [ClipSize(*size) for size in config.data.sizes], args.shard_size, seed=config.seed)
     form = Form.of(config)
-    form = form._replace(column=form.column or _recorded_column(args.output, dataset))
-    for index in range(len(dataset)) if form.column else ():
-        column_of(dataset, index, form.column or "")  # raises for a row without it, before anything is encoded
+    # Before anything is encoded: ValueError for rows without a column, and for values that no row has.
+    if form.columns:
+        split(dataset, config.train.holdout, config.train.holdout_column, config.train.holdout_values)
+    form = form._replace(columns=tuple(dict.fromkeys((*_recorded_columns(args.output, dataset), *form.columns))))
+    for index, name in product(range(len(dataset)), form.columns):
+        column_of(dataset, index, name)
     build_captions(
         config, dataset, default_device(), share=rank_of_process()
     )  # first, since it may find that there are none
@@ -92,13 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return write_index(args.output, head, dataset, parts, rate=clip_rate(config.data, dataset), form=form)
 
 
-def _recorded_column(output: Path, dataset: Dataset) -> str | None:
-    """The column by which clips of the folder's latents can be held out, kept where a further run does not name it."""
+def _recorded_columns(output: Path, dataset: Dataset) -> list[str]:
+    """The columns by which clips of the folder's latents can be held out, as far as its clips still have them."""
     try:
-        columns = json.loads((output / "cache.json").read_text())["shards"][0]["columns"]
-        return next((name for name in columns if name in identity_of(dataset, 0).columns), None)
+        columns = list(json.loads((output / "cache.json").read_text())["shards"][0]["columns"])
     except (OSError, ValueError, LookupError, TypeError):
-        return None
+        return []
+    return [name for name in columns if name in columns_for_holdout(dataset, 0)]
 
 
 def divide(dataset: Dataset, sizes: Sequence[ClipSize], shard_size: int, *, seed: int) -> list[Part]:

@@ -35,18 +35,19 @@ class Shard(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How clips are stored: the data type of latents, the precision in which they are computed, a column for hold-outs."""
+    """How clips are stored: the data type of latents, the precision in which they are computed, columns for hold-outs."""
 
     dtype: torch.dtype = torch.float16
     precision: Precision = "auto"
-    column: str | None = None
+    columns: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Config) -> "Form":
         """That of a config: float32 is also computed in float32, as everything is with train.precision=fp32."""
         dtype = getattr(torch, config.data.cache_dtype)
         precision = "fp32" if dtype == torch.float32 else config.train.precision
-        return cls(dtype, precision, config.train.holdout_column)
+        column = config.train.holdout_column
+        return cls(dtype, precision, () if column is None else (column,))
 
 
 def encode_shard(

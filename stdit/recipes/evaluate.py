@@ -39,6 +39,9 @@ from stdit.rng import keyed_rng
 from stdit.sampling.options import Guider
 from stdit.sampling.pipeline import STDiTPipeline
 
+# Arguments that say how a model is sampled, None where they are not given.
+_SAMPLING = ("guidance", "guider", "solver", "shift")
+
 
 def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Path]:
     """Sample clips (F, H, W, 3) of a model of moving shapes; returns them, their labels, and the output folder."""
@@ -264,6 +267,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError("--input, --reference or --model is empty; name a file or a folder, or leave it out.")
     if args.clips < 1:
         raise ValueError(f"--clips must be >= 1, got {args.clips}.")
+    given = [name for name in _SAMPLING if getattr(args, name) is not None]
+    if args.input and given:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} is for sampling, and --input measures clips that are there; leave it out, or give "
+            "--model in place of --input."
+        )
     if args.captions is not None:
         return evaluate_captions(args)
     if args.reference:

@@ -73,11 +73,11 @@ def _write_shard(
     }
     wanted = [i for i in indices if i not in unchanged]
     done.update(kept=len(unchanged), encoded=len(wanted))
-    annotations = _hash_of_annotations(dataset, indices, form.column)
+    annotations = _hash_of_annotations(dataset, indices, form.columns)
     if not wanted and len(old["rows"]) == len(indices):
         if old["annotations"] != annotations:
             done["annotated"] += 1
-            record = {**old, **_annotations(dataset, [i for i in indices if unchanged[i] is not None], form.column)}
+            record = {**old, **_annotations(dataset, [i for i in indices if unchanged[i] is not None], form.columns)}
             write_text(file.with_suffix(".json"), json.dumps({**record, "annotations": annotations}))
         return 0.0
     shard = encode_shard(dataset, vae, wanted, seed=seed, size=part.size, form=form)
@@ -89,7 +89,7 @@ def _write_shard(
     record |= {"clips": [sources[number][0] for number in kept_rows]}  # what variants of one clip share
     record |= {} if part.size is None else {"size": list(part.size)}
     found = [i for i, row in zip(indices, record["rows"], strict=True) if row is not None]
-    record |= _annotations(dataset, found, form.column)
+    record |= _annotations(dataset, found, form.columns)
     write_text(file.with_suffix(".json"), json.dumps(record))
     return shard.waited
 
@@ -100,16 +100,17 @@ def source_of(dataset: Dataset, index: int) -> list:
     return [one.source, one.content, hash_of(columns_of(one))]
 
 
-def _annotations(dataset: Dataset, indices: Sequence[int], column: str | None) -> dict[str, Any]:
-    """Labels and captions, and the values of a column by which clips can be held out."""
+def _annotations(dataset: Dataset, indices: Sequence[int], columns: Sequence[str]) -> dict[str, Any]:
+    """Labels and captions, and the values of columns by which clips can be held out."""
     rows = [dataset.record(i) for i in indices]
     found: dict[str, Any] = {"labels": [row["label"] for row in rows], "captions": [row["caption"] for row in rows]}
-    return found | {"columns": {} if column is None else {column: [column_of(dataset, i, column) for i in indices]}}
+    return found | {"columns": {name: [column_of(dataset, i, name) for i in indices] for name in columns}}
 
 
-def _hash_of_annotations(dataset: Dataset, indices: Sequence[int], column: str | None) -> str:
+def _hash_of_annotations(dataset: Dataset, indices: Sequence[int], columns: Sequence[str]) -> str:
     rows = [dataset.record(i) for i in indices]
-    return hash_of(rows if column is None else [rows, column, [column_of(dataset, i, column) for i in indices]])
+    values = [part for name in columns for part in (name, [column_of(dataset, i, name) for i in indices])]
+    return hash_of([rows, *values] if values else rows)
 
 
 def _merge(file: Path, old: dict, shard: Shard, *, unchanged: dict[int, int | None], indices: Sequence[int]) -> dict:
@@ -160,7 +161,7 @@ def write_index(output: Path, head: dict, dataset: Dataset, parts: Sequence[Part
     for number, part in enumerate(parts):
         path = output / f"latents-{number:05d}.json"
         record = json.loads(path.read_text()) if path.is_file() else {}
-        if record.get("annotations") != _hash_of_annotations(dataset, part.indices, form.column):
+        if record.get("annotations") != _hash_of_annotations(dataset, part.indices, form.columns):
             print(f"process {rank_of_process()[0]} is done; the last process to finish writes {output / 'cache.json'}")
             return 0
         index = {key: value for key, value in record.items() if key not in ("rows", "annotations")}

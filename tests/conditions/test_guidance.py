@@ -272,3 +272,11 @@ def test_a_guide_is_loaded_where_its_scales_are_learnt(tmp_path):
         build_teacher(config, torch.device("cpu"))
     build().save_pretrained(tmp_path / "m" / "guide")
     assert build_teacher(config, torch.device("cpu")).guide is not None
+
+
+def test_guidance_by_no_condition_is_not_learnt_where_there_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.yaml").write_text(TINY)
+    options = ["objective.flow_map=true", "objective.distilled_guidance=2", "train.guidance=1", "model.num_classes=0"]
+    assert train.run(["t.yaml", *options]) == 1
+    assert "leads away from no label or caption, and this model has neither" in capsys.readouterr().err

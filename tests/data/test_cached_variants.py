@@ -199,7 +199,15 @@ def test_captions_are_encoded_with_the_latents_and_found_by_training(home, monke
 
 
 def test_a_cache_keeps_the_column_by_which_clips_are_held_out(home, capsys):
-    rows = [{"path": f"{i}.mp4", "scene": "indoors" if i in (1, 5) else "street"} for i in (0, 1, 2, 5)]
+    rows = [
+        {
+            "path": f"{i}.mp4",
+            "scene": "indoors" if i in (1, 5) else "street",
+            "place": i,
+            "label": "run" if i == 5 else "walk",
+        }
+        for i in (0, 1, 2, 5)
+    ]
     (home / "clips/list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (home / "t.yaml").write_text(CONFIG.replace(f"sizes: {SIZES}, ", "manifest: clips/list.jsonl, "))
     assert cache("--windows", "2") == 0
@@ -213,3 +221,13 @@ def test_a_cache_keeps_the_column_by_which_clips_are_held_out(home, capsys):
     train_on, held = split(latents, 0.0, "scene", ["indoors"])
     assert (len(train_on), len(held)) == (4, 4)
     assert {latents.group_of(i) for i in held.indices} == {"1.mp4", "5.mp4"}
+    # A further column comes beside the first, and the name of the class is one, too.
+    with pytest.raises(ValueError, match="train.holdout_values has 'elsewhere'"):
+        cache("--windows", "2", "train.holdout_column=place", "train.holdout_values=[elsewhere]")
+    assert cache("--windows", "2", "train.holdout_column=place", "train.holdout_values=[5]") == 0
+    latents = build_dataset(DataConfig(root="latents", source="latents", num_frames=5, height=32, width=32))
+    assert len(split(latents, 0.0, "scene", ["indoors"])[1]) == 4
+    assert len(split(latents, 0.0, "place", ["5"])[1]) == 2
+    assert len(split(latents, 0.0, "label", ["walk"])[1]) == 6
+    with pytest.raises(ValueError, match="it has label, scene, place. Leave it out"):
+        split(latents, 0.5, "seed")
