@@ -40,7 +40,7 @@ from stdit.sampling.options import Guider
 from stdit.sampling.pipeline import STDiTPipeline
 
 # Arguments that say how a model is sampled, None where they are not given.
-_SAMPLING = ("guidance", "guider", "solver", "shift")
+_SAMPLING = ("guidance", "guider", "guidance_interval", "solver", "shift")
 
 
 def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Path]:
@@ -55,6 +55,7 @@ def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int]
     clips = pipe(
         [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, num_inference_steps=args.steps,
         guidance_scale=_guidance(pipe, args), seed=args.seed, solver=args.solver, guider=args.guider, shift=args.shift,
+        guidance_interval=args.guidance_interval,
     )  # fmt: skip
     return [to_uint8(clip) for clip in clips], labels, output
 
@@ -141,7 +142,7 @@ def _sampled(pipe: STDiTPipeline, args: argparse.Namespace, size: tuple[int, int
         labels = [(first + i) % classes for i in range(count)] if classes else None
         yield pipe(
             labels, size[0], size[1], size[1], num_inference_steps=args.steps, guidance_scale=_guidance(pipe, args), seed=args.seed + first, solver=args.solver,
-            shift=args.shift, num_videos=count, progress=False,
+            guider=args.guider, guidance_interval=args.guidance_interval, shift=args.shift, num_videos=count, progress=False,
         )  # fmt: skip
 
 
@@ -255,6 +256,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--guider", choices=get_args(Guider), help="what guidance leads away from; default: the model's"
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="noise levels that are guided; default: the model's",
     )
     parser.add_argument("--solver", help="default: the model's")
     parser.add_argument("--shift", type=float, help="of noise levels toward noise (flow); default: the model's")

@@ -115,7 +115,16 @@ class Engine:
         """The guidance of a call, with the model's defaults for what it does not say."""
         guider = options.guider or self.default_guider
         found = Guidance.of(options, self._default_guidance(guider), guider)
-        return found._replace(learnt=self.learnt_guidance is not None)
+        learnt = self.learnt_guidance is not None
+        if (
+            options.guidance_interval is None
+            and guider == "auto"
+            and self.objective.config.name == "flow"
+            and not learnt
+        ):
+            # Below, where outlines are decided, a weaker model's outlines are no direction to lead away from.
+            found = found._replace(interval=(0.5, 1.0))
+        return found._replace(learnt=learnt)
 
     def latent_shape(self, size: Size) -> Size:
         """The shape (T, h, w) of a clip's latents; ValueError if the clip does not fit the VAE or the patches."""

@@ -44,7 +44,7 @@ class Guidance(NamedTuple):
         return cls(
             scale=default if options.guidance_scale is None else options.guidance_scale,
             guider=options.guider or guider,
-            interval=options.guidance_interval,
+            interval=options.guidance_interval or (0.0, 1.0),
             channels=options.guidance_channels,
             history=options.history_guidance,
         )

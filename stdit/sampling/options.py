@@ -82,9 +82,9 @@ class SamplingOptions:
         type=str,
         choices=get_args(Guider),
     )
-    guidance_interval: tuple[float, float] = _option(
-        (0.0, 1.0),
-        "noise levels at which guidance is applied",
+    guidance_interval: tuple[float, float] | None = _option(
+        None,
+        "noise levels at which guidance is applied; default: 0.5 1 for the guider auto of flow, 0 1 otherwise",
         flag="--guidance-interval",
         type=float,
         nargs=2,
@@ -175,14 +175,7 @@ class SamplingOptions:
             from stdit.sampling.solvers import SOLVERS  # imported on use, since options import no torch
 
             pick(SOLVERS, self.solver, "solver")
-        given = self.guidance_interval
-        interval = tuple(given) if isinstance(given, Sequence) else (given,)
-        for level in interval:
-            real_number("guidance_interval", level)
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
-            values = ", ".join(f"{value:g}" for value in interval)
-            raise ValueError(f"guidance_interval must be two levels with 0 <= low <= high, got ({values}).")
-        object.__setattr__(self, "guidance_interval", interval)  # a list, as argparse gives it, becomes a tuple
+        self._check_interval()
         for name, arrangement in (("chunk_size", "autoregressive"), ("stagger", "pyramid")):
             value = getattr(self, name)
             if value > 1 and self.arrangement != arrangement:
@@ -190,6 +183,18 @@ class SamplingOptions:
                     f"{name}={value} has no meaning with arrangement={self.arrangement!r}; leave it out, or use "
                     f"arrangement={arrangement!r}."
                 )
+
+    def _check_interval(self) -> None:
+        given = self.guidance_interval
+        if given is None:
+            return
+        interval = tuple(given) if isinstance(given, Sequence) else (given,)
+        for level in interval:
+            real_number("guidance_interval", level)
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
+            values = ", ".join(f"{value:g}" for value in interval)
+            raise ValueError(f"guidance_interval must be two levels with 0 <= low <= high, got ({values}).")
+        object.__setattr__(self, "guidance_interval", interval)  # a list, as argparse gives it, becomes a tuple
 
     def keys(self, count: int) -> list[tuple[int, int]]:
         """The keys of the noise of `count` clips: (seed, i), or (seed, 0) of each clip's own seed where it is a list.

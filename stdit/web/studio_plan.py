@@ -208,6 +208,13 @@ class Planner(NamedTuple):
             yield Problem("This model generates whole frames only, not parts of a picture.", (*elsewhere, _to("edit")))
         if request.caption and not facts.captions:
             yield Problem("This model takes no text.", (Fix("Leave the text out", {"caption": None}), *elsewhere))
+        least, most = (1, max(facts.scales.values())) if facts.scales else (0, 100) if facts.guided else (1, 1)
+        if request.guidance is not None and not least <= request.guidance <= most:
+            nearest = min(max(request.guidance, least), most)
+            span = f"of {least} to {most:g}" if most > least else "at one scale"
+            yield Problem(
+                f"This model has learnt guidance {span}.", (Fix(f"Use {nearest:g}", {"guidance": nearest}), *elsewhere)
+            )
         label, count = request.label or "", len(facts.classes)
         numbered = label.isascii() and label.isdecimal() and len(label) < 10 and int(label) < count
         if label and label not in facts.classes and not numbered:

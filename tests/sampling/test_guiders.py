@@ -70,6 +70,16 @@ def test_a_guide_is_led_away_from_by_default_and_only_above_scale_1(models):
     assert torch.equal(guided(**CALL, guidance_scale=2.0, guider="cfg"), plain(**CALL, guidance_scale=2.0))
 
 
+def test_a_guide_is_led_away_from_above_level_half_unless_the_call_says_otherwise(models):
+    guided = pipeline(models, models[1])
+    default = guided(**CALL, guidance_scale=2.0)
+    assert torch.equal(default, guided(**CALL, guidance_scale=2.0, guidance_interval=(0.5, 1.0)))
+    everywhere = guided(**CALL, guidance_scale=2.0, guidance_interval=(0.0, 1.0))
+    assert not torch.allclose(default, everywhere)
+    by_none = guided(**CALL, guidance_scale=2.0, guider="cfg")
+    assert torch.equal(by_none, guided(**CALL, guidance_scale=2.0, guider="cfg", guidance_interval=(0.0, 1.0)))
+
+
 def test_a_guide_as_good_as_the_model_changes_nothing(models):
     guided = pipeline(models, models[0])
     assert torch.equal(guided(**CALL, guidance_scale=3.0), guided(**CALL, guidance_scale=1.0))

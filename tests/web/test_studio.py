@@ -145,6 +145,10 @@ def test_a_scale_that_only_one_guider_has_learnt_is_asked_of_that_one(home, tmp_
         command = list(planner._settings(Request.read({"task": "generate", "label": "red", "guidance": scale})))
         at = command.index("--guidance")
         assert command[at + 1 : -2] == [f"{scale:g}", *guider]
+    for scale, nearest in ((5.0, None), (6.0, 5.0), (0.5, 1.0)):
+        request = Request.read({"task": "generate", "label": facts.classes[0], "guidance": scale})
+        fixes = [fix.change for problem in planner._of_model(request) for fix in problem.fixes]
+        assert fixes == ([] if nearest is None else [{"guidance": nearest}])
 
 
 def test_a_label_may_be_a_number_as_on_the_command_line(client):
