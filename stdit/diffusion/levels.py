@@ -8,6 +8,10 @@ from torch import Tensor
 
 from stdit.diffusion.config import Distribution
 
+# flow: levels of the noisiest frame at which guidance leads away from a weaker model. Outlines are decided below, and
+# those of a weaker model are no direction to lead away from.
+GUIDE_INTERVAL = (0.5, 1.0)
+
 
 class LevelSample(NamedTuple):
     """Noise levels and generation mask of one clip, (T,) or per patch (T, rows, columns).

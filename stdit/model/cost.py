@@ -233,18 +233,19 @@ def training_memory(
     fused: bool,
     copies: int = 0,
     trained: int | None = None,
+    route_ratio: float = 0.0,
 ) -> Memory:
     """Estimate the memory of a training step of `micro_batch` clips, from a forward pass over fake tensors.
 
     checkpointing: as `model.gradient_checkpointing`. fused: attention does not save its matrix (GPUs; CPUs in float32).
-    copies: of the weights, besides their average. trained: the parameters of a LoRA, if only these are trained. Weights,
-    gradients and EMA are float32.
+    copies: of the weights, besides their average. trained: the parameters of a LoRA, if only these are trained.
+    route_ratio: the share of patches that skip the middle blocks. Weights, gradients and EMA are float32.
     """
     forward_cost(arguments, latent)  # fills the caches of position tables with real ones
     with torch.device("meta"):
         model = STDiT(**arguments)
     size = 4.0 * sum(p.numel() for p in model.parameters())
-    how: dict[str, Any] = {"latent": latent, "batch": micro_batch, "bf16": bf16}
+    how: dict[str, Any] = {"latent": latent, "batch": micro_batch, "bf16": bf16, "route_ratio": route_ratio}
     activations, recomputed = _activations(arguments, checkpointing=False, fused=fused, **how), 0.0
     if checkpointing:
         every, activations = activations, _activations(arguments, checkpointing=checkpointing, fused=fused, **how)
@@ -288,7 +289,7 @@ def moments_of(parameters: Iterable[Tensor], optimizer: str) -> float:
 def _activations(arguments: dict[str, Any], *, checkpointing: bool | str, fused: bool, **how: Any) -> float:
     """Bytes that a forward pass saves. Of a stack of like blocks two periods are run: they grow linearly with the depth."""
     depth, period = arguments["depth"], len(arguments.get("axes", ("joint",)))
-    alike = arguments.get("trunk", "stack") == "stack" and not arguments.get("block_sources")
+    alike = arguments.get("trunk", "stack") == "stack" and not arguments.get("block_sources") and not how["route_ratio"]
     depths = (period, 2 * period) if alike and depth % period == 0 and depth > 2 * period else (depth,)
     found = []
     for number in depths:
@@ -320,7 +321,9 @@ def _inputs(model: STDiT, latent: Shape, batch: int) -> tuple[Tensor, Tensor, Te
     return torch.empty(batch, model.in_channels, *latent), torch.empty(batch), labels
 
 
-def _saved_bytes(model: STDiT, *, checkpointing: bool | str, latent: Shape, batch: int, bf16: bool) -> float:
+def _saved_bytes(
+    model: STDiT, *, checkpointing: bool | str, latent: Shape, batch: int, bf16: bool, route_ratio: float
+) -> float:
     """Bytes that the forward pass saves for the backward pass, without parameters; each storage counts once."""
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -342,5 +345,6 @@ def _saved_bytes(model: STDiT, *, checkpointing: bool | str, latent: Shape, batc
 
         model._gradient_checkpointing_func = watched
     with saved_tensors_hooks(record, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        model(*_inputs(model, latent, batch), **_example_conditions(model, batch)).float().square().mean()
+        inputs = {**_example_conditions(model, batch), **_visible(model, latent, route_ratio)}
+        model(*_inputs(model, latent, batch), **inputs).float().square().mean()
     return float(sum(storage.nbytes() for storage in storages.values()))

@@ -85,7 +85,7 @@ class Budget:
             possible = min(wanted, int((self.seconds - before) / seconds))
             memory = training_memory(
                 arguments, latent, batch, optimizer=config.train.optimizer, bf16=precision == "bf16", checkpointing=False,
-                fused=precision != "bf16",
+                fused=precision != "bf16", route_ratio=config.objective.route_ratio,
             )  # fmt: skip
             if chosen and (possible < wanted or memory.peak > _MEMORY * memory_of(self.device)):
                 break

@@ -240,6 +240,7 @@ class PlannedRun:
         return training_memory(
             self.arguments, latent, micro, optimizer=train.optimizer, bf16=self.bf16, checkpointing=checkpointing,
             fused=self.fused, copies=len(train.average_lengths) + (train.guide_step is not None), trained=self.adapted,
+            route_ratio=self.config.objective.route_ratio,
         )  # fmt: skip
 
     def _share(self, memory: Memory, choice: Choice) -> Memory:

@@ -9,6 +9,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from stdit.conditions import ClipFacts, Conditions, Guided, LearntGuidance
+from stdit.diffusion.levels import GUIDE_INTERVAL
 from stdit.diffusion.objective import Objective
 from stdit.diffusion.predictions import Estimate
 from stdit.model.stdit import STDiT
@@ -122,8 +123,7 @@ class Engine:
             and self.objective.config.name == "flow"
             and not learnt
         ):
-            # Below, where outlines are decided, a weaker model's outlines are no direction to lead away from.
-            found = found._replace(interval=(0.5, 1.0))
+            found = found._replace(interval=GUIDE_INTERVAL)
         return found._replace(learnt=learnt)
 
     def latent_shape(self, size: Size) -> Size:

@@ -1,6 +1,6 @@
 """One training step as a pure function: a batch, keyed noise and levels, a loss per clip."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from stdit.conditions.base import Key
 from stdit.conditions.values import map_tensors, rows
 from stdit.data.loader import Batch
 from stdit.diffusion.flow_map import mean_velocity
+from stdit.diffusion.levels import GUIDE_INTERVAL
 from stdit.diffusion.masks import Grid, choose_strategy
 from stdit.diffusion.objective import Objective
 from stdit.diffusion.paths import like
@@ -264,19 +265,12 @@ def _with_velocity(objective: Objective, one: NoisyBatch, conditions: Conditions
         timestep = _timestep(objective, noisy.levels)
         return network(noisy.noisy, timestep, conditions=conditions, **further, **ends).float()
 
-    if given.teacher is not None and isinstance(scales, Tensor):
-        velocity = _guided_velocity(
-            run, one, conditions, given=given, guiders=sorted(objective.config.distilled_scales)
-        )
-    elif given.teacher is not None:
-        velocity = run(given.teacher, one, None, conditions)
-        if scale != 1:
-            worse = (
-                run(given.teacher, one, None, given.null)
-                if given.guide is None
-                else run(given.guide, one, None, conditions)
-            )
-            velocity = worse + scale * (velocity - worse)
+    if given.teacher is not None:
+        if isinstance(scales, Tensor):
+            by_guider = dict(zip(sorted(objective.config.distilled_scales), scales[:, 0].unbind(1), strict=True))
+        else:
+            by_guider = {objective.config.distilled_guider: torch.full((len(one.noisy),), scale)}
+        velocity = _guided_velocity(run, one, conditions, given=given, by_guider=by_guider)
     else:
         velocity = one.noise - one.clean
         if scale != 1:  # as in MeanFlow, equation 19: the null branch learns the velocity of the data
@@ -297,18 +291,19 @@ def _guided_velocity(
     conditions: Conditions,
     *,
     given: FlowMapTraining,
-    guiders: Iterable[str],
+    by_guider: Mapping[str, Tensor],
 ) -> Tensor:
-    """The teacher's velocity, led away from its null branch and its guide by the scales of each clip."""
-    scales = conditions["guidance"]
-    assert isinstance(scales, Tensor)
+    """The teacher's velocity, led away from its null branch and its guide by the scales (B,) of each clip."""
     conditions, null = (
         {name: value for name, value in part.items() if name != "guidance"} for part in (conditions, given.null)
     )
     velocity = run(given.teacher, one, None, conditions)
     found = velocity.clone()
-    for guider, by in zip(guiders, scales.to(velocity)[:, 0].unbind(1), strict=True):
+    noisiest = one.levels.flatten(1).amax(1)
+    for guider, by in ((guider, by.to(velocity)) for guider, by in by_guider.items()):
         which = by > 1
+        if guider == "auto":  # as in sampling
+            which = which & (noisiest >= GUIDE_INTERVAL[0])
         if not bool(which.any()):
             continue
         network, chosen = (given.guide, conditions) if guider == "auto" else (given.teacher, null)

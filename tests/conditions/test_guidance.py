@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from stdit.conditions import Label, LearntGuidance
 from stdit.config import Config, load_typed
 from stdit.diffusion.config import ObjectiveConfig
+from stdit.diffusion.levels import GUIDE_INTERVAL
 from stdit.diffusion.objective import build_objective
 from stdit.model.stdit import STDiT
 from stdit.recipes import train
@@ -84,25 +85,29 @@ def test_the_target_is_the_teachers_velocity_at_the_scale_of_each_clip(strategy,
 
     monkeypatch.setattr(module, "VELOCITY_SHARE", 1.1)  # the velocity itself, without segments
     teacher, guide = fill(build()), fill(build(), 0.2)
-    scales, labels, null = scales_of(range(4)), torch.tensor([[0], [1], [2], [1]]), torch.full((4, 1), 3)
+    scales, labels, null = scales_of(range(12)), torch.tensor([[0], [1], [2], [1]] * 3), torch.full((12, 1), 3)
+    above: set[bool] = set()
 
     def guided(x, timestep, conditions, target_timestep):
         """A model that gives the velocity which it is to learn."""
         with torch.no_grad():
             plain = teacher(x, timestep, conditions={"label": labels})
             away = [teacher(x, timestep, conditions={"label": null}), guide(x, timestep, conditions={"label": labels})]
-        by = [(scale - 1).view(-1, 1, 1, 1, 1) for scale in conditions["guidance"][:, 0].flip(1).unbind(1)]
+        auto, cfg = conditions["guidance"][:, 0].unbind(1)
+        high = timestep.flatten(1).amax(1) >= objective.timestep(torch.tensor(GUIDE_INTERVAL[0]))
+        by = [(scale - 1).view(-1, 1, 1, 1, 1) for scale in (cfg, torch.where(high, auto, 1.0))]
+        above.update(high[auto > 1].tolist())
         return plain + sum(scale * (plain - worse) for scale, worse in zip(by, away, strict=True))
 
-    latents = torch.randn(4, 4, 5, 4, 4)
+    latents = torch.randn(12, 4, 5, 4, 4)
     conditions = {"label": labels, "guidance": scales[:, None]}
     given = FlowMapTraining(guided, {"label": null, "guidance": scales[:, None]}, teacher, guide)
     objective = build_objective(ObjectiveConfig(flow_map=True, distilled_scales=SCALES))
     losses = diffusion_losses(
         guided, objective, [LatentBatch(latents, lambda mask: latents.transpose(1, 2)[mask])], conditions,
-        [(0, 3, slot) for slot in range(4)], patch=(1, 2, 2), strategy=strategy, flow_map=given,
+        [(0, 3, slot) for slot in range(12)], patch=(1, 2, 2), strategy=strategy, flow_map=given,
     )  # fmt: skip
-    assert losses.clips.max() < 1e-10
+    assert losses.clips.max() < 1e-10 and above == {True, False}
 
 
 @torch.no_grad()

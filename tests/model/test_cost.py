@@ -56,7 +56,7 @@ def test_joint_attention_grows_with_the_square_of_the_frames_and_factorized_does
     assert attention(["joint"], 64) > 12 * attention(["joint"], 16)
 
 
-def memory(micro_batch=4, optimizer="adamw", bf16=False, checkpointing=False, fused=True):
+def memory(micro_batch=4, optimizer="adamw", bf16=False, checkpointing=False, fused=True, route_ratio=0.0):
     return training_memory(
         small(["joint"]),
         (3, 16, 16),
@@ -65,6 +65,7 @@ def memory(micro_batch=4, optimizer="adamw", bf16=False, checkpointing=False, fu
         bf16=bf16,
         checkpointing=checkpointing,
         fused=fused,
+        route_ratio=route_ratio,
     )
 
 
@@ -78,18 +79,19 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing_and_16_bi
     assert memory(optimizer="muon").optimizer < memory().optimizer == 2 * memory().weights
 
 
-@pytest.mark.parametrize("checkpointing", [False, "selective", True])
-def test_planned_activations_are_what_a_real_forward_pass_leaves_allocated(checkpointing):
+@pytest.mark.parametrize(("checkpointing", "routed"), [(False, 0.0), (False, 0.5), ("selective", 0.0), (True, 0.0)])
+def test_planned_activations_are_what_a_real_forward_pass_leaves_allocated(checkpointing, routed):
     arguments = small(["joint"])
     model = STDiT(**arguments)
     if checkpointing:
         model.enable_gradient_checkpointing(CHECKPOINTING[checkpointing])
     inputs = torch.randn(8, 4, 3, 16, 16), torch.rand(8)
-    model(*inputs)  # fills caches
+    visible = {"visible": torch.arange(32)[None]} if routed else {}  # of 64 patches
+    model(*inputs, **visible)  # fills caches
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as allocator:
-        loss = model(*inputs).square().mean()
+        loss = model(*inputs, **visible).square().mean()
     real = sum(event.self_cpu_memory_usage for event in allocator.key_averages())
-    planned = memory(8, checkpointing=checkpointing).activations
+    planned = memory(8, checkpointing=checkpointing, route_ratio=routed).activations
     assert loss.requires_grad and planned == pytest.approx(real, rel=0.1)
 
 
