@@ -11,7 +11,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -102,8 +102,9 @@ class _Mp4Encoder:
         self._stream = self._container.add_stream(encoding.codec, rate=Fraction(fps).limit_denominator(1001))
         self._stream.height, self._stream.width = height + height % 2, width + width % 2
         self._stream.pix_fmt, self._stream.options = encoding.pixels, encoding.options
-        self._convert = encoding.pixels != "rgb24"
-        if not self._convert:
+        # One for all frames, since making its tables takes longer than converting a small frame.
+        self._reformatter = None if encoding.pixels == "rgb24" else VideoReformatter()
+        if self._reformatter is None:
             return
         # Players take clips of an unknown colour space for BT.709 or for BT.601, by their size and their own habits.
         context = self._stream.codec_context
@@ -119,9 +120,9 @@ class _Mp4Encoder:
         padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         for frame in padded:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            if self._convert:
-                picture = picture.reformat(
-                    format=self._stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
+            if self._reformatter is not None:
+                picture = self._reformatter.reformat(
+                    picture, format=self._stream.pix_fmt, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
                     dst_color_trc=ColorTrc.BT709, dst_color_primaries=ColorPrimaries.BT709,
                 )  # fmt: skip
             self._container.mux(self._stream.encode(picture))
