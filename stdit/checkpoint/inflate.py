@@ -100,8 +100,8 @@ def _check_agreement(image: STDiT, chosen: Mapping[str, Any], init_from: InitFro
     pairs: dict[str, tuple[Any, Any]] = {
         key: (chosen.get(key, defaults[key]), image.config[key]) for key in _MUST_AGREE
     }
-    frames, *patch = chosen["patch_size"]  # patches may get more frames
-    pairs["patch_size"] = ([frames, *patch], [frames, *image.patch_size[1:]])
+    if tuple(chosen["patch_size"])[1:] != image.patch_size[1:]:  # patches may get more frames
+        pairs["patch_size"] = (list(chosen["patch_size"]), list(image.patch_size))
     for key, kind in (("micro_conditions", list), ("extra_conditions", dict)):
         if theirs := kind(image.config[key] or ()):  # a video model may add conditions, but not drop them
             pairs[key] = (kind(chosen.get(key) or ()), theirs)

@@ -87,7 +87,7 @@ class CachedLatents(Annotated):
         return str(clips[row]) if clips else self.identity(index).source
 
     def held_columns(self, index: int) -> dict[str, str]:
-        """The value of the column by which clips can be held out; it is no part of the identity."""
+        """The values of the columns by which clips can be held out; they are no part of the identity."""
         shard, row = self._place(index)
         return {name: values[row] for name, values in self.info["shards"][shard].get("columns", {}).items()}
 

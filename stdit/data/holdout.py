@@ -113,7 +113,7 @@ def _group(dataset: Dataset, index: int, column: str | None) -> str:
 def column_of(dataset: Dataset, index: int, column: str) -> str:
     """The value of a column for a sample; ValueError if the sample does not have it.
 
-    A manifest's columns, of cached latents the one they were made with; `label` is the name of the class, `caption` the
+    A manifest's columns, of cached latents those they were made with; `label` is the name of the class, `caption` the
     caption.
     """
     columns = columns_for_holdout(dataset, index)

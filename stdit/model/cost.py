@@ -249,7 +249,13 @@ def training_memory(
     activations, recomputed = _activations(arguments, checkpointing=False, fused=fused, **how), 0.0
     if checkpointing:
         every, activations = activations, _activations(arguments, checkpointing=checkpointing, fused=fused, **how)
-        recomputed = (every - activations) / len(model.blocks)
+        kept = activations
+        if route_ratio:  # the largest blocks are those that all patches run through
+            whole = {**how, "route_ratio": 0.0}
+            every, kept = (
+                _activations(arguments, checkpointing=c, fused=fused, **whole) for c in (False, checkpointing)
+            )
+        recomputed = (every - kept) / len(model.blocks)
     learnt = size if trained is None else 4.0 * trained
     tokens = forward_cost(arguments, latent).tokens
     widest = (

@@ -130,11 +130,13 @@ def _check_learns_cfg(config: Config, model: STDiT) -> None:
     """Raise ValueError for classifier-free guidance that is to be learnt where there is no condition to lead away from."""
     objective = config.objective
     one = objective.distilled_guidance != 1 and objective.distilled_guider == "cfg"
-    if (one or "cfg" in objective.distilled_scales) and not set(conditioners_of(model.config)) - {"guidance"}:
+    if (one or "cfg" in objective.distilled_scales) and not any(
+        one.guided for one in conditioners_of(model.config).values()
+    ):
         key = f"distilled_guidance={objective.distilled_guidance:g}" if one else "distilled_scales.cfg"
         raise ValueError(
-            f"objective.{key}: classifier-free guidance leads away from no label or caption, and this model has neither; set it "
-            "to 1, or let it learn the guider auto."
+            f"objective.{key}: classifier-free guidance leads away from the output without label, caption or actions, and this "
+            "model has none of them; set it to 1, or let it learn the guider auto."
         )
 
 

@@ -9,7 +9,6 @@ The same command, run again, encodes only clips that are new or that changed, an
 
 import json
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from stdit.config import Config, load_typed
 from stdit.data.actions import check_flip
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
-from stdit.data.holdout import column_of, columns_for_holdout, split
+from stdit.data.holdout import column_of, columns_for_holdout
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import NO_BUCKET, ClipSize
 from stdit.data.variants import ClipVariants
@@ -30,6 +29,7 @@ from stdit.recipes.latent_shards import Part, rank_of_process, write_index, writ
 from stdit.recipes.models import default_device
 from stdit.recipes.order import measure
 from stdit.vae import VideoVAE, load_vae
+from stdit.warn import warn_user
 
 
 @command
@@ -82,12 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_settings(args.output, head, vae)
     parts = divide(dataset, [ClipSize(*size) for size in config.data.sizes], args.shard_size, seed=config.seed)
     form = Form.of(config)
-    # Before anything is encoded: ValueError for rows without a column, and for values that no row has.
-    if form.columns:
-        split(dataset, config.train.holdout, config.train.holdout_column, config.train.holdout_values)
+    for name in form.columns:  # before anything is encoded
+        _check_column(dataset, name, config.train.holdout_values)
     form = form._replace(columns=tuple(dict.fromkeys((*_recorded_columns(args.output, dataset), *form.columns))))
-    for index, name in product(range(len(dataset)), form.columns):
-        column_of(dataset, index, name)
     build_captions(
         config, dataset, default_device(), share=rank_of_process()
     )  # first, since it may find that there are none
@@ -96,12 +93,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _recorded_columns(output: Path, dataset: Dataset) -> list[str]:
-    """The columns by which clips of the folder's latents can be held out, as far as its clips still have them."""
+    """The columns by which clips of the folder's latents can be held out, as far as all clips still have them."""
     try:
         columns = list(json.loads((output / "cache.json").read_text())["shards"][0]["columns"])
     except (OSError, ValueError, LookupError, TypeError):
         return []
-    return [name for name in columns if name in columns_for_holdout(dataset, 0)]
+    lacking = {name for i in range(len(dataset)) for name in set(columns) - set(columns_for_holdout(dataset, i))}
+    if lacking:
+        print(
+            f"not every clip has the column {', '.join(sorted(lacking))} any more, by which clips could be held out: left out"
+        )
+    return [name for name in columns if name not in lacking]
+
+
+def _check_column(dataset: Dataset, column: str, values: Sequence[str]) -> None:
+    """ValueError for a clip without the column; values that no clip has are said, since other data may have them."""
+    found = {column_of(dataset, i, column) for i in range(len(dataset))}
+    if unknown := sorted(set(values) - found):
+        warn_user(f"train.holdout_values has {unknown[0]!r}, which no clip here has in the column {column!r}.")
 
 
 def divide(dataset: Dataset, sizes: Sequence[ClipSize], shard_size: int, *, seed: int) -> list[Part]:

@@ -40,7 +40,7 @@ from stdit.sampling.options import Guider
 from stdit.sampling.pipeline import STDiTPipeline
 
 # Arguments that say how a model is sampled, None where they are not given.
-_SAMPLING = ("guidance", "guider", "guidance_interval", "solver", "shift")
+_SAMPLING = ("model", "steps", "guidance", "guider", "guidance_interval", "solver", "shift")
 
 
 def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Path]:
@@ -169,6 +169,7 @@ def evaluate_captions(args: argparse.Namespace) -> int:
     options = {
         "num_inference_steps": args.steps, "guidance_scale": _guidance(pipe, args), "seed": args.seed, "num_frames": args.frames,
         "height": args.size, "width": args.size, "solver": args.solver, "guider": args.guider, "shift": args.shift,
+        "guidance_interval": args.guidance_interval,
     }  # fmt: skip
     every = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
     unknown = [pair for pair in args.captions if pair not in every]
@@ -250,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=480, help="that are sampled")
     parser.add_argument("--frames", type=int, help="of a clip; default: as in training")
     parser.add_argument("--size", type=int, help="height and width; default: as in training")
-    parser.add_argument("--steps", type=int, default=30, help="of the solver")
+    parser.add_argument("--steps", type=int, help="of the solver (default: 30)")
     parser.add_argument(
         "--guidance", type=float, help="default: 3; 2 for a model with a guide, 1 for one that has learnt one scale"
     )
@@ -262,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="noise levels that are guided; default: the model's",
+        help="noise levels that are guided; default: 0.5 1 for the guider auto of flow, 0 1 otherwise",
     )
     parser.add_argument("--solver", help="default: the model's")
     parser.add_argument("--shift", type=float, help="of noise levels toward noise (flow); default: the model's")
@@ -281,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--{given[0].replace('_', '-')} is for sampling, and --input measures clips that are there; leave it out, or give "
             "--model in place of --input."
         )
+    args.steps = 30 if args.steps is None else args.steps
     if args.captions is not None:
         return evaluate_captions(args)
     if args.reference:

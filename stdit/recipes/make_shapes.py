@@ -7,7 +7,6 @@ More clips of the same settings are added to those that a folder has.
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,11 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     output.mkdir(parents=True, exist_ok=True)
     new = range(len(lines), args.num_clips)
-    with ThreadPoolExecutor(
-        min(4, os.cpu_count() or 1)
-    ) as pool:  # most of the time goes to libraries without Python's lock
-        drawn = pool.map(lambda i: json.dumps(draw_clip(args, i, output)), new)
-        lines += list(Progress(drawn, total=len(new), unit="clip", desc="drawing"))
+    with ThreadPoolExecutor(4) as pool:  # encoders work without Python's lock
+        drawn = [pool.submit(draw_clip, args, i, output) for i in new]
+        try:
+            lines += [json.dumps(one.result()) for one in Progress(drawn, unit="clip", desc="drawing")]
+        except BaseException:  # Ctrl-C, too, does not wait for all others
+            pool.shutdown(cancel_futures=True)
+            raise
     # Without a manifest a folder is drawn anew, and with another number of rows than its settings say it is refused.
     if not manifest.is_file():
         write_text(settings_file, json.dumps(settings) + "\n")

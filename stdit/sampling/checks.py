@@ -225,10 +225,12 @@ def _check_scheduler(engine: Engine, canvas: Canvas, options: SamplingOptions) -
 def _check_stream(engine: Engine, options: SamplingOptions) -> None:
     """Raise ValueError for options that do not apply when frames are generated one by one with a cache."""
     defaults = SamplingOptions()
-    names = ("history_guidance", "guidance_interval", "arrangement", "tile")
+    names = ("history_guidance", "arrangement", "tile")
     changed = [
         f"{name}={getattr(options, name)}" for name in names if getattr(options, name) != getattr(defaults, name)
     ]
+    if options.guidance_interval not in (None, (0.0, 1.0)):
+        changed.append(f"guidance_interval={options.guidance_interval}")
     changed += ["guider=auto"] if options.guider == "auto" and engine.learnt_guidance is None else []
     if changed:
         raise ValueError(

@@ -137,7 +137,9 @@ class TrainConfig(LoopConfig):
     )
     guidance: float = 2.0  # guidance scale of previews and samples
     holdout: float = 0.0  # share of the files that are not trained on, and on which the loss is measured; 0: none
-    holdout_column: str | None = None  # hold out values of this column of the manifest instead of single files
+    holdout_column: str | None = (
+        None  # hold out values of this column of the manifest, or of label, instead of single files
+    )
     holdout_values: list[str] = field(default_factory=list)  # hold out these values of the column instead of a share
     compile: bool = False  # compile the blocks with torch.compile, each kind once; the first steps take a minute longer
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # the model over several processes

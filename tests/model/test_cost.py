@@ -85,6 +85,10 @@ def test_planned_activations_are_what_a_real_forward_pass_leaves_allocated(check
     model = STDiT(**arguments)
     if checkpointing:
         model.enable_gradient_checkpointing(CHECKPOINTING[checkpointing])
+    assert (
+        memory(8, checkpointing="selective", route_ratio=0.5).recomputed
+        == memory(8, checkpointing="selective").recomputed
+    )
     inputs = torch.randn(8, 4, 3, 16, 16), torch.rand(8)
     visible = {"visible": torch.arange(32)[None]} if routed else {}  # of 64 patches
     model(*inputs, **visible)  # fills caches

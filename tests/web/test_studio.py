@@ -1,9 +1,12 @@
 """The studio's server: requests become commands, what stands in their way has buttons, and jobs end when they are cancelled."""
 
+import ast
 import errno
+import inspect
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import threading
@@ -224,6 +227,21 @@ def change(client, request, changes):
         else:
             request[name] = value
     return request
+
+
+def test_the_page_knows_every_change_that_a_button_asks_for():
+    folder, asked = Path(inspect.getfile(Planner)).parent, set()
+    for path in folder.glob("studio*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(call, ast.Call)
+                and getattr(call.func, "id", "") == "Fix"
+                and isinstance(call.args[1], ast.Dict)
+            ):
+                asked |= {key.value for key in call.args[1].keys}
+    script = (folder / "static/studio/settings.js").read_text().split("const CHANGES = {")[1].split("};")[0]
+    known = set(re.findall(r"^  (\w+):", script, re.MULTILINE))
+    assert {"label", "guidance"} <= asked <= known
 
 
 def test_a_button_removes_the_problem_that_it_stands_beside(client, names):

@@ -84,6 +84,7 @@ const CHANGES = {
   label: (label) => { state.label = label; settled(); },
   caption: (caption) => { state.caption = caption; settled(); },
   count: (count) => { state.count = count; settled(); },
+  guidance: (scale) => { state.guidance = scale; settled(); },
   size: ([height, width]) => { state.height = height; state.width = width; edited(); },
   seed: () => { draw(); state.pinned = false; settled(); },
   show: (name) => dispatchEvent(new CustomEvent("show-version", { detail: name })),
