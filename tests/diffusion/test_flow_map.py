@@ -199,11 +199,16 @@ def test_a_flow_map_has_the_same_loss_in_packed_clips_as_in_single_ones(taught):
 
 def test_the_guide_of_the_teacher_is_what_its_guidance_leads_away_from():
     model, teacher = fill(build(flow_map=True)), fill(build()).requires_grad_(False)
-    plain, guided = (build_objective(ObjectiveConfig(flow_map=True, distilled_guidance=g)) for g in (1.0, 3.0))
+    plain, guided = (
+        build_objective(ObjectiveConfig(flow_map=True, distilled_guider="auto", distilled_guidance=g))
+        for g in (1.0, 3.0)
+    )
     alone = losses(model, plain, "shared", teacher)
-    torch.testing.assert_close(losses(model, guided, "shared", teacher, guide=teacher), alone)
+    # The guide sees some of the clips, so sums differ by rounding, which a difference along the path enlarges.
+    near = {"atol": 1e-5, "rtol": 1e-3}
+    torch.testing.assert_close(losses(model, guided, "shared", teacher, guide=teacher), alone, **near)
     worse = fill(build(), 0.2).requires_grad_(False)
-    assert not torch.allclose(losses(model, guided, "shared", teacher, guide=worse), alone)
+    assert not torch.allclose(losses(model, guided, "shared", teacher, guide=worse), alone, **near)
 
 
 def test_where_no_segment_has_a_length_the_loss_is_that_of_flow(monkeypatch):
