@@ -40,7 +40,14 @@ from stdit.sampling.options import Guider
 from stdit.sampling.pipeline import STDiTPipeline
 
 # Arguments that say how a model is sampled, None where they are not given.
-_SAMPLING = ("model", "steps", "guidance", "guider", "guidance_interval", "solver", "shift")
+_SAMPLING = ("model", "steps", "guidance", "guider", "guidance_interval", "solver", "shift", "seed")
+# What is measured, by the first of these arguments that is given, and the arguments without influence on it.
+_WITHOUT_INFLUENCE = {
+    "captions": ("how captions are followed", ("input", "reference", "features", "paired", "against")),
+    "reference": ("distances to a reference", ("against",)),
+    "input": ("the shapes of clips that are there", ("clips", "frames", "size", "features")),
+    "model": ("the shapes of a model's clips", ("features",)),
+}
 
 
 def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Path]:
@@ -77,26 +84,49 @@ def _output(model: Path) -> Path:
     return output
 
 
-def print_differences(result: Report, path: Path) -> None:
-    """Print the differences to a saved evaluation over the clips that both have, with 95 % intervals."""
-    saved = read_json(path).get("right")
-    saved = saved if isinstance(saved, dict) else {}
-    shared = [name for name in result.right if name in saved]
-    if not shared:
+def read_evaluation(path: Path, seed: int | None) -> dict[str, list]:
+    """Read which clips were right from a saved evaluation; ValueError if it has none, or is of another seed."""
+    found = read_json(path)
+    saved = found.get("right")
+    if not isinstance(saved, dict) or "shape" not in saved:
         raise ValueError(f"{path} holds no clips to compare with; write it again with stdit evaluate.")
-    for name in shared:
-        ours = result.right[name]
+    if seed is not None and found.get("seed", seed) != seed:
+        raise ValueError(
+            f"{path} is of seed {found['seed']}, and clips of seed {seed} are not the same ones; add --seed {found['seed']}."
+        )
+    return saved
+
+
+def print_differences(result: Report, saved: dict[str, list], path: Path) -> None:
+    """Print the differences to a saved evaluation over the clips that both have, with 95 % intervals."""
+    for name, ours in ((name, ours) for name, ours in result.right.items() if name in saved):
         count = min(len(ours), len(saved[name]))
         found, low, high = (100 * part for part in paired_difference(ours[:count], saved[name][:count]))
         print(f"{name:<16} {count:>5} {found:+6.1f} points against {path} (95 %: {low:+.1f} to {high:+.1f})")
 
 
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for an argument that would have no influence on what is asked for."""
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
+    sampling = [name for name in _SAMPLING if name in given]
+    if args.input and args.captions is None and sampling:
+        raise ValueError(
+            f"--{sampling[0].replace('_', '-')} is for sampling, and --input measures clips that are there; leave it out, or give "
+            "--model in place of --input."
+        )
+    if args.paired and not (args.input and args.reference):
+        raise ValueError("--paired compares --input with --reference, clip by clip; give both.")
+    kind = next((name for name in _WITHOUT_INFLUENCE if name in given), "model")
+    what, without = _WITHOUT_INFLUENCE[kind]
+    unused = [name for name in without if name in given]
+    if unused:
+        raise ValueError(f"--{unused[0]} has no influence on {what}; leave it out.")
+    if args.clips is not None and args.clips < 1:
+        raise ValueError(f"--clips must be >= 1, got {args.clips}.")
+
+
 def compare_with_reference(args: argparse.Namespace) -> int:
     """Measure the distances of the clips of a model, or of a folder, to real clips."""
-    if args.paired and not args.input:
-        raise ValueError(
-            "--paired compares --input with --reference; name both, since samples of a model have no pairs."
-        )
     extractor = load_extractor(args.features)
     if args.input:
         output, batches, size = None, None, (args.frames or 17, args.size or 64)
@@ -242,13 +272,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", help="a folder or manifest of real clips: measure distances to them")
     parser.add_argument(
         "--features",
-        default="vae",
-        help="features of the distances: vae, vae=PATH, inception=FILE, i3d=FILE, script=FILE or vjepa2=FOLDER (JEDi)",
+        help="features of the distances: vae (default), vae=PATH, inception=FILE, i3d=FILE, script=FILE or vjepa2=FOLDER (JEDi)",
     )
     parser.add_argument(
         "--paired", action="store_true", help="input and reference are the same clips in order: PSNR, SSIM"
     )
-    parser.add_argument("--clips", type=int, default=480, help="that are sampled")
+    parser.add_argument("--clips", type=int, help="that are sampled, or read at most (default: 480)")
     parser.add_argument("--frames", type=int, help="of a clip; default: as in training")
     parser.add_argument("--size", type=int, help="height and width; default: as in training")
     parser.add_argument("--steps", type=int, help="of the solver (default: 30)")
@@ -270,25 +299,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--against", metavar="FILE", help="an evaluation.json of the same seed: print the differences, clip by clip"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the noise")
+    parser.add_argument("--seed", type=int, help="of the noise (default: 1)")
     args = parser.parse_args(arguments)
     if "" in (args.input, args.reference, args.model):
         raise ValueError("--input, --reference or --model is empty; name a file or a folder, or leave it out.")
-    if args.clips < 1:
-        raise ValueError(f"--clips must be >= 1, got {args.clips}.")
-    given = [name for name in _SAMPLING if getattr(args, name) is not None]
-    if args.input and given:
-        raise ValueError(
-            f"--{given[0].replace('_', '-')} is for sampling, and --input measures clips that are there; leave it out, or give "
-            "--model in place of --input."
-        )
-    args.steps = 30 if args.steps is None else args.steps
+    _check_arguments(args)
+    for name, default in {"steps": 30, "clips": 480, "seed": 1, "features": "vae"}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     if args.captions is not None:
         return evaluate_captions(args)
     if args.reference:
         return compare_with_reference(args)
-    if args.paired:
-        raise ValueError("--paired compares --input with --reference, clip by clip; give both.")
+    saved = read_evaluation(Path(args.against), None if args.input else args.seed) if args.against else None
     if args.input:
         clips, labels = read_recorded(Path(args.input))
         output = None
@@ -296,8 +319,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         clips, labels, output = sample_shapes(args)
     result = report(clips, labels)
     print(table(result))
-    if args.against:
-        print_differences(result, Path(args.against))
+    if saved is not None:
+        print_differences(result, saved, Path(args.against))
     if output is not None:
         write_json(output / "evaluation.json", {**vars(args), **result._asdict()})
         names = [CLASS_NAMES[label] for label in labels[:48]]

@@ -133,7 +133,15 @@ class Engine:
     def schedule(self, options: SamplingOptions, latent_shape: Size) -> Tensor:
         """The noise levels (steps + 1,), from 1 to 0, of a call for a clip of this latent shape."""
         frames, height, width = latent_shape
-        return self.objective.schedule(options.num_inference_steps, frames * height * width, options.shift)
+        levels = self.objective.schedule(options.num_inference_steps, frames * height * width, options.shift)
+        if options.shift is not None and not bool(
+            (levels.isfinite() & (levels <= 1)).all() & (levels.diff() < 0).all()
+        ):
+            raise ValueError(
+                f"shift={options.shift} (--shift) puts several of {len(levels) - 1} steps at one noise level; give one between 0.01 "
+                "and 100, where 1 is no shift."
+            )
+        return levels
 
     def draw(self, keys: Keys, step: int, latent_shape: Size) -> Tensor:
         """Draw noise (B, C, T, h, w) that is a function of each clip's key and `step` alone."""

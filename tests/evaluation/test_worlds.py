@@ -182,8 +182,3 @@ def test_the_direction_of_motion_is_counted_by_horizon():
     found = motion.measure_rollouts([DreamedEpisode(other_way, episode)], 4)
     assert found["groups that move"] == 8
     assert found["moves in the direction of the truth within so many actions"] == {1: 1.0, 4: 1.0, 8: 0.5}
-
-
-def test_options_of_sampling_are_refused_for_clips_that_are_there(capsys):
-    assert run(evaluate.main, ["--input", "clips", "--shift", "3"]) == 1
-    assert "--shift is for sampling, and --input measures clips that are there" in capsys.readouterr().err

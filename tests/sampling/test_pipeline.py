@@ -147,6 +147,12 @@ def test_a_shift_of_the_call_takes_the_place_of_the_models(make, solver):
     assert not torch.equal(sample(plain, **options), expected)
 
 
+@pytest.mark.parametrize("shift", [1e9, 1e-9])
+def test_a_shift_that_leaves_no_levels_between_noise_and_data_is_refused(make, shift):
+    with pytest.raises(ValueError, match=r"shift=\S+ \(--shift\) puts several of \d+ steps at one noise level"):
+        sample(make(), shift=shift)
+
+
 def test_a_shift_is_refused_where_levels_are_not_those_of_flow(make):
     with pytest.raises(ValueError, match=r"shift=2.0 .* levels of flow, but .* with ddpm; leave it out"):
         sample(make("ddpm"), shift=2.0)
