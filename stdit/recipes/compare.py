@@ -62,8 +62,14 @@ def arguments(spec: Comparison, variant: str, seed: int, steps: int | None) -> l
 
 
 def read_variant(spec: Comparison, variant: str, seed: int = 0, steps: int | None = None) -> Config:
-    """Read the config of one run."""
-    return load_typed(Config, spec.base, arguments(spec, variant, seed, steps))
+    """Read the config of one run; ValueError for a flow map, whose step is not that of the other objectives."""
+    config = load_typed(Config, spec.base, arguments(spec, variant, seed, steps))
+    if config.objective.flow_map:
+        raise ValueError(
+            f"variant {variant!r} trains a flow map (objective.flow_map), whose steps, targets and losses are not comparable with those "
+            "of other objectives; train it with stdit train, and compare clips with stdit evaluate --against."
+        )
+    return config
 
 
 class Probe:

@@ -26,6 +26,14 @@ def test_every_comparison_and_every_variant_of_it_loads(path, monkeypatch):
     assert first.startswith("# ") and second.startswith("#   ")
 
 
+def test_a_variant_that_trains_a_flow_map_is_refused_before_any_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    spec = load_typed(Comparison, SPECS[0])
+    spec.variants["map"] = {"objective.flow_map": True, "objective.name": "flow"}
+    with pytest.raises(ValueError, match=r"variant 'map' trains a flow map .*; train it with stdit train, and compare"):
+        compare.read_variant(spec, "map")
+
+
 def run(variant: str, seed: int, frechet: float, both: float = 0.5) -> Run:
     return Run(variant, seed, {}, 10, 1000, 0.5, 1.0, 20.0, {"0.5": 1.0}, 0.5, 0.5, both, frechet)
 
