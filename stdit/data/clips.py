@@ -68,6 +68,12 @@ class TableDataset(Annotated):
         content = content_of(path) if read else size_of(path)
         return Identity(relative_name(path, Path(self.config.root)), content, label, caption, columns=columns)
 
+    def group_of(self, index: int) -> str:
+        """What is held out together: the file below the root, without the rest of the row."""
+        if self.index is not None:
+            return self.index.columns.text("path", index)
+        return relative_name(self.rows[index].path, Path(self.config.root))
+
     @property
     def action_space(self) -> ActionSpace | None:
         """The actions of the clips, None if they have none; ValueError if a column of that name is something else."""
