@@ -7,6 +7,7 @@ import torch
 from conftest import fill
 
 from stdit.conditions import Conditions
+from stdit.conditions.guidance import LearntGuidance
 from stdit.diffusion.config import ObjectiveConfig
 from stdit.diffusion.flow_map import STEP, mean_velocity
 from stdit.diffusion.masks import MASK_STRATEGIES
@@ -177,24 +178,31 @@ def test_every_mask_strategy_trains_a_flow_map_and_its_new_embedder(strategy, ta
     assert model.r_embedder.mlp[2].weight.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("taught", [False, True])
-def test_a_flow_map_has_the_same_loss_in_packed_clips_as_in_single_ones(taught):
-    model = fill(build(flow_map=True, axes=["joint"]))
-    teacher = fill(build(axes=["joint"])).requires_grad_(False) if taught else None
-    objective = build_objective(ObjectiveConfig(flow_map=True, distilled_guidance=2.0))
-    clips = [LatentBatch(torch.randn(1, 4, *shape)) for shape in [(5, 4, 4), (2, 4, 8), (1, 8, 4)]]
-    labels, nulls = torch.tensor([[0], [2], [1]]), torch.tensor([[3]])
-    keys = [(0, 5, slot) for slot in range(3)]
+@pytest.mark.parametrize("learns", ["the data", "a teacher", "scales of a teacher"])
+def test_a_flow_map_has_the_same_loss_in_packed_clips_as_in_single_ones(learns):
+    guidance = LearntGuidance({"cfg": 5.0, "auto": 3.0})
+    extra = {"extra_conditions": {"guidance": {"scales": guidance.scales}}} if "scales" in learns else {}
+    model = fill(build(flow_map=True, axes=["joint"], **extra))
+    teacher, guide = (
+        fill(build(axes=["joint"]), scale).requires_grad_(False) if "teacher" in learns else None
+        for scale in (0.1, 0.2)
+    )
+    learnt = {"distilled_scales": guidance.scales} if extra else {"distilled_guidance": 2.0}
+    objective = build_objective(ObjectiveConfig(flow_map=True, **learnt))
+    clips = [LatentBatch(torch.randn(1, 4, *shape)) for shape in [(5, 4, 4), (2, 4, 8), (1, 8, 4), (2, 4, 4)]]
+    labels, nulls = torch.tensor([[0], [2], [1], [2]]), torch.tensor([[3]])
+    keys = [(0, 5, slot) for slot in range(4)]
+    scales = torch.tensor([[1.0, 4.0], [2.5, 1.0], [1.0, 1.0], [3.0, 2.0]])[:, None]
 
     def loss(which: slice) -> torch.Tensor:
-        given = FlowMapTraining(model, {"label": nulls.expand(len(keys[which]), 1)}, teacher)
+        conditions = {"label": labels[which], **({"guidance": scales[which]} if extra else {})}
+        null = {**conditions, "label": nulls.expand(len(keys[which]), 1)}
+        given = FlowMapTraining(model, null, teacher, guide)
         options = {"patch": (1, 2, 2), "strategy": "per_frame", "flow_map": given}
-        return diffusion_losses(
-            model, objective, clips[which], {"label": labels[which]}, keys=keys[which], **options
-        ).clips
+        return diffusion_losses(model, objective, clips[which], conditions, keys=keys[which], **options).clips
 
-    single = torch.cat([loss(slice(i, i + 1)) for i in range(3)])
-    torch.testing.assert_close(loss(slice(0, 3)), single, atol=1e-5, rtol=1e-4)
+    single = torch.cat([loss(slice(i, i + 1)) for i in range(4)])
+    torch.testing.assert_close(loss(slice(0, 4)), single, atol=1e-5, rtol=1e-4)
 
 
 def test_the_guide_of_the_teacher_is_what_its_guidance_leads_away_from():
