@@ -35,6 +35,17 @@ def test_models_are_listed_with_their_clips_and_labels(folder, capsys):
     assert capsys.readouterr().out == "a cat\na dog\n"
 
 
+def test_the_guide_and_the_shift_of_a_model_are_described(folder, capsys):
+    pipe = STDiTPipeline.from_pretrained(folder)
+    pipe.register_modules(
+        guide=STDiT.from_pretrained(folder / "transformer"), scheduler=STDiTScheduler("flow", shift=4.0)
+    )
+    pipe.save_pretrained(folder)
+    assert info.main(["models/pets"]) == 0
+    said = capsys.readouterr().out
+    assert "flow, shift 4\n" in said and "an earlier state, which guidance leads away from (--guider auto" in said
+
+
 def test_a_lora_is_listed_with_its_model_and_the_command_that_uses_it(folder, capsys):
     model = STDiT.from_pretrained(folder)
     add_lora(model, "mine", rank=2)

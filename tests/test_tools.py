@@ -133,6 +133,8 @@ def test_a_model_is_trained_found_and_sampled(home, capsys):
     settings = json.loads(made[2].read_text())
     assert settings["label_name"] == sorted(CLASS_NAMES)[7]  # class names of a manifest are sorted
     assert settings["seed"] == 3
+    resolved = {"guidance_scale": 2.0, "guider": "cfg", "guidance_interval": [0.0, 1.0], "solver": "euler"}
+    assert settings.items() >= resolved.items() and "strength" not in settings
     with pytest.raises(ValueError, match="exists; choose another --output or --seed, or pass --overwrite"):
         sample.main(["--class-label", "circle left", "7", "--steps", "2", "--seed", "3"])
     assert sample.main(["--class-label", "0", "--frames", "1", "--steps", "1", "--output", "one.png"]) == 0

@@ -243,7 +243,7 @@ def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[flo
     a, b = np.asarray(ours), np.asarray(theirs)
     n, won, lost = len(a) + 2, int((a & ~b).sum()) + 0.5, int((~a & b).sum()) + 0.5
     middle, spread = (won - lost) / n, 1.96 * math.sqrt(won + lost - (won - lost) ** 2 / n) / n
-    return float(a.mean() - b.mean()), middle - spread, middle + spread
+    return float(a.mean() - b.mean()), max(middle - spread, -1.0), min(middle + spread, 1.0)
 
 
 def table(result: Report) -> str:

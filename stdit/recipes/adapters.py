@@ -11,6 +11,7 @@ from stdit.data.joint import JointDataset
 from stdit.data.rates import clip_rate
 from stdit.diffusion.objective import Objective
 from stdit.files import printable, read_json
+from stdit.hub import LORA_FILE
 from stdit.model.config import ModelConfig, model_arguments
 from stdit.model.lora import load_lora, split_strength
 from stdit.model.stdit import STDiT
@@ -150,6 +151,8 @@ def add_loras(pipe: STDiTPipeline, given: Sequence[str]) -> None:
     """
     for text in given:
         path, strength = split_strength(text)
+        if (Path(path) / "model_index.json").is_file() and not (Path(path) / LORA_FILE).is_file():
+            raise ValueError(f"--lora {path}: that is a model, no LoRA; give it as the model, or the folder of a LoRA.")
         for model in filter(None, (pipe.transformer, pipe.guide)):
             if isinstance(model, UNet):
                 raise ValueError(f"--lora {path}: the model is a U-Net, for which stdit has no LoRAs; leave it out.")

@@ -24,7 +24,7 @@ from stdit.data.variants import ClipVariants
 from stdit.files import write_text
 from stdit.recipes.build import build_captions
 from stdit.recipes.encoding import Form
-from stdit.recipes.entry import command, command_parser
+from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.latent_shards import Part, rank_of_process, write_index, write_shards
 from stdit.recipes.models import default_device
 from stdit.recipes.order import measure
@@ -57,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "folders of the latents."
         )
     check_augmentation(config.data, frozen=args.freeze_augmentation)
-    for name in ("shard_size", "windows"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}.")
+    check_least(args, "shard_size", "windows")
     dataset = build_dataset(config.data)
     check_flip(config.data.flip, dataset)
     if args.output.resolve() == Path(config.data.root).resolve():

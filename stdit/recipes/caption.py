@@ -24,7 +24,7 @@ from stdit.data.pictures import read_picture
 from stdit.data.records import find_columns, read_rows, write_records
 from stdit.files import check_writable, claimed, printable
 from stdit.progress import Progress
-from stdit.recipes.entry import command, command_parser
+from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.models import default_device
 from stdit.warn import warn_user
 
@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, default=8, help="of a clip that the model sees (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=200, help="of a caption (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name in ("frames", "max_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= 1, got {getattr(args, name)}.")
+    check_least(args, "frames", "max_tokens")
     if args.manifest.is_dir() or args.manifest.suffix.lower() not in _SUFFIXES:
         raise ValueError(
             f"{args.manifest} is no manifest with room for captions ({' or '.join(_SUFFIXES)}); stdit split writes one, and "

@@ -167,6 +167,14 @@ def command_parser(command: str, description: str | None) -> argparse.ArgumentPa
     return argparse.ArgumentParser(prog=f"stdit {command}", description=description, formatter_class=_HelpFormatter)
 
 
+def check_least(args: argparse.Namespace, *names: str, least: int = 1) -> None:
+    """Raise ValueError, with the flag and the value, for an argument that is given and smaller than `least`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {value}.")
+
+
 def child_environment() -> dict[str, str]:
     """Environment variables with which a child process `python -m stdit ...` finds the package of this process."""
     paths = [str(Path(stdit.__file__).parents[1]), os.environ.get("PYTHONPATH")]

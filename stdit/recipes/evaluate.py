@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -32,11 +33,11 @@ from stdit.files import check_writable, read_json, write_json
 from stdit.pixels import to_float
 from stdit.progress import Progress
 from stdit.recipes import evaluate_world
-from stdit.recipes.entry import command, command_parser
+from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.info import newest_model
 from stdit.recipes.models import load_pipeline
 from stdit.rng import keyed_rng
-from stdit.sampling.options import Guider
+from stdit.sampling.options import Guider, SamplingOptions
 from stdit.sampling.pipeline import STDiTPipeline
 
 # Arguments that say how a model is sampled, None where they are not given.
@@ -50,21 +51,54 @@ _WITHOUT_INFLUENCE = {
 }
 
 
-def sample_shapes(args: argparse.Namespace) -> tuple[list[np.ndarray], list[int], Path]:
-    """Sample clips (F, H, W, 3) of a model of moving shapes; returns them, their labels, and the output folder."""
+def measure_shapes(args: argparse.Namespace) -> int:
+    """Measure clips of moving shapes, of a model or of a manifest; print the result, and write that of a model."""
+    against = None if args.against is None else Path(args.against)
+    if args.input:
+        saved = read_evaluation(against) if against else None
+        _report(*read_recorded(Path(args.input)), saved=saved, against=against)
+        return 0
     model = Path(args.model) if args.model else newest_model()
     pipe = load_pipeline(model)
     if sorted(pipe.transformer.config.class_names or []) != sorted(CLASS_NAMES):
         raise ValueError(
             f"{model} was not trained on moving shapes, so shapes cannot be measured; compare it with real clips: --reference FOLDER."
         )
-    labels, output = [i % len(CLASS_NAMES) for i in range(args.clips)], _output(model)
-    clips = pipe(
-        [CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, num_inference_steps=args.steps,
-        guidance_scale=_guidance(pipe, args), seed=args.seed, solver=args.solver, guider=args.guider, shift=args.shift,
-        guidance_interval=args.guidance_interval,
+    output = _output(model)
+    if against and against.resolve() == (output / "evaluation.json").resolve():
+        raise ValueError(f"--against {against} is what this evaluation writes; copy it to another name first.")
+    frames, size = args.frames or pipe.config.num_frames, args.size or pipe.config.height
+    saved = read_evaluation(against, seed=args.seed, frames=frames, size=size) if against else None
+    labels, options = [i % len(CLASS_NAMES) for i in range(args.clips)], _options(pipe, args)
+    sampled = pipe([CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, options=options)
+    clips = [to_uint8(clip) for clip in sampled]
+    result = _report(clips, labels, saved=saved, against=against)
+    settings = pipe.engine.resolved(options)
+    settings |= {"guidance": settings.pop("guidance_scale"), "frames": frames, "size": size}
+    write_json(output / "evaluation.json", {**vars(args), **settings, **result._asdict()})
+    names = [CLASS_NAMES[label] for label in labels[:48]]
+    write_contact_sheet(output / "evaluation.png", clips[:48], columns=4, names=names)
+    print(f"{output / 'evaluation.json'}, {output / 'evaluation.png'}")
+    return 0
+
+
+def _report(
+    clips: list[np.ndarray], labels: list[int], *, saved: dict[str, list] | None, against: Path | None
+) -> Report:
+    """Measure clips and print their report, and the differences to those of a saved evaluation."""
+    result = report(clips, labels)
+    print(table(result))
+    if saved is not None:
+        assert against is not None
+        print_differences(result, saved, against)
+    return result
+
+
+def _options(pipe: STDiTPipeline, args: argparse.Namespace) -> SamplingOptions:
+    return SamplingOptions(
+        num_inference_steps=args.steps, guidance_scale=_guidance(pipe, args), seed=args.seed, solver=args.solver,
+        guider=args.guider, shift=args.shift, guidance_interval=args.guidance_interval,
     )  # fmt: skip
-    return [to_uint8(clip) for clip in clips], labels, output
 
 
 def _guidance(pipe: STDiTPipeline, args: argparse.Namespace) -> float:
@@ -84,16 +118,20 @@ def _output(model: Path) -> Path:
     return output
 
 
-def read_evaluation(path: Path, seed: int | None) -> dict[str, list]:
-    """Read which clips were right from a saved evaluation; ValueError if it has none, or is of another seed."""
+def read_evaluation(path: Path, **expected: int) -> dict[str, list]:
+    """Read which clips were right from a saved evaluation.
+
+    expected: the seed, frames and size of the clips to compare. ValueError if there are no clips, or others than these.
+    """
     found = read_json(path)
     saved = found.get("right")
     if not isinstance(saved, dict) or "shape" not in saved:
         raise ValueError(f"{path} holds no clips to compare with; write it again with stdit evaluate.")
-    if seed is not None and found.get("seed", seed) != seed:
-        raise ValueError(
-            f"{path} is of seed {found['seed']}, and clips of seed {seed} are not the same ones; add --seed {found['seed']}."
-        )
+    for name, value in expected.items():
+        if (theirs := found.get(name)) not in (None, value):
+            raise ValueError(
+                f"{path} has clips of {name} {theirs}, which cannot be compared with {name} {value}; add --{name} {theirs}."
+            )
     return saved
 
 
@@ -121,8 +159,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
     unused = [name for name in without if name in given]
     if unused:
         raise ValueError(f"--{unused[0]} has no influence on {what}; leave it out.")
-    if args.clips is not None and args.clips < 1:
-        raise ValueError(f"--clips must be >= 1, got {args.clips}.")
+    check_least(args, "clips", "size", "steps")
+    check_least(args, "seed", least=0)
+    check_least(args, "frames", least=1 if kind == "reference" else 2)  # one frame has no direction
 
 
 def compare_with_reference(args: argparse.Namespace) -> int:
@@ -166,14 +205,12 @@ def compare_with_reference(args: argparse.Namespace) -> int:
 
 
 def _sampled(pipe: STDiTPipeline, args: argparse.Namespace, size: tuple[int, int]) -> Iterator[torch.Tensor]:
-    classes = pipe.transformer.num_classes
+    classes, options = pipe.transformer.num_classes, replace(_options(pipe, args), progress=False)
     for first in Progress(range(0, args.clips, 32), unit="batch", desc="sampling"):
         count = min(32, args.clips - first)
         labels = [(first + i) % classes for i in range(count)] if classes else None
-        yield pipe(
-            labels, size[0], size[1], size[1], num_inference_steps=args.steps, guidance_scale=_guidance(pipe, args), seed=args.seed + first, solver=args.solver,
-            guider=args.guider, guidance_interval=args.guidance_interval, shift=args.shift, num_videos=count, progress=False,
-        )  # fmt: skip
+        chosen = replace(options, seed=args.seed + first)
+        yield pipe(labels, size[0], size[1], size[1], num_videos=count, options=chosen)
 
 
 def _read(source: str, size: tuple[int, int], most: int) -> Iterator[torch.Tensor]:
@@ -196,11 +233,7 @@ def evaluate_captions(args: argparse.Namespace) -> int:
     model = Path(args.model) if args.model else newest_model()
     pipe = load_pipeline(model)
     output = _output(model)
-    options = {
-        "num_inference_steps": args.steps, "guidance_scale": _guidance(pipe, args), "seed": args.seed, "num_frames": args.frames,
-        "height": args.size, "width": args.size, "solver": args.solver, "guider": args.guider, "shift": args.shift,
-        "guidance_interval": args.guidance_interval,
-    }  # fmt: skip
+    given = {"options": _options(pipe, args), "num_frames": args.frames, "height": args.size, "width": args.size}
     every = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
     unknown = [pair for pair in args.captions if pair not in every]
     if unknown:
@@ -208,7 +241,7 @@ def evaluate_captions(args: argparse.Namespace) -> int:
     results = {}
     for name, pairs in (("trained pairs", sorted(every - set(args.captions))), ("pairs left out", args.captions)):
         if pairs:
-            result, clips = sample_and_measure(pipe, caption_grid(pairs, args.clips), **options)
+            result, clips = sample_and_measure(pipe, caption_grid(pairs, args.clips), **given)
             print(f"{name:<15} {result}", flush=True)
             results[name] = result._asdict()
             write_contact_sheet(output / f"captions-{name.replace(' ', '-')}.png", clips[:24], columns=2)
@@ -311,19 +344,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return evaluate_captions(args)
     if args.reference:
         return compare_with_reference(args)
-    saved = read_evaluation(Path(args.against), None if args.input else args.seed) if args.against else None
-    if args.input:
-        clips, labels = read_recorded(Path(args.input))
-        output = None
-    else:
-        clips, labels, output = sample_shapes(args)
-    result = report(clips, labels)
-    print(table(result))
-    if saved is not None:
-        print_differences(result, saved, Path(args.against))
-    if output is not None:
-        write_json(output / "evaluation.json", {**vars(args), **result._asdict()})
-        names = [CLASS_NAMES[label] for label in labels[:48]]
-        write_contact_sheet(output / "evaluation.png", clips[:48], columns=4, names=names)
-        print(f"{output / 'evaluation.json'}, {output / 'evaluation.png'}")
-    return 0
+    return measure_shapes(args)

@@ -16,7 +16,7 @@ from stdit.data.video_write import write_contact_sheet
 from stdit.evaluation import operations as op
 from stdit.evaluation.rollouts import rollout
 from stdit.files import write_json
-from stdit.recipes.entry import command, command_parser
+from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
 
@@ -104,18 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(
             "no model is given; use --model models/quickstart, --bounce models/bounce or --rollout models/rollout."
         )
+    check_least(args, "clips", "steps")
+    check_least(args, "seed", least=0)
     options = {"num_inference_steps": args.steps, "seed": args.seed, "progress": False, "batch_size": 48}
-    for path, suite in ((args.model, straight), (args.bounce, bouncing), (args.rollout, long)):
-        if not path:
-            continue
+    given = ((args.model, straight), (args.bounce, bouncing), (args.rollout, long))
+    suites = {path: suite(load(path), args.clips, args.seed, options) for path, suite in given if path}
+    names = list(dict.fromkeys(name for suite in suites.values() for name in suite))
+    if unknown := [name for name in args.tasks or [] if name not in names]:
+        raise ValueError(f"--tasks {unknown[0]!r} is not a task of this model; choose from {', '.join(names)}.")
+    for path, suite in suites.items():
         output = Path("output") / Path(path).name
         (output / "tasks").mkdir(parents=True, exist_ok=True)
-        suite_of = suite(load(path), args.clips, args.seed, options)
-        unknown = [name for name in args.tasks or [] if name not in suite_of]
-        if unknown and args.tasks == unknown:
-            raise ValueError(f"--tasks {unknown[0]!r} is not a task of this model; choose from {', '.join(suite_of)}.")
         metrics = []
-        for name, run in suite_of.items():
+        for name, run in suite.items():
             if args.tasks and name not in args.tasks:
                 continue
             result = run()

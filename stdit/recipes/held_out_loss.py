@@ -16,7 +16,7 @@ from stdit.diffusion.masks import MASK_STRATEGIES
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.evaluation.held_out import HeldOut, held_out, label_kwargs
 from stdit.pixels import to_bytes
-from stdit.recipes.entry import command, command_parser
+from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.training.step import diffusion_losses, to_latents
 
@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--motion", choices=["straight", "bounce"], default="straight")
     parser.add_argument("--seed", type=int, default=77, help="of clips and noise")
     args = parser.parse_args(argv)
-    if args.clips < 1 or not all(0 < level <= 1 for level in args.levels):
-        raise ValueError(
-            f"--clips must be >= 1, got {args.clips}, and --levels must be > 0 and <= 1, got {args.levels}."
-        )
+    check_least(args, "clips")
+    check_least(args, "seed", least=0)
+    if not all(0 < level <= 1 for level in args.levels):
+        raise ValueError(f"--levels must be > 0 and <= 1, got {args.levels}.")
     for model in args.models:
         pipe = load_pipeline(model)
         data = held_out(args.clips, pipe.config.num_frames, args.motion, pipe.config.height, seed=args.seed)

@@ -76,7 +76,9 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
     blocks = f"{transformer.get('depth')} blocks, {transformer.get('hidden_size')} wide"
     causal = ", causal: continued frame by frame (stdit sample --task extend)" if transformer.get("causal") else ""
     yield "network", f"{blocks}, patches of {transformer.get('patch_size')}{causal}"
-    yield "objective", " ".join(str(one) for one in (pipeline.get("objective"), scheduler.get("solver") or "")).strip()
+    sampling = (("solver", "solver {}"), ("shift", "shift {:g}"))
+    about = [text.format(scheduler[name]) for name, text in sampling if scheduler.get(name) is not None]
+    yield "objective", ", ".join([str(pipeline.get("objective")), *about])
     labels = label_names(folder)
     if labels:
         shown = ", ".join(labels[:_LISTED]) + (f" and {len(labels) - _LISTED} more" if len(labels) > _LISTED else "")
@@ -93,6 +95,12 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
             yield "condition", str(name)
     tasks = [one for one in pipeline.get("mask_strategies") or [] if one != "shared"]
     yield "known frames", ", ".join(tasks) or "none in training: tasks with --input need some"
+    guide = pipeline.get("guide")
+    if guide and guide[0] is not None:
+        yield (
+            "guide",
+            "an earlier state, which guidance leads away from (--guider auto, the default; cfg leads away from no condition)",
+        )
     if (scale := transformer.get("distilled_guidance", 1.0)) not in (None, 1.0):
         yield "guidance", f"{scale:g}, learnt: it is sampled without"
 

@@ -15,7 +15,7 @@ from stdit.data.shapes import CLASS_NAMES, COLORS, OBJECT_NAMES, draw, random_cl
 from stdit.data.video_write import write_video
 from stdit.files import write_text
 from stdit.progress import Progress
-from stdit.recipes.entry import command, command_parser
+from stdit.recipes.entry import check_least, command, command_parser
 from stdit.rng import keyed_rng
 
 
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help='pairs of colour and shape to leave out, for example "red circle"',
     )
     args = parser.parse_args(argv)
-    for name, least in (("num_clips", 1), ("frames", 1), ("size", 32), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {getattr(args, name)}.")
+    check_least(args, "num_clips", "frames")
+    check_least(args, "size", least=32)
+    check_least(args, "seed", least=0)
     for pair in args.without:
         if pair not in OBJECT_NAMES:
             raise ValueError(

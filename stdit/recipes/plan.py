@@ -21,7 +21,7 @@ from stdit.nn.context_parallel import check_shared_attention
 from stdit.nn.low_rank import adapted_layers
 from stdit.precision import native_bf16, resolve
 from stdit.recipes.build import check_batch
-from stdit.recipes.entry import command, command_parser
+from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.models import load_start
 from stdit.recipes.planned import (
     CHECKPOINTING_NAMES,
@@ -105,10 +105,9 @@ def largest(at: Callable[[int], Memory], room: float) -> int:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers out of range."""
-    if not 0 < args.utilisation <= 1 or args.count < 1:
-        raise ValueError(
-            f"--utilisation must be > 0 and <= 1, got {args.utilisation}, and --count must be >= 1, got {args.count}."
-        )
+    check_least(args, "count")
+    if not 0 < args.utilisation <= 1:
+        raise ValueError(f"--utilisation must be > 0 and <= 1, got {args.utilisation}.")
     for name, value in (("--context", args.context), ("--ring", args.ring)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}; 1 shares no frames.")

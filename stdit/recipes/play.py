@@ -22,7 +22,7 @@ from stdit.data.inputs import read_input
 from stdit.data.video_write import to_uint8
 from stdit.pixels import to_float
 from stdit.recipes import cache_latents, record, train
-from stdit.recipes.entry import command, command_parser
+from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.checks import check_world
 from stdit.sampling.options import WORLD_OPTIONS, SamplingOptions, add_flags, options_from
@@ -78,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--no-browser", action="store_true", help="do not open the page in a browser")
     args = parser.parse_args(argv)
-    if args.sessions < 1:
-        raise ValueError(f"--sessions must be >= 1, got {args.sessions}.")
+    check_least(args, "sessions")
     try:
         from stdit.web.play import Stage
         from stdit.web.server import Worker, make_app, open_port, serve

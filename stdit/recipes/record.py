@@ -19,7 +19,7 @@ from typing import Any
 
 from stdit.files import write_text
 from stdit.progress import Progress
-from stdit.recipes.entry import command, command_parser
+from stdit.recipes.entry import check_least, command, command_parser
 from stdit.worlds.environments import Environment, make_environment
 from stdit.worlds.policies import make_policy
 from stdit.worlds.record import Recording, play_episode, write_episode
@@ -31,13 +31,10 @@ PART = 16  # episodes that a process records at a time
 def main(argv: Sequence[str] | None = None) -> int:
     """Record the episodes that are not there yet, and write the manifest."""
     args = _parser().parse_args(argv)
-    for name in ("episodes", "frames", "repeat"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be >= 1, got {getattr(args, name)}.")
-    if args.seed < 0 or (args.fps is not None and not 0 < args.fps < math.inf):
-        raise ValueError(
-            f"--seed {args.seed} and --fps {args.fps}: a seed is 0 or more, frames a second are a number above 0."
-        )
+    check_least(args, "episodes", "frames", "repeat")
+    check_least(args, "seed", least=0)
+    if args.fps is not None and not 0 < args.fps < math.inf:
+        raise ValueError(f"--fps must be a number above 0, got {args.fps}.")
     env = make_environment(args.environment, dict(args.option), args.turn_based)
     make_policy(args.policy, env.space)  # raises if there is none
     versions, turn_based, size = env.versions, env.turn_based, args.size or _own_size(env)

@@ -23,13 +23,13 @@ from pathlib import Path
 
 from stdit.files import is_file_name
 from stdit.labels import label_number
-from stdit.recipes.entry import command, command_parser
+from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.info import newest_model
 from stdit.recipes.sample_tasks import TASKS, check_options
 from stdit.sampling.labels import read_labels
 from stdit.sampling.options import add_flags, options_from
 
-COUNTS = ("frames", "height", "width", "num_videos", "factor")  # each must be >= 1
+_COUNTS = ("frames", "height", "width", "num_videos", "factor")
 
 
 def check_labels(args: argparse.Namespace, model: Path) -> None:
@@ -114,11 +114,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.seed is None:
         args.seed = secrets.randbelow(2**31)
-    for name in COUNTS:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be >= 1, got {value}.")
+    check_least(args, *_COUNTS)
     if args.gif and args.output and is_file_name(args.output) and Path(args.output).suffix != ".gif":
         raise ValueError(f"--gif and --output {args.output} contradict each other; leave one of them out.")
     return args

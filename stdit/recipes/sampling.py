@@ -153,8 +153,11 @@ def _held(actions: list[str], pipe: STDiTPipeline) -> list[int | str] | None:
         return None
     condition = pipe.transformer.conditioners.get("actions")
     if not isinstance(condition, Actions) or condition.width is not None:
-        kind = "no actions" if condition is None else "actions of several numbers, which --actions cannot give"
-        raise ValueError(f"--actions {actions[0]}: this model takes {kind}; leave it out, or use Python.")
+        if condition is None:
+            raise ValueError(f"--actions {actions[0]}: this model takes no actions; leave it out.")
+        raise ValueError(
+            f"--actions {actions[0]}: this model takes actions of several numbers, which --actions cannot give; use Python."
+        )
     numbers = [condition.number(int(one) if one.isdecimal() else one) for one in actions]
     return [number for number in numbers for _ in range(condition.space.repeat)]
 
@@ -221,6 +224,11 @@ def sample_clips(
     records = [clip_record(pipe, call, i) for i in range(call.num_clips)]
     texts = [str(one["caption"] or ("" if one["label_name"] is None else one["label_name"])) for one in records]
     paths = output_paths(args, model, texts=texts, suffix=suffix, settings=settings)
+    settings |= pipe.engine.resolved(
+        options
+    )  # what is written says how the clip was made, whatever the defaults become
+    unused = [name for name in TASK_OPTIONS if name not in task.options]
+    settings = {name: value for name, value in settings.items() if name not in unused}
     fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)
     with claimed(paths), warnings.catch_warnings(record=True) as caught:
         refuse_existing(paths, args.overwrite)  # another process may have written them since

@@ -48,8 +48,24 @@ def check(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: i
             f"history_noise={options.history_noise} is for causal models, which remember the frames before; leave it out."
         )
     _warn_of_strategies(engine.trained_on.mask_strategies, canvas, known, causal=causal)
-    if options.history_guidance != 1 and not known.any():
-        warn_user(f"history_guidance={options.history_guidance} has no effect without known frames; leave it out.")
+    _warn_of_no_effect(engine, canvas, options, frames=frames)
+
+
+def _warn_of_no_effect(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: int) -> None:
+    """Warn of options that change nothing for this canvas."""
+    has_known = not bool(canvas.mask.all())
+    unguided = engine.guidance(options).scale == 1
+    needs = {
+        "history_guidance": ("known frames", has_known),
+        "blend": ("known frames", has_known),
+        "overlap": ("several windows", canvas.pixels.shape[2] > frames),
+        "guidance_interval": ("guidance", not unguided),
+        "guidance_channels": ("guidance", not unguided),
+    }
+    defaults = SamplingOptions()
+    for name, (needed, is_there) in needs.items():
+        if not is_there and getattr(options, name) != getattr(defaults, name):
+            warn_user(f"{name}={getattr(options, name)} has no effect without {needed}; leave it out.")
 
 
 def streams(engine: Engine, canvas: Canvas, options: SamplingOptions) -> bool:
@@ -172,7 +188,7 @@ def _check_learnt(engine: Engine, options: SamplingOptions) -> None:
     assert engine.learnt_guidance is not None
     guidance = engine.guidance(options)
     engine.learnt_guidance.at_scale(guidance.guider, guidance.scale)
-    if guidance.interval != (0.0, 1.0) or guidance.channels is not None:
+    if options.guidance_interval is not None or guidance.channels is not None:
         raise ValueError(
             "guidance_interval and guidance_channels are for guidance by a second evaluation, and this model has learnt "
             "guidance; leave them out."

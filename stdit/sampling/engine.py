@@ -126,6 +126,18 @@ class Engine:
             found = found._replace(interval=GUIDE_INTERVAL)
         return found._replace(learnt=learnt)
 
+    def resolved(self, options: SamplingOptions) -> dict[str, Any]:
+        """What a call takes for the options that are the model's where they are not given; null for what has no influence."""
+        guidance, levels = self.guidance(options), self.objective.config
+        guided = guidance.scale != 1
+        return {
+            "shift": (options.shift or levels.sampling_shift or levels.shift) if levels.name == "flow" else None,
+            "guidance_scale": guidance.scale,
+            "guider": guidance.guider if guided else None,
+            "guidance_interval": guidance.interval if guided and not guidance.learnt else None,
+            "solver": options.solver if self.uses_diffusers(options.solver) else options.solver or self.default_solver,
+        }
+
     def latent_shape(self, size: Size) -> Size:
         """The shape (T, h, w) of a clip's latents; ValueError if the clip does not fit the VAE or the patches."""
         return self.vae.latent_shape(*size, self.model.patch_size)

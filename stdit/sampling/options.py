@@ -183,6 +183,11 @@ class SamplingOptions:
                     f"{name}={value} has no meaning with arrangement={self.arrangement!r}; leave it out, or use "
                     f"arrangement={arrangement!r}."
                 )
+        if isinstance(self.num_inference_steps, int) and self.stagger > max(1, self.num_inference_steps):
+            raise ValueError(
+                f"stagger={self.stagger} is more than the {self.num_inference_steps} steps of a frame, so that frames would only wait; "
+                f"give 1 to {self.num_inference_steps}."
+            )
 
     def _check_interval(self) -> None:
         given = self.guidance_interval
@@ -191,9 +196,9 @@ class SamplingOptions:
         interval = tuple(given) if isinstance(given, Sequence) else (given,)
         for level in interval:
             real_number("guidance_interval", level)
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1]:
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
             values = ", ".join(f"{value:g}" for value in interval)
-            raise ValueError(f"guidance_interval must be two levels with 0 <= low <= high, got ({values}).")
+            raise ValueError(f"guidance_interval must be two levels with 0 <= low <= high <= 1, got ({values}).")
         object.__setattr__(self, "guidance_interval", interval)  # a list, as argparse gives it, becomes a tuple
 
     def keys(self, count: int) -> list[tuple[int, int]]:

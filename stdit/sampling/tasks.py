@@ -38,8 +38,11 @@ def extend(clip: Any, after: int, before: int, vae: VideoVAE) -> Canvas:
     """A canvas of `before` new frames, the clip, and `after` new frames."""
     clip = as_clips(clip, "clip")
     after, before = whole_number("after", after, None), whole_number("before", before, None)
-    if after < 0 or before < 0 or after + before == 0:
-        raise ValueError(f"after={after} and before={before} add no frames; give one of them 1 or more, none below 0.")
+    if after < 0 or before < 0:
+        name, value = ("after", after) if after < 0 else ("before", before)
+        raise ValueError(f"{name}={value} must be a number of new frames, 0 or more.")
+    if after + before == 0:
+        raise ValueError("after=0 and before=0 add no frames; give one of them 1 or more.")
     total = clip.shape[2] + after + before
     if before:
         check_gap(vae, total=total, new=before, name="before", begins_clip=True)

@@ -213,7 +213,10 @@ def test_windows_end_for_every_pattern_of_known_frames(length, stride):
         (lambda p: p.extend(clip(5), after=4, arrangement="pyramyd"), "Did you mean 'pyramid'"),
         (lambda p: p.extend(clip(5), after=4, chunk_size=0), "chunk_size must be >= 1, got 0"),
         (lambda p: p.extend(clip(5), after=4, chunk_size=2), "chunk_size=2 has no meaning .*together.; leave it out"),
-        (lambda p: p.extend(clip(5), after=4, guidance_interval=(0.9, 0.1)), r"0 <= low <= high, got \(0.9, 0.1\)"),
+        (
+            lambda p: p.extend(clip(5), after=4, guidance_interval=(0.9, 0.1)),
+            r"0 <= low <= high <= 1, got \(0.9, 0.1\)",
+        ),
     ],
 )
 def test_invalid_options_are_refused_before_the_model_runs(make, call, message):
@@ -282,6 +285,18 @@ def test_a_model_does_not_warn_of_what_it_was_trained_for(make):
     make(schemes=["teacher_forcing"], causal=True, window=3, position_encoding="rope").extend(clip(5), after=4, **FAST)
 
 
-def test_history_guidance_without_known_frames_warns(make):
-    with pytest.warns(UserWarning, match="history_guidance=2.0 has no effect without known frames"):
-        make().edit(clip(5), 0.5, history_guidance=2.0, **FAST)
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"history_guidance": 2.0}, "history_guidance=2.0 has no effect without known frames"),
+        ({"blend": 2}, "blend=2 has no effect without known frames"),
+        ({"overlap": 4}, "overlap=4 has no effect without several windows"),
+        (
+            {"guidance_scale": 1, "guidance_interval": (0, 0.5)},
+            r"guidance_interval=\(0, 0.5\) has no effect without guidance",
+        ),
+    ],
+)
+def test_an_option_that_changes_nothing_for_the_clip_warns(make, choices, message):
+    with pytest.warns(UserWarning, match=message):
+        make().edit(clip(5), 0.5, **{**FAST, **choices})

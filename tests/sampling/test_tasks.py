@@ -308,7 +308,7 @@ def test_outpainting_keeps_the_image_in_the_middle(make):
     ("call", "message"),
     [
         (lambda p: p.extend(clip(5)), "after=0 and before=0 add no frames"),
-        (lambda p: p.extend(clip(5), after=-4), "none below 0"),
+        (lambda p: p.extend(clip(5), after=-4), r"=-\d+ must be a number of new frames, 0 or more"),
         (
             lambda p: p.extend(clip(5), after=6),
             r"after=6 is not whole groups of VAE 'tiny' .* the 11 frames in all. Use after=4 or 8",
