@@ -117,9 +117,13 @@ class LeRobotClips(VideoClips):
             if read
             else self.places[index].length
         )
-        source = f"{relative_name(path, self.root)}[{self.places[index].index}]"
+        source = self.group_of(index)
         content = content_of(path) if read else size_of(path)
         return Identity(source, content, None, self.rows[index].caption, columns={"actions": actions})
+
+    def group_of(self, index: int) -> str:
+        """The file and the episode: a file can hold many."""
+        return f"{relative_name(self.rows[index].path, self.root)}[{self.places[index].index}]"
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """The frames of an episode, and the size of the camera's pictures."""

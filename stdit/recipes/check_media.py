@@ -24,7 +24,7 @@ from stdit.data.index import entries_of
 from stdit.data.inspections import MEASURED, inspect_all
 from stdit.data.media_report import Checked, overview, write_clean_manifest, write_sheet
 from stdit.data.records import is_table
-from stdit.data.stores import allow, is_remote
+from stdit.data.stores import allow, is_url
 from stdit.data.tables import kind_of
 from stdit.files import check_writable, write_text
 from stdit.recipes.entry import command, command_parser
@@ -40,7 +40,7 @@ def data_config_of(source: Path, config: str | None, overrides: list[str], *, al
     manifest = next((one for one in overrides if one.startswith("data.manifest=")), None)
     if manifest is not None:
         raise ValueError(f"{manifest} has no effect here; give the manifest itself in place of {str(source)!r}.")
-    if not is_remote(source) and not source.exists():
+    if not is_url(source) and not source.exists():
         raise ValueError(f"{str(source)!r} does not exist; give a folder, a manifest, or the URL of one.")
     any_file = [] if config else ["data.num_frames=1", "data.height=1", "data.width=1"]
     data = load_typed(Config, config, [*any_file, *overrides]).data

@@ -50,8 +50,8 @@ def straight(pipe: STDiTPipeline, count: int, seed: int, options: dict):
             return {**options, "guidance_scale": min(scale, learnt.scales[guider]), "guider": guider}
         return {**options, "guidance_scale": scale if pipe.engine.distilled_guidance == 1 else 1.0, "guider": guider}
 
-    # A few-step model loses shapes without cfg, whose scale costs it nothing.
-    labelled = at(2.0, guider=None) if pipe.engine.learnt_guidance is None else at(3.0)
+    # In few steps, shapes are lost away from the guide, and motion at larger scales.
+    labelled = at(2.0, guider=None if pipe.engine.learnt_guidance is None else "cfg")
     return {
         "extend-forward": lambda: op.extension(pipe, data, 5, backward=False, max_error=2.0, **labelled),
         "extend-backward": lambda: op.extension(pipe, data, 8, backward=True, max_error=2.0, **labelled),
@@ -108,15 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_least(args, "seed", least=0)
     options = {"num_inference_steps": args.steps, "seed": args.seed, "progress": False, "batch_size": 48}
     given = ((args.model, straight), (args.bounce, bouncing), (args.rollout, long))
-    suites = {path: suite(load(path), args.clips, args.seed, options) for path, suite in given if path}
-    names = list(dict.fromkeys(name for suite in suites.values() for name in suite))
-    if unknown := [name for name in args.tasks or [] if name not in names]:
-        raise ValueError(f"--tasks {unknown[0]!r} is not a task of this model; choose from {', '.join(names)}.")
-    for path, suite in suites.items():
+    chosen = [(path, suite) for path, suite in given if path]
+    for path, suite in chosen:
         output = Path("output") / Path(path).name
+        suite_of = suite(load(path), args.clips, args.seed, options)
+        unknown = [name for name in args.tasks or [] if name not in suite_of]
+        if unknown and (len(chosen) == 1 or unknown == args.tasks):  # of several models, each has tasks of its own
+            raise ValueError(f"--tasks {unknown[0]!r} is not a task of this model; choose from {', '.join(suite_of)}.")
         (output / "tasks").mkdir(parents=True, exist_ok=True)
         metrics = []
-        for name, run in suite.items():
+        for name, run in suite_of.items():
             if args.tasks and name not in args.tasks:
                 continue
             result = run()

@@ -76,9 +76,10 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
     blocks = f"{transformer.get('depth')} blocks, {transformer.get('hidden_size')} wide"
     causal = ", causal: continued frame by frame (stdit sample --task extend)" if transformer.get("causal") else ""
     yield "network", f"{blocks}, patches of {transformer.get('patch_size')}{causal}"
-    sampling = (("solver", "solver {}"), ("shift", "shift {:g}"))
-    about = [text.format(scheduler[name]) for name, text in sampling if scheduler.get(name) is not None]
-    yield "objective", ", ".join([str(pipeline.get("objective")), *about])
+    about = [str(pipeline.get("objective")), str(scheduler.get("solver") or "")]
+    if pipeline.get("objective") == "flow" and scheduler.get("shift") is not None:
+        about.append(f"shift {scheduler['shift']:g}")
+    yield "objective", ", ".join(filter(None, about))
     labels = label_names(folder)
     if labels:
         shown = ", ".join(labels[:_LISTED]) + (f" and {len(labels) - _LISTED} more" if len(labels) > _LISTED else "")
@@ -99,7 +100,8 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
     if guide and guide[0] is not None:
         yield (
             "guide",
-            "an earlier state, which guidance leads away from (--guider auto, the default; cfg leads away from no condition)",
+            "an earlier state, which guidance leads away from"
+            + ("" if transformer.get("causal") else " (--guider auto, the default)"),
         )
     if (scale := transformer.get("distilled_guidance", 1.0)) not in (None, 1.0):
         yield "guidance", f"{scale:g}, learnt: it is sampled without"

@@ -18,6 +18,7 @@ from stdit.recipes.adapters import add_loras
 from stdit.recipes.models import load_pipeline
 from stdit.recipes.outputs import output_paths, refuse_existing, write_clips
 from stdit.recipes.sample_tasks import TASK_OPTIONS, TASKS, check_options
+from stdit.sampling.inputs import with_guider
 from stdit.sampling.options import SamplingOptions, options_from
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.tasks import outpaint_canvas
@@ -224,9 +225,8 @@ def sample_clips(
     records = [clip_record(pipe, call, i) for i in range(call.num_clips)]
     texts = [str(one["caption"] or ("" if one["label_name"] is None else one["label_name"])) for one in records]
     paths = output_paths(args, model, texts=texts, suffix=suffix, settings=settings)
-    settings |= pipe.engine.resolved(
-        options
-    )  # what is written says how the clip was made, whatever the defaults become
+    # What is written says how the clip was made, whatever the defaults become.
+    settings |= pipe.engine.resolved(with_guider(options, call.negative))
     unused = [name for name in TASK_OPTIONS if name not in task.options]
     settings = {name: value for name, value in settings.items() if name not in unused}
     fps = (args.fps or pipe.config.fps) * (args.factor if args.task == "interpolate" else 1)

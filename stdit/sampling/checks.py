@@ -22,11 +22,12 @@ def check(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: i
     frames: the frames of a window, or of a whole stream.
     """
     height, width = canvas.pixels.shape[3:]
-    engine.latent_shape((frames, height, width))
+    shape = engine.latent_shape((frames, height, width))
     _check_channels(engine, options)
     _check_guidance(engine, options)
     _check_shift(engine, options)
     _check_scheduler(engine, canvas, options)
+    _check_stagger(engine, options, shape)
     if canvas.mask.shape[1] > 1 and not engine.model.supports_patch_levels:
         raise ValueError(
             "a spatial mask needs a noise level per patch, but this model takes levels per frame; mask whole frames, or use a "
@@ -60,7 +61,7 @@ def _warn_of_no_effect(engine: Engine, canvas: Canvas, options: SamplingOptions,
         "blend": ("known frames", has_known),
         "overlap": ("several windows", canvas.pixels.shape[2] > frames),
         "guidance_interval": ("guidance", not unguided),
-        "guidance_channels": ("guidance", not unguided),
+        "guidance_channels": ("guidance", not unguided or (has_known and options.history_guidance != 1)),
     }
     defaults = SamplingOptions()
     for name, (needed, is_there) in needs.items():
@@ -70,7 +71,7 @@ def _warn_of_no_effect(engine: Engine, canvas: Canvas, options: SamplingOptions,
 
 def streams(engine: Engine, canvas: Canvas, options: SamplingOptions) -> bool:
     """Whether a canvas is filled frame by frame: a causal model, a continuation, and known pixels put back unchanged."""
-    plain = options.paste and options.blend == 0
+    plain = options.paste and (options.blend == 0 or bool(canvas.mask.all()))
     return bool(engine.model.config.causal) and plain and is_continuation(canvas, engine.vae)
 
 
@@ -214,6 +215,16 @@ def _check_shift(engine: Engine, options: SamplingOptions) -> None:
     if options.shift is not None and objective != "flow":
         raise ValueError(
             f"shift={options.shift} (--shift) moves the levels of flow, but this model was trained with {objective}; leave it out."
+        )
+
+
+def _check_stagger(engine: Engine, options: SamplingOptions, latent_shape: tuple[int, int, int]) -> None:
+    if options.stagger == 1:
+        return
+    steps = len(engine.schedule(options, latent_shape)) - 1
+    if options.stagger > steps:
+        raise ValueError(
+            f"stagger={options.stagger} is more than the {steps} steps of a frame, so that frames would only wait; give 1 to {steps}."
         )
 
 

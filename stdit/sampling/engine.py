@@ -127,15 +127,26 @@ class Engine:
         return found._replace(learnt=learnt)
 
     def resolved(self, options: SamplingOptions) -> dict[str, Any]:
-        """What a call takes for the options that are the model's where they are not given; null for what has no influence."""
+        """What a call takes for the options that are the model's where they are not given.
+
+        null: what has no influence; the guider of a causal model, which depends on whether the clip is streamed; the shift
+        of a diffusers scheduler, which has its own.
+        """
         guidance, levels = self.guidance(options), self.objective.config
-        guided = guidance.scale != 1
+        causal, theirs = bool(self.model.config.causal), self.uses_diffusers(options.solver)
+        guided = guidance.guider == "auto" or any(one.guided for one in self.model.conditioners.values())
+        guided = guidance.scale != 1 and (guided or guidance.learnt)
+        known = guided and (guidance.learnt or not causal or options.guider is not None)
+        noise = self.history_noise if options.history_noise is None else options.history_noise
         return {
-            "shift": (options.shift or levels.sampling_shift or levels.shift) if levels.name == "flow" else None,
-            "guidance_scale": guidance.scale,
-            "guider": guidance.guider if guided else None,
-            "guidance_interval": guidance.interval if guided and not guidance.learnt else None,
-            "solver": options.solver if self.uses_diffusers(options.solver) else options.solver or self.default_solver,
+            "shift": (options.shift or levels.sampling_shift or levels.shift)
+            if levels.name == "flow" and not theirs
+            else None,
+            "guidance_scale": guidance.scale if guided else options.guidance_scale or 1.0,
+            "guider": guidance.guider if known else None,
+            "guidance_interval": guidance.interval if known and not guidance.learnt else options.guidance_interval,
+            "history_noise": noise if causal else None,
+            "solver": type(self.scheduler).__name__ if theirs else options.solver or self.default_solver,
         }
 
     def latent_shape(self, size: Size) -> Size:
@@ -146,9 +157,7 @@ class Engine:
         """The noise levels (steps + 1,), from 1 to 0, of a call for a clip of this latent shape."""
         frames, height, width = latent_shape
         levels = self.objective.schedule(options.num_inference_steps, frames * height * width, options.shift)
-        if options.shift is not None and not bool(
-            (levels.isfinite() & (levels <= 1)).all() & (levels.diff() < 0).all()
-        ):
+        if options.shift is not None and not bool(levels.isfinite().all() & (levels.diff() < 0).all()):
             raise ValueError(
                 f"shift={options.shift} (--shift) puts several of {len(levels) - 1} steps at one noise level; give one between 0.01 "
                 "and 100, where 1 is no shift."

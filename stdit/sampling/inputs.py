@@ -1,6 +1,7 @@
 """The keywords of a pipeline call: options of sampling, and conditions of the clips."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,12 @@ def split(options: SamplingOptions | None, choices: Mapping[str, Any]) -> tuple[
     keywords = {kind.keywords[0] for kind in CONDITIONERS.values()}
     given = {name: value for name, value in choices.items() if name.removeprefix(NEGATIVE) in keywords}
     return make_options(options, {name: value for name, value in choices.items() if name not in given}), given
+
+
+def with_guider(options: SamplingOptions, given: Mapping[str, Any]) -> SamplingOptions:
+    """The options of a call with these conditions: without a guider, negative ones are what `cfg` leads away from."""
+    negative = any(value is not None for name, value in given.items() if name.startswith(NEGATIVE))
+    return dataclasses.replace(options, guider="cfg") if negative and options.guider is None else options
 
 
 def pair_conditions(

@@ -183,11 +183,6 @@ class SamplingOptions:
                     f"{name}={value} has no meaning with arrangement={self.arrangement!r}; leave it out, or use "
                     f"arrangement={arrangement!r}."
                 )
-        if isinstance(self.num_inference_steps, int) and self.stagger > max(1, self.num_inference_steps):
-            raise ValueError(
-                f"stagger={self.stagger} is more than the {self.num_inference_steps} steps of a frame, so that frames would only wait; "
-                f"give 1 to {self.num_inference_steps}."
-            )
 
     def _check_interval(self) -> None:
         given = self.guidance_interval

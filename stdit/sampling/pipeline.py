@@ -30,7 +30,7 @@ from stdit.sampling.checks import check, check_conditions, check_learnt_guidance
 from stdit.sampling.engine import Engine, TrainedOn
 from stdit.sampling.folder_methods import FolderMethods
 from stdit.sampling.groups import latents_of_output, pad_to_groups
-from stdit.sampling.inputs import NEGATIVE, Captions, Labels, count_clips, pair_conditions, refusal
+from stdit.sampling.inputs import Captions, Labels, count_clips, pair_conditions, refusal, with_guider
 from stdit.sampling.lora_methods import LoraMethods
 from stdit.sampling.options import SamplingOptions
 from stdit.sampling.output import OutputType, as_output
@@ -278,11 +278,7 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
 
     def _fill(self, canvas: Canvas, call: Call) -> Any:
         """Fill a canvas as a call asks for it; `fill` has the arguments."""
-        options, per_prompt = call.options, call.num_videos_per_prompt
-        if options.guider is None and any(
-            call.given[key] is not None for key in call.given if key.startswith(NEGATIVE)
-        ):
-            options = dataclasses.replace(options, guider="cfg")  # which leads away from them
+        options, per_prompt = with_guider(call.options, call.given), call.num_videos_per_prompt
         clips = len(canvas.pixels)
         with torch.no_grad():
             found = self.conditions(clips, **call.given)

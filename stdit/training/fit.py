@@ -35,7 +35,7 @@ from stdit.training.step import FlowMapTraining, diffusion_losses, to_latents
 from stdit.training.throughput import Work
 from stdit.vae import VideoVAE
 
-EDITED_SHARE = 0.25  # of clips without known frames, which a teacher sees under another label than their own
+EDITED_SHARE = 0.4  # of clips without known frames, which a teacher sees under another label than their own
 
 __all__ = ["BadFiles", "Stopped", "Trainer", "TrainingLoop", "diffusion_losses", "swap_ema", "to_latents"]
 

@@ -9,6 +9,7 @@ from media import read_barcode, write_barcodes
 from stdit.conditions import Actions
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
+from stdit.data.holdout import split
 from stdit.data.loader import KeyedSamples
 from stdit.data.samplers import UniformSampler
 from stdit.recipes import cache_latents
@@ -105,6 +106,13 @@ def test_an_episode_has_its_own_frames_and_the_action_of_the_frame_before(root):
         read = Actions.read(found.record(1), sample["clip"])
         assert read == [None, *([float(number - 1), 10.0] for number in numbers[1:])]
     assert found.record(0)["caption"] == "task 0"
+
+
+def test_episodes_are_held_out_one_by_one_also_where_a_file_holds_many(root):
+    found = dataset(root)
+    assert [found.group_of(i) for i in range(2)] == [found.identity(i).source for i in range(2)]
+    kept, held = split(found, 0.5)
+    assert len(kept) == len(held) == 1
 
 
 def test_the_space_has_the_robots_names_and_the_bounds_of_the_data(root):

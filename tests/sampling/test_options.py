@@ -109,10 +109,6 @@ def test_every_option_has_a_help_text_and_the_old_flag_is_hidden(monkeypatch):
         ({"shift": 0.0}, "shift must be a positive number, got 0.0; 1 is no shift."),
         ({"guidance_scale": float("nan")}, "guidance_scale must be >= 0, got nan; 1 is no guidance."),
         ({"guidance_interval": (500, 999)}, r"two levels with 0 <= low <= high <= 1, got \(500, 999\)"),
-        (
-            {"arrangement": "pyramid", "num_inference_steps": 4, "stagger": 5},
-            r"stagger=5 is more than the 4 steps of a frame, so that frames would only wait; give 1 to 4\.",
-        ),
         ({"guidance_interval": (0.2, 0.1)}, r"0 <= low <= high <= 1, got \(0.2, 0.1\)"),
         ({"guidance_interval": (0.2,)}, "must be two levels"),
         ({"guidance_channels": 0}, "guidance_channels must be >= 1"),

@@ -6,6 +6,7 @@ from conftest import fill
 from stdit.conditions import Guided
 from stdit.diffusion.objective import ObjectiveConfig, build_objective
 from stdit.sampling.guidance import Guidance, guided
+from stdit.sampling.options import SamplingOptions
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae import TinyVAE
@@ -145,6 +146,18 @@ def test_a_shift_of_the_call_takes_the_place_of_the_models(make, solver):
     expected = sample(shifted, **options)
     assert torch.equal(sample(plain, shift=4.0, **options), expected)
     assert not torch.equal(sample(plain, **options), expected)
+
+
+@pytest.mark.parametrize("shift", [0.01, 0.2, 2.14, 4.03, 16.03, 100])
+def test_any_shift_within_reason_is_taken(make, shift):
+    assert torch.isfinite(sample(make(), shift=shift)).all()
+
+
+def test_a_stagger_beyond_the_steps_of_a_frame_is_refused(make):
+    options = SamplingOptions(arrangement="pyramid", stagger=4)  # of the default's 30 steps
+    with pytest.raises(ValueError, match=r"stagger=4 is more than the 3 steps of a frame.*; give 1 to 3\."):
+        sample(make(), options=options, num_inference_steps=3)
+    assert torch.isfinite(sample(make(), options=options, num_inference_steps=4)).all()
 
 
 @pytest.mark.parametrize("shift", [1e9, 1e-9])
