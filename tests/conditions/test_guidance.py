@@ -192,7 +192,7 @@ def test_scales_that_cannot_be_learnt_are_refused(tmp_path, overrides, words):
 
 def test_an_override_leaves_a_guider_out_of_a_config_that_names_it():
     auto = load_typed(Config, "quickstart_few", ["objective.distilled_scales.auto=1"])
-    assert auto.objective.distilled_scales == {"cfg": 5.0}
+    assert set(auto.objective.distilled_scales) == {"cfg"}
     both = ["objective.distilled_scales={cfg: 1, auto: 1}", "objective.distilled_guidance=2", "train.guidance=1"]
     assert load_typed(Config, "quickstart_few", both).objective.distilled_scales == {}
 

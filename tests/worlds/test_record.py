@@ -185,7 +185,7 @@ def test_the_rest_of_an_episode_that_ends_is_not_invented():
         (["Blind-v0"], "draws"),
         (["Unfit-v0"], "cannot begin an episode: pygame is not installed"),
         (["Fails-v0"], "cannot take a step: no GL context"),
-        (["room", "--fps", "inf"], "frames a second are a number above 0"),
+        (["room", "--fps", "inf"], "--fps must be a number above 0"),
         (["NoSuchWorld-v0"], "NoSuchWorld"),
         (["room", "--policy", "clever"], "--policy 'clever' is unknown"),
         (["room", "--policy", "no_such_module:f"], "no_such_module"),
