@@ -68,6 +68,10 @@ class Objective(ABC):
         """Convert levels to the model's timesteps, of the same shape."""
         return self.path.timestep(levels)
 
+    def sampling_shift(self, shift: float | None = None) -> float | None:
+        """How far sampling shifts levels toward noise: as a call or the config says; None where levels are not shifted."""
+        return None
+
     @abstractmethod
     def schedule(self, steps: int | str, tokens: int, shift: float | None = None) -> Tensor:
         """Levels (steps + 1,) from noise to 0 for sampling a clip of `tokens` latent positions.
@@ -98,13 +102,17 @@ class FlowObjective(Objective):
         """Squared error of the velocity."""
         return (output.float() - (noise - clean)).square().mean(dim=1)
 
+    def sampling_shift(self, shift: float | None = None) -> float:
+        """A shift of the call, of the config's sampling, or of its training; before it grows with the clip's size."""
+        return shift or self.config.sampling_shift or self.config.shift
+
     def schedule(self, steps: int | str, tokens: int, shift: float | None = None) -> Tensor:
         """Evenly spaced levels from 1 to 0, shifted for the clip's size."""
         return self._shift_steps(self.path.schedule(steps), tokens, shift)
 
     def _shift_steps(self, levels: Tensor, tokens: int, shift: float | None = None) -> Tensor:
-        """Shift levels between which sampling steps: a shift of the call, of the config's sampling, or of its training."""
-        return self._shift(levels, tokens, shift or self.config.sampling_shift or self.config.shift)
+        """Shift levels between which sampling steps."""
+        return self._shift(levels, tokens, self.sampling_shift(shift))
 
 
 class FlowMapObjective(FlowObjective):

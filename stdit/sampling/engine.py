@@ -132,16 +132,14 @@ class Engine:
         null: what has no influence; the guider of a causal model, which depends on whether the clip is streamed; the shift
         of a diffusers scheduler, which has its own.
         """
-        guidance, levels = self.guidance(options), self.objective.config
-        causal, theirs = bool(self.model.config.causal), self.uses_diffusers(options.solver)
-        guided = guidance.guider == "auto" or any(one.guided for one in self.model.conditioners.values())
-        guided = guidance.scale != 1 and (guided or guidance.learnt)
+        guidance, causal = self.guidance(options), bool(self.model.config.causal)
+        theirs = self.uses_diffusers(options.solver)
+        leads = guidance.guider == "auto" or any(one.guided for one in self.model.conditioners.values())
+        guided = guidance.scale != 1 and (leads or guidance.learnt)
         known = guided and (guidance.learnt or not causal or options.guider is not None)
         noise = self.history_noise if options.history_noise is None else options.history_noise
         return {
-            "shift": (options.shift or levels.sampling_shift or levels.shift)
-            if levels.name == "flow" and not theirs
-            else None,
+            "shift": None if theirs else self.objective.sampling_shift(options.shift),
             "guidance_scale": guidance.scale if guided else options.guidance_scale or 1.0,
             "guider": guidance.guider if known else None,
             "guidance_interval": guidance.interval if known and not guidance.learnt else options.guidance_interval,
