@@ -1,8 +1,12 @@
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests must not use the network
-os.environ.setdefault("STDIT_CACHE", tempfile.mkdtemp(prefix="stdit-cache-"))  # nor write to the user's cache
+if "STDIT_CACHE" not in os.environ:  # nor write to the user's cache
+    os.environ["STDIT_CACHE"] = tempfile.mkdtemp(prefix="stdit-cache-")
+    atexit.register(shutil.rmtree, os.environ["STDIT_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

@@ -87,6 +87,20 @@ class MediaIndex(Sequence[Row]):
         text = self.columns.text("columns", index)
         return json.loads(text) if text else {}
 
+    def values(self, column: str) -> Iterator[Any]:
+        """The value of a column in every row: the label's name, the caption or a further column; None where it is missing."""
+        names: list[str] | None = self.info["class_names"]
+        known: Iterator[Any] = iter(())
+        if column == "label":
+            labels = np.asarray(self.columns["label"]).tolist()
+            known = (None if label < 0 else names[label] if names else label for label in labels)
+        elif column == "caption":
+            known = (text or None for text in self.columns.texts("caption"))
+        for text in self.columns.texts("columns"):
+            value = next(known, None)
+            further = json.loads(text).get(column) if text else None
+            yield value if further is None else further
+
     def facts(self, index: int) -> Facts | None:
         """What was measured of a file; None if it could not be read."""
         if not self.columns["frames"][index]:

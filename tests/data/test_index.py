@@ -16,6 +16,7 @@ from stdit.data import inspections
 from stdit.data.columns import Columns, write_columns
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
+from stdit.data.holdout import split
 from stdit.data.identity import fingerprint, identity_of
 from stdit.data.index import MediaIndex, write_index
 from stdit.data.manifest import Row, Table
@@ -70,6 +71,19 @@ def test_a_dataset_of_an_index_is_that_of_its_manifest(clips, fps):
     for i in (0, 3):
         one, other = (d.load(i, np.random.default_rng(i), SIZES[0])["pixels"] for d in (plain, indexed))
         assert (one == other).all()
+
+
+@pytest.mark.parametrize("column", ["label", "caption", "score", "place", None])
+def test_an_index_holds_out_the_clips_that_its_manifest_does(clips, column):
+    rows = [json.loads(line) for line in (clips / "manifest.jsonl").read_text().splitlines()]
+    rows = [{**row, "place": None if i == 2 else f"«{i % 4}»"} for i, row in enumerate(rows)]
+    (clips / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert make() == 0
+    plain, indexed = (split(build_dataset(config_of(m)), 0.4, column) for m in ("clips/manifest.jsonl", "clips.index"))
+    assert [part.indices.tolist() for part in indexed] == [part.indices.tolist() for part in plain]
+    assert all(len(part) for part in indexed)
+    with pytest.raises(ValueError, match="'weather' is no column that"):
+        split(build_dataset(config_of("clips.index")), 0.4, "weather")
 
 
 def test_an_index_of_a_folder_is_made_again_when_files_are_added_and_reads_only_those(clips, monkeypatch, capsys):
