@@ -101,11 +101,12 @@ def test_cached_latents_train_like_the_clips_they_came_from(home):
     assert cache_latents.main(["t.yaml", "--output", "latents", "--shard-size", "10"]) == 0
     info = json.loads((home / "latents" / "cache.json").read_text())
     assert [shard["count"] for shard in info["shards"]] == [10, 10, 4]
-    before = {p.name: p.stat().st_mtime_ns for p in (home / "latents").glob("*.safetensors")}
-    (home / "latents" / "latents-00001.safetensors").write_bytes(b"damaged")
+    before = {p.name: p.stat().st_mtime_ns for p in (home / "latents").glob("latents-*.safetensors")}
+    damaged = home / "latents" / info["shards"][1]["file"]
+    damaged.write_bytes(b"damaged")
     assert cache_latents.main(["t.yaml", "--output", "latents", "--shard-size", "10"]) == 0
-    after = {p.name: p.stat().st_mtime_ns for p in (home / "latents").glob("*.safetensors")}
-    assert [name for name in before if before[name] != after[name]] == ["latents-00001.safetensors"]
+    after = {p.name: p.stat().st_mtime_ns for p in (home / "latents").glob("latents-*.safetensors")}
+    assert [name for name in before if before[name] != after[name]] == [damaged.name]
     with pytest.raises(ValueError, match="made with other settings \\(num_frames"):
         cache_latents.main(["t.yaml", "data.num_frames=1", "--output", "latents", "--shard-size", "10"])
     from stdit.config import Config, load_typed

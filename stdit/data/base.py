@@ -12,7 +12,8 @@ class Identity(NamedTuple):
     """The identity of a sample, in plain values.
 
     source: its file relative to the root of the data, or its number in the data. content: a number or a hash that
-    changes with what is in the file. label, caption, columns: its annotations.
+    changes with what is in the file. label, caption, columns: its annotations. by_content: whether the content alone says
+    what is in the clip, in whatever file it lies.
     """
 
     source: str
@@ -20,6 +21,7 @@ class Identity(NamedTuple):
     label: int | None = None
     caption: str = ""
     columns: Mapping[str, Any] = {}
+    by_content: bool = False
 
 
 class Dataset(Protocol):

@@ -1,6 +1,8 @@
 """A dataset of latents that `cache_latents` encoded in advance."""
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,24 +12,27 @@ import torch
 
 from stdit.conditions import ActionSpace, ClipFacts, read_conditions
 from stdit.data.base import Annotated, Identity
+from stdit.data.columns import Columns
 from stdit.data.config import DataConfig
 from stdit.data.errors import VideoError
 from stdit.data.media import ask_for, open_regular, state_of
 from stdit.data.rates import DEFAULT_FPS
 from stdit.data.samplers import ClipSize
 from stdit.data.stores import is_remote
-from stdit.data.tensor_rows import TensorRows
+from stdit.data.tensor_rows import TensorRows, checksum_of
 from stdit.hashes import difference
 
 # Tensor names in caches of version 0.1.0, and their current names.
 _RENAMED = {"restarts": "reencoded"}
+MOST_OPEN = 64  # shards that a process has open, since a system allows some hundred files
 
 
 class CachedLatents(Annotated):
     """Normalised latents in shards, as `cache_latents` writes them, with the fingerprint of their VAE.
 
     Each clip has `latents` (C, T, h, w), and `reencoded` (C, T, h, w), in which every latent frame is encoded without
-    the frames before it. cache.json holds labels, captions and the raw values of further conditions.
+    the frames before it. cache.json names the shards, and the table of the clips' labels, captions, further conditions and
+    checksums, which a copy in another process maps anew instead of receiving it.
     """
 
     decodes = False
@@ -45,7 +50,7 @@ class CachedLatents(Annotated):
         self._starts = np.cumsum([0] + [shard["count"] for shard in self.info["shards"]])
         plain = (self.info["num_frames"], self.info["height"], self.info["width"])
         self._sizes = [ClipSize(*shard.get("size", plain)) for shard in self.info["shards"]]
-        self._records = [record for shard in self.info["shards"] for record in _records(shard)]
+        self._table = _open_table(root, self.info)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -62,8 +67,13 @@ class CachedLatents(Annotated):
         return [float(rate)] if rate else []
 
     def record(self, index: int) -> dict[str, Any]:
-        """Label, caption and further conditions of a clip, from cache.json."""
-        return self._records[index]
+        """Label, caption and further conditions of a clip."""
+        label, conditions = int(self._table["label"][index]), self._table.text("conditions", index)
+        return {
+            "label": None if label < 0 else label,
+            "caption": self._table.text("caption", index),
+            "conditions": json.loads(conditions) if conditions else {},
+        }
 
     def name(self, index: int) -> str:
         """The folder of the cache and the number of the clip."""
@@ -72,7 +82,7 @@ class CachedLatents(Annotated):
     def identity(self, index: int, *, read: bool = False) -> Identity:
         """The shard and row, what the shard was encoded from, and the annotations of the clip."""
         shard, row = self._place(index)
-        record, info = self._records[index], self.info["shards"][shard]
+        record, info = self.record(index), self.info["shards"][shard]
         columns = {**record["conditions"], **{key: self.info.get(key) for key in ("seed", "fps", "crop", "flip")}}
         if self.info.get("dtype", "float16") != "float16":
             columns["dtype"] = self.info["dtype"]
@@ -82,14 +92,17 @@ class CachedLatents(Annotated):
 
     def group_of(self, index: int) -> str:
         """The file that a clip comes from, which several of its windows share; caches of before have one name for each clip."""
-        shard, row = self._place(index)
-        clips = self.info["shards"][shard].get("clips")
-        return str(clips[row]) if clips else self.identity(index).source
+        return self._table.text("source", index) or self.identity(index).source
 
     def held_columns(self, index: int) -> dict[str, str]:
         """The values of the columns by which clips can be held out; they are no part of the identity."""
-        shard, row = self._place(index)
-        return {name: values[row] for name, values in self.info["shards"][shard].get("columns", {}).items()}
+        text = self._table.text("columns", index)
+        return json.loads(text) if text else {}
+
+    @property
+    def known_fingerprint(self) -> dict[str, Any] | None:
+        """The fingerprint of all clips as the cache has it, None in caches of before."""
+        return self.info.get("fingerprint")
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """The (frames, height, width) in pixels that a clip was encoded at."""
@@ -140,12 +153,18 @@ class CachedLatents(Annotated):
             )
         shard, row = self._place(index)
         file = self._shard(shard)
-        sample = {_RENAMED.get(name, name): file.row(name, row) for name in file.names()}
+        sample = {name: file.row(name, row) for name in file.names()}
+        if "checksum" in self._table and checksum_of(sample) != self._table["checksum"][index]:
+            raise ValueError(
+                f"{self.root}: row {row} of {self.info['shards'][shard]['file']} does not match its checksum; run cache_latents "
+                "again with the same --output."
+            )
+        sample = {_RENAMED.get(name, name): value for name, value in sample.items()}
         if not all(torch.isfinite(value).all() for value in sample.values()):
             raise VideoError(f"{self.name(index)} has values that are not finite; cache the latents again.")
-        record = self._records[index]
+        record = self.record(index)
         read = read_conditions(record, ClipFacts(cached, self.rates[0] if self.rates else DEFAULT_FPS))
-        return {**sample, "conditions": {**read, **record.get("conditions", {})}}
+        return {**sample, "conditions": {**read, **record["conditions"]}}
 
     def _place(self, index: int) -> tuple[int, int]:
         """The number of a clip's shard, and its row there."""
@@ -153,22 +172,29 @@ class CachedLatents(Annotated):
         return shard, index - int(self._starts[shard])
 
     def _shard(self, number: int) -> TensorRows:
-        """An open shard, whose size and hash are compared with those of cache.json when it is opened (in a store its size, at the start)."""
-        if number not in self._open_shards:
+        """An open shard. Every row has a checksum; without these the hash of the whole is compared when it is opened."""
+        shard = self._open_shards.pop(number, None)
+        if shard is None:
             info = self.info["shards"][number]
             file = self.root / info["file"]
-            if not is_remote(file) and (reason := difference(self.root, {info["file"]: info})):
+            whole = "checksum" in self._table or is_remote(file)
+            if not whole and (reason := difference(self.root, {info["file"]: info})):
                 raise ValueError(f"{self.root}: {reason}; run cache_latents again with the same --output.")
             try:
-                self._open_shards[number] = TensorRows(file)
+                shard = TensorRows(file)
             except VideoError:
                 raise
             except ValueError as error:
                 raise ValueError(f"{error}; run cache_latents again with the same --output.") from error
-        return self._open_shards[number]
+            while len(self._open_shards) >= MOST_OPEN:  # the one that was read longest ago closes with its last reader
+                with suppress(KeyError, StopIteration, RuntimeError):  # of threads that do the same
+                    self._open_shards.pop(next(iter(self._open_shards)))
+        self._open_shards[number] = shard
+        return shard
 
     @cached_property
     def _open_shards(self) -> dict[int, TensorRows]:
+        """Open shards in the order in which they were read."""
         return {}
 
     def __getstate__(self) -> dict:
@@ -188,10 +214,12 @@ def _read_index(path: Path) -> dict[str, Any]:
         for shard in info["shards"]:
             if Path(shard["file"]).name != shard["file"]:
                 raise ValueError(f"{shard['file']!r} is not the name of a file")
-            if len(shard["labels"]) != shard["count"]:
+            if "table" not in info and len(shard["labels"]) != shard["count"]:
                 raise ValueError(f"{shard['file']} has {shard['count']} clips but {len(shard['labels'])} labels")
             if not all(isinstance(one, dict) for one in shard.get("conditions", [])):
                 raise ValueError(f"{shard['file']} has conditions that are no objects")
+        if "table" in info and Path(info["table"]).name != info["table"]:
+            raise ValueError(f"{info['table']!r} is not the name of a file")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}: {error}); run cache_latents again with the same --output."
@@ -218,12 +246,43 @@ def _check_augmentation(root: Path, info: dict[str, Any], config: DataConfig) ->
             )
 
 
-def _records(shard: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of a shard's clips; caches of early versions have neither captions nor conditions."""
-    count = shard["count"]
-    captions = shard.get("captions", [""] * count)
-    further = shard.get("conditions", [{}] * count)
-    return [
-        {"label": label, "caption": caption, "conditions": conditions}
-        for label, caption, conditions in zip(shard["labels"], captions, further, strict=True)
-    ]
+def table_columns(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The columns of the table of clips: label, caption, conditions, the file they come from, columns for hold-outs, checksum.
+
+    What a clip does not have is left out of its mapping; without a checksum of every clip the table has none.
+    """
+    labels = [clip.get("label") for clip in clips]
+    columns: dict[str, Any] = {
+        "label": np.array([-1 if label is None else label for label in labels], np.int32),
+        "caption": [clip.get("caption") or "" for clip in clips],
+        "source": [clip.get("source") or "" for clip in clips],
+    }
+    for name in ("conditions", "columns"):
+        columns[name] = [json.dumps(clip[name]) if clip.get(name) else "" for clip in clips]
+    if all("checksum" in clip for clip in clips):
+        columns["checksum"] = np.array([clip["checksum"] for clip in clips], np.int64)
+    return columns
+
+
+def _open_table(root: Path, info: dict[str, Any]) -> Columns:
+    """The table of a cache's clips; of caches of before, which list them in cache.json, in memory."""
+    count = sum(shard["count"] for shard in info["shards"])
+    try:
+        if "table" not in info:
+            clips = [clip for shard in info["shards"] for clip in _listed(shard)]
+            return Columns.of(table_columns(clips), root / "cache.json")
+        table = Columns(root / info["table"])
+        if len(table) != count:
+            raise ValueError(f"{info['table']} has {len(table)} clips, and the shards {count}")
+        return table
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{root}: {error}; run cache_latents again with the same --output.") from error
+
+
+def _listed(shard: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The clips of a shard as caches of before list them; the earliest have neither captions nor conditions."""
+    for row in range(shard["count"]):
+        clip = {"label": shard["labels"][row]}
+        for name, key in (("caption", "captions"), ("conditions", "conditions"), ("source", "clips")):
+            clip |= {name: shard[key][row]} if shard.get(key) else {}
+        yield clip | {"columns": {name: values[row] for name, values in shard.get("columns", {}).items()}}

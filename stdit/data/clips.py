@@ -66,13 +66,20 @@ class TableDataset(Annotated):
             return self.index.identity(index, read=read)
         path, label, caption, columns = self.rows[index]
         content = content_of(path) if read else size_of(path)
-        return Identity(relative_name(path, Path(self.config.root)), content, label, caption, columns=columns)
+        return Identity(
+            relative_name(path, Path(self.config.root)), content, label, caption, columns=columns, by_content=read
+        )
 
     def group_of(self, index: int) -> str:
         """What is held out together: the file below the root, without the rest of the row."""
         if self.index is not None:
             return self.index.columns.text("path", index)
         return relative_name(self.rows[index].path, Path(self.config.root))
+
+    @property
+    def known_fingerprint(self) -> dict[str, Any] | None:
+        """The fingerprint of all samples as the index has it, None without an index."""
+        return None if self.index is None else self.index.info["fingerprint"]
 
     @property
     def action_space(self) -> ActionSpace | None:

@@ -13,6 +13,8 @@ from typing import Any, Self
 import numpy as np
 from safetensors.numpy import save_file
 
+from stdit.data.media import open_regular
+from stdit.data.stores import is_remote
 from stdit.data.tensor_rows import read_header
 from stdit.files import atomic_write
 
@@ -28,18 +30,30 @@ _BLOCK = 65536  # rows whose texts are read at once
 class Columns:
     """The columns of a file. Nothing is read until it is asked for, and a copy in another process maps the same file.
 
-    info: what was written beside the columns.
+    A file of a store is read as a whole. info: what was written beside the columns.
     """
 
     def __init__(self, path: Path):
-        self.path = Path(path)
+        self.path, self._in_memory = Path(path), False
         header, begin = _read_header(self.path)
         try:
             self.info: dict[str, Any] = json.loads(header.pop("__metadata__", {}).get(_INFO, "{}"))
-            size = self.path.stat().st_size
-            self._arrays = {name: _map(self.path, entry, begin=begin, size=size) for name, entry in header.items()}
+            data = _bytes_of(self.path)
+            arrays = {name: _part(data, entry, begin) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.path} is damaged ({error}); write it again.") from error
+        self._take(arrays)
+
+    @classmethod
+    def of(cls, columns: Mapping[str, np.ndarray | Iterable[str]], path: Path) -> Self:
+        """Columns in memory. path: where they come from, for messages."""
+        found = cls.__new__(cls)
+        found.path, found.info, found._in_memory = path, {}, True
+        found._take(_arrays_of(columns))
+        return found
+
+    def _take(self, arrays: dict[str, np.ndarray]) -> None:
+        self._arrays = arrays
         lengths = {len(array) for name, array in self._arrays.items() if not name.endswith((_HEAP, _STARTS))}
         lengths |= {len(array) - 1 for name, array in self._arrays.items() if name.endswith(_STARTS)}
         if len(lengths) != 1:
@@ -75,20 +89,30 @@ class Columns:
         """Whether any row of a column has a text."""
         return bool(self._arrays[name + _STARTS][-1])
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
-        return type(self), (self.path,)
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__) if self._in_memory else {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_arrays" in state:
+            self.__dict__.update(state)
+        else:
+            self.__init__(state["path"])  # type: ignore[misc]
 
 
 def write_columns(path: Path, columns: Mapping[str, np.ndarray | Iterable[str]], info: Mapping[str, Any]) -> None:
     """Write columns of one length, arrays of numbers or texts; the file is complete or not there."""
+    with atomic_write(path) as tmp:
+        save_file(_arrays_of(columns), tmp, metadata={_INFO: json.dumps(dict(info))})
+
+
+def _arrays_of(columns: Mapping[str, np.ndarray | Iterable[str]]) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for name, column in columns.items():
         if isinstance(column, np.ndarray):
             arrays[name] = np.ascontiguousarray(column)
         else:
             arrays[name + _HEAP], arrays[name + _STARTS] = _heap_of(column)
-    with atomic_write(path) as tmp:
-        save_file(arrays, tmp, metadata={_INFO: json.dumps(dict(info))})
+    return arrays
 
 
 def _heap_of(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -102,18 +126,24 @@ def _heap_of(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and where its data begins."""
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             return read_header(stream)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no table of columns ({error}); write it again.") from error
 
 
-def _map(path: Path, entry: dict[str, Any], *, begin: int, size: int) -> np.ndarray:
+def _bytes_of(path: Path) -> np.ndarray:
+    """The bytes of a file, mapped; of one in a store, read."""
+    if not is_remote(path):
+        return np.memmap(path, np.uint8, mode="r")
+    with open_regular(path) as stream:
+        return np.frombuffer(stream.read(), np.uint8)
+
+
+def _part(data: np.ndarray, entry: dict[str, Any], begin: int) -> np.ndarray:
     dtype = np.dtype(_DTYPES[entry["dtype"]])
     first, last = entry["data_offsets"]
     (count,) = entry["shape"]
-    if not 0 <= first <= last <= size - begin or last - first != count * dtype.itemsize:
-        raise ValueError(f"it ends at byte {size}, before its columns do")
-    if not count:
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype, mode="r", offset=begin + first, shape=(count,))
+    if not 0 <= first <= last <= len(data) - begin or last - first != count * dtype.itemsize:
+        raise ValueError(f"it ends at byte {len(data)}, before its columns do")
+    return data[begin + first : begin + last].view(dtype)

@@ -45,6 +45,11 @@ def hash_of(value: Any) -> str:
     return hashlib.sha256(_plain(value)).hexdigest()[:16]
 
 
+def clip_of(one: Identity) -> list[Any]:
+    """What is in a sample, without its annotations and, as far as its content says it, wherever it lies."""
+    return [one.content] if one.by_content and one.content is not None else [one.source, one.content]
+
+
 def columns_of(one: Identity) -> list[tuple[str, Any]]:
     """The further columns of a sample, in the order of their names."""
     return sorted(((str(name), value) for name, value in one.columns.items()), key=lambda column: column[0])
@@ -68,8 +73,8 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
 
     Files, labels, captions and further columns have a hash each, so that a difference says what changed.
     """
-    if (index := getattr(dataset, "index", None)) is not None:
-        return dict(index.info["fingerprint"])
+    if (known := getattr(dataset, "known_fingerprint", None)) is not None:
+        return dict(known)
     hashes = {name: hashlib.sha256() for name in ("files", "labels", "captions", "columns")}
     for index in range(len(dataset)):
         one = identity_of(dataset, index)

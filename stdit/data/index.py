@@ -122,7 +122,7 @@ class MediaIndex(Sequence[Row]):
         """The file below the root, its size (or, if it is read, a hash of its content), and its annotations."""
         _, label, caption, columns = self[index]
         content = content_of(self.file(index)) if read else int(self.columns["bytes"][index])
-        return Identity(self.columns.text("path", index), content, label, caption, columns=columns)
+        return Identity(self.columns.text("path", index), content, label, caption, columns=columns, by_content=read)
 
     def shapes(self, fps: float | None) -> np.ndarray:
         """The (frames, height, width) of all files (N, 3), their frames counted at `fps`; (0, 1, 1) for what cannot be read."""

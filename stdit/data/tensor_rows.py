@@ -3,6 +3,8 @@
 import json
 import math
 import threading
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -32,6 +34,14 @@ def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+def checksum_of(tensors: Mapping[str, Tensor]) -> int:
+    """A CRC-32 of the bytes of tensors in the order of their names."""
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data, value)
+    return value
+
+
 class TensorRows:
     """The tensors of a file, of which rows are read; the file stays open. ValueError if it is no complete safetensors file."""
 
@@ -50,6 +60,10 @@ class TensorRows:
             if isinstance(error, VideoError):
                 raise
             raise ValueError(f"{path} is not a file of tensors ({error})") from error
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def names(self) -> list[str]:
         """The names of the tensors."""

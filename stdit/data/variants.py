@@ -11,6 +11,8 @@ from stdit.data.base import Dataset, Identity
 from stdit.data.identity import identity_of
 from stdit.data.samplers import ClipSize
 
+VARIANT = "variant"  # the column of a sample's number among those of its clip
+
 
 class ClipVariants:
     """`windows` samples for every clip, each with its own random draws; with `mirrored`, each of them mirrored, too.
@@ -63,11 +65,11 @@ class ClipVariants:
     def identity(self, index: int, *, read: bool = False) -> Identity:
         """The identity of the clip, and which of its samples this is."""
         one = identity_of(self.dataset, index // self.count, read=read)
-        return one._replace(columns={**one.columns, "variant": index % self.count})
+        return one._replace(columns={**one.columns, VARIANT: index % self.count})
 
-    def draw_of(self, index: int) -> int:
-        """The number of the window that a sample shows: a mirrored one shows that of the sample before it."""
-        return index // (1 + self.mirrored)
+    def window_of(self, index: int) -> int:
+        """The number of the clip's window that a sample shows: a mirrored one shows that of the sample before it."""
+        return index % self.count // (1 + self.mirrored)
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Load a window, mirrored if the sample is the second of two."""

@@ -25,7 +25,7 @@ from stdit.files import write_text
 from stdit.recipes.build import build_captions
 from stdit.recipes.encoding import Form
 from stdit.recipes.entry import check_least, command, command_parser
-from stdit.recipes.latent_shards import Part, rank_of_process, write_index, write_shards
+from stdit.recipes.latent_shards import Part, ShardFolder, rank_of_process, write_index, write_shards
 from stdit.recipes.models import default_device
 from stdit.recipes.order import measure
 from stdit.vae import VideoVAE, load_vae
@@ -77,8 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dtype": config.data.cache_dtype,
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
-    check_settings(args.output, head, vae)
+    moved = check_settings(args.output, head, vae)
     parts = divide(dataset, [ClipSize(*size) for size in config.data.sizes], args.shard_size, seed=config.seed)
+    if moved:
+        ShardFolder(args.output).check_overlap(dataset, parts)
+        write_text(args.output / "settings.json", json.dumps(head))
     form = Form.of(config)
     for name in form.columns:  # before anything is encoded
         _check_column(dataset, name, config.train.holdout_values)
@@ -87,13 +90,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, dataset, default_device(), share=rank_of_process()
     )  # first, since it may find that there are none
     write_shards(args.output, dataset, vae, parts, seed=config.seed, form=form)
-    return write_index(args.output, head, dataset, parts, rate=clip_rate(config.data, dataset), form=form)
+    rate = clip_rate(config.data, dataset)
+    return write_index(args.output, head, dataset, parts, rate=rate, form=form, config=config.data)
 
 
 def _recorded_columns(output: Path, dataset: Dataset) -> list[str]:
     """The columns by which clips of the folder's latents can be held out, as far as all clips still have them."""
     try:
-        columns = list(json.loads((output / "cache.json").read_text())["shards"][0]["columns"])
+        info = json.loads((output / "cache.json").read_text())
+        columns = list(info["columns"] if "columns" in info else info["shards"][0]["columns"])
     except (OSError, ValueError, LookupError, TypeError):
         return []
     lacking = {name for i in range(len(dataset)) for name in set(columns) - set(columns_for_holdout(dataset, i))}
@@ -127,8 +132,10 @@ def divide(dataset: Dataset, sizes: Sequence[ClipSize], shard_size: int, *, seed
     return [Part(group.indices[start : start + shard_size], group.size) for group, start in starts]
 
 
-# The keys of the data config on which latents depend; VAE, seed and --shard-size are checked as well.
-SOURCE_KEYS = ("root", "manifest", "num_frames", "height", "width", "fps", "crop", "flip")
+# Where the clips lie, on which their latents do not depend, and the keys of the data config on which they do; VAE, seed and
+# --shard-size are checked as well.
+_PLACE_KEYS = ("root", "manifest")
+SOURCE_KEYS = (*_PLACE_KEYS, "num_frames", "height", "width", "fps", "crop", "flip")
 
 
 def check_augmentation(config: DataConfig, frozen: bool) -> None:
@@ -145,12 +152,15 @@ def check_augmentation(config: DataConfig, frozen: bool) -> None:
         )
 
 
-def check_settings(output: Path, head: dict, vae: VideoVAE) -> None:
-    """ValueError if the folder holds latents made with other settings; a run with the same settings adds to them."""
+def check_settings(output: Path, head: dict, vae: VideoVAE) -> bool:
+    """ValueError if the folder holds latents made with other settings; a run with the same settings adds to them.
+
+    Returns whether they were made of clips in another place, which may be other clips.
+    """
     path = output / "settings.json"
     if not path.is_file():
         write_text(path, json.dumps(head))
-        return
+        return False
     try:
         # What earlier versions did not record.
         found = {
@@ -166,7 +176,8 @@ def check_settings(output: Path, head: dict, vae: VideoVAE) -> None:
     if vae.has_fingerprint(str(found.get("vae_fingerprint"))):
         found["vae_fingerprint"] = head["vae_fingerprint"]
     changed = [key for key in head if found.get(key) != head[key]]
-    if changed:
+    if further := [key for key in changed if key not in _PLACE_KEYS]:
         raise ValueError(
-            f"{output} holds latents made with other settings ({', '.join(changed)}); choose another --output, or remove it."
+            f"{output} holds latents made with other settings ({', '.join(further)}); choose another --output, or remove it."
         )
+    return bool(changed)

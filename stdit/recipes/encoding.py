@@ -34,6 +34,13 @@ class Shard(NamedTuple):
     waited: float
 
 
+class Draw(NamedTuple):
+    """What the random choices of a clip depend on besides the seed: a number of the clip, and which of its windows it is."""
+
+    clip: int
+    window: int
+
+
 class Form(NamedTuple):
     """How clips are stored: the data type of latents, the precision in which they are computed, columns for hold-outs."""
 
@@ -55,22 +62,26 @@ def encode_shard(
     vae: VideoVAE,
     indices: Sequence[int],
     *,
+    draws: Sequence[Draw],
     seed: int,
     size: ClipSize | None = None,
     form: Form,
 ) -> Shard:
-    """Read and encode clips. Threads read the next clips meanwhile, since video decoding releases Python's lock."""
+    """Read and encode clips. Threads read the next clips meanwhile, since video decoding releases Python's lock.
+
+    draws: of each of the clips.
+    """
     latents: list[dict[str, torch.Tensor]] = []
     encoded: list[int] = []
     conditions: list[dict] = []
     bad: dict[str, str] = {}
     waited = 0.0
 
-    draw_of = getattr(dataset, "draw_of", int)  # two variants of a clip may share their draws
+    draw_of = dict(zip(indices, draws, strict=True))
 
     def read(index: int) -> dict[str, Any] | VideoError:
         try:
-            sample = dataset.load(index, keyed_rng("sample", seed, draw_of(index)), size)
+            sample = dataset.load(index, keyed_rng("sample", seed, *draw_of[index]), size)
             return {**sample, "stored": stored_conditions(dataset, index, sample)}
         except VideoError as error:
             return error

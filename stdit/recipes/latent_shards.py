@@ -1,27 +1,43 @@
-"""The files of cached latents: shards that processes share out among them, and that are brought up to date clip by clip."""
+"""The files of cached latents: shards that processes share out among them, and that are brought up to date clip by clip.
 
+A shard is named by its number and by what its clips are, and never changes: other clips make another file, into which the
+latents of clips that any shard has already are copied. Files of before go once cache.json names the new ones.
+"""
+
+import hashlib
 import json
 import os
+import re
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from stdit.data.actions import known_actions
+from stdit.data.cached import CachedLatents, table_columns
+from stdit.data.columns import write_columns
+from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset
 from stdit.data.holdout import column_of
-from stdit.data.identity import columns_of, hash_of, identity_of
+from stdit.data.identity import clip_of, columns_of, fingerprint, hash_of, identity_of
 from stdit.data.samplers import ClipSize
+from stdit.data.tensor_rows import TensorRows, checksum_of
+from stdit.data.variants import VARIANT
 from stdit.files import atomic_write, claimed, write_text
 from stdit.hashes import difference, file_sha256
 from stdit.progress import Progress
-from stdit.recipes.encoding import Form, Shard, encode_shard
+from stdit.recipes.encoding import Draw, Form, Shard, encode_shard
 from stdit.vae import VideoVAE
+
+_COMPARED = 200  # clips that are looked for in the folder when the data have moved
+_SHARD = re.compile(r"latents-\d{5}(-[0-9a-f]{12})?\.(safetensors|json)")
+_TABLE = re.compile(r"clips-[0-9a-f]{12}\.safetensors")
 
 
 class Part(NamedTuple):
@@ -31,164 +47,280 @@ class Part(NamedTuple):
     size: ClipSize | None = None
 
 
+class Row(NamedTuple):
+    """Where the latents of a clip are: the record of a shard, and the row there, None for a file that cannot be read."""
+
+    record: dict[str, Any]
+    number: int | None
+
+
 def rank_of_process() -> tuple[int, int]:
     """The index of this process and the number of processes, as torchrun sets them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def key_of(dataset: Dataset, index: int, size: ClipSize | None) -> str:
+    """A hash of what a clip's latents and stored conditions are made from: what is in it, its further columns, the size."""
+    one = identity_of(dataset, index, read=True)
+    return hash_of([*clip_of(one), hash_of(columns_of(one)), *(size or ())])
+
+
+def draw_of(dataset: Dataset, index: int) -> Draw:
+    """What the random choices of a clip depend on: the clip, wherever it lies, and which of its windows this is."""
+    one = identity_of(dataset, index, read=True)
+    columns = [column for column in columns_of(one) if column[0] != VARIANT]
+    window = dataset.window_of(index) if hasattr(dataset, "window_of") else 0
+    return Draw(int(hash_of([*clip_of(one), hash_of(columns)]), 16), window)
+
+
+class ShardFolder:
+    """The shards in a folder. Records are read as they are on the disk, since other processes write there, too."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def file(self, number: int, keys: Sequence[str]) -> Path:
+        """The file of a shard by its number and the keys of its clips."""
+        return self.path / f"latents-{number:05d}-{hash_of(list(keys))[:12]}.safetensors"
+
+    def records(self, number: int | None = None) -> Iterator[dict[str, Any]]:
+        """The records of all shards that have one, or of those of a number, the newest first."""
+        found = self.path.glob("latents-*.json" if number is None else f"latents-{number:05d}*.json")
+        for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
+            record = _read_record(path.with_suffix(".safetensors"))
+            if record is not None:
+                yield record
+
+    def is_whole(self, record: dict[str, Any]) -> bool:
+        """Whether a shard's file is as its record says."""
+        return difference(self.path, {record["file"]: record}) is None
+
+    @cached_property
+    def rows(self) -> dict[str, Row]:
+        """Where the latents of clips are, by their keys, in the shards that were whole when they were first asked for."""
+        found: dict[str, Row] = {}
+        for record in self.records():
+            if self.is_whole(record):
+                for key, number in zip(record["keys"], record["rows"], strict=True):
+                    found.setdefault(key, Row(record, number))
+        return found
+
+    def check_overlap(self, dataset: Dataset, parts: Sequence[Part]) -> None:
+        """Raise ValueError if none of some clips, spread over the data, is in the folder although it has clips."""
+        clips = [(index, part.size) for part in parts for index in part.indices]
+        compared = clips[:: max(1, len(clips) // _COMPARED)]
+        if self.rows and not any(key_of(dataset, index, size) in self.rows for index, size in compared):
+            raise ValueError(
+                f"{self.path} holds latents of other clips, which these would replace; choose another --output, or remove it."
+            )
+
+
 def write_shards(
     output: Path, dataset: Dataset, vae: VideoVAE, parts: Sequence[Part], *, seed: int, form: Form
 ) -> None:
-    """Write the shards of this process, encoding the clips that are new or changed, and those of missing or damaged shards."""
+    """Write the shards of this process, encoding the clips that no shard has, and those of missing or damaged shards."""
     (rank, world), waited, began = rank_of_process(), 0.0, time.perf_counter()
-    done: Counter[str] = Counter()
+    folder, done = ShardFolder(output), Counter[str]()
     for number in Progress(range(len(parts))[rank::world], unit="shard", desc="encoding", disable=rank > 0):
-        file = output / f"latents-{number:05d}.safetensors"
         with ExitStack() as claim:
             try:
-                claim.enter_context(claimed([file]))
+                claim.enter_context(claimed([output / f"latents-{number:05d}.safetensors"]))
             except ValueError:  # the same command runs twice: the other process has this shard
                 done["elsewhere"] += 1
                 continue
-            waited += _write_shard(file, dataset, vae, parts[number], seed=seed, form=form, done=done)
+            waited += _write_shard(
+                folder, number, parts[number], dataset=dataset, vae=vae, seed=seed, form=form, done=done
+            )
     if not rank:
         print(f"waited {waited:.1f} s of {time.perf_counter() - began:.1f} s for data")
     if done["elsewhere"]:
         print(f"{done['elsewhere']} shards were being written by another process")
     if done["kept"]:
-        print(
-            f"{done['kept']} clips kept, {done['encoded']} encoded; labels, captions or columns of {done['annotated']} shards renewed"
-        )
+        print(f"{done['kept']} clips kept, {done['encoded']} encoded")
 
 
 def _write_shard(
-    file: Path, dataset: Dataset, vae: VideoVAE, part: Part, *, seed: int, form: Form, done: Counter[str]
+    folder: ShardFolder,
+    number: int,
+    part: Part,
+    *,
+    dataset: Dataset,
+    vae: VideoVAE,
+    seed: int,
+    form: Form,
+    done: Counter[str],
 ) -> float:
     """Bring one shard up to date; counts what was done -> seconds spent waiting for data."""
-    indices = part.indices
-    sources = [[*source_of(dataset, i), *(part.size or ())] for i in indices]
-    old = _read_record(file)
-    unchanged = {
-        i: old["rows"][n] for n, i in enumerate(indices) if n < len(old["rows"]) and old["sources"][n] == sources[n]
-    }
-    wanted = [i for i in indices if i not in unchanged]
-    done.update(kept=len(unchanged), encoded=len(wanted))
-    annotations = _hash_of_annotations(dataset, indices, form.columns)
-    if not wanted and len(old["rows"]) == len(indices):
-        if old["annotations"] != annotations:
-            done["annotated"] += 1
-            record = {**old, **_annotations(dataset, [i for i in indices if unchanged[i] is not None], form.columns)}
-            write_text(file.with_suffix(".json"), json.dumps({**record, "annotations": annotations}))
+    indices, described = part.indices, _description(dataset, part)
+    keys = [key_of(dataset, i, part.size) for i in indices]
+    same = next((one for one in folder.records(number) if one["keys"] == keys and folder.is_whole(one)), None)
+    if same is not None:
+        done["kept"] += len(indices)
+        newest = next(folder.records(number))
+        if same["described"] != described or newest["file"] != same["file"]:
+            _write_record(folder, {**same, "described": described, "checksums": _checksums(folder, same)})
         return 0.0
-    shard = encode_shard(dataset, vae, wanted, seed=seed, size=part.size, form=form)
-    record = _merge(file, old, shard, unchanged=unchanged, indices=indices)
-    kept = {dataset.name(i) for i in unchanged}
-    bad = {name: reason for name, reason in old["bad"].items() if name in kept}
-    record |= {"bad": bad | shard.bad, "sources": sources, "annotations": annotations}
-    kept_rows = [number for number, row in enumerate(record["rows"]) if row is not None]
-    record |= {"clips": [sources[number][0] for number in kept_rows]}  # what variants of one clip share
-    record |= {} if part.size is None else {"size": list(part.size)}
-    found = [i for i, row in zip(indices, record["rows"], strict=True) if row is not None]
-    record |= _annotations(dataset, found, form.columns)
-    write_text(file.with_suffix(".json"), json.dumps(record))
+    rows = {i: folder.rows[key] for i, key in zip(indices, keys, strict=True) if key in folder.rows}
+    wanted = [i for i in indices if i not in rows]
+    done.update(kept=len(rows), encoded=len(wanted))
+    shard = encode_shard(
+        dataset, vae, wanted, draws=[draw_of(dataset, i) for i in wanted], seed=seed, size=part.size, form=form
+    )
+    record = _merge(folder, folder.file(number, keys), shard, indices=indices, rows=rows)
+    bad = {key: rows[i].record["bad"].get(key, "") for i, key in zip(indices, keys, strict=True) if i in rows}
+    bad |= {key: shard.bad.get(dataset.name(i), "") for i, key in zip(indices, keys, strict=True) if i not in rows}
+    record |= {"bad": {key: reason for key, reason in bad.items() if reason}, "keys": keys, "sources": hash_of(keys)}
+    record |= {"described": described, **({} if part.size is None else {"size": list(part.size)})}
+    _write_record(folder, record)
     return shard.waited
 
 
-def source_of(dataset: Dataset, index: int) -> list:
-    """What a clip's latents and stored conditions are made from: its file, what is in it, and its further columns."""
-    one = identity_of(dataset, index, read=True)
-    return [one.source, one.content, hash_of(columns_of(one))]
+def _description(dataset: Dataset, part: Part) -> str:
+    """A hash of a part's clips as far as it is known without reading them."""
+    clips = [identity_of(dataset, i) for i in part.indices]
+    return hash_of([[one.source, one.content, hash_of(columns_of(one)), *(part.size or ())] for one in clips])
 
 
-def _annotations(dataset: Dataset, indices: Sequence[int], columns: Sequence[str]) -> dict[str, Any]:
-    """Labels and captions, and the values of columns by which clips can be held out."""
-    rows = [dataset.record(i) for i in indices]
-    found: dict[str, Any] = {"labels": [row["label"] for row in rows], "captions": [row["caption"] for row in rows]}
-    return found | {"columns": {name: [column_of(dataset, i, name) for i in indices] for name in columns}}
+def _merge(folder: ShardFolder, file: Path, shard: Shard, *, indices: Sequence[int], rows: dict[int, Row]) -> dict:
+    """Write the tensors of a shard, those that other shards have and the new ones, in the order of `indices` -> its record.
 
-
-def _hash_of_annotations(dataset: Dataset, indices: Sequence[int], columns: Sequence[str]) -> str:
-    rows = [dataset.record(i) for i in indices]
-    values = [part for name in columns for part in (name, [column_of(dataset, i, name) for i in indices])]
-    return hash_of([rows, *values] if values else rows)
-
-
-def _merge(file: Path, old: dict, shard: Shard, *, unchanged: dict[int, int | None], indices: Sequence[int]) -> dict:
-    """Write the tensors of a shard, those of the clips that are kept and of the new ones in the order of `indices`.
-
-    unchanged: index of a clip -> its row in the old shard, None for a file that could not be read. The record that is returned
-    has the row of every index in `rows`.
+    The record has the row of every index in `rows`, None for a file that could not be read.
     """
-    before = load_file(file) if any(row is not None for row in unchanged.values()) else {}
     new = {i: row for row, i in enumerate(shard.indices)}
-    origins = {i: (before, unchanged[i], old["conditions"]) for i in unchanged if unchanged[i] is not None}
-    origins |= {i: (shard.tensors, row, shard.conditions) for i, row in new.items()}
-    order = [origins[i] for i in indices if i in origins]
-    tensors = {
-        name: torch.stack([part[name][row] for part, row, _ in order]) for name in (order[0][0] if order else ())
-    }
+    before: dict[str, TensorRows] = {}
+    clips, conditions = [], []
+    for i in indices:
+        if i in new:
+            clips.append({name: tensor[new[i]] for name, tensor in shard.tensors.items()})
+            conditions.append(shard.conditions[new[i]])
+        elif i in rows and (row := rows[i]).number is not None:
+            name = row.record["file"]
+            if name not in before:
+                before[name] = TensorRows(folder.path / name)
+            clips.append({part: before[name].row(part, row.number) for part in before[name].names()})
+            conditions.append(row.record["conditions"][row.number])
+    tensors = {name: torch.stack([clip[name] for clip in clips]) for name in (clips[0] if clips else ())}
     with atomic_write(file) as tmp:
         save_file(tensors or {"latents": torch.zeros(0)}, tmp)
         digest, size = file_sha256(tmp), tmp.stat().st_size
-    numbers = iter(range(len(order)))
+    numbers = iter(range(len(clips)))
+    there = [i in new or (i in rows and rows[i].number is not None) for i in indices]
     return {
-        "file": file.name, "count": len(order), "bytes": size, "sha256": digest,
-        "conditions": [conditions[row] for _, row, conditions in order],
-        "rows": [next(numbers) if i in origins else None for i in indices],
+        "file": file.name, "count": len(clips), "bytes": size, "sha256": digest, "conditions": conditions,
+        "checksums": [checksum_of(clip) for clip in clips], "rows": [next(numbers) if one else None for one in there],
     }  # fmt: skip
 
 
-# The record of a shard that is not there.
-_NOTHING: dict[str, Any] = {"rows": [], "sources": [], "conditions": [], "bad": {}, "annotations": None}
+def _checksums(folder: ShardFolder, record: dict[str, Any]) -> list[int]:
+    """The checksums of a shard's rows, computed where a record of before has none."""
+    if record["checksums"] is not None:
+        return record["checksums"]
+    file = TensorRows(folder.path / record["file"])
+    return [checksum_of({name: file.row(name, row) for name in file.names()}) for row in range(record["count"])]
 
 
-def _read_record(file: Path) -> dict[str, Any]:
-    """The record of a shard; one without rows if it is missing, damaged, or does not say what it was made from."""
+def _write_record(folder: ShardFolder, record: dict[str, Any]) -> None:
+    write_text((folder.path / record["file"]).with_suffix(".json"), json.dumps(record))
+
+
+def _read_record(file: Path) -> dict[str, Any] | None:
+    """The record of a shard; None if it is missing or does not say what the shard was made from."""
     try:
         record = json.loads(file.with_suffix(".json").read_text())
-        rows = [row for row in record["rows"] if row is not None]
-        whole = (
-            len(record["sources"]) == len(record["rows"]) and len(record["conditions"]) == len(rows) == record["count"]
-        )
-        return {**_NOTHING, **record} if whole and difference(file.parent, {file.name: record}) is None else _NOTHING
-    except (OSError, ValueError, KeyError, TypeError):
-        return _NOTHING
+        if "keys" not in record:
+            record |= _of_version_before(record)
+        counted = sum(row is not None for row in record["rows"]) == len(record["conditions"]) == record["count"]
+        counted = counted and (record["checksums"] is None or len(record["checksums"]) == record["count"])
+        return record if counted and len(record["keys"]) == len(record["rows"]) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
 
 
-def write_index(output: Path, head: dict, dataset: Dataset, parts: Sequence[Part], *, rate: float, form: Form) -> int:
+def _of_version_before(record: dict[str, Any]) -> dict[str, Any]:
+    """What a record of before lacks: keys in place of the clips' identities, checksums of their rows."""
+    keys = []
+    for source, content, *further in record["sources"]:
+        clip = [content] if isinstance(content, str) and len(content) == 32 else [source, content]
+        keys.append(hash_of([*clip, *further]))
+    return {"keys": keys, "sources": hash_of(record["sources"]), "bad": {}, "described": None, "checksums": None}
+
+
+def write_index(
+    output: Path,
+    head: dict,
+    dataset: Dataset,
+    parts: Sequence[Part],
+    *,
+    rate: float,
+    form: Form,
+    config: DataConfig,
+) -> int:
     """Write cache.json once every shard is there and of this data (the last process does). rate: frames per second."""
-    records = []
+    folder, records = ShardFolder(output), []
     for number, part in enumerate(parts):
-        path = output / f"latents-{number:05d}.json"
-        record = json.loads(path.read_text()) if path.is_file() else {}
-        if record.get("annotations") != _hash_of_annotations(dataset, part.indices, form.columns):
+        described = _description(dataset, part)
+        record = next((one for one in folder.records(number) if one["described"] == described), None)
+        if record is None:
             print(f"process {rank_of_process()[0]} is done; the last process to finish writes {output / 'cache.json'}")
             return 0
-        index = {key: value for key, value in record.items() if key not in ("rows", "annotations")}
-        records.append({**index, "sources": hash_of(record["sources"])})
-    bad = {name: reason for record in records for name, reason in record.pop("bad").items()}
+        records.append(record)
+    bad = _unreadable(dataset, parts, records)
     if not any(record["count"] for record in records):
         raise ValueError(
             f"none of the {len(dataset)} clips could be read; stdit check-media lists the reasons, the first is: {next(iter(bad.values()))}"
         )
+    clips = list(_clips(dataset, parts, records, form.columns))
+    digest = hashlib.sha256(json.dumps([[record["file"] for record in records], clips]).encode())
+    table = output / f"clips-{digest.hexdigest()[:12]}.safetensors"
+    write_columns(table, table_columns(clips), {})
     classes: dict[str, Any] = {"num_classes": dataset.num_classes, "class_names": dataset.class_names}
     space = known_actions(dataset)
     classes |= {"action_space": None if space is None else space.plain}
-    count = sum(record["count"] for record in records)
-    head = {**head, **classes, "clips": count, "rate": rate, "shards": records, "skipped": bad}
+    named = ("file", "count", "bytes", "sha256", "sources", "size")
+    head = {
+        **head, **classes, "clips": len(clips), "rate": rate, "table": table.name, "columns": list(form.columns),
+        "shards": [{name: record[name] for name in named if name in record} for record in records], "skipped": bad,
+    }  # fmt: skip
     write_text(output / "cache.json", json.dumps(head))
-    _remove_further(output, len(records))
+    # Known here, it need not be found from all clips at the start of every run.
+    whole = fingerprint(CachedLatents(output, config))
+    write_text(output / "cache.json", json.dumps({**head, "fingerprint": whole}))
+    _remove_others(output, {table.name, *(record["file"] for record in records)})
     for reason in list(bad.values())[:10]:
         print(f"skipped a file: {reason}")
     skipped = f"; {len(bad)} skipped" if bad else ""
-    print(f"{count} clips as latents of {head['vae']!r} in {output}{skipped}")
+    print(f"{len(clips)} clips as latents of {head['vae']!r} in {output}{skipped}")
     return 0
 
 
-def _remove_further(output: Path, count: int) -> None:
-    """Remove shards of an earlier run on more clips."""
-    names = {f"latents-{number:05d}" for number in range(count)}
-    for path in output.glob("latents-*"):
-        if path.stem not in names and path.stem.removeprefix("latents-").isdecimal():
-            print(f"removed {path}, of clips that the data no longer has")
-            path.unlink()
+def _clips(
+    dataset: Dataset, parts: Sequence[Part], records: Sequence[dict], columns: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """What the table says of every clip that has latents."""
+    for part, record in zip(parts, records, strict=True):
+        for i, row in zip(part.indices, record["rows"], strict=True):
+            if row is not None:
+                one = dataset.record(i)
+                yield {
+                    "label": one["label"], "caption": one["caption"], "source": identity_of(dataset, i).source,
+                    "conditions": record["conditions"][row], "checksum": record["checksums"][row],
+                    "columns": {name: column_of(dataset, i, name) for name in columns},
+                }  # fmt: skip
+
+
+def _unreadable(dataset: Dataset, parts: Sequence[Part], records: Sequence[dict]) -> dict[str, str]:
+    """The reason for every file that could not be read."""
+    bad = {}
+    for part, record in zip(parts, records, strict=True):
+        for i, key, row in zip(part.indices, record["keys"], record["rows"], strict=True):
+            if row is None:
+                bad[dataset.name(i)] = record["bad"].get(key, f"{dataset.name(i)} could not be read")
+    return bad
+
+
+def _remove_others(output: Path, named: set[str]) -> None:
+    """Remove shards and tables that cache.json names no more: other files replace them, or the data have fewer clips."""
+    stems = {Path(name).stem for name in named}
+    for path in sorted(output.iterdir()):
+        if path.stem not in stems and (_SHARD.fullmatch(path.name) or _TABLE.fullmatch(path.name)):
+            path.unlink(missing_ok=True)

@@ -255,7 +255,7 @@ def test_a_model_learns_actions_from_clips_and_from_cached_latents_and_carries_t
     assert not (tmp_path / "mirrored").exists()
     info = json.loads((tmp_path / "latents/cache.json").read_text())
     (tmp_path / "before").mkdir()
-    for part in (tmp_path / "latents").glob("latents-*"):
+    for part in (tmp_path / "latents").glob("*-*"):
         (tmp_path / "before" / part.name).write_bytes(part.read_bytes())
     (tmp_path / "before/cache.json").write_text(json.dumps({**info, "flip": True}))  # by an earlier version
     assert train.run(["t.yaml", "name=before", "data.source=latents", "data.root=before", "data.manifest=null"]) == 1

@@ -19,6 +19,7 @@ from stdit.files import claimed
 from stdit.pixels import to_float
 from stdit.recipes import cache_latents, train
 from stdit.recipes.build import build_captions
+from stdit.recipes.latent_shards import draw_of
 from stdit.rng import keyed_rng
 from stdit.text import CaptionCache, HashedWordEncoder
 from stdit.vae import load_vae
@@ -47,10 +48,9 @@ def cache(*arguments):
     return cache_latents.main(["t.yaml", *arguments, "--output", "latents", "--shard-size", "2"])
 
 
-def encoded(dataset, index, size=None, mirrored=False, sample=None):
+def encoded(dataset, index, size=None):
     """The latents of a clip, as the cache is to hold them."""
-    pixels = dataset.load(index, keyed_rng("sample", 0, index if sample is None else sample), size)["pixels"]
-    pixels = pixels.flip(2) if mirrored else pixels
+    pixels = dataset.load(index, keyed_rng("sample", 0, *draw_of(dataset, index)), size)["pixels"]
     with torch.no_grad():
         return load_vae("tiny").encode(to_float(pixels[None]))[0].half()
 
@@ -94,9 +94,12 @@ def test_windows_of_a_clip_are_samples_and_mirrored_ones_are_mirrored(home):
     assert len(cached) == len(good) == 30 and len(variants) == 36
     for row, i in enumerate(good[:12]):
         latents = cached.load(row, np.random.default_rng(0))["latents"]
-        assert (
-            latents - encoded(raw, i // 6, mirrored=bool(i % 2), sample=i // 2)
-        ).abs().max() < 0.1  # the cache is encoded in bfloat16 where the machine has it
+        # The cache is encoded in bfloat16 where the machine has it.
+        assert (latents - encoded(variants, i)).abs().max() < 0.1
+        plain, window = (draw_of(variants, i - i % 2), draw_of(variants, i))
+        assert plain == window and window.window == i % 6 // 2
+    pixels = [variants.load(i, keyed_rng("sample", 0, *draw_of(variants, i)))["pixels"] for i in good[:2]]
+    assert torch.equal(pixels[0].flip(2), pixels[1])
     assert not torch.equal(*(cached.load(row, np.random.default_rng(0))["latents"] for row in (0, 1)))
 
 

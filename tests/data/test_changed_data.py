@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -11,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stdit.config import Config, load_typed
+from stdit.data import cached
 from stdit.data.cached import CachedLatents
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
-from stdit.data.identity import content_of, fingerprint
+from stdit.data.identity import columns_of, content_of, fingerprint, hash_of, identity_of
 from stdit.data.rates import clip_rate
 from stdit.data.video_io import VideoError
 from stdit.data.video_write import write_video
@@ -78,8 +81,9 @@ def cache(home, monkeypatch):
     return run
 
 
-def annotations(info: dict, key: str) -> list:
-    return [value for shard in info["shards"] for value in shard[key]]
+def annotations(name: str) -> list:
+    cached = CachedLatents(Path("lat"), DataConfig(num_frames=5, height=32, width=32))
+    return [cached.record(i)[name] for i in range(len(cached))]
 
 
 def test_a_cache_follows_captions_labels_clips_and_their_order_and_encodes_only_what_changed(cache):
@@ -87,25 +91,113 @@ def test_a_cache_follows_captions_labels_clips_and_their_order_and_encodes_only_
     assert encoded == [0, 1, 2, 3]
     assert cache()[2] == []
     manifest(["a.mp4,x,MENDED", "b.mp4,y,dim", *ROWS[2:]])
-    info, after, encoded = cache()
-    assert annotations(info, "captions") == ["MENDED", "dim", "grey", "bright"]
-    assert annotations(info, "labels") == [0, 1, 1, 1]
+    _, after, encoded = cache()
+    assert annotations("caption") == ["MENDED", "dim", "grey", "bright"]
+    assert annotations("label") == [0, 1, 1, 1]
     assert encoded == [] and all(map(torch.equal, before, after))
     write("b", 250)
-    info, after, encoded = cache()
+    others = {path: path.stat().st_mtime_ns for path in Path("lat").glob("latents-00001-*")}
+    _, after, encoded = cache()
     assert encoded == [1]
+    assert len(others) == 2 and all(path.stat().st_mtime_ns == time for path, time in others.items())
     assert torch.equal(before[0][0], after[0][0]) and not torch.equal(before[0][1], after[0][1])
     manifest([ROWS[3], *ROWS[1:3], ROWS[0], "b.mp4,z,again"])
     info, last, encoded = cache()
-    assert encoded == [0, 3, 4]
+    assert encoded == []  # each is somewhere in the folder
     assert torch.equal(last[0][0], before[1][1]) and torch.equal(last[1][1], before[0][0])
-    assert annotations(info, "captions")[0] == "bright" and info["class_names"] == ["x", "y", "z"]
+    assert torch.equal(last[2][0], last[0][1])
+    assert annotations("caption")[0] == "bright" and info["class_names"] == ["x", "y", "z"]
     manifest(ROWS[:2])
-    assert len(cache()[0]["shards"]) == 1
-    assert sorted(path.name for path in Path("lat").glob("latents-*")) == [
-        "latents-00000.json",
-        "latents-00000.safetensors",
-    ]
+    (shard,) = cache()[0]["shards"]
+    files = sorted(path.name for path in Path("lat").iterdir() if path.suffix != ".lock")
+    assert files == sorted([
+        "cache.json", "settings.json", json.loads(Path("lat/cache.json").read_text())["table"],
+        shard["file"], shard["file"].replace(".safetensors", ".json"),
+    ])  # fmt: skip
+
+
+def test_clips_that_are_renamed_or_lie_elsewhere_are_not_encoded_again_and_other_clips_are_refused(cache):
+    _, before, _ = cache()
+    shutil.move("clips", "elsewhere")
+    Path("elsewhere/deep").mkdir()
+    shutil.move("elsewhere/a.mp4", "elsewhere/deep/first.mp4")
+    Path("elsewhere/m.csv").write_text("\n".join(["path,label,caption", "deep/first.mp4,x,dark", *ROWS[1:]]) + "\n")
+    moved = ("data.root=elsewhere",)
+    info, after, encoded = cache(*moved)
+    assert encoded == [] and all(map(torch.equal, before, after)) and info["root"] == "elsewhere"
+    assert cache(*moved)[2] == []
+    for i, name in enumerate("abcd"):
+        write_video(f"elsewhere/{name}.mp4", np.full((5, 32, 32, 3), 7 * i, np.uint8), fps=8)
+    Path("elsewhere/m.csv").write_text("\n".join(["path,label,caption", *ROWS]) + "\n")
+    shutil.move("elsewhere", "others")
+    files = {path: path.read_bytes() for path in Path("lat").iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="lat holds latents of other clips, which these would replace; choose another"):
+        cache("data.root=others")
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_a_cache_of_the_version_before_is_read_and_brought_up_to_date_without_encoding(cache):
+    info, before, _ = cache()
+    wanted = [(annotations(name)) for name in ("label", "caption", "conditions")]
+    as_before(info)
+    assert [(annotations(name)) for name in ("label", "caption", "conditions")] == wanted
+    old = CachedLatents(Path("lat"), DataConfig(num_frames=5, height=32, width=32))
+    assert old.group_of(2) == "c.mp4" and torch.equal(old.load(3, None)["latents"], before[1][1])
+    copy = pickle.loads(pickle.dumps(old))
+    assert copy.record(2) == old.record(2) and copy.group_of(2) == "c.mp4"
+    manifest(["d.mp4,y,bright", *ROWS[:3]])
+    _, after, encoded = cache()
+    assert encoded == []
+    assert torch.equal(torch.cat(after), torch.cat(before)[[3, 0, 1, 2]])
+
+
+def as_before(info: dict) -> None:
+    """Rewrite a cache of clips without columns as the version before wrote it, with lists in cache.json."""
+    data, shards = build_dataset(load_typed(Config, "t.yaml").data), []
+    for number, shard in enumerate(info["shards"]):
+        file, name = Path("lat") / shard["file"], f"latents-{number:05d}.safetensors"
+        record = json.loads(file.with_suffix(".json").read_text())
+        clips = range(2 * number, 2 * number + 2)
+        rows = [identity_of(data, i, read=True) for i in clips]
+        sources = [[one.source, one.content, hash_of(columns_of(one))] for one in rows]
+        listed = {
+            "file": name, "conditions": record["conditions"], "clips": [one.source for one in rows],
+            "labels": [one.label for one in rows], "captions": [one.caption for one in rows], "columns": {},
+            **{key: record[key] for key in ("count", "bytes", "sha256")},
+        }  # fmt: skip
+        shards.append({**listed, "sources": hash_of(sources)})
+        own = {**listed, "rows": record["rows"], "sources": sources, "bad": {}, "annotations": "0"}
+        file.rename(f"lat/{name}")
+        Path(f"lat/{name}").with_suffix(".json").write_text(json.dumps(own))
+        file.with_suffix(".json").unlink()
+    Path("lat", info.pop("table")).unlink()
+    head = {key: value for key, value in info.items() if key not in ("fingerprint", "columns")}
+    Path("lat/cache.json").write_text(json.dumps({**head, "shards": shards}))
+
+
+def test_processes_receive_no_rows_of_a_cache_and_have_few_of_its_shards_open(cache, monkeypatch):
+    manifest([f"{name}.mp4,x,{'long caption ' * 200}{number}" for number in range(3) for name in "abcd"])
+    cache()
+    dataset = CachedLatents(Path("lat"), DataConfig(num_frames=5, height=32, width=32))
+    sent = pickle.dumps(dataset)
+    assert b"long caption" not in sent and len(sent) < 4000
+    copy = pickle.loads(sent)
+    assert [copy.record(i) for i in range(12)] == [dataset.record(i) for i in range(12)]
+    monkeypatch.setattr(cached, "MOST_OPEN", 2)
+    shards = str(Path("lat/latents-").resolve())
+    for i in (0, 2, 4, 0, 6, 8, 10, 1):
+        assert torch.equal(copy.load(i, None)["latents"], dataset.load(i, None)["latents"])
+        names = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+        assert sum(name.startswith(shards) for name in names) <= 4  # two of each dataset
+
+
+def test_a_cache_knows_the_fingerprint_that_its_clips_have(cache, monkeypatch):
+    cache()
+    dataset = CachedLatents(Path("lat"), DataConfig(num_frames=5, height=32, width=32))
+    known = fingerprint(dataset)
+    assert known == dataset.known_fingerprint
+    dataset.info.pop("fingerprint")
+    assert fingerprint(dataset) == known
 
 
 def test_a_refreshed_cache_equals_a_new_one(cache):
@@ -147,18 +239,21 @@ def test_a_cache_keeps_the_rate_of_its_clips(cache):
 def test_a_shard_that_is_not_the_recorded_one_is_not_read(cache):
     cache()
     config = DataConfig(num_frames=5, height=32, width=32)
-    shard = Path("lat/latents-00001.safetensors")
+    (shard,) = Path("lat").glob("latents-00001-*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"latents-00001.safetensors has .*run cache_latents again"):
+    with pytest.raises(ValueError, match=r"latents-00001-.*.safetensors has .*run cache_latents again"):
         CachedLatents(Path("lat"), config)
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     dataset = CachedLatents(Path("lat"), config)
     assert dataset.load(0, None)
-    with pytest.raises(ValueError, match=r"latents-00001.safetensors does not match.*run cache_latents again"):
-        dataset.load(2, None)
+    assert dataset.load(2, None)
+    with pytest.raises(
+        ValueError, match=r"row 1 of latents-00001-.* does not match its checksum; run cache_latents again"
+    ):
+        dataset.load(3, None)
     shard.write_bytes(whole)
-    shutil.copy("lat/latents-00000.safetensors", "lat/latents-00009.safetensors")
+    shutil.copy(shard, "lat/latents-00009.safetensors")
     assert len(CachedLatents(Path("lat"), config)) == 4
     for text in ("{", "[]", '{"shards": [{"file": "../x"}]}', "[" * 100_000):
         Path("lat/cache.json").write_text(text)

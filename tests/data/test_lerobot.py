@@ -128,7 +128,8 @@ def test_its_latents_can_be_cached_with_the_actions(root, tmp_path, monkeypatch)
     assert cache_latents.main(["t.yaml", "--output", "latents"]) == 0
     info = json.loads((tmp_path / "latents/cache.json").read_text())
     assert info["action_space"]["names"] == ["left", "right"]
-    assert all(np.shape(one["actions"][1:]) == (8, 2) for one in info["shards"][0]["conditions"])
+    cached = build_dataset(DataConfig(root="latents", num_frames=9, height=32, width=32))
+    assert all(np.shape(cached.record(i)["conditions"]["actions"][1:]) == (8, 2) for i in range(info["clips"]))
 
 
 @pytest.mark.parametrize("damaged", ["table", "numbers", "video"])

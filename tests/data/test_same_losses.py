@@ -114,9 +114,9 @@ def check(found: dict[str, float]) -> None:
 
 
 def same_latents(one: str, other: str) -> bool:
-    files = sorted(path.name for path in Path(one).glob("*.safetensors"))
-    assert len(files) == CLIPS // 2 and files == sorted(path.name for path in Path(other).glob("*.safetensors"))
-    pairs = [(load_file(Path(one) / name), load_file(Path(other) / name)) for name in files]
+    folders = [sorted(Path(folder).glob("latents-*.safetensors")) for folder in (one, other)]
+    assert len(folders[0]) == len(folders[1]) == CLIPS // 2
+    pairs = [(load_file(first), load_file(second)) for first, second in zip(*folders, strict=True)]
     return all(a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a) for a, b in pairs)
 
 
