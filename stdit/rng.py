@@ -19,6 +19,7 @@ PURPOSES = (
     "grouped",
     "lora",
     "guidance",
+    "posterior",
 )
 
 

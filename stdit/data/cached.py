@@ -19,7 +19,7 @@ from stdit.data.media import ask_for, open_regular, state_of
 from stdit.data.rates import DEFAULT_FPS
 from stdit.data.samplers import ClipSize
 from stdit.data.stores import is_remote
-from stdit.data.tensor_rows import TensorRows, checksum_of
+from stdit.data.tensor_rows import TensorRows, checksum_of, draw_latents
 from stdit.hashes import difference
 
 # Tensor names in caches of version 0.1.0, and their current names.
@@ -31,7 +31,8 @@ class CachedLatents(Annotated):
     """Normalised latents in shards, as `cache_latents` writes them, with the fingerprint of their VAE.
 
     Each clip has `latents` (C, T, h, w), and `reencoded` (C, T, h, w), in which every latent frame is encoded without
-    the frames before it. cache.json names the shards, and the table of the clips' labels, captions, further conditions and
+    the frames before it. A cache of moments also has their standard deviations, `latents_std` and `reencoded_std`, and latents
+    are drawn when a clip is loaded. cache.json names the shards, and the table of the clips' labels, captions, further conditions and
     checksums, which a copy in another process maps anew instead of receiving it.
     """
 
@@ -84,8 +85,9 @@ class CachedLatents(Annotated):
         shard, row = self._place(index)
         record, info = self.record(index), self.info["shards"][shard]
         columns = {**record["conditions"], **{key: self.info.get(key) for key in ("seed", "fps", "crop", "flip")}}
-        if self.info.get("dtype", "float16") != "float16":
-            columns["dtype"] = self.info["dtype"]
+        for name, plain in (("dtype", "float16"), ("posterior", "mean")):  # caches of before have neither
+            if self.info.get(name, plain) != plain:
+                columns[name] = self.info[name]
         return Identity(
             f"{info['file']}[{row}]", info.get("sources"), record["label"], record["caption"], columns=columns
         )
@@ -160,6 +162,9 @@ class CachedLatents(Annotated):
                 "again with the same --output."
             )
         sample = {_RENAMED.get(name, name): value for name, value in sample.items()}
+        if "latents_std" in sample:
+            noise = rng.standard_normal(tuple(sample["latents"].shape), dtype=np.float32)
+            sample = draw_latents(sample, torch.from_numpy(noise))
         if not all(torch.isfinite(value).all() for value in sample.values()):
             raise VideoError(f"{self.name(index)} has values that are not finite; cache the latents again.")
         record = self.record(index)

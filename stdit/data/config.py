@@ -58,6 +58,9 @@ class DataConfig:
     crop: Literal["center", "random"] = "center"  # position of the crop
     flip: bool = False  # mirror half of the clips, drawn at random, left to right
     cache_dtype: Literal["float16", "float32"] = "float16"  # of the latents that `stdit cache-latents` writes
+    cache_posterior: Literal["mean", "sample", "moments"] = (
+        "mean"  # what it keeps of a VAE's posterior: its mean, one draw, or mean and deviation, from which every step draws
+    )
     backend: Literal["pyav", "decord", "torchcodec"] = "pyav"  # video decoder
     workers: int | None = None  # processes that load data; 0: the main process; null: by the number of cores
     timeout: float = 60.0  # seconds that reading one clip may take in such a process before it is replaced

@@ -42,6 +42,15 @@ def checksum_of(tensors: Mapping[str, Tensor]) -> int:
     return value
 
 
+def draw_latents(moments: Mapping[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
+    """Latents, and reencoded ones, drawn by one noise (C, T, h, w) from their means and deviations (`..._std`); float32.
+
+    The first frame of a clip, which is the same in both, so gets the same draw.
+    """
+    means = [name for name in moments if not name.endswith("_std")]
+    return {name: moments[name].float() + noise * moments[name + "_std"].float() for name in means}
+
+
 class TensorRows:
     """The tensors of a file, of which rows are read; the file stays open. ValueError if it is no complete safetensors file."""
 

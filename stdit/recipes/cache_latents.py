@@ -65,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--output {args.output} is data.root itself; set data.root=FOLDER to the folder of the clips."
         )
     vae = load_vae(config.vae.name).to(default_device())
+    if config.data.cache_posterior != "mean" and not vae.has_posterior:
+        raise ValueError(
+            f"data.cache_posterior={config.data.cache_posterior} needs a VAE that has a posterior, and {config.vae.name!r} gives a "
+            "clip one latent; leave it out."
+        )
     sizes = config.data.sizes or [[config.data.num_frames, config.data.height, config.data.width]]
     for frames, height, width in sizes:
         vae.latent_shape(frames, height, width)  # raises for sizes that do not fit
@@ -74,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "vae": config.vae.name, "vae_fingerprint": vae.fingerprint(), "seed": config.seed, "shard_size": args.shard_size,
         "tensors": ["latents", "reencoded"], **{key: getattr(config.data, key) for key in SOURCE_KEYS},
         "windows": args.windows, "mirrored": args.mirrored, "sizes": [list(size) for size in config.data.sizes],
-        "dtype": config.data.cache_dtype,
+        "dtype": config.data.cache_dtype, "posterior": config.data.cache_posterior,
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
     moved = check_settings(args.output, head, vae)
@@ -169,6 +174,7 @@ def check_settings(output: Path, head: dict, vae: VideoVAE) -> bool:
             "mirrored": False,
             "sizes": [],
             "dtype": "float16",
+            "posterior": "mean",
             **json.loads(path.read_text()),
         }
     except ValueError as error:

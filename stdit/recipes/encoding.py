@@ -13,10 +13,11 @@ from stdit.config import Config
 from stdit.data.datasets import Dataset
 from stdit.data.loader import conditions_of_sample
 from stdit.data.samplers import ClipSize
+from stdit.data.tensor_rows import draw_latents
 from stdit.data.video_io import VideoError
 from stdit.pixels import to_float
 from stdit.precision import Precision, autocast
-from stdit.rng import keyed_rng
+from stdit.rng import keyed_normal, keyed_rng
 from stdit.vae import VideoVAE
 
 
@@ -42,11 +43,12 @@ class Draw(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How clips are stored: the data type of latents, the precision in which they are computed, columns for hold-outs."""
+    """How clips are stored: data type of latents, the precision they are computed in, columns for hold-outs, the posterior."""
 
     dtype: torch.dtype = torch.float16
     precision: Precision = "auto"
     columns: tuple[str, ...] = ()
+    posterior: str = "mean"
 
     @classmethod
     def of(cls, config: Config) -> "Form":
@@ -54,7 +56,7 @@ class Form(NamedTuple):
         dtype = getattr(torch, config.data.cache_dtype)
         precision = "fp32" if dtype == torch.float32 else config.train.precision
         column = config.train.holdout_column
-        return cls(dtype, precision, () if column is None else (column,))
+        return cls(dtype, precision, () if column is None else (column,), config.data.cache_posterior)
 
 
 def encode_shard(
@@ -102,7 +104,9 @@ def encode_shard(
                 # Alone on a CPU, where it takes no longer, since sums depend on the batch: a clip that is encoded again
                 # has the latents of before.
                 together = 1 if vae.device.type == "cpu" else len(pixels)
-                latents += [_encode(vae, part, form) for part in pixels.split(together)]
+                keys: list[tuple[int, ...]] = [(seed, *draw_of[i]) for i in good]
+                starts = range(0, len(pixels), together)
+                latents += [_encode(vae, pixels[i : i + together], form, keys[i : i + together]) for i in starts]
                 encoded += list(good)
                 conditions += [sample["stored"] for sample in good.values()]
     tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}
@@ -116,18 +120,29 @@ def stored_conditions(dataset: Dataset, index: int, sample: dict) -> dict:
 
 
 @torch.no_grad()
-def _encode(vae: VideoVAE, pixels: torch.Tensor, form: Form) -> dict[str, torch.Tensor]:
+def _encode(vae: VideoVAE, pixels: torch.Tensor, form: Form, keys: list[tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """Encode clips (N, F, H, W, 3) uint8 into tensors (N, C, T, h, w).
 
-    latents: of the whole clips. reencoded: each latent frame, encoded as the start of a segment.
+    latents: of the whole clips. reencoded: each latent frame, encoded as the start of a segment. With `posterior="moments"`
+    their deviations, too. keys: what the draws of `posterior="sample"` depend on.
     """
     batch = to_float(pixels.to(vae.device)).to(vae.dtype)
+    moments = form.posterior != "mean"
     with autocast(form.precision, vae.device):
-        latents = vae.encode(batch)
+        latents = vae.encode_moments(batch) if moments else vae.encode(batch)
         groups = [vae.frames_of_latent(batch, t) for t in range(1, latents.shape[2])]
-        heads = vae.encode_segment(torch.cat(groups)).split(len(batch)) if groups else ()  # an image has no groups
-    heads = torch.cat([latents[:, :, :1], *heads], dim=2)
-    tensors = {"latents": latents.to("cpu", form.dtype), "reencoded": heads.to("cpu", form.dtype)}
+        heads = (  # an image has no groups
+            vae.encode_segment(torch.cat(groups), moments=moments).split(len(batch)) if groups else ()
+        )
+    found = {"latents": latents.cpu(), "reencoded": torch.cat([latents[:, :, :1], *heads], dim=2).cpu()}
+    if moments:
+        halves = {name: both.chunk(2, dim=1) for name, both in found.items()}
+        found = {
+            name + end: half for name, both in halves.items() for end, half in zip(("", "_std"), both, strict=True)
+        }
+    if form.posterior == "sample":
+        found = draw_latents(found, keyed_normal("posterior", keys, tuple(found["latents"].shape[1:])))
+    tensors = {name: value.to(form.dtype) for name, value in found.items()}
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise ValueError(
             f"VAE {vae.name!r} gave latents that are not finite in {form.dtype}; set data.cache_dtype=float32."

@@ -122,16 +122,28 @@ class DiffusersVAE(VideoVAE):
         self.register_buffer("latent_mean", mean.float(), persistent=False)
         self.register_buffer("latent_std", std.float(), persistent=False)
 
+    has_posterior = True
+
     def _encode(self, pixels: Tensor) -> Tensor:
+        (mean,) = self._encode_parts(pixels, "mean")
+        return (mean.float() - _per_channel(self.latent_mean, mean)) / _per_channel(self.latent_std, mean)
+
+    def _encode_moments(self, pixels: Tensor) -> Tensor:
+        mean, std = self._encode_parts(pixels, "mean", "std")
+        scale = _per_channel(self.latent_std, mean)
+        return torch.cat([(mean.float() - _per_channel(self.latent_mean, mean)) / scale, std.float() / scale], dim=1)
+
+    def _encode_parts(self, pixels: Tensor, *names: str) -> list[Tensor]:
+        """Attributes of the posterior of pixels, as the VAE gives them."""
         batch, x = len(pixels), pixels.to(self.dtype)
         with self._tiled(pixels.shape[-3:]):
-            if self.spec.per_frame:
-                frames = rearrange(x, "b c t h w -> (b t) c h w").split(_together(pixels.shape[-2:]))
-                raw = torch.cat([self.vae.encode(part).latent_dist.mode() for part in frames])
-                raw = rearrange(raw, "(b t) c h w -> b c t h w", b=batch)
-            else:
-                raw = self.vae.encode(x).latent_dist.mode()
-        return (raw.float() - _per_channel(self.latent_mean, raw)) / _per_channel(self.latent_std, raw)
+            if not self.spec.per_frame:
+                found = self.vae.encode(x).latent_dist
+                return [getattr(found, name) for name in names]
+            frames = rearrange(x, "b c t h w -> (b t) c h w").split(_together(pixels.shape[-2:]))
+            parts = [self.vae.encode(part).latent_dist for part in frames]
+        raw = [torch.cat([getattr(part, name) for part in parts]) for name in names]
+        return [rearrange(one, "(b t) c h w -> b c t h w", b=batch) for one in raw]
 
     @contextmanager
     def _tiled(self, size: Sequence[int]) -> Iterator[None]:

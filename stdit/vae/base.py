@@ -94,6 +94,7 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
 
     causal: bool = True  # no latent frame depends on later pixels
     resumable: bool = False  # clips can be decoded frame by frame: `decode_next`
+    has_posterior: bool = False  # a clip has a distribution of latents: `encode_moments`
     image_is_first_frame: bool = True  # encode(clip[:, :, :1]) equals encode(clip)[:, :, :1]
 
     @property
@@ -114,11 +115,27 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
     def _decode(self, latents: Tensor) -> Tensor:
         """Decode latents whose shape `decode` has checked."""
 
+    def _encode_moments(self, pixels: Tensor) -> Tensor:
+        """Encode pixels whose shape `encode_moments` has checked; of VAEs with `has_posterior`."""
+        raise ValueError(f"VAE {self.name!r} has no posterior, one clip has one latent; use its mean: `encode`.")
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode pixels (B, 3, F, H, W) in [-1, 1] to normalised latents (B, C, T, h, w), the mean of the posterior.
 
         Raises ValueError for a frame count or a size that the VAE would crop.
         """
+        self._check_pixels(pixels)
+        return self._encode(pixels)
+
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """Encode pixels as `encode`, to mean and standard deviation of the posterior (B, 2 C, T, h, w), both normalised.
+
+        Raises ValueError also for a VAE without a posterior (`has_posterior`).
+        """
+        self._check_pixels(pixels)
+        return self._encode_moments(pixels)
+
+    def _check_pixels(self, pixels: Tensor) -> None:
         if pixels.ndim != 5 or pixels.shape[1] != 3:
             raise ValueError(
                 f"encode got a tensor of shape {tuple(pixels.shape)}: pixels are (B, 3, F, H, W); "
@@ -126,19 +143,18 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
             )
         self.latent_frames(pixels.shape[2])
         self.latent_size(*pixels.shape[3:])
-        return self._encode(pixels)
 
-    def encode_segment(self, pixels: Tensor) -> Tensor:
+    def encode_segment(self, pixels: Tensor, *, moments: bool = False) -> Tensor:
         """Encode a segment from the middle of a clip independently of the frames before it.
 
         pixels: (B, 3, n * stride[0], H, W), whole groups -> (B, C, n, h, w). The segment's first frame is repeated in
         front as the start of a clip, and the latent of that copy is dropped. Training encodes known frames in the same
-        way.
+        way. moments: by `encode_moments`.
         """
         groups = pixels.shape[2] // self.stride[0]
         padding = -pixels.shape[2] % (self.temporal_granularity or self.stride[0])
         pixels = torch.cat([pixels[:, :, :1], pixels, pixels[:, :, -1:].expand(-1, -1, padding, -1, -1)], dim=2)
-        return self.encode(pixels)[:, :, 1 : 1 + groups]
+        return (self.encode_moments if moments else self.encode)(pixels)[:, :, 1 : 1 + groups]
 
     def frames_of_latent(self, pixels: Tensor, latent_frame: int) -> Tensor:
         """The frames (B, 3, f, H, W) of `pixels` that one latent frame encodes: f = 1 for the first, else `stride[0]`."""

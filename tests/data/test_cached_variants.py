@@ -6,7 +6,9 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from media import write_barcodes
+from safetensors.torch import load_file
 
 from stdit.config import Config, load_typed
 from stdit.data.config import DataConfig
@@ -117,6 +119,56 @@ def test_the_same_command_keeps_what_is_there_and_another_setting_is_refused(hom
     ):
         with pytest.raises(ValueError, match=f"made with other settings .*{name}"):
             cache(*arguments)
+
+
+@pytest.fixture
+def image_vae(home):
+    """A folder with a tiny image VAE of random weights, whose posterior is wide."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)  # fmt: skip
+    vae.save_pretrained(home / "vae")
+    return ("vae.name=vae", "data.sizes=[]", "data.cache_dtype=float32")
+
+
+def test_a_cache_of_moments_draws_latents_by_key_at_every_step(home, image_vae):
+    assert cache(*image_vae, "data.cache_posterior=moments") == 0
+    (home / "latents").rename("moments")
+    assert cache(*image_vae) == 0
+    mean, moments = (
+        build_dataset(DataConfig(root=root, num_frames=5, height=32, width=32)) for root in ("latents", "moments")
+    )
+    stored = load_file(home / "moments" / moments.info["shards"][0]["file"])
+    center = mean.load(0, None)
+    assert stored.keys() == {"latents", "latents_std", "reencoded", "reencoded_std"}
+    assert torch.equal(stored["latents"][0], center["latents"]) and stored["latents_std"].min() > 0
+    first, again, other = (moments.load(0, keyed_rng("sample", 0, step, 3)) for step in (0, 0, 1))
+    assert torch.equal(first["latents"], again["latents"]) and not torch.equal(first["latents"], other["latents"])
+    assert torch.equal(first["latents"][:, 0], first["reencoded"][:, 0])
+    drawn = torch.stack([moments.load(0, keyed_rng("sample", 0, step, 3))["latents"] for step in range(200)])
+    assert torch.allclose(drawn.std(0).mean(), stored["latents_std"][0].mean(), rtol=0.05)
+    assert torch.allclose(drawn.mean(0), center["latents"], atol=float(0.3 * stored["latents_std"].max()))
+    assert train.run(["t.yaml", *image_vae, "train.tokens=null", "data.root=moments", "train.steps=2"]) == 0
+
+
+def test_a_cache_of_samples_has_one_draw_of_every_clip(home, image_vae):
+    assert cache(*image_vae, "data.cache_posterior=sample") == 0
+    (home / "latents").rename("before")
+    assert cache(*image_vae, "data.cache_posterior=sample") == 0
+    with pytest.raises(ValueError, match="made with other settings .*posterior"):
+        cache(*image_vae)
+    (home / "latents").rename("after")
+    assert cache(*image_vae) == 0
+    before, after, mean = (
+        build_dataset(DataConfig(root=root, num_frames=5, height=32, width=32)).load(0, None)["latents"]
+        for root in ("before", "after", "latents")
+    )
+    assert torch.equal(before, after) and not torch.equal(before, mean)
+
+
+def test_a_vae_without_a_posterior_cannot_give_moments(home):
+    with pytest.raises(ValueError, match="data.cache_posterior=moments needs a VAE that has a posterior, and 'tiny'"):
+        cache("data.cache_posterior=moments")
+    assert not (home / "latents").exists()
 
 
 def test_a_run_of_other_sizes_is_told_those_of_the_cache(home):
