@@ -5,9 +5,9 @@ import json
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -205,7 +205,8 @@ class CaptionCache:
     """A cache of caption tokens in a folder, looked up by text, so that every caption is encoded once.
 
     Tokens are stored in float16, in shards of many captions. Each encoder has a subfolder of its own. New captions are
-    added in further shards; existing shards are never rewritten.
+    added in further shards; existing shards are never rewritten. In memory a caption is a hash of 16 bytes; a copy in another
+    process reads the names of the captions there.
     """
 
     SHARD = 1024  # captions per file
@@ -213,9 +214,8 @@ class CaptionCache:
     def __init__(self, folder: Path, encoder: TextEncoder):
         # The encoder itself is not stored, so that its memory can be freed.
         self.folder, self.channels = folder / encoder.fingerprint(), encoder.channels
-        self._open: dict[str, Any] = {}
-        self._index: dict[str, tuple[str, int]] = {}
-        self._read_index()
+        self._index = _CaptionIndex(self.folder)
+        self._ahead: dict[str, Encoded] = {}
 
     def add(
         self, encoder: TextEncoder, texts: Sequence[str], progress: bool = True, share: tuple[int, int] = (0, 1)
@@ -233,6 +233,7 @@ class CaptionCache:
         parts = [wanted[i : i + self.SHARD] for i in range(0, len(wanted), self.SHARD)]
         begin = len(parts) * share[0] // share[1]
         left = deque([*parts[begin:], *parts[:begin]])
+        self._index.read()
         missing = sum(text not in self._index for text in wanted)
         bar = Progress(
             total=missing, desc=f"captions ({encoder.name})", unit="caption", disable=not progress or not missing
@@ -253,7 +254,7 @@ class CaptionCache:
                     time.sleep(_PATIENCE if elsewhere >= len(left) else 0)
                     continue
                 elsewhere = 0
-                self._read_index()  # another process may have written this part
+                self._index.read()  # another process may have written this part
                 new = [text for text in part if text not in self._index]
                 if new:
                     self._write(new, self._encode(encoder, new, bar))
@@ -270,41 +271,98 @@ class CaptionCache:
         """The file of a shard of texts."""
         return self.folder / f"captions-{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()[:12]}.safetensors"
 
-    def _read_index(self) -> None:
-        """Take up the shards that were written since the last look."""
-        known = {file for file, _ in self._index.values()}
-        for index in sorted(self.folder.glob("captions-*.json")):
-            file = index.with_suffix(".safetensors").name
-            if file not in known:
-                self._index |= {text: (file, row) for row, text in enumerate(json.loads(index.read_text()))}
-
     def _write(self, texts: list[str], encoded: Encoded) -> None:
         file = self._file(texts)
         with atomic_write(file) as tmp:
             save_file({"tokens": encoded.tokens.half(), "mask": encoded.mask}, tmp)
         write_text(file.with_suffix(".json"), json.dumps(texts))  # last, since a shard without an index is ignored
-        self._index |= {text: (file.name, row) for row, text in enumerate(texts)}
+        self._index.read()
 
     def __len__(self) -> int:
+        self._index.read()
         return len(self._index)
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         """Look up the tokens and masks of captions that were added, padded to the longest."""
-        return _pad_and_concatenate(list(self._read(texts)))
+        return _pad_and_concatenate([self._ahead.get(text) or self._read_here(text) for text in texts])
 
-    def _read(self, texts: Sequence[str]) -> Iterator[Encoded]:
-        for text in texts:
-            if text not in self._index:
-                raise ValueError(
-                    f"the caption {text[:60]!r} was never encoded into {self.folder}; add the captions of the data again."
-                )
-            name, row = self._index[text]
-            if name not in self._open:
-                self._open[name] = safe_open(self.folder / name, framework="pt")
-            file = self._open[name]
+    def _read_here(self, text: str) -> Encoded:
+        return self.read(text) if text else self._empty
+
+    @cached_property
+    def _empty(self) -> Encoded:
+        """The empty text, which stands for every caption that is dropped."""
+        return self.read("")
+
+    def have_ready(self, captions: Mapping[str, Encoded]) -> None:
+        """Take captions that other processes have read, until the next call, so that they are not read again here."""
+        self._ahead = dict(captions)
+
+    def read(self, text: str) -> Encoded:
+        """The tokens (1, L, C) and the mask of one caption; ValueError if it was never added."""
+        place = self._index.find(text)
+        if place is None:
+            raise ValueError(
+                f"the caption {text[:60]!r} was never encoded into {self.folder}; add the captions of the data again."
+            )
+        name, row = place
+        with safe_open(self.folder / name, framework="pt") as file:
             mask = file.get_slice("mask")[row]
             length = int(mask.sum())  # padding comes last
-            yield Encoded(file.get_slice("tokens")[row, :length][None].float(), mask[None, :length])
+            return Encoded(file.get_slice("tokens")[row, :length][None].float(), mask[None, :length])
+
+
+class _CaptionIndex:
+    """Where the captions of a folder are: their hashes in one sorted array, which takes 24 bytes for each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files: list[str] = []
+        self._hashes, self._places = np.zeros(0, "S16"), np.zeros((0, 2), np.int32)
+        self._recent: dict[bytes, tuple[int, int]] = {}  # not sorted yet, since sorting after every shard takes long
+
+    def read(self) -> None:
+        """Take up the shards that were written since the last look."""
+        known = set(self._files)
+        for index in sorted(self.folder.glob("captions-*.json")):
+            file = index.with_suffix(".safetensors").name
+            if file not in known:
+                texts = json.loads(index.read_text())
+                self._recent |= {_hash_of(text): (len(self._files), row) for row, text in enumerate(texts)}
+                self._files.append(file)
+                if len(self._recent) > max(1 << 14, len(self._hashes) // 8):
+                    self._sort()
+
+    def _sort(self) -> None:
+        hashes = np.concatenate([self._hashes, np.array(list(self._recent), "S16")])
+        places = np.concatenate([self._places, np.array(list(self._recent.values()), np.int32).reshape(-1, 2)])
+        self._hashes, first = np.unique(hashes, return_index=True)
+        self._places, self._recent = places[first], {}
+
+    def find(self, text: str) -> tuple[str, int] | None:
+        """The file and the row of a caption, None if it is in no shard."""
+        if not self._files:
+            self.read()
+        digest = _hash_of(text)
+        value, found = np.array(digest, "S16"), self._recent.get(digest)
+        place = int(np.searchsorted(self._hashes, value))
+        if place < len(self._hashes) and self._hashes[place] == value:
+            found = tuple(self._places[place].tolist())
+        return None if found is None else (self._files[found[0]], found[1])
+
+    def __contains__(self, text: str) -> bool:
+        return self.find(text) is not None
+
+    def __len__(self) -> int:
+        self._sort()
+        return len(self._hashes)
+
+    def __reduce__(self) -> tuple[type["_CaptionIndex"], tuple[Path]]:
+        return type(self), (self.folder,)
+
+
+def _hash_of(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
 
 
 def _pad_and_concatenate(parts: list[Encoded]) -> Encoded:

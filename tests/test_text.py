@@ -1,6 +1,9 @@
 import json
+import os
+import pickle
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from conftest import fill
 from stdit.conditions import Caption
 from stdit.files import claimed
 from stdit.model.stdit import STDiT
+from stdit.recipes import train
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.text import CaptionCache, HashedWordEncoder, load_text_encoder
@@ -90,6 +94,43 @@ def test_cached_captions_equal_encoded_ones_and_none_is_encoded_twice(tmp_path, 
     torch.testing.assert_close(kept.tokens, fresh.tokens, atol=2e-3, rtol=2e-3)  # half precision
     with pytest.raises(ValueError, match="was never encoded"):
         again(["a green cat"])
+
+
+def test_a_copy_in_another_process_is_sent_no_captions_and_finds_them_all(tmp_path, monkeypatch):
+    encoder, texts = HashedWordEncoder(), [f"word{i} and more" for i in range(50)]
+    monkeypatch.setattr(CaptionCache, "SHARD", 8)
+    cache = CaptionCache(tmp_path, encoder)
+    cache.add(encoder, texts, progress=False)
+    sent = pickle.dumps(cache)
+    assert len(sent) < 1000
+    copy = pickle.loads(sent)
+    assert torch.equal(copy(texts).tokens, cache(texts).tokens)
+    assert len(cache) == 51 and torch.equal(copy(texts[::-1]).tokens, cache(texts[::-1]).tokens)  # sorted, and not yet
+    assert "word7 and more" in cache._index and "word7" not in cache._index
+
+
+def test_loader_processes_read_captions_and_the_one_that_trains_reads_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "name": "t",
+        "data": {"source": "shapes", "num_frames": 5, "height": 32, "width": 32, "num_shapes": 8},
+        "model": {"size": "S/2", "depth": 1, "hidden_size": 16, "num_heads": 2, "conditioning": "adaln_single"},
+        "text": {"encoder": "words"},
+        "train": {"steps": 3, "batch_size": 4, "samples": 0, "precision": "fp32", "label_dropout": 0.3},
+    }
+    Path("t.yaml").write_text(json.dumps(settings))
+    assert train.run(["t.yaml", "data.workers=0"]) == 0
+    read, here = CaptionCache.read, os.getpid()
+
+    def watched(self, text):
+        assert not text or os.getpid() != here, f"the process that trains reads {text!r}"
+        return read(self, text)
+
+    watched.__name__ = "read"  # by which a bound method is sent to another process
+    monkeypatch.setattr(CaptionCache, "read", watched)
+    assert train.run(["t.yaml", "data.workers=1", "name=other"]) == 0
+    rows = [Path(f"output/{name}/training_metrics.csv").read_text().splitlines() for name in ("t", "other")]
+    assert [row.split(",")[:2] for row in rows[0]] == [row.split(",")[:2] for row in rows[1]]
 
 
 def test_processes_divide_the_captions_and_each_returns_when_all_are_there(tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from stdit.data.samplers import BatchSampler, SampleRef, UniformSampler
 from stdit.data.video_io import VideoError
 from stdit.data.workers import WorkerPool
 from stdit.rng import keyed_rng
+from stdit.text import Encoded
 
+CaptionReader = Callable[[str], Encoded]
 _ATTEMPTS = 64  # unreadable files in a row, after which loading fails
 
 
@@ -23,7 +25,8 @@ class Batch(NamedTuple):
     pixels: (B, F, H, W, 3) uint8, or None. latents: (B, C, T, h, w), or None. Both are lists if clips have different
     shapes. reencoded: with cached latents, every frame encoded without those before it (see `VideoVAE.encode_segment`),
     or None. conditions: collated values by the name of their conditioner. keys: (seed, step, slot) of each sample. bad:
-    names of files that could not be read, with the reason. total: clips per step over all processes.
+    names of files that could not be read, with the reason. total: clips per step over all processes. captions: tokens of
+    captions that were read with the clips.
     """
 
     pixels: Tensor | list[Tensor] | None
@@ -33,13 +36,17 @@ class Batch(NamedTuple):
     keys: list[tuple[int, int, int]]
     bad: dict[str, str]
     total: int
+    captions: Mapping[str, Encoded] = {}
 
 
 class KeyedSamples:
-    """Samples by (step, slot). An unreadable file is replaced by another of its size, the same one in every run."""
+    """Samples by (step, slot). An unreadable file is replaced by another of its size, the same one in every run.
 
-    def __init__(self, dataset: Dataset, seed: int, order: BatchSampler):
-        self.dataset, self.seed, self.order = dataset, seed, order
+    captions: reads the tokens of a caption, here instead of in the process that trains.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, order: BatchSampler, captions: CaptionReader | None = None):
+        self.dataset, self.seed, self.order, self.captions = dataset, seed, order, captions
         self._bad: dict[str, str] = {}
         self._last: tuple[int, list[SampleRef]] = (-1, [])
 
@@ -80,7 +87,10 @@ class KeyedSamples:
             except VideoError as error:
                 self._bad[name] = bad[name] = str(error)
                 continue
-            return {**sample, "conditions": conditions, "key": (self.seed, step, slot), "bad": bad, "total": len(slots)}
+            text = conditions.get("caption")
+            captions = {text: self.captions(text)} if text and self.captions is not None else {}
+            found = {**sample, "conditions": conditions, "captions": captions}
+            return {**found, "key": (self.seed, step, slot), "bad": bad, "total": len(slots)}
         raise ValueError(f"{len(bad)} files in a row could not be read; the last: {list(bad.values())[-1]}")
 
 
@@ -108,6 +118,7 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
         keys=[sample["key"] for sample in samples],
         bad={name: reason for sample in samples for name, reason in sample["bad"].items()},
         total=samples[0]["total"],
+        captions={text: found for sample in samples for text, found in sample["captions"].items()},
     )
 
 
@@ -124,15 +135,16 @@ def batches(
     order: BatchSampler | None = None,
     timeout: float = 60.0,
     set_aside: dict[str, str] | None = None,
+    captions: CaptionReader | None = None,
 ) -> Generator[Batch, None, None]:
     """Endless micro-batches of this process, from `start_step` on.
 
     `batch_size` counts clips per step over all processes, unless an `order` says otherwise; process p takes every slot
     equal to p modulo `processes`, `micro_batch` slots at a time. `close()` ends the worker processes. timeout,
-    set_aside: see `WorkerPool`.
+    set_aside: see `WorkerPool`. captions: see `KeyedSamples`.
     """
     order = order or UniformSampler(seed, len(dataset), batch_size)
-    samples = KeyedSamples(dataset, seed, order)
+    samples = KeyedSamples(dataset, seed, order, captions)
     set_aside = {} if set_aside is None else set_aside
 
     def keys() -> Iterator[list[tuple[int, int]]]:

@@ -231,6 +231,7 @@ def fit(run: Run) -> int:
         run.dataset, config.seed, config.train.batch_size, trainer.step, micro_batch=config.train.micro_batch,
         process=accelerator.process_index // config.train.parallel.context, processes=trainer.data_processes, order=run.order,
         workers=workers, timeout=config.data.timeout, set_aside=trainer.set_aside,
+        captions=None if trainer.captions is None else trainer.captions.read,
     )  # fmt: skip
     try:
         with closing(loader):

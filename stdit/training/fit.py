@@ -256,6 +256,8 @@ class Trainer(TrainingLoop):
     def _conditions(self, batch: Batch, training: bool) -> Conditions:
         """The conditions of a batch for the model; in training some are dropped, or those of other clips for a teacher."""
         found: Conditions = {}
+        if self.captions is not None:
+            self.captions.have_ready(batch.captions)
         dropout = self.config.label_dropout if training else 0.0
         redrawn = torch.tensor([training and self.teacher is not None and self._is_edited(key) for key in batch.keys])
         for name, conditioner in self.conditioners.items():
