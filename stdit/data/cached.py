@@ -12,7 +12,7 @@ import torch
 
 from stdit.conditions import ActionSpace, ClipFacts, read_conditions
 from stdit.data.base import Annotated, Identity
-from stdit.data.columns import Columns
+from stdit.data.columns import Columns, annotation_values
 from stdit.data.config import DataConfig
 from stdit.data.errors import VideoError
 from stdit.data.media import ask_for, open_regular, state_of
@@ -100,6 +100,10 @@ class CachedLatents(Annotated):
         """The values of the columns by which clips can be held out; they are no part of the identity."""
         text = self._table.text("columns", index)
         return json.loads(text) if text else {}
+
+    def column_values(self, column: str) -> Iterator[Any]:
+        """The value of a column for every clip, None where it is missing."""
+        return annotation_values(self._table, column, self.class_names)
 
     @property
     def known_fingerprint(self) -> dict[str, Any] | None:

@@ -76,6 +76,10 @@ class TableDataset(Annotated):
             return self.index.columns.text("path", index)
         return relative_name(self.rows[index].path, Path(self.config.root))
 
+    def column_values(self, column: str) -> Iterator[Any] | None:
+        """The value of a column for every clip if an index has them, else None."""
+        return None if self.index is None else self.index.values(column)
+
     @property
     def known_fingerprint(self) -> dict[str, Any] | None:
         """The fingerprint of all samples as the index has it, None without an index."""

@@ -5,7 +5,7 @@ where each begins.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -97,6 +97,23 @@ class Columns:
             self.__dict__.update(state)
         else:
             self.__init__(state["path"])  # type: ignore[misc]
+
+
+def annotation_values(columns: Columns, name: str, class_names: Sequence[str] | None) -> Iterator[Any]:
+    """The value of an annotation in every row: label (by its name), caption or a further one; None where it is missing.
+
+    columns: with `label`, `caption` and, as JSON, `columns`.
+    """
+    known: Iterator[Any] = iter(())
+    if name == "label":
+        labels = np.asarray(columns["label"]).tolist()
+        known = (None if label < 0 else class_names[label] if class_names else label for label in labels)
+    elif name == "caption":
+        known = (text or None for text in columns.texts("caption"))
+    for text in columns.texts("columns"):
+        value = next(known, None)
+        further = json.loads(text).get(name) if text else None
+        yield value if further is None else further
 
 
 def write_columns(path: Path, columns: Mapping[str, np.ndarray | Iterable[str]], info: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 from stdit.conditions import ActionSpace
 from stdit.data.base import Dataset, Identity
 from stdit.data.identity import identity_of
-from stdit.data.index import MediaIndex
 from stdit.data.samplers import ClipSize
 
 
@@ -107,9 +106,10 @@ def split(
 
 def _groups(dataset: Dataset, column: str | None) -> Iterator[str]:
     """The value of a column for every sample, or the name of its file."""
-    index: MediaIndex | None = getattr(dataset, "index", None)
-    if column is not None and index is not None:  # column by column: a million rows one by one take 20 seconds
-        for i, value in enumerate(index.values(column)):
+    # Where the dataset has columns, since a million rows one by one take 20 seconds.
+    values = dataset.column_values(column) if column is not None and hasattr(dataset, "column_values") else None
+    if column is not None and values is not None:
+        for i, value in enumerate(values):
             yield column_of(dataset, i, column) if value is None else str(value)
         return
     for i in range(len(dataset)):

@@ -12,7 +12,7 @@ import numpy as np
 
 from stdit.conditions import ActionSpace
 from stdit.data.base import Identity
-from stdit.data.columns import Columns, write_columns
+from stdit.data.columns import Columns, annotation_values, write_columns
 from stdit.data.facts import Facts
 from stdit.data.folders import is_file, is_folder
 from stdit.data.identity import content_of, relative_name
@@ -89,17 +89,7 @@ class MediaIndex(Sequence[Row]):
 
     def values(self, column: str) -> Iterator[Any]:
         """The value of a column in every row: the label's name, the caption or a further column; None where it is missing."""
-        names: list[str] | None = self.info["class_names"]
-        known: Iterator[Any] = iter(())
-        if column == "label":
-            labels = np.asarray(self.columns["label"]).tolist()
-            known = (None if label < 0 else names[label] if names else label for label in labels)
-        elif column == "caption":
-            known = (text or None for text in self.columns.texts("caption"))
-        for text in self.columns.texts("columns"):
-            value = next(known, None)
-            further = json.loads(text).get(column) if text else None
-            yield value if further is None else further
+        return annotation_values(self.columns, column, self.info["class_names"])
 
     def facts(self, index: int) -> Facts | None:
         """What was measured of a file; None if it could not be read."""
