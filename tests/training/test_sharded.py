@@ -75,6 +75,13 @@ def test_a_sharded_run_has_the_losses_and_the_weights_of_one_process(home):
     assert largest_difference(state("one", 6), state("two", 6)) < 1e-3
 
 
+def test_a_sharded_run_whose_gradients_add_up_and_whose_weights_stay_gathered_is_that_of_one_process(home):
+    settings = ("train.micro_batch=1", "train.parallel.reshard=false", "train.samples=0", "train.preview_every=100")
+    assert launch(2, "name=parts", SHARDED, *settings).returncode == 0
+    assert losses("parts") == pytest.approx(losses("one"), rel=1e-6)
+    assert largest_difference(state("one", 6), state("parts", 6)) < 1e-3
+
+
 def test_a_sharded_model_has_the_held_out_loss_the_guide_and_the_averages_of_one_process(home):
     held_out = losses("one", "held_out_loss")
     assert len(held_out) == 1 and losses("two", "held_out_loss") == pytest.approx(held_out, rel=1e-5)
