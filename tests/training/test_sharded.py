@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from stdit.training import shard_files, shards
 from stdit.training.config import ParallelConfig
 from stdit.training.parallel import effective, make_mesh
 from stdit.training.shard_files import ShardedTensors
-from stdit.training.state import damage, list_checkpoints, shared_check
+from stdit.training.state import damage, list_checkpoints, read_checkpoint, shared_check
 from stdit.vae import load_vae
 
 CONFIG = """
@@ -320,6 +321,61 @@ def test_clips_that_a_context_cannot_share_are_refused_before_step_1(home):
     assert not Path("output/odd/training_metrics.csv").exists()
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """Collective calls of `shards` in a process that has no others."""
+    monkeypatch.setattr(shards.dist, "barrier", lambda: None)
+    monkeypatch.setattr(shards, "gather_object", lambda found: found)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writing a file of shards waits for an event -> the event, and the steps whose writing has begun."""
+    go, begun = threading.Event(), []
+
+    def waits(tensors, file, **how):
+        begun.append(int(file.parent.name.split("-")[1]))
+        assert go.wait(20)
+        save_file(tensors, file, **how)
+
+    monkeypatch.setattr(shards, "save_file", waits)
+    yield go, begun
+    go.set()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_what_it_changes_meanwhile_is_not_in_it(
+    tmp_path, alone, held
+):
+    go, _ = held
+    writer, weight = shards.ShardWriter(tmp_path, 0, 1, keep=2, timeout=5), torch.ones(2)
+    writer.write(1, {"model": {"w": weight}}, {})  # would never return if it wrote the file itself
+    weight.add_(1)  # a further step
+    assert list_checkpoints(tmp_path) == []
+    go.set()
+    writer.finish()
+    [path] = list_checkpoints(tmp_path)
+    assert damage(path) is None and read_checkpoint(path).tensors["model"]["w"].tolist() == [1, 1]
+
+
+def test_a_checkpoint_waits_for_the_one_before_so_that_at_most_one_is_being_written(tmp_path, alone, held):
+    go, begun = held
+    writer = shards.ShardWriter(tmp_path, 0, 1, keep=2, timeout=5)
+
+    def save(step):
+        writer.write(step, {"model": {"w": torch.full((2,), float(step))}}, {})
+
+    save(1)
+    second = threading.Thread(target=save, args=(2,))
+    second.start()
+    second.join(0.3)
+    assert second.is_alive() and begun == [1]
+    go.set()
+    second.join()
+    assert (tmp_path / "step-1").is_dir()  # complete before the second was begun
+    writer.finish()
+    assert begun == [1, 2] and [path.name for path in list_checkpoints(tmp_path)] == ["step-2", "step-1"]
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -328,12 +384,11 @@ def test_clips_that_a_context_cannot_share_are_refused_before_step_1(home):
         (AssertionError(), "^AssertionError$"),
     ],
 )
-def test_whatever_a_thread_that_writes_shards_raises_the_processes_agree_on(tmp_path, monkeypatch, error, said):
+def test_whatever_a_thread_that_writes_shards_raises_the_processes_agree_on(tmp_path, monkeypatch, alone, error, said):
     def fails(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(shards, "save_file", fails)
-    monkeypatch.setattr(shards.dist, "barrier", lambda: None)
     asked = []
     monkeypatch.setattr(shards, "gather_object", lambda found: asked.append(found) or found)
     writer = shards.ShardWriter(tmp_path, 0, 1, keep=2, timeout=5)
