@@ -19,12 +19,14 @@ from PIL import Image
 from run_files import largest_difference, losses, state
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from stdit import hashes
 from stdit.config import Config, load_typed
 from stdit.hashes import describe_files
 from stdit.recipes import export, train
 from stdit.recipes.build import check_context
+from stdit.recipes.models import find_checkpoint, pipeline_of
 from stdit.training import shard_files, shards
 from stdit.training.config import ParallelConfig
 from stdit.training.parallel import effective, make_mesh
@@ -143,6 +145,26 @@ def test_a_sharded_run_exports_the_model_of_one_process(home):
     assert all(
         torch.equal(load_file("exported/transformer/diffusion_pytorch_model.safetensors")[k], again[k]) for k in again
     )
+
+
+def test_a_model_and_its_guide_are_gathered_from_shards_a_tensor_at_a_time(home, monkeypatch):
+    read, most, real = [], [0], ShardedTensors.rows
+
+    def counted(self, *given):
+        found = real(self, *given)
+        read.append((StorageWeakRef(found.untyped_storage()), found.nbytes))
+        most[0] = max(most[0], sum(size for storage, size in read if not storage.expired()))
+        return found
+
+    monkeypatch.setattr(ShardedTensors, "rows", counted)
+    pipe = pipeline_of(find_checkpoint(Path("checkpoints/two/step-6")))
+    sizes = [value.nbytes for value in pipe.transformer.state_dict().values()]
+    assert most[0] <= 2 * max(sizes) < sum(sizes) / 3  # beside the two models
+    assert sum(size for _, size in read) == 2 * sum(sizes)  # each weight once
+    monkeypatch.undo()
+    saved = state("two", 6)
+    for group, model in (("ema", pipe.transformer), ("guide", pipe.guide)):
+        assert all(torch.equal(value, saved[f"{group}/{name}"]) for name, value in model.named_parameters())
 
 
 @pytest.mark.parametrize("processes", [1, 2])
