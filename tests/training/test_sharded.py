@@ -64,12 +64,13 @@ def command_of(processes: int, *overrides: str) -> list[str]:
 
 
 def launch(processes: int, *overrides: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A process crashed once in pybind11's table of instances, for no reason that was found: a crash says where Python was.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(
         command_of(processes, *overrides), capture_output=True, text=True, timeout=180, env=environment
     )
     if done.returncode:
-        print(done.stderr[-3000:])
+        print(done.stderr[-20_000:])
     return done
 
 
