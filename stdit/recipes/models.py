@@ -1,7 +1,9 @@
 """Find and load the trained model of a command: a named folder, a run's checkpoint or the newest model, on the available device."""
 
 import sys
+from collections import ChainMap
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -168,9 +170,9 @@ def pipeline_of(checkpoint: Checkpoint) -> STDiTPipeline:
             f"{path} was trained on other weights than those of init_from.path={config.init_from.path!r}, and may not fit them; put "
             "the former model back, or train again."
         )
-    load_weights(
-        model, {**checkpoint.tensors["model"], **checkpoint.tensors["ema"]}, str(path)
-    )  # buffers have no average
+    # Buffers have no average. A dictionary of both groups would read all tensors of shards, and the weights twice.
+    groups: Any = checkpoint.tensors  # ChainMap's type asks for groups that can be written to
+    load_weights(model, ChainMap(groups["ema"], groups["model"]), str(path))
     guide = checkpoint.tensors.get("guide")
     return build_pipeline(model.eval(), vae, config, info.get("fps"), guide=guide)
 

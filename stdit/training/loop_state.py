@@ -59,18 +59,20 @@ def saved_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
-    """Load what `saved_weights` gave; ValueError if it does not fit the model. origin: what it is from, for the message."""
-    expected = saved_weights(model)
+    """Load what `saved_weights` gave, a tensor at a time, since the rest may still be in files.
+
+    ValueError if it does not fit the model, which has some of it then. origin: what it is from, for the message.
+    """
+    places = saved_weights(model)
+    names = {renamed_parameter(name): name for name in weights}
     try:
-        found = {
-            new: part_of(weights, name, expected[new]) if new in expected else weights[name]
-            for name in weights
-            for new in [renamed_parameter(name)]
-        }
-        if len(expected) < len(model.state_dict()) and found.keys() != expected.keys():
-            odd = sorted(found.keys() ^ expected.keys())
+        if odd := sorted(names.keys() ^ places.keys()):
             raise RuntimeError(f"{len(odd)} weights differ, such as {odd[0]}")
-        model.load_state_dict(found, strict=len(expected) == len(model.state_dict()))
+        for name, place in places.items():
+            part = part_of(weights, names[name], place)
+            if part.shape != place.shape:
+                raise RuntimeError(f"{name} has the shape {list(part.shape)} instead of {list(place.shape)}")
+            local(place).copy_(local(part))
     except RuntimeError as error:  # with allow_changes
         raise ValueError(
             f"{origin} does not fit the model of this config: {' '.join(str(error).split())[:300]}; choose another "

@@ -24,6 +24,7 @@ from stdit.pixels import to_float
 from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
+from stdit.training.loop_state import load_weights
 from stdit.training.parallel import computing_device, gathered, is_sharded
 from stdit.training.run import RunFolders
 from stdit.vae import VideoVAE
@@ -46,7 +47,7 @@ def build_pipeline(
     weaker = None
     if guide is not None:
         weaker = copy.deepcopy(model).eval().requires_grad_(False)
-        weaker.load_state_dict(guide)
+        load_weights(weaker, guide, "the guide")
     data, objective = config.data, config.objective
     scheduler = STDiTScheduler(
         objective.name,

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from run_files import state
 from safetensors.torch import load_file
 from store_server import environment, serving
 
@@ -77,6 +80,10 @@ SHAPES = {
 
 def losses(name: str, steps: int, *overrides: str) -> list[float]:
     assert train.run(["t.yaml", f"name={name}", f"train.steps={steps}", *overrides]) == 0
+    return recorded(name, steps)
+
+
+def recorded(name: str, steps: int) -> list[float]:
     with open(f"output/{name}/training_metrics.csv", newline="") as stream:
         found = [float(row["loss"]) for row in csv.DictReader(stream)]
     assert len(found) == steps
@@ -122,6 +129,34 @@ def same_latents(one: str, other: str) -> bool:
 
 def test_a_run_has_the_losses_of_its_clips_from_an_index_tar_shards_parquet_stores_and_cached_latents(home):
     check(compare(10))
+
+
+def test_a_run_that_was_stopped_and_goes_on_has_the_weights_of_an_undisturbed_one_from_every_shape_of_its_data(home):
+    assert cache_latents.main(cache("float32", "data.cache_dtype=float32")) == 0
+    assert cache_latents.main(cache("float16")) == 0
+    cached_ones = {name: cached(name) for name in ("float32", "float16", "s3://float16")}
+    for number, how in enumerate([[], *SHAPES.values(), *cached_ones.values()]):
+        given = ["model.depth=1", "train.checkpoint_every=3", *how]  # stopped within the second pass over the clips
+        losses(f"whole{number}", 5, *given)
+        shutil.copytree(f"checkpoints/whole{number}/step-3", f"checkpoints/parts{number}/step-3")
+        assert train.run(["t.yaml", f"name=parts{number}", "train.steps=5", *given]) == 0
+        whole, parts = state(f"whole{number}", 5), state(f"parts{number}", 5)
+        assert whole.keys() == parts.keys()
+        assert [name for name, value in whole.items() if not torch.equal(value, parts[name])] == [], how
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one_from_tar_shards(home):
+    one = losses("one", 10, *SHAPES["tar"])
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "stdit", "train"]
+    command = [sys.executable, *launcher, "t.yaml", "name=two", *SHAPES["tar"]]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    difference = furthest(one, recorded("two", 10))
+    print(f"two processes differ by {difference:.1e}")
+    assert difference <= 1e-6
 
 
 def test_latents_are_the_same_bits_whichever_process_claims_a_shard_and_whatever_the_clips_lie_in(home):
