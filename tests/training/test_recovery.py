@@ -9,6 +9,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from stdit.data import pictures
 from stdit.recipes import train
 from stdit.rng import keyed_normal
-from stdit.training import noise, previews
+from stdit.training import noise, parallel, previews
 from stdit.training.background import BackgroundWriter
 from stdit.training.curves import MOST, Curves
 from stdit.training.metrics import LEVELS, MetricsLogger, columns
@@ -312,6 +313,17 @@ def test_a_drawing_that_fails_is_said_and_the_run_goes_on(tmp_path, capsys):
     logger.curves(last=True)
     logger.close()
     assert "the picture of the curves failed (" in capsys.readouterr().err
+
+
+def test_a_process_with_another_config_is_named_in_every_process(monkeypatch):
+    both = [{"checkpoint": 3, "config": "ab"}, {"checkpoint": 3, "config": "cd"}]
+    for own in both:
+        monkeypatch.setattr(parallel, "gather_object", lambda found, own=own: both if found == [own] else None)
+        with pytest.raises(
+            ValueError, match="process 1 has config cd, but process 0 has ab; start all nodes with one command"
+        ):
+            parallel.check_agreement(SimpleNamespace(num_processes=2), own)
+    parallel.check_agreement(SimpleNamespace(num_processes=1), both[0])
 
 
 def test_what_is_written_in_the_background_is_written_in_order():
