@@ -171,7 +171,10 @@ def _media_of(schema: Any, path: Path, given: Mapping[str, str]) -> str | None:
 
 
 def _holds_bytes(kind: Any) -> bool:
-    return str(kind) in ("binary", "large_binary", "binary_view") or _is_named(kind)
+    name = str(kind)
+    return (
+        name in ("binary", "large_binary", "binary_view") or name.startswith("extension<lance.blob") or _is_named(kind)
+    )
 
 
 def _is_named(kind: Any) -> bool:

@@ -64,19 +64,22 @@ def saved_as(how, *, inside):
     return settings if inside else {**settings, "root": ".", "manifest": "saved"}
 
 
-def lance_with(inside):
-    """Write the clips as a table of Lance -> the data settings."""
+def lance_with(inside, version=None):
+    """Write the clips as a table of Lance -> the data settings; version: of the format, in which the clips are blobs."""
     lance = pytest.importorskip("lance", reason="needs pip install 'stdit[lance]'")
     arrow = pytest.importorskip("pyarrow")
     names = [f"clips/{i}.mp4" for i in range(CLIPS)]
-    column = arrow.array([Path(name).read_bytes() for name in names], arrow.large_binary()) if inside else names
+    blob = {"lance-encoding:blob": "true"} if version else None
     rows = {
-        "video": column,
-        "caption": [f"clip {i}" for i in range(CLIPS)],
-        "kind": ["ba"[i % 2] for i in range(CLIPS)],
-        "score": list(range(CLIPS)),
+        arrow.field("video", arrow.large_binary() if inside else arrow.string(), metadata=blob): (
+            [Path(name).read_bytes() for name in names] if inside else names
+        ),
+        arrow.field("caption", arrow.string()): [f"clip {i}" for i in range(CLIPS)],
+        arrow.field("kind", arrow.string()): ["ba"[i % 2] for i in range(CLIPS)],
+        arrow.field("score", arrow.int64()): list(range(CLIPS)),
     }
-    lance.write_dataset(arrow.table(rows), "clips.lance", max_rows_per_file=4)
+    table = arrow.table(list(rows.values()), schema=arrow.schema(list(rows)))
+    lance.write_dataset(table, "clips.lance", max_rows_per_file=4, data_storage_version=version)
     return {"root": ".", "manifest": "clips.lance", "columns": {"path": "video", "label": "kind"}}
 
 
@@ -88,6 +91,8 @@ WRITERS = {
     "parquet, paths": lambda: saved_as("parquet", inside=False),
     "lance": lambda: lance_with(True),
     "lance, paths": lambda: lance_with(False),
+    "lance, blobs": lambda: lance_with(True, "2.1"),
+    "lance, blobs of version 2": lambda: lance_with(True, "2.2"),
 }
 
 
@@ -150,6 +155,28 @@ def test_a_table_that_is_cut_short_is_refused_before_anything_is_read(clips, how
     with pytest.raises(ValueError, match=f"{shard.name}.*(write it again|cut short)") as caught:
         dataset(**settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_lance_with_a_file_cut_short_is_refused_before_anything_is_read(clips):
+    settings = lance_with(True)
+    file = sorted(Path("clips.lance/data").iterdir())[0]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match="clips.lance cannot be read.*write the table again") as caught:
+        dataset(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_blob_of_lance_that_is_an_address_is_not_followed(clips):
+    lance = pytest.importorskip("lance", reason="needs pip install 'stdit[lance]'")
+    arrow, blob = pytest.importorskip("pyarrow"), pytest.importorskip("lance.blob")
+    column = blob.blob_array([Path("clips/0.mp4").read_bytes(), Path("clips/1.mp4").resolve().as_uri(), None])
+    table = arrow.table([column], schema=arrow.schema([blob.blob_field("video")]))
+    lance.write_dataset(table, "clips.lance", data_storage_version="2.2", allow_external_blob_outside_bases=True)
+    data = dataset(root=".", manifest="clips.lance")
+    assert data.load(0, np.random.default_rng(0))["pixels"].shape == (5, 32, 32, 3)
+    for row, said in ((1, "row 1 lies outside the table .*1.mp4.*write its bytes into it"), (2, "row 2 has no bytes")):
+        with pytest.raises(VideoError, match=said):
+            data.load(row, np.random.default_rng(0))
 
 
 def test_a_list_of_files_leads_to_none_outside_the_folder(clips):
