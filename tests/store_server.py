@@ -16,8 +16,8 @@ class Store(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, root: Path):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, root: Path, handler: type | None = None):
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.root, self.status, self.requests = root, 200, []
 
 
@@ -36,10 +36,15 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.server.status != 200:
             return self.say(self.server.status, b"<Error><Code>AccessDenied</Code></Error>")
-        query = parse_qs(url.query)
+        self.find(unquote(url.path).strip("/"), parse_qs(url.query))
+
+    def find(self, key, query):
         if "list-type" in query:
-            return self.say(200, self.listing(unquote(url.path).strip("/"), query))
-        file = self.server.root / unquote(url.path).lstrip("/")
+            return self.say(200, self.listing(key, query))
+        self.give(self.server.root / key)
+
+    def give(self, file):
+        """A file, or the part of it that is asked for."""
         if not file.is_file():
             return self.say(404, b"<Error><Code>NoSuchKey</Code></Error>")
         data = file.read_bytes()
@@ -81,9 +86,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(root: Path):
-    """A store of a folder, and the variables of the environment with which it is reached."""
-    server = Store(root)
+def serving(root: Path, handler: type | None = None):
+    """A store of a folder; handler: of another kind of store than S3."""
+    server = Store(root, handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

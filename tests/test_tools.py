@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from stdit.data import VideoReader
 from stdit.data.manifest import read_manifest
 from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_write import write_video
-from stdit.recipes import cache_latents, check_media, evaluate, make_shapes, quickstart, sample, train
+from stdit.recipes import cache_latents, check_media, entry, evaluate, make_shapes, quickstart, sample, train
 from stdit.sampling.pipeline import STDiTPipeline
 
 TINY = """
@@ -441,3 +443,14 @@ def test_packing_refuses_per_patch_levels(home, capsys):
     packed = ["data.sizes=[[5, 32, 32]]", "train.tokens=48", "data.packing=true", "objective.mask_strategy=mixed"]
     assert train.run(["t.yaml", *packed]) == 1
     assert "set objective.mask_probs.region=0" in capsys.readouterr().err
+
+
+def test_an_error_is_written_at_once_so_that_lines_of_processes_stay_apart(monkeypatch):
+    written = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+
+    def main(_):
+        raise ValueError("a reason; a remedy")
+
+    assert entry.run(main) == 1
+    assert written == ["a reason; a remedy\n"]

@@ -6,7 +6,7 @@ TABLE.parquet@COLUMN[ROW]/NAME, which `media.open_regular` opens.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def read_table(path: Path, given: Mapping[str, str] | None = None) -> Iterator[d
     given: the column of media under "path", for a table with several. ValueError with a remedy.
     """
     if path.suffix.lower() == ".lance":
-        yield from _lance_rows(path, given or {})
+        yield from _lance_table(path, given or {})
         return
     arrow = pyarrow_of("parquet")
     rows = _parquet_rows if path.suffix.lower() == ".parquet" else _arrow_rows
@@ -126,20 +126,26 @@ def _number(buffer: Any, begin: int, width: int) -> int:
     return int.from_bytes(buffer[begin : begin + width], "little")
 
 
-def _lance_rows(path: Path, given: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def _lance_table(path: Path, given: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     table = open_lance(str(path))
     schema = guarded(str(path), lambda: table.schema)
-    media, names, start = _media_of(schema, path, given), _class_names(schema), 0
-    plain = [name for name in schema.names if not _holds_bytes(schema.field(name).type)]
-    if not plain:
+    media, names = _media_of(schema, path, given), _class_names(schema)
+    holding = {name for name in schema.names if _holds_bytes(schema.field(name).type)}
+    if holding.issuperset(schema.names):
         for row in range(guarded(str(path), table.count_rows)):
             yield {_PATH: _cell(path, media, row, None)}
         return
-    batches = iter(table.scanner(columns=plain, batch_size=_ROWS, scan_in_order=True).to_batches())
+    for row, values in enumerate(lance_rows(path, holding)):
+        yield _plain(values, {} if media is None else {_PATH: _cell(path, media, row, None)}, names)
+
+
+def lance_rows(path: Path, without: Collection[str]) -> Iterator[dict[str, Any]]:
+    """The rows of a table of Lance without some columns; VideoError, in one line, if it cannot be read."""
+    table = open_lance(str(path))
+    columns = guarded(str(path), lambda: [name for name in table.schema.names if name not in without])
+    batches = iter(table.scanner(columns=columns, batch_size=_ROWS, scan_in_order=True).to_batches())
     while (rows := guarded(str(path), lambda: _next_rows(batches))) is not None:
-        for i, values in enumerate(rows):
-            yield _plain(values, {} if media is None else {_PATH: _cell(path, media, start + i, None)}, names)
-        start += len(rows)
+        yield from rows
 
 
 def _next_rows(batches: Iterator[Any]) -> list[dict[str, Any]] | None:
@@ -171,7 +177,10 @@ def _media_of(schema: Any, path: Path, given: Mapping[str, str]) -> str | None:
 
 
 def _holds_bytes(kind: Any) -> bool:
-    return str(kind) in ("binary", "large_binary", "binary_view") or _is_named(kind)
+    name = str(kind)
+    return (
+        name in ("binary", "large_binary", "binary_view") or name.startswith("extension<lance.blob") or _is_named(kind)
+    )
 
 
 def _is_named(kind: Any) -> bool:

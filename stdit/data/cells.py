@@ -13,6 +13,7 @@ from stdit.data.stores import is_remote
 
 _reading = threading.Lock()
 _TABLES = 8  # that stay open in a process
+_ELSEWHERE = 3  # the kind of a blob of Lance that is an address, which may lead anywhere
 T = TypeVar("T")
 
 
@@ -95,7 +96,17 @@ def _lance(path: str, _: tuple[int, int]) -> Any:
 
 
 def _lance_cell(table: str, column: str, row: int) -> Any:
-    return _inner(_lance(table, state_of_folder(table)).take([row], columns=[column]).column(0)[0].as_py())
+    data = _lance(table, state_of_folder(table))
+    value = _inner(data.take([row], columns=[column]).column(0)[0].as_py())
+    if not isinstance(value, dict):
+        return value
+    # A column of blobs has the places of bytes.
+    if value.get("kind") == _ELSEWHERE:
+        raise VideoError(
+            f"{table}, column {column!r}, row {row} lies outside the table ({str(value.get('blob_uri'))[:160]!r}); write its bytes into it."
+        )
+    blob = data.take_blobs(column, indices=[row])[0]
+    return None if blob is None else blob.readall()
 
 
 def _inner(value: Any) -> Any:

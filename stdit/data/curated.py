@@ -1,7 +1,8 @@
 """The output folder of NVIDIA's cosmos-curate: clips, and what was found out about each of them.
 
-Layout as in its docs/curator/reference/VIDEO_PIPELINES.md: clips/UUID.mp4, with metas/v0/UUID.json for each clip, or
-metas_jsonl/v0/*.jsonl with one line for each.
+Layout as in its version 1.4.0 (docs/curator/reference/VIDEO_PIPELINES.md, and its writer of metadata): clips/UUID.mp4, or
+clips/UUID/CAMERA.mp4 of several cameras, with metas/v0/UUID.json for each UUID, or a line for each in metas_jsonl/v0/*.jsonl,
+or a row for each in the table of Lance lance/v0.
 """
 
 import json
@@ -9,20 +10,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stdit.data.folders import is_folder, names_in
+from stdit.data.arrow_tables import lance_rows
+from stdit.data.folders import is_folder, names_in, walk
 from stdit.data.media import open_regular
 from stdit.data.records import Record, read_rows
 from stdit.files import LARGEST_JSON
 
 _CLIPS = "clips"
-_SINGLE, _GROUPED = "metas/v0", "metas_jsonl/v0"
+_SINGLE, _GROUPED, _TABLE = "metas/v0", "metas_jsonl/v0", "lance/v0"
 _LISTED = 8  # columns named in a message
 _LEFT_OUT = {"windows", "filtered_windows", "embedding", "clip_location", "errors"}
 
 
 def is_curated(root: Path) -> bool:
     """Whether a folder is the output of cosmos-curate."""
-    return bool(names_in(root / _CLIPS)) and any(is_folder(root / name) for name in (_SINGLE, _GROUPED))
+    return is_folder(root / _CLIPS) and any(is_folder(root / name) for name in (_SINGLE, _GROUPED, _TABLE))
 
 
 def read_curated(root: Path, given: Mapping[str, str] | None) -> list[Record]:
@@ -34,8 +36,8 @@ def read_curated(root: Path, given: Mapping[str, str] | None) -> list[Record]:
     metas = dict(_metas(root))
     records, labelled = [], False
     wanted, label = (given or {}).get("caption"), (given or {}).get("label")
-    for line, name in enumerate(name for name in names_in(root / _CLIPS) if name.lower().endswith(".mp4")):
-        meta = metas.get(Path(name).stem, {})
+    for line, name in enumerate(_clips(root)):
+        meta = metas.get(Path(name.partition("/")[0]).stem, {})
         values = {
             key: value for key, value in meta.items() if key not in _LEFT_OUT and isinstance(value, str | int | float)
         }
@@ -56,8 +58,18 @@ def read_curated(root: Path, given: Mapping[str, str] | None) -> list[Record]:
         )
         raise ValueError(f"{root}: no clip has {label!r} (data.columns.label); there are {known}.")
     if wanted is not None and records and not any(record.values["caption"] for record in records):
-        raise ValueError(f"{root}: no window has {wanted!r} (data.columns.caption); see the names in {root / _SINGLE}.")
+        raise ValueError(f"{root}: no window has {wanted!r} (data.columns.caption); see the names in {root}.")
     return records
+
+
+def _clips(root: Path) -> Iterator[str]:
+    """The clips that were kept, by their names below the folder of clips, in order."""
+    above = root / _CLIPS
+    for folder, folders, files in walk(above):
+        folders.sort()
+        for name in sorted(files):
+            if name.lower().endswith(".mp4"):
+                yield Path(folder, name).relative_to(above).as_posix()
 
 
 def _metas(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -66,6 +78,9 @@ def _metas(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if name.lower().endswith(".jsonl"):
             for _, row in read_rows(root / _GROUPED / name):
                 yield str(row.get("span_uuid")), row
+    if is_folder(root / _TABLE):
+        for row in lance_rows(root / _TABLE, _LEFT_OUT - {"windows"}):
+            yield str(row.get("span_uuid")), row
     for name in names_in(root / _SINGLE):
         if name.lower().endswith(".json"):
             file = root / _SINGLE / name

@@ -223,7 +223,7 @@ def _table(root: Path, config: DataConfig, suffixes: set[str], what: str) -> Tab
             raise ValueError(
                 f"data.root={str(root)!r} is a table of Lance; give data.manifest={root} (and as data.root the folder of its files)."
             )
-        return scan_folder(root, suffixes, what)
+        return scan_folder(root, suffixes, what, config.columns)
     manifest = Path(config.manifest)
     if is_url(manifest):
         allow(manifest.parent)

@@ -176,13 +176,13 @@ class Found(NamedTuple):
     left_out: str
 
 
-def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
+def scan_folder(root: Path, suffixes: set[str], what: str, columns: Mapping[str, str] | None = None) -> Table:
     """Find all files below `root` with one of `suffixes`; if they are in folders, the top folder's name is the label.
 
     A text file next to a clip is its caption; a `metadata.jsonl` or `metadata.csv` in `root` is read as its manifest.
     Hidden folders, and those of the system, are left out; so are links that lead outside `root`, with a warning.
-    what: the noun for such files in messages ("videos"). Raises ValueError if there are none, or if only some are in
-    folders.
+    what: the noun for such files in messages ("videos"). columns: those of its manifest, as in `read_manifest`. Raises
+    ValueError if there are no files, if only some are in folders, or if columns are named and there is no manifest.
     """
     root = Path(root)
     if not is_folder(root):
@@ -193,7 +193,12 @@ def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
     found, left_out = find_media(root, suffixes)
     for name in FOLDER_MANIFESTS:
         if is_file(root / name) and _is_inside(root / name, resolved(root)):
-            return _listed(root, root / name, found, what)
+            return _listed(root, read_manifest(root / name, root, columns), found, what=what, manifest=root / name)
+    if columns:
+        raise ValueError(
+            f"data.root={str(root)!r} has no columns (data.columns.{next(iter(columns))}), since it is a folder without a "
+            "manifest; give data.manifest, or leave data.columns out."
+        )
     if not found:
         also = f"; {left_out}" if left_out else ""
         raise ValueError(
@@ -215,9 +220,8 @@ def scan_folder(root: Path, suffixes: set[str], what: str) -> Table:
     return Table(rows, classes.num_classes, classes.names)
 
 
-def _listed(root: Path, manifest: Path, found: Sequence[Path], what: str) -> Table:
+def _listed(root: Path, table: Table, found: Sequence[Path], *, what: str, manifest: Path) -> Table:
     """The table of a folder's own manifest, with a warning of files that are not in it."""
-    table = read_manifest(manifest, root)
     inside = {row.path for row in table.rows}
     missing = [file for file in found if resolved(file) not in inside]
     if missing:

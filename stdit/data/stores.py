@@ -26,6 +26,7 @@ _ATTEMPTS = 3
 _ASKED_AT_ONCE = 16
 _VERSIONS = ("e_tag", "ETag", "etag", "blob_id", "last_modified", "LastModified", "mtime", "created")
 _DENIED = {401: "no credentials that it accepts", 403: "no permission"}
+_TO_CHECK = {"hf": "check the name, and log in as one who may read it (hf auth login, or HF_TOKEN)"}
 T = TypeVar("T")
 
 
@@ -106,12 +107,18 @@ def read_part(path: str | os.PathLike, begin: int, end: int) -> bytes:
     """The bytes of a file of a store from `begin` to `end`."""
     url = url_of(path)
     try:
-        data = _ask(url, lambda store: store.cat_file(url, start=begin, end=end))
+        data = _ask(url, lambda store: store.cat_file(url, start=begin, end=end, **_how_to_read(store)))
     except FileNotFoundError as error:
         raise StoreError(f"{url} is no longer in its store; put it back, or leave it out.") from error
     if len(data) != end - begin:
         raise StoreError(f"{url} has changed while it was read; start again.")
     return bytes(data)
+
+
+def _how_to_read(store: Any) -> dict[str, str]:
+    """Options for reading a part: a store that opens the file for it would read 5 MB ahead, and forget them."""
+    default = package("fsspec", "stores", "URLs of data").AbstractFileSystem.cat_file
+    return {"cache_type": "none"} if getattr(store.cat_file, "__func__", None) is default else {}
 
 
 def files_below(root: str | os.PathLike) -> dict[str, Entry]:
@@ -209,6 +216,8 @@ def _entry(info: dict[str, Any]) -> Entry:
 def _store(protocol: str) -> Any:
     """The file system of a protocol."""
     fsspec = package("fsspec", "stores", "URLs of data")
+    if protocol == "hf" and package("huggingface_hub.constants", "stores", "Data at hf:// URLs").HF_HUB_OFFLINE:
+        raise StoreError("hf:// URLs cannot be read while HF_HUB_OFFLINE is set; unset it, or copy the data here.")
     if protocol in _OBJECT_STORES:
         base = package("obstore.fsspec", "stores", f"Data at {protocol}:// URLs").FsspecStore
         # Listings are paths without a protocol only if the class knows its own.
@@ -238,14 +247,17 @@ def _ask(url: str, question: Callable[[Any], T]) -> T:
         began = time.monotonic()
         try:
             return _within(timeout(), lambda: question(store))
-        except (FileNotFoundError, NotADirectoryError, NotImplementedError):
+        except NotImplementedError:
             raise
         except Exception as error:  # each file system raises its own types
-            status = _status(error)
+            missing = isinstance(error, FileNotFoundError | NotADirectoryError)
+            # Of what it may not read the hub's client says that it is not there.
+            status = _answered(error.__cause__) if missing else _status(error)
             if status in _DENIED:
-                raise StoreError(
-                    f"{url}: the store answers {status}, {_DENIED[status]}; check the credentials, the region and the name."
-                ) from error
+                check = _TO_CHECK.get(url.partition("://")[0], "check the credentials, the region and the name")
+                raise StoreError(f"{url}: the store answers {status}, {_DENIED[status]}; {check}.") from error
+            if missing:
+                raise
             if status == 404:
                 raise FileNotFoundError(url) from error
             late = time.monotonic() - began >= timeout()
@@ -255,11 +267,16 @@ def _ask(url: str, question: Callable[[Any], T]) -> T:
     )
 
 
+def _answered(error: BaseException | None) -> int | None:
+    """The HTTP status that an error of a client keeps as a number."""
+    values = (getattr(error, "status", None), getattr(getattr(error, "response", None), "status_code", None))
+    return next((value for value in values if isinstance(value, int)), None)
+
+
 def _status(error: BaseException) -> int | None:
     """The HTTP status in an error, None if it has none."""
-    for value in (getattr(error, "status", None), getattr(getattr(error, "response", None), "status_code", None)):
-        if isinstance(value, int):
-            return value
+    if (status := _answered(error)) is not None:
+        return status
     name = type(error).__name__
     if isinstance(error, PermissionError) or "Permission" in name or "Forbidden" in name:
         return 403

@@ -144,7 +144,7 @@ def _exit_code(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and not _flush_output("\n"):  # of stdout, not of a loader's worker
             return 1
-        print(one_line(error), file=sys.stderr)
+        sys.stderr.write(f"{one_line(error)}\n")  # at once: lines of processes side by side would run into each other
     return 1
 
 

@@ -7,8 +7,8 @@ import pytest
 from stdit.data.manifest import VIDEO_SUFFIXES, find_media, scan_folder
 
 
-def scan(root):
-    return scan_folder(root, VIDEO_SUFFIXES, "videos")
+def scan(root, columns=None):
+    return scan_folder(root, VIDEO_SUFFIXES, "videos", columns)
 
 
 def put(root, *names, text=None):
@@ -113,3 +113,18 @@ def test_links_to_themselves_end_no_scan(tmp_path):
     (tmp_path / "a.mp4").symlink_to("a.mp4")
     (tmp_path / "loop").symlink_to(".")
     assert [file.name for file in find_media(tmp_path, VIDEO_SUFFIXES).files] == ["a.mp4"]
+
+
+def test_columns_of_other_names_are_those_of_the_metadata_of_a_folder_and_refused_without(tmp_path):
+    put(tmp_path, "a.mp4", "b.mp4")
+    columns = {"caption": "long"}
+    with pytest.raises(
+        ValueError, match=r"no columns \(data.columns.caption\), .* without a manifest; give data.manifest"
+    ):
+        scan(tmp_path, columns)
+    (tmp_path / "metadata.csv").write_text("file_name,text,long\na.mp4,a,of a\nb.mp4,b,of b\n")
+    assert [row.caption for row in scan(tmp_path, columns).rows] == ["of a", "of b"]
+    with pytest.raises(
+        ValueError, match=r"no column 'words' \(data.columns.caption\); it has 'file_name', 'text', 'long'"
+    ):
+        scan(tmp_path, {"caption": "words"})

@@ -64,19 +64,22 @@ def saved_as(how, *, inside):
     return settings if inside else {**settings, "root": ".", "manifest": "saved"}
 
 
-def lance_with(inside):
-    """Write the clips as a table of Lance -> the data settings."""
+def lance_with(inside, version=None):
+    """Write the clips as a table of Lance -> the data settings; version: of the format, in which the clips are blobs."""
     lance = pytest.importorskip("lance", reason="needs pip install 'stdit[lance]'")
     arrow = pytest.importorskip("pyarrow")
     names = [f"clips/{i}.mp4" for i in range(CLIPS)]
-    column = arrow.array([Path(name).read_bytes() for name in names], arrow.large_binary()) if inside else names
+    blob = {"lance-encoding:blob": "true"} if version else None
     rows = {
-        "video": column,
-        "caption": [f"clip {i}" for i in range(CLIPS)],
-        "kind": ["ba"[i % 2] for i in range(CLIPS)],
-        "score": list(range(CLIPS)),
+        arrow.field("video", arrow.large_binary() if inside else arrow.string(), metadata=blob): (
+            [Path(name).read_bytes() for name in names] if inside else names
+        ),
+        arrow.field("caption", arrow.string()): [f"clip {i}" for i in range(CLIPS)],
+        arrow.field("kind", arrow.string()): ["ba"[i % 2] for i in range(CLIPS)],
+        arrow.field("score", arrow.int64()): list(range(CLIPS)),
     }
-    lance.write_dataset(arrow.table(rows), "clips.lance", max_rows_per_file=4)
+    table = arrow.table(list(rows.values()), schema=arrow.schema(list(rows)))
+    lance.write_dataset(table, "clips.lance", max_rows_per_file=4, data_storage_version=version)
     return {"root": ".", "manifest": "clips.lance", "columns": {"path": "video", "label": "kind"}}
 
 
@@ -88,6 +91,8 @@ WRITERS = {
     "parquet, paths": lambda: saved_as("parquet", inside=False),
     "lance": lambda: lance_with(True),
     "lance, paths": lambda: lance_with(False),
+    "lance, blobs": lambda: lance_with(True, "2.1"),
+    "lance, blobs of version 2": lambda: lance_with(True, "2.2"),
 }
 
 
@@ -152,6 +157,28 @@ def test_a_table_that_is_cut_short_is_refused_before_anything_is_read(clips, how
     assert "\n" not in str(caught.value)
 
 
+def test_a_table_of_lance_with_a_file_cut_short_is_refused_before_anything_is_read(clips):
+    settings = lance_with(True)
+    file = sorted(Path("clips.lance/data").iterdir())[0]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match="clips.lance cannot be read.*write the table again") as caught:
+        dataset(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_blob_of_lance_that_is_an_address_is_not_followed(clips):
+    lance = pytest.importorskip("lance", reason="needs pip install 'stdit[lance]'")
+    arrow, blob = pytest.importorskip("pyarrow"), pytest.importorskip("lance.blob")
+    column = blob.blob_array([Path("clips/0.mp4").read_bytes(), Path("clips/1.mp4").resolve().as_uri(), None])
+    table = arrow.table([column], schema=arrow.schema([blob.blob_field("video")]))
+    lance.write_dataset(table, "clips.lance", data_storage_version="2.2", allow_external_blob_outside_bases=True)
+    data = dataset(root=".", manifest="clips.lance")
+    assert data.load(0, np.random.default_rng(0))["pixels"].shape == (5, 32, 32, 3)
+    for row, said in ((1, "row 1 lies outside the table .*1.mp4.*write its bytes into it"), (2, "row 2 has no bytes")):
+        with pytest.raises(VideoError, match=said):
+            data.load(row, np.random.default_rng(0))
+
+
 def test_a_list_of_files_leads_to_none_outside_the_folder(clips):
     settings = saved_as("disk", inside=True)
     shutil.copytree("saved", "other")
@@ -213,43 +240,78 @@ def test_a_place_in_a_table_is_told_from_the_name_of_a_file():
 
 @pytest.fixture
 def curated(clips):
-    """A folder as cosmos-curate's writer of metadata leaves it: four clips, one without a caption, and one that was filtered out."""
+    """A folder as cosmos-curate leaves it: four clips, one without a caption, and one that was filtered out.
+
+    Names and keys are those of its version 1.4.0: docs/curator/reference/VIDEO_PIPELINES.md, and ClipWriterStage in
+    pipelines/video/read_write/metadata_writer_stage.py. The library itself needs GPUs.
+    """
     root = clips.parent / "curated"
-    for folder in ("clips", "filtered_clips", "metas/v0", "metas_jsonl/v0", "processed_videos", "v0"):
+    for folder in ("clips", "filtered_clips", "metas/v0"):
         (root / folder).mkdir(parents=True)
     for i in range(5):
-        name, kept = f"0000000{i}-b2c8-5f05-8d1f-6ed9b7e5c2aa", i != 4
+        name, kept, size = f"0000000{i}-b2c8-5f05-8d1f-6ed9b7e5c2aa", i != 4, (clips / f"{i}.mp4").stat().st_size
         folder = "clips" if kept else "filtered_clips"
         shutil.copy(clips / f"{i}.mp4", root / f"{folder}/{name}.mp4")
         windows = [
-            {"start_frame": 0, "end_frame": 5, "qwen_prompt_tokens": 9},
-            {"start_frame": 5, "end_frame": 8, "qwen_caption": f"plain {i}"},
+            {"start_frame": 0, "end_frame": 5, "qwen_prompt_tokens": 9, "qwen_output_tokens": 0},
+            {
+                "start_frame": 5,
+                "end_frame": 8,
+                "qwen_caption": f"plain {i}",
+                "qwen_prompt_tokens": 9,
+                "qwen_output_tokens": 2,
+            },
         ]
         if i == 1:
             windows[1]["qwen_lm_enhanced_caption"] = "enhanced 1"
         meta = {
             "span_uuid": name, "source_video": "s3://in/long.mp4", "duration_span": [0.0, 1.5], "width_source": 64,
-            "clip_location": f"s3://out/{folder}/{name}.mp4", "aesthetic_score": 4.5 + i,
-            "motion_score": {"global_mean": 0.25, "per_patch_min_256": 0.0}, "windows": [] if i == 2 else windows,
-            "filtered_windows": [], "valid": i != 2, "has_caption": i != 2,
+            "height_source": 64, "framerate_source": 24.0, "clip_location": f"s3://out/{folder}/{name}.mp4", "width": 32,
+            "height": 32, "framerate": 8.0, "num_frames": 8 + i, "video_codec": "h264", "num_bytes": size,
+            "motion_score": {"global_mean": 0.25, "per_patch_min_256": 0.0}, "aesthetic_score": 4.5 + i,
+            "windows": [] if i == 2 else windows, "filtered_windows": [], "valid": i != 2, "has_caption": i != 2,
+            "total_prompt_tokens": 18, "total_output_tokens": 2,
         }  # fmt: skip
         (root / f"metas/v0/{name}.json").write_text(json.dumps(meta, indent=4))
-    (root / "summary.json").write_text("{}")
+    for beside in (
+        "processed_videos/long.mp4.json", "processed_clip_chunks/long.mp4_0.json", "v0/all_window_captions.json",
+        "summary.json", f"iv2_embd/{name}.pickle", "iv2_embd_parquet/video_0.parquet", f"previews/{name}/0_5.webp",
+        f"cosmos_predict2_video2world_dataset/videos/{name}_0_5.mp4",
+    ):  # fmt: skip
+        (root / beside).parent.mkdir(parents=True, exist_ok=True)
+        (root / beside).write_text("{}")
     return root
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+def in_lines(metas, root):
+    """As --upload-clip-info-in-chunks leaves them."""
+    rows = [json.dumps({**meta, "embedding_model_name": "internvideo2"}) for meta in metas]
+    (root / "metas_jsonl/v0").mkdir(parents=True)
+    (root / "metas_jsonl/v0/6a1f_0.jsonl").write_text("\n".join(rows))
+
+
+def in_lance(metas, root):
+    """As --upload-clip-info-in-lance leaves them: fragments of each chunk of clips, then one table."""
+    lance = pytest.importorskip("lance", reason="needs pip install 'stdit[lance]'")
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.Table.from_pylist([{**meta, "embedding": [0.5] * 8, "video_uuid": "6a1f"} for meta in metas])
+    uri = str(root / "lance/v0")
+    fragments = lance.fragment.write_fragments(table, uri, schema=table.schema)
+    lance.LanceDataset.commit(uri, lance.LanceOperation.Overwrite(table.schema, fragments), read_version=0)
+
+
+@pytest.mark.parametrize("grouped", [None, in_lines, in_lance])
 def test_the_output_of_cosmos_curate_is_its_clips_with_captions_and_scores(curated, grouped):
-    if grouped:
-        metas = sorted((curated / "metas/v0").iterdir())
-        lines = [json.dumps(json.loads(file.read_text())) for file in metas]
-        (curated / "metas_jsonl/v0/video_0.jsonl").write_text("\n".join(lines) + "\n")
+    if grouped is not None:
+        grouped([json.loads(file.read_text()) for file in sorted((curated / "metas/v0").iterdir())], curated)
         shutil.rmtree(curated / "metas")
     data = dataset(root="curated")
     assert [data.record(i)["caption"] for i in range(len(data))] == ["plain 0", "enhanced 1", "", "plain 3"]
     record = data.record(3)
     assert (record["aesthetic_score"], record["motion_score"], record["label"]) == (7.5, 0.25, None)
-    assert "windows" not in record and data.load(3, np.random.default_rng(0))["pixels"].shape == (5, 32, 32, 3)
+    assert (record["source_video"], record["num_frames"]) == ("s3://in/long.mp4", 11)
+    assert record.keys().isdisjoint({"windows", "embedding", "clip_location"})
+    assert data.load(3, np.random.default_rng(0))["pixels"].shape == (5, 32, 32, 3)
     chosen = dataset(root="curated", columns={"caption": "qwen_caption"})
     assert chosen.record(1)["caption"] == "plain 1"
     with pytest.raises(ValueError, match="no window has 'gpt_caption'"):
@@ -258,6 +320,17 @@ def test_the_output_of_cosmos_curate_is_its_clips_with_captions_and_scores(curat
         ValueError, match=r"no clip has 'aestetic' \(data.columns.label\); there are 'aesthetic_score', "
     ):
         dataset(root="curated", columns={"label": "aestetic"})
+
+
+def test_clips_of_several_cameras_share_what_was_found_out_about_them(curated):
+    for file in sorted((curated / "clips").iterdir()):
+        for camera in ("front", "rear/left"):
+            (place := file.with_suffix("") / f"{camera}.mp4").parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
+        file.unlink()
+    rows = dataset(root="curated").rows
+    assert [row.path.name for row in rows] == ["front.mp4", "left.mp4"] * 4
+    assert [row.caption for row in rows] == ["plain 0"] * 2 + ["enhanced 1"] * 2 + [""] * 2 + ["plain 3"] * 2
 
 
 def test_metas_that_are_damaged_are_refused(curated):
