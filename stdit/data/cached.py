@@ -24,6 +24,7 @@ from stdit.hashes import difference
 
 # Tensor names in caches of version 0.1.0, and their current names.
 _RENAMED = {"restarts": "reencoded"}
+HASHED_AT_START = 1 << 28  # bytes of a cache whose shards are compared with their hashes before a run begins
 MOST_OPEN = 64  # shards that a process has open, since a system allows some hundred files
 
 
@@ -140,7 +141,11 @@ class CachedLatents(Annotated):
             )
 
     def _check_shards(self) -> None:
-        """Raise ValueError if a shard is missing, or has another size than cache.json says: before a run loses anything."""
+        """Raise ValueError if a shard is not as cache.json says, before a run loses anything.
+
+        The hashes of a large cache are not compared, which takes a second for every gigabyte, nor those of one in a store; its
+        rows have checksums.
+        """
         ask_for(self.root / shard["file"] for shard in self.info["shards"])
         for shard in self.info["shards"]:
             size = state_of(self.root / shard["file"])[0]
@@ -149,6 +154,13 @@ class CachedLatents(Annotated):
                 raise ValueError(
                     f"{self.root}: {shard['file']} {what}; run cache_latents again with the same --output."
                 )
+        if not is_remote(self.root) and sum(shard.get("bytes", 0) for shard in self.info["shards"]) <= HASHED_AT_START:
+            self._compare_hash(*self.info["shards"])
+
+    def _compare_hash(self, *shards: dict[str, Any]) -> None:
+        """Raise ValueError unless shards have the hashes of cache.json."""
+        if reason := difference(self.root, {shard["file"]: shard for shard in shards}):
+            raise ValueError(f"{self.root}: {reason}; run cache_latents again with the same --output.")
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Read the latents (C, T, h, w), reencoded (C, T, h, w) and raw conditions of one clip."""
@@ -161,7 +173,7 @@ class CachedLatents(Annotated):
         file = self._shard(shard)
         sample = {name: file.row(name, row) for name in file.names()}
         if "checksum" in self._table and checksum_of(sample) != self._table["checksum"][index]:
-            raise ValueError(
+            raise VideoError(  # the run goes on without this clip
                 f"{self.root}: row {row} of {self.info['shards'][shard]['file']} does not match its checksum; run cache_latents "
                 "again with the same --output."
             )
@@ -181,14 +193,13 @@ class CachedLatents(Annotated):
         return shard, index - int(self._starts[shard])
 
     def _shard(self, number: int) -> TensorRows:
-        """An open shard. Every row has a checksum; without these the hash of the whole is compared when it is opened."""
+        """An open shard; one of a cache of before, whose rows have no checksums, is compared with its hash."""
         shard = self._open_shards.pop(number, None)
         if shard is None:
             info = self.info["shards"][number]
             file = self.root / info["file"]
-            whole = "checksum" in self._table or is_remote(file)
-            if not whole and (reason := difference(self.root, {info["file"]: info})):
-                raise ValueError(f"{self.root}: {reason}; run cache_latents again with the same --output.")
+            if "checksum" not in self._table and not is_remote(file):
+                self._compare_hash(info)
             try:
                 shard = TensorRows(file)
             except VideoError:

@@ -236,7 +236,7 @@ def test_a_cache_keeps_the_rate_of_its_clips(cache):
     assert clip_rate(DataConfig(), dataset) == 30
 
 
-def test_a_shard_that_is_not_the_recorded_one_is_not_read(cache):
+def test_a_shard_that_is_not_the_recorded_one_is_not_read(cache, monkeypatch):
     cache()
     config = DataConfig(num_frames=5, height=32, width=32)
     (shard,) = Path("lat").glob("latents-00001-*.safetensors")
@@ -245,11 +245,15 @@ def test_a_shard_that_is_not_the_recorded_one_is_not_read(cache):
     with pytest.raises(ValueError, match=r"latents-00001-.*.safetensors has .*run cache_latents again"):
         CachedLatents(Path("lat"), config)
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(
+        ValueError, match=r"latents-00001-.*.safetensors does not match its hash; run cache_latents again"
+    ):
+        CachedLatents(Path("lat"), config)
+    monkeypatch.setattr(cached, "HASHED_AT_START", 100)  # the hashes of a large cache are not compared
     dataset = CachedLatents(Path("lat"), config)
-    assert dataset.load(0, None)
     assert dataset.load(2, None)
     with pytest.raises(
-        ValueError, match=r"row 1 of latents-00001-.* does not match its checksum; run cache_latents again"
+        VideoError, match=r"row 1 of latents-00001-.* does not match its checksum; run cache_latents again"
     ):
         dataset.load(3, None)
     shard.write_bytes(whole)
