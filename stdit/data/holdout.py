@@ -108,7 +108,10 @@ def split(
 def _groups(dataset: Dataset, column: str | None) -> Iterator[str]:
     """The value of a column for every sample, or the name of its file."""
     index: MediaIndex | None = getattr(dataset, "index", None)
-    if column is not None and index is not None:  # column by column: a million rows one by one take 20 seconds
+    if index is not None:  # column by column: a million rows one by one take 20 seconds
+        if column is None:
+            yield from index.columns.texts("path")
+            return
         for i, value in enumerate(index.values(column)):
             yield column_of(dataset, i, column) if value is None else str(value)
         return

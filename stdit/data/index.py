@@ -77,6 +77,10 @@ class MediaIndex(Sequence[Row]):
         """The file of a row."""
         return self.root / self.columns.text("path", index)
 
+    def files(self) -> Iterator[str]:
+        """The names of the files of all rows, without a `Path` for each, which takes ten times as long."""
+        return (f"{self.root}{os.sep}{name}" for name in self.columns.texts("path"))
+
     def label(self, index: int) -> int | None:
         """The class of a row, None without classes."""
         label = int(self.columns["label"][index])

@@ -13,12 +13,14 @@ from media import write_barcodes
 from stdit import warn
 from stdit.data import clips as clips_module
 from stdit.data import inspections
+from stdit.data.base import captions_of
 from stdit.data.columns import Columns, write_columns
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.holdout import split
 from stdit.data.identity import fingerprint, identity_of
 from stdit.data.index import MediaIndex, write_index
+from stdit.data.joint import JointDataset
 from stdit.data.manifest import Row, Table
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
@@ -68,6 +70,9 @@ def test_a_dataset_of_an_index_is_that_of_its_manifest(clips, fps):
     (shapes, buckets), (known, found) = measure(plain, SIZES, 3), measure(indexed, SIZES, 3)
     assert shapes.tolist() == known.tolist() and buckets.tolist() == found.tolist()
     assert indexed.rates == plain.rates
+    captions = [plain.record(i)["caption"] for i in range(6)]
+    joint = JointDataset([plain, indexed], ["plain", "indexed"])
+    assert list(captions_of(indexed)) == list(captions_of(plain)) == captions == list(captions_of(joint))[6:]
     for i in (0, 3):
         one, other = (d.load(i, np.random.default_rng(i), SIZES[0])["pixels"] for d in (plain, indexed))
         assert (one == other).all()
