@@ -1,6 +1,7 @@
 """Random streams by key: every draw is a function of (purpose, seed, step, sample), never of earlier draws."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def _pool(key: Sequence[int | np.ndarray], count: int) -> list[np.ndarray]:
         return value ^ value >> np.uint32(16)
 
     def mixed(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        value = one * np.uint32(0xCA01F9DD) - other * np.uint32(0x4973F715)
+        value: np.ndarray = one * np.uint32(0xCA01F9DD) - other * np.uint32(0x4973F715)
         return value ^ value >> np.uint32(16)
 
     pool = [hashed(word) for word in words[:4]]
@@ -88,7 +89,8 @@ def _pool(key: Sequence[int | np.ndarray], count: int) -> list[np.ndarray]:
 
 def _first_word(pool: Sequence[np.ndarray]) -> np.ndarray:
     """The first 32 bits (N,) uint64 that numpy's `PCG64` draws from each pool."""
-    constant, state = 0x8B51F9DD, []
+    constant = 0x8B51F9DD
+    state: list[Any] = []
     for number in range(8):
         value = pool[number % 4] ^ np.uint32(constant)
         constant = constant * 0x58F38DED & _WORD

@@ -133,6 +133,11 @@ class WorkerPool:
             assert self._failure is not None
             raise self._failure
 
+    @property
+    def pids(self) -> list[int]:
+        """The numbers of the processes."""
+        return [pid for worker in self._workers if (pid := worker.process.pid) is not None]
+
     def close(self) -> None:
         """End the processes."""
         with self._lock:
