@@ -9,6 +9,7 @@ from typing import Any
 
 from stdit.data.config import DataConfig
 from stdit.data.facts import Facts
+from stdit.data.identity import content_of
 from stdit.data.inspect import inspect
 from stdit.data.media import state_of
 from stdit.data.workers import WorkerPool, num_workers
@@ -111,7 +112,9 @@ def inspect_all(
     if not memory >= 0:
         raise ValueError(f"--memory={memory:g} is no number of GB; give one of 0 or more, 0 without a limit.")
     entries = {**(known or {}), **read_report(report)}
-    missing = [path for path in paths if not _is_current(entries.get(str(path)), path, memory)]
+    current = {str(path): _current(entries.get(str(path)), path, memory) for path in paths}
+    entries |= {name: entry for name, entry in current.items() if entry is not None}
+    missing = [path for path in paths if current[str(path)] is None]
     if len(missing) < len(paths):
         print(f"{len(paths) - len(missing)} files were read before, and have not changed")
     if workers is None:  # a process takes seconds to start
@@ -136,7 +139,12 @@ def inspect_all(
     return [entries[str(path)] for path in paths]
 
 
-def _is_current(entry: dict[str, Any] | None, path: Path, memory: float) -> bool:
+def _current(entry: dict[str, Any] | None, path: Path, memory: float) -> dict[str, Any] | None:
+    """An entry with the state of its file, which is as it was, by its content if that was hashed; None for another file."""
     if entry is None or (entry.get("refused", "").startswith(_TOO_LARGE) and entry["refused"] != _too_large(memory)):
-        return False
-    return {key: entry[key] for key in ("bytes", "modified") if key in entry} == _state(path)
+        return None
+    state = _state(path)
+    if {key: entry[key] for key in ("bytes", "modified") if key in entry} == state:
+        return entry
+    same = "content" in entry and entry["bytes"] == state.get("bytes") and entry["content"] == content_of(path)
+    return {**entry, **state} if same else None

@@ -47,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="such as data.root=FOLDER of the manifest's files, or data.columns={path: video}",
     )
     parser.add_argument("--output", required=True, type=Path, help=f"the index, NAME{SUFFIX}")
-    parser.add_argument("--hash", action="store_true", help="keep a hash of every file's content")
+    parser.add_argument(
+        "--hash",
+        action="store_true",
+        help="keep a hash of each file (its size, beginning, middle and end), by which copied and touched files are known",
+    )
     parser.add_argument("--parquet", type=Path, help="write the table as parquet too (needs pyarrow)")
     parser.add_argument("--workers", type=int, help="processes that read; 0: this one (default: by cores and files)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one file in such a process")
@@ -86,7 +90,7 @@ def _index(args: Namespace) -> int:
     by_path = {str(path): entry for path, entry in zip(paths, entries, strict=True)}
     write_index(
         args.output, Table(dataset.rows, dataset.num_classes, dataset.class_names), by_path, source=args.source, root=Path(data.root), fingerprint=fingerprint(dataset),
-        action_space=known_actions(dataset), hashed=args.hash,
+        action_space=known_actions(dataset), hashed=args.hash or any("content" in entry for entry in known.values()),
     )  # fmt: skip
     journal.unlink(missing_ok=True)
     checked = {path: judged(path, entry, data) for path, entry in zip(paths, entries, strict=True)}
