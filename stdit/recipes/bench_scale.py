@@ -149,14 +149,18 @@ def _order(make: Callable[[], BatchSampler]) -> tuple[float, float]:
 
 
 def _worker_memory(samples: KeyedSamples) -> float:
-    """Private memory (MB) of a loader process that has read the clips of a few steps."""
+    """Memory (MB) that a loader process has to itself once it has read the clips of a few steps.
+
+    Pages of files do not count, which the system drops when it needs them: how many of them are private depends on what other
+    processes run.
+    """
     import psutil
 
     pool = WorkerPool(samples, 1, 60.0, {})
     with closing(pool.batches(iter([(step, slot) for slot in range(4)] for step in range(20)))) as batches:
         for _ in range(16):
             next(batches)
-        return psutil.Process(pool.pids[0]).memory_full_info().uss / 1e6
+        return sum(one.private_dirty for one in psutil.Process(pool.pids[0]).memory_maps()) / 1e6
 
 
 def _seconds(call: Callable[[], Any]) -> float:
