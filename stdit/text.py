@@ -226,17 +226,17 @@ class CaptionCache:
         share: the number of this process and of all, so that they begin at different parts.
         """
         wanted = list(dict.fromkeys(["", *texts]))
-        if progress:
-            warn_of_length(encoder, wanted[1:])
+        self._index.read()
+        missing = [text for text in wanted if text not in self._index]
+        if progress:  # of a million captions that are here, a tokenizer would take minutes at every start
+            warn_of_length(encoder, [text for text in missing if text])
         self.folder.mkdir(parents=True, exist_ok=True)
         # Parts of all texts, not of those that are missing, which differ from process to process.
         parts = [wanted[i : i + self.SHARD] for i in range(0, len(wanted), self.SHARD)]
         begin = len(parts) * share[0] // share[1]
         left = deque([*parts[begin:], *parts[:begin]])
-        self._index.read()
-        missing = sum(text not in self._index for text in wanted)
         bar = Progress(
-            total=missing, desc=f"captions ({encoder.name})", unit="caption", disable=not progress or not missing
+            total=len(missing), desc=f"captions ({encoder.name})", unit="caption", disable=not progress or not missing
         )
         elsewhere = 0  # parts in a row that other processes are at
         while left:

@@ -1,6 +1,6 @@
 """The interface of every dataset."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -64,3 +64,12 @@ class Annotated:
     def caption(self: Dataset, index: int) -> str:
         """The caption of a sample, empty if it has none."""
         return self.record(index).get("caption") or ""
+
+    def captions(self: Dataset) -> Iterator[str]:
+        """The captions of all samples in their order, empty where there is none."""
+        return (self.record(i).get("caption") or "" for i in range(len(self)))
+
+
+def captions_of(dataset: Dataset) -> Iterator[str]:
+    """The captions of all samples of any dataset in their order, empty where there is none."""
+    return dataset.captions() if hasattr(dataset, "captions") else Annotated.captions(dataset)

@@ -102,8 +102,14 @@ class CachedLatents(Annotated):
         text = self._table.text("columns", index)
         return json.loads(text) if text else {}
 
-    def column_values(self, column: str) -> Iterator[Any]:
-        """The value of a column for every clip, None where it is missing."""
+    def captions(self) -> Iterator[str]:
+        """The captions of all clips in their order, empty where there is none."""
+        return self._table.texts("caption")
+
+    def column_values(self, column: str | None) -> Iterator[Any]:
+        """The value of a column for every clip, or the name of the file it comes from; None where it is missing."""
+        if column is None:
+            return (text or None for text in self._table.texts("source"))
         return annotation_values(self._table, column, self.class_names)
 
     @property

@@ -107,16 +107,19 @@ def split(
 def _groups(dataset: Dataset, column: str | None) -> Iterator[str]:
     """The value of a column for every sample, or the name of its file."""
     # Where the dataset has columns, since a million rows one by one take 20 seconds.
-    values = dataset.column_values(column) if column is not None and hasattr(dataset, "column_values") else None
-    if column is not None and values is not None:
+    values = dataset.column_values(column) if hasattr(dataset, "column_values") else None
+    if values is not None:
         for i, value in enumerate(values):
-            yield column_of(dataset, i, column) if value is None else str(value)
+            yield _group(dataset, i, column) if value is None else str(value)
         return
     for i in range(len(dataset)):
-        if column is not None:
-            yield column_of(dataset, i, column)
-        else:
-            yield str(dataset.group_of(i)) if hasattr(dataset, "group_of") else identity_of(dataset, i).source
+        yield _group(dataset, i, column)
+
+
+def _group(dataset: Dataset, index: int, column: str | None) -> str:
+    if column is not None:
+        return column_of(dataset, index, column)
+    return str(dataset.group_of(index)) if hasattr(dataset, "group_of") else identity_of(dataset, index).source
 
 
 def column_of(dataset: Dataset, index: int, column: str) -> str:

@@ -13,12 +13,15 @@ from stdit.data.pictures import picture_size, read_picture
 def inspect(path: Path, config: DataConfig | None = None, *, decode: bool = False) -> Inspection:
     """Open a file as training does, and apply the rules of length, rate and size of a config (None: one frame is enough).
 
-    decode: decode every frame, since damage inside a file is found in no other way.
+    decode: decode every frame, since damage inside a file is found in no other way. MemoryError where memory runs out, which
+    says nothing of the file.
     """
     path = Path(path)
     try:
         facts = measure(path, config.backend if config else "pyav", decode=decode)
     except VideoError as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise error.__cause__ from None
         return Inspection(None, str(error).removeprefix(repr(str(path))).strip().removesuffix("."))
     return assess(facts, config) if config else Inspection(facts, None)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from stdit.data.config import DataConfig
 from stdit.data.facts import Facts
+from stdit.data.identity import content_of
 from stdit.data.inspect import inspect
 from stdit.data.media import state_of
 from stdit.data.workers import WorkerPool, num_workers
@@ -23,8 +24,9 @@ _NEEDED = tuple(name for name in MEASURED if name not in Facts._field_defaults)
 class _Files:
     """The files to read, as the loader's processes load them: by number, each to an entry of the report."""
 
-    def __init__(self, paths: list[Path], backend: str):
+    def __init__(self, paths: list[Path], backend: str, memory: float):
         self.paths, self.config = paths, DataConfig(num_frames=1, height=1, width=1, backend=backend)  # type: ignore[arg-type]
+        self.memory = memory
 
     def load(self, key: int, set_aside: Mapping[str, str], reading: Callable[[str], None]) -> dict[str, Any]:
         """Read a file in full -> its entry; a file that crashed or stalled a process is refused."""
@@ -34,12 +36,23 @@ class _Files:
         if aside is not None:
             return {**entry, "refused": aside.removeprefix(repr(str(path))).strip()}
         reading(str(path))
-        found = inspect(path, self.config, decode=True)
+        try:
+            found = inspect(path, self.config, decode=True)
+        except MemoryError:
+            return {**entry, "refused": _too_large(self.memory)}
         if found.facts is None:
             entry["refused"] = found.refused
         else:
             entry |= found.facts._asdict()
         return {**entry, "seconds": round(time.perf_counter() - began, 2)}
+
+
+_TOO_LARGE = "takes more memory to be read in full than"
+
+
+def _too_large(memory: float) -> str:
+    """The reason of a file for which the memory does not suffice."""
+    return f"{_TOO_LARGE} {f'--memory={memory:g} GB' if memory else 'this machine has'}"
 
 
 def _state(path: Path) -> dict[str, int]:
@@ -64,13 +77,18 @@ def read_report(path: Path | None) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def inspect_each(paths: list[Path], backend: str, workers: int, timeout: float) -> Iterator[dict[str, Any]]:
-    """Read files in full, in `workers` processes that are replaced when one dies -> an entry for each, in order."""
-    files = _Files(paths, backend)
+def inspect_each(
+    paths: list[Path], backend: str, workers: int, timeout: float, *, memory: float = 0.0
+) -> Iterator[dict[str, Any]]:
+    """Read files in full, in `workers` processes that are replaced when one dies -> an entry for each, in order.
+
+    memory: GB that reading a file may take in such a process, 0 without a limit.
+    """
+    files = _Files(paths, backend, memory if workers else 0.0)
     if not workers:
         yield from (files.load(i, {}, lambda name: None) for i in range(len(paths)))
         return
-    pool = WorkerPool(files, workers, timeout, {})
+    pool = WorkerPool(files, workers, timeout, {}, memory=memory * 1e9 or None)
     with closing(pool.batches(iter([[i] for i in range(len(paths))]))) as groups:
         for (entry,) in groups:
             yield entry
@@ -83,14 +101,20 @@ def inspect_all(
     backend: str,
     workers: int | None,
     timeout: float,
+    memory: float,
     known: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """The entry of every file: a known one if the file is as it was, else by reading it, added to the report at once.
 
-    report: a file of entries, which are known. known: further entries, by path.
+    report: a file of entries, which are known, but for those of files that took more than another `memory` (GB, 0 without a
+    limit). known: further entries, by path.
     """
+    if not memory >= 0:
+        raise ValueError(f"--memory={memory:g} is no number of GB; give one of 0 or more, 0 without a limit.")
     entries = {**(known or {}), **read_report(report)}
-    missing = [path for path in paths if not _is_current(entries.get(str(path)), path)]
+    current = {str(path): _current(entries.get(str(path)), path, memory) for path in paths}
+    entries |= {name: entry for name, entry in current.items() if entry is not None}
+    missing = [path for path in paths if current[str(path)] is None]
     if len(missing) < len(paths):
         print(f"{len(paths) - len(missing)} files were read before, and have not changed")
     if workers is None:  # a process takes seconds to start
@@ -100,7 +124,10 @@ def inspect_all(
         stream.write("\n")  # the last line may have been cut
     try:
         for entry in Progress(
-            inspect_each(missing, backend, workers, timeout), total=len(missing), unit="file", disable=None
+            inspect_each(missing, backend, workers, timeout, memory=memory),
+            total=len(missing),
+            unit="file",
+            disable=None,
         ):
             entries[entry["path"]] = entry
             if stream is not None:
@@ -112,5 +139,12 @@ def inspect_all(
     return [entries[str(path)] for path in paths]
 
 
-def _is_current(entry: dict[str, Any] | None, path: Path) -> bool:
-    return entry is not None and {key: entry[key] for key in ("bytes", "modified") if key in entry} == _state(path)
+def _current(entry: dict[str, Any] | None, path: Path, memory: float) -> dict[str, Any] | None:
+    """An entry with the state of its file, which is as it was, by its content if that was hashed; None for another file."""
+    if entry is None or (entry.get("refused", "").startswith(_TOO_LARGE) and entry["refused"] != _too_large(memory)):
+        return None
+    state = _state(path)
+    if {key: entry[key] for key in ("bytes", "modified") if key in entry} == state:
+        return entry
+    same = "content" in entry and entry["bytes"] == state.get("bytes") and entry["content"] == content_of(path)
+    return {**entry, **state} if same else None

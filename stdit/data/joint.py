@@ -1,6 +1,7 @@
 """Several data sets as one, whose classes are joined by their names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from stdit.conditions import ActionSpace
 from stdit.conditions.label import label_number
 from stdit.data.actions import known_actions
-from stdit.data.base import Annotated, Dataset, Identity
+from stdit.data.base import Annotated, Dataset, Identity, captions_of
 from stdit.data.identity import identity_of
 from stdit.data.samplers import ClipSize
 
@@ -103,6 +104,10 @@ class JointDataset(Annotated):
         """The annotations of a sample, with its label among all classes."""
         part, own = self._place(index)
         return self._relabelled(part, self.datasets[part].record(own))
+
+    def captions(self) -> Iterator[str]:
+        """The captions of all samples in their order, empty where there is none."""
+        return chain.from_iterable(map(captions_of, self.datasets))
 
     def name(self, index: int) -> str:
         """The name of a sample in messages."""

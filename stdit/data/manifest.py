@@ -313,14 +313,15 @@ def _captions_next_to(files: Sequence[Path], allowed: Path) -> list[str]:
     for folder in {file.parent for file in files if container_of(file) is None}:
         names[folder] = {name[:-4]: name for name in names_in(folder) if name.lower().endswith(".txt")}
     return [
-        _read_caption(file.parent / names[file.parent][file.stem], allowed)
+        read_caption(file.parent / names[file.parent][file.stem], allowed)
         if file.stem in names.get(file.parent, ())
         else ""
         for file in files
     ]
 
 
-def _read_caption(file: Path, allowed: Path) -> str:
+def read_caption(file: Path, allowed: Path) -> str:
+    """The text of a file, empty without one and of a link that leads out of `allowed`; ValueError if it is no short text."""
     if not is_file(file) or not _is_inside(file, allowed):
         return ""
     size = state_of(file)[0]

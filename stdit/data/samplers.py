@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from stdit import legacy
-from stdit.rng import keyed_rng
+from stdit.rng import keyed_choices, keyed_rng
 
 
 class ClipSize(NamedTuple):
@@ -133,11 +133,14 @@ def assign_buckets(
     """
     kinds, which = np.unique(np.asarray(shapes, np.int64).reshape(-1, 3), axis=0, return_inverse=True)
     nearest = [_nearest(kind, sizes) for kind in kinds.tolist()]
-    first = np.array([found[0] if found else NO_BUCKET for found in nearest])
-    buckets = first[which.reshape(-1)] if len(kinds) else np.zeros(0, np.int64)
-    choices = np.array([len(found) > 1 for found in nearest], bool)
-    for index in np.flatnonzero(choices[which.reshape(-1)]) if choices.any() else ():
-        buckets[index] = keyed_rng("order", seed, int(index), 1).choice(nearest[which.reshape(-1)[index]])
+    which = which.reshape(-1)
+    found = np.full((len(kinds), len(sizes)), NO_BUCKET)
+    for kind, candidates in enumerate(nearest):
+        found[kind, : len(candidates)] = candidates
+    buckets, choices = found[which, 0], (found != NO_BUCKET).sum(1)[which]
+    for count in np.unique(choices[choices > 1]).tolist():
+        rows = np.flatnonzero(choices == count)
+        buckets[rows] = found[which[rows], keyed_choices("order", (seed, rows, 1), count)]
     return buckets
 
 
@@ -241,10 +244,10 @@ class PackedSampler(_Epochs):
         order = self.members[keyed_rng("order", self.seed, epoch, 3).permutation(len(self.members))]
         ends = np.cumsum(self._costs[self.buckets[order]])
         before = np.concatenate([[0], ends[:-1]])
-        following = np.searchsorted(ends, before + self.tokens, side="right").tolist()  # of a pack that begins there
+        following = np.searchsorted(ends, before + self.tokens, side="right")  # of a pack that begins there
         begins = [0]
-        while begins[-1] < len(order):
-            begins.append(following[begins[-1]])
+        while begins[-1] < len(order):  # without a list of all, which would leave 40 MB in a worker at a million clips
+            begins.append(following.item(begins[-1]))
         return order, np.array(begins)
 
     def batch(self, step: int) -> list[SampleRef]:

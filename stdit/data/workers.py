@@ -56,10 +56,10 @@ class _Job(NamedTuple):
 class _Worker:
     """A loader process, its job, the file that it reads, and the time of its last message."""
 
-    def __init__(self, samples: Loadable):
+    def __init__(self, samples: Loadable, memory: float | None):
         context = multiprocessing.get_context("spawn")  # a live decoder does not survive fork
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, samples, stores.allowed()), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, samples, stores.allowed(), memory), daemon=True)
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
@@ -86,10 +86,19 @@ class WorkerPool:
 
     timeout: seconds after which a file that is still being read has stalled. set_aside: name -> reason of files that
     crashed or stalled their process, and then two new ones; it grows while the pool runs. Its files are never opened.
+    memory: bytes that a process may take beyond those it begins with, where the system can limit them; None: no limit.
     """
 
-    def __init__(self, samples: Loadable, workers: int, timeout: float, set_aside: dict[str, str]):
-        self.samples, self.timeout, self.set_aside = samples, timeout, set_aside
+    def __init__(
+        self,
+        samples: Loadable,
+        workers: int,
+        timeout: float,
+        set_aside: dict[str, str],
+        *,
+        memory: float | None = None,
+    ):
+        self.samples, self.timeout, self.set_aside, self.memory = samples, timeout, set_aside, memory
         self._lock = threading.Condition()
         self._waiting: list[_Job] = []  # not assigned to a process yet, by number
         self._done: dict[int, Any] = {}
@@ -98,7 +107,7 @@ class WorkerPool:
         self._failed_starts = 0
         self._closed = False
         self._wake, self._woken = multiprocessing.get_context("spawn").Pipe()
-        self._workers = [_Worker(samples) for _ in range(workers)]
+        self._workers = [_Worker(samples, memory) for _ in range(workers)]
         self._thread = threading.Thread(target=self._run, name="stdit-loader", daemon=True)
         self._thread.start()
         atexit.register(self.close)  # before multiprocessing waits for its children, which ignore its signal
@@ -132,6 +141,11 @@ class WorkerPool:
                 return self._done.pop(number)
             assert self._failure is not None
             raise self._failure
+
+    @property
+    def pids(self) -> list[int]:
+        """The numbers of the processes."""
+        return [pid for worker in self._workers if (pid := worker.process.pid) is not None]
 
     def close(self) -> None:
         """End the processes."""
@@ -210,7 +224,7 @@ class WorkerPool:
                     f"{worker.file!r} is set aside: {tries} loader processes in a row {reason}"
                 )
         worker.end()
-        fresh = _Worker(self.samples)
+        fresh = _Worker(self.samples, self.memory)
         self._workers[self._workers.index(worker)] = fresh
         if worker.job is not None:
             fresh.give(worker.job, self.set_aside)
@@ -229,7 +243,18 @@ def _death(code: int | None) -> str:
     return f"ended with exit code {code}"
 
 
-def _work(connection: Connection, samples: Loadable, allowed: list[str]) -> None:
+def _limit_memory(memory: float) -> None:
+    """Limit the memory of this process to `memory` bytes beyond what it has; nothing where the system has no such limit."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no limits, macOS does not keep this one
+        import resource
+
+        with open("/proc/self/statm") as stream:
+            limit = int(stream.read().split()[0]) * resource.getpagesize() + int(memory)
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
+
+
+def _work(connection: Connection, samples: Loadable, allowed: list[str], memory: float | None) -> None:
     """The main function of a loader process: load a sample for each key that arrives, until the connection closes."""
     stores.allow(*allowed)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process handles signals to all
@@ -247,6 +272,8 @@ def _work(connection: Connection, samples: Loadable, allowed: list[str]) -> None
         _ByValue(buffer, 5).dump((kind, value))
         connection.send_bytes(buffer.getbuffer())
 
+    if memory is not None:
+        _limit_memory(memory)
     send("ready", None)
     while True:
         try:

@@ -4,7 +4,8 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from stdit.nn.layout import visible_count
 from stdit.nn.muon import muon_parameters
 
 Shape = tuple[int, int, int]
+_Counted = TypeVar("_Counted")
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,21 @@ def forward_cost(arguments: dict[str, Any], latent: Shape, route_ratio: float = 
     flops has the keys "attention spatial", "attention temporal", "attention joint" (with their projections),
     "attention to the condition", "mlp", "modulation" and "embedding and head".
     """
-    key = json.dumps([arguments, latent, route_ratio], sort_keys=True, default=str)
-    if key not in _costs:
-        if len(_costs) >= _MAX_COSTS:
-            _costs.clear()
-        _costs[key] = _forward_cost(arguments, latent, route_ratio)
-    return _costs[key]
+    return _once(_forward_cost, arguments, latent=latent, route_ratio=route_ratio)
 
 
-_MAX_COSTS = 64
-_costs: dict[str, Cost] = {}  # by arguments and latent: a plan asks for few of them many times
+_MAX_COUNTED = 128
+_counted: dict[str, Any] = {}  # by what was counted, and of what: a plan asks for few of them many times
+
+
+def _once(count: Callable[..., _Counted], arguments: dict[str, Any], **options: Any) -> _Counted:
+    """What `count` returns for the arguments of a model, counted once in a process."""
+    key = json.dumps([count.__name__, arguments, options], sort_keys=True, default=str)
+    if key not in _counted:
+        if len(_counted) >= _MAX_COUNTED:
+            _counted.clear()
+        _counted[key] = count(arguments, **options)
+    return _counted[key]
 
 
 def _forward_cost(arguments: dict[str, Any], latent: Shape, route_ratio: float) -> Cost:
@@ -241,25 +248,25 @@ def training_memory(
     copies: of the weights, besides their average. trained: the parameters of a LoRA, if only these are trained.
     route_ratio: the share of patches that skip the middle blocks. Weights, gradients and EMA are float32.
     """
-    forward_cost(arguments, latent)  # fills the caches of position tables with real ones
-    with torch.device("meta"):
-        model = STDiT(**arguments)
-    size = 4.0 * sum(p.numel() for p in model.parameters())
+    cost = forward_cost(arguments, latent)  # which also fills the caches of position tables with real ones
+    size = 4.0 * cost.parameters
     how: dict[str, Any] = {"latent": latent, "batch": micro_batch, "bf16": bf16, "route_ratio": route_ratio}
-    activations, recomputed = _activations(arguments, checkpointing=False, fused=fused, **how), 0.0
+    saved = partial(_once, _activations, arguments, fused=fused)
+    activations, recomputed = saved(checkpointing=False, **how), 0.0
     if checkpointing:
-        every, activations = activations, _activations(arguments, checkpointing=checkpointing, fused=fused, **how)
+        every, activations = activations, saved(checkpointing=checkpointing, **how)
         kept = activations
         if route_ratio:  # the largest blocks are those that all patches run through
             whole = {**how, "route_ratio": 0.0}
-            every, kept = (
-                _activations(arguments, checkpointing=c, fused=fused, **whole) for c in (False, checkpointing)
-            )
-        recomputed = (every - kept) / len(model.blocks)
+            every, kept = (saved(checkpointing=c, **whole) for c in (False, checkpointing))
+        recomputed = (every - kept) / arguments["depth"]
     learnt = size if trained is None else 4.0 * trained
-    tokens = forward_cost(arguments, latent).tokens
     widest = (
-        micro_batch * tokens * arguments["hidden_size"] * max(4.0, arguments.get("mlp_ratio", 4.0)) * (2 if bf16 else 4)
+        micro_batch
+        * cost.tokens
+        * arguments["hidden_size"]
+        * max(4.0, arguments.get("mlp_ratio", 4.0))
+        * (2 if bf16 else 4)
     )
     return Memory(
         weights=size + (0.0 if trained is None else learnt),

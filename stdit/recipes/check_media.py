@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--sheet", type=Path, help="write a picture with a frame of up to 60 files here (.png)")
     parser.add_argument("--workers", type=int, help="processes that read; 0: this one (default: by cores and files)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one file in such a process")
+    parser.add_argument("--memory", type=float, default=4.0, help="GB that it may take for one file; 0: no limit")
     args = parser.parse_intermixed_args(argv)
     for path in (args.manifest, args.sheet):
         if path is not None and path.exists():
@@ -84,7 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     paths = list(dict.fromkeys(row.path for row in dataset.rows))
     known = entries_of(dataset.index) if dataset.index is not None else None
     entries = inspect_all(
-        paths, args.report, backend=data.backend, workers=args.workers, timeout=args.timeout, known=known
+        paths,
+        args.report,
+        backend=data.backend,
+        workers=args.workers,
+        timeout=args.timeout,
+        memory=args.memory,
+        known=known,
     )
     checked = {path: judged(path, entry, data) for path, entry in zip(paths, entries, strict=True)}
     if args.report:

@@ -47,10 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="such as data.root=FOLDER of the manifest's files, or data.columns={path: video}",
     )
     parser.add_argument("--output", required=True, type=Path, help=f"the index, NAME{SUFFIX}")
-    parser.add_argument("--hash", action="store_true", help="keep a hash of every file's content")
+    parser.add_argument(
+        "--hash",
+        action="store_true",
+        help="keep a hash of each file (its size, beginning, middle and end), by which copied and touched files are known",
+    )
     parser.add_argument("--parquet", type=Path, help="write the table as parquet too (needs pyarrow)")
     parser.add_argument("--workers", type=int, help="processes that read; 0: this one (default: by cores and files)")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one file in such a process")
+    parser.add_argument("--memory", type=float, default=4.0, help="GB that it may take for one file; 0: no limit")
     args = parser.parse_intermixed_args(argv)
     _check_output(args.output, args.source)
     if args.parquet is not None:
@@ -73,11 +78,19 @@ def _index(args: Namespace) -> int:
     before = {os.path.realpath(file): entry for file, entry in _entries(args.output).items()}
     absolute = {str(path): os.path.realpath(path) for path in paths}
     known = {name: {**before[found], "path": name} for name, found in absolute.items() if found in before}
-    entries = inspect_all(paths, journal, backend=data.backend, workers=args.workers, timeout=args.timeout, known=known)
+    entries = inspect_all(
+        paths,
+        journal,
+        backend=data.backend,
+        workers=args.workers,
+        timeout=args.timeout,
+        memory=args.memory,
+        known=known,
+    )
     by_path = {str(path): entry for path, entry in zip(paths, entries, strict=True)}
     write_index(
         args.output, Table(dataset.rows, dataset.num_classes, dataset.class_names), by_path, source=args.source, root=Path(data.root), fingerprint=fingerprint(dataset),
-        action_space=known_actions(dataset), hashed=args.hash,
+        action_space=known_actions(dataset), hashed=args.hash or any("content" in entry for entry in known.values()),
     )  # fmt: skip
     journal.unlink(missing_ok=True)
     checked = {path: judged(path, entry, data) for path, entry in zip(paths, entries, strict=True)}

@@ -19,7 +19,6 @@ from stdit.data.samplers import (
     WeightedSampler,
     assign_buckets,
 )
-from stdit.data.user_cache import remembered
 from stdit.data.video_io import VideoError
 from stdit.progress import Progress
 from stdit.rng import keyed_rng
@@ -125,9 +124,8 @@ def measure(dataset: Dataset, sizes: Sequence[ClipSize], seed: int) -> tuple[np.
     if known is not None and getattr(dataset, "fixed_sizes", False):  # cached latents, which cannot be cut
         equal = (known[:, None] == np.array(sizes)[None]).all(-1)
         return known, np.where(equal.any(1), equal.argmax(1), NO_BUCKET)
-    if known is not None:  # drawn for a million clips in half a minute
-        drawn_from = (known.tobytes(), repr((sizes, seed)).encode())
-        return known, remembered("buckets", drawn_from, lambda: assign_buckets(known, sizes, seed))
+    if known is not None:
+        return known, assign_buckets(known, sizes, seed)
     shapes = []
     for index in Progress(range(len(dataset)), desc="measuring clips", unit="clip", disable=None):
         try:

@@ -7,6 +7,7 @@ stdit plan configs/video.yaml --gpu 4090 --fit 24GB     (the settings with which
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -106,6 +107,7 @@ def largest(at: Callable[[int], Memory], room: float) -> int:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers out of range."""
     check_least(args, "count")
+    check_least(args, "clips")
     if not 0 < args.utilisation <= 1:
         raise ValueError(f"--utilisation must be > 0 and <= 1, got {args.utilisation}.")
     for name, value in (("--context", args.context), ("--ring", args.ring)):
@@ -142,8 +144,15 @@ def speed_line(args: argparse.Namespace, run: PlannedRun, choice: Choice) -> str
     )
 
 
-def scale_lines(run: PlannedRun, choice: Choice, cost: Cost) -> list[str]:
-    """Lines with what devices send each other in a step, the size of checkpoints, and the cost of longer clips."""
+def latents_line(run: PlannedRun, clips: int) -> str:
+    """A line with the disk that cached latents take: of every clip, and of each of its latent frames encoded alone."""
+    dtype = run.config.data.cache_dtype
+    one = 2 * run.arguments["in_channels"] * math.prod(run.latent) * {"float16": 2, "float32": 4}[dtype]
+    return f"latents       {one / 1e3:,.0f} kB a clip in {dtype} if they are cached, {one * clips / 1e9:,.1f} GB on disk for {clips:,} clips"
+
+
+def scale_lines(run: PlannedRun, choice: Choice, cost: Cost, *, clips: int) -> list[str]:
+    """Lines with what devices send each other in a step, the disk that a run takes, and the cost of longer clips."""
     train, arguments, lines = run.config.train, run.arguments, []
     sent = run.traffic(choice)
     if choice.offload:
@@ -162,6 +171,7 @@ def scale_lines(run: PlannedRun, choice: Choice, cost: Cost) -> list[str]:
     lines.append(
         f"checkpoints   {saved * train.keep_checkpoints / 1e9:,.1f} GB on disk (the newest {train.keep_checkpoints})"
     )
+    lines.append(latents_line(run, clips))
     grid = tuple(n // p for n, p in zip(arguments["sample_size"], arguments["patch_size"], strict=True))
     base = frame_growth(arguments["hidden_size"], grid)
     for times in (2, 4, 8):
@@ -233,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--host-bandwidth", type=float, default=25.0, metavar="GB/S", help="between a device and the host"
     )
+    parser.add_argument("--clips", type=int, default=1_000_000, help="clips of the data, whose latents may be cached")
     parser.add_argument("--fit", metavar="GB", help="propose what makes the run fit, such as 24GB, with the least time")
     parser.add_argument("--refuse", action="store_true", help="exit with 1 if the run does not fit")
     args = parser.parse_intermixed_args(argv)
@@ -274,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))
     if run.peak:
         print(speed_line(args, run, choice))
-    for line in scale_lines(run, choice, cost):
+    for line in scale_lines(run, choice, cost, clips=args.clips):
         print(line)
     if wanted is not None:
         lines, fits = fit_lines(args, run, choice, wanted)

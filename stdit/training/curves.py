@@ -50,19 +50,20 @@ def _number(value: Any) -> float:
 def draw_curves(
     values: Mapping[str, np.ndarray], picture: Path, title: str, *, parts: Mapping[str, str], held_out: str | None
 ) -> None:
-    """Draw the loss and its parts, learning rate, gradient norm and throughput over steps, smoothed.
+    """Draw the loss and its parts, learning rate, gradient norm, throughput and memory over steps, smoothed.
 
     values: of `Curves`. title: of the loss. parts: columns and their labels. held_out: the column of the held-out loss.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     steps = values["step"]
     if not len(steps):
         return
-    figure = Figure(figsize=(15, 7), layout="constrained")  # not pyplot's, which belongs to the main thread
+    figure = Figure(figsize=(20, 7), layout="constrained")  # not pyplot's, which belongs to the main thread
     FigureCanvasAgg(figure)
-    (loss, rate, work), (norm, speed, waiting) = axes = figure.subplots(2, 3)
+    (loss, rate, speed, work), (norm, waiting, tokens, memory) = axes = figure.subplots(2, 4)
     width = max(1, len(steps) // 60)
     loss.plot(steps, values["loss"], color="0.85", lw=0.5)
     loss.plot(*_smooth(steps, values["loss"], width), color="black", label="all")
@@ -79,6 +80,8 @@ def draw_curves(
         (rate, "lr", "learning rate"),
         (norm, "grad_norm", "gradient norm"),
         (speed, "clips_per_second", "clips per second"),
+        (tokens, "tokens_per_second", "tokens per second"),
+        (memory, "memory_gb", "largest memory so far, GB"),
         (work, "tflops", "Tflop/s"),
         (waiting, "waiting", "share of the time spent waiting for data"),
     ):
@@ -86,6 +89,14 @@ def draw_curves(
         axis.plot(*smooth, color="black")
         axis.set_title(named)
     norm.set_yscale("log")
+    used = np.isfinite(values["utilisation"]) & np.isfinite(values["tflops"])
+    if (values["utilisation"][used] > 0).any():  # else the peak of the device is not known
+        peak = np.median(values["tflops"][used] / np.maximum(values["utilisation"][used], 1e-9))
+        share = work.secondary_yaxis("right", functions=(lambda x: x / peak, lambda x: x * peak))
+        share.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        work.set_title("Tflop/s, and their share of the peak")
+    for axis in (speed, tokens, work, memory):
+        axis.set_ylim(bottom=0)
     loss.set_title(title)
     for axis in axes.flat:
         axis.set_xlabel("step")

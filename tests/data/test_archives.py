@@ -113,8 +113,10 @@ def test_batches_are_keyed_and_a_run_goes_on_at_any_step(shards):
 
 def test_an_index_of_shards_needs_no_scan(shards, monkeypatch):
     assert index.main(["shards", "--output", "shards.index", "--workers", "0"]) == 0
+    plain = dataset()
     monkeypatch.setattr(tarfile, "open", None)
     indexed = dataset(manifest="shards.index", source="videos")
+    assert indexed.shards == plain.shards == [3, 3]
     assert indexed.record(4) == {"label": 0, "caption": "clip 4", "score": 4} and indexed.shape(4)[0] == 12
     assert indexed.load(4, np.random.default_rng(0))["pixels"].shape == (5, 32, 32, 3)
 

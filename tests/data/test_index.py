@@ -13,12 +13,14 @@ from media import write_barcodes
 from stdit import warn
 from stdit.data import clips as clips_module
 from stdit.data import inspections
+from stdit.data.base import captions_of
 from stdit.data.columns import Columns, write_columns
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.holdout import split
 from stdit.data.identity import fingerprint, identity_of
 from stdit.data.index import MediaIndex, write_index
+from stdit.data.joint import JointDataset
 from stdit.data.manifest import Row, Table
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
@@ -68,6 +70,9 @@ def test_a_dataset_of_an_index_is_that_of_its_manifest(clips, fps):
     (shapes, buckets), (known, found) = measure(plain, SIZES, 3), measure(indexed, SIZES, 3)
     assert shapes.tolist() == known.tolist() and buckets.tolist() == found.tolist()
     assert indexed.rates == plain.rates
+    captions = [plain.record(i)["caption"] for i in range(6)]
+    joint = JointDataset([plain, indexed], ["plain", "indexed"])
+    assert list(captions_of(indexed)) == list(captions_of(plain)) == captions == list(captions_of(joint))[6:]
     for i in (0, 3):
         one, other = (d.load(i, np.random.default_rng(i), SIZES[0])["pixels"] for d in (plain, indexed))
         assert (one == other).all()
@@ -109,6 +114,43 @@ def test_a_file_that_changes_after_a_run_has_begun_is_refused_by_name(clips):
         dataset.load(3, np.random.default_rng(0), SIZES[0])
     with pytest.raises(ValueError, match="older than its files .*clip é 3.mp4 has changed"):
         build_dataset(config_of("clips.index"))
+
+
+def test_with_hashes_a_file_that_was_touched_is_the_same_and_one_of_other_content_is_not(clips, monkeypatch):
+    def touch():
+        for file in clips.glob("*.*4"):
+            os.utime(file, ns=(1, 10**18))
+        return MediaIndex(clips.parent / "clips.index")
+
+    make()
+    assert touch().changed(3)  # without a hash
+    make("--hash")
+    for file in clips.glob("*.mp4"):
+        os.utime(file, ns=(1, 2 * 10**18))
+    assert build_dataset(config_of("clips.index")).load(3, np.random.default_rng(0), SIZES[0])["pixels"].any()
+    with monkeypatch.context() as patch:
+        patch.setattr(inspections, "inspect", None)
+        assert make() == 0  # nothing is decoded, and the hashes stay
+    found = MediaIndex(clips.parent / "clips.index")
+    assert found.columns["modified"].tolist() == [2 * 10**18] * 6 and len(found.columns.text("content", 3)) == 32
+    whole = bytearray((clips / "clip é 3.mp4").read_bytes())
+    whole[-1] ^= 1
+    (clips / "clip é 3.mp4").write_bytes(whole)
+    assert found.changed(3) and not touch().changed(2) and found.changed(3)
+    with pytest.raises(ValueError, match="clip é 3.mp4 has changed"):
+        build_dataset(config_of("clips.index"))
+
+
+def test_with_hashes_a_text_that_was_touched_is_the_same_and_another_of_its_length_is_not(clips):
+    (clips / "manifest.jsonl").unlink()
+    note = clips / "clip é 0.txt"
+    note.write_text("a red cat\n")
+    assert index.main(["clips", "--output", "clips.index", "--hash", "--workers", "0"]) == 0
+    found = MediaIndex(clips.parent / "clips.index")
+    os.utime(note, ns=(1, 10**18))
+    assert not found.changed(0)
+    note.write_text("a fat cat\n")
+    assert found.changed(0)
 
 
 def test_a_file_that_cannot_be_read_has_its_reason_in_the_index_and_is_not_opened(clips, monkeypatch):

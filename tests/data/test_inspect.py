@@ -188,3 +188,19 @@ def test_an_output_that_cannot_be_written_is_refused_before_files_are_read(clips
     for option in ("--manifest", "--sheet", "--report"):
         with pytest.raises((NotADirectoryError, FileExistsError)):
             check_media.main([str(clips), option, str(tmp_path / "file" / "out.jsonl")])
+
+
+def test_a_file_that_takes_more_memory_than_a_process_may_is_refused_and_others_are_read(tmp_path):
+    resource = pytest.importorskip("resource")
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("this system limits no memory of a process")
+    paths = [tmp_path / name for name in ("a.png", "large.png", "z.png")]
+    for path, side in zip(paths, (32, 8000, 32), strict=True):  # 192 MB
+        Image.new("RGB", (side, side)).save(path, compress_level=1)
+    report, limit = tmp_path / "report.jsonl", resource.getrlimit(resource.RLIMIT_AS)
+    settings = {"backend": "pyav", "workers": 1, "timeout": 60.0}
+    first, large, last = inspections.inspect_all(paths, report, memory=0.1, **settings)
+    assert large["refused"] == "takes more memory to be read in full than --memory=0.1 GB"
+    assert (first["height"], last["height"]) == (32, 32) and resource.getrlimit(resource.RLIMIT_AS) == limit
+    assert inspections.inspect_all(paths, report, memory=0.1, **{**settings, "backend": None})[1] == large  # remembered
+    assert inspections.inspect_all(paths, report, memory=0.0, **{**settings, "workers": 0})[1]["height"] == 8000

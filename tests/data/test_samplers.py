@@ -1,6 +1,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 
 from stdit import legacy
@@ -15,6 +16,7 @@ from stdit.data.samplers import (
     UniformSampler,
     assign_buckets,
 )
+from stdit.rng import keyed_choices, keyed_rng
 
 SIZES = [ClipSize(1, 32, 32), ClipSize(5, 32, 32), ClipSize(9, 32, 32), ClipSize(5, 32, 48)]
 COSTS = [4, 8, 12, 12]
@@ -48,6 +50,19 @@ def test_a_clip_is_assigned_to_the_nearest_aspect_and_a_length_that_fits():
     assert {buckets[1 + 6 * i] for i in range(7)} > {buckets[0]} or len({buckets[1 + 6 * i] for i in range(7)}) > 1
     assert buckets.tolist() == assign_buckets(SHAPES, SIZES, 3).tolist() != assign_buckets(SHAPES, SIZES, 4).tolist()
     assert assign_buckets([(3, 10, 10)], [ClipSize(5, 32, 32)], 0).tolist() == [NO_BUCKET]
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1, 2**32, 2**62 - 3])
+@pytest.mark.parametrize("count", [2, 3, 5, 2**31 + 1])  # the last is drawn again for half of the keys
+def test_choices_for_many_keys_at_once_are_those_of_each_key(seed, count):
+    rows = np.array([0, 1, 65535, 65536, 2**32 - 1, *np.random.default_rng(1).integers(0, 2**32, 40)])
+    one_by_one = [keyed_rng("order", seed, int(row), 1).integers(count) for row in rows]
+    assert keyed_choices("order", (seed, rows, 1), count).tolist() == one_by_one
+    long = keyed_choices("order", (seed, np.arange(65600), 1), count)  # in several blocks
+    assert long[65590] == keyed_rng("order", seed, 65590, 1).integers(count)
+    if count < 9:
+        choice = [keyed_rng("order", seed, int(row), 1).choice(list(range(count))) for row in rows]
+        assert choice == one_by_one
 
 
 def test_a_size_of_one_frame_takes_images_and_clips_that_are_too_short_for_others():

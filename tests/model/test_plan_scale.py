@@ -1,13 +1,14 @@
 """What `stdit plan` says of several devices and of deep models."""
 
 import pytest
+from safetensors import safe_open
 
 from stdit.config import Config, load_typed
 from stdit.model import cost
 from stdit.model.cost import frame_growth, over_processes, training_memory
 from stdit.model.stdit import STDiT
 from stdit.nn.low_rank import add_lora
-from stdit.recipes import plan
+from stdit.recipes import cache_latents, plan
 
 SMALL = {"depth": 6, "hidden_size": 32, "num_heads": 2, "in_channels": 4, "num_classes": 2, "sample_size": (2, 8, 8)}
 
@@ -91,6 +92,19 @@ def test_a_plan_refuses_shared_frames_that_training_refuses():
         plan.main(arguments)
     with pytest.raises(ValueError, match="not on cuda in 32 bits with heads of 64"):
         plan.main([*arguments, "--ring", "2", "train.precision=fp32"])
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float16", 2), ("float32", 4)])
+def test_a_plan_says_what_cached_latents_take_as_they_are_written(tmp_path, monkeypatch, capsys, dtype, size):
+    monkeypatch.chdir(tmp_path)
+    settings = ["data.source=shapes", "data.num_shapes=3", f"data.cache_dtype={dtype}"]
+    assert cache_latents.main(["quickstart", *settings, "--output", "latents"]) == 0
+    with safe_open(next((tmp_path / "latents").glob("*.safetensors")), "np") as shard:
+        numbers = sum(shard.get_tensor(name).size for name in shard.keys())  # noqa: SIM118
+    small = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2"]
+    assert plan.main(["quickstart", *settings, *small, "--gpu", "cpu", "--clips", "3000000"]) == 0
+    said = capsys.readouterr().out
+    assert f"{numbers * size / 1e3:,.1f} GB on disk for 3,000,000 clips" in said and f"in {dtype}" in said
 
 
 def test_of_a_lora_only_the_matrices_that_it_adds_take_gradients_and_moments(tmp_path, capsys):

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from stdit.model.cost import flops_of_config
 from stdit.model.stdit import STDiT
 from stdit.recipes import train
 from stdit.training import throughput
+from stdit.training.curves import draw_curves
 from stdit.training.parallel import compile_blocks
 from stdit.training.throughput import COLUMNS, Throughput, Work, summary
 
@@ -70,6 +72,33 @@ def test_a_run_logs_clips_tokens_operations_waiting_and_memory(tmp_path, monkeyp
     last = {name: float(rows[-1][name]) for name in COLUMNS}
     assert last["tokens_per_second"] == pytest.approx(8 * last["clips_per_second"], rel=0.01)  # 2 x 4 patches of a clip
     assert last["tflops"] > 0 and 0 <= last["waiting"] <= 1 and last["memory_gb"] > 0.05
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    shown = events.EventAccumulator("output/t/tensorboard").Reload()
+    for name in COLUMNS:  # trackers get the same numbers, of the same step
+        event = shown.Scalars(f"train/{name}")[-1]
+        assert event.step == 4 and event.value == pytest.approx(last[name], rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("peak", [989.0, None])
+def test_curves_show_throughput_and_memory_and_the_share_of_a_peak_that_is_known(tmp_path, monkeypatch, peak):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **k: drawn.append(self) or Path(path).touch())
+    names = ["step", "loss", "lr", "grad_norm", *COLUMNS]
+    values = {name: np.arange(1.0, 9.0) for name in names}
+    values["utilisation"] = values["tflops"] / (peak or np.nan)
+    draw_curves(values, tmp_path / "curves.png", "loss", parts={}, held_out=None)
+    axes = {axis.get_title(): axis for axis in drawn[0].axes}
+    for name in ("clips per second", "tokens per second", "largest memory so far, GB"):
+        assert axes[name].lines[0].get_ydata().tolist() == list(range(1, 9))
+    work = next(axis for title, axis in axes.items() if title.startswith("Tflop/s"))
+    assert ("peak" in work.get_title()) == bool(work.child_axes) == (peak is not None)
+
+
+def test_curves_of_a_run_without_numbers_of_its_speed_are_drawn(tmp_path):
+    values = {name: np.full(4, np.nan) for name in ("loss", "lr", "grad_norm", *COLUMNS)}
+    draw_curves({**values, "step": np.arange(4.0)}, tmp_path / "c.png", "loss", parts={}, held_out=None)
+    assert (tmp_path / "c.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
