@@ -146,8 +146,9 @@ def speed_line(args: argparse.Namespace, run: PlannedRun, choice: Choice) -> str
 
 def latents_line(run: PlannedRun, clips: int) -> str:
     """A line with the disk that cached latents take: of every clip, and of each of its latent frames encoded alone."""
-    dtype = run.config.data.cache_dtype
+    dtype, posterior = run.config.data.cache_dtype, run.config.data.cache_posterior
     one = 2 * run.arguments["in_channels"] * math.prod(run.latent) * {"float16": 2, "float32": 4}[dtype]
+    one *= 2 if posterior == "moments" else 1
     return f"latents       {one / 1e3:,.0f} kB a clip in {dtype} if they are cached, {one * clips / 1e9:,.1f} GB on disk for {clips:,} clips"
 
 
