@@ -38,6 +38,9 @@ class DataConfig:
 
     root: str = "data/clips"  # folder (or idx file) of the data, or the URL of one, such as s3://bucket/clips
     manifest: str | None = None  # CSV or JSON lines: path, label, caption, further columns; null: scan root
+    index: str | None = (
+        None  # NAME.index: a training makes it of root or manifest, or brings it up to date, and reads it in their place
+    )
     columns: dict[str, str] = field(
         default_factory=dict
     )  # names of the manifest's columns that are path, label and caption, if others: {path: video, caption: text}

@@ -47,6 +47,11 @@ class MediaIndex(Sequence[Row]):
         root = self._place_of("root")
         self.root = root if is_url(root) else root.absolute()
 
+    @property
+    def source(self) -> Path:
+        """The folder or manifest that it was made from."""
+        return self._place_of("source")
+
     def __reduce__(self) -> tuple[type["MediaIndex"], tuple[Path]]:
         return type(self), (self.path,)
 

@@ -25,6 +25,7 @@ from stdit.files import write_text
 from stdit.recipes.build import build_captions
 from stdit.recipes.encoding import Form
 from stdit.recipes.entry import check_least, command, command_parser
+from stdit.recipes.index import indexed
 from stdit.recipes.latent_shards import Part, ShardFolder, rank_of_process, write_index, write_shards
 from stdit.recipes.models import default_device
 from stdit.recipes.order import measure
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     check_augmentation(config.data, frozen=args.freeze_augmentation)
     check_least(args, "shard_size", "windows")
-    dataset = build_dataset(config.data)
+    dataset = build_dataset(indexed(config.data))
     check_flip(config.data.flip, dataset)
     if args.output.resolve() == Path(config.data.root).resolve():
         raise ValueError(

@@ -9,8 +9,11 @@ million rows at once, in every process, and refuses an index that is older than 
 """
 
 import os
+import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ import av
 
 from stdit.data.actions import known_actions
 from stdit.data.clips import Images, VideoClips
-from stdit.data.datasets import build_dataset
+from stdit.data.config import DataConfig
+from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.folders import named_from
 from stdit.data.identity import fingerprint
 from stdit.data.index import SUFFIX, MediaIndex, entries_of, write_index
@@ -31,6 +35,8 @@ from stdit.files import check_writable, claimed
 from stdit.recipes.check_media import data_config_of, judged
 from stdit.recipes.entry import command, command_parser
 from stdit.warn import warn_user
+
+TIMEOUT, MEMORY = 300.0, 4.0  # seconds and GB for one file in a process that reads
 
 
 @command
@@ -54,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--parquet", type=Path, help="write the table as parquet too (needs pyarrow)")
     parser.add_argument("--workers", type=int, help="processes that read; 0: this one (default: by cores and files)")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one file in such a process")
-    parser.add_argument("--memory", type=float, default=4.0, help="GB that it may take for one file; 0: no limit")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for one file in such a process")
+    parser.add_argument("--memory", type=float, default=MEMORY, help="GB that it may take for one file; 0: no limit")
     args = parser.parse_intermixed_args(argv)
     _check_output(args.output, args.source)
     if args.parquet is not None:
@@ -68,37 +74,93 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _index(args: Namespace) -> int:
-    av.logging.set_level(None)
     data = data_config_of(args.source, None, args.overrides, alone=True)
     dataset = build_dataset(data)
-    if not isinstance(dataset, VideoClips | Images):
-        raise ValueError(f"{str(args.source)!r} holds no files of videos or pictures; an index is of nothing else.")
-    paths = list(dict.fromkeys(row.path for row in dataset.rows))
-    journal = args.output.with_suffix(".partial.jsonl")
-    before = {os.path.realpath(file): entry for file, entry in _entries(args.output).items()}
-    absolute = {str(path): os.path.realpath(path) for path in paths}
-    known = {name: {**before[found], "path": name} for name, found in absolute.items() if found in before}
-    entries = inspect_all(
-        paths,
-        journal,
-        backend=data.backend,
-        workers=args.workers,
-        timeout=args.timeout,
-        memory=args.memory,
-        known=known,
-    )
-    by_path = {str(path): entry for path, entry in zip(paths, entries, strict=True)}
-    write_index(
-        args.output, Table(dataset.rows, dataset.num_classes, dataset.class_names), by_path, source=args.source, root=Path(data.root), fingerprint=fingerprint(dataset),
-        action_space=known_actions(dataset), hashed=args.hash or any("content" in entry for entry in known.values()),
-    )  # fmt: skip
-    journal.unlink(missing_ok=True)
-    checked = {path: judged(path, entry, data) for path, entry in zip(paths, entries, strict=True)}
+    limits = {"workers": args.workers, "timeout": args.timeout, "memory": args.memory}
+    entries = make_index(dataset, data, args.output, source=args.source, hashed=args.hash, **limits)
+    assert isinstance(dataset, VideoClips | Images)
+    checked = {path: judged(path, entry, data) for path, entry in entries.items()}
     print(overview(checked, dataset, data, ruled=False))
     if args.parquet:
         write_parquet(args.parquet, _plain_rows(MediaIndex(args.output), args.parquet.absolute().parent))
     print(f"{args.output}: {len(dataset)} rows; train on them with data.manifest={args.output}")
     return 0 if any(one.facts for one in checked.values()) else 1
+
+
+def make_index(
+    dataset: Dataset,
+    data: DataConfig,
+    output: Path,
+    *,
+    source: Path,
+    hashed: bool = False,
+    workers: int | None = None,
+    timeout: float = TIMEOUT,
+    memory: float = MEMORY,
+) -> dict[Path, dict[str, Any]]:
+    """Write the index of a dataset, reading the files that an index there does not know -> the entry of every file.
+
+    source: the folder or manifest of the dataset. The others are those of `stdit index`.
+    """
+    if not isinstance(dataset, VideoClips | Images):
+        raise ValueError(f"{str(source)!r} holds no files of videos or pictures; an index is of nothing else.")
+    av.logging.set_level(None)
+    paths = list(dict.fromkeys(row.path for row in dataset.rows))
+    journal = output.with_suffix(".partial.jsonl")
+    before = {os.path.realpath(file): entry for file, entry in _entries(output).items()}
+    absolute = {str(path): os.path.realpath(path) for path in paths}
+    known = {name: {**before[found], "path": name} for name, found in absolute.items() if found in before}
+    limits: dict[str, Any] = {"workers": workers, "timeout": timeout, "memory": memory}
+    entries = inspect_all(paths, journal, backend=data.backend, known=known, **limits)
+    write_index(
+        output, Table(dataset.rows, dataset.num_classes, dataset.class_names),
+        {str(path): entry for path, entry in zip(paths, entries, strict=True)}, source=source, root=Path(data.root),
+        fingerprint=fingerprint(dataset), action_space=known_actions(dataset),
+        hashed=hashed or any("content" in entry for entry in known.values()),
+    )  # fmt: skip
+    journal.unlink(missing_ok=True)
+    return dict(zip(paths, entries, strict=True))
+
+
+def indexed(data: DataConfig) -> DataConfig:
+    """The config of data whose manifest is the index that `data.index` names; it is made, or brought up to date, if need be.
+
+    Of several processes one makes it, and the others wait for its file, not in a collective, which would time out.
+    """
+    if data.index is None:
+        return data
+    if data.datasets:
+        raise ValueError("data.index is of one data set; make an index of each, and give it as its manifest.")
+    output, plain = Path(data.index), replace(data, index=None)
+    source = Path(data.manifest or data.root)
+    if data.manifest and not source.exists():
+        source = Path(data.root) / data.manifest
+    _check_output(output, source)
+    while not _is_current(output, source):
+        with ExitStack() as claim:
+            try:
+                claim.enter_context(claimed([output]))
+            except ValueError:
+                time.sleep(1)  # another process makes it
+                continue
+            if not _is_current(output, source):
+                make_index(build_dataset(plain), plain, output, source=source)
+                MediaIndex(output).check()
+    return replace(plain, manifest=str(output))
+
+
+def _is_current(output: Path, source: Path) -> bool:
+    """Whether an index is there and as new as its files; ValueError for one of another folder or manifest."""
+    if not output.is_file():
+        return False
+    try:
+        index = MediaIndex(output)
+        index.check()
+    except ValueError:
+        return False
+    if os.path.realpath(index.source) != os.path.realpath(source):
+        raise ValueError(f"data.index={output} is the index of {index.source}, not of {source}; give it another name.")
+    return True
 
 
 def _check_output(output: Path, source: Path) -> None:

@@ -48,6 +48,7 @@ from stdit.recipes.build import (
     teacher_fingerprint,
 )
 from stdit.recipes.entry import command, out_of_memory
+from stdit.recipes.index import indexed
 from stdit.recipes.order import build_order
 from stdit.recipes.previews import read_previews, sample_previews
 from stdit.recipes.propose import data_overrides, find_or_propose, keep
@@ -99,7 +100,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     check_batch(config, max(1, processes // context))
     check_trackers(config.train.trackers)
     check_optimizer(config.train.optimizer)
-    dataset = build_dataset(config.data)
+    dataset = build_dataset(indexed(config.data))
     vae = load_vae(config.vae.name).to(accelerator.device)
     check_cache(dataset, vae)
     objective = build_objective(config.objective)

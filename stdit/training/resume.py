@@ -24,7 +24,7 @@ from stdit.training.state import (
 _FREE = (
     "train.steps", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every", "train.preview_every",
     "train.resume", "train.allow_changes", "train.samples", "train.sample_steps", "train.guidance", "train.max_skipped",
-    "train.micro_batch", "data.workers", "data.timeout", "data.cache_dtype", "data.cache_posterior", "data.max_bad_fraction", "data.root", "data.manifest",
+    "train.micro_batch", "data.workers", "data.timeout", "data.cache_dtype", "data.cache_posterior", "data.max_bad_fraction", "data.root", "data.manifest", "data.index",
     "data.images", "name", "vae.name",
     "model.gradient_checkpointing", "model.label_std", "init_from.path", "train.parallel.shard", "train.parallel.replicas",
     "train.parallel.reshard", "train.parallel.offload", "train.parallel.context", "train.parallel.ring", "train.parallel.timeout", "train.compile", "train.profile",

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from stdit.data.joint import JointDataset
 from stdit.data.manifest import Row, Table
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
-from stdit.recipes import check_media, index
+from stdit.recipes import check_media, index, train
 from stdit.recipes.order import measure
 
 SIZES = [ClipSize(5, 32, 32), ClipSize(9, 32, 48), ClipSize(1, 32, 32)]
@@ -104,6 +105,34 @@ def test_an_index_of_a_folder_is_made_again_when_files_are_added_and_reads_only_
     monkeypatch.setattr(inspections, "inspect", lambda path, *a, **k: read.append(path.name) or original(path, *a, **k))
     assert index.main(arguments) == 0
     assert read == ["new.mp4"] and len(build_dataset(config)) == 7
+
+
+def test_a_training_makes_the_index_that_it_is_given_and_brings_it_up_to_date(clips, monkeypatch, capsys):
+    config = "data: {root: clips, num_frames: 5, height: 32, width: 32, workers: 0, max_bad_fraction: 0.5}\nmodel: {size: S/2, depth: 1, hidden_size: 16, num_heads: 2}\ntrain: {steps: 1, batch_size: 2, samples: 0, precision: fp32}\n"
+    Path("t.yaml").write_text("name: t\n" + config)
+    given = ["t.yaml", "data.manifest=manifest.jsonl", "data.index=clips.index"]
+    read = []
+    inspect_all = index.inspect_all
+    monkeypatch.setattr(
+        index,
+        "inspect_all",
+        lambda paths, *a, **k: read.append(len(paths)) or inspect_all(paths, *a, **{**k, "workers": 0}),
+    )
+
+    def loss(name, *arguments):
+        assert train.run([*arguments, f"name={name}"]) == 0
+        return Path(f"output/{name}/training_metrics.csv").read_text().splitlines()[1].split(",")[1]
+
+    assert loss("plain", *given[:2]) == loss("first", *given) == loss("again", *given)
+    assert read == [6] and len(MediaIndex(Path("clips.index"))) == 6
+    with open("clips/manifest.jsonl", "a") as stream:
+        stream.write(json.dumps({"path": "clip é 0.mp4", "label": "a", "caption": "", "score": 9}) + "\n")
+    assert loss("longer", *given) == loss("plain longer", *given[:2])
+    assert len(MediaIndex(Path("clips.index"))) == 7
+    assert train.run(["t.yaml", "name=other", "data.index=clips.index"]) == 1
+    assert "is the index of" in capsys.readouterr().err
+    assert train.run([*given[:2], "name=inside", "data.index=clips/own.index"]) == 1
+    assert "put it next to it" in capsys.readouterr().err
 
 
 def test_a_file_that_changes_after_a_run_has_begun_is_refused_by_name(clips):
