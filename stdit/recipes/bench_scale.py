@@ -149,18 +149,14 @@ def _order(make: Callable[[], BatchSampler]) -> tuple[float, float]:
 
 
 def _worker_memory(samples: KeyedSamples) -> float:
-    """Memory (MB) that a loader process has to itself once it has read the clips of a few steps.
-
-    Pages of files do not count, which the system drops when it needs them: how many of them are private depends on what other
-    processes run.
-    """
+    """Private memory (MB, "unique set size") of a loader process once it has read the clips of a few steps."""
     import psutil
 
     pool = WorkerPool(samples, 1, 60.0, {})
     with closing(pool.batches(iter([(step, slot) for slot in range(4)] for step in range(20)))) as batches:
         for _ in range(16):
             next(batches)
-        return sum(one.private_dirty for one in psutil.Process(pool.pids[0]).memory_maps()) / 1e6
+        return psutil.Process(pool.pids[0]).memory_full_info().uss / 1e6
 
 
 def _seconds(call: Callable[[], Any]) -> float:
