@@ -25,7 +25,7 @@ from stdit.model.lora import base_fingerprint
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.nn.checkpointing import CHECKPOINTING
-from stdit.nn.context_parallel import check_ring, check_shared_attention, check_shared_frames
+from stdit.nn.context_parallel import check_ring, check_shared_attention
 from stdit.precision import Precision, resolve
 from stdit.recipes.models import default_device, load_start
 from stdit.recipes.order import measure
@@ -235,7 +235,22 @@ def check_context(config: Config, vae: VideoVAE, processes: int) -> None:
         device = vae.device.type
         check_shared_attention(model_arguments(config.model), context, ring, device=device, in_16_bits=in_16_bits)
     for frames, _, _ in config.data.sizes or [[config.data.num_frames, 0, 0]]:
-        check_shared_frames(vae.latent_frames(frames), context)
+        _check_frames(frames, vae, context)
+
+
+def _check_frames(frames: int, vae: VideoVAE, context: int) -> None:
+    """Raise ValueError for clips whose latent frames `context` processes cannot share, with the nearest that they can."""
+    latents = vae.latent_frames(frames)
+    if latents % context == 0:
+        return
+    step = vae.temporal_granularity or vae.stride[0]
+    fits = [vae.pixel_frames(n * context) for n in range(1, 2 + latents // context)]
+    near = [str(number) for number in fits if (number - 1) % step == 0][-2:]
+    instead = f"use {' or '.join(near)} frames, or " if near else ""
+    raise ValueError(
+        f"{frames} frames (data.num_frames, data.sizes) are {latents} latent frames, which train.parallel.context={context} "
+        f"processes cannot share; {instead}use a context that divides {latents}."
+    )
 
 
 def split_holdout(config: Config, dataset: Dataset) -> tuple[Dataset, HeldOutDraws | None]:

@@ -287,6 +287,17 @@ def test_one_process_is_told_that_there_is_nothing_to_share(home):
 def test_processes_that_cannot_be_divided_so_are_refused(home):
     with pytest.raises(ValueError, match="replicas=4 does not divide 6 processes; use one of 1, 2, 3, 6"):
         make_mesh(ParallelConfig(shard="fsdp", replicas=4), "cpu", 6)
+    for frames, near in ((13, None), (17, "13 or 29"), (21, "13 or 29"), (5, "13"), (25, "13 or 29")):
+        config = load_typed(
+            Config, "t.yaml", ["train.parallel.context=4", f"data.num_frames={frames}", "model.num_heads=4"]
+        )
+        if near is None:
+            check_context(config, load_vae("tiny"), 4)
+        else:
+            with pytest.raises(
+                ValueError, match=f"{frames} frames .* are {frames // 4 + 1} latent frames, .*; use {near} frames"
+            ):
+                check_context(config, load_vae("tiny"), 4)
     with pytest.raises(ValueError, match="context=2 does not divide 3 process"):
         check_context(load_typed(Config, "t.yaml", ["train.parallel.context=2"]), load_vae("tiny"), 3)
     with pytest.raises(ValueError, match="ring=3 does not divide train.parallel.context=4; use one of 1, 2, 4"):
@@ -340,7 +351,7 @@ def test_shared_frames_are_not_compiled(home, capsys):
 
 def test_clips_that_a_context_cannot_share_are_refused_before_step_1(home):
     done = launch(2, "name=odd", "train.parallel.context=2", "data.num_frames=9")
-    assert done.returncode and "3 latent frames cannot be shared by 2 processes" in done.stderr
+    assert done.returncode and "9 frames (data.num_frames, data.sizes) are 3 latent frames" in done.stderr
     assert not Path("output/odd/training_metrics.csv").exists()
 
 
