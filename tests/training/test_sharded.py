@@ -45,30 +45,61 @@ train: {steps: 6, decay_steps: 20, batch_size: 4, optimizer: muon, lr: 1.0e-3, e
 SHARDED = "train.parallel.shard=fsdp"
 
 
+CONTEXT = "train.parallel.context=2"
+THIRTEEN = ["data.num_frames=13", "train.steps=4", "train.samples=0", "model.num_heads=2"]
+HALF = ["train.precision=bf16", "train.samples=0", "train.steps=4"]
+# Every way in which two processes share the work of a run, by the name of its run.
+TWO = {
+    "two": [SHARDED],
+    "copies": ["train.samples=0"],  # data parallel
+    "parts": [
+        SHARDED,
+        "train.micro_batch=1",
+        "train.parallel.reshard=false",
+        "train.samples=0",
+        "train.preview_every=100",
+    ],
+    "frames": [CONTEXT, *THIRTEEN],
+    # It also checkpoints, in recomputed blocks of a sharded model whose tokens are exchanged.
+    "sharded frames": [CONTEXT, SHARDED, "model.gradient_checkpointing=selective", *THIRTEEN],
+    "halves": [SHARDED, *HALF],
+    "ring": [CONTEXT, SHARDED, "train.parallel.ring=2", *THIRTEEN],
+}
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder in which runs of one process, and of two that share a model, were made."""
+    """A folder in which runs of one process, and of two that share its work, were made."""
     folder = tmp_path_factory.mktemp("sharded")
     (folder / "t.yaml").write_text(CONFIG)
     before = os.getcwd()
     os.chdir(folder)
     assert train.run(["t.yaml", "name=one"]) == 0
-    assert launch(2, "name=two", SHARDED).returncode == 0
+    assert train.run(["t.yaml", "name=thirteen", *THIRTEEN]) == 0
+    runs = [["t.yaml", f"name={name}", *settings] for name, settings in TWO.items()]
+    script = str(Path(__file__).with_name("several_runs.py"))
+    done = run_command([*LAUNCHER, "--nproc-per-node", "2", "--standalone", script, json.dumps(runs)])
+    assert done.returncode == 0
     yield folder
     os.chdir(before)
 
 
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
+
+
 def command_of(processes: int, *overrides: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    return [sys.executable, *launcher, "-m", "stdit", "train", "t.yaml", *overrides]
+    launcher = [*LAUNCHER, "--nproc-per-node", str(processes), "--standalone"]
+    return [*launcher, "-m", "stdit", "train", "t.yaml", *overrides]
 
 
 def launch(processes: int, *overrides: str) -> subprocess.CompletedProcess:
+    return run_command(command_of(processes, *overrides))
+
+
+def run_command(command: list[str]) -> subprocess.CompletedProcess:
     # A process crashed once in pybind11's table of instances, for no reason that was found: a crash says where Python was.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-    done = subprocess.run(
-        command_of(processes, *overrides), capture_output=True, text=True, timeout=180, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     if done.returncode:
         print(done.stderr[-20_000:])
     return done
@@ -79,9 +110,12 @@ def test_a_sharded_run_has_the_losses_and_the_weights_of_one_process(home):
     assert largest_difference(state("one", 6), state("two", 6)) < 1e-3
 
 
+def test_processes_with_a_copy_of_the_model_each_have_the_losses_and_the_weights_of_one(home):
+    assert losses("copies") == pytest.approx(losses("one"), rel=1e-6)
+    assert largest_difference(state("one", 6), state("copies", 6)) < 1e-3
+
+
 def test_a_sharded_run_whose_gradients_add_up_and_whose_weights_stay_gathered_is_that_of_one_process(home):
-    settings = ("train.micro_batch=1", "train.parallel.reshard=false", "train.samples=0", "train.preview_every=100")
-    assert launch(2, "name=parts", SHARDED, *settings).returncode == 0
     assert losses("parts") == pytest.approx(losses("one"), rel=1e-6)
     assert largest_difference(state("one", 6), state("parts", 6)) < 1e-3
 
@@ -103,22 +137,8 @@ def test_processes_share_out_the_previews_of_one(home):
     assert clips[0] == clips[1] and len(clips[0]) == 2
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        ["train.parallel.context=2"],
-        ["train.parallel.context=2", SHARDED],
-        pytest.param(["train.parallel.context=2", SHARDED, "train.parallel.ring=2"], marks=pytest.mark.slow),
-    ],
-)
-def test_processes_that_share_the_frames_of_clips_have_the_losses_of_one(home, how):
-    name = f"context{len(how)}"
-    settings = ("data.num_frames=13", "train.steps=4", "train.samples=0", "model.num_heads=2")
-    if not Path("output/thirteen").is_dir():
-        assert train.run(["t.yaml", "name=thirteen", *settings]) == 0
-    # The second also checkpoints, in recomputed blocks of a sharded model whose tokens are exchanged.
-    further = ["model.gradient_checkpointing=selective"] if SHARDED in how else []
-    assert launch(2, f"name={name}", *settings, *how, *further).returncode == 0
+@pytest.mark.parametrize("name", ["frames", "sharded frames", "ring"])
+def test_processes_that_share_the_frames_of_clips_have_the_losses_of_one(home, name):
     assert losses(name) == pytest.approx(losses("thirteen"), rel=1e-6)
     assert largest_difference(state("thirteen", 4), state(name, 4)) < 1e-3
 
@@ -323,9 +343,7 @@ def test_a_unet_is_neither_compiled_nor_spread_over_processes(home, capsys):
 
 
 def test_a_sharded_run_in_bfloat16_takes_float32_timesteps_and_has_the_losses_of_one_process(home):
-    settings = ("train.precision=bf16", "train.samples=0", "train.steps=4")
-    assert train.run(["t.yaml", "name=half", *settings]) == 0
-    assert launch(2, "name=halves", SHARDED, *settings).returncode == 0
+    assert train.run(["t.yaml", "name=half", *HALF]) == 0
     assert losses("halves") == pytest.approx(losses("half"), rel=2e-3)
 
 
