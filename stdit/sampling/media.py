@@ -45,14 +45,16 @@ def check_clip(clip: Tensor, name: str) -> None:
 
 
 def as_mask(given: Any) -> Tensor:
-    """Convert a mask to bool (H, W) or (F, H, W), true where pixels are generated; a tensor is returned unchanged.
+    """Convert a mask to bool (H, W) or (F, H, W), true where pixels are generated.
 
-    given: a PIL image (white is generated, transparent is not) or a list of them, one per frame; an array of bool, of whole
+    given: a PIL image (white is generated, transparent is not) or a list of them, one per frame; an array or tensor of bool, of whole
     numbers from 0 to 255 (uint16: to 65535) or of floats in [0, 1], of which the upper half is generated. ValueError for
     others, and for whole numbers that are but 0 and 1.
     """
     if isinstance(given, Tensor):
-        return given
+        if given.dtype == torch.bool:
+            return given
+        given = (given.float() if given.is_floating_point() else given).cpu().numpy()
     if isinstance(given, Image.Image):
         return torch.from_numpy(np.asarray(Image.fromarray(upright(given, ground=BLACK)).convert("L")) > 127)
     if isinstance(given, np.ndarray):

@@ -114,7 +114,9 @@ def test_a_mask_in_any_form_is_true_where_it_is_white():
     shown = np.zeros((2, 4, 6), dtype=np.uint8)
     shown[1, 1:3] = 255
     expected = torch.from_numpy(shown > 127)
+    tensor = torch.from_numpy(shown)
     forms = [shown, shown > 127, shown / 255, [Image.fromarray(one) for one in shown], list(shown > 127)]
+    forms += [tensor, tensor > 127, tensor / 255, (tensor / 255).bfloat16(), list(tensor / 255)]
     for form in forms:
         assert torch.equal(as_mask(form), expected)
     layer = np.zeros((4, 6, 4), dtype=np.uint8)

@@ -329,7 +329,7 @@ def test_outpainting_keeps_the_image_in_the_middle(make):
             lambda p: p.inpaint(clip(5), torch.ones(5, 16, 16, dtype=torch.bool)),
             r"mask is torch.bool of shape \(5, 16, 16\)",
         ),
-        (lambda p: p.inpaint(clip(5), torch.ones(5, 32, 32)), "mask is torch.float32"),
+        (lambda p: p.inpaint(clip(5), torch.full((5, 32, 32), 3.0)), "values from 3 to 3; give bool, or 0 to 1"),
         (lambda p: p.inpaint(clip(5), torch.zeros(32, 32, dtype=torch.bool)), "nothing is to be generated"),
         (lambda p: p.edit(clip(5), 1.2), "strength must be a noise level .* got 1.2"),
         (lambda p: p.edit(clip(5) * 127, 0.5), r"scale pixels to \[-1, 1\]"),
