@@ -155,6 +155,16 @@ def _heap_of(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(bytes(heap), np.uint8), np.array(starts, np.int64)
 
 
+def looks_like_table(path: Path) -> bool:
+    """Whether a file begins as a table does, however damaged it is beyond that; an empty one may be a table cut short."""
+    try:
+        with open(path, "rb") as stream:
+            begin = stream.read(9)
+    except OSError:
+        return False
+    return len(begin) < 9 or begin[8:] == b"{"
+
+
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and where its data begins."""
     try:

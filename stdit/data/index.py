@@ -222,13 +222,14 @@ def write_index(
     fingerprint: Mapping[str, Any],
     action_space: ActionSpace | None,
     hashed: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the index of a table.
 
     entries: by path, what `stdit check-media` measures: bytes, modified, and the fields of `Facts` or the reason "refused"; and
     the content's hash where it is known.
     source: the folder or manifest that the table was read from. root: the folder below which the files lie. fingerprint: that
-    of the dataset. hashed: with a hash of every file's content.
+    of the dataset. hashed: with a hash of every file's content. settings: what the rows depend on besides the source, as plain values.
     """
     here = Path(os.path.abspath(path)).parent
     rows = table.rows
@@ -262,6 +263,7 @@ def write_index(
         "class_names": table.class_names,
         "action_space": None if action_space is None else action_space.plain,
         "fingerprint": dict(fingerprint),
+        "settings": None if settings is None else dict(settings),
     }
     write_columns(path, arrays, info)
 

@@ -123,12 +123,15 @@ NO_BUCKET = -1
 
 
 def assign_buckets(
-    shapes: Sequence[tuple[int, int, int]] | np.ndarray, sizes: Sequence[ClipSize], seed: int
+    shapes: Sequence[tuple[int, int, int]] | np.ndarray,
+    sizes: Sequence[ClipSize],
+    seed: int,
+    keys: np.ndarray | None = None,
 ) -> np.ndarray:
     """Assign each clip of (frames, height, width) to one of `sizes` (N,); -1 where the clip is shorter than all of them.
 
     Among the sizes that are not longer than the clip, those of the nearest aspect ratio are candidates; one is drawn
-    at random, keyed by the seed and the clip's index. Sizes of one frame are for images, and for clips that are too
+    at random, keyed by the seed and the clip's index, or its number in `keys` (N,). Sizes of one frame are for images, and for clips that are too
     short for all others.
     """
     kinds, which = np.unique(np.asarray(shapes, np.int64).reshape(-1, 3), axis=0, return_inverse=True)
@@ -140,7 +143,8 @@ def assign_buckets(
     buckets, choices = found[which, 0], (found != NO_BUCKET).sum(1)[which]
     for count in np.unique(choices[choices > 1]).tolist():
         rows = np.flatnonzero(choices == count)
-        buckets[rows] = found[which[rows], keyed_choices("order", (seed, rows, 1), count)]
+        drawn_by = rows if keys is None else keys[rows]
+        buckets[rows] = found[which[rows], keyed_choices("order", (seed, drawn_by, 1), count)]
     return buckets
 
 

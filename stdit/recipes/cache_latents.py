@@ -8,6 +8,7 @@ The same command, run again, encodes only clips that are new or that changed, an
 """
 
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import numpy as np
 
 from stdit.config import Config, load_typed
 from stdit.data.actions import check_flip
+from stdit.data.base import Identity
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.holdout import column_of, columns_for_holdout
+from stdit.data.identity import hash_of, identity_of
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import NO_BUCKET, ClipSize
-from stdit.data.variants import ClipVariants
+from stdit.data.variants import VARIANT, ClipVariants
 from stdit.files import write_text
 from stdit.recipes.build import build_captions
 from stdit.recipes.encoding import Form
@@ -83,11 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "dtype": config.data.cache_dtype, "posterior": config.data.cache_posterior,
     }  # fmt: skip
     args.output.mkdir(parents=True, exist_ok=True)
-    moved = check_settings(args.output, head, vae)
+    check_settings(args.output, head, vae)
     parts = divide(dataset, [ClipSize(*size) for size in config.data.sizes], args.shard_size, seed=config.seed)
-    if moved:
-        ShardFolder(args.output).check_overlap(dataset, parts)
-        write_text(args.output / "settings.json", json.dumps(head))
+    folder = ShardFolder(args.output, hash_of({key: head[key] for key in head if key not in _OTHER_KEYS}))
+    if not folder.is_current(dataset, parts):
+        folder.check_overlap(dataset, parts)
+    write_text(args.output / "settings.json", json.dumps(head))
     form = Form.of(config)
     for name in form.columns:  # before anything is encoded
         _check_column(dataset, name, config.train.holdout_values)
@@ -95,9 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     build_captions(
         config, dataset, default_device(), share=rank_of_process()
     )  # first, since it may find that there are none
-    write_shards(args.output, dataset, vae, parts, seed=config.seed, form=form)
     rate = clip_rate(config.data, dataset)
-    return write_index(args.output, head, dataset, parts, rate=rate, form=form, config=config.data)
+    with folder.in_use():
+        write_shards(folder, dataset, vae, parts, seed=config.seed, form=form)
+        return write_index(folder, head, dataset, parts, rate=rate, form=form, config=config.data)
 
 
 def _recorded_columns(output: Path, dataset: Dataset) -> list[str]:
@@ -126,7 +131,8 @@ def divide(dataset: Dataset, sizes: Sequence[ClipSize], shard_size: int, *, seed
     """The clips of each shard: `shard_size` in their order, or, with sizes, of one size each."""
     groups: list[Part] = [Part(range(len(dataset)))]
     if sizes:
-        buckets = measure(dataset, sizes, seed)[1]
+        keys = np.array([_number_of(identity_of(dataset, i)) for i in range(len(dataset))], np.uint32)
+        buckets = measure(dataset, sizes, seed, keys)[1]
         groups = [Part(np.flatnonzero(buckets == number).tolist(), size) for number, size in enumerate(sizes)]
         if (short := int((buckets == NO_BUCKET).sum())) > 0:
             print(f"{short} clips are shorter than every size in data.sizes, or cannot be read, and are left out")
@@ -138,10 +144,17 @@ def divide(dataset: Dataset, sizes: Sequence[ClipSize], shard_size: int, *, seed
     return [Part(group.indices[start : start + shard_size], group.size) for group, start in starts]
 
 
+def _number_of(one: Identity) -> int:
+    """A number of a clip that stays when others come before it; its size is drawn by it."""
+    return zlib.crc32(f"{one.source} {one.columns.get(VARIANT, 0)}".encode("utf-8", "surrogateescape"))
+
+
 # Where the clips lie, on which their latents do not depend, and the keys of the data config on which they do; VAE, seed and
 # --shard-size are checked as well.
 _PLACE_KEYS = ("root", "manifest")
 SOURCE_KEYS = (*_PLACE_KEYS, "num_frames", "height", "width", "fps", "crop", "flip")
+# Settings on which the latents of a clip do not depend; the size is part of the clip's key, weights of the VAE's fingerprint.
+_OTHER_KEYS = (*_PLACE_KEYS, "vae", "shard_size", "tensors", "sizes")
 
 
 def check_augmentation(config: DataConfig, frozen: bool) -> None:
@@ -158,15 +171,15 @@ def check_augmentation(config: DataConfig, frozen: bool) -> None:
         )
 
 
-def check_settings(output: Path, head: dict, vae: VideoVAE) -> bool:
-    """ValueError if the folder holds latents made with other settings; a run with the same settings adds to them.
-
-    Returns whether they were made of clips in another place, which may be other clips.
-    """
-    path = output / "settings.json"
-    if not path.is_file():
-        write_text(path, json.dumps(head))
-        return False
+def check_settings(output: Path, head: dict, vae: VideoVAE) -> None:
+    """ValueError if the folder holds latents made with other settings; a run with the same settings adds to them."""
+    path = next((path for path in (output / "settings.json", output / "cache.json") if path.is_file()), None)
+    if path is None:
+        if any(output.glob("latents-*.json")):
+            raise ValueError(
+                f"{output} holds latents without their settings.json, which may be others; choose another --output, or remove it."
+            )
+        return
     try:
         # What earlier versions did not record.
         found = {
@@ -179,12 +192,11 @@ def check_settings(output: Path, head: dict, vae: VideoVAE) -> bool:
             **json.loads(path.read_text()),
         }
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); choose another --output, or remove it.") from error
+        raise ValueError(f"{path} is not JSON ({error}); choose another --output, or remove {output}.") from error
     if vae.has_fingerprint(str(found.get("vae_fingerprint"))):
         found["vae_fingerprint"] = head["vae_fingerprint"]
-    changed = [key for key in head if found.get(key) != head[key]]
-    if further := [key for key in changed if key not in _PLACE_KEYS]:
+    changed = [key for key in head if found.get(key) != head[key] and key not in _PLACE_KEYS]
+    if changed:
         raise ValueError(
-            f"{output} holds latents made with other settings ({', '.join(further)}); choose another --output, or remove it."
+            f"{output} holds latents made with other settings ({', '.join(changed)}); choose another --output, or remove it."
         )
-    return bool(changed)

@@ -21,6 +21,7 @@ import av
 
 from stdit.data.actions import known_actions
 from stdit.data.clips import Images, VideoClips
+from stdit.data.columns import looks_like_table
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.folders import named_from
@@ -36,6 +37,7 @@ from stdit.recipes.check_media import data_config_of, judged
 from stdit.recipes.entry import command, command_parser
 from stdit.warn import warn_user
 
+_PATIENCE = 5.0  # seconds without a word to whoever waits
 TIMEOUT, MEMORY = 300.0, 4.0  # seconds and GB for one file in a process that reads
 
 
@@ -115,7 +117,7 @@ def make_index(
     write_index(
         output, Table(dataset.rows, dataset.num_classes, dataset.class_names),
         {str(path): entry for path, entry in zip(paths, entries, strict=True)}, source=source, root=Path(data.root),
-        fingerprint=fingerprint(dataset), action_space=known_actions(dataset),
+        fingerprint=fingerprint(dataset), action_space=known_actions(dataset), settings=_settings(data),
         hashed=hashed or any("content" in entry for entry in known.values()),
     )  # fmt: skip
     journal.unlink(missing_ok=True)
@@ -135,21 +137,31 @@ def indexed(data: DataConfig) -> DataConfig:
     source = Path(data.manifest or data.root)
     if data.manifest and not source.exists():
         source = Path(data.root) / data.manifest
-    _check_output(output, source)
-    while not _is_current(output, source):
+    _check_output(output, source, "data.index=")
+    check_writable(output)
+    began, said = time.monotonic(), False
+    while not _is_current(output, source, plain):
         with ExitStack() as claim:
             try:
                 claim.enter_context(claimed([output]))
             except ValueError:
-                time.sleep(1)  # another process makes it
+                if time.monotonic() - began > _PATIENCE and not said:
+                    print(f"waiting for another process that makes {output}", flush=True)
+                    said = True
+                time.sleep(1)
                 continue
-            if not _is_current(output, source):
+            if not _is_current(output, source, plain):
                 make_index(build_dataset(plain), plain, output, source=source)
                 MediaIndex(output).check()
     return replace(plain, manifest=str(output))
 
 
-def _is_current(output: Path, source: Path) -> bool:
+def _settings(data: DataConfig) -> dict[str, Any]:
+    """What the rows of an index depend on besides its source."""
+    return {"columns": dict(data.columns), "source": data.source}
+
+
+def _is_current(output: Path, source: Path, data: DataConfig) -> bool:
     """Whether an index is there and as new as its files; ValueError for one of another folder or manifest."""
     if not output.is_file():
         return False
@@ -158,15 +170,19 @@ def _is_current(output: Path, source: Path) -> bool:
         index.check()
     except ValueError:
         return False
+    if index.info.get("settings") != _settings(data):
+        return False  # it is written again from what is known of its files
     if os.path.realpath(index.source) != os.path.realpath(source):
         raise ValueError(f"data.index={output} is the index of {index.source}, not of {source}; give it another name.")
     return True
 
 
-def _check_output(output: Path, source: Path) -> None:
-    """Raise ValueError for another suffix, and for an index inside the folder of its files, whose time it would change."""
+def _check_output(output: Path, source: Path, option: str = "--output ") -> None:
+    """Raise ValueError for another suffix, for what is no index, and for one inside the folder of its files, whose time it would change."""
     if output.suffix != SUFFIX:
-        raise ValueError(f"--output {output} is no name of an index; call it {output.with_suffix(SUFFIX)}.")
+        raise ValueError(f"{option}{output} is no name of an index; call it {output.with_suffix(SUFFIX)}.")
+    if output.exists() and not looks_like_table(output):
+        raise ValueError(f"{option}{output} is there and is no index; choose another name.")
     if source.suffix == SUFFIX:
         raise ValueError(f"{source} is an index already; give the folder or manifest that it was made from.")
     _check_beside(output, source)

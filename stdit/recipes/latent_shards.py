@@ -11,21 +11,24 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from stdit.data.actions import known_actions
-from stdit.data.cached import CachedLatents, table_columns
+from stdit.data.cached import MOST_OPEN, CachedLatents, table_columns
 from stdit.data.columns import write_columns
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset
 from stdit.data.holdout import column_of
 from stdit.data.identity import clip_of, columns_of, fingerprint, hash_of, identity_of
+from stdit.data.media import state_of
 from stdit.data.samplers import ClipSize
 from stdit.data.tensor_rows import TensorRows, checksum_of
 from stdit.data.variants import VARIANT
@@ -48,10 +51,10 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Where the latents of a clip are: the record of a shard, and the row there, None for a file that cannot be read."""
+    """Where the latents of a clip are: the record of a shard, and the row there."""
 
     record: dict[str, Any]
-    number: int | None
+    number: int
 
 
 def rank_of_process() -> tuple[int, int]:
@@ -74,21 +77,26 @@ def draw_of(dataset: Dataset, index: int) -> Draw:
 
 
 class ShardFolder:
-    """The shards in a folder. Records are read as they are on the disk, since other processes write there, too."""
+    """The shards in a folder. Records are read as they are on the disk, since other processes write there, too.
 
-    def __init__(self, path: Path):
-        self.path = path
+    settings: a hash of what latents depend on besides their clips; shards of others are no part of the folder.
+    """
+
+    def __init__(self, path: Path, settings: str):
+        self.path, self.settings = path, settings
+        self._own = 0  # locks that this process has for the whole folder
+        self._whole: dict[str, bool] = {}  # by file, whether it is as its record says
 
     def file(self, number: int, keys: Sequence[str]) -> Path:
-        """The file of a shard by its number and the keys of its clips."""
-        return self.path / f"latents-{number:05d}-{hash_of(list(keys))[:12]}.safetensors"
+        """The file of a shard by its number and the keys of the clips that are in it."""
+        return self.path / f"latents-{number:05d}-{hash_of([self.settings, *keys])[:12]}.safetensors"
 
     def records(self, number: int | None = None) -> Iterator[dict[str, Any]]:
         """The records of all shards that have one, or of those of a number, the newest first."""
         found = self.path.glob("latents-*.json" if number is None else f"latents-{number:05d}*.json")
         for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
             record = _read_record(path.with_suffix(".safetensors"))
-            if record is not None:
+            if record is not None and record.get("settings", self.settings) == self.settings:
                 yield record
 
     def is_whole(self, record: dict[str, Any]) -> bool:
@@ -97,34 +105,76 @@ class ShardFolder:
 
     @cached_property
     def rows(self) -> dict[str, Row]:
-        """Where the latents of clips are, by their keys, in the shards that were whole when they were first asked for."""
+        """Where the latents of clips are, by their keys, in the shards that were there when they were first asked for."""
         found: dict[str, Row] = {}
         for record in self.records():
-            if self.is_whole(record):
-                for key, number in zip(record["keys"], record["rows"], strict=True):
+            for key, number in zip(record["keys"], record["rows"], strict=True):
+                if number is not None:  # what could not be read is tried again
                     found.setdefault(key, Row(record, number))
         return found
 
+    def find(self, key: str) -> Row | None:
+        """Where the latents of a clip are, in a shard that is whole; None if nowhere."""
+        row = self.rows.get(key)
+        if row is None:
+            return None
+        name = row.record["file"]
+        if name not in self._whole:
+            self._whole[name] = self.is_whole(row.record)
+        return row if self._whole[name] else None
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """A context manager that has other processes leave all files here."""
+        with claimed([self.path / f"process {uuid4().hex}"]):
+            self._own = 1
+            try:
+                yield
+            finally:
+                self._own = 0
+
+    def is_used_elsewhere(self) -> bool:
+        """Whether another process writes here, or may need what is here."""
+        return sum(_is_held(lock) for lock in self.path.glob(".*.lock")) > self._own
+
+    def is_current(self, dataset: Dataset, parts: Sequence[Part]) -> bool:
+        """Whether any of some parts is as the data are now."""
+        return any(
+            one["described"] == _description(dataset, part)
+            for number, part in enumerate(parts[:4])
+            for one in self.records(number)
+        )
+
     def check_overlap(self, dataset: Dataset, parts: Sequence[Part]) -> None:
-        """Raise ValueError if none of some clips, spread over the data, is in the folder although it has clips."""
+        """Raise ValueError if the folder has clips and none of them is found in the data, where some are looked for."""
         clips = [(index, part.size) for part in parts for index in part.indices]
         compared = clips[:: max(1, len(clips) // _COMPARED)]
-        if self.rows and not any(key_of(dataset, index, size) in self.rows for index, size in compared):
-            raise ValueError(
-                f"{self.path} holds latents of other clips, which these would replace; choose another --output, or remove it."
-            )
+        if not self.rows or any(key_of(dataset, index, size) in self.rows for index, size in compared):
+            return
+        # Of many clips those of the folder may be few: some of these are looked for by their names.
+        known = {
+            name: key for record in self.records() for name, key in zip(record["clips"], record["keys"], strict=True)
+        }
+        wanted = dict(list(known.items())[:: max(1, len(known) // _COMPARED)])
+        for index, size in clips:
+            name = identity_of(dataset, index).source
+            if name in wanted and key_of(dataset, index, size) in self.rows:
+                return
+        raise ValueError(
+            f"{self.path} holds latents of other clips, which these would replace; choose another --output, or remove it."
+        )
 
 
 def write_shards(
-    output: Path, dataset: Dataset, vae: VideoVAE, parts: Sequence[Part], *, seed: int, form: Form
+    folder: ShardFolder, dataset: Dataset, vae: VideoVAE, parts: Sequence[Part], *, seed: int, form: Form
 ) -> None:
     """Write the shards of this process, encoding the clips that no shard has, and those of missing or damaged shards."""
     (rank, world), waited, began = rank_of_process(), 0.0, time.perf_counter()
-    folder, done = ShardFolder(output), Counter[str]()
+    done = Counter[str]()
     for number in Progress(range(len(parts))[rank::world], unit="shard", desc="encoding", disable=rank > 0):
         with ExitStack() as claim:
             try:
-                claim.enter_context(claimed([output / f"latents-{number:05d}.safetensors"]))
+                claim.enter_context(claimed([folder.path / f"latents-{number:05d}.safetensors"]))
             except ValueError:  # the same command runs twice: the other process has this shard
                 done["elsewhere"] += 1
                 continue
@@ -154,31 +204,37 @@ def _write_shard(
     indices, described = part.indices, _description(dataset, part)
     keys = [key_of(dataset, i, part.size) for i in indices]
     same = next((one for one in folder.records(number) if one["keys"] == keys and folder.is_whole(one)), None)
-    if same is not None:
+    if same is not None and None not in same["rows"]:
         done["kept"] += len(indices)
         newest = next(folder.records(number))
         if same["described"] != described or newest["file"] != same["file"]:
-            _write_record(folder, {**same, "described": described, "checksums": _checksums(folder, same)})
+            names = [identity_of(dataset, i).source for i in indices]
+            further = {"described": described, "clips": names, "checksums": _checksums(folder, same)}
+            _write_record(folder, {**same, **further})
         return 0.0
-    rows = {i: folder.rows[key] for i, key in zip(indices, keys, strict=True) if key in folder.rows}
+    found = {i: folder.find(key) for i, key in zip(indices, keys, strict=True)}
+    rows = {i: row for i, row in found.items() if row is not None}
     wanted = [i for i in indices if i not in rows]
     done.update(kept=len(rows), encoded=len(wanted))
     shard = encode_shard(
         dataset, vae, wanted, draws=[draw_of(dataset, i) for i in wanted], seed=seed, size=part.size, form=form
     )
-    record = _merge(folder, folder.file(number, keys), shard, indices=indices, rows=rows)
-    bad = {key: rows[i].record["bad"].get(key, "") for i, key in zip(indices, keys, strict=True) if i in rows}
-    bad |= {key: shard.bad.get(dataset.name(i), "") for i, key in zip(indices, keys, strict=True) if i not in rows}
+    there = [key for i, key in zip(indices, keys, strict=True) if i in rows or i in shard.indices]
+    record = _merge(folder, folder.file(number, there), shard, indices=indices, rows=rows)
+    bad = {key: shard.bad.get(dataset.name(i), "") for i, key in zip(indices, keys, strict=True) if i not in rows}
     record |= {"bad": {key: reason for key, reason in bad.items() if reason}, "keys": keys, "sources": hash_of(keys)}
+    record |= {"clips": [identity_of(dataset, i).source for i in indices], "settings": folder.settings}
     record |= {"described": described, **({} if part.size is None else {"size": list(part.size)})}
     _write_record(folder, record)
     return shard.waited
 
 
 def _description(dataset: Dataset, part: Part) -> str:
-    """A hash of a part's clips as far as it is known without reading them."""
-    clips = [identity_of(dataset, i) for i in part.indices]
-    return hash_of([[one.source, one.content, hash_of(columns_of(one)), *(part.size or ())] for one in clips])
+    """A hash of a part's clips as far as it is known without reading them: by names, sizes and times of change."""
+    clips = [(identity_of(dataset, i), state_of(Path(dataset.name(i)))) for i in part.indices]
+    return hash_of(
+        [[one.source, one.content, *state, hash_of(columns_of(one)), *(part.size or ())] for one, state in clips]
+    )
 
 
 def _merge(folder: ShardFolder, file: Path, shard: Shard, *, indices: Sequence[int], rows: dict[int, Row]) -> dict:
@@ -193,9 +249,12 @@ def _merge(folder: ShardFolder, file: Path, shard: Shard, *, indices: Sequence[i
         if i in new:
             clips.append({name: tensor[new[i]] for name, tensor in shard.tensors.items()})
             conditions.append(shard.conditions[new[i]])
-        elif i in rows and (row := rows[i]).number is not None:
+        elif i in rows:
+            row = rows[i]
             name = row.record["file"]
             if name not in before:
+                if len(before) >= MOST_OPEN:
+                    before.pop(next(iter(before)))
                 before[name] = TensorRows(folder.path / name)
             clips.append({part: before[name].row(part, row.number) for part in before[name].names()})
             conditions.append(row.record["conditions"][row.number])
@@ -204,7 +263,7 @@ def _merge(folder: ShardFolder, file: Path, shard: Shard, *, indices: Sequence[i
         save_file(tensors or {"latents": torch.zeros(0)}, tmp)
         digest, size = file_sha256(tmp), tmp.stat().st_size
     numbers = iter(range(len(clips)))
-    there = [i in new or (i in rows and rows[i].number is not None) for i in indices]
+    there = [i in new or i in rows for i in indices]
     return {
         "file": file.name, "count": len(clips), "bytes": size, "sha256": digest, "conditions": conditions,
         "checksums": [checksum_of(clip) for clip in clips], "rows": [next(numbers) if one else None for one in there],
@@ -219,6 +278,15 @@ def _checksums(folder: ShardFolder, record: dict[str, Any]) -> list[int]:
     return [checksum_of({name: file.row(name, row) for name in file.names()}) for row in range(record["count"])]
 
 
+def _is_held(lock: Path) -> bool:
+    """Whether a process has a lock."""
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def _write_record(folder: ShardFolder, record: dict[str, Any]) -> None:
     write_text((folder.path / record["file"]).with_suffix(".json"), json.dumps(record))
 
@@ -230,6 +298,8 @@ def _read_record(file: Path) -> dict[str, Any] | None:
         if "keys" not in record:
             record |= _of_version_before(record)
         counted = sum(row is not None for row in record["rows"]) == len(record["conditions"]) == record["count"]
+        counted = counted and all(isinstance(one, dict) for one in record["conditions"])
+        counted = counted and all(isinstance(one, int) for one in record["checksums"] or [])
         counted = counted and (record["checksums"] is None or len(record["checksums"]) == record["count"])
         return record if counted and len(record["keys"]) == len(record["rows"]) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -238,15 +308,17 @@ def _read_record(file: Path) -> dict[str, Any] | None:
 
 def _of_version_before(record: dict[str, Any]) -> dict[str, Any]:
     """What a record of before lacks: keys in place of the clips' identities, checksums of their rows."""
-    keys = []
+    keys, names = [], []
     for source, content, *further in record["sources"]:
         clip = [content] if isinstance(content, str) and len(content) == 32 else [source, content]
         keys.append(hash_of([*clip, *further]))
-    return {"keys": keys, "sources": hash_of(record["sources"]), "bad": {}, "described": None, "checksums": None}
+        names.append(source)
+    known = {"keys": keys, "clips": names, "sources": hash_of(record["sources"]), "bad": {}}
+    return {**known, "described": None, "checksums": None}
 
 
 def write_index(
-    output: Path,
+    folder: ShardFolder,
     head: dict,
     dataset: Dataset,
     parts: Sequence[Part],
@@ -256,11 +328,15 @@ def write_index(
     config: DataConfig,
 ) -> int:
     """Write cache.json once every shard is there and of this data (the last process does). rate: frames per second."""
-    folder, records = ShardFolder(output), []
+    output, records = folder.path, []
     for number, part in enumerate(parts):
         described = _description(dataset, part)
         record = next((one for one in folder.records(number) if one["described"] == described), None)
         if record is None:
+            if rank_of_process()[1] == 1 and not folder.is_used_elsewhere():
+                raise ValueError(
+                    f"clips changed while they were encoded, and {output} lacks latents of some; run the same command again."
+                )
             print(f"process {rank_of_process()[0]} is done; the last process to finish writes {output / 'cache.json'}")
             return 0
         records.append(record)
@@ -285,7 +361,8 @@ def write_index(
     # Known here, it need not be found from all clips at the start of every run.
     whole = fingerprint(CachedLatents(output, config))
     write_text(output / "cache.json", json.dumps({**head, "fingerprint": whole}))
-    _remove_others(output, {table.name, *(record["file"] for record in records)})
+    if not folder.is_used_elsewhere():
+        _remove_others(output, {table.name, *(record["file"] for record in records)})
     for reason in list(bad.values())[:10]:
         print(f"skipped a file: {reason}")
     skipped = f"; {len(bad)} skipped" if bad else ""

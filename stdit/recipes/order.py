@@ -118,14 +118,16 @@ def _shards(config: Config, dataset: Dataset) -> list[int]:
     return counts
 
 
-def measure(dataset: Dataset, sizes: Sequence[ClipSize], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The (frames, height, width) of every clip (N, 3), and the bucket it is assigned to (N,)."""
+def measure(
+    dataset: Dataset, sizes: Sequence[ClipSize], seed: int, keys: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The (frames, height, width) of every clip (N, 3), and the bucket it is assigned to (N,). keys: see `assign_buckets`."""
     known = dataset.shapes() if hasattr(dataset, "shapes") else None
     if known is not None and getattr(dataset, "fixed_sizes", False):  # cached latents, which cannot be cut
         equal = (known[:, None] == np.array(sizes)[None]).all(-1)
         return known, np.where(equal.any(1), equal.argmax(1), NO_BUCKET)
     if known is not None:
-        return known, assign_buckets(known, sizes, seed)
+        return known, assign_buckets(known, sizes, seed, keys)
     shapes = []
     for index in Progress(range(len(dataset)), desc="measuring clips", unit="clip", disable=None):
         try:
@@ -133,7 +135,7 @@ def measure(dataset: Dataset, sizes: Sequence[ClipSize], seed: int) -> tuple[np.
         except VideoError as error:
             shapes.append((0, 1, 1))  # fits no bucket
             print(f"clip left out: {error}")
-    return np.array(shapes).reshape(-1, 3), assign_buckets(shapes, sizes, seed)
+    return np.array(shapes).reshape(-1, 3), assign_buckets(shapes, sizes, seed, keys)
 
 
 def _tell_short(shapes: np.ndarray, sizes: Sequence[ClipSize], buckets: np.ndarray) -> None:
