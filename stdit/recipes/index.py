@@ -163,18 +163,17 @@ def _settings(data: DataConfig) -> dict[str, Any]:
 
 def _is_current(output: Path, source: Path, data: DataConfig) -> bool:
     """Whether an index is there and as new as its files; ValueError for one of another folder or manifest."""
-    if not output.is_file():
-        return False
     try:
         index = MediaIndex(output)
+    except ValueError:
+        return False
+    if os.path.realpath(index.source) != os.path.realpath(source):
+        raise ValueError(f"data.index={output} is the index of {index.source}, not of {source}; give it another name.")
+    try:
         index.check()
     except ValueError:
         return False
-    if index.info.get("settings") != _settings(data):
-        return False  # it is written again from what is known of its files
-    if os.path.realpath(index.source) != os.path.realpath(source):
-        raise ValueError(f"data.index={output} is the index of {index.source}, not of {source}; give it another name.")
-    return True
+    return index.info.get("settings") == _settings(data)  # else it is written again from what is known of its files
 
 
 def _check_output(output: Path, source: Path, option: str = "--output ") -> None:

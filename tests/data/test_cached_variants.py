@@ -86,6 +86,20 @@ def test_buckets_and_packs_train_from_a_cache_of_several_sizes_and_resume(home, 
     assert [row.split(",")[:2] for row in rows[0]] == [row.split(",")[:2] for row in rows[1]]
 
 
+def test_clips_keep_their_sizes_and_latents_when_others_come_and_go(home, capsys):
+    (home / "t.yaml").write_text(CONFIG.replace(str(SIZES), "[[5, 32, 32], [9, 32, 32]]"))
+    for i in range(6):
+        write_barcodes(home / f"clips/{i}.mp4", 12 + i)  # each fits both sizes
+    assert cache() == 0
+    (home / "clips/0.mp4").unlink()
+    (home / "clips/3.mp4").rename(home / "clips/03.mp4")
+    write_barcodes(home / "clips/00.mp4", 20)
+    capsys.readouterr()
+    assert cache() == 0
+    said = capsys.readouterr().out
+    assert "4 clips kept, 2 encoded" in said or "5 clips kept, 1 encoded" in said  # a new name may draw another size
+
+
 def test_windows_of_a_clip_are_samples_and_mirrored_ones_are_mirrored(home):
     settings = ("data.sizes=[]",)
     assert cache(*settings, "--windows", "3", "--mirrored") == 0

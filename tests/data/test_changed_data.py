@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from stdit.config import Config, load_typed
 from stdit.data import cached
 from stdit.data.cached import CachedLatents
+from stdit.data.clips import VideoClips
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.identity import columns_of, content_of, fingerprint, hash_of, identity_of
@@ -134,6 +135,82 @@ def test_clips_that_are_renamed_or_lie_elsewhere_are_not_encoded_again_and_other
     with pytest.raises(ValueError, match="lat holds latents of other clips, which these would replace; choose another"):
         cache("data.root=others")
     assert {path: path.read_bytes() for path in files} == files
+
+
+def test_latents_of_other_settings_are_not_taken_for_these_though_the_settings_are_lost(cache):
+    for name in "abcd":
+        write_video(f"clips/{name}.mp4", np.full((9, 32, 32, 3), 9 * ord(name) % 255, np.uint8), fps=8)
+    cache()
+    Path("lat/settings.json").unlink()
+    with pytest.raises(ValueError, match=r"made with other settings \(num_frames\)"):
+        cache("data.num_frames=9")
+    Path("lat/cache.json").unlink()
+    with pytest.raises(ValueError, match="holds latents without their settings.json"):
+        cache("data.num_frames=9")
+    assert not latent_shards.ShardFolder(Path("lat"), "a hash of others").rows
+
+
+def test_a_clip_that_could_not_be_read_is_tried_again(cache, monkeypatch):
+    load, broken = VideoClips.load, ["c.mp4"]
+
+    def sometimes(self, index, *arguments):
+        if Path(self.name(index)).name in broken:
+            raise VideoError("the disk was away")
+        return load(self, index, *arguments)
+
+    monkeypatch.setattr(VideoClips, "load", sometimes)
+    info, before, _ = cache()
+    assert [shard["count"] for shard in info["shards"]] == [2, 1] and list(info["skipped"].values()) == [
+        "the disk was away"
+    ]
+    files = [shard["file"] for shard in info["shards"]]
+    info, same, encoded = cache()
+    assert encoded == [2] and [shard["file"] for shard in info["shards"]] == files and torch.equal(before[1], same[1])
+    broken.clear()
+    info, after, encoded = cache()
+    assert encoded == [2] and not info["skipped"] and torch.equal(after[1][1], before[1][0])
+    assert info["shards"][0]["file"] == files[0] and info["shards"][1]["file"] != files[1]
+
+
+def test_a_process_of_several_does_not_publish_the_latents_of_a_file_that_has_changed(cache, monkeypatch, capsys):
+    _, before, _ = cache()
+    size = Path("clips/a.mp4").stat().st_size
+    write("a", 41)
+    assert Path("clips/a.mp4").stat().st_size == size  # found only by reading it
+    published = Path("lat/cache.json").read_bytes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert cache_latents.main(["t.yaml", "--output", "lat", "--shard-size", "2"]) == 0
+    assert "the last process to finish writes" in capsys.readouterr().out
+    assert Path("lat/cache.json").read_bytes() == published
+    monkeypatch.setenv("RANK", "0")
+    _, after, encoded = cache()
+    assert encoded == [0] and not torch.equal(after[0][0], before[0][0]) and torch.equal(after[1], before[1])
+
+
+def test_files_that_another_process_may_need_stay(cache):
+    info, _, _ = cache()
+    write("a", 200)
+    folder = latent_shards.ShardFolder(Path("lat"), "")
+    with folder.in_use():
+        cache()
+        assert all((Path("lat") / shard["file"]).is_file() for shard in info["shards"])
+    cache()
+    assert not (Path("lat") / info["shards"][0]["file"]).is_file()
+
+
+def test_many_clips_are_added_to_few(cache, monkeypatch):
+    cache()
+    for i in range(30):
+        shutil.copy("clips/a.mp4", f"clips/e{i}.mp4")
+        with open(f"clips/e{i}.mp4", "ab") as stream:
+            stream.write(b"%d" % i)  # another content
+    manifest([*(f"e{i}.mp4,x,more" for i in range(15)), *ROWS, *(f"e{i}.mp4,x,more" for i in range(15, 30))])
+    monkeypatch.setattr(latent_shards, "_COMPARED", 2)
+    monkeypatch.setattr(latent_shards, "MOST_OPEN", 1)
+    _, after, encoded = cache()
+    assert len(encoded) == 30 and not {15, 16, 17, 18} & set(encoded)
+    assert len(torch.cat(after)) == 34
 
 
 def test_a_cache_of_the_version_before_is_read_and_brought_up_to_date_without_encoding(cache):

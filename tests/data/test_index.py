@@ -129,6 +129,13 @@ def test_a_training_makes_the_index_that_it_is_given_and_brings_it_up_to_date(cl
         stream.write(json.dumps({"path": "clip é 0.mp4", "label": "a", "caption": "", "score": 9}) + "\n")
     assert loss("longer", *given) == loss("plain longer", *given[:2])
     assert len(MediaIndex(Path("clips.index"))) == 7
+    other = [*given, "data.columns={label: score}"]
+    assert loss("columns", *other) == loss("plain columns", *given[:2], other[-1])
+    assert MediaIndex(Path("clips.index")).info["class_names"] != ["a", "b"] and read[-1] == 6
+    Path("notes.index").write_text("my notes, which are no table")
+    assert train.run([*given[:2], "name=notes", "data.index=notes.index"]) == 1
+    assert "data.index=notes.index is there and is no index" in capsys.readouterr().err
+    assert Path("notes.index").read_text().startswith("my notes")
     assert train.run(["t.yaml", "name=other", "data.index=clips.index"]) == 1
     assert "is the index of" in capsys.readouterr().err
     assert train.run(["t.yaml", "name=inside", "data.index=clips/own.index"]) == 1
