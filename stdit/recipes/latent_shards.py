@@ -39,7 +39,7 @@ from stdit.recipes.encoding import Draw, Form, Shard, encode_shard
 from stdit.vae import VideoVAE
 
 _COMPARED = 200  # clips that are looked for in the folder when the data have moved
-_SHARD = re.compile(r"latents-\d{5}(-[0-9a-f]{12})?\.(safetensors|json)")
+_SHARD = re.compile(r"latents-\d{5,}(-[0-9a-f]{12})?\.(safetensors|json)")
 _TABLE = re.compile(r"clips-[0-9a-f]{12}\.safetensors")
 
 
@@ -84,7 +84,7 @@ class ShardFolder:
 
     def __init__(self, path: Path, settings: str):
         self.path, self.settings = path, settings
-        self._own = 0  # locks that this process has for the whole folder
+        self._own: Path | None = None  # the lock of this process
         self._whole: dict[str, bool] = {}  # by file, whether it is as its record says
 
     def file(self, number: int, keys: Sequence[str]) -> Path:
@@ -126,16 +126,16 @@ class ShardFolder:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """A context manager that has other processes leave all files here."""
-        with claimed([self.path / f"process {uuid4().hex}"]):
-            self._own = 1
+        self._own = self.path / f".process-{uuid4().hex}.lock"
+        with FileLock(self._own):
             try:
                 yield
             finally:
-                self._own = 0
+                self._own.unlink(missing_ok=True)
 
     def is_used_elsewhere(self) -> bool:
         """Whether another process writes here, or may need what is here."""
-        return sum(_is_held(lock) for lock in self.path.glob(".*.lock")) > self._own
+        return any(_is_held(lock) for lock in self.path.glob(".process-*.lock") if lock != self._own)
 
     def is_current(self, dataset: Dataset, parts: Sequence[Part]) -> bool:
         """Whether any of some parts is as the data are now."""
@@ -279,9 +279,10 @@ def _checksums(folder: ShardFolder, record: dict[str, Any]) -> list[int]:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process has a lock."""
+    """Whether a process has a lock of its own; one that was killed has left it."""
     try:
         with FileLock(lock, timeout=0):
+            lock.unlink(missing_ok=True)
             return False
     except Timeout:
         return True
