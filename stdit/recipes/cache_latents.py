@@ -101,8 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # first, since it may find that there are none
     rate = clip_rate(config.data, dataset)
     with folder.in_use():
-        write_shards(folder, dataset, vae, parts, seed=config.seed, form=form)
-        return write_index(folder, head, dataset, parts, rate=rate, form=form, config=config.data)
+        elsewhere = write_shards(folder, dataset, vae, parts, seed=config.seed, form=form)
+        settings = {"rate": rate, "form": form, "config": config.data}
+        return write_index(folder, head, dataset, parts, elsewhere=elsewhere, **settings)
 
 
 def _recorded_columns(output: Path, dataset: Dataset) -> list[str]:

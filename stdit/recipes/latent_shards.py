@@ -167,8 +167,11 @@ class ShardFolder:
 
 def write_shards(
     folder: ShardFolder, dataset: Dataset, vae: VideoVAE, parts: Sequence[Part], *, seed: int, form: Form
-) -> None:
-    """Write the shards of this process, encoding the clips that no shard has, and those of missing or damaged shards."""
+) -> int:
+    """Write the shards of this process, encoding the clips that no shard has, and those of missing or damaged shards.
+
+    Returns the number of shards that were left to other processes, which were writing them.
+    """
     (rank, world), waited, began = rank_of_process(), 0.0, time.perf_counter()
     done = Counter[str]()
     for number in Progress(range(len(parts))[rank::world], unit="shard", desc="encoding", disable=rank > 0):
@@ -187,6 +190,7 @@ def write_shards(
         print(f"{done['elsewhere']} shards were being written by another process")
     if done["kept"]:
         print(f"{done['kept']} clips kept, {done['encoded']} encoded")
+    return done["elsewhere"]
 
 
 def _write_shard(
@@ -327,14 +331,18 @@ def write_index(
     rate: float,
     form: Form,
     config: DataConfig,
+    elsewhere: int,
 ) -> int:
-    """Write cache.json once every shard is there and of this data (the last process does). rate: frames per second."""
+    """Write cache.json once every shard is there and of this data (the last process does).
+
+    rate: frames per second. elsewhere: shards that this process left to others.
+    """
     output, records = folder.path, []
     for number, part in enumerate(parts):
         described = _description(dataset, part)
         record = next((one for one in folder.records(number) if one["described"] == described), None)
         if record is None:
-            if rank_of_process()[1] == 1 and not folder.is_used_elsewhere():
+            if rank_of_process()[1] == 1 and not elsewhere and not folder.is_used_elsewhere():
                 raise ValueError(
                     f"clips changed while they were encoded, and {output} lacks latents of some; run the same command again."
                 )
