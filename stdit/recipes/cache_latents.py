@@ -102,8 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rate = clip_rate(config.data, dataset)
     with folder.in_use():
         elsewhere = write_shards(folder, dataset, vae, parts, seed=config.seed, form=form)
-        settings = {"rate": rate, "form": form, "config": config.data}
-        return write_index(folder, head, dataset, parts, elsewhere=elsewhere, **settings)
+        return write_index(folder, head, dataset, parts, rate=rate, form=form, config=config.data, elsewhere=elsewhere)
 
 
 def _recorded_columns(output: Path, dataset: Dataset) -> list[str]:
