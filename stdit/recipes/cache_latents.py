@@ -29,9 +29,10 @@ from stdit.recipes.build import build_captions
 from stdit.recipes.encoding import Form
 from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.index import indexed
-from stdit.recipes.latent_shards import Part, ShardFolder, rank_of_process, write_index, write_shards
+from stdit.recipes.latent_shards import rank_of_process, write_index, write_shards
 from stdit.recipes.models import default_device
 from stdit.recipes.order import measure
+from stdit.recipes.shard_folder import Part, ShardFolder
 from stdit.vae import VideoVAE, load_vae
 from stdit.warn import warn_user
 

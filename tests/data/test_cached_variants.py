@@ -21,7 +21,7 @@ from stdit.files import claimed
 from stdit.pixels import to_float
 from stdit.recipes import cache_latents, train
 from stdit.recipes.build import build_captions
-from stdit.recipes.latent_shards import draw_of
+from stdit.recipes.shard_folder import draw_of
 from stdit.rng import keyed_rng
 from stdit.text import CaptionCache, HashedWordEncoder
 from stdit.vae import load_vae

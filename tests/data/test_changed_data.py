@@ -22,7 +22,7 @@ from stdit.data.identity import columns_of, content_of, fingerprint, hash_of, id
 from stdit.data.rates import clip_rate
 from stdit.data.video_io import VideoError
 from stdit.data.video_write import write_video
-from stdit.recipes import cache_latents, latent_shards, train
+from stdit.recipes import cache_latents, latent_shards, shard_folder, train
 
 TINY = """
 name: t
@@ -147,7 +147,7 @@ def test_latents_of_other_settings_are_not_taken_for_these_though_the_settings_a
     Path("lat/cache.json").unlink()
     with pytest.raises(ValueError, match="holds latents without their settings.json"):
         cache("data.num_frames=9")
-    assert not latent_shards.ShardFolder(Path("lat"), "a hash of others").rows
+    assert not shard_folder.ShardFolder(Path("lat"), "a hash of others").rows
 
 
 def test_a_clip_that_could_not_be_read_is_tried_again(cache, monkeypatch):
@@ -191,7 +191,7 @@ def test_a_process_of_several_does_not_publish_the_latents_of_a_file_that_has_ch
 def test_files_that_another_process_may_need_stay(cache):
     info, _, _ = cache()
     write("a", 200)
-    folder = latent_shards.ShardFolder(Path("lat"), "")
+    folder = shard_folder.ShardFolder(Path("lat"), "")
     with folder.in_use():
         cache()
         assert all((Path("lat") / shard["file"]).is_file() for shard in info["shards"])
@@ -206,7 +206,7 @@ def test_many_clips_are_added_to_few(cache, monkeypatch):
         with open(f"clips/e{i}.mp4", "ab") as stream:
             stream.write(b"%d" % i)  # another content
     manifest([*(f"e{i}.mp4,x,more" for i in range(15)), *ROWS, *(f"e{i}.mp4,x,more" for i in range(15, 30))])
-    monkeypatch.setattr(latent_shards, "_COMPARED", 2)
+    monkeypatch.setattr(shard_folder, "_COMPARED", 2)
     monkeypatch.setattr(latent_shards, "MOST_OPEN", 1)
     _, after, encoded = cache()
     assert len(encoded) == 30 and not {15, 16, 17, 18} & set(encoded)
