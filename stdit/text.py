@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -243,9 +243,10 @@ class CaptionCache:
             part = left.popleft()
             if all(text in self._index for text in part):
                 continue
+            file = self._file(part)
             with ExitStack() as claim:
                 try:
-                    claim.enter_context(claimed([self._file(part)]))
+                    claim.enter_context(claimed([file]))
                 except (
                     ValueError
                 ):  # another process is at it; once it has finished, or died, the part is looked at again
@@ -306,10 +307,16 @@ class CaptionCache:
                 f"the caption {text[:60]!r} was never encoded into {self.folder}; add the captions of the data again."
             )
         name, row = place
-        with safe_open(self.folder / name, framework="pt") as file:
-            mask = file.get_slice("mask")[row]
-            length = int(mask.sum())  # padding comes last
-            return Encoded(file.get_slice("tokens")[row, :length][None].float(), mask[None, :length])
+        try:
+            with safe_open(self.folder / name, framework="pt") as file:
+                mask = file.get_slice("mask")[row]
+                length = int(mask.sum())  # padding comes last
+                return Encoded(file.get_slice("tokens")[row, :length][None].float(), mask[None, :length])
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{self.folder / name} cannot be read ({str(error).partition(chr(10))[0]}); remove it, so that its captions are "
+                "encoded again."
+            ) from error
 
 
 class _CaptionIndex:
@@ -327,7 +334,12 @@ class _CaptionIndex:
         for index in sorted(self.folder.glob("captions-*.json")):
             file = index.with_suffix(".safetensors").name
             if file not in known:
-                texts = json.loads(index.read_text())
+                try:
+                    texts = json.loads(index.read_text())
+                except (OSError, ValueError):
+                    continue  # it was cut short; its captions are encoded again
+                if not index.with_suffix(".safetensors").is_file():
+                    continue
                 self._recent |= {_hash_of(text): (len(self._files), row) for row, text in enumerate(texts)}
                 self._files.append(file)
                 if len(self._recent) > max(1 << 14, len(self._hashes) // 8):

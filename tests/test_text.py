@@ -110,6 +110,29 @@ def test_a_copy_in_another_process_is_sent_no_captions_and_finds_them_all(tmp_pa
     assert "word7 and more" in cache._index and "word7" not in cache._index
 
 
+def test_captions_of_a_damaged_shard_are_named_and_those_of_a_lost_one_are_encoded_again(tmp_path, monkeypatch):
+    encoder = HashedWordEncoder()
+    monkeypatch.setattr(CaptionCache, "SHARD", 2)
+    cache = CaptionCache(tmp_path, encoder)
+    cache.add(encoder, TEXTS, progress=False)
+    wanted = cache(TEXTS)
+    first, second = sorted(cache.folder.glob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:40])
+    with pytest.raises(ValueError, match=f"{first.name} cannot be read .*remove it") as error:
+        CaptionCache(tmp_path, encoder)(TEXTS)
+    assert "\n" not in str(error.value)
+    first.unlink()
+    second.with_suffix(".json").write_text("[")
+    again = CaptionCache(tmp_path, encoder)
+    again.add(encoder, TEXTS, progress=False)
+    assert torch.equal(again(TEXTS).tokens, wanted.tokens)
+
+
+def test_a_caption_that_is_no_text_ends_in_an_error_and_not_in_waiting(tmp_path):
+    with pytest.raises(ValueError, match="surrogates"):
+        CaptionCache(tmp_path, HashedWordEncoder()).add(HashedWordEncoder(), ["task \ud800"], progress=False)
+
+
 def test_loader_processes_read_captions_and_the_one_that_trains_reads_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {

@@ -19,7 +19,7 @@ from stdit.data.clips import VideoClips
 from stdit.data.config import DataConfig
 from stdit.data.facts import too_short
 from stdit.data.identity import content_of, relative_name, size_of
-from stdit.data.manifest import Row, Table
+from stdit.data.manifest import Row, Table, as_utf8
 from stdit.data.media import VideoError
 from stdit.files import inside, read_json
 
@@ -79,7 +79,7 @@ class LeRobotClips(VideoClips):
             ) from error
         if not self.places:
             raise ValueError(f"{root} has no episodes; record some.")
-        rows = [Row(place.video, None, "; ".join(place.tasks)) for place in self.places]
+        rows = [Row(place.video, None, as_utf8("; ".join(place.tasks), str(root))) for place in self.places]
         super().__init__(Table(rows, 0, None), config)
 
     @cached_property

@@ -139,10 +139,11 @@ def _caption_of(record: Record, manifest: Path) -> str:
         return ""
     if not isinstance(caption, str):
         raise ValueError(f"{place}: caption {caption!r} is not text; write one text per row, in quotation marks.")
-    return _utf8(caption, place)
+    return as_utf8(caption, place)
 
 
-def _utf8(caption: str, place: str) -> str:
+def as_utf8(caption: str, place: str) -> str:
+    """A caption; ValueError, which names its place, if it has no form in UTF-8."""
     try:
         caption.encode()
     except UnicodeEncodeError as error:

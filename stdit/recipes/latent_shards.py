@@ -85,28 +85,28 @@ def _write_shard(
     indices, described = part.indices, description_of(dataset, part)
     keys = [key_of(dataset, i, part.size) for i in indices]
     same = next((one for one in folder.records(number) if one["keys"] == keys and folder.is_whole(one)), None)
-    if same is not None and None not in same["rows"]:
-        done["kept"] += len(indices)
-        newest = next(folder.records(number))
-        if same["described"] != described or newest["file"] != same["file"]:
-            names = [identity_of(dataset, i).source for i in indices]
-            further = {"described": described, "clips": names, "checksums": _checksums(folder, same)}
-            _write_record(folder, {**same, **further})
-        return 0.0
-    found = {i: folder.find(key) for i, key in zip(indices, keys, strict=True)}
-    rows = {i: row for i, row in found.items() if row is not None}
-    wanted = [i for i in indices if i not in rows]
-    done.update(kept=len(rows), encoded=len(wanted))
-    shard = encode_shard(
-        dataset, vae, wanted, draws=[draw_of(dataset, i) for i in wanted], seed=seed, size=part.size, form=form
-    )
-    there = [key for i, key in zip(indices, keys, strict=True) if i in rows or i in shard.indices]
-    record = _merge(folder, folder.file(number, there), shard, indices=indices, rows=rows)
-    bad = {key: shard.bad.get(dataset.name(i), "") for i, key in zip(indices, keys, strict=True) if i not in rows}
-    record |= {"bad": {key: reason for key, reason in bad.items() if reason}, "keys": keys, "sources": hash_of(keys)}
-    record |= {"clips": [identity_of(dataset, i).source for i in indices], "settings": folder.settings}
+    if same is not None:
+        rows = {i: Row(same, row) for i, row in zip(indices, same["rows"], strict=True) if row is not None}
+    else:
+        found = {i: folder.find(key) for i, key in zip(indices, keys, strict=True)}
+        rows = {i: row for i, row in found.items() if row is not None}
+    wanted = [i for i in indices if i not in rows]  # what could not be read is tried again
+    draws = [draw_of(dataset, i) for i in wanted]
+    shard = encode_shard(dataset, vae, wanted, draws=draws, seed=seed, size=part.size, form=form)
+    done.update(kept=len(rows), encoded=len(shard.indices))
+    if same is not None and not shard.indices:
+        record = {**same, "checksums": _checksums(folder, same)}
+    else:
+        there = [key for i, key in zip(indices, keys, strict=True) if i in rows or i in shard.indices]
+        record = _merge(folder, folder.file(number, there), shard, indices=indices, rows=rows)
+        record |= {"keys": keys, "sources": hash_of(keys)}
+    bad = {
+        key: shard.bad[dataset.name(i)] for i, key in zip(indices, keys, strict=True) if dataset.name(i) in shard.bad
+    }
+    record |= {"clips": [identity_of(dataset, i).source for i in indices], "settings": folder.settings, "bad": bad}
     record |= {"described": described, **({} if part.size is None else {"size": list(part.size)})}
-    _write_record(folder, record)
+    if record != same or next(folder.records(number))["file"] != record["file"]:
+        _write_record(folder, record)
     return shard.waited
 
 
