@@ -91,6 +91,7 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "build",
         "encoding",
         "latent_shards",
+        "shard_folder",
         "propose",
         "sample_tasks",
         "sampling",
