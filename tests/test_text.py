@@ -1,8 +1,8 @@
 import json
 import os
-import pickle
 import threading
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -102,9 +102,9 @@ def test_a_copy_in_another_process_is_sent_no_captions_and_finds_them_all(tmp_pa
     monkeypatch.setattr(CaptionCache, "SHARD", 8)
     cache = CaptionCache(tmp_path, encoder)
     cache.add(encoder, texts, progress=False)
-    sent = pickle.dumps(cache)
+    sent = ForkingPickler.dumps(cache)
     assert len(sent) < 1000
-    copy = pickle.loads(sent)
+    copy = ForkingPickler.loads(sent)
     assert torch.equal(copy(texts).tokens, cache(texts).tokens)
     assert len(cache) == 51 and torch.equal(copy(texts[::-1]).tokens, cache(texts[::-1]).tokens)  # sorted, and not yet
     assert "word7 and more" in cache._index and "word7" not in cache._index
