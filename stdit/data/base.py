@@ -29,7 +29,8 @@ class Dataset(Protocol):
 
     num_classes: 0 for data without labels. class_names: the names of the classes, None if they have none. A
     dataset whose samples need no decoding has `decodes = False`; loader processes would only slow it down. A method
-    `identity(index, *, read=False)` gives the `Identity` of a sample; without it, `name` and `record` do.
+    `identity(index, *, read=False)` gives the `Identity` of a sample; without it, `name` and `record` do. Large datasets may also
+    have `captions()`, `column_values(column)` and `known_fingerprint`, which spare a look at every sample.
     """
 
     num_classes: int
