@@ -108,6 +108,11 @@ CHOICES: dict[str, dict[str, str]] = {
         "cosine": "to zero at `train.decay_steps`, slowly at first and at the end",
         "constant": "not at all, whatever `train.decay_steps` says",
     },
+    "train.compile": {
+        "false": "blocks run as they are",
+        "true": "blocks are compiled; an error where no compiler works",
+        "auto": "compiled in runs of 2000 steps and more, where a compiler works; not with shared frames, selective checkpointing or a U-Net",
+    },
     "model.gradient_checkpointing": {
         "false": "every block keeps what its backward pass needs",
         "selective": "results of products with weights and of attention are kept, the rest is computed again: little time",

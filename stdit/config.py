@@ -148,7 +148,7 @@ class Config:
                 "objective.mask_ratio hides patches, but known frames must be visible; set objective.mask_strategy=shared, or "
                 "objective.mask_ratio=0."
             )
-        if model.gradient_checkpointing == "selective" and self.train.compile:
+        if model.gradient_checkpointing == "selective" and self.train.compile is True:
             raise ValueError(
                 "model.gradient_checkpointing=selective does not see inside compiled blocks (train.compile=true), which choose for "
                 "themselves what to keep; use true or false."
@@ -230,7 +230,7 @@ class Config:
         chosen = [
             f"model.{key}={getattr(self.model, key)}" for key in keys if getattr(self.model, key) != getattr(plain, key)
         ]
-        if self.train.compile or self.train.parallel != ParallelConfig():
+        if self.train.compile is True or self.train.parallel != ParallelConfig():
             raise ValueError(
                 "model.network=unet is neither compiled nor spread over processes; leave out train.compile and train.parallel."
             )

@@ -129,7 +129,7 @@ class _Place:
         if folder not in self._resolved:
             self._resolved[folder] = str(Path(folder).resolve())
         file = Path(self._resolved[folder], name)
-        return file.resolve() if last and file.is_symlink() else file
+        return file.resolve() if last and os.path.islink(file) else file  # a name too long for a file is no link
 
 
 def _caption_of(record: Record, manifest: Path) -> str:

@@ -29,7 +29,7 @@ POSITION_ENCODINGS = {
 class AxisTables(NamedTuple):
     """Position tables and masks of attention along one axis; a field is None where attention does not need it.
 
-    time: (L, D), added to the tokens. query_rope, key_rope: complex (L, 1, pairs), or (N, L, 1, pairs) where sequences differ. frames: what each frame sees, as chunks, or as
+    time: (L, D), added to the tokens. query_rope, key_rope: (L, 1, pairs, 2), or (N, L, 1, pairs, 2) where sequences differ. frames: what each frame sees, as chunks, or as
     a `BlockMask` for flex attention; None if every frame sees all. mask: (N, 1, 1, keys) bool, false for padding. bias_index:
     (N|1, L, L) rows of the relative position bias. retained: indices of the keys that are cached for the next call.
     """

@@ -40,7 +40,7 @@ def temporal_pos_embed(frames: int, dim: int, scale: float = 1.0) -> Tensor:
 
 
 def rope_freqs(positions: np.ndarray, pairs: int, scale: tuple[float, ...] = (1.0, 1.0, 1.0)) -> Tensor:
-    """Rotary factors (..., L, 1, pairs), complex64 of length 1, for integer positions (..., L, 1) or (..., L, 3).
+    """Rotary factors (..., L, 1, pairs, 2), cosines and sines in float32, for integer positions (..., L, 1) or (..., L, 3).
 
     One axis (time) takes all channel pairs; of three (time, y, x), y and x take a third each and time the rest. Pair i of
     an axis with n pairs is rotated by position * scale * 10000^(-i/n) (Su et al., "RoFormer"). Position 0 does nothing.
@@ -53,7 +53,7 @@ def rope_freqs(positions: np.ndarray, pairs: int, scale: tuple[float, ...] = (1.
         low, high = int(positions[..., axis].min()), int(positions[..., axis].max())
         table = _rope_table(low, high, count, scale[axis])
         parts.append(table[torch.from_numpy(positions[..., axis] - low)])
-    return torch.cat(parts, dim=-1).unsqueeze(-2)
+    return torch.view_as_real(torch.cat(parts, dim=-1).unsqueeze(-2))
 
 
 @lru_cache(maxsize=256)
@@ -66,6 +66,11 @@ def _rope_table(low: int, high: int, pairs: int, scale: float) -> Tensor:
 
 
 def apply_rope(x: Tensor, freqs: Tensor) -> Tensor:
-    """Rotate channel pairs of (N, L, H, D) by factors (N|1, L, 1, D/2): dot products then depend only on distances."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * freqs).flatten(-2).to(x.dtype)
+    """Rotate channel pairs of (N, L, H, D) by factors (N|1, L, 1, D/2, 2): dot products then depend only on distances."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # no code is made for complex numbers
+        (real, imaginary), (cos, sin) = pairs.unbind(-1), freqs.unbind(-1)
+        rotated = torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    else:
+        rotated = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.view_as_complex(freqs))
+    return rotated.flatten(-2).to(x.dtype)

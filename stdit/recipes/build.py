@@ -30,6 +30,7 @@ from stdit.precision import Precision, resolve
 from stdit.recipes.models import default_device, load_start
 from stdit.recipes.order import measure
 from stdit.text import CaptionCache, load_text_encoder
+from stdit.training.compiled import LONG_RUN, compiler_error
 from stdit.training.fit import Teacher
 from stdit.training.held_out import TOGETHER, HeldOutDraws
 from stdit.training.parallel import backend_of
@@ -125,6 +126,21 @@ def build_model(
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing(CHECKPOINTING[config.model.gradient_checkpointing])
     return model
+
+
+def compiles_blocks(config: Config, accelerator: Accelerator) -> bool:
+    """Whether the blocks of a run are compiled: `train.compile`, or for "auto" whether that gains time and works here."""
+    train, model = config.train, config.model
+    if train.compile != "auto":
+        return train.compile
+    without = model.network == "unet" or model.gradient_checkpointing == "selective" or train.parallel.context > 1
+    if train.steps < LONG_RUN or without:
+        return False
+    if error := compiler_error(accelerator.device):
+        accelerator.print(f"blocks are not compiled, which would be faster, since no compiler works here: {error}")
+        return False
+    accelerator.print("blocks are compiled in the first steps, which takes half a minute or more")
+    return True
 
 
 def _check_learns_cfg(config: Config, model: STDiT) -> None:

@@ -13,8 +13,8 @@ from stdit.recipes.gpu_core import RUN
 from stdit.recipes.gpu_models import deterministic, inputs, published_size, relative, small_model, train_steps
 from stdit.recipes.gpu_speed import image_batch, step_report
 from stdit.recipes.machine import Machine
+from stdit.training.compiled import compile_blocks
 from stdit.training.optim import build_optimizers
-from stdit.training.parallel import compile_blocks
 
 # Models whose blocks differ in what a graph could break at.
 VARIANTS: dict[str, dict] = {

@@ -12,8 +12,8 @@ from stdit.model.stdit import STDiT
 from stdit.nn.checkpointing import CHECKPOINTING
 from stdit.precision import autocast
 from stdit.recipes.machine import Machine, gib
+from stdit.training.compiled import compile_blocks
 from stdit.training.optim import build_optimizers
-from stdit.training.parallel import compile_blocks
 from stdit.training.step import LatentBatch, diffusion_losses
 
 Clips = tuple[int, Shape]  # a number of clips, and the (T, h, w) of their latents

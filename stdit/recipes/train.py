@@ -44,6 +44,7 @@ from stdit.recipes.build import (
     check_batch,
     check_cache,
     check_context,
+    compiles_blocks,
     split_holdout,
     teacher_fingerprint,
 )
@@ -132,7 +133,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         model = adapted
     else:
         model = build_model(config, vae, dataset, objective, caption_channels=channels)
-    place(model, parallel, mesh, device=accelerator.device, compiled=config.train.compile)
+    place(model, parallel, mesh, device=accelerator.device, compiled=compiles_blocks(config, accelerator))
     own = read_previews(config, build_pipeline(model, vae, config), quiet=not main) if config.train.previews else []
     order = build_order(config, kept, vae, patch=model.patch_size, processes=processes // context)
     for part in filter(None, teacher or ()):

@@ -141,7 +141,9 @@ class TrainConfig(LoopConfig):
         None  # hold out values of this column of the manifest, or of label, instead of single files
     )
     holdout_values: list[str] = field(default_factory=list)  # hold out these values of the column instead of a share
-    compile: bool = False  # compile the blocks with torch.compile, each kind once; the first steps take a minute longer
+    compile: bool | Literal["auto"] = (
+        False  # compile the blocks with torch.compile; the first steps take a minute longer; auto: in long runs, if it works here
+    )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # the model over several processes
     lora: LoraConfig = field(default_factory=LoraConfig)  # train a LoRA of the model at init_from.path
     previews: list[str] = field(
@@ -151,7 +153,7 @@ class TrainConfig(LoopConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges("train", self, _TRAIN_RANGES, guidance="1 is no guidance", holdout="0 holds out nothing")
-        if self.compile and self.parallel.context > 1:
+        if self.compile is True and self.parallel.context > 1:
             raise ValueError(
                 f"train.compile=true is not there for shared frames (train.parallel.context={self.parallel.context}), which blocks "
                 "exchange inside attention; set it to false."

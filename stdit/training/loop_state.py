@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stdit.legacy import renamed_parameter
 from stdit.nn.low_rank import is_low_rank
 from stdit.training.averages import PowerAverages
+from stdit.training.compiled import uncompiled
 from stdit.training.parallel import like, local, local_parameters, reshard, trained_parameters
 from stdit.training.shard_files import part_of
 from stdit.training.state import Checkpoint, flatten_optimizer, restore_optimizer
@@ -81,12 +82,16 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str) -
 
 
 class swap_ema:
-    """A context manager in which the model has the averaged weights, is in evaluation mode and shares no frames."""
+    """A context manager in which the model has the averaged weights, is in evaluation mode, and shares no frames.
+
+    Compiled blocks run as they are.
+    """
 
     def __init__(self, model: nn.Module, ema: EMAModel):
-        self.model, self.ema = model, ema
+        self.model, self.ema, self._uncompiled = model, ema, uncompiled(model)
 
     def __enter__(self) -> None:
+        self._uncompiled.__enter__()
         self._context_parallel = getattr(self.model, "context_parallel", None)
         if self._context_parallel is not None:
             self.model.context_parallel = None  # type: ignore[assignment]
@@ -94,9 +99,10 @@ class swap_ema:
         self.ema.copy_to(local_parameters(self.model))
         self.model.eval()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         reshard(self.model)  # averaged weights that were gathered for a forward pass must not serve in training
         self.ema.restore(local_parameters(self.model))
         if self._context_parallel is not None:
             self.model.context_parallel = self._context_parallel
         self.model.train()
+        self._uncompiled.__exit__(*error)

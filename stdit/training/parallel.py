@@ -19,10 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from stdit.training.compiled import compile_blocks
 from stdit.training.config import ParallelConfig
 from stdit.warn import warn_user
-
-_GRAPHS = 256  # of one kind of block, at most
 
 
 def effective(config: ParallelConfig, device: str, processes: int) -> ParallelConfig:
@@ -125,23 +124,6 @@ def share_frames(model: Any, config: ParallelConfig) -> None:
     if config.context > 1:
         timeout = timedelta(seconds=config.timeout)
         model.enable_context_parallel(config.context, ring=config.ring, timeout=timeout)
-
-
-def compile_blocks(model: Any, backend: str = "inductor", *, sharded: bool = False) -> None:
-    """Compile the blocks of a model in place, each kind of them once, without breaks of the graph.
-
-    sharded: `parallelize` follows. Its hooks, which gather weights, cannot be part of a graph: only what runs between them is.
-    """
-    # torch takes lengths, sizes and batches as variables from their second value on. Levels of clips, frames or patches, one
-    # or several frames or clips, axes, and passes without gradients still need a graph each; torch would end the run at the
-    # ninth.
-    config = torch._dynamo.config  # imported by torch.compile; importing it with this module would take a second
-    config.recompile_limit = max(config.recompile_limit, _GRAPHS)
-    if not sharded:
-        model.compile_repeated_blocks(fullgraph=True, backend=backend)
-        return
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from stdit.nn import frame_mask
 from stdit.nn.config import BlockConfig
 from stdit.nn.context import visible_frames
 from stdit.nn.layout import DenseLayout, TeacherForcingLayout
-from stdit.training.parallel import compile_blocks
+from stdit.training.compiled import compile_blocks
 
 SMALL = {"depth": 2, "hidden_size": 32, "num_heads": 2, "in_channels": 4, "num_classes": 2, "sample_size": (6, 8, 8)}
 ROPE = {"causal": True, "position_encoding": "rope_3d"}

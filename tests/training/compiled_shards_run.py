@@ -5,8 +5,9 @@ import torch.distributed as dist
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from stdit.model.stdit import STDiT
+from stdit.training.compiled import compile_blocks
 from stdit.training.config import ParallelConfig
-from stdit.training.parallel import compile_blocks, make_mesh, parallelize, whole
+from stdit.training.parallel import make_mesh, parallelize, whole
 
 
 def made():

@@ -14,7 +14,6 @@ from stdit.model.stdit import STDiT
 from stdit.recipes import train
 from stdit.training import throughput
 from stdit.training.curves import draw_curves
-from stdit.training.parallel import compile_blocks
 from stdit.training.throughput import COLUMNS, Throughput, Work, summary
 
 CONFIG = """
@@ -99,43 +98,6 @@ def test_curves_of_a_run_without_numbers_of_its_speed_are_drawn(tmp_path):
     values = {name: np.full(4, np.nan) for name in ("loss", "lr", "grad_norm", *COLUMNS)}
     draw_curves({**values, "step": np.arange(4.0)}, tmp_path / "c.png", "loss", parts={}, held_out=None)
     assert (tmp_path / "c.png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"axes": ["spatial", "temporal"], "qk_norm": True},
-        {"causal": True, "window": 2, "position_encoding": "rope_3d"},
-    ],
-)
-def test_blocks_compile_as_one_graph_with_equal_gradients(settings):
-    torch.manual_seed(0)
-    model = STDiT(depth=2, hidden_size=32, num_heads=2, in_channels=4, num_classes=2, **settings)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    inputs = (torch.randn(2, 4, 3, 8, 8), 1000 * torch.rand(2), torch.tensor([0, 1]))
-
-    def gradients():
-        model.zero_grad()
-        model(*inputs).square().mean().backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    before, names = gradients(), set(model.state_dict())
-    torch._dynamo.reset()
-    compile_blocks(model, backend="aot_eager")  # the graphs of torch.compile, without a compiler
-    after = gradients()
-    assert set(model.state_dict()) == names
-    assert max(float((after[k] - before[k]).abs().max()) for k in before) < 1e-6
-
-
-def test_compiled_blocks_take_more_kinds_of_batches_than_torchs_limit():
-    model = STDiT(depth=1, hidden_size=16, num_heads=2, in_channels=4, num_classes=2, axes=["joint"])
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=1):
-        compile_blocks(model, backend="eager")
-        for shape in ((2,), (2, 3), (2, 3, 4)):  # levels of clips, of frames and of patches
-            model(torch.randn(2, 4, 3, 4, 4), 1000 * torch.rand(shape), torch.tensor([0, 1]))
 
 
 def test_a_profile_is_a_trace_of_the_steps_after_the_warm_up_and_changes_no_step(tmp_path, monkeypatch, capsys):
