@@ -18,6 +18,7 @@ from stdit.diffusion.paths import like
 from stdit.nn.layout import visible_count
 from stdit.pixels import to_float
 from stdit.rng import keyed_generator, keyed_normal
+from stdit.sampling.guidance import GUIDERS
 from stdit.vae import VideoVAE
 
 
@@ -308,7 +309,8 @@ def _guided_velocity(
             continue
         network, chosen = (given.guide, conditions) if guider == "auto" else (given.teacher, null)
         worse = run(network, _clips(one, which), None, _conditions_of(chosen, which))
-        found[which] += (by[which] - 1).view(-1, *[1] * (worse.ndim - 1)) * (velocity[which] - worse)
+        scale = by[which].view(-1, *[1] * (worse.ndim - 1))
+        found[which] += GUIDERS[guider](velocity[which], worse, scale) - velocity[which]
     return found
 
 

@@ -59,6 +59,17 @@ def test_cfg_zero_leads_away_from_the_nearest_multiple_of_the_null_output():
     assert torch.allclose((away * null.flatten(1)).sum(1), torch.zeros(2), atol=1e-4)  # orthogonal to it
 
 
+def test_guidance_away_from_a_guide_widens_each_frame_by_three_tenths_of_what_it_would():
+    torch.manual_seed(0)
+    conditional, weaker = torch.randn(2, 2, 4, 3, 5, 6)
+    plain, auto = (GUIDERS[name](conditional, weaker, 3.0) for name in ("cfg", "auto"))
+    spread = [x.transpose(1, 2).flatten(2).std(2, correction=0) for x in (conditional, plain, auto)]
+    assert torch.allclose(spread[2], 0.7 * spread[0] + 0.3 * spread[1], atol=1e-5)
+    assert torch.allclose(auto / plain, (auto / plain)[:, :1, :, :1, :1].expand_as(auto), atol=1e-4)
+    of_one_frame = GUIDERS["auto"](conditional[:, :, 1:2], weaker[:, :, 1:2], 3.0)
+    assert torch.allclose(of_one_frame, auto[:, :, 1:2], atol=1e-6)  # it does not depend on the other frames
+
+
 def test_a_guide_is_led_away_from_by_default_and_only_above_scale_1(models):
     weak = models[1]
     plain, guided = pipeline(models), pipeline(models, weak)
