@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -128,8 +128,8 @@ def build_model(
     return model
 
 
-def compiles_blocks(config: Config, accelerator: Accelerator) -> bool:
-    """Whether the blocks of a run are compiled: `train.compile`, or for "auto" whether that gains time and works here."""
+def compiles_blocks(config: Config, accelerator: Accelerator) -> bool | Literal["auto"]:
+    """Whether the blocks of a run are compiled; "auto" remains where that gains time and works here, and says so."""
     train, model = config.train, config.model
     if train.compile != "auto":
         return train.compile
@@ -140,7 +140,7 @@ def compiles_blocks(config: Config, accelerator: Accelerator) -> bool:
         accelerator.print(f"blocks are not compiled, which would be faster, since no compiler works here: {error}")
         return False
     accelerator.print("blocks are compiled in the first steps, which takes half a minute or more")
-    return True
+    return "auto"
 
 
 def _check_learns_cfg(config: Config, model: STDiT) -> None:

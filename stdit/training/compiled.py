@@ -27,22 +27,25 @@ def _probe(x: Tensor) -> Tensor:
     return (x * x).sum()
 
 
-def compile_blocks(model: Any, backend: str = "inductor", *, sharded: bool = False) -> None:
+def compile_blocks(model: Any, backend: str = "inductor", *, sharded: bool = False, required: bool = True) -> None:
     """Compile the blocks of a model in place, each kind of them once, without breaks of the graph.
 
     sharded: `parallelize` follows. Its hooks, which gather weights, cannot be part of a graph: only what runs between them is.
+    required: an error of the compiler ends the run; otherwise what it fails at runs as it is, with a warning of torch.
     """
     # torch takes lengths, sizes and batches as variables from their second value on. Levels of clips, frames or patches, one
     # or several frames or clips, axes, and passes without gradients still need a graph each; torch would end the run at the
     # ninth.
     config = torch._dynamo.config  # imported by torch.compile; importing it with this module would take a second
     config.recompile_limit = max(config.recompile_limit, _GRAPHS)
+    if not required:
+        config.suppress_errors = True
     model.has_compiled_blocks = True
     if not sharded:
-        model.compile_repeated_blocks(fullgraph=True, backend=backend)
+        model.compile_repeated_blocks(fullgraph=required, backend=backend)
         return
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+        block.forward = torch.compile(block.forward, fullgraph=required, backend=backend)
 
 
 def uncompiled(model: nn.Module) -> AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -108,13 +108,21 @@ def parallelize(model: Any, config: ParallelConfig, mesh: DeviceMesh | None) -> 
 
 
 def place(
-    model: Any, config: ParallelConfig, mesh: DeviceMesh | None, *, device: torch.device, compiled: bool = False
+    model: Any,
+    config: ParallelConfig,
+    mesh: DeviceMesh | None,
+    *,
+    device: torch.device,
+    compiled: bool | Literal["auto"] = False,
 ) -> None:
-    """Bring a model to its device and spread it over processes, in place; compiled: its blocks by torch.compile."""
+    """Bring a model to its device and spread it over processes, in place.
+
+    compiled: its blocks by torch.compile; "auto": as far as it can.
+    """
     if not config.offload:  # a model that waits on the host may be too large for the device
         model.to(device)
     if compiled:
-        compile_blocks(model, sharded=mesh is not None)
+        compile_blocks(model, sharded=mesh is not None, required=compiled is True)
     share_frames(model, config)
     parallelize(model, config, mesh)
 
