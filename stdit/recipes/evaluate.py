@@ -28,11 +28,12 @@ from stdit.data.video_write import to_uint8, write_contact_sheet
 from stdit.evaluation.captions import caption_grid, sample_and_measure
 from stdit.evaluation.features import distances, load_extractor
 from stdit.evaluation.metrics import psnr, ssim
-from stdit.evaluation.shapes import Report, measure_shape, paired_difference, report, table
-from stdit.files import check_writable, read_json, write_json
+from stdit.evaluation.shapes import Report, measure_shape, report, table
+from stdit.files import check_writable, write_json
 from stdit.pixels import to_float
 from stdit.progress import Progress
 from stdit.recipes import evaluate_world
+from stdit.recipes.against import AGAINST, print_differences, read_saved
 from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.info import newest_model
 from stdit.recipes.models import load_pipeline
@@ -53,10 +54,9 @@ _WITHOUT_INFLUENCE = {
 
 def measure_shapes(args: argparse.Namespace) -> int:
     """Measure clips of moving shapes, of a model or of a manifest; print the result, and write that of a model."""
-    against = None if args.against is None else Path(args.against)
     if args.input:
-        saved = read_evaluation(against) if against else None
-        _report(*read_recorded(Path(args.input)), saved=saved, against=against)
+        saved = read_saved(args, "right") if args.against is not None else {}
+        _report(*read_recorded(Path(args.input)), saved=saved, against=args.against)
         return 0
     model = Path(args.model) if args.model else newest_model()
     pipe = load_pipeline(model)
@@ -65,14 +65,13 @@ def measure_shapes(args: argparse.Namespace) -> int:
             f"{model} was not trained on moving shapes, so shapes cannot be measured; compare it with real clips: --reference FOLDER."
         )
     output = _output(model)
-    if against and against.resolve() == (output / "evaluation.json").resolve():
-        raise ValueError(f"--against {against} is what this evaluation writes; copy it to another name first.")
     frames, size = args.frames or pipe.config.num_frames, args.size or pipe.config.height
-    saved = read_evaluation(against, seed=args.seed, frames=frames, size=size) if against else None
+    expected = {"seed": args.seed, "frames": frames, "size": size}
+    saved = read_saved(args, "right", output / "evaluation.json", **expected) if args.against is not None else {}
     labels, options = [i % len(CLASS_NAMES) for i in range(args.clips)], _options(pipe, args)
     sampled = pipe([CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, options=options)
     clips = [to_uint8(clip) for clip in sampled]
-    result = _report(clips, labels, saved=saved, against=against)
+    result = _report(clips, labels, saved=saved, against=args.against)
     settings = pipe.engine.resolved(options)
     settings |= {"guidance": settings.pop("guidance_scale"), "frames": frames, "size": size}
     write_json(output / "evaluation.json", {**vars(args), **settings, **result._asdict()})
@@ -82,15 +81,11 @@ def measure_shapes(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report(
-    clips: list[np.ndarray], labels: list[int], *, saved: dict[str, list] | None, against: Path | None
-) -> Report:
+def _report(clips: list[np.ndarray], labels: list[int], *, saved: dict[str, list], against: str) -> Report:
     """Measure clips and print their report, and the differences to those of a saved evaluation."""
     result = report(clips, labels)
     print(table(result))
-    if saved is not None:
-        assert against is not None
-        print_differences(result, saved, against)
+    print_differences(((name, "%", right) for name, right in result.right.items()), saved, against)
     return result
 
 
@@ -116,31 +111,6 @@ def _output(model: Path) -> Path:
     output = Path("output") / model.name
     check_writable(output / "evaluation.json")
     return output
-
-
-def read_evaluation(path: Path, **expected: int) -> dict[str, list]:
-    """Read which clips were right from a saved evaluation.
-
-    expected: the seed, frames and size of the clips to compare. ValueError if there are no clips, or others than these.
-    """
-    found = read_json(path)
-    saved = found.get("right")
-    if not isinstance(saved, dict) or "shape" not in saved:
-        raise ValueError(f"{path} holds no clips to compare with; write it again with stdit evaluate.")
-    for name, value in expected.items():
-        if (theirs := found.get(name)) not in (None, value):
-            raise ValueError(
-                f"{path} has clips of {name} {theirs}, which cannot be compared with {name} {value}; add --{name} {theirs}."
-            )
-    return saved
-
-
-def print_differences(result: Report, saved: dict[str, list], path: Path) -> None:
-    """Print the differences to a saved evaluation over the clips that both have, with 95 % intervals."""
-    for name, ours in ((name, ours) for name, ours in result.right.items() if name in saved):
-        count = min(len(ours), len(saved[name]))
-        found, low, high = (100 * part for part in paired_difference(ours[:count], saved[name][:count]))
-        print(f"{name:<16} {count:>5} {found:+6.1f} points against {path} (95 %: {low:+.1f} to {high:+.1f})")
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -329,9 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--solver", help="default: the model's")
     parser.add_argument("--shift", type=float, help="of noise levels toward noise (flow); default: the model's")
-    parser.add_argument(
-        "--against", metavar="FILE", help="an evaluation.json of the same seed: print the differences, clip by clip"
-    )
+    parser.add_argument("--against", metavar="FILE", help=f"an evaluation.json {AGAINST}")
     parser.add_argument("--seed", type=int, help="of the noise (default: 1)")
     args = parser.parse_args(arguments)
     if "" in (args.input, args.reference, args.model):
