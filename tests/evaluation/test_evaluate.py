@@ -27,6 +27,9 @@ from stdit.recipes.entry import run
             "--reference has no influence on how captions are followed",
         ),
         (["--paired", "--reference", "clips"], "--paired compares --input with --reference"),
+        (["--noise", "0.3"], "--noise has no influence on the shapes of a model's clips"),
+        (["--round-trip", "tiny", "--shift", "3"], "--shift has no influence on the round trip of drawn clips"),
+        (["--round-trip", "tiny", "--noise", "-1"], "--noise must be >= 0, got -1.0"),
         (["--clips", "0"], "--clips must be >= 1, got 0"),
         (["--seed", "-1"], "--seed must be >= 0, got -1"),
         (["--frames", "1"], "--frames must be >= 2, got 1"),
@@ -37,6 +40,21 @@ def test_an_argument_without_influence_is_refused_in_one_line(arguments, message
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_round_trip_adds_noise_of_the_asked_deviation_to_the_latents_of_drawn_clips(monkeypatch, capsys):
+    pixels = SimpleNamespace(device="cpu", encode=lambda clips: clips, decode=lambda latents: latents)
+    monkeypatch.setattr(evaluate, "load_vae", lambda name: SimpleNamespace(to=lambda device: pixels))
+
+    def psnr_of(*arguments):
+        small = ["--clips", "36", "--frames", "5", "--size", "48"]
+        assert evaluate.main(["--round-trip", "pixels", *small, *arguments]) == 0
+        out = capsys.readouterr().out
+        assert "drawn clips: shape by fill 100.0%" in out and "shape by fill       36" in out
+        return float(out.split("PSNR ")[1].split(" dB")[0])
+
+    assert psnr_of() > 120
+    assert psnr_of("--noise", "0.1") == pytest.approx(20 * np.log10(2 / 0.1), abs=0.02)
 
 
 def test_an_evaluation_of_another_seed_or_without_clips_is_refused(tmp_path):
