@@ -73,6 +73,7 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "__init__",
         "cli",
         "adapters",
+        "against",
         "entry",
         "bench_data",
         "bench_peers",

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from stdit.data.shapes import CLASS_NAMES, ShapeClip, draw, random_clip
-from stdit.evaluation.shapes import ShapeMeasurement
+from stdit.evaluation.metrics import decibel
+from stdit.evaluation.shapes import ShapeMeasurement, wilson
 from stdit.pixels import to_float
 from stdit.rng import keyed_rng
 from stdit.sampling.pipeline import STDiTPipeline
@@ -18,7 +19,8 @@ _SAME_COLOR = 0.15  # largest difference of a channel, in [0, 1]; the colours of
 class Metric(NamedTuple):
     """One measured number.
 
-    least, most: its target. interval: the 95 % interval of a share.
+    least, most: its target. interval: the 95 % interval of a share. values: that of each clip, in order; None without
+    such. A share and an error are the means of theirs; a PSNR is that of the pixels of all clips together.
     """
 
     name: str
@@ -27,6 +29,32 @@ class Metric(NamedTuple):
     least: float | None = None
     most: float | None = None
     interval: tuple[float, float] | None = None
+    values: list | None = None
+
+    @classmethod
+    def share(cls, name: str, correct: np.ndarray, *, least: float | None = None) -> "Metric":
+        """The share of clips that are right; correct: (B,) bool."""
+        return cls(
+            name,
+            float(correct.mean()),
+            "%",
+            least=least,
+            interval=wilson(correct),
+            values=correct.astype(bool).tolist(),
+        )
+
+    @classmethod
+    def mean(cls, name: str, values: np.ndarray, unit: str, *, most: float | None = None) -> "Metric":
+        """The mean of a value (B,) of each clip."""
+        return cls(name, float(values.mean()), unit, most=most, values=values.tolist())
+
+    @classmethod
+    def psnr(cls, name: str, errors: Tensor, *, above: Tensor | None = None, least: float | None = None) -> "Metric":
+        """The PSNR of clips by their mean squared errors (B,), or how far it is above that of other errors (B,)."""
+        base = 0.0 if above is None else decibel(above.mean())
+        bases = [0.0] * len(errors) if above is None else map(decibel, above)
+        values = [decibel(error) - one for error, one in zip(errors, bases, strict=True)]
+        return cls(name, decibel(errors.mean()) - base, "dB", least=least, values=values)
 
     @property
     def reached(self) -> bool | None:

@@ -12,6 +12,11 @@ def psnr(generated: Tensor, original: Tensor) -> float:
     return decibel((generated.float() - original.float()).square().mean())
 
 
+def squared_errors(generated: Tensor, original: Tensor) -> Tensor:
+    """The mean squared error (B,) of each clip; pixels (B, ...)."""
+    return (generated.float() - original.float()).square().flatten(1).mean(1)
+
+
 def decibel(mean_square: Tensor) -> float:
     """The PSNR, in dB, of a mean squared error; the peak-to-peak range of [-1, 1] is 2."""
     return 10 * math.log10(4 / max(float(mean_square), 1e-12))  # equal clips: 126 dB, not infinity

@@ -13,8 +13,8 @@ from torch import Tensor
 from stdit.data.shapes import CLASS_NAMES, ShapeClip
 from stdit.data.video_write import to_uint8
 from stdit.evaluation.held_out import EvalResult, HeldOut, Metric, held_out, label_kwargs, same_object
-from stdit.evaluation.metrics import decibel, psnr
-from stdit.evaluation.shapes import ShapeMeasurement, measure_shape, report, wilson
+from stdit.evaluation.metrics import squared_errors
+from stdit.evaluation.shapes import ShapeMeasurement, measure_shape, report
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.tasks import Canvas
 
@@ -40,7 +40,7 @@ def extension(
     direction = "backward" if backward else "forward"
     name = f"{data.truths[0].motion}, {direction} from {known} to {frames}"
     metrics = [
-        Metric(f"{name}: mean position error at the end", float(errors.mean()), "px", most=max_error),
+        Metric.mean(f"{name}: mean position error at the end", errors, "px", most=max_error),
         Metric(f"{name}: median position error at the end", float(np.median(errors)), "px"),
         *_preserved(name, measurements, data, min_direction=0.95 if data.truths[0].motion == "straight" else None),
     ]
@@ -60,8 +60,8 @@ def connection(
     errors = _distance(centers[:, gap], data.centers[:, gap])
     name = f"connect {first} and {last} frames over {new}"
     metrics = [
-        Metric(f"{name}: position error at the seam", float(errors[:, -1].mean()), "px", most=max_error),
-        Metric(f"{name}: position error over the gap", float(errors.mean()), "px"),
+        Metric.mean(f"{name}: position error at the seam", errors[:, -1], "px", most=max_error),
+        Metric.mean(f"{name}: position error over the gap", errors.mean(1), "px"),
     ]
     return EvalResult(metrics, _comparison_rows(generated, data, _frame_mask(frames, gap)))
 
@@ -75,11 +75,12 @@ def loops(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options: A
     moving = steps > _MIN_STEP
     smooth = moving & (jumps <= steps)
     ratio = float(jumps[moving].mean() / steps[moving].mean()) if moving.any() else float("inf")
+    ratios = np.divide(jumps, steps, out=np.full_like(jumps, np.nan), where=moving).tolist()
     name = f"loop of {known} frames and {new} new"
     metrics = [
-        Metric(f"{name}: mean jump over mean step", ratio, "", most=1.0),
-        Metric(f"{name}: jump no larger than the clip's mean step", float(smooth.mean()), "%", interval=wilson(smooth)),
-        Metric(f"{name}: moving", float(moving.mean()), "%"),
+        Metric(f"{name}: mean jump over mean step", ratio, "", most=1.0, values=ratios),
+        Metric.share(f"{name}: jump no larger than the clip's mean step", smooth),
+        Metric.share(f"{name}: moving", moving),
     ]
     mask = torch.arange(generated.shape[2]) >= known
     return EvalResult(metrics, [mark_generated(to_uint8(clip), mask) for clip in generated[:6]])
@@ -94,10 +95,11 @@ def interpolation(pipe: STDiTPipeline, data: HeldOut, factor: int, **options: An
     left = data.pixels[:, :, frames[withheld] // factor * factor]
     right = data.pixels[:, :, frames[withheld] // factor * factor + factor]
     truth = data.pixels[:, :, withheld]
-    model, linear = psnr(generated[:, :, withheld], truth), psnr((1 - weight) * left + weight * right, truth)
+    model = squared_errors(generated[:, :, withheld], truth)
+    linear = squared_errors((1 - weight) * left + weight * right, truth)
     metrics = [
-        Metric(f"interpolate x{factor}: PSNR above linear blending", model - linear, "dB", least=3.0),
-        Metric(f"interpolate x{factor}: PSNR of withheld frames", model, "dB"),
+        Metric.psnr(f"interpolate x{factor}: PSNR above linear blending", model, above=linear, least=3.0),
+        Metric.psnr(f"interpolate x{factor}: PSNR of withheld frames", model),
     ]
     # Consecutive frames, since those that a contact sheet picks over the whole clip could all be known ones.
     shown = slice(0, 9)
@@ -109,7 +111,7 @@ def inpainting(pipe: STDiTPipeline, data: HeldOut, **options: Any) -> EvalResult
     """Inpaint a quarter of every frame; measure it against the truth and against the median colour of the rest."""
     frames, height, width = data.pixels.shape[2:]
     rows: list[np.ndarray] = []
-    model_errors, median_errors = [], []
+    model, baseline = torch.empty(len(data.truths)), torch.empty(len(data.truths))
     for quarter in range(4):
         part = HeldOut(data.truths[quarter::4], data.pixels[quarter::4])
         mask = torch.zeros(frames, height, width, dtype=torch.bool)
@@ -118,13 +120,11 @@ def inpainting(pipe: STDiTPipeline, data: HeldOut, **options: Any) -> EvalResult
         clips = pipe.inpaint(part.pixels, mask, class_labels=part.class_names, **options)
         median = part.pixels[..., ~mask[0]].median(-1).values[..., None]
         true, filled = part.pixels[..., mask[0]], clips[..., mask[0]]
-        model_errors.append((filled - true).square().flatten())
-        median_errors.append((median - true).square().flatten())
+        model[quarter::4], baseline[quarter::4] = squared_errors(filled, true), squared_errors(median, true)
         rows += _comparison_rows(clips, part, torch.ones(frames, dtype=torch.bool))[:4]
-    model, baseline = (decibel(torch.cat(errors).mean()) for errors in (model_errors, median_errors))
     metrics = [
-        Metric("inpaint a quarter: PSNR above the frame-wise median", model - baseline, "dB", least=3.0),
-        Metric("inpaint a quarter: PSNR in the hole", model, "dB"),
+        Metric.psnr("inpaint a quarter: PSNR above the frame-wise median", model, above=baseline, least=3.0),
+        Metric.psnr("inpaint a quarter: PSNR in the hole", model),
     ]
     return EvalResult(metrics, rows)
 
@@ -146,7 +146,7 @@ def editing(
     else:
         correct = np.array([same_object(m, t) for m, t in zip(measurements, data.truths, strict=True)])
         name = f"edit at {strength}: shape and colour stay"
-    metrics = [Metric(name, float(correct.mean()), "%", least=min_share, interval=wilson(correct))]
+    metrics = [Metric.share(name, correct, least=min_share)]
     return EvalResult(metrics, _comparison_rows(generated, data, torch.ones(generated.shape[2], dtype=torch.bool)))
 
 
@@ -158,18 +158,12 @@ def animation(pipe: STDiTPipeline, data: HeldOut, **options: Any) -> EvalResult:
     generated = pipe.animate(image, frames, class_labels=data.class_names, **options)
     assert torch.equal(generated[:, :, 0], image)
     first_frame = data.pixels[:, :, :1]
-    gain = psnr(raw[:, :, :1], first_frame) - psnr(_round_trip(pipe, first_frame), first_frame)
+    before, trip = (squared_errors(frame, first_frame) for frame in (raw[:, :, :1], _round_trip(pipe, first_frame)))
     measurements = [measure_shape(to_uint8(clip)) for clip in generated]
     direction = np.array([m.direction == t.direction for m, t in zip(measurements, data.truths, strict=True)])
     metrics = [
-        Metric("animate: first frame before pasting, against the round trip", gain, "dB", least=-0.5),
-        Metric(
-            "animate: direction follows the label",
-            float(direction.mean()),
-            "%",
-            least=0.9,
-            interval=wilson(direction),
-        ),
+        Metric.psnr("animate: first frame before pasting, against the round trip", before, above=trip, least=-0.5),
+        Metric.share("animate: direction follows the label", direction, least=0.9),
         *_preserved("animate", measurements, data, min_direction=None)[1:],
     ]
     return EvalResult(metrics, _comparison_rows(generated, data, torch.arange(frames) > 0))
@@ -191,8 +185,10 @@ def known_frames(pipe: STDiTPipeline, data: HeldOut, **options: Any) -> EvalResu
         truth = data.pixels[:, :, known]
         name = f"known frames at the {where}"
         metrics += [
-            Metric(f"{name}: PSNR before pasting", psnr(raw[:, :, known], truth), "dB"),
-            Metric(f"{name}: the same in a round trip of the whole clip", psnr(whole[:, :, known], truth), "dB"),
+            Metric.psnr(f"{name}: PSNR before pasting", squared_errors(raw[:, :, known], truth)),
+            Metric.psnr(
+                f"{name}: the same in a round trip of the whole clip", squared_errors(whole[:, :, known], truth)
+            ),
         ]
     return EvalResult(metrics, [])
 
@@ -209,7 +205,7 @@ def sizes(pipe: STDiTPipeline, count: int, **options: Any) -> EvalResult:
         result = report(clips, labels)
         name = f"{frames} frames of {height} x {width}"
         for key in ("shape", "direction"):
-            metrics.append(Metric(f"{name}: {key} right", getattr(result, key), "%", interval=result.intervals[key]))
+            metrics.append(Metric.share(f"{name}: {key} right", np.array(result.right[key])))
         rows += clips[:2]
     return EvalResult(metrics, rows)
 
@@ -251,7 +247,7 @@ def _preserved(
     metrics = []
     for what, check, least in checks:
         correct = np.array([check(m, t) for m, t in zip(measurements, data.truths, strict=True)])
-        metrics.append(Metric(f"{name}: {what}", float(correct.mean()), "%", least=least, interval=wilson(correct)))
+        metrics.append(Metric.share(f"{name}: {what}", correct, least=least))
     return metrics
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stdit.data.video_write import to_uint8
 from stdit.evaluation.held_out import EvalResult, HeldOut, Metric, label_kwargs, same_object
-from stdit.evaluation.shapes import measure_shape, wilson
+from stdit.evaluation.shapes import measure_shape
 from stdit.sampling.pipeline import STDiTPipeline
 
 # Pixels per frame; an object that moves less has stopped. Shapes in frames of 64 pixels are drawn at 0.77 or more.
@@ -50,14 +50,8 @@ def rollout(pipe: STDiTPipeline, data: HeldOut, known: int, new: int, **options:
     first, last = np.median(seconds[1 : 1 + tenth]), np.median(seconds[-tenth:])
     name = f"rollout of {new} frames"
     metrics = [
-        Metric(
-            f"{name}: shape and colour right at the end",
-            float(correct.mean()),
-            "%",
-            least=0.8,
-            interval=wilson(correct),
-        ),
-        Metric(f"{name}: moving and inside the frame at the end", float(moving.mean()), "%", interval=wilson(moving)),
+        Metric.share(f"{name}: shape and colour right at the end", correct, least=0.8),
+        Metric.share(f"{name}: moving and inside the frame at the end", moving),
         Metric(f"{name}: seconds per frame, last tenth over first", float(last / first), "", most=1.1),
         Metric(f"{name}: seconds per frame for {len(generated)} clips", float(np.median(seconds)), "s"),
         Metric(f"{name}: of these in the network, without decoding", network.seconds / new, "s"),

@@ -238,14 +238,6 @@ def wilson(successes: np.ndarray) -> tuple[float, float]:
     return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 
-def paired_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> tuple[float, float, float]:
-    """The difference of two shares over the same clips, and its 95 % interval (Agresti and Min, 2005)."""
-    a, b = np.asarray(ours), np.asarray(theirs)
-    n, won, lost = len(a) + 2, int((a & ~b).sum()) + 0.5, int((~a & b).sum()) + 0.5
-    middle, spread = (won - lost) / n, 1.96 * math.sqrt(won + lost - (won - lost) ** 2 / n) / n
-    return float(a.mean() - b.mean()), max(middle - spread, -1.0), min(middle + spread, 1.0)
-
-
 def table(result: Report) -> str:
     """Format a report as text, with one line per class and one per share."""
     lines = [f"{'class':<16} {'clips':>5} {'shape':>7} {'direction':>9}"]

@@ -5,6 +5,7 @@ stdit evaluate --input data/shapes/manifest.jsonl            drawn clips against
 stdit evaluate --model models/NAME --reference data/clips --features inception=FILE     any model, against real clips
 stdit evaluate --input made/ --reference data/clips --features i3d=FILE      clips against clips (--paired: also PSNR, SSIM)
 stdit evaluate --model models/captions --captions "red circle" "blue square"      pairs that were left out of training
+stdit evaluate --round-trip tiny --noise 0.3 --clips 96      drawn clips through a VAE, with noise on their latents
 stdit evaluate --world --model models/room       a world beside its truth (see stdit evaluate --world --help)
 """
 
@@ -27,36 +28,50 @@ from stdit.data.video_io import VideoReader
 from stdit.data.video_write import to_uint8, write_contact_sheet
 from stdit.evaluation.captions import caption_grid, sample_and_measure
 from stdit.evaluation.features import distances, load_extractor
+from stdit.evaluation.held_out import held_out
 from stdit.evaluation.metrics import psnr, ssim
-from stdit.evaluation.shapes import Report, measure_shape, paired_difference, report, table
-from stdit.files import check_writable, read_json, write_json
+from stdit.evaluation.shapes import Report, measure_shape, report, table
+from stdit.files import check_writable, write_json
 from stdit.pixels import to_float
 from stdit.progress import Progress
 from stdit.recipes import evaluate_world
+from stdit.recipes.against import AGAINST, print_differences, read_saved
 from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.info import newest_model
-from stdit.recipes.models import load_pipeline
-from stdit.rng import keyed_rng
+from stdit.recipes.models import default_device, load_pipeline
+from stdit.rng import keyed_normal, keyed_rng
 from stdit.sampling.options import Guider, SamplingOptions
 from stdit.sampling.pipeline import STDiTPipeline
+from stdit.vae import load_vae
 
 # Arguments that say how a model is sampled, None where they are not given.
 _SAMPLING = ("model", "steps", "guidance", "guider", "guidance_interval", "solver", "shift", "seed")
 # What is measured, by the first of these arguments that is given, and the arguments without influence on it.
 _WITHOUT_INFLUENCE = {
-    "captions": ("how captions are followed", ("input", "reference", "features", "paired", "against")),
-    "reference": ("distances to a reference", ("against",)),
-    "input": ("the shapes of clips that are there", ("clips", "frames", "size", "features")),
-    "model": ("the shapes of a model's clips", ("features",)),
+    "round_trip": (
+        "the round trip of drawn clips",
+        (
+            "input",
+            "captions",
+            "reference",
+            "features",
+            "paired",
+            "against",
+            *_SAMPLING[:-1],
+        ),  # all but the seed, which draws the clips
+    ),
+    "captions": ("how captions are followed", ("input", "reference", "features", "paired", "against", "noise")),
+    "reference": ("distances to a reference", ("against", "noise")),
+    "input": ("the shapes of clips that are there", ("clips", "frames", "size", "features", "noise")),
+    "model": ("the shapes of a model's clips", ("features", "noise")),
 }
 
 
 def measure_shapes(args: argparse.Namespace) -> int:
     """Measure clips of moving shapes, of a model or of a manifest; print the result, and write that of a model."""
-    against = None if args.against is None else Path(args.against)
     if args.input:
-        saved = read_evaluation(against) if against else None
-        _report(*read_recorded(Path(args.input)), saved=saved, against=against)
+        saved = read_saved(args, "right") if args.against is not None else {}
+        _report(*read_recorded(Path(args.input)), saved=saved, against=args.against)
         return 0
     model = Path(args.model) if args.model else newest_model()
     pipe = load_pipeline(model)
@@ -65,14 +80,13 @@ def measure_shapes(args: argparse.Namespace) -> int:
             f"{model} was not trained on moving shapes, so shapes cannot be measured; compare it with real clips: --reference FOLDER."
         )
     output = _output(model)
-    if against and against.resolve() == (output / "evaluation.json").resolve():
-        raise ValueError(f"--against {against} is what this evaluation writes; copy it to another name first.")
     frames, size = args.frames or pipe.config.num_frames, args.size or pipe.config.height
-    saved = read_evaluation(against, seed=args.seed, frames=frames, size=size) if against else None
+    expected = {"seed": args.seed, "frames": frames, "size": size}
+    saved = read_saved(args, "right", output / "evaluation.json", **expected) if args.against is not None else {}
     labels, options = [i % len(CLASS_NAMES) for i in range(args.clips)], _options(pipe, args)
     sampled = pipe([CLASS_NAMES[label] for label in labels], args.frames, args.size, args.size, options=options)
     clips = [to_uint8(clip) for clip in sampled]
-    result = _report(clips, labels, saved=saved, against=against)
+    result = _report(clips, labels, saved=saved, against=args.against)
     settings = pipe.engine.resolved(options)
     settings |= {"guidance": settings.pop("guidance_scale"), "frames": frames, "size": size}
     write_json(output / "evaluation.json", {**vars(args), **settings, **result._asdict()})
@@ -82,16 +96,31 @@ def measure_shapes(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report(
-    clips: list[np.ndarray], labels: list[int], *, saved: dict[str, list] | None, against: Path | None
-) -> Report:
+def _report(clips: list[np.ndarray], labels: list[int], *, saved: dict[str, list], against: str) -> Report:
     """Measure clips and print their report, and the differences to those of a saved evaluation."""
     result = report(clips, labels)
     print(table(result))
-    if saved is not None:
-        assert against is not None
-        print_differences(result, saved, against)
+    print_differences(((name, "%", right) for name, right in result.right.items()), saved, against)
     return result
+
+
+@torch.no_grad()
+def measure_round_trip(args: argparse.Namespace) -> int:
+    """Measure held-out drawn clips after a VAE's encoder and decoder, with noise added to the normalised latents."""
+    vae = load_vae(args.round_trip).to(default_device())
+    data = held_out(args.clips, args.frames or 17, "straight", args.size or 64, seed=args.seed)
+    labels, parts = [truth.label for truth in data.truths], []
+    for first in Progress(range(0, args.clips, 32), unit="batch", desc="round trip"):
+        latents = vae.encode(data.pixels[first : first + 32].to(vae.device)).float()
+        keys: list[tuple[int, ...]] = [(args.seed, 0, first + i) for i in range(len(latents))]
+        noise = keyed_normal("noise", keys, tuple(latents.shape[1:]))
+        parts.append(vae.decode(latents + args.noise * noise.to(vae.device)).float().cpu())
+    decoded = torch.cat(parts)
+    drawn, result = (report([to_uint8(clip) for clip in clips], labels) for clips in (data.pixels, decoded))
+    print(f"drawn clips: shape by fill {drawn.fill:.1%}, outline misfit {drawn.misfit:.1%}; decoded:")
+    print(table(result))
+    print(f"PSNR {psnr(decoded, data.pixels):.2f} dB")
+    return 0
 
 
 def _options(pipe: STDiTPipeline, args: argparse.Namespace) -> SamplingOptions:
@@ -118,31 +147,6 @@ def _output(model: Path) -> Path:
     return output
 
 
-def read_evaluation(path: Path, **expected: int) -> dict[str, list]:
-    """Read which clips were right from a saved evaluation.
-
-    expected: the seed, frames and size of the clips to compare. ValueError if there are no clips, or others than these.
-    """
-    found = read_json(path)
-    saved = found.get("right")
-    if not isinstance(saved, dict) or "shape" not in saved:
-        raise ValueError(f"{path} holds no clips to compare with; write it again with stdit evaluate.")
-    for name, value in expected.items():
-        if (theirs := found.get(name)) not in (None, value):
-            raise ValueError(
-                f"{path} has clips of {name} {theirs}, which cannot be compared with {name} {value}; add --{name} {theirs}."
-            )
-    return saved
-
-
-def print_differences(result: Report, saved: dict[str, list], path: Path) -> None:
-    """Print the differences to a saved evaluation over the clips that both have, with 95 % intervals."""
-    for name, ours in ((name, ours) for name, ours in result.right.items() if name in saved):
-        count = min(len(ours), len(saved[name]))
-        found, low, high = (100 * part for part in paired_difference(ours[:count], saved[name][:count]))
-        print(f"{name:<16} {count:>5} {found:+6.1f} points against {path} (95 %: {low:+.1f} to {high:+.1f})")
-
-
 def _check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for an argument that would have no influence on what is asked for."""
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
@@ -158,9 +162,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
     what, without = _WITHOUT_INFLUENCE[kind]
     unused = [name for name in without if name in given]
     if unused:
-        raise ValueError(f"--{unused[0]} has no influence on {what}; leave it out.")
+        raise ValueError(f"--{unused[0].replace('_', '-')} has no influence on {what}; leave it out.")
     check_least(args, "clips", "size", "steps")
-    check_least(args, "seed", least=0)
+    check_least(args, "seed", "noise", least=0)
     check_least(args, "frames", least=1 if kind == "reference" else 2)  # one frame has no direction
 
 
@@ -310,6 +314,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--paired", action="store_true", help="input and reference are the same clips in order: PSNR, SSIM"
     )
+    parser.add_argument(
+        "--round-trip",
+        metavar="VAE",
+        help="tiny, a folder or a hub id: measure held-out drawn clips after this VAE's encoder and decoder",
+    )
+    parser.add_argument(
+        "--noise", type=float, help="standard deviation of noise on the latents of the round trip (default: 0)"
+    )
     parser.add_argument("--clips", type=int, help="that are sampled, or read at most (default: 480)")
     parser.add_argument("--frames", type=int, help="of a clip; default: as in training")
     parser.add_argument("--size", type=int, help="height and width; default: as in training")
@@ -329,17 +341,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--solver", help="default: the model's")
     parser.add_argument("--shift", type=float, help="of noise levels toward noise (flow); default: the model's")
-    parser.add_argument(
-        "--against", metavar="FILE", help="an evaluation.json of the same seed: print the differences, clip by clip"
-    )
+    parser.add_argument("--against", metavar="FILE", help=f"an evaluation.json {AGAINST}")
     parser.add_argument("--seed", type=int, help="of the noise (default: 1)")
     args = parser.parse_args(arguments)
-    if "" in (args.input, args.reference, args.model):
-        raise ValueError("--input, --reference or --model is empty; name a file or a folder, or leave it out.")
+    if "" in (args.input, args.reference, args.model, args.round_trip):
+        raise ValueError(
+            "--input, --reference, --model or --round-trip is empty; name a file or a folder, or leave it out."
+        )
     _check_arguments(args)
-    for name, default in {"steps": 30, "clips": 480, "seed": 1, "features": "vae"}.items():
+    for name, default in {"steps": 30, "clips": 480, "seed": 1, "features": "vae", "noise": 0.0}.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
+    if args.round_trip is not None:
+        return measure_round_trip(args)
     if args.captions is not None:
         return evaluate_captions(args)
     if args.reference:

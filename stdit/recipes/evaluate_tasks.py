@@ -1,13 +1,15 @@
 """Measure the tasks extend, connect, loop, interpolate, inpaint, edit and animate on moving shapes, against the truth.
 
 stdit evaluate-tasks --model models/quickstart --bounce models/bounce --rollout models/rollout --clips 96
+stdit evaluate-tasks --model models/quickstart_few --steps 8 --against output/quickstart/tasks.json
 
 `--model` was trained on shapes that move straight (configs/quickstart.yaml; or configs/extend.yaml, without labels),
 `--bounce` on shapes that bounce (configs/bounce.yaml); `--rollout` is causal (configs/rollout.yaml). The results are
-written to output/NAME/tasks.json, and a contact sheet of each task to output/NAME/tasks/: the truth left, the generated
-clip right, with an orange line at generated frames.
+written to output/NAME/tasks.json, also those of each clip, and a contact sheet of each task to output/NAME/tasks/: the
+truth left, the generated clip right, with an orange line at generated frames.
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from stdit.data.shapes import CLASS_NAMES, OBJECT_NAMES
 from stdit.data.video_write import write_contact_sheet
 from stdit.evaluation import operations as op
 from stdit.evaluation.rollouts import rollout
-from stdit.files import write_json
+from stdit.files import finite, write_json
+from stdit.recipes.against import AGAINST, print_differences, read_saved
 from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
@@ -88,6 +91,16 @@ def long(pipe: STDiTPipeline, count: int, seed: int, options: dict):
     return {"rollout": lambda: rollout(pipe, data, 13, 40 * (pipe.config.num_frames - 1), **choices)}
 
 
+def _read_tasks(args: argparse.Namespace, output: Path, tasks: Sequence[str], drawn: dict[str, int]) -> dict[str, dict]:
+    """Task -> its measurements' values of each clip, of the file of --against; ValueError for one without these tasks."""
+    saved = read_saved(args, "values", output, **drawn)
+    if missing := [name for name in tasks if not isinstance(saved.get(name), dict)]:
+        both = [name for name in tasks if name not in missing]
+        remedy = f"add --tasks {' '.join(both)}" if both else f"give one of --tasks {' '.join(tasks)}"
+        raise ValueError(f"{args.against} has no task {missing[0]}; {remedy}.")
+    return saved
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure the tasks of every given model, and write metrics and contact sheets."""
@@ -99,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--clips", type=int, default=96, help="of each task")
     parser.add_argument("--steps", type=int, default=30, help="of the solver")
     parser.add_argument("--seed", type=int, default=1, help="of clips and noise")
+    parser.add_argument("--against", metavar="FILE", help=f"a tasks.json of these tasks and clips, {AGAINST}")
     args = parser.parse_args(argv)
     if not args.model and not args.bounce and not args.rollout:
         raise ValueError(
@@ -109,22 +123,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {"num_inference_steps": args.steps, "seed": args.seed, "progress": False, "batch_size": 48}
     given = ((args.model, straight), (args.bounce, bouncing), (args.rollout, long))
     chosen = [(path, suite) for path, suite in given if path]
+    if args.against is not None and len(chosen) > 1:
+        raise ValueError(f"--against compares one model, and {len(chosen)} are given; give one.")
     for path, suite in chosen:
         output = Path("output") / Path(path).name
-        suite_of = suite(load(path), args.clips, args.seed, options)
+        pipe = load(path)
+        suite_of = suite(pipe, args.clips, args.seed, options)
         unknown = [name for name in args.tasks or [] if name not in suite_of]
         if unknown and (len(chosen) == 1 or unknown == args.tasks):  # of several models, each has tasks of its own
             raise ValueError(f"--tasks {unknown[0]!r} is not a task of this model; choose from {', '.join(suite_of)}.")
+        tasks = [name for name in suite_of if name in (args.tasks or suite_of)]
+        drawn = {"clips": args.clips, "seed": args.seed, "frames": pipe.config.num_frames, "size": pipe.config.height}
+        saved = _read_tasks(args, output / "tasks.json", tasks, drawn) if args.against is not None else {}
         (output / "tasks").mkdir(parents=True, exist_ok=True)
-        metrics = []
-        for name, run in suite_of.items():
-            if args.tasks and name not in args.tasks:
-                continue
-            result = run()
-            metrics += result.metrics
+        figures: list[dict] = []
+        values: dict[str, dict[str, list]] = {}
+        for name in tasks:
+            result = suite_of[name]()
             print(*result.metrics, sep="\n", flush=True)
             if result.clips:
                 write_contact_sheet(output / "tasks" / f"{name}.png", result.clips, columns=2, count=9)
-        write_json(output / "tasks.json", {**vars(args), "figures": [f._asdict() for f in metrics]})
+            found = [finite(metric._asdict()) for metric in result.metrics]
+            values[name] = {one["name"]: each for one in found if (each := one.pop("values")) is not None}
+            figures += found
+            ours = ((one["name"], one["unit"], values[name].get(one["name"], ())) for one in found)
+            print_differences(ours, saved.get(name, {}), args.against)
+        write_json(output / "tasks.json", {**vars(args), **drawn, "figures": figures, "values": values})
         print(f"{args.clips} clips each; {output / 'tasks.json'}, {output / 'tasks'}")
     return 0

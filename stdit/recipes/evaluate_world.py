@@ -27,7 +27,7 @@ from stdit.evaluation.worlds import (
     play_episode,
     teacher_forced,
 )  # fmt: skip
-from stdit.files import write_json
+from stdit.files import finite, write_json
 from stdit.pixels import to_float
 from stdit.recipes.entry import command, command_parser
 from stdit.recipes.info import newest_model
@@ -146,18 +146,6 @@ def right_on_truth(measure: Measure, episodes: Sequence[Episode], stride: int) -
     """Whether a measurement finds the truth itself right."""
     found = measure.run([DreamedEpisode(one.lasts, one) for one in episodes], stride)[measure.share]
     return min(found.values() if isinstance(found, dict) else [found]) >= _RIGHT
-
-
-def finite(report: dict[str, Any]) -> dict[str, Any]:
-    """A report that JSON can hold: None for what is infinite or no number."""
-    return {
-        name: finite(value)
-        if isinstance(value, dict)
-        else None
-        if isinstance(value, float) and not np.isfinite(value)
-        else value
-        for name, value in report.items()
-    }
 
 
 def frechet_by_horizon(dreams: Sequence[DreamedEpisode]) -> dict[int, float]:

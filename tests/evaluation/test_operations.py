@@ -59,6 +59,30 @@ def test_interpolation_is_measured_against_linear_blending():
     assert by_name(op.interpolation(FixedOutput(DATA.pixels), DATA, 2))["PSNR above linear blending"].value > 20
 
 
+def test_a_metric_has_the_value_of_each_clip_in_order():
+    clips = DATA.pixels.clone()
+    clips[4] = -clips[4]
+
+    class Inpainted(FixedOutput):
+        def inpaint(self, pixels, mask, **options):  # which has every fourth clip
+            return torch.stack([-one if torch.equal(one, DATA.pixels[4]) else one for one in pixels])
+
+    linear = torch.rand(DATA.pixels.shape, generator=torch.Generator().manual_seed(0))
+    results = [
+        op.extension(FixedOutput(clips), DATA, 5, backward=False, max_error=2.0),
+        op.connection(FixedOutput(clips), DATA, 5, 4, max_error=1.5),
+        op.editing(FixedOutput(clips), DATA, 0.3, min_share=0.9, new_label=False),
+        op.interpolation(FixedOutput(linear), DATA, 2),
+        op.inpainting(Inpainted(clips), DATA),
+    ]
+    for metric in (metric for result in results for metric in result.metrics if metric.values is not None):
+        assert len(metric.values) == 12
+        if metric.unit != "dB":
+            assert metric.value == pytest.approx(sum(metric.values) / 12)
+    assert [i for i, same in enumerate(results[2].metrics[0].values) if not same] == [4]
+    assert [i for i, one in enumerate(results[4].metrics[1].values) if one < 30] == [4]
+
+
 def test_an_edit_without_changes_keeps_the_shape_and_does_not_follow_the_label():
     assert op.editing(FixedOutput(DATA.pixels), DATA, 0.3, min_share=0.9, new_label=False).metrics[0].value == 1
     assert op.editing(FixedOutput(DATA.pixels), DATA, 0.8, min_share=0.8, new_label=True).metrics[0].value == 0
