@@ -10,19 +10,19 @@ from stdit.data.stores import is_remote
 
 def is_file(path: Path) -> bool:
     """Whether there is a file of a path."""
-    return stores.entry_of(path) is not None if is_remote(path) else path.is_file()
+    return stores.entry_of(path) is not None if is_remote(path) else os.path.isfile(path)
 
 
 def is_folder(path: Path) -> bool:
     """Whether there is a folder of a path, or of a store with anything in it."""
-    return bool(stores.files_below(path)) if is_remote(path) else path.is_dir()
+    return bool(stores.files_below(path)) if is_remote(path) else os.path.isdir(path)
 
 
 def names_in(folder: Path) -> list[str]:
     """The names in a folder, in order (of a store: those of its files); none if there is no such folder."""
     if is_remote(folder):
         return stores.names_in(folder)
-    return sorted(os.listdir(folder)) if folder.is_dir() else []
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def resolved(path: Path) -> Path:

@@ -22,10 +22,16 @@ def read_saved(args: argparse.Namespace, key: str, output: Path | None = None, *
     path = Path(args.against)
     if output is not None and path.resolve() == output.resolve():
         raise ValueError(f"--against {path} is what this evaluation writes; copy it to another name first.")
+    if not path.is_file():
+        raise ValueError(f"--against {path} is no file; give one that this command has written.")
     found = read_json(path)
     saved = found.get(key)
     if not isinstance(saved, dict) or not saved:
         raise ValueError(f"{path} holds no clips to compare with; measure that model again.")
+    for values in saved.values():
+        for each in values.values() if isinstance(values, dict) else [values]:
+            if not isinstance(each, list) or not all(isinstance(one, float | int | None) for one in each):
+                raise ValueError(f"{path} has a value that is not one of a clip; measure that model again.")
     for name, value in expected.items():
         if (theirs := found.get(name)) not in (None, value):
             remedy = f"add --{name} {theirs}" if hasattr(args, name) else f"give a file of {name} {value}"
@@ -43,6 +49,8 @@ def print_differences(
     ours: name, unit ("%" for shares) and the clips' values of each measurement. theirs: name -> values. A value may be None.
     """
     rows = [(name, unit, values, theirs[name]) for name, unit, values in ours if name in theirs]
+    if not rows and theirs:
+        print(f"{path} has other measurements, none of which can be compared")
     width = max((len(name) for name, *_ in rows), default=0)
     for name, unit, values, others in rows:
         # Of shares, the saved measurement may have more clips or fewer.
@@ -51,6 +59,8 @@ def print_differences(
             continue
         scale, digits, shown = (100, 1, "points") if unit == "%" else (1, 2, unit)
         found, low, high = (f"{scale * part:+.{digits}f}" for part in paired_difference(*zip(*pairs, strict=True)))
+        if unit == "dB":
+            shown += " (mean of clips)"
         print(f"{name:<{max(width, 16)}} {len(pairs):>5} {found:>6} {shown} against {path} (95 %: {low} to {high})")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import errno
+import math
 import os
 import struct
 import sys
@@ -168,10 +169,10 @@ def command_parser(command: str, description: str | None) -> argparse.ArgumentPa
 
 
 def check_least(args: argparse.Namespace, *names: str, least: int = 1) -> None:
-    """Raise ValueError, with the flag and the value, for an argument that is given and smaller than `least`."""
+    """Raise ValueError, with the flag and the value, for an argument that is given and smaller than `least`, or no number."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < least:
+        if value is not None and not least <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be >= {least}, got {value}.")
 
 

@@ -78,7 +78,8 @@ def away_from_weaker(conditional: Tensor, weaker: Tensor, scale: float | Tensor)
     """
     guided, over = away_from_null(conditional, weaker, scale), (1, 3, 4)
     before, after = (x.std(over, correction=0, keepdim=True) for x in (conditional, guided))
-    return guided * (1 + _RESTORED * (before / after.clamp(min=1e-8) - 1))
+    ratio = torch.where(after > 1e-8, before / after.clamp(min=1e-8), 1.0)  # of equal numbers there is no spread
+    return guided * (1 + _RESTORED * (ratio - 1))
 
 
 # How outputs with conditions are led away from others: (outputs, others, scale) -> outputs. The others are the outputs

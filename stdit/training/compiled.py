@@ -18,6 +18,7 @@ def compiler_error(device: torch.device) -> str | None:
     except (
         Exception
     ) as error:  # a compiler, its headers, or a folder for its files is missing, or anything else of many
+        error = getattr(error, "inner_exception", error)  # of the compiler, which torch wraps
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[0] if lines else type(error).__name__
     return None
@@ -40,6 +41,8 @@ def compile_blocks(model: Any, backend: str = "inductor", *, sharded: bool = Fal
     config.recompile_limit = max(config.recompile_limit, _GRAPHS)
     if not required:
         config.suppress_errors = True
+        # Code for gradients is made with that of the forward pass, whose errors alone are suppressed.
+        torch._functorch.config.force_non_lazy_backward_lowering = True
     model.has_compiled_blocks = True
     if not sharded:
         model.compile_repeated_blocks(fullgraph=required, backend=backend)

@@ -142,7 +142,7 @@ class TrainConfig(LoopConfig):
     )
     holdout_values: list[str] = field(default_factory=list)  # hold out these values of the column instead of a share
     compile: bool | Literal["auto"] = (
-        False  # compile the blocks with torch.compile; the first steps take a minute longer; auto: in long runs, if it works here
+        False  # compile the blocks with torch.compile; the first steps take half a minute longer; auto: in long runs, if it works here
     )
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # the model over several processes
     lora: LoraConfig = field(default_factory=LoraConfig)  # train a LoRA of the model at init_from.path

@@ -88,9 +88,10 @@ class swap_ema:
     """
 
     def __init__(self, model: nn.Module, ema: EMAModel):
-        self.model, self.ema, self._uncompiled = model, ema, uncompiled(model)
+        self.model, self.ema = model, ema
 
     def __enter__(self) -> None:
+        self._uncompiled = uncompiled(self.model)
         self._uncompiled.__enter__()
         self._context_parallel = getattr(self.model, "context_parallel", None)
         if self._context_parallel is not None:

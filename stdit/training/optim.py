@@ -22,7 +22,7 @@ def build_optimizers(model: nn.Module, name: str, lr: float, weight_decay: float
     if name == "adamw8bit":
         return [build_adamw8bit(learnt, lr, weight_decay)]
     # On the host a step of AdamW is as slow as its passes over memory, of which the fused one makes the fewest.
-    fused = True if is_offloaded(model) or all(p.device.type == "cpu" for p in learnt) else None
+    fused = True if is_offloaded(model) or all(p.device.type == "cpu" and p.is_contiguous() for p in learnt) else None
     if name == "adamw":
         return [torch.optim.AdamW(learnt, lr=lr, weight_decay=weight_decay, fused=fused)]
     hidden = muon_parameters(model).values()
