@@ -10,6 +10,7 @@ from stdit.data.video_write import write_video
 from stdit.recipes import budget, propose, train
 from stdit.recipes.budget import Budget
 from stdit.recipes.propose import fit
+from stdit.vae import VideoVAE
 
 TINY = [
     "model.depth=1",
@@ -152,6 +153,21 @@ def test_a_model_that_no_run_of_the_name_wrote_is_not_replaced(clips, tmp_path):
     with pytest.raises(ValueError, match="models/my_clips holds a model that no run of this name wrote"):
         train.main(["--data", "my clips", *TINY])
     assert (tmp_path / "models/my_clips/model_index.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["train.holdout=0.99"], ["train.holdout_column=label", "train.holdout_values=[left,right]"]],
+)
+def test_a_hold_out_that_leaves_no_clip_is_refused_before_any_is_encoded(clips, tmp_path, monkeypatch, given):
+    def encoded(*args, **options):
+        raise AssertionError("clips were encoded")
+
+    monkeypatch.setattr(VideoVAE, "encode", encoded)
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="leaves no clip to train on"):
+        train.main(["--data", "my clips", *TINY, *given])
+    assert set(tmp_path.rglob("*")) == before  # nor is the proposal written, with which the next call would go on
 
 
 def test_what_was_encoded_is_not_changed_by_overrides_of_a_second_call(clips, tmp_path):

@@ -59,12 +59,16 @@ class ConditionEmbedder(TakesConditions):
         """Embed timestep and conditions, summed to a vector or as tokens.
 
         timestep: (), (B,), (B, T) or (B, T, S); conditions: completed by `gather_conditions`. target_timestep: where the
-        step of a flow map ends, like timestep; None: at timestep. ValueError if the model is no flow map.
+        step of a flow map ends, like timestep; None: at timestep. ValueError if the model is no flow map, or, on a CPU,
+        for a step that ends above timestep.
         """
         timestep = timestep.expand(batch) if timestep.ndim == 0 else timestep
         time = self.t_embedder(timestep)
         if self.r_embedder is not None:
-            time = time + self.r_embedder(timestep - (timestep if target_timestep is None else target_timestep))
+            length = timestep - (timestep if target_timestep is None else target_timestep)
+            if target_timestep is not None:
+                _check_length(length)
+            time = time + self.r_embedder(length)
         elif target_timestep is not None:
             raise ValueError("this model is no flow map, so it takes no target_timestep; leave it out.")
         if timestep.ndim > 1 and self.patch_size[0] > 1:  # frames that share a token share a condition
@@ -102,6 +106,20 @@ class ConditionEmbedder(TakesConditions):
             ahead = torch.cat(parts[:-1], dim=2)
             mask = torch.cat([mask.new_ones(ahead.shape[:3]), mask.expand(-1, frames, -1)], dim=2)
         return Condition(embedding, None, torch.cat(parts, dim=2), mask)
+
+
+# By which rounding may put the end of a step above its start, on 0..1000.
+_ROUNDING = 1e-2
+
+
+def _check_length(length: Tensor) -> None:
+    """Raise ValueError for steps that end above their start; on devices and in compiled code, where this would wait, nothing."""
+    if torch.compiler.is_compiling() or length.device.type != "cpu":
+        return
+    if length.numel() and (least := float(length.detach().min())) < -_ROUNDING:
+        raise ValueError(
+            f"target_timestep lies above timestep, by up to {-least:g}; a step ends where there is less noise: give at most timestep."
+        )
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -223,8 +223,8 @@ class STDiT(HubMixin, ConditionEmbedder, ModelMixin, ConfigMixin, AttentionMixin
         (B, T), to which each frame attends in place of the noisy earlier frames (teacher forcing of causal models).
         visible: indices of the patches that a masked trunk's encoder (B, n) or the middle blocks of a stack (B, T, n) see. target_timestep: like timestep, where
         the step ends, for a flow map, which predicts the mean velocity on the way; None: at timestep itself. It must not be
-        above timestep, for which no model is trained; this is not checked, since it would wait for the device. Lists of
-        latents and timesteps run as one packed sequence (see `packed`).
+        above timestep, for which no model is trained: ValueError on a CPU; elsewhere and in compiled code it is not checked,
+        since that would wait for the device. Lists of latents and timesteps run as one packed sequence (see `packed`).
         """
         if not isinstance(hidden_states, Tensor):
             return self.packed(  # type: ignore[return-value]

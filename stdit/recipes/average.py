@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from stdit.config import Config
-from stdit.data.datasets import build_dataset
+from stdit.data.datasets import Dataset, build_dataset
 from stdit.diffusion.objective import build_objective
 from stdit.legacy import renamed_parameter
 from stdit.recipes.build import build_accelerator, build_captions, build_teacher, split_holdout
@@ -30,10 +30,17 @@ LENGTHS_TRIED = 9
 
 
 def lengths_between(snapshots: Sequence[Snapshot], lengths: Sequence[float], step: int) -> list[float]:
-    """Lengths to try: those of training, and others about them, as far as the snapshots give them."""
+    """Lengths to try: those of training, and others about them, as far as the snapshots give them; ValueError if none."""
     low, high = 0.8 * min(lengths), 1.5 * max(lengths)
     tried = [min(0.288, low * (high / low) ** (i / (LENGTHS_TRIED - 1))) for i in range(LENGTHS_TRIED)]
-    return [length for length in sorted({*tried, *lengths}) if _gives(snapshots, length, step)]
+    found = [length for length in sorted({*tried, *lengths}) if _gives(snapshots, length, step)]
+    if not found:
+        last = max(one.step for one in snapshots)
+        raise ValueError(
+            f"the snapshots, the last of step {last}, give no average about train.average_lengths={list(lengths)} at step {step}; "
+            f"restore {snapshots[0].path.with_name(f'step-{step}.safetensors')}, or train for more steps, which writes another."
+        )
+    return found
 
 
 def _gives(snapshots: Sequence[Snapshot], length: float, step: int) -> bool:
@@ -44,8 +51,8 @@ def _gives(snapshots: Sequence[Snapshot], length: float, step: int) -> bool:
     return True
 
 
-def _trainer(config: Config, model: nn.Module, vae: VideoVAE) -> tuple[Trainer, HeldOutDraws]:
-    """What measures the held-out loss of a run; ValueError if it held nothing out."""
+def _clips(config: Config) -> tuple[Dataset, Dataset, HeldOutDraws]:
+    """The clips of a run, those it trained on, and those it held out; ValueError if it held nothing out."""
     dataset = build_dataset(config.data)
     kept, held_out = split_holdout(config, dataset)
     if held_out is None:
@@ -53,15 +60,19 @@ def _trainer(config: Config, model: nn.Module, vae: VideoVAE) -> tuple[Trainer, 
             f"the run {config.name!r} held no clips out, so no length can be chosen by their loss; give --length, or train "
             "with train.holdout=0.1."
         )
+    return dataset, kept, held_out
+
+
+def _trainer(config: Config, model: nn.Module, vae: VideoVAE, *, dataset: Dataset, trained_on: Dataset) -> Trainer:
+    """What measures the loss of a run."""
     accelerator = build_accelerator(config.train.precision)
     captions = build_captions(config, dataset, accelerator.device)
-    trainer = Trainer(
+    return Trainer(
         accelerator, RunFolders(config.name), model.to(accelerator.device), [],
         config=config.train, resolved={}, objective=build_objective(config.objective), vae=vae.to(accelerator.device),
-        bad_files=BadFiles(len(kept), config.data.max_bad_fraction), captions=captions,
+        bad_files=BadFiles(len(trained_on), config.data.max_bad_fraction), captions=captions,
         teacher=build_teacher(config, accelerator.device),
     )  # fmt: skip
-    return trainer, held_out
 
 
 @command
@@ -79,7 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{output} exists; choose another --output.")
     checkpoint = find_checkpoint(folder)
     config, snapshots = config_of(checkpoint), read_snapshots(folder / "averages", checkpoint.step)
-    if args.length is not None:
+    # What cannot be is refused before the model is loaded.
+    if args.length is None:
+        dataset, trained_on, held_out = _clips(config)
+        lengths = lengths_between(snapshots, config.train.average_lengths, checkpoint.step)
+    else:
         weights_of(snapshots, args.length, checkpoint.step)
     pipe = pipeline_of(checkpoint)
     model = pipe.transformer
@@ -90,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     length = args.length
     if length is None:
-        trainer, held_out = _trainer(config, model, pipe.video_vae)
+        trainer = _trainer(config, model, pipe.video_vae, dataset=dataset, trained_on=trained_on)
 
         @torch.no_grad()
         def measured() -> float:
@@ -98,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"held-out loss of the average in training (train.ema_decay={config.train.ema_decay}): {measured():.5f}")
         found = {}
-        for tried in lengths_between(snapshots, config.train.average_lengths, checkpoint.step):
+        for tried in lengths:
             use(tried)
             found[tried] = measured()
             print(f"  length {tried:.3f}: {found[tried]:.5f}", flush=True)

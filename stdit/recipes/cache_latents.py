@@ -19,7 +19,7 @@ from stdit.data.actions import check_flip
 from stdit.data.base import Identity
 from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
-from stdit.data.holdout import column_of, columns_for_holdout
+from stdit.data.holdout import column_of, columns_for_holdout, split
 from stdit.data.identity import hash_of, identity_of
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import NO_BUCKET, ClipSize
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(
             f"--output {args.output} is data.root itself; set data.root=FOLDER to the folder of the clips."
         )
+    if config.train.holdout:  # values, though, may be those of other data, which is trained on together with this
+        split(dataset, config.train.holdout, config.train.holdout_column)
     vae = load_vae(config.vae.name).to(default_device())
     if config.data.cache_posterior != "mean" and not vae.has_posterior:
         raise ValueError(

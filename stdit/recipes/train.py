@@ -52,7 +52,7 @@ from stdit.recipes.entry import command, out_of_memory
 from stdit.recipes.index import indexed
 from stdit.recipes.order import build_order
 from stdit.recipes.previews import read_previews, sample_previews
-from stdit.recipes.propose import data_overrides, find_or_propose, keep
+from stdit.recipes.propose import BASE, data_overrides, find_or_propose, keep
 from stdit.recipes.train_arguments import read_arguments
 from stdit.training.fit import BadFiles, Stopped, Teacher, Trainer, swap_ema
 from stdit.training.held_out import steps_between
@@ -336,6 +336,10 @@ def _proposed(args: argparse.Namespace) -> Config:
             f"--data proposes a model, but {adapts} takes one that is there; name a config, for example stdit train lora "
             f"--data {args.data} init_from.path=MODEL."
         )
+    # A hold-out that cannot be, before any clip is encoded: a proposal encodes some to measure how long it takes.
+    given = load_typed(Config, BASE, [*args.overrides, *data_overrides(args.data)])
+    if given.train.holdout or given.train.holdout_values:
+        split_holdout(given, build_dataset(indexed(given.data)))
     proposal = find_or_propose(args.data, args.overrides, args.minutes)
     print("\n".join(proposal.lines), file=sys.stderr if args.print_config else sys.stdout, flush=True)
     config = proposal.config(args.overrides)

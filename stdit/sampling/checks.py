@@ -26,7 +26,7 @@ def check(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: i
     _check_channels(engine, options)
     _check_guidance(engine, options)
     _check_shift(engine, options)
-    _check_scheduler(engine, canvas, options)
+    _check_scheduler(engine, canvas, options, shape)
     _check_stagger(engine, options, shape)
     if canvas.mask.shape[1] > 1 and not engine.model.supports_patch_levels:
         raise ValueError(
@@ -108,7 +108,8 @@ def check_world(engine: Engine, options: SamplingOptions) -> Actions:
     check_streamed(options)
     _check_guidance(engine, options)
     _check_shift(engine, options)
-    _check_solver(engine, options)
+    trained = engine.trained_on
+    _check_solver(engine, options, engine.latent_shape((trained.num_frames, trained.height, trained.width)))
     _check_stream(engine, options)
     _check_history_noise(options)
     _warn_of_length(engine, None)
@@ -196,18 +197,24 @@ def _check_learnt(engine: Engine, options: SamplingOptions) -> None:
         )
 
 
-def _check_solver(engine: Engine, options: SamplingOptions) -> None:
+def _check_solver(engine: Engine, options: SamplingOptions, latent_shape: tuple[int, int, int]) -> None:
     name = options.solver or engine.default_solver
-    least, steps = pick(SOLVERS, name, "solver").least_steps(engine.objective.path), options.num_inference_steps
-    if isinstance(steps, int) and steps < least:
+    least = pick(SOLVERS, name, "solver").least_steps(engine.objective.path)
+    if _count_steps(engine, options, latent_shape) < least:
         raise ValueError(
-            f"solver {name!r} needs at least {least} steps, got num_inference_steps={steps}; use euler, or more steps."
+            f"solver {name!r} needs at least {least} steps, got num_inference_steps={options.num_inference_steps}; use euler, "
+            "or more steps."
         )
     if name == "flow_map" and not getattr(engine.model.config, "flow_map", False):
         raise ValueError(
             "solver 'flow_map' needs a model that was trained with objective.flow_map=true; use euler, ab2 or dpmpp_2m, or train "
             "one (configs/quickstart_few.yaml)."
         )
+
+
+def _count_steps(engine: Engine, options: SamplingOptions, latent_shape: tuple[int, int, int]) -> int:
+    """The steps that a frame takes, however their number is written."""
+    return len(engine.schedule(options, latent_shape)) - 1
 
 
 def _check_shift(engine: Engine, options: SamplingOptions) -> None:
@@ -221,16 +228,18 @@ def _check_shift(engine: Engine, options: SamplingOptions) -> None:
 def _check_stagger(engine: Engine, options: SamplingOptions, latent_shape: tuple[int, int, int]) -> None:
     if options.stagger == 1:
         return
-    steps = len(engine.schedule(options, latent_shape)) - 1
+    steps = _count_steps(engine, options, latent_shape)
     if options.stagger > steps:
         raise ValueError(
             f"stagger={options.stagger} is more than the {steps} steps of a frame, so that frames would only wait; give 1 to {steps}."
         )
 
 
-def _check_scheduler(engine: Engine, canvas: Canvas, options: SamplingOptions) -> None:
+def _check_scheduler(
+    engine: Engine, canvas: Canvas, options: SamplingOptions, latent_shape: tuple[int, int, int]
+) -> None:
     if not engine.uses_diffusers(options.solver):
-        return _check_solver(engine, options)
+        return _check_solver(engine, options, latent_shape)
     name = type(engine.scheduler).__name__
     if not canvas.mask.all() or canvas.strength != 1 or options.arrangement != "together":
         raise ValueError(

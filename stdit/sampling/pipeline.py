@@ -280,9 +280,6 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
         """Fill a canvas as a call asks for it; `fill` has the arguments."""
         options, per_prompt = with_guider(call.options, call.given), call.num_videos_per_prompt
         clips = len(canvas.pixels)
-        with torch.no_grad():
-            found = self.conditions(clips, **call.given)
-        self._warn(canvas, call)
         canvas = pad_to_groups(canvas.repeated(per_prompt), self.video_vae)
         engine, count = self.engine, len(canvas.pixels)
         self._guidance_scale = engine.guidance(options).scale
@@ -294,9 +291,6 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
             overlap=options.overlap,
         )
         check(engine, canvas, options, frames=window.length)
-        check_conditions(
-            self.transformer.conditioners, found.conditions, len(canvas.output_frames), self.video_vae.stride[0]
-        )
         on_step = self._step_function(call.callback, call.callback_inputs)
         sampler: AutoregressiveSampler | WindowedSampler = (
             AutoregressiveSampler(engine, options, on_step=on_step)
@@ -309,6 +303,12 @@ class STDiTPipeline(TaskMethods, StreamMethods, FolderMethods, LoraMethods, Diff
         if call.output_type == "latent":
             sampler.latent_shape(canvas)
             output = latents_of_output(canvas, self.video_vae)
+        with torch.no_grad():  # after the checks, since it may load a text encoder
+            found = self.conditions(clips, **call.given)
+        self._warn(canvas, call)
+        check_conditions(
+            self.transformer.conditioners, found.conditions, len(canvas.output_frames), self.video_vae.stride[0]
+        )
         per_clip = partial(map_tensors, change=lambda x: x.repeat_interleave(per_prompt, 0) if len(x) == clips else x)
         to_device = partial(map_tensors, change=lambda x: x.to(engine.device))
         found = found.change(per_clip)

@@ -69,10 +69,10 @@ class StreamMethods(CallbackState):
         # The canvas of one group is checked in place of the whole one, which may not fit into memory.
         canvas = tasks.extend(clip, after if after % step else min(after, step), 0, self.video_vae)
         engine, total = self.engine, clip.shape[2] + after
-        with torch.no_grad():
+        check(engine, canvas, options, frames=total)
+        with torch.no_grad():  # after the check, since it may load a text encoder
             found = self.conditions(len(clip), **call.given)
         self._warn(canvas, call)
-        check(engine, canvas, options, frames=total)
         check_conditions(self.transformer.conditioners, found.conditions, total, self.video_vae.stride[0])
         on_step = self._step_function(call.callback, call.callback_inputs)
         sampler = AutoregressiveSampler(engine, dataclasses.replace(options, progress=False), on_step=on_step)

@@ -141,6 +141,34 @@ def test_a_fresh_flow_map_gives_what_the_model_gave_bit_for_bit(conditioning):
         model(x, t, y, target_timestep=t)
 
 
+def test_a_step_that_ends_above_its_start_is_refused_where_that_costs_nothing():
+    model = build(flow_map=True).eval()
+    x, t, y = torch.randn(2, 4, 3, 8, 8), torch.full((2, 3), 500.0), torch.tensor([0, 2])
+    above = t.clone()
+    above[1, 2] = 750
+    with pytest.raises(ValueError, match="target_timestep lies above timestep, by up to 250; .*give at most timestep"):
+        model(x, t, y, target_timestep=above)
+    with pytest.raises(ValueError, match="by up to 100;"):
+        model(list(x), list(t), y, target_timestep=[one + 100 for one in t])
+    model(x, t, y, target_timestep=t + 1e-4)  # what rounding may do
+    model.to("meta")(*(part.to("meta") for part in (x, t, y)), target_timestep=above.to("meta"))
+
+
+def test_where_a_step_ends_is_embedded_in_one_graph_and_has_a_derivative():
+    model = fill(build(flow_map=True)).eval()
+    t, y = torch.full((2, 3), 500.0), torch.tensor([[0], [2]])
+
+    def embed(end):
+        return model.condition(t, {"label": y}, 2, end).embedding
+
+    compiled = torch.compile(embed, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(t / 2), embed(t / 2))
+    _, tangent = torch.func.jvp(embed, (t / 2,), (torch.ones_like(t),))
+    near = (embed(t / 2 + 0.1) - embed(t / 2 - 0.1)) / 0.2
+    assert tangent.abs().max() > 1e-3
+    torch.testing.assert_close(tangent, near, atol=1e-3, rtol=1e-2)
+
+
 def test_a_trained_flow_map_answers_to_where_the_step_ends_per_frame_and_per_patch():
     model = fill(build(flow_map=True, axes=["joint"])).eval()
     x, y = torch.randn(2, 4, 3, 8, 8), torch.tensor([0, 2])
@@ -176,6 +204,29 @@ def test_every_mask_strategy_trains_a_flow_map_and_its_new_embedder(strategy, ta
     assert found.shape == (4,) and torch.isfinite(found).all()
     found.sum().backward()
     assert model.r_embedder.mlp[2].weight.grad.abs().max() > 0
+
+
+def test_frames_that_wait_while_others_move_have_no_weight_in_the_loss():
+    model, objective = fill(build(flow_map=True, axes=["joint"])), build_objective(ObjectiveConfig(flow_map=True))
+    clips = [LatentBatch(torch.randn(16, 4, 5, 8, 8))]
+    conditions, null = ({"label": torch.full((16, 1), label)} for label in (1, 3))
+    waiting = []
+
+    def loss(changes):
+        def changed(x, timestep, *, target_timestep, **given):
+            moves = timestep > target_timestep
+            waits = ~moves & (timestep > 0) & moves.any(1, keepdim=True)
+            waiting.append(int(waits.sum()))
+            where = waits if changes == "waiting" else moves & (changes == "moving")
+            return model(x, timestep, target_timestep=target_timestep, **given) + like(100.0 * where, x)
+
+        given = {"patch": (1, 2, 2), "strategy": "per_frame", "flow_map": FlowMapTraining(model, null)}
+        keys = [(0, 5, slot) for slot in range(16)]
+        return diffusion_losses(changed, objective, clips, conditions, keys=keys, **given).clips
+
+    expected = loss("nothing")
+    assert torch.equal(loss("waiting"), expected) and min(waiting) > 5
+    assert (loss("moving") > expected).sum() > 8
 
 
 @pytest.mark.parametrize("learns", ["the data", "a teacher", "scales of a teacher"])

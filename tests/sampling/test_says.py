@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -17,6 +18,7 @@ from stdit.text import HashedWordEncoder, _words, warn_of_length
 from stdit.vae import as_video_vae
 from stdit.vae.tiny import TinyVAE
 
+CAUSAL = {"axes": ["joint"], "causal": True, "position_encoding": "rope_3d", "window": 2}
 FAST = {"num_inference_steps": 2, "progress": False, "num_frames": 5, "height": 16, "width": 16}
 
 
@@ -122,13 +124,59 @@ def test_a_multistep_solver_serves_tasks_and_streams_and_refuses_fewer_steps_tha
     mask = torch.zeros(5, 16, 16, dtype=torch.bool)
     mask[:, 4:9, 2:7] = True
     assert torch.equal(pipe.inpaint(clip, mask, class_labels=0, **given)[:, :, ~mask], clip[:, :, ~mask])
-    causal = make_pipe(tiny_model, axes=["joint"], causal=True, position_encoding="rope_3d", window=2)
+    causal = make_pipe(tiny_model, **CAUSAL)
     streamed = torch.cat(list(causal.stream(clip, 8, 0, **given)), 2)
     assert torch.equal(causal.extend(clip, after=8, class_labels=0, **given)[:, :, 5:], streamed)
     with pytest.raises(
         ValueError, match=f"'{solver}' needs at least {least} steps, got num_inference_steps={least - 1}; use e"
     ):
         pipe(0, solver=solver, num_inference_steps=least - 1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "solver", "steps", "enough"),
+    [
+        ("flow", "ab2", np.int64(1), 2),
+        ("flow", "ab2", "1", "2"),
+        ("flow", "dpmpp_2m", "3", "4"),
+        ("ddpm", "ab2", "1", "2"),
+        ("ddpm", "ab2", "ddim1", "ddim2"),
+        ("ddpm", "dpmpp_2m", np.int64(2), 3),
+        ("ddpm", "dpmpp_2m", "ddim2", "ddim3"),
+    ],
+)
+def test_too_few_steps_are_refused_however_they_are_written(tiny_model, objective, solver, steps, enough):
+    pipe, causal = (
+        make_pipe(tiny_model, objective, **more)
+        for more in ({}, {**CAUSAL, "extra_conditions": {"actions": {"stride": 4, "count": 5}}})
+    )
+    given = {**FAST, "solver": solver, "num_inference_steps": enough}
+    assert torch.isfinite(pipe(0, **given)).all()
+    causal.world(class_labels=0, solver=solver, num_inference_steps=enough)
+    pipe.transformer.forward = None
+    message = f"'{solver}' needs at least [2-4] steps, got num_inference_steps={steps}; use euler, or more steps"
+    with pytest.raises(ValueError, match=message):
+        pipe(0, **{**given, "num_inference_steps": steps})
+    with pytest.raises(ValueError, match=message):
+        causal.world(class_labels=0, solver=solver, num_inference_steps=steps)
+
+
+def test_what_a_model_cannot_do_is_refused_before_its_text_encoder_is_loaded(tiny_model):
+    text = {"num_classes": 0, "caption_channels": 64}
+    pipe = make_pipe(tiny_model, **text)
+    causal = make_pipe(tiny_model, **CAUSAL, **text)
+    clip, given = torch.rand(1, 3, 5, 16, 16), {"captions": "a red one", "num_inference_steps": 1, "solver": "ab2"}
+    calls = [
+        (lambda: pipe(**given), "needs at least 2 steps"),
+        (lambda: pipe.extend(clip, after=4, **given), "needs at least 2 steps"),
+        (lambda: causal.stream(clip, after=4, **given), "needs at least 2 steps"),
+        (lambda: pipe(captions="a red one", latents=torch.randn(1, 1, 1, 1, 1)), "this call needs"),
+    ]
+    for call, message in calls:  # neither pipeline has an encoder: one that is asked for is an error of another kind
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match="names no text encoder"):
+        pipe(captions="a red one", **FAST)
 
 
 def test_a_model_with_learnt_guidance_is_sampled_without_and_refuses_more(tiny_model, tmp_path):
@@ -156,7 +204,7 @@ def test_a_flow_map_serves_tasks_arrangements_and_streams_and_other_models_refus
     mask = torch.zeros(5, 16, 16, dtype=torch.bool)
     mask[:, 3:9, 2:7] = True  # a boundary inside patches, where pixels guide
     assert torch.equal(made.inpaint(clip, mask, class_labels=0, **given)[:, :, ~mask], clip[:, :, ~mask])
-    causal = make_pipe(tiny_model, flow_map=True, axes=["joint"], causal=True, position_encoding="rope_3d", window=2)
+    causal = make_pipe(tiny_model, flow_map=True, **CAUSAL)
     streamed = torch.cat(list(causal.stream(clip, 8, 0, **given)), 2)
     assert torch.equal(causal.extend(clip, after=8, class_labels=0, **given)[:, :, 5:], streamed)
     with pytest.raises(ValueError, match=r"'flow_map' needs a model .* objective.flow_map=true"):

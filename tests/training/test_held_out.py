@@ -1,6 +1,7 @@
 """The loss on held-out clips, and averages whose length is chosen afterwards."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,21 @@ def test_the_held_out_loss_is_written_and_no_held_out_clip_is_trained_on(home, m
     assert list(measured("t")) == [4]  # after the last step
     held = split(loaded(DataConfig(source="shapes", num_frames=5, height=32, width=32, num_shapes=40)), 0.2)[1]
     assert trained and not trained & set(held.indices.tolist())
+
+
+def test_the_held_out_loss_is_in_the_curves_and_in_tensorboard(home, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **k: drawn.append(self) or Path(path).touch())
+    monkeypatch.setattr(train, "steps_between", lambda clips: 5)
+    assert go("train.steps=14", "train.average_lengths=[]") == 0
+    expected = measured("t")
+    assert list(expected) == [5, 10, 14]
+    points = events.EventAccumulator("output/t/tensorboard").Reload().Scalars("train/held_out_loss")
+    assert {one.step: one.value for one in points} == pytest.approx(expected, rel=1e-6)
+    line = next(one for one in drawn[-1].axes[0].lines if one.get_label() == "held out, averaged weights")
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_resumed_run_measures_the_same_held_out_losses_and_averages(home, monkeypatch):
@@ -231,3 +247,22 @@ def test_the_average_command_writes_the_length_with_the_least_held_out_loss(home
     assert entry.run(average_recipe.main, ["t", "--length", "0.07", "--output", "models/other"]) == 0
     assert entry.run(average_recipe.main, ["t", "--length", "0.001", "--output", "models/none"]) == 1
     assert "do not give" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("lost", "overrides", "words"),
+    [
+        ("step-60", [], "the last of step 40, .*restore .*step-60.safetensors, or train for more steps"),
+        ("step-none", ["train.holdout=0", "train.steps=20"], "held no clips out"),
+    ],
+)
+def test_an_average_that_cannot_be_chosen_is_refused_before_the_model_is_loaded(
+    home, monkeypatch, capsys, lost, overrides, words
+):
+    assert go(*overrides) == 0
+    Path(f"checkpoints/t/averages/{lost}.safetensors").unlink(missing_ok=True)
+    monkeypatch.setattr(average_recipe, "pipeline_of", None)
+    capsys.readouterr()
+    assert entry.run(average_recipe.main, ["t"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert re.search(words, said) and "\n" not in said

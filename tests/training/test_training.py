@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from stdit.model.stdit import STDiT
 from stdit.recipes import train
+from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.metrics import MetricsLogger
 from stdit.training.run import RunFolders
 from stdit.training.state import damage, list_checkpoints
@@ -302,6 +304,18 @@ def test_a_flow_map_does_not_go_on_with_another_teacher_silently(home, capsys):
     assert go("init_from.path=other", "train.steps=1", *options, *small) == 1
     assert "teacher_fingerprint: " in capsys.readouterr().err
     assert go("init_from.path=moved", "train.steps=1", *options, *small) == 0
+
+
+def test_a_flow_map_trains_from_scratch_and_its_model_samples_in_two_steps(home):
+    assert go("objective.flow_map=true", "objective.mask_strategy=mixed", "train.guidance=1", "train.samples=0") == 0
+    assert all(math.isfinite(float(row[1])) for row in losses("t")) and len(losses("t")) == 6
+    moved = tensors("t", 6)["model/r_embedder.mlp.2.weight"]  # zero where it is fresh
+    assert moved.abs().max() > 0
+    pipe = STDiTPipeline.from_pretrained(home / "models/t")
+    given = {"num_inference_steps": 2, "progress": False}
+    few, euler = (pipe(1, solver=solver, **given) for solver in (None, "euler"))
+    assert few.shape == (1, 3, 5, 32, 32) and torch.isfinite(few).all() and not torch.equal(few, euler)
+    assert torch.equal(few, pipe(1, solver="flow_map", **given))
 
 
 @pytest.mark.parametrize(
