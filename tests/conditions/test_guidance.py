@@ -15,6 +15,7 @@ from stdit.recipes import train
 from stdit.recipes.build import build_teacher
 from stdit.recipes.info import main as info
 from stdit.recipes.models import load_start
+from stdit.sampling.guidance import GUIDERS
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.training.step import FlowMapTraining, LatentBatch, diffusion_losses
@@ -95,9 +96,10 @@ def test_the_target_is_the_teachers_velocity_at_the_scale_of_each_clip(strategy,
             away = [teacher(x, timestep, conditions={"label": null}), guide(x, timestep, conditions={"label": labels})]
         auto, cfg = conditions["guidance"][:, 0].unbind(1)
         high = timestep.flatten(1).amax(1) >= objective.timestep(torch.tensor(GUIDE_INTERVAL[0]))
-        by = [(scale - 1).view(-1, 1, 1, 1, 1) for scale in (cfg, torch.where(high, auto, 1.0))]
+        by = [scale.view(-1, 1, 1, 1, 1) for scale in (cfg, torch.where(high, auto, 1.0))]
         above.update(high[auto > 1].tolist())
-        return plain + sum(scale * (plain - worse) for scale, worse in zip(by, away, strict=True))
+        steps = [GUIDERS[name](plain, *pair) - plain for name, *pair in zip(("cfg", "auto"), away, by, strict=True)]
+        return plain + sum(steps)
 
     latents = torch.randn(12, 4, 5, 4, 4)
     conditions = {"label": labels, "guidance": scales[:, None]}
