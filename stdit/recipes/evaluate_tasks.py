@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             figures += found
             ours = ((one["name"], one["unit"], values[name].get(one["name"], ())) for one in found)
             print_differences(ours, saved.get(name, {}), args.against)
-        write_json(output / "tasks.json", {**vars(args), **drawn, "figures": figures, "values": values})
+            # After every task, since all of them may take an hour.
+            write_json(output / "tasks.json", {**vars(args), **drawn, "figures": figures, "values": values})
         print(f"{args.clips} clips each; {output / 'tasks.json'}, {output / 'tasks'}")
     return 0
