@@ -48,17 +48,9 @@ from stdit.vae import load_vae
 _SAMPLING = ("model", "steps", "guidance", "guider", "guidance_interval", "solver", "shift", "seed")
 # What is measured, by the first of these arguments that is given, and the arguments without influence on it.
 _WITHOUT_INFLUENCE = {
-    "round_trip": (
+    "round_trip": (  # the seed draws the clips
         "the round trip of drawn clips",
-        (
-            "input",
-            "captions",
-            "reference",
-            "features",
-            "paired",
-            "against",
-            *_SAMPLING[:-1],
-        ),  # all but the seed, which draws the clips
+        ("input", "captions", "reference", "features", "paired", "against", *_SAMPLING[:-1]),
     ),
     "captions": ("how captions are followed", ("input", "reference", "features", "paired", "against", "noise")),
     "reference": ("distances to a reference", ("against", "noise")),

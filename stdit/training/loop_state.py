@@ -91,19 +91,19 @@ class swap_ema:
         self.model, self.ema = model, ema
 
     def __enter__(self) -> None:
-        self._uncompiled = uncompiled(self.model)
-        self._uncompiled.__enter__()
         self._context_parallel = getattr(self.model, "context_parallel", None)
         if self._context_parallel is not None:
             self.model.context_parallel = None  # type: ignore[assignment]
         self.ema.store(local_parameters(self.model))
         self.ema.copy_to(local_parameters(self.model))
         self.model.eval()
+        self._uncompiled = uncompiled(self.model)  # last, since it holds for the whole process
+        self._uncompiled.__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        self._uncompiled.__exit__(*error)
         reshard(self.model)  # averaged weights that were gathered for a forward pass must not serve in training
         self.ema.restore(local_parameters(self.model))
         if self._context_parallel is not None:
             self.model.context_parallel = self._context_parallel
         self.model.train()
-        self._uncompiled.__exit__(*error)
