@@ -20,6 +20,8 @@ from stdit.precision import Precision, autocast
 from stdit.rng import keyed_normal, keyed_rng
 from stdit.vae import VideoVAE
 
+_MOST_PIXELS = 1 << 22  # of clips that are encoded at a time on CPUs, which bounds the memory
+
 
 class Shard(NamedTuple):
     """The latents of a part of the data.
@@ -101,12 +103,9 @@ def encode_shard(
             good = {i: sample for i, sample in samples.items() if not isinstance(sample, VideoError)}
             if good:
                 pixels = torch.stack([sample["pixels"] for sample in good.values()])
-                # Alone on a CPU, where it takes no longer, since sums depend on the batch: a clip that is encoded again
-                # has the latents of before.
-                together = 1 if vae.device.type == "cpu" else len(pixels)
                 keys: list[tuple[int, ...]] = [(seed, *draw_of[i]) for i in good]
-                starts = range(0, len(pixels), together)
-                latents += [_encode(vae, pixels[i : i + together], form, keys[i : i + together]) for i in starts]
+                encode = _encode_each if vae.device.type == "cpu" else _encode
+                latents.append(encode(vae, pixels, form, keys))
                 encoded += list(good)
                 conditions += [sample["stored"] for sample in good.values()]
     tensors = {name: torch.cat([part[name] for part in latents]) for name in (latents[0] if latents else ())}
@@ -117,6 +116,30 @@ def stored_conditions(dataset: Dataset, index: int, sample: dict) -> dict:
     """The raw conditions that a shard stores besides labels and captions; those of the clip itself are not stored."""
     read = conditions_of_sample(dataset, index, sample)
     return {name: value for name, value in read.items() if CONDITIONERS[name].stored and value is not None}
+
+
+def _encode_each(
+    vae: VideoVAE, pixels: torch.Tensor, form: Form, keys: list[tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
+    """Encode clips as `_encode`, each alone, since sums depend on the batch: a clip encoded again has the latents of before.
+
+    A small clip is too little work for all threads of torch, so each thread encodes another clip where the VAE allows it.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, len(pixels), _MOST_PIXELS // pixels[0, ..., 0].numel()) if vae.reentrant else 1
+
+    def encode(i: int) -> dict[str, torch.Tensor]:
+        return _encode(vae, pixels[i : i + 1], form, keys[i : i + 1])
+
+    if workers <= 1:
+        parts = [encode(i) for i in range(len(pixels))]
+    else:
+        try:  # the number of threads holds for the thread that sets it, and for those that begin later
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
+                parts = list(pool.map(encode, range(len(pixels))))
+        finally:
+            torch.set_num_threads(threads)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @torch.no_grad()

@@ -94,6 +94,7 @@ class VideoVAE(nn.Module, VAEGeometry, ABC):
 
     causal: bool = True  # no latent frame depends on later pixels
     resumable: bool = False  # clips can be decoded frame by frame: `decode_next`
+    reentrant: bool = False  # several threads can encode at a time
     has_posterior: bool = False  # a clip has a distribution of latents: `encode_moments`
     image_is_first_frame: bool = True  # encode(clip[:, :, :1]) equals encode(clip)[:, :, :1]
 

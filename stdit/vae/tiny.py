@@ -166,6 +166,7 @@ class TinyVAE(ModelMixin, VideoVAE, ConfigMixin):
     stride = (4, 8, 8)
     causal = True
     resumable = True
+    reentrant = True
     name = "tiny"
     latent_mean: Tensor
     latent_std: Tensor
