@@ -155,7 +155,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
     unused = [name for name in without if name in given]
     if unused:
         raise ValueError(f"--{unused[0].replace('_', '-')} has no influence on {what}; leave it out.")
-    check_least(args, "clips", "size", "steps")
+    check_least(args, "clips", "steps")
+    check_least(args, "size", least=32 if kind == "round_trip" else 1)  # as make-shapes: smaller shapes have no outline
     check_least(args, "seed", "noise", least=0)
     check_least(args, "frames", least=1 if kind == "reference" else 2)  # one frame has no direction
 

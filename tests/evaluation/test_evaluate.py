@@ -30,6 +30,7 @@ from stdit.recipes.entry import run
         (["--noise", "0.3"], "--noise has no influence on the shapes of a model's clips"),
         (["--round-trip", "tiny", "--shift", "3"], "--shift has no influence on the round trip of drawn clips"),
         (["--round-trip", "tiny", "--noise", "-1"], "--noise must be >= 0, got -1.0"),
+        (["--round-trip", "tiny", "--size", "16"], "--size must be >= 32, got 16"),
         (["--clips", "0"], "--clips must be >= 1, got 0"),
         (["--seed", "-1"], "--seed must be >= 0, got -1"),
         (["--frames", "1"], "--frames must be >= 2, got 1"),
