@@ -58,33 +58,40 @@ class Guidance(NamedTuple):
 _RESTORED = 0.7  # of the spread of a frame's numbers, which guidance away from a weaker model widens
 
 
-def away_from_null(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
+def away_from_null(conditional: Tensor, null: Tensor, scale: float | Tensor, levels: Tensor) -> Tensor:
     """Classifier-free guidance: away from the output without conditions (Ho and Salimans, equation 6)."""
     return null + scale * (conditional - null)
 
 
-def away_from_scaled_null(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
+def away_from_scaled_null(conditional: Tensor, null: Tensor, scale: float | Tensor, levels: Tensor) -> Tensor:
     """CFG-Zero* (Fan et al., equation 9): the output without conditions, scaled to be nearest to that with them."""
     over = tuple(range(1, null.ndim))
     share = (conditional * null).sum(over, keepdim=True) / null.square().sum(over, keepdim=True).clamp(min=1e-8)
-    return away_from_null(conditional, share * null, scale)
+    return away_from_null(conditional, share * null, scale, levels)
 
 
-def away_from_weaker(conditional: Tensor, weaker: Tensor, scale: float | Tensor) -> Tensor:
+def away_from_weaker(conditional: Tensor, weaker: Tensor, scale: float | Tensor, levels: Tensor) -> Tensor:
     """Away from a weaker model's output (Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself").
 
-    The standard deviation of every frame is brought back most of the way to that without guidance (Lin et al., "Common
-    Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4).
+    The mean of every channel over a frame, which a ground has its colour from, is left as it is: it is the lowest of the
+    frequencies, which need less guidance than the others (Sadat et al., "Guidance in the Frequency Domain Enables
+    High-Fidelity Sampling at Low CFG Scales"). The spread of every frame is brought back most of the way to that without
+    guidance (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4). Known patches of a
+    frame, whose level is 0, count for neither.
     """
-    guided, over = away_from_null(conditional, weaker, scale), (1, 3, 4)
-    before, after = (x.std(over, correction=0, keepdim=True) for x in (conditional, guided))
+    generated = like(levels > 0, conditional).to(conditional).expand_as(conditional)
+    count = generated.sum((3, 4), keepdim=True).clamp(min=1)
+    mean, other_mean = ((x * generated).sum((3, 4), keepdim=True) / count for x in (conditional, weaker))
+    own, others = (conditional - mean) * generated, (weaker - other_mean) * generated
+    guided = others + scale * (own - others)
+    before, after = (x.square().sum((1, 3, 4), keepdim=True).sqrt() for x in (own, guided))
     ratio = torch.where(after > 1e-8, before / after.clamp(min=1e-8), 1.0)  # of equal numbers there is no spread
-    return guided * (1 + _RESTORED * (ratio - 1))
+    return conditional + (guided * (1 + _RESTORED * (ratio - 1)) - own)
 
 
-# How outputs with conditions are led away from others: (outputs, others, scale) -> outputs. The others are the outputs
-# without conditions; of `auto` those of a weaker model, an earlier state of the same run.
-GUIDERS: dict[str, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
+# How outputs with conditions are led away from others: (outputs, others, scale, levels) -> outputs. The others are the
+# outputs without conditions; of `auto` those of a weaker model, an earlier state of the same run.
+GUIDERS: dict[str, Callable[[Tensor, Tensor, float | Tensor, Tensor], Tensor]] = {
     "cfg": away_from_null,
     "cfg_zero": away_from_scaled_null,
     "auto": away_from_weaker,
@@ -163,7 +170,7 @@ def guided(
             other, conditional = both.chunk(2)
         mean = conditional[:, :channels]
         if other is not None:
-            mean = combine(mean, other[:, :channels], guidance.scale)
+            mean = combine(mean, other[:, :channels], guidance.scale, levels)
         known = levels == 0
         if guidance.history != 1.0 and noised_context is not None and bool(known.any()) and not bool(known.all()):
             x_without = torch.where(like(known, x), noised_context, x)

@@ -310,7 +310,7 @@ def _guided_velocity(
         network, chosen = (given.guide, conditions) if guider == "auto" else (given.teacher, null)
         worse = run(network, _clips(one, which), None, _conditions_of(chosen, which))
         scale = by[which].view(-1, *[1] * (worse.ndim - 1))
-        found[which] += GUIDERS[guider](velocity[which], worse, scale) - velocity[which]
+        found[which] += GUIDERS[guider](velocity[which], worse, scale, one.levels[which]) - velocity[which]
     return found
 
 

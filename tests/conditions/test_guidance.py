@@ -100,7 +100,9 @@ def test_the_target_is_the_teachers_velocity_at_the_scale_of_each_clip(strategy,
         high = timestep.flatten(1).amax(1) >= objective.timestep(torch.tensor(GUIDE_INTERVAL[0]))
         by = [scale.view(-1, 1, 1, 1, 1) for scale in (cfg, torch.where(high, auto, 1.0))]
         above.update(high[auto > 1].tolist())
-        steps = [GUIDERS[name](plain, *pair) - plain for name, *pair in zip(("cfg", "auto"), away, by, strict=True)]
+        levels = timestep.unflatten(2, (2, 2)) if timestep.ndim == 3 else timestep.view(len(x), -1)
+        pairs = zip(("cfg", "auto"), away, by, strict=True)
+        steps = [GUIDERS[name](plain, *pair, levels) - plain for name, *pair in pairs]
         return plain + sum(steps)
 
     latents = torch.randn(12, 4, 5, 4, 4)

@@ -1,6 +1,7 @@
 """Guidance by a weaker model (Karras et al.) and CFG-Zero* (Fan et al.)."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def pipeline(models, guide=None) -> STDiTPipeline:
 def test_cfg_zero_leads_away_from_the_nearest_multiple_of_the_null_output():
     torch.manual_seed(0)
     conditional, null = torch.randn(2, 2, 3, 4, 1, 1)
-    zero = GUIDERS["cfg_zero"]
+    zero = partial(GUIDERS["cfg_zero"], levels=torch.ones(2, 4))
     assert torch.allclose(zero(conditional, 5 * null, 3.0), zero(conditional, null, 3.0), atol=1e-5)
     assert torch.allclose(zero(conditional, 0.3 * conditional, 3.0), conditional, atol=1e-5)
     away = (zero(conditional, null, 2.0) - conditional).flatten(1)
@@ -62,12 +63,36 @@ def test_cfg_zero_leads_away_from_the_nearest_multiple_of_the_null_output():
 def test_guidance_away_from_a_guide_widens_each_frame_by_three_tenths_of_what_it_would():
     torch.manual_seed(0)
     conditional, weaker = torch.randn(2, 2, 4, 3, 5, 6)
-    plain, auto = (GUIDERS[name](conditional, weaker, 3.0) for name in ("cfg", "auto"))
-    spread = [x.transpose(1, 2).flatten(2).std(2, correction=0) for x in (conditional, plain, auto)]
+    levels = torch.ones(1, 3)
+    outputs = [conditional, *(GUIDERS[name](conditional, weaker, 3.0, levels) for name in ("cfg", "auto"))]
+    own, plain, auto = (x - x.mean((3, 4), keepdim=True) for x in outputs)
+    spread = [x.transpose(1, 2).flatten(2).std(2, correction=0) for x in (own, plain, auto)]
     assert torch.allclose(spread[2], 0.7 * spread[0] + 0.3 * spread[1], atol=1e-5)
-    assert torch.allclose(auto / plain, (auto / plain)[:, :1, :, :1, :1].expand_as(auto), atol=1e-4)
-    of_one_frame = GUIDERS["auto"](conditional[:, :, 1:2], weaker[:, :, 1:2], 3.0)
-    assert torch.allclose(of_one_frame, auto[:, :, 1:2], atol=1e-6)  # it does not depend on the other frames
+    assert torch.allclose(auto / plain, (auto / plain)[:, :1, :, :1, :1].expand_as(auto), atol=1e-3)
+    of_one_frame = GUIDERS["auto"](conditional[:, :, 1:2], weaker[:, :, 1:2], 3.0, levels[:, :1])
+    assert torch.allclose(of_one_frame, outputs[2][:, :, 1:2], atol=1e-6)  # it does not depend on the other frames
+
+
+def test_guidance_away_from_a_guide_leaves_the_mean_of_every_channel_of_a_frame():
+    torch.manual_seed(0)
+    conditional, weaker = torch.randn(2, 2, 4, 3, 6, 6) + torch.tensor([0.0, 5.0]).view(2, 1, 1, 1, 1, 1)
+    auto = GUIDERS["auto"](conditional, weaker, 3.0, torch.ones(2, 3))
+    assert torch.allclose(auto.mean((3, 4)), conditional.mean((3, 4)), atol=1e-5)
+    assert not torch.allclose(auto, conditional, atol=0.1)
+
+
+def test_known_patches_count_neither_for_the_mean_nor_for_the_spread_of_a_frame():
+    torch.manual_seed(0)
+    conditional, weaker = torch.randn(2, 2, 4, 3, 6, 8)
+    levels = torch.ones(1, 3, 3, 4)
+    levels[:, :, :, 2:] = 0  # of every frame the right half is known
+    auto = partial(GUIDERS["auto"], scale=3.0, levels=levels)
+    left = (..., slice(0, 4))
+    alone = GUIDERS["auto"](conditional[left], weaker[left], 3.0, torch.ones(1, 3))
+    assert torch.allclose(auto(conditional, weaker)[left], alone, atol=1e-5)
+    assert torch.equal(auto(conditional, weaker)[..., 4:], conditional[..., 4:])
+    all_known = GUIDERS["auto"](conditional, weaker, 3.0, torch.zeros(1, 3))
+    assert torch.equal(all_known, conditional)
 
 
 def test_a_guide_is_led_away_from_by_default_and_only_above_scale_1(models):
