@@ -73,8 +73,8 @@ class Objective(ABC):
         return None
 
     @abstractmethod
-    def schedule(self, steps: int | str, tokens: int, shift: float | None = None) -> Tensor:
-        """Levels (steps + 1,) from noise to 0 for sampling a clip of `tokens` latent positions.
+    def schedule(self, steps: int | str, tokens: int, shift: float | None = None, *, start: float = 1.0) -> Tensor:
+        """Levels (steps + 1,) from `start` to 0 for sampling a clip of `tokens` latent positions.
 
         shift: flow: how far levels are shifted toward noise; None: as the config says.
         """
@@ -87,12 +87,10 @@ class FlowObjective(Objective):
         super().__init__(config)
         self.path = FlowPath()
 
-    def _shift(self, levels: Tensor, tokens: int, shift: float) -> Tensor:
-        return shift_levels(levels, size_shift(shift, tokens, self.config.shift_tokens))
-
     def sample_levels(self, generator: torch.Generator, count: int, tokens: int) -> Tensor:
         """Draw levels from `config.distribution` and shift them for the clip's size."""
-        return self._shift(sample_levels(generator, count, self.config.distribution), tokens, self.config.shift)
+        shift = size_shift(self.config.shift, tokens, self.config.shift_tokens)
+        return shift_levels(sample_levels(generator, count, self.config.distribution), shift)
 
     def estimate(self, output: Tensor, x: Tensor, levels: Tensor) -> Estimate:
         """Read the output as velocity."""
@@ -106,13 +104,17 @@ class FlowObjective(Objective):
         """A shift of the call, of the config's sampling, or of its training; before it grows with the clip's size."""
         return shift or self.config.sampling_shift or self.config.shift
 
-    def schedule(self, steps: int | str, tokens: int, shift: float | None = None) -> Tensor:
-        """Evenly spaced levels from 1 to 0, shifted for the clip's size."""
-        return self._shift_steps(self.path.schedule(steps), tokens, shift)
+    def schedule(self, steps: int | str, tokens: int, shift: float | None = None, *, start: float = 1.0) -> Tensor:
+        """Evenly spaced levels, shifted for the clip's size: from 1, or the last part of the way, which begins at `start`."""
+        levels = self.path.schedule(steps)
+        if start < 1:
+            back = 1 / self._steps_shift(tokens, shift)  # the inverse of a shift is that by its reciprocal
+            levels = levels * shift_levels(torch.tensor(start), back)
+        return shift_levels(levels, self._steps_shift(tokens, shift))
 
-    def _shift_steps(self, levels: Tensor, tokens: int, shift: float | None = None) -> Tensor:
-        """Shift levels between which sampling steps."""
-        return self._shift(levels, tokens, self.sampling_shift(shift))
+    def _steps_shift(self, tokens: int, shift: float | None = None) -> float:
+        """The shift of the levels between which sampling steps."""
+        return size_shift(self.sampling_shift(shift), tokens, self.config.shift_tokens)
 
 
 class FlowMapObjective(FlowObjective):
@@ -127,7 +129,9 @@ class FlowMapObjective(FlowObjective):
             return found._replace(target=found.levels)
         kind = MASK_STRATEGIES[strategy]
         order: Order = "alone" if kind.teacher_forcing else "delayed" if kind.level_per_frame else "together"
-        drawn = draw_segment(generator, found.mask, lambda levels: self._shift_steps(levels, tokens), order)
+        drawn = draw_segment(
+            generator, found.mask, lambda levels: shift_levels(levels, self._steps_shift(tokens)), order
+        )
         t, r = (part.view(-1, *[1] * (found.mask.ndim - 1)) for part in drawn)
         levels, target = (torch.where(found.mask, part, found.levels) for part in (t, r))
         return found._replace(levels=levels, target=target)
@@ -166,9 +170,10 @@ class DDPMObjective(Objective):
         bound = variational_bound(self.path, x, clean, frozen, levels=levels, one_step=1 / self.chain.num_steps)
         return simple + bound.mean(dim=1).to(simple.dtype)
 
-    def schedule(self, steps: int | str, tokens: int, shift: float | None = None) -> Tensor:
+    def schedule(self, steps: int | str, tokens: int, shift: float | None = None, *, start: float = 1.0) -> Tensor:
         """Levels of the chain's steps that `steps` selects; the clip's size and a shift have no influence."""
-        return self.path.schedule(steps)
+        levels = self.path.schedule(steps)
+        return levels if start == 1 else self.path.quantize(levels / levels[0] * start)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"flow": FlowObjective, "ddpm": DDPMObjective}

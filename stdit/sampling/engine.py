@@ -1,5 +1,6 @@
 """A trained model ready to sample: the network, its VAE, objective and scheduler, and the clips of its training."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -151,11 +152,11 @@ class Engine:
         """The shape (T, h, w) of a clip's latents; ValueError if the clip does not fit the VAE or the patches."""
         return self.vae.latent_shape(*size, self.model.patch_size)
 
-    def schedule(self, options: SamplingOptions, latent_shape: Size) -> Tensor:
-        """The noise levels (steps + 1,), from 1 to 0, of a call for a clip of this latent shape."""
-        frames, height, width = latent_shape
-        levels = self.objective.schedule(options.num_inference_steps, frames * height * width, options.shift)
-        if options.shift is not None and not bool(levels.isfinite().all() & (levels.diff() < 0).all()):
+    def schedule(self, options: SamplingOptions, latent_shape: Size, start: float = 1.0) -> Tensor:
+        """The noise levels (steps + 1,), from `start` to 0, of a call for a clip of this latent shape."""
+        tokens = math.prod(latent_shape)
+        levels = self.objective.schedule(options.num_inference_steps, tokens, options.shift, start=start)
+        if options.shift is not None and start and not bool(levels.isfinite().all() & (levels.diff() < 0).all()):
             raise ValueError(
                 f"shift={options.shift} (--shift) puts several of {len(levels) - 1} steps at one noise level; give one between 0.01 "
                 "and 100, where 1 is no shift."

@@ -114,7 +114,7 @@ class WindowedSampler:
         )
         if engine.uses_diffusers(options.solver):
             return self._run_diffusers(output, noise)
-        levels, base = self._levels(canvas.strength, shape), None
+        levels, base = engine.schedule(options, shape, canvas.strength), None
         if canvas.strength < 1:
             base = vae.encode(on_device.pixels.to(vae.dtype)).float()
         levels = make_schedule(
@@ -138,11 +138,6 @@ class WindowedSampler:
             end_step=engine.step_ends(output),
             progress=partial(engine.progress, show=options.progress),
         )
-
-    def _levels(self, strength: float, shape: Size) -> Tensor:
-        """The levels (steps + 1,) of one frame, scaled to begin at `strength`."""
-        levels = self.engine.schedule(self.options, shape)
-        return levels if strength == 1 else self.engine.objective.path.quantize(levels / levels[0] * strength)
 
     def _run_diffusers(self, output: SteeredDenoiser, x: Tensor) -> Tensor:
         """Sample latents from noise x with a diffusers scheduler, which has one level for all frames."""

@@ -124,3 +124,14 @@ def test_a_device_without_float64_computes_the_same_losses_in_float32(monkeypatc
     exact = loss()
     monkeypatch.setattr(precision, "WITHOUT_FLOAT64", {"cpu"})
     assert torch.allclose(loss(), exact, rtol=2e-3)
+
+
+@pytest.mark.parametrize("config", [{"shift": 4.0}, {"shift": 2.0, "shift_tokens": 20}, {"name": "ddpm"}])
+def test_a_schedule_from_a_lower_level_is_the_last_part_of_one_of_more_steps(config):
+    objective = build_objective(ObjectiveConfig(**config))
+    whole = objective.schedule(20, 80)
+    for start in (5, 10, 15):  # so many of the 20 steps are left
+        part = objective.schedule(start, 80, start=float(whole[20 - start]))
+        torch.testing.assert_close(part, whole[20 - start :], atol=2e-3 if config.get("name") else 1e-6, rtol=0)
+    assert torch.equal(objective.schedule(7, 80, start=1.0), objective.schedule(7, 80))
+    assert not objective.schedule(7, 80, start=0.0).any()
