@@ -203,6 +203,20 @@ def _folders_state(root: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def source_state(source: Path) -> dict[str, Any]:
+    """What tells a changed source of an index, taken before its rows are read: its state, or that of the folders below it."""
+    table = is_file(source) or is_table(source)
+    return {
+        "state": list(state_of(source)) if table else None,
+        "folders": None if table else _folders_state(source),
+    }
+
+
+def note_states(rows: Sequence[Row]) -> np.ndarray:
+    """The size and the time of change of the text next to each file (N, 2), taken before the files are read."""
+    return np.array([_state_of_note(row.path) for row in rows], np.int64).reshape(-1, 2)
+
+
 def _state_of_note(file: Path) -> tuple[int, int]:
     """The state of the text next to a file; of a store, which would be asked for each, none."""
     return (-1, -1) if is_remote(file) else state_of(file.with_suffix(".txt"))
@@ -223,6 +237,8 @@ def write_index(
     action_space: ActionSpace | None,
     hashed: bool = False,
     settings: Mapping[str, Any] | None = None,
+    before: Mapping[str, Any] | None = None,
+    notes: np.ndarray | None = None,
 ) -> None:
     """Write the index of a table.
 
@@ -230,6 +246,7 @@ def write_index(
     the content's hash where it is known.
     source: the folder or manifest that the table was read from. root: the folder below which the files lie. fingerprint: that
     of the dataset. hashed: with a hash of every file's content. settings: what the rows depend on besides the source, as plain values.
+    before, notes: what `source_state` and `note_states` gave before the files were read (default: what they give now).
     """
     here = Path(os.path.abspath(path)).parent
     rows = table.rows
@@ -242,7 +259,7 @@ def write_index(
         name: np.array([one.get(name, default) for one in found], dtype)
         for name, dtype, default in (("rotation", np.int16, 0), ("bytes", np.int64, -1), ("modified", np.int64, -1))
     }
-    notes = np.array([_state_of_note(row.path) for row in rows], np.int64).reshape(-1, 2)
+    notes = note_states(rows) if notes is None else notes
     arrays |= {name: notes[:, i] for i, name in enumerate(_NOTE)}
     arrays["label"] = np.array([-1 if row.label is None else row.label for row in rows], np.int32)
     arrays |= {
@@ -257,8 +274,7 @@ def write_index(
         "version": _VERSION,
         "root": _relative(root, here),
         "source": _relative(source, here),
-        "state": list(state_of(source)) if is_file(source) or is_table(source) else None,
-        "folders": None if is_file(source) or is_table(source) else _folders_state(source),
+        **(source_state(source) if before is None else before),
         "num_classes": table.num_classes,
         "class_names": table.class_names,
         "action_space": None if action_space is None else action_space.plain,
@@ -269,7 +285,11 @@ def write_index(
 
 
 def _content(path: Path, entry: Mapping[str, Any]) -> str:
-    return entry.get("content") or content_of(path) or ""
+    """The hash of a file; empty for one that has changed since it was read, which is known by its time then."""
+    if entry.get("content"):
+        return entry["content"]
+    content = content_of(path) or ""
+    return content if state_of(path) == tuple(entry.get(name, -1) for name in _FILE) else ""
 
 
 def entries_of(index: MediaIndex) -> dict[str, dict[str, Any]]:

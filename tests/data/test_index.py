@@ -321,6 +321,42 @@ def test_a_changed_caption_a_new_folder_and_an_own_manifest_make_an_index_old(cl
         assert refused_then_mended().record(0)["caption"] == "of the table"
 
 
+@pytest.mark.parametrize("what", ["manifest", "folder", "text", "content"])
+def test_a_source_that_changes_while_its_files_are_read_makes_the_new_index_old(clips, monkeypatch, what):
+    if what != "manifest":
+        (clips / "manifest.jsonl").unlink()
+    (clips / "clip é 0.txt").write_text("a red cat")
+    original, changes = inspections.inspect, []
+    other = bytearray((clips / "clip é 0.mp4").read_bytes())
+    other[-1] ^= 1
+
+    def change(path, *arguments, **options):
+        if path.name == "clip é 3.mp4" and not changes:
+            changes.append(what)
+            if what == "manifest":
+                text = (clips / "manifest.jsonl").read_text()
+                (clips / "manifest.jsonl").write_text(text.replace('"caption": "', '"caption": "a '))
+            elif what == "folder":
+                write_barcodes(clips / "new.mp4", 12)
+            elif what == "text":
+                (clips / "clip é 0.txt").write_text("a fat cat")
+            else:
+                (clips / "clip é 0.mp4").write_bytes(other)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(inspections, "inspect", change)
+    source = "clips/manifest.jsonl" if what == "manifest" else "clips"
+    arguments = [source, "--output", "clips.index", "--hash", "--workers", "0"]
+    assert index.main(arguments) == 0 and changes == [what]
+    config = DataConfig(root="clips", manifest="clips.index", num_frames=5, height=32, width=32)
+    with pytest.raises(ValueError, match="older than its files"):
+        build_dataset(config)
+    assert index.main(arguments) == 0
+    assert build_dataset(config).record(0)["caption"] == {"manifest": "a clip «0»", "text": "a fat cat"}.get(
+        what, "a red cat"
+    )
+
+
 def test_a_damaged_index_is_made_anew_by_the_command_that_its_message_names(clips):
     make()
     file = clips.parent / "clips.index"
