@@ -37,12 +37,16 @@ class MediaIndex(Sequence[Row]):
     """
 
     def __init__(self, path: Path):
-        self.path, self.columns = Path(path), Columns(path)
+        self.path = Path(path)
+        try:
+            self.columns = Columns(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; make it again: stdit index SOURCE --output {path}.") from error
         self.info = self.columns.info
         if self.info.get("version") != _VERSION:
             raise ValueError(
                 f"{path} is no index of version {_VERSION} (it has version {self.info.get('version')!r}); make it again: stdit "
-                "index SOURCE --output FILE."
+                f"index SOURCE --output {path}."
             )
         root = self._place_of("root")
         self.root = root if is_url(root) else root.absolute()
@@ -164,8 +168,16 @@ class MediaIndex(Sequence[Row]):
         """The table of all rows."""
         return Table(self, self.info["num_classes"], self.info["class_names"])
 
+    def check_columns(self) -> None:
+        """Raise ValueError if the index is damaged."""
+        try:
+            self.columns.check()
+        except ValueError as error:
+            raise ValueError(f"{error}; make it again: {self._command}.") from error
+
     def check(self) -> None:
-        """Raise ValueError if the source, or one of a thousand files spread over the index, is newer than the index."""
+        """Raise ValueError if the index is damaged, or the source or one of a thousand files spread over it has changed."""
+        self.check_columns()
         source = self._place_of("source")
         # An index does without its source, which may have been left elsewhere.
         state = state_of(source) if self.info["state"] is not None else (-1, -1)
@@ -182,11 +194,14 @@ class MediaIndex(Sequence[Row]):
                 self._refuse(f"{self.file(i)} {missing}")
 
     def _refuse(self, what: str) -> None:
-        source = self._place_of("source")
         raise ValueError(
-            f"{self.path} is older than its files ({what}); bring it up to date: stdit index {source} --output {self.path} "
-            "(only what has changed is read)."
+            f"{self.path} is older than its files ({what}); bring it up to date: {self._command} (only what has changed is read)."
         )
+
+    @property
+    def _command(self) -> str:
+        """The command that makes the index again."""
+        return f"stdit index {self._place_of('source')} --output {self.path}"
 
 
 def _folders_state(root: Path) -> str:

@@ -198,7 +198,11 @@ def _check_beside(output: Path, source: Path) -> None:
 def _entries(output: Path) -> dict[str, dict[str, Any]]:
     """The entries of the index that is there; none, with a warning, of one that cannot be read, which is made anew."""
     try:
-        return entries_of(MediaIndex(output)) if output.is_file() else {}
+        if not output.is_file():
+            return {}
+        index = MediaIndex(output)
+        index.check_columns()
+        return entries_of(index)
     except ValueError as error:
         warn_user(f"{error} All files are read again.")
         return {}

@@ -325,24 +325,43 @@ def test_a_cache_keeps_the_rate_of_its_clips(cache):
     assert clip_rate(DataConfig(), dataset) == 30
 
 
+@pytest.mark.parametrize("damage", ["label", "caption.heap", "cut", "empty", "missing"])
+def test_a_damaged_table_of_a_cache_is_refused_in_one_line_with_one_remedy_that_mends_it(cache, damage):
+    config = DataConfig(num_frames=5, height=32, width=32)
+    table = Path("lat", cache()[0]["table"])
+    whole = table.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    if damage == "missing":
+        table.unlink()
+    elif damage in ("cut", "empty"):
+        table.write_bytes(whole[:-10] if damage == "cut" else b"")
+    else:
+        place = begin + json.loads(whole[8:begin])[damage]["data_offsets"][0]
+        table.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ValueError, match=f"^{table} is (damaged|missing).*; run stdit cache-latents again") as found:
+        CachedLatents(Path("lat"), config)
+    assert str(found.value).count(";") == 1 and "\n" not in str(found.value)
+    assert cache()[2] == [] and table.read_bytes() == whole and len(CachedLatents(Path("lat"), config)) == 4
+
+
 def test_a_shard_that_is_not_the_recorded_one_is_not_read(cache, monkeypatch):
     cache()
     config = DataConfig(num_frames=5, height=32, width=32)
     (shard,) = Path("lat").glob("latents-00001-*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"latents-00001-.*.safetensors has .*run cache_latents again"):
+    with pytest.raises(ValueError, match=r"latents-00001-.*.safetensors has .*run stdit cache-latents again"):
         CachedLatents(Path("lat"), config)
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(
-        ValueError, match=r"latents-00001-.*.safetensors does not match its hash; run cache_latents again"
+        ValueError, match=r"latents-00001-.*.safetensors does not match its hash; run stdit cache-latents again"
     ):
         CachedLatents(Path("lat"), config)
     monkeypatch.setattr(cached, "HASHED_AT_START", 100)  # the hashes of a large cache are not compared
     dataset = CachedLatents(Path("lat"), config)
     assert dataset.load(2, None)
     with pytest.raises(
-        VideoError, match=r"row 1 of latents-00001-.* does not match its checksum; run cache_latents again"
+        VideoError, match=r"row 1 of latents-00001-.* does not match its checksum; run stdit cache-latents again"
     ):
         dataset.load(3, None)
     shard.write_bytes(whole)

@@ -357,6 +357,38 @@ def test_a_source_that_changes_while_its_files_are_read_makes_the_new_index_old(
     )
 
 
+@pytest.mark.parametrize("column", ["label", "caption.heap", "path.starts", "info"])
+def test_a_byte_that_changed_in_an_index_is_noticed_before_training_and_mended_by_the_command_that_is_named(
+    clips, monkeypatch, column
+):
+    make()
+    file = clips.parent / "clips.index"
+    whole = file.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:begin])
+    place = whole.index(b"num_classes") if column == "info" else begin + header[column]["data_offsets"][0]
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    name = column.split(".")[0]
+    if column != "info":
+        with pytest.raises(
+            ValueError, match=f"'{name}' does not match.*stdit index .*jsonl --output clips.index"
+        ) as found:
+            build_dataset(config_of("clips.index"))
+        assert str(found.value).count("clips.index") == 2 and "\n" not in str(found.value)
+        with pytest.warns(UserWarning, match="All files are read again"):
+            make()
+        assert file.read_bytes() == whole
+    else:
+        with pytest.raises(ValueError, match="'info' does not match"):
+            Columns(file).check()
+    info = json.loads(header["__metadata__"]["info"])
+    info.pop("checksums")  # as files of before
+    header["__metadata__"]["info"] = json.dumps(info)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + whole[begin:])
+    assert len(build_dataset(config_of("clips.index"))) == 6
+
+
 def test_a_damaged_index_is_made_anew_by_the_command_that_its_message_names(clips):
     make()
     file = clips.parent / "clips.index"
