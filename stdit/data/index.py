@@ -173,7 +173,7 @@ class MediaIndex(Sequence[Row]):
         try:
             self.columns.check()
         except ValueError as error:
-            raise ValueError(f"{error}; make it again: {self._command}.") from error
+            raise ValueError(f"{error}; make it again: {self._command(self._names)}.") from error
 
     def check(self) -> None:
         """Raise ValueError if the index is damaged, or the source or one of a thousand files spread over it has changed."""
@@ -193,15 +193,30 @@ class MediaIndex(Sequence[Row]):
                 missing = "is missing" if state_of(self.file(i)) == (-1, -1) else "has changed"
                 self._refuse(f"{self.file(i)} {missing}")
 
+    def check_names(self, columns: Mapping[str, str]) -> None:
+        """Raise ValueError for names of columns (`data.columns`), if any, other than those that the index was made with."""
+        if columns and dict(columns) != self._names:
+            made = f"with data.columns={_written(self._names)}" if self._names else "without"
+            raise ValueError(
+                f"data.columns={_written(columns)} cannot change {self.path}, which was made {made}; leave it out, or make the index "
+                f"again: {self._command(columns)}."
+            )
+
     def _refuse(self, what: str) -> None:
         raise ValueError(
-            f"{self.path} is older than its files ({what}); bring it up to date: {self._command} (only what has changed is read)."
+            f"{self.path} is older than its files ({what}); bring it up to date: {self._command(self._names)} (only what "
+            "has changed is read)."
         )
 
     @property
-    def _command(self) -> str:
-        """The command that makes the index again."""
-        return f"stdit index {self._place_of('source')} --output {self.path}"
+    def _names(self) -> dict[str, str]:
+        """The names of columns that the index was made with; none, also in older indexes, where they are the usual ones."""
+        return (self.info.get("settings") or {}).get("columns") or {}
+
+    def _command(self, names: Mapping[str, str]) -> str:
+        """The command that makes the index again, with names of columns."""
+        columns = f" 'data.columns={_written(names)}'" if names else ""
+        return f"stdit index {self._place_of('source')} --output {self.path}{columns}"
 
 
 def _folders_state(root: Path) -> str:
@@ -216,6 +231,11 @@ def _folders_state(root: Path) -> str:
     for path in names:
         digest.update(f"{relative_name(path, root)} {state_of(path)[1]}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
+
+
+def _written(names: Mapping[str, str]) -> str:
+    """Names of columns as they are written on a command line."""
+    return "{" + ", ".join(f"{name}: {column}" for name, column in names.items()) + "}"
 
 
 def source_state(source: Path) -> dict[str, Any]:

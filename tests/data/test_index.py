@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import shlex
 import warnings
 from pathlib import Path
 
@@ -404,6 +405,23 @@ def test_a_manifest_whose_files_lie_elsewhere_is_indexed_with_their_root(clips):
     arguments = ["lists/m.csv", "--output", "m.index", "--workers", "0", "data.root=clips", "data.columns={path: clip}"]
     assert index.main(arguments) == 0
     assert build_dataset(config_of("m.index")).record(0)["caption"] == "zero"
+
+
+def test_names_of_columns_other_than_those_that_an_index_was_made_with_are_refused(clips):
+    (clips / "m.csv").write_text("clip,one,two\nclip é 0.mp4,first,second\n")
+    arguments = ["clips/m.csv", "--output", "m.index", "--workers", "0"]
+    names = {"path": "clip", "caption": "one"}
+    assert index.main([*arguments, "data.columns={path: clip, caption: one}"]) == 0
+    for columns in ({}, names):
+        assert build_dataset(config_of("m.index", columns=columns)).record(0)["caption"] == "first"
+    with pytest.raises(ValueError, match="cannot change m.index, which was made with .*one") as found:
+        build_dataset(config_of("m.index", columns={**names, "caption": "two"}))
+    remedy = shlex.split(str(found.value).split("stdit index ")[1].removesuffix("."))
+    assert "\n" not in str(found.value) and index.main([*remedy, "--workers", "0"]) == 0
+    assert build_dataset(config_of("m.index", columns={**names, "caption": "two"})).record(0)["caption"] == "second"
+    make()
+    with pytest.raises(ValueError, match="cannot change clips.index, which was made without; leave it out"):
+        build_dataset(config_of("clips.index", columns={"caption": "nope"}))
 
 
 def test_parquet_of_a_folder_has_paths_from_where_it_lies(clips):
