@@ -206,9 +206,14 @@ class CachedLatents(Annotated):
                 self._compare_hash(info)
             try:
                 shard = TensorRows(file)
-            except VideoError:
-                raise
             except ValueError as error:
+                if state_of(file)[0] < 0:  # no unreadable clip, which a run goes on without
+                    raise ValueError(
+                        f"{file} is gone: it was removed, or the cache was updated twice since this run began; start the run again, "
+                        "which goes on from its last checkpoint."
+                    ) from error
+                if isinstance(error, VideoError):
+                    raise
                 raise ValueError(f"{error}; {AGAIN}") from error
             while len(self._open_shards) >= MOST_OPEN:  # the one that was read longest ago closes with its last reader
                 with suppress(KeyError, StopIteration, RuntimeError):  # of threads that do the same

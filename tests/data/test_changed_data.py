@@ -109,7 +109,8 @@ def test_a_cache_follows_captions_labels_clips_and_their_order_and_encodes_only_
     assert torch.equal(last[2][0], last[0][1])
     assert annotations("caption")[0] == "bright" and info["class_names"] == ["x", "y", "z"]
     manifest(ROWS[:2])
-    (shard,) = cache()[0]["shards"]
+    cache()
+    (shard,) = cache()[0]["shards"]  # files of before have gone at the second time
     files = sorted(path.name for path in Path("lat").iterdir() if path.suffix != ".lock")
     assert files == sorted([
         "cache.json", "settings.json", json.loads(Path("lat/cache.json").read_text())["table"],
@@ -205,6 +206,27 @@ def test_files_that_another_process_may_need_stay(cache):
         assert all((Path("lat") / shard["file"]).is_file() for shard in info["shards"])
     cache()
     assert not (Path("lat") / info["shards"][0]["file"]).is_file()
+
+
+def test_a_run_goes_on_while_its_cache_is_brought_up_to_date_and_names_a_shard_that_is_gone(cache, monkeypatch, capsys):
+    monkeypatch.setattr(cached, "MOST_OPEN", 1)
+    _, before, _ = cache()
+    dataset = CachedLatents(Path("lat"), DataConfig(num_frames=5, height=32, width=32))
+    write("e", 10)
+    capsys.readouterr()
+    manifest(["e.mp4,x,first", *ROWS[:3], "d.mp4,y,changed"])
+    info, _, encoded = cache()
+    assert encoded == [0] and "3 files of before stay" in capsys.readouterr().out
+    late = ForkingPickler.loads(ForkingPickler.dumps(dataset))  # as a loader process that takes another's place
+    for one in (dataset, late):
+        assert all(torch.equal(one.load(i, None)["latents"], before[i // 2][i % 2]) for i in (3, 0, 2, 1))
+        assert one.record(0)["caption"] == "dark" and one.record(3)["caption"] == "bright"
+    cache()
+    names = {shard["file"] for shard in info["shards"]} | {info["table"]}
+    assert {path.name for path in Path("lat").glob("*.safetensors")} == names
+    with pytest.raises(ValueError, match="latents-00001-.* is gone: .*updated twice.*start the run again") as found:
+        dataset.load(2, None)
+    assert not isinstance(found.value, VideoError)
 
 
 def test_many_clips_are_added_to_few(cache, monkeypatch):
