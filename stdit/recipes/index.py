@@ -217,6 +217,8 @@ def _plain_rows(index: MediaIndex, folder: Path) -> list[dict[str, Any]]:
             "path": named_from(path, folder),
             "label": names[label] if names and label is not None else label,
         }
-        measured = facts._asdict() if facts else {"refused": index.refused(i)}
+        measured: dict[str, Any] = facts._asdict() if facts else {"refused": index.refused(i)}
+        if "last" in measured:
+            measured["time_of_last_frame"] = measured.pop("last")
         rows.append({**row, "caption": caption or None, **measured, **columns})
     return rows
