@@ -25,6 +25,7 @@ from stdit.hashes import difference
 # Tensor names in caches of version 0.1.0, and their current names.
 _RENAMED = {"restarts": "reencoded"}
 HASHED_AT_START = 1 << 28  # bytes of a cache whose shards are compared with their hashes before a run begins
+AGAIN = "run stdit cache-latents again with the same --output."
 MOST_OPEN = 64  # shards that a process has open, since a system allows some hundred files
 
 
@@ -157,16 +158,14 @@ class CachedLatents(Annotated):
             size = state_of(self.root / shard["file"])[0]
             if size < 0 or shard.get("bytes") not in (None, size):
                 what = "is missing" if size < 0 else f"has {size} bytes instead of {shard['bytes']}"
-                raise ValueError(
-                    f"{self.root}: {shard['file']} {what}; run cache_latents again with the same --output."
-                )
+                raise ValueError(f"{self.root}: {shard['file']} {what}; {AGAIN}")
         if not is_remote(self.root) and sum(shard.get("bytes", 0) for shard in self.info["shards"]) <= HASHED_AT_START:
             self._compare_hash(*self.info["shards"])
 
     def _compare_hash(self, *shards: dict[str, Any]) -> None:
         """Raise ValueError unless shards have the hashes of cache.json."""
         if reason := difference(self.root, {shard["file"]: shard for shard in shards}):
-            raise ValueError(f"{self.root}: {reason}; run cache_latents again with the same --output.")
+            raise ValueError(f"{self.root}: {reason}; {AGAIN}")
 
     def load(self, index: int, rng: np.random.Generator, size: ClipSize | None = None) -> dict[str, Any]:
         """Read the latents (C, T, h, w), reencoded (C, T, h, w) and raw conditions of one clip."""
@@ -180,8 +179,7 @@ class CachedLatents(Annotated):
         sample = {name: file.row(name, row) for name in file.names()}
         if "checksum" in self._table and checksum_of(sample) != self._table["checksum"][index]:
             raise VideoError(  # the run goes on without this clip
-                f"{self.root}: row {row} of {self.info['shards'][shard]['file']} does not match its checksum; run cache_latents "
-                "again with the same --output."
+                f"{self.root}: row {row} of {self.info['shards'][shard]['file']} does not match its checksum; {AGAIN}"
             )
         sample = {_RENAMED.get(name, name): value for name, value in sample.items()}
         if "latents_std" in sample:
@@ -208,10 +206,15 @@ class CachedLatents(Annotated):
                 self._compare_hash(info)
             try:
                 shard = TensorRows(file)
-            except VideoError:
-                raise
             except ValueError as error:
-                raise ValueError(f"{error}; run cache_latents again with the same --output.") from error
+                if state_of(file)[0] < 0:  # no unreadable clip, which a run goes on without
+                    raise ValueError(
+                        f"{file} is gone: it was removed, or the cache was updated twice since this run began; start the run again, "
+                        "which goes on from its last checkpoint."
+                    ) from error
+                if isinstance(error, VideoError):
+                    raise
+                raise ValueError(f"{error}; {AGAIN}") from error
             while len(self._open_shards) >= MOST_OPEN:  # the one that was read longest ago closes with its last reader
                 with suppress(KeyError, StopIteration, RuntimeError):  # of threads that do the same
                     self._open_shards.pop(next(iter(self._open_shards)))
@@ -247,9 +250,7 @@ def _read_index(path: Path) -> dict[str, Any]:
         if "table" in info and Path(info["table"]).name != info["table"]:
             raise ValueError(f"{info['table']!r} is not the name of a file")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); run cache_latents again with the same --output."
-        ) from error
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error}); {AGAIN}") from error
     return info
 
 
@@ -299,10 +300,12 @@ def _open_table(root: Path, info: dict[str, Any]) -> Columns:
             return Columns.of(table_columns(clips), root / "cache.json")
         table = Columns(root / info["table"])
         if len(table) != count:
-            raise ValueError(f"{info['table']} has {len(table)} clips, and the shards {count}")
+            raise ValueError(f"{table.path} has {len(table)} clips, and the shards {count}")
+        table.check()
         return table
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{root}: {error}; run cache_latents again with the same --output.") from error
+        where = "" if "table" in info else f"{root / 'cache.json'} lists its clips wrongly: "
+        raise ValueError(f"{where}{error}; {AGAIN}") from error
 
 
 def _listed(shard: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,12 @@
 """A table in one file, column by column, which processes map into memory instead of reading it.
 
 The file is a safetensors file: numbers are arrays of the length of the table, texts are one heap of UTF-8 with the place
-where each begins.
+where each begins. Its metadata have a CRC-32 of each of them.
 """
 
 import json
 import mmap
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from safetensors.numpy import save_file
 
-from stdit.data.media import open_regular
+from stdit.data.media import open_regular, state_of
 from stdit.data.stores import is_remote
 from stdit.data.tensor_rows import read_header
 from stdit.files import atomic_write
@@ -24,15 +25,17 @@ _DTYPES = {
     "F64": np.float64,
 }  # fmt: skip
 _HEAP, _STARTS = ".heap", ".starts"
-_INFO = "info"
+_INFO, _CHECKSUMS = "info", "checksums"
 _BLOCK = 65536  # rows whose texts are read at once
+_COMPARED = 1 << 24  # bytes that are compared with a checksum before their pages are unmapped
 _LET_GO = 256  # texts that are read one by one, after which their pages are unmapped
 
 
 class Columns:
     """The columns of a file. Nothing is read until it is asked for, and a copy in another process maps the same file.
 
-    A file of a store is read as a whole. info: what was written beside the columns.
+    A file of a store is read as a whole. info: what was written beside the columns. ValueError for a file that is missing or
+    damaged, without a remedy, which whoever knows what wrote the file adds.
     """
 
     def __init__(self, path: Path):
@@ -40,11 +43,12 @@ class Columns:
         header, begin = _read_header(self.path)
         try:
             self.info: dict[str, Any] = json.loads(header.pop("__metadata__", {}).get(_INFO, "{}"))
+            self._checksums: dict[str, int] = dict(self.info.pop(_CHECKSUMS, {}))
             self._data = _bytes_of(self.path)
             data = np.frombuffer(self._data, np.uint8)
             arrays = {name: _part(data, entry, begin) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}); write it again.") from error
+            raise ValueError(f"{self.path} is damaged ({error})") from error
         self._take(arrays)
 
     @classmethod
@@ -52,6 +56,7 @@ class Columns:
         """Columns in memory. path: where they come from, for messages."""
         found = cls.__new__(cls)
         found.path, found.info, found._in_memory, found._data = path, {}, True, b""
+        found._checksums = {}
         found._take(_arrays_of(columns))
         return found
 
@@ -60,8 +65,25 @@ class Columns:
         lengths = {len(array) for name, array in self._arrays.items() if not name.endswith((_HEAP, _STARTS))}
         lengths |= {len(array) - 1 for name, array in self._arrays.items() if name.endswith(_STARTS)}
         if len(lengths) != 1:
-            raise ValueError(f"{self.path} is damaged (columns of {sorted(lengths)} rows); write it again.")
+            raise ValueError(f"{self.path} is damaged (columns of {sorted(lengths)} rows)")
         self._length = lengths.pop()
+
+    def check(self) -> None:
+        """Raise ValueError if a column, or what was written beside them, does not match its checksum; older files have none."""
+        found = {name: self._checksum(array) for name, array in self._arrays.items()} if self._checksums else {}
+        if found:
+            found[_INFO] = zlib.crc32(json.dumps(self.info).encode())
+        for name in sorted(found.keys() | self._checksums.keys()):
+            if found.get(name) != self._checksums.get(name):
+                column = name.removesuffix(_HEAP).removesuffix(_STARTS)
+                raise ValueError(f"{self.path} is damaged ({column!r} does not match its checksum)")
+
+    def _checksum(self, array: np.ndarray) -> int:
+        data, value = array.view(np.uint8), 0
+        for first in range(0, len(data), _COMPARED):
+            value = zlib.crc32(data[first : first + _COMPARED].data, value)
+            self._let_go()
+        return value
 
     def __len__(self) -> int:
         return self._length
@@ -133,8 +155,12 @@ def annotation_values(columns: Columns, name: str, class_names: Sequence[str] | 
 
 def write_columns(path: Path, columns: Mapping[str, np.ndarray | Iterable[str]], info: Mapping[str, Any]) -> None:
     """Write columns of one length, arrays of numbers or texts; the file is complete or not there."""
+    arrays = _arrays_of(columns)
+    checksums = {name: zlib.crc32(array.data) for name, array in arrays.items()}
+    checksums[_INFO] = zlib.crc32(json.dumps(dict(info)).encode())
     with atomic_write(path) as tmp:
-        save_file(_arrays_of(columns), tmp, metadata={_INFO: json.dumps(dict(info))})
+        # Of several keys safetensors writes the order by chance.
+        save_file(arrays, tmp, metadata={_INFO: json.dumps({**info, _CHECKSUMS: checksums})})
 
 
 def _arrays_of(columns: Mapping[str, np.ndarray | Iterable[str]]) -> dict[str, np.ndarray]:
@@ -171,7 +197,11 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         with open_regular(path) as stream:
             return read_header(stream)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no table of columns ({error}); write it again.") from error
+        size = state_of(path)[0]
+        reason = (
+            "is missing" if size < 0 else f"is damaged or another kind of file ({size} bytes without a readable header)"
+        )
+        raise ValueError(f"{path} {reason}") from error
 
 
 def _bytes_of(path: Path) -> bytes | mmap.mmap:

@@ -238,6 +238,7 @@ def _table(root: Path, config: DataConfig, suffixes: set[str], what: str) -> Tab
             raise ValueError(
                 f"{manifest} is of files in a store; to read them there, set data.root={url_of(index.root)}."
             )
+        index.check_names(config.columns)
         index.check()
         return index.table
     if within is not None and not is_table(manifest) and manifest.is_dir() and (kind := kind_of(manifest)) is not None:

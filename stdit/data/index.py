@@ -37,12 +37,16 @@ class MediaIndex(Sequence[Row]):
     """
 
     def __init__(self, path: Path):
-        self.path, self.columns = Path(path), Columns(path)
+        self.path = Path(path)
+        try:
+            self.columns = Columns(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; make it again: stdit index SOURCE --output {path}.") from error
         self.info = self.columns.info
         if self.info.get("version") != _VERSION:
             raise ValueError(
                 f"{path} is no index of version {_VERSION} (it has version {self.info.get('version')!r}); make it again: stdit "
-                "index SOURCE --output FILE."
+                f"index SOURCE --output {path}."
             )
         root = self._place_of("root")
         self.root = root if is_url(root) else root.absolute()
@@ -164,8 +168,16 @@ class MediaIndex(Sequence[Row]):
         """The table of all rows."""
         return Table(self, self.info["num_classes"], self.info["class_names"])
 
+    def check_columns(self) -> None:
+        """Raise ValueError if the index is damaged."""
+        try:
+            self.columns.check()
+        except ValueError as error:
+            raise ValueError(f"{error}; make it again: {self._command(self._names)}.") from error
+
     def check(self) -> None:
-        """Raise ValueError if the source, or one of a thousand files spread over the index, is newer than the index."""
+        """Raise ValueError if the index is damaged, or the source or one of a thousand files spread over it has changed."""
+        self.check_columns()
         source = self._place_of("source")
         # An index does without its source, which may have been left elsewhere.
         state = state_of(source) if self.info["state"] is not None else (-1, -1)
@@ -181,12 +193,30 @@ class MediaIndex(Sequence[Row]):
                 missing = "is missing" if state_of(self.file(i)) == (-1, -1) else "has changed"
                 self._refuse(f"{self.file(i)} {missing}")
 
+    def check_names(self, columns: Mapping[str, str]) -> None:
+        """Raise ValueError for names of columns (`data.columns`), if any, other than those that the index was made with."""
+        if columns and dict(columns) != self._names:
+            made = f"with data.columns={_written(self._names)}" if self._names else "without"
+            raise ValueError(
+                f"data.columns={_written(columns)} cannot change {self.path}, which was made {made}; leave it out, or make the index "
+                f"again: {self._command(columns)}."
+            )
+
     def _refuse(self, what: str) -> None:
-        source = self._place_of("source")
         raise ValueError(
-            f"{self.path} is older than its files ({what}); bring it up to date: stdit index {source} --output {self.path} "
-            "(only what has changed is read)."
+            f"{self.path} is older than its files ({what}); bring it up to date: {self._command(self._names)} (only what "
+            "has changed is read)."
         )
+
+    @property
+    def _names(self) -> dict[str, str]:
+        """The names of columns that the index was made with; none, also in older indexes, where they are the usual ones."""
+        return (self.info.get("settings") or {}).get("columns") or {}
+
+    def _command(self, names: Mapping[str, str]) -> str:
+        """The command that makes the index again, with names of columns."""
+        columns = f" 'data.columns={_written(names)}'" if names else ""
+        return f"stdit index {self._place_of('source')} --output {self.path}{columns}"
 
 
 def _folders_state(root: Path) -> str:
@@ -201,6 +231,25 @@ def _folders_state(root: Path) -> str:
     for path in names:
         digest.update(f"{relative_name(path, root)} {state_of(path)[1]}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
+
+
+def _written(names: Mapping[str, str]) -> str:
+    """Names of columns as they are written on a command line."""
+    return "{" + ", ".join(f"{name}: {column}" for name, column in names.items()) + "}"
+
+
+def source_state(source: Path) -> dict[str, Any]:
+    """What tells a changed source of an index, taken before its rows are read: its state, or that of the folders below it."""
+    table = is_file(source) or is_table(source)
+    return {
+        "state": list(state_of(source)) if table else None,
+        "folders": None if table else _folders_state(source),
+    }
+
+
+def note_states(rows: Sequence[Row]) -> np.ndarray:
+    """The size and the time of change of the text next to each file (N, 2), taken before the files are read."""
+    return np.array([_state_of_note(row.path) for row in rows], np.int64).reshape(-1, 2)
 
 
 def _state_of_note(file: Path) -> tuple[int, int]:
@@ -223,6 +272,8 @@ def write_index(
     action_space: ActionSpace | None,
     hashed: bool = False,
     settings: Mapping[str, Any] | None = None,
+    before: Mapping[str, Any] | None = None,
+    notes: np.ndarray | None = None,
 ) -> None:
     """Write the index of a table.
 
@@ -230,6 +281,7 @@ def write_index(
     the content's hash where it is known.
     source: the folder or manifest that the table was read from. root: the folder below which the files lie. fingerprint: that
     of the dataset. hashed: with a hash of every file's content. settings: what the rows depend on besides the source, as plain values.
+    before, notes: what `source_state` and `note_states` gave before the files were read (default: what they give now).
     """
     here = Path(os.path.abspath(path)).parent
     rows = table.rows
@@ -242,7 +294,7 @@ def write_index(
         name: np.array([one.get(name, default) for one in found], dtype)
         for name, dtype, default in (("rotation", np.int16, 0), ("bytes", np.int64, -1), ("modified", np.int64, -1))
     }
-    notes = np.array([_state_of_note(row.path) for row in rows], np.int64).reshape(-1, 2)
+    notes = note_states(rows) if notes is None else notes
     arrays |= {name: notes[:, i] for i, name in enumerate(_NOTE)}
     arrays["label"] = np.array([-1 if row.label is None else row.label for row in rows], np.int32)
     arrays |= {
@@ -257,8 +309,7 @@ def write_index(
         "version": _VERSION,
         "root": _relative(root, here),
         "source": _relative(source, here),
-        "state": list(state_of(source)) if is_file(source) or is_table(source) else None,
-        "folders": None if is_file(source) or is_table(source) else _folders_state(source),
+        **(source_state(source) if before is None else before),
         "num_classes": table.num_classes,
         "class_names": table.class_names,
         "action_space": None if action_space is None else action_space.plain,
@@ -269,7 +320,11 @@ def write_index(
 
 
 def _content(path: Path, entry: Mapping[str, Any]) -> str:
-    return entry.get("content") or content_of(path) or ""
+    """The hash of a file; empty for one that has changed since it was read, which is known by its time then."""
+    if entry.get("content"):
+        return entry["content"]
+    content = content_of(path) or ""
+    return content if state_of(path) == tuple(entry.get(name, -1) for name in _FILE) else ""
 
 
 def entries_of(index: MediaIndex) -> dict[str, dict[str, Any]]:

@@ -32,7 +32,7 @@ _ROLES = {name: role for role, names in COLUMNS.items() for name in names}
 _FACTS = {
     "aes", "aesthetic", "aspect", "bytes", "codec", "container", "duration", "end", "fmt", "format", "fps", "frame",
     "frames", "group", "hash", "height", "id", "index", "kind", "licence", "license", "match", "md5", "motion",
-    "note", "ocr", "environment", "info", "rate", "seed", "ratio", "relpath", "resolution", "reward", "rotation", "scene", "score", "seconds", "session", "sha",
+    "note", "ocr", "environment", "info", "rate", "refused", "seed", "ratio", "relpath", "resolution", "reward", "rotation", "scene", "score", "seconds", "session", "sha",
     "sha256", "size", "source", "space", "split", "start", "subject", "time", "timestamp", "truth", "url", "versions", "vfr", "width",
 }  # fmt: skip
 

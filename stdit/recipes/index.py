@@ -23,10 +23,10 @@ from stdit.data.actions import known_actions
 from stdit.data.clips import Images, VideoClips
 from stdit.data.columns import looks_like_table
 from stdit.data.config import DataConfig
-from stdit.data.datasets import Dataset, build_dataset
+from stdit.data.datasets import build_dataset
 from stdit.data.folders import named_from
 from stdit.data.identity import fingerprint
-from stdit.data.index import SUFFIX, MediaIndex, entries_of, write_index
+from stdit.data.index import SUFFIX, MediaIndex, entries_of, note_states, source_state, write_index
 from stdit.data.inspections import inspect_all
 from stdit.data.manifest import Table
 from stdit.data.media_report import overview
@@ -77,10 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _index(args: Namespace) -> int:
     data = data_config_of(args.source, None, args.overrides, alone=True)
-    dataset = build_dataset(data)
     limits = {"workers": args.workers, "timeout": args.timeout, "memory": args.memory}
-    entries = make_index(dataset, data, args.output, source=args.source, hashed=args.hash, **limits)
-    assert isinstance(dataset, VideoClips | Images)
+    dataset, entries = make_index(data, args.output, source=args.source, hashed=args.hash, **limits)
     checked = {path: judged(path, entry, data) for path, entry in entries.items()}
     print(overview(checked, dataset, data, ruled=False))
     if args.parquet:
@@ -90,7 +88,6 @@ def _index(args: Namespace) -> int:
 
 
 def make_index(
-    dataset: Dataset,
     data: DataConfig,
     output: Path,
     *,
@@ -99,29 +96,32 @@ def make_index(
     workers: int | None = None,
     timeout: float = TIMEOUT,
     memory: float = MEMORY,
-) -> dict[Path, dict[str, Any]]:
-    """Write the index of a dataset, reading the files that an index there does not know -> the entry of every file.
+) -> tuple[VideoClips | Images, dict[Path, dict[str, Any]]]:
+    """Write the index of a dataset, reading the files that an index there does not know -> dataset, the entry of every file.
 
     source: the folder or manifest of the dataset. The others are those of `stdit index`.
     """
+    before = source_state(source)  # reading takes hours, in which the source may change
+    dataset = build_dataset(data)
     if not isinstance(dataset, VideoClips | Images):
         raise ValueError(f"{str(source)!r} holds no files of videos or pictures; an index is of nothing else.")
     av.logging.set_level(None)
+    notes = note_states(dataset.rows)
     paths = list(dict.fromkeys(row.path for row in dataset.rows))
     journal = output.with_suffix(".partial.jsonl")
-    before = {os.path.realpath(file): entry for file, entry in _entries(output).items()}
+    earlier = {os.path.realpath(file): entry for file, entry in _entries(output).items()}
     absolute = {str(path): os.path.realpath(path) for path in paths}
-    known = {name: {**before[found], "path": name} for name, found in absolute.items() if found in before}
+    known = {name: {**earlier[found], "path": name} for name, found in absolute.items() if found in earlier}
     limits: dict[str, Any] = {"workers": workers, "timeout": timeout, "memory": memory}
     entries = inspect_all(paths, journal, backend=data.backend, known=known, **limits)
     write_index(
         output, Table(dataset.rows, dataset.num_classes, dataset.class_names),
         {str(path): entry for path, entry in zip(paths, entries, strict=True)}, source=source, root=Path(data.root),
         fingerprint=fingerprint(dataset), action_space=known_actions(dataset), settings=_settings(data),
-        hashed=hashed or any("content" in entry for entry in known.values()),
+        hashed=hashed or any("content" in entry for entry in known.values()), before=before, notes=notes,
     )  # fmt: skip
     journal.unlink(missing_ok=True)
-    return dict(zip(paths, entries, strict=True))
+    return dataset, dict(zip(paths, entries, strict=True))
 
 
 def indexed(data: DataConfig) -> DataConfig:
@@ -151,7 +151,7 @@ def indexed(data: DataConfig) -> DataConfig:
                 time.sleep(1)
                 continue
             if not _is_current(output, source, plain):
-                make_index(build_dataset(plain), plain, output, source=source)
+                make_index(plain, output, source=source)
                 MediaIndex(output).check()
     return replace(plain, manifest=str(output))
 
@@ -198,7 +198,11 @@ def _check_beside(output: Path, source: Path) -> None:
 def _entries(output: Path) -> dict[str, dict[str, Any]]:
     """The entries of the index that is there; none, with a warning, of one that cannot be read, which is made anew."""
     try:
-        return entries_of(MediaIndex(output)) if output.is_file() else {}
+        if not output.is_file():
+            return {}
+        index = MediaIndex(output)
+        index.check_columns()
+        return entries_of(index)
     except ValueError as error:
         warn_user(f"{error} All files are read again.")
         return {}
@@ -213,6 +217,8 @@ def _plain_rows(index: MediaIndex, folder: Path) -> list[dict[str, Any]]:
             "path": named_from(path, folder),
             "label": names[label] if names and label is not None else label,
         }
-        measured = facts._asdict() if facts else {"refused": index.refused(i)}
+        measured: dict[str, Any] = facts._asdict() if facts else {"refused": index.refused(i)}
+        if "last" in measured:
+            measured["time_of_last_frame"] = measured.pop("last")
         rows.append({**row, "caption": caption or None, **measured, **columns})
     return rows

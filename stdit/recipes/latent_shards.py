@@ -1,7 +1,8 @@
 """The files of cached latents: shards that processes share out among them, and that are brought up to date clip by clip.
 
 A shard is named by its number and by what its clips are, and never changes: other clips make another file, into which the
-latents of clips that any shard has already are copied. Files of before go once cache.json names the new ones.
+latents of clips that any shard has already are copied. Files that an update replaces stay until the next one, since runs that
+began before read them.
 """
 
 import hashlib
@@ -199,12 +200,17 @@ def write_index(
         **head, **classes, "clips": len(clips), "rate": rate, "table": table.name, "columns": list(form.columns),
         "shards": [{name: record[name] for name in named if name in record} for record in records], "skipped": bad,
     }  # fmt: skip
+    replaced = _named(output) - {table.name, *(record["file"] for record in records)}
     write_text(output / "cache.json", json.dumps(head))
     # Known here, it need not be found from all clips at the start of every run.
     whole = fingerprint(CachedLatents(output, config))
     write_text(output / "cache.json", json.dumps({**head, "fingerprint": whole}))
     if not folder.is_used_elsewhere():
-        _remove_others(output, {table.name, *(record["file"] for record in records)})
+        _remove_others(output, replaced | {table.name, *(record["file"] for record in records)})
+    if replaced:
+        print(
+            f"{len(replaced)} files of before stay for runs that read them; the same command again removes them, as the next update does"
+        )
     for reason in list(bad.values())[:10]:
         print(f"skipped a file: {reason}")
     skipped = f"; {len(bad)} skipped" if bad else ""
@@ -237,8 +243,17 @@ def _unreadable(dataset: Dataset, parts: Sequence[Part], records: Sequence[dict]
     return bad
 
 
+def _named(output: Path) -> set[str]:
+    """The shards and the table that cache.json names; none where it cannot be read."""
+    try:
+        info = json.loads((output / "cache.json").read_text())
+        return {shard["file"] for shard in info["shards"]} | ({info["table"]} if "table" in info else set())
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
 def _remove_others(output: Path, named: set[str]) -> None:
-    """Remove shards and tables that cache.json names no more: other files replace them, or the data have fewer clips."""
+    """Remove shards and tables with other names than these."""
     stems = {Path(name).stem for name in named}
     for path in sorted(output.iterdir()):
         if path.stem not in stems and (_SHARD.fullmatch(path.name) or _TABLE.fullmatch(path.name)):

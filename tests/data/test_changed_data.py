@@ -109,7 +109,8 @@ def test_a_cache_follows_captions_labels_clips_and_their_order_and_encodes_only_
     assert torch.equal(last[2][0], last[0][1])
     assert annotations("caption")[0] == "bright" and info["class_names"] == ["x", "y", "z"]
     manifest(ROWS[:2])
-    (shard,) = cache()[0]["shards"]
+    cache()
+    (shard,) = cache()[0]["shards"]  # files of before have gone at the second time
     files = sorted(path.name for path in Path("lat").iterdir() if path.suffix != ".lock")
     assert files == sorted([
         "cache.json", "settings.json", json.loads(Path("lat/cache.json").read_text())["table"],
@@ -205,6 +206,27 @@ def test_files_that_another_process_may_need_stay(cache):
         assert all((Path("lat") / shard["file"]).is_file() for shard in info["shards"])
     cache()
     assert not (Path("lat") / info["shards"][0]["file"]).is_file()
+
+
+def test_a_run_goes_on_while_its_cache_is_brought_up_to_date_and_names_a_shard_that_is_gone(cache, monkeypatch, capsys):
+    monkeypatch.setattr(cached, "MOST_OPEN", 1)
+    _, before, _ = cache()
+    dataset = CachedLatents(Path("lat"), DataConfig(num_frames=5, height=32, width=32))
+    write("e", 10)
+    capsys.readouterr()
+    manifest(["e.mp4,x,first", *ROWS[:3], "d.mp4,y,changed"])
+    info, _, encoded = cache()
+    assert encoded == [0] and "3 files of before stay" in capsys.readouterr().out
+    late = ForkingPickler.loads(ForkingPickler.dumps(dataset))  # as a loader process that takes another's place
+    for one in (dataset, late):
+        assert all(torch.equal(one.load(i, None)["latents"], before[i // 2][i % 2]) for i in (3, 0, 2, 1))
+        assert one.record(0)["caption"] == "dark" and one.record(3)["caption"] == "bright"
+    cache()
+    names = {shard["file"] for shard in info["shards"]} | {info["table"]}
+    assert {path.name for path in Path("lat").glob("*.safetensors")} == names
+    with pytest.raises(ValueError, match="latents-00001-.* is gone: .*updated twice.*start the run again") as found:
+        dataset.load(2, None)
+    assert not isinstance(found.value, VideoError)
 
 
 def test_many_clips_are_added_to_few(cache, monkeypatch):
@@ -325,24 +347,43 @@ def test_a_cache_keeps_the_rate_of_its_clips(cache):
     assert clip_rate(DataConfig(), dataset) == 30
 
 
+@pytest.mark.parametrize("damage", ["label", "caption.heap", "cut", "empty", "missing"])
+def test_a_damaged_table_of_a_cache_is_refused_in_one_line_with_one_remedy_that_mends_it(cache, damage):
+    config = DataConfig(num_frames=5, height=32, width=32)
+    table = Path("lat", cache()[0]["table"])
+    whole = table.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    if damage == "missing":
+        table.unlink()
+    elif damage in ("cut", "empty"):
+        table.write_bytes(whole[:-10] if damage == "cut" else b"")
+    else:
+        place = begin + json.loads(whole[8:begin])[damage]["data_offsets"][0]
+        table.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(ValueError, match=f"^{table} is (damaged|missing).*; run stdit cache-latents again") as found:
+        CachedLatents(Path("lat"), config)
+    assert str(found.value).count(";") == 1 and "\n" not in str(found.value)
+    assert cache()[2] == [] and table.read_bytes() == whole and len(CachedLatents(Path("lat"), config)) == 4
+
+
 def test_a_shard_that_is_not_the_recorded_one_is_not_read(cache, monkeypatch):
     cache()
     config = DataConfig(num_frames=5, height=32, width=32)
     (shard,) = Path("lat").glob("latents-00001-*.safetensors")
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match=r"latents-00001-.*.safetensors has .*run cache_latents again"):
+    with pytest.raises(ValueError, match=r"latents-00001-.*.safetensors has .*run stdit cache-latents again"):
         CachedLatents(Path("lat"), config)
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(
-        ValueError, match=r"latents-00001-.*.safetensors does not match its hash; run cache_latents again"
+        ValueError, match=r"latents-00001-.*.safetensors does not match its hash; run stdit cache-latents again"
     ):
         CachedLatents(Path("lat"), config)
     monkeypatch.setattr(cached, "HASHED_AT_START", 100)  # the hashes of a large cache are not compared
     dataset = CachedLatents(Path("lat"), config)
     assert dataset.load(2, None)
     with pytest.raises(
-        VideoError, match=r"row 1 of latents-00001-.* does not match its checksum; run cache_latents again"
+        VideoError, match=r"row 1 of latents-00001-.* does not match its checksum; run stdit cache-latents again"
     ):
         dataset.load(3, None)
     shard.write_bytes(whole)

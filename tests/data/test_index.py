@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import shlex
 import warnings
 from pathlib import Path
 
@@ -238,10 +239,14 @@ def test_an_index_moves_with_its_files(clips, tmp_path):
 def test_an_index_becomes_parquet_and_a_manifest_again(clips):
     pytest.importorskip("pyarrow")
     make("--parquet", "clips/all.parquet")
-    plain, parquet = (build_dataset(config_of(f"clips/{name}")) for name in ("manifest.jsonl", "all.parquet"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # training reads or knows all columns
+        parquet = build_dataset(config_of("clips/all.parquet"))
+    plain = build_dataset(config_of("clips/manifest.jsonl"))
     assert [row[:3] for row in parquet.rows] == [row[:3] for row in plain.rows]
     assert parquet.class_names == plain.class_names and parquet.record(0)["score"] == 0
     assert parquet.record(3)["frames"] == 30 and parquet.record(3)["codec"] == "h264"
+    assert parquet.record(3)["time_of_last_frame"] == pytest.approx(29 / 24)
 
 
 @pytest.mark.parametrize(
@@ -321,6 +326,74 @@ def test_a_changed_caption_a_new_folder_and_an_own_manifest_make_an_index_old(cl
         assert refused_then_mended().record(0)["caption"] == "of the table"
 
 
+@pytest.mark.parametrize("what", ["manifest", "folder", "text", "content"])
+def test_a_source_that_changes_while_its_files_are_read_makes_the_new_index_old(clips, monkeypatch, what):
+    if what != "manifest":
+        (clips / "manifest.jsonl").unlink()
+    (clips / "clip é 0.txt").write_text("a red cat")
+    original, changes = inspections.inspect, []
+    other = bytearray((clips / "clip é 0.mp4").read_bytes())
+    other[-1] ^= 1
+
+    def change(path, *arguments, **options):
+        if path.name == "clip é 3.mp4" and not changes:
+            changes.append(what)
+            if what == "manifest":
+                text = (clips / "manifest.jsonl").read_text()
+                (clips / "manifest.jsonl").write_text(text.replace('"caption": "', '"caption": "a '))
+            elif what == "folder":
+                write_barcodes(clips / "new.mp4", 12)
+            elif what == "text":
+                (clips / "clip é 0.txt").write_text("a fat cat")
+            else:
+                (clips / "clip é 0.mp4").write_bytes(other)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(inspections, "inspect", change)
+    source = "clips/manifest.jsonl" if what == "manifest" else "clips"
+    arguments = [source, "--output", "clips.index", "--hash", "--workers", "0"]
+    assert index.main(arguments) == 0 and changes == [what]
+    config = DataConfig(root="clips", manifest="clips.index", num_frames=5, height=32, width=32)
+    with pytest.raises(ValueError, match="older than its files"):
+        build_dataset(config)
+    assert index.main(arguments) == 0
+    assert build_dataset(config).record(0)["caption"] == {"manifest": "a clip «0»", "text": "a fat cat"}.get(
+        what, "a red cat"
+    )
+
+
+@pytest.mark.parametrize("column", ["label", "caption.heap", "path.starts", "info"])
+def test_a_byte_that_changed_in_an_index_is_noticed_before_training_and_mended_by_the_command_that_is_named(
+    clips, monkeypatch, column
+):
+    make()
+    file = clips.parent / "clips.index"
+    whole = file.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:begin])
+    place = whole.index(b"num_classes") if column == "info" else begin + header[column]["data_offsets"][0]
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    name = column.split(".")[0]
+    if column != "info":
+        with pytest.raises(
+            ValueError, match=f"'{name}' does not match.*stdit index .*jsonl --output clips.index"
+        ) as found:
+            build_dataset(config_of("clips.index"))
+        assert str(found.value).count("clips.index") == 2 and "\n" not in str(found.value)
+        with pytest.warns(UserWarning, match="All files are read again"):
+            make()
+        assert file.read_bytes() == whole
+    else:
+        with pytest.raises(ValueError, match="'info' does not match"):
+            Columns(file).check()
+    info = json.loads(header["__metadata__"]["info"])
+    info.pop("checksums")  # as files of before
+    header["__metadata__"]["info"] = json.dumps(info)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + whole[begin:])
+    assert len(build_dataset(config_of("clips.index"))) == 6
+
+
 def test_a_damaged_index_is_made_anew_by_the_command_that_its_message_names(clips):
     make()
     file = clips.parent / "clips.index"
@@ -336,6 +409,23 @@ def test_a_manifest_whose_files_lie_elsewhere_is_indexed_with_their_root(clips):
     arguments = ["lists/m.csv", "--output", "m.index", "--workers", "0", "data.root=clips", "data.columns={path: clip}"]
     assert index.main(arguments) == 0
     assert build_dataset(config_of("m.index")).record(0)["caption"] == "zero"
+
+
+def test_names_of_columns_other_than_those_that_an_index_was_made_with_are_refused(clips):
+    (clips / "m.csv").write_text("clip,one,two\nclip é 0.mp4,first,second\n")
+    arguments = ["clips/m.csv", "--output", "m.index", "--workers", "0"]
+    names = {"path": "clip", "caption": "one"}
+    assert index.main([*arguments, "data.columns={path: clip, caption: one}"]) == 0
+    for columns in ({}, names):
+        assert build_dataset(config_of("m.index", columns=columns)).record(0)["caption"] == "first"
+    with pytest.raises(ValueError, match="cannot change m.index, which was made with .*one") as found:
+        build_dataset(config_of("m.index", columns={**names, "caption": "two"}))
+    remedy = shlex.split(str(found.value).split("stdit index ")[1].removesuffix("."))
+    assert "\n" not in str(found.value) and index.main([*remedy, "--workers", "0"]) == 0
+    assert build_dataset(config_of("m.index", columns={**names, "caption": "two"})).record(0)["caption"] == "second"
+    make()
+    with pytest.raises(ValueError, match="cannot change clips.index, which was made without; leave it out"):
+        build_dataset(config_of("clips.index", columns={"caption": "nope"}))
 
 
 def test_parquet_of_a_folder_has_paths_from_where_it_lies(clips):
