@@ -11,7 +11,7 @@ from stdit.nn.embedders import MicroConditionEmbedder
 from stdit.rng import keyed_generator
 from stdit.variants import pick
 
-PLAIN_SHARE = 0.25  # clips at scale 1, which edits that keep what a clip shows are made with
+PLAIN_SHARE = 0.45  # clips at scale 1, which edits that keep what a clip shows are made with
 
 
 class LearntGuidance(Conditioner):
