@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -200,6 +202,38 @@ def test_a_store_that_refuses_or_is_silent_is_named_in_one_line_before_a_step(
     with pytest.raises(ValueError, match=f"s3://bucket.*{reason}") as caught:
         dataset(**SHAPES[shape][1])
     assert "\n" not in str(caught.value)
+
+
+_ENDS = """
+import threading
+from stdit.data import stores
+stores.allow("s3://bucket")
+def ask():
+    while True:
+        try:
+            stores._ask("s3://bucket/clips", lambda store: store.ls("s3://bucket/clips"))
+        except stores.StoreError:
+            pass
+        asked.release()
+asked = threading.Semaphore(0)
+for _ in range(THREADS):
+    threading.Thread(target=ask, daemon=True).start()
+try:
+    print(stores.names_in("s3://bucket/clips/a"))
+except stores.StoreError:
+    print("refused")
+"""
+
+
+@pytest.mark.parametrize("status", [200, 403])
+@pytest.mark.parametrize("threads", [0, 4])
+def test_a_process_ends_whole_right_after_an_answer_and_while_others_are_awaited(bucket, status, threads):
+    bucket.status = status
+    for _ in range(8):
+        ended = subprocess.run(
+            [sys.executable, "-c", _ENDS.replace("THREADS", str(threads))], capture_output=True, text=True
+        )
+        assert (ended.returncode, ended.stderr) == (0, ""), ended
 
 
 def test_a_store_that_refuses_later_is_an_unreadable_file(bucket):
