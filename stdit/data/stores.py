@@ -55,6 +55,13 @@ def allowed() -> list[str]:
     return list(_allowed)
 
 
+def with_urls(text: str) -> str:
+    """A text with the URLs that a user named in place of their paths, which have lost a slash."""
+    for url in _allowed:
+        text = text.replace(str(Path(url)), url)
+    return text
+
+
 def is_url(path: str | os.PathLike) -> bool:
     """Whether a path looks like that of a store."""
     return _URL.match(_with_slashes(path)) is not None
@@ -331,7 +338,11 @@ def _status(error: BaseException) -> int | None:
 
 
 def _first_line(error: BaseException) -> str:
+    """The reason in an error of a client: the status that a store answers, else its first line."""
     text = " ".join(str(error).split("\n")[0].split())
+    if answered := re.search(r"\bstatus(?: code)?:? (\d{3}(?: [A-Za-z][A-Za-z' -]*)?)", text):
+        return f"it answers {answered[1].strip()}"
+    text = re.split(r" in [0-9.]+(?:ns|µs|ms|s) - ", text)[-1]  # after the request and its time
     return text if len(text) <= 160 else f"...{text[-160:]}"  # causes come last
 
 

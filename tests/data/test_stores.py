@@ -25,7 +25,7 @@ from stdit.data.media import VideoError, open_regular, state_of
 from stdit.data.parquet import write_parquet
 from stdit.data.stores import is_remote, is_url, url_of
 from stdit.data.tensor_rows import TensorRows
-from stdit.recipes import index
+from stdit.recipes import cli, index
 
 pytest.importorskip("obstore", reason="needs pip install 'stdit[stores]'")
 
@@ -202,6 +202,35 @@ def test_a_store_that_refuses_or_is_silent_is_named_in_one_line_before_a_step(
     with pytest.raises(ValueError, match=f"s3://bucket.*{reason}") as caught:
         dataset(**SHAPES[shape][1])
     assert "\n" not in str(caught.value)
+
+
+def test_messages_name_the_url_that_was_given_and_the_status_without_the_request(bucket, capsys, monkeypatch):
+    monkeypatch.chdir(bucket.root)
+
+    def said(*command):
+        forget()
+        assert cli.main(list(command)) == 1
+        return capsys.readouterr().err
+
+    small = [
+        "train",
+        "own_videos",
+        "train.trackers=[]",
+        "data.num_frames=5",
+        "data.height=32",
+        "data.width=32",
+        "model.size=S/2",
+    ]
+    nothing = said(*small, "data.root=s3://bucket/nothing")
+    assert nothing.startswith("data.root='s3://bucket/nothing' has no files") and "generated" not in nothing
+    assert index.main(["s3://bucket/clips", "--output", "clips.index", "--workers", "0"]) == 0
+    Path("bucket/clips/a/0.mp4").unlink()
+    older = said(*small, "data.root=s3://bucket/clips", "data.manifest=clips.index")
+    assert "stdit index s3://bucket/clips" in older and "s3:/b" not in nothing + older
+    bucket.status = 503
+    monkeypatch.setenv("STDIT_STORE_TIMEOUT", "0.5")
+    refused = said(*small, "data.root=s3://bucket/clips")
+    assert "(it answers 503 Service Unavailable, 3 times)" in refused and "list-type" not in refused
 
 
 _ENDS = """

@@ -202,6 +202,7 @@ def test_a_damaged_shard_is_found_and_two_processes_go_on_from_the_checkpoint_be
     assert "ema-00002-of-00002.safetensors does not match its hash" in str(damage(shard.parent))
     shard.unlink()
     assert "ema-00002-of-00002.safetensors is missing" in str(damage(shard.parent))
+    assert damage(Path("checkpoints")) == "MANIFEST.json is missing: copied in part?"
     done = launch(2, "name=damaged", SHARDED, "train.samples=0")
     assert done.returncode == 0 and "resumed from checkpoints/damaged/step-3" in done.stdout
     assert largest_difference(state("two", 6), state("damaged", 6)) == 0
