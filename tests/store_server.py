@@ -58,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
     def listing(self, bucket, query):
         prefix = query.get("prefix", [""])[0]
         folder = self.server.root / bucket / prefix
-        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        below = folder.iterdir() if "delimiter" in query else (file for file in folder.rglob("*") if file.is_file())
+        found = sorted(below) if folder.is_dir() else []
         parts = []
         for file in found:
             key = escape(str(file.relative_to(self.server.root / bucket)))

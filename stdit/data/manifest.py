@@ -9,7 +9,7 @@ from stdit.data.folders import is_file, is_folder, names_in, resolved, walk
 from stdit.data.labels import Classes, number_classes
 from stdit.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, ask_for, container_of, is_one_of, open_regular, state_of
 from stdit.data.records import Record, is_table, missing_path, read_records
-from stdit.data.stores import is_remote, is_url
+from stdit.data.stores import is_remote, is_url, url_of
 from stdit.warn import warn_user
 
 __all__ = ["IMAGE_SUFFIXES", "VIDEO_SUFFIXES", "Row", "Table", "find_media", "read_manifest", "scan_folder"]
@@ -187,6 +187,10 @@ def scan_folder(root: Path, suffixes: set[str], what: str, columns: Mapping[str,
     """
     root = Path(root)
     if not is_folder(root):
+        if is_remote(root):
+            raise ValueError(
+                f"data.root={url_of(root)!r} has no files in its store; check the name, or put {what} there."
+            )
         raise ValueError(
             f"data.root={str(root)!r} does not exist; give a folder of {what}, or use generated clips of moving "
             "shapes: data.source=shapes."

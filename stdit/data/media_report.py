@@ -18,6 +18,7 @@ from stdit.data.folders import named_from, resolved
 from stdit.data.media import VideoError
 from stdit.data.pictures import read_picture
 from stdit.data.records import write_records
+from stdit.data.stores import with_urls
 from stdit.data.transforms import resize
 from stdit.files import atomic_write, printable
 
@@ -85,7 +86,7 @@ def _shown(one: Checked) -> str:
 
 
 def _name(path: Path) -> str:
-    return repr(printable(str(path)))
+    return repr(printable(with_urls(str(path))))
 
 
 def _counts(title: str, kinds: Collection[str]) -> list[str]:

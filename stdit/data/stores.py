@@ -5,6 +5,7 @@ whose dependencies conflict with nothing, the others by what fsspec finds instal
 below one that the user named (`allow`); others are names of files.
 """
 
+import atexit
 import os
 import posixpath
 import re
@@ -52,6 +53,13 @@ def allow(*paths: str | os.PathLike) -> None:
 def allowed() -> list[str]:
     """The URLs at and below which files may be read."""
     return list(_allowed)
+
+
+def with_urls(text: str) -> str:
+    """A text with the URLs that a user named in place of their paths, which have lost a slash."""
+    for url in _allowed:
+        text = text.replace(str(Path(url)), url)
+    return text
 
 
 def is_url(path: str | os.PathLike) -> bool:
@@ -215,24 +223,67 @@ def _entry(info: dict[str, Any]) -> Entry:
 @lru_cache(maxsize=16)
 def _store(protocol: str) -> Any:
     """The file system of a protocol."""
-    fsspec = package("fsspec", "stores", "URLs of data")
     if protocol == "hf" and package("huggingface_hub.constants", "stores", "Data at hf:// URLs").HF_HUB_OFFLINE:
         raise StoreError("hf:// URLs cannot be read while HF_HUB_OFFLINE is set; unset it, or copy the data here.")
     if protocol in _OBJECT_STORES:
-        base = package("obstore.fsspec", "stores", f"Data at {protocol}:// URLs").FsspecStore
-        # Listings are paths without a protocol only if the class knows its own.
-        kind = type("Store", (base,), {"protocol": protocol})
-        options: dict[str, Any] = {"timeout": f"{timeout():g}s", "connect_timeout": f"{timeout():g}s"}
-        # Options that are given take the place of all that the environment gives.
-        if protocol == "http" or os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"):
-            options["allow_http"] = True
-        return kind(client_options=options, retry_config={"max_retries": 0})  # we ask again, and say so
+        return _ObjectStore(protocol)
     try:
-        return fsspec.filesystem(protocol)
+        return package("fsspec", "stores", "URLs of data").filesystem(protocol)
     except (ValueError, ImportError) as error:
         raise ValueError(
             f"{protocol}:// is no store that can be read ({_first_line(error)}); install what fsspec needs for it, or copy the data here."
         ) from error
+
+
+class _ObjectStore:
+    """What is asked of fsspec's file systems, by the calls of obstore that wait.
+
+    obstore's own file system awaits its answers. A thread of Rust then hands them to Python, and aborts the process if that
+    ends before the thread is done.
+    """
+
+    def __init__(self, protocol: str):
+        self.protocol = protocol
+        self.obstore = package("obstore", "stores", f"Data at {protocol}:// URLs")
+        self.connect = package("obstore.store", "stores", f"Data at {protocol}:// URLs").from_url
+        self.options: dict[str, Any] = {"timeout": f"{timeout():g}s", "connect_timeout": f"{timeout():g}s"}
+        # Options that are given take the place of all that the environment gives.
+        if protocol == "http" or os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"):
+            self.options["allow_http"] = True
+        self.buckets: dict[str, Any] = {}
+
+    def _strip_protocol(self, url: str) -> str:
+        return url.partition("://")[2]
+
+    def _split(self, path: str) -> tuple[str, Any, str]:
+        """The name of the bucket of a URL or of a path without a protocol, the bucket, and the path in it."""
+        name, _, key = self._strip_protocol(path).partition("/") if "://" in path else path.partition("/")
+        if name not in self.buckets:
+            retries = {"max_retries": 0}  # we ask again, and say so
+            self.buckets[name] = self.connect(
+                f"{self.protocol}://{name}", client_options=self.options, retry_config=retries
+            )
+        return name, self.buckets[name], key
+
+    def info(self, url: str) -> dict[str, Any]:
+        _, bucket, key = self._split(url)
+        return {**self.obstore.head(bucket, key), "type": "file"}
+
+    def cat_file(self, url: str, start: int, end: int) -> Any:
+        _, bucket, key = self._split(url)
+        return self.obstore.get_range(bucket, key, start=start, end=end)
+
+    def ls(self, url: str, detail: bool = True) -> list[dict[str, Any]]:
+        """The files of a folder."""
+        name, bucket, key = self._split(url)
+        objects = self.obstore.list_with_delimiter(bucket, key)["objects"]
+        return [{**one, "name": f"{name}/{one['path']}", "type": "file"} for one in objects]
+
+    def find(self, url: str, detail: bool = True) -> list[dict[str, Any]]:
+        """The files of a folder and of those below it."""
+        name, bucket, key = self._split(url)
+        found = [one for some in self.obstore.list(bucket, key) for one in some]
+        return [{**one, "name": f"{name}/{one['path']}", "type": "file"} for one in found]
 
 
 def _ask(url: str, question: Callable[[Any], T]) -> T:
@@ -287,8 +338,26 @@ def _status(error: BaseException) -> int | None:
 
 
 def _first_line(error: BaseException) -> str:
+    """The reason in an error of a client: the status that a store answers, else its first line."""
     text = " ".join(str(error).split("\n")[0].split())
+    if answered := re.search(r"\bstatus(?: code)?:? (\d{3}(?: [A-Za-z][A-Za-z' -]*)?)", text):
+        return f"it answers {answered[1].strip()}"
+    text = re.split(r" in [0-9.]+(?:ns|µs|ms|s) - ", text)[-1]  # after the request and its time
     return text if len(text) <= 160 else f"...{text[-160:]}"  # causes come last
+
+
+# Threads that ask a store. One that is in a library's own code aborts a process that ends before it comes back.
+_asking: set[threading.Thread] = set()
+_ends = threading.Event()
+_AT_EXIT = 2.0  # seconds that the end of a process waits for them
+
+
+@atexit.register
+def _await_answers() -> None:
+    _ends.set()
+    until = time.monotonic() + _AT_EXIT
+    while _asking and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
@@ -300,8 +369,13 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
             done.append((True, call()))
         except BaseException as error:
             done.append((False, error))
+        finally:
+            _asking.discard(threading.current_thread())
 
+    if _ends.is_set():
+        raise TimeoutError("the program ends")
     thread = threading.Thread(target=run, daemon=True)  # a process ends although it waits
+    _asking.add(thread)
     thread.start()
     thread.join(seconds + 1)  # libraries that keep the time themselves say more
     if not done:

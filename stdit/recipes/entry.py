@@ -15,6 +15,7 @@ from functools import wraps
 from pathlib import Path
 
 import stdit
+from stdit.data.stores import with_urls
 from stdit.files import printable
 
 _LONGEST = 2000  # characters of a message: a file can hold a name of any length
@@ -83,7 +84,7 @@ def one_line(error: Exception) -> str | None:
         said = f"{where}{error.strerror}; {_REMEDIES[error.errno]}."
     elif not isinstance(error, ValueError | OSError):
         return None
-    said = printable(" ".join(said.split()) if len(said.splitlines()) > 1 else said.strip())
+    said = printable(with_urls(" ".join(said.split()) if len(said.splitlines()) > 1 else said.strip()))
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
 
 
@@ -119,7 +120,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
 
 def _format_warning(message: Warning | str, *_: object, **__: object) -> str:
     """A warning without the line of code that caused it, which on a command line is in Python's own launcher."""
-    return f"warning: {printable(str(message))}\n"
+    return f"warning: {printable(with_urls(str(message)))}\n"
 
 
 def _flush_output(text: str = "") -> bool:

@@ -21,6 +21,7 @@ from stdit.data.inspect import inspect
 from stdit.data.inspections import MEASURED
 from stdit.data.manifest import find_media
 from stdit.data.media import IMAGE_SUFFIXES
+from stdit.data.stores import with_urls
 from stdit.files import printable, write_json
 from stdit.progress import Progress
 from stdit.recipes.budget import Budget, key_of
@@ -133,7 +134,7 @@ def propose(source: Path, given: Sequence[str], minutes: float | None) -> Propos
         why.append("captions are read by the built-in encoder of words (text.encoder=words)")
     classes = f", {dataset.num_classes} classes" if dataset.num_classes else ""
     lines = [
-        f"{printable(str(source))}: {len(dataset)} {'pictures' if facts[0].is_image else 'clips'}{classes}; {_said(facts)}"
+        f"{printable(with_urls(str(source)))}: {len(dataset)} {'pictures' if facts[0].is_image else 'clips'}{classes}; {_said(facts)}"
     ]
     if unreadable:
         lines.append(

@@ -323,7 +323,7 @@ class TrainingLoop(ABC):
 
     def _stopping(self) -> bool:
         """Whether any process was asked to stop, so that all stop after the same step."""
-        asked = self._signals.number is not None
+        asked = self._signals.asked
         if self.accelerator.num_processes == 1:
             return asked
         self._mark("agreeing to go on")

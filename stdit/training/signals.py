@@ -1,21 +1,22 @@
-"""Signals that end a run: the step that is being taken is finished and saved first."""
+"""What ends a run, a signal or the death of its launcher: the step that is being taken is finished and saved first."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 # From a user, a scheduler (SLURM sends USR1), a closed terminal.
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+_PARENT = os.getppid()  # early, since a launcher may die while the run is built
 
 
 class Stopped(Exception):
-    """Raised after a signal stopped the run, whose state is saved; `code` is the exit code to use."""
+    """Raised after the run was stopped, and its state saved; `code` is the exit code to use."""
 
     def __init__(self, code: int, step: int):
-        super().__init__(f"stopped at step {step} by a signal, and saved; run the same command again to resume")
+        super().__init__(f"stopped at step {step}, and saved; run the same command again to resume")
         self.code = code
 
 
@@ -33,6 +34,7 @@ class StopSignals:
         self.says_so = says_so
         self.number: int | None = None
         self._waiting = False
+        self._has_launcher = "TORCHELASTIC_RUN_ID" in os.environ  # of torchrun, also by accelerate launch
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -45,8 +47,19 @@ class StopSignals:
             signal.signal(number, handler)
 
     @property
+    def asked(self) -> bool:
+        """Whether the run must stop: after a signal, and when the launcher is gone, which would not end it any more."""
+        if self._has_launcher and os.getppid() != _PARENT:
+            self._has_launcher = False
+            self.number = self.number or signal.SIGTERM
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                with suppress(OSError):  # what reads the output may be gone as well
+                    os.write(2, b"\nthe launcher of this process is gone: the run stops and is saved after this step\n")
+        return self.number is not None
+
+    @property
     def code(self) -> int:
-        """The exit code of a process that the signal ended; that of SIGTERM if another process had the signal."""
+        """The exit code of a process that the signal ended; that of SIGTERM if another process was asked to stop."""
         return 128 + self.number if self.number else 143
 
     @contextmanager

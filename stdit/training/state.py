@@ -152,6 +152,8 @@ def damage(path: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     of the files and of all parts, when others read the other parts.
     """
     part, parts = share
+    if not (path / MANIFEST).is_file():
+        return f"{MANIFEST} is missing: copied in part?"
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if not all({"sha256", "bytes"} <= recorded.keys() for recorded in manifest.values()):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -23,7 +25,7 @@ from stdit.data.media import VideoError, open_regular, state_of
 from stdit.data.parquet import write_parquet
 from stdit.data.stores import is_remote, is_url, url_of
 from stdit.data.tensor_rows import TensorRows
-from stdit.recipes import index
+from stdit.recipes import cli, index
 
 pytest.importorskip("obstore", reason="needs pip install 'stdit[stores]'")
 
@@ -200,6 +202,67 @@ def test_a_store_that_refuses_or_is_silent_is_named_in_one_line_before_a_step(
     with pytest.raises(ValueError, match=f"s3://bucket.*{reason}") as caught:
         dataset(**SHAPES[shape][1])
     assert "\n" not in str(caught.value)
+
+
+def test_messages_name_the_url_that_was_given_and_the_status_without_the_request(bucket, capsys, monkeypatch):
+    monkeypatch.chdir(bucket.root)
+
+    def said(*command):
+        forget()
+        assert cli.main(list(command)) == 1
+        return capsys.readouterr().err
+
+    small = [
+        "train",
+        "own_videos",
+        "train.trackers=[]",
+        "data.num_frames=5",
+        "data.height=32",
+        "data.width=32",
+        "model.size=S/2",
+    ]
+    nothing = said(*small, "data.root=s3://bucket/nothing")
+    assert nothing.startswith("data.root='s3://bucket/nothing' has no files") and "generated" not in nothing
+    assert index.main(["s3://bucket/clips", "--output", "clips.index", "--workers", "0"]) == 0
+    Path("bucket/clips/a/0.mp4").unlink()
+    older = said(*small, "data.root=s3://bucket/clips", "data.manifest=clips.index")
+    assert "stdit index s3://bucket/clips" in older and "s3:/b" not in nothing + older
+    bucket.status = 503
+    monkeypatch.setenv("STDIT_STORE_TIMEOUT", "0.5")
+    refused = said(*small, "data.root=s3://bucket/clips")
+    assert "(it answers 503 Service Unavailable, 3 times)" in refused and "list-type" not in refused
+
+
+_ENDS = """
+import threading
+from stdit.data import stores
+stores.allow("s3://bucket")
+def ask():
+    while True:
+        try:
+            stores._ask("s3://bucket/clips", lambda store: store.ls("s3://bucket/clips"))
+        except stores.StoreError:
+            pass
+        asked.release()
+asked = threading.Semaphore(0)
+for _ in range(THREADS):
+    threading.Thread(target=ask, daemon=True).start()
+try:
+    print(stores.names_in("s3://bucket/clips/a"))
+except stores.StoreError:
+    print("refused")
+"""
+
+
+@pytest.mark.parametrize("status", [200, 403])
+@pytest.mark.parametrize("threads", [0, 4])
+def test_a_process_ends_whole_right_after_an_answer_and_while_others_are_awaited(bucket, status, threads):
+    bucket.status = status
+    for _ in range(8):
+        ended = subprocess.run(
+            [sys.executable, "-c", _ENDS.replace("THREADS", str(threads))], capture_output=True, text=True
+        )
+        assert (ended.returncode, ended.stderr) == (0, ""), ended
 
 
 def test_a_store_that_refuses_later_is_an_unreadable_file(bucket):

@@ -202,23 +202,31 @@ def test_a_damaged_shard_is_found_and_two_processes_go_on_from_the_checkpoint_be
     assert "ema-00002-of-00002.safetensors does not match its hash" in str(damage(shard.parent))
     shard.unlink()
     assert "ema-00002-of-00002.safetensors is missing" in str(damage(shard.parent))
+    assert damage(Path("checkpoints")) == "MANIFEST.json is missing: copied in part?"
     done = launch(2, "name=damaged", SHARDED, "train.samples=0")
     assert done.returncode == 0 and "resumed from checkpoints/damaged/step-3" in done.stdout
     assert largest_difference(state("two", 6), state("damaged", 6)) == 0
 
 
-def test_a_signal_to_the_launcher_saves_the_shards_of_all(home):
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(one, marks=pytest.mark.slow) for one in ("SIGUSR1", "SIGKILL"))]
+)
+def test_a_signal_to_the_launcher_and_its_death_save_the_shards_of_all(home, name):
+    folder = Path(f"checkpoints/stopped-{name}")
     process = subprocess.Popen(
-        command_of(2, "name=stopped", SHARDED, "train.steps=100000", "train.preview_every=100000", "train.decay_steps=null"),
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command_of(2, f"name={folder.name}", SHARDED, "train.steps=100000", "train.preview_every=100000", "train.decay_steps=null"),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGUSR1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not list_checkpoints(Path("checkpoints/stopped")) and process.poll() is None:
+    while not list_checkpoints(folder) and process.poll() is None:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    newest = list_checkpoints(Path("checkpoints/stopped"))[0]
+    process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=60)[1]  # until the output of all is closed
+    newest = list_checkpoints(folder)[0]
     assert damage(newest) is None and not list(newest.parent.glob(".tmp*"))
-    assert len(losses("stopped")) == int(newest.name.removeprefix("step-"))
+    assert len(losses(folder.name)) == int(newest.name.removeprefix("step-"))
+    assert "and saved; run the same command again" in said and ("the launcher of this process is gone" in said) == (
+        name == "SIGKILL"
+    )
 
 
 def test_a_node_without_the_folder_of_checkpoints_says_so_before_step_1(home, tmp_path):

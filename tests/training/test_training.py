@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from stdit.model.stdit import STDiT
 from stdit.recipes import train
 from stdit.sampling.pipeline import STDiTPipeline
+from stdit.training import signals
 from stdit.training.metrics import MetricsLogger
 from stdit.training.run import RunFolders
 from stdit.training.state import damage, list_checkpoints
@@ -135,6 +136,28 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_128_and_its_number(home
         assert losses(number.name) == losses("whole")
 
 
+def test_a_process_whose_launcher_is_gone_says_so_saves_and_stops_as_after_sigterm(home, monkeypatch, capfd):
+    import stdit.training.fit as fit
+
+    real, parent = fit.to_latents, [os.getppid()]
+
+    def left(batch, vae):
+        if batch.keys[0][1] == 4:
+            parent[0] = 1
+        return real(batch, vae)
+
+    monkeypatch.setattr(fit, "to_latents", left)
+    monkeypatch.setattr(os, "getppid", lambda: parent[0])
+    settings = ["train.samples=0", "train.checkpoint_every=100000"]
+    assert go("name=alone", *settings) == 0  # no launcher: a shell that ends leaves its command to go on
+    parent[0] = signals._PARENT
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert go("name=left", *settings) == 128 + signal.SIGTERM
+    [saved] = list_checkpoints(home / "checkpoints/left")
+    assert saved.name == "step-5" and damage(saved) is None
+    assert capfd.readouterr().err.count("the launcher of this process is gone") == 1
+
+
 @pytest.mark.slow
 def test_a_signal_to_the_group_of_a_launcher_with_loader_processes_saves_the_run(home):
     (home / "clips").mkdir()
@@ -156,7 +179,7 @@ def test_a_signal_to_the_group_of_a_launcher_with_loader_processes_saves_the_run
     said = process.communicate(timeout=90)[0]
     assert process.returncode
     [saved] = list_checkpoints(home / "checkpoints/t")
-    assert damage(saved) is None and f"stopped at {saved.name.replace('-', ' ')} by a signal, and saved" in said
+    assert damage(saved) is None and f"stopped at {saved.name.replace('-', ' ')}, and saved" in said
     assert len(losses("t")) == int(saved.name.removeprefix("step-"))
 
 
