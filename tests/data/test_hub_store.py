@@ -96,8 +96,8 @@ def test_what_the_hub_refuses_is_said_in_one_line_with_a_remedy(answers):
     expected = (
         r"hf://datasets/401/set: the store answers 401, no credentials .*log in .*hf auth login, or HF_TOKEN",
         r"hf://datasets/403/set: the store answers 403, no permission; .*log in",
-        r"data.root='hf:/datasets/404/set' does not exist; give a folder",
-        r"data.root='hf:/datasets/me/set/none' does not exist; give a folder",
+        r"data.root='hf://datasets/404/set' has no files in its store; check the name, or put videos there",
+        r"data.root='hf://datasets/me/set/none' has no files in its store; check the name",
     )
     for said, pattern in zip(found["refused"], expected, strict=True):
         assert "\n" not in said and re.search(pattern, said), said

@@ -220,7 +220,7 @@ def test_a_signal_to_the_launcher_and_its_death_save_the_shards_of_all(home, nam
     while not list_checkpoints(folder) and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(getattr(signal, name))
-    said = process.communicate(timeout=60)[1]  # until the output of all is closed
+    said = "".join(process.communicate(timeout=60))  # until the output of all is closed
     newest = list_checkpoints(folder)[0]
     assert damage(newest) is None and not list(newest.parent.glob(".tmp*"))
     assert len(losses(folder.name)) == int(newest.name.removeprefix("step-"))
