@@ -62,6 +62,7 @@ from stdit.training.parallel import (
     effective,
     gathered,
     group_of_one,
+    leave,
     make_mesh,
     place,
     trained_parameters,
@@ -367,11 +368,7 @@ def _train(config: Config) -> int:
         code = fit(run)
         write_summary_and_results(run, code, time.time() - began)
     if accelerator.num_processes > 1:
-        # Threads of gloo may still run when C++ destroys their group at exit, which aborts a process that has done all its
-        # work ("terminate called without an active exception", in one of some thirty runs) and ends the others with it.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        leave(code)
     return code
 
 

@@ -7,6 +7,7 @@ from stdit.model.stdit import STDiT
 from stdit.nn.checkpointing import CHECKPOINTING
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
+from stdit.training.parallel import leave
 from stdit.vae import load_vae
 
 SMALL = {"depth": 4, "hidden_size": 32, "num_heads": 4, "in_channels": 4, "num_classes": 3, "sample_size": (4, 8, 8)}
@@ -119,7 +120,7 @@ def main():
     causal = made(causal=True, position_encoding="rope_3d")
     causal.enable_context_parallel()
     say("stream", refusal(lambda: causal(torch.randn(1, 4, 2, 8, 8), torch.ones(1), torch.tensor([0]), FrameCache())))
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import torch.multiprocessing as mp
-from context_parallel_run import arguments, gradients_differ, made, run, say
+from context_parallel_run import arguments, gradients_differ, leave, made, run, say
 
 SIX_HEADS = {"num_heads": 6, "hidden_size": 48, "position_encoding": "rope_3d"}
 
@@ -41,7 +41,7 @@ def compare(rank: int, store: str) -> None:
     say("groups", said)
     tokens = 2 * 4 * 16 // 4  # clips, frames and patches, of which each process holds a quarter
     say("sent", sum(by_heads + around) / (2 * SIX_HEADS["hidden_size"] * tokens))
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from stdit.model.stdit import STDiT
 from stdit.training.compiled import compile_blocks
 from stdit.training.config import ParallelConfig
-from stdit.training.parallel import make_mesh, parallelize, whole
+from stdit.training.parallel import leave, make_mesh, parallelize, whole
 
 
 def made():
@@ -42,7 +42,7 @@ def main():
     worst = max(apart(parts[name], gradients[name]) for name in gradients)
     if dist.get_rank() == 0:
         print(f"output: {apart(sharded, output)}\ngradients: {worst}\ngraphs: {counter.frame_count}", flush=True)
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
