@@ -24,12 +24,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from stdit import hashes
 from stdit.config import Config, load_typed
 from stdit.hashes import describe_files
+from stdit.model.stdit import STDiT
 from stdit.recipes import export, train
 from stdit.recipes.build import check_context
 from stdit.recipes.models import find_checkpoint, pipeline_of
 from stdit.training import shard_files, shards
 from stdit.training.config import ParallelConfig
-from stdit.training.parallel import effective, make_mesh
+from stdit.training.parallel import effective, group_of_one, make_mesh, parallelize
 from stdit.training.shard_files import ShardedTensors
 from stdit.training.state import damage, list_checkpoints, read_checkpoint, shared_check
 from stdit.vae import load_vae
@@ -63,6 +64,7 @@ TWO = {
     # It also checkpoints, in recomputed blocks of a sharded model whose tokens are exchanged.
     "sharded frames": [CONTEXT, SHARDED, "model.gradient_checkpointing=selective", *THIRTEEN],
     "halves": [SHARDED, *HALF],
+    "gathered halves": [SHARDED, "train.parallel.gather_bf16=true", *HALF],
     "ring": [CONTEXT, SHARDED, "train.parallel.ring=2", *THIRTEEN],
 }
 
@@ -346,6 +348,24 @@ def test_a_unet_is_neither_compiled_nor_spread_over_processes(home, capsys):
 def test_a_sharded_run_in_bfloat16_takes_float32_timesteps_and_has_the_losses_of_one_process(home):
     assert train.run(["t.yaml", "name=half", *HALF]) == 0
     assert losses("halves") == pytest.approx(losses("half"), rel=2e-3)
+
+
+def test_a_sharded_run_that_gathers_weights_in_bfloat16_keeps_and_steps_those_of_float32(home):
+    assert losses("gathered halves") == pytest.approx(losses("halves"), rel=2e-3)
+    assert {value.dtype for value in state("gathered halves", 4).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("gather", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_gathered_weights_have_the_precision_that_is_asked_for_and_their_gradients_float32(gather, dtype):
+    config = ParallelConfig(shard="fsdp", gather_bf16=gather)
+    model = STDiT(depth=1, hidden_size=16, num_heads=2, in_channels=4, num_classes=2, sample_size=(2, 4, 4))
+    found = set()
+    model.blocks[0].register_forward_pre_hook(lambda block, _: found.update(p.dtype for p in block.parameters()))
+    with group_of_one("cpu"), torch.autocast("cpu", torch.bfloat16):
+        parallelize(model, config, make_mesh(config, "cpu", 1))
+        model(torch.randn(2, 4, 2, 4, 4), torch.tensor([10.0, 900.0]), torch.tensor([0, 1])).square().mean().backward()
+    assert found == {dtype}
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 
 def test_blocks_of_a_sharded_model_compile_as_one_graph_with_the_gradients_of_one_process():
