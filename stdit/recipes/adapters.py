@@ -10,7 +10,7 @@ from stdit.data.datasets import Dataset
 from stdit.data.joint import JointDataset
 from stdit.data.rates import clip_rate
 from stdit.diffusion.objective import Objective
-from stdit.files import printable, read_json
+from stdit.files import printable
 from stdit.hub import LORA_FILE
 from stdit.model.config import ModelConfig, model_arguments
 from stdit.model.lora import load_lora, split_strength
@@ -18,6 +18,7 @@ from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
 from stdit.nn.checkpointing import CHECKPOINTING
 from stdit.recipes.models import load_adapted
+from stdit.recipes.starts import check_objective, check_vae, index_of
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.vae import VideoVAE
 from stdit.warn import warn_user
@@ -40,7 +41,7 @@ def build_adapted(config: Config, vae: VideoVAE, dataset: Dataset, objective: Ob
 
 def _compare_clips(config: Config, rate: float) -> None:
     """Warn if clips of a LoRA have another length, size or rate than those that its model was trained with."""
-    index = _index_of(config.init_from.path)
+    index = index_of(config.init_from.path)
     clips = {**{name: getattr(config.data, name) for name in ("num_frames", "height", "width")}, "fps": rate}
     if differing := [f"data.{name}={index[name]:g}" for name in clips if index.get(name) not in (None, clips[name])]:
         warn_user(
@@ -51,58 +52,34 @@ def _compare_clips(config: Config, rate: float) -> None:
 
 def _check_base(config: Config, model: STDiT, vae: VideoVAE, objective: Objective) -> None:
     path, base = config.init_from.path, model.config
-    index = _index_of(path)
-    if base.in_channels != vae.channels:
-        raise ValueError(
-            f"the model of init_from.path={path!r} takes latents of {base.in_channels} channels, but vae.name={config.vae.name!r} "
-            f"makes {vae.channels}; set vae.name to the VAE that it was trained with."
-        )
+    check_vae(config, model, vae)
     if config.objective.route_ratio and "routing" not in model.supports:
         raise ValueError(
             f"objective.route_ratio={config.objective.route_ratio} needs patches that skip the middle blocks, which the model of "
             f"init_from.path={path!r} (trunk={base.trunk}, conditioning={base.conditioning}) does not support; set it to 0."
         )
-    recorded = index.get("vae_fingerprint")
-    if recorded is not None and not vae.has_fingerprint(recorded):
-        raise ValueError(
-            f"vae.name={config.vae.name!r} has other weights than the VAE of init_from.path={path!r}; set vae.name to "
-            f"{str(Path(path or '') / 'vae')!r}, or to the VAE that it was trained with."
-        )
     trained = {
-        "name": index.get("objective", config.objective.name), "flow_map": base.flow_map, "learn_sigma": base.learn_sigma,
+        "name": index_of(path).get("objective", config.objective.name), "flow_map": base.flow_map,
+        "learn_sigma": base.learn_sigma, "distilled_guidance": base.distilled_guidance,
     }  # fmt: skip
     asked = {
         "name": config.objective.name, "flow_map": config.objective.flow_map, "learn_sigma": objective.learns_sigma,
+        "distilled_guidance": config.objective.distilled_guidance,
     }  # fmt: skip
-    for key, value in trained.items():
-        if asked[key] != value:
-            raise ValueError(
-                f"objective.{key}={_plain(asked[key])}, but the model of init_from.path={path!r} was trained with "
-                f"{_plain(value)}; set objective.{key}={_plain(value)}."
-            )
+    check_objective(config, trained, asked)
 
 
 def check_adapted_captions(config: Config, model: STDiT, caption_channels: int | None) -> None:
     """Raise ValueError if captions are not those that the model of a LoRA takes."""
     path, base = config.init_from.path, model.config
     if base.caption_channels != caption_channels:
-        encoder = _index_of(path).get("text_encoder") or "the one that it was trained with"
+        encoder = index_of(path).get("text_encoder") or "the one that it was trained with"
         needs = f"captions of {base.caption_channels} channels" if base.caption_channels else "no captions"
         given = f"gives {caption_channels} channels" if caption_channels else "is null"
         raise ValueError(
             f"the model of init_from.path={path!r} takes {needs}, but text.encoder {given}; set text.encoder to "
             f"{printable(encoder) if base.caption_channels else 'null'}."
         )
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _index_of(path: str | None) -> dict[str, Any]:
-    """The model_index.json of a pipeline that a model's folder is, or lies in; {} without one."""
-    folder = Path(path or "")
-    return read_json(folder / "model_index.json") or read_json(folder.parent / "model_index.json")
 
 
 def _overruled(config: ModelConfig, model: STDiT) -> list[str]:

@@ -72,7 +72,7 @@ def _trainer(config: Config, model: nn.Module, vae: VideoVAE, *, dataset: Datase
         accelerator, RunFolders(config.name), model.to(accelerator.device), [],
         config=config.train, resolved={}, objective=build_objective(config.objective), vae=vae.to(accelerator.device),
         bad_files=BadFiles(len(trained_on), config.data.max_bad_fraction), captions=captions,
-        teacher=build_teacher(config, accelerator.device),
+        teacher=build_teacher(config, vae, accelerator.device),
     )  # fmt: skip
 
 

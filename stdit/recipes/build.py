@@ -29,6 +29,7 @@ from stdit.nn.context_parallel import check_ring, check_shared_attention
 from stdit.precision import Precision, resolve
 from stdit.recipes.models import default_device, load_start
 from stdit.recipes.order import measure
+from stdit.recipes.starts import check_teacher
 from stdit.text import CaptionCache, load_text_encoder
 from stdit.training.compiled import LONG_RUN, compiler_error
 from stdit.training.fit import Teacher
@@ -114,6 +115,11 @@ def build_model(
     given |= {"flow_map": config.objective.flow_map, "distilled_guidance": config.objective.distilled_guidance}
     image = load_start(config.init_from.path) if config.init_from.path else None
     if image is not None:
+        if image.config.flow_map and not config.objective.flow_map:
+            raise ValueError(
+                f"init_from.path={config.init_from.path!r} is a flow map, which learns where its steps end; set objective.flow_map="
+                "true, or start from the model that was its teacher."
+            )
         arguments |= inflated_arguments(image, arguments, config.model.depth, config.init_from)
     if config.objective.distilled_scales:  # after the comparison with the teacher, which has no such condition
         scales = {"scales": dict(config.objective.distilled_scales)}
@@ -121,11 +127,24 @@ def build_model(
     shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width, arguments["patch_size"])
     model = STDiT(**{**arguments, **given, "sample_size": shape})
     _check_learns_cfg(config, model)
+    if image is not None and config.objective.flow_map:
+        _check_same_conditions(config, image, model)
     if image is not None:
         print(f"from {config.init_from.path}: {inflate(image, model, config.init_from).keeps}")
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing(CHECKPOINTING[config.model.gradient_checkpointing])
     return model
+
+
+def _check_same_conditions(config: Config, teacher: STDiT, model: STDiT) -> None:
+    """Raise ValueError for conditions of a flow map that the model it learns from does not take."""
+    further = [name for name in model.conditioners if name not in teacher.conditioners and name != "guidance"]
+    if further:
+        remedy = {"label": "model.num_classes=0", "caption": "text.encoder=null", "actions": "model.actions=false"}
+        raise ValueError(
+            f"a flow map learns what init_from.path={config.init_from.path!r} makes under its conditions, and that model takes no "
+            f"{further[0]!r}; set {remedy.get(further[0], f'model.micro_conditions without {further[0]}')}."
+        )
 
 
 def compiles_blocks(config: Config, accelerator: Accelerator) -> bool | Literal["auto"]:
@@ -182,14 +201,16 @@ def action_arguments(config: Config, vae: VideoVAE, dataset: Dataset) -> dict[st
     return {"actions": {"stride": vae.stride[0], **space.plain}}
 
 
-def build_teacher(config: Config, device: torch.device) -> Teacher | None:
+def build_teacher(config: Config, vae: VideoVAE, device: torch.device) -> Teacher | None:
     """The model of `init_from.path` from which a flow map learns; None for other runs, and from a flow map.
 
-    Where the guider `auto` is learnt also its guide; ValueError if it has none, or there is no teacher.
+    Where the guider `auto` is learnt also its guide. ValueError if it has none, or the model was trained with another
+    objective or VAE.
     """
     if not config.objective.flow_map or config.init_from.path is None:
         return None
     model = load_start(config.init_from.path)
+    check_teacher(config, model, vae)
     by_guide = config.objective.distilled_guider == "auto" or "auto" in config.objective.distilled_scales
     if model.config.flow_map:
         if by_guide or config.objective.distilled_scales:

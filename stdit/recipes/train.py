@@ -121,7 +121,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     if config.train.lora.rank is not None:
         adapted, dataset = build_adapted(config, vae, dataset, objective)
     kept, held_out = split_holdout(config, dataset)
-    teacher = build_teacher(config, torch.device("cpu"))  # the device's memory is for the text encoder first
+    teacher = build_teacher(config, vae, torch.device("cpu"))  # the device's memory is for the text encoder first
     resolved = _resolved(config, vae, dataset, adapted=adapted, teacher=teacher)
     checkpoint = _agreed_checkpoint(accelerator, config, resolved, folders=folders, vae=vae)
     set_seed(config.seed)

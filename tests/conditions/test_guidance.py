@@ -20,6 +20,7 @@ from stdit.sampling.guidance import GUIDERS
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.training.step import FlowMapTraining, LatentBatch, diffusion_losses
+from stdit.vae import load_vae
 from stdit.vae.tiny import TinyVAE
 
 SCALES = {"cfg": 5.0, "auto": 3.0}  # numbers of a value: auto, cfg
@@ -272,7 +273,7 @@ def test_a_model_with_learnt_scales_is_no_start_of_another_training(tmp_path):
 
 
 def test_a_guide_is_loaded_where_its_scales_are_learnt(tmp_path):
-    build().save_pretrained(tmp_path / "m" / "transformer")
+    build(in_channels=16).save_pretrained(tmp_path / "m" / "transformer")
     scales = ["objective.distilled_guider=cfg", "objective.distilled_guidance=1", "train.guidance=2"]
     config = load_typed(
         Config,
@@ -280,9 +281,9 @@ def test_a_guide_is_loaded_where_its_scales_are_learnt(tmp_path):
         [*scales, f"init_from.path={tmp_path / 'm' / 'transformer'}", "objective.distilled_scales={auto: 3}"],
     )
     with pytest.raises(ValueError, match="has no folder guide"):
-        build_teacher(config, torch.device("cpu"))
-    build().save_pretrained(tmp_path / "m" / "guide")
-    assert build_teacher(config, torch.device("cpu")).guide is not None
+        build_teacher(config, load_vae("tiny"), torch.device("cpu"))
+    build(in_channels=16).save_pretrained(tmp_path / "m" / "guide")
+    assert build_teacher(config, load_vae("tiny"), torch.device("cpu")).guide is not None
 
 
 def test_guidance_by_no_condition_is_not_learnt_where_there_is_none(tmp_path, monkeypatch, capsys):

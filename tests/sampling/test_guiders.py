@@ -15,7 +15,7 @@ from stdit.recipes import train
 from stdit.recipes.build import build_teacher
 from stdit.sampling.guidance import GUIDERS
 from stdit.sampling.scheduler import STDiTScheduler
-from stdit.vae import TinyVAE
+from stdit.vae import TinyVAE, load_vae
 
 CALL = {
     "class_labels": [1, 2],
@@ -199,12 +199,15 @@ def test_a_guide_step_that_no_step_reaches_is_said(tmp_path, monkeypatch, capsys
 
 
 def test_a_flow_map_learns_on_without_a_guide(tmp_path):
-    STDiT(1, 16, 2, in_channels=4, sample_size=(1, 4, 4), flow_map=True).save_pretrained(tmp_path / "map")
+    STDiT(1, 16, 2, in_channels=16, sample_size=(1, 4, 4), flow_map=True, learn_sigma=False).save_pretrained(
+        tmp_path / "map"
+    )
+    vae = load_vae("tiny")
     config = load_typed(Config, "quickstart_few", [f"init_from.path={tmp_path / 'map'}"])
     for guidance in ({"distilled_scales": {"cfg": 3.0}}, {"distilled_scales": {}, "distilled_guider": "auto"}):
         for key, value in guidance.items():
             setattr(config.objective, key, value)
         with pytest.raises(ValueError, match="is a flow map itself, which learns on without a teacher; use .*cfg"):
-            build_teacher(config, torch.device("cpu"))
+            build_teacher(config, vae, torch.device("cpu"))
     config.objective.distilled_guider = "cfg"
-    assert build_teacher(config, torch.device("cpu")) is None
+    assert build_teacher(config, vae, torch.device("cpu")) is None

@@ -311,22 +311,55 @@ def test_a_changed_config_does_not_resume_silently(home, capsys):
     assert (home / "checkpoints" / "t.before-1" / "step-6").is_dir()
 
 
+def start(**options) -> STDiT:
+    """A model that a run of `FLOW_MAP` can start from, unless the options are others."""
+    fits = {
+        "in_channels": 16, "num_classes": 12, "depth": 1, "hidden_size": 16, "num_heads": 2, "axes": ["joint"],
+        "sample_size": (2, 4, 4), "patch_size": (1, 2, 2), "learn_sigma": False,
+    }  # fmt: skip
+    return STDiT(**{**fits, **options})
+
+
+FLOW_MAP = ["train.samples=0", "train.guidance=1", "train.steps=1", "objective.flow_map=true", "objective.mask_strategy=shared",
+            "model.depth=1", "model.hidden_size=16", "model.axes=[joint]"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "index", "overrides", "message"),
+    [
+        ({"learn_sigma": True}, {}, (), "was trained with ddpm, whose output is no velocity"),
+        ({}, {"objective": "ddpm"}, (), "was trained with ddpm, whose output is no velocity"),
+        ({}, {"objective": "flow", "vae_fingerprint": "another"}, (), "vae.name='tiny' has other weights than the VAE of"),
+        ({"num_classes": 0}, {}, (), "takes no 'label'; set model.num_classes=0"),
+        ({"flow_map": True, "distilled_guidance": 2.0}, {}, (),
+         "objective.distilled_guidance=1, but the model of init_from.path='m' was trained with 2; set objective.distilled_guidance=2"),
+        ({"flow_map": True}, {}, ["objective.flow_map=false"], "is a flow map, which learns where its steps end; set objective."),
+    ],
+)  # fmt: skip
+def test_a_start_from_which_no_flow_map_can_learn_is_refused(home, capsys, model, index, overrides, message):
+    start(**model).save_pretrained("m/transformer")
+    (home / "m/model_index.json").write_text(json.dumps(index))
+    assert go("init_from.path=m", *FLOW_MAP, *overrides) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("output/t/training_metrics.csv").exists()
+
+
+def test_a_flow_map_learns_on_at_the_scale_that_it_has_learnt(home):
+    start(flow_map=True, distilled_guidance=2.0).save_pretrained("m")
+    assert go("init_from.path=m", *FLOW_MAP, "objective.distilled_guidance=2") == 0
+
+
 def test_a_flow_map_does_not_go_on_with_another_teacher_silently(home, capsys):
-    teacher = STDiT(
-        in_channels=16, num_classes=12, depth=1, hidden_size=16, num_heads=2, axes=["joint"], learn_sigma=False,
-        sample_size=(2, 4, 4), patch_size=(1, 2, 2),
-    )  # fmt: skip
+    teacher = start()
     teacher.save_pretrained("one")
     teacher.save_pretrained("moved")
     with torch.no_grad():
         next(teacher.parameters()).add_(0.1)
     teacher.save_pretrained("other")
-    options = ["train.samples=0", "train.guidance=1", "objective.flow_map=true", "objective.mask_strategy=shared"]
-    small = ["model.depth=1", "model.hidden_size=16", "model.axes=[joint]"]
-    assert go("init_from.path=one", "train.steps=1", *options, *small) == 0
-    assert go("init_from.path=other", "train.steps=1", *options, *small) == 1
+    assert go("init_from.path=one", *FLOW_MAP) == 0
+    assert go("init_from.path=other", *FLOW_MAP) == 1
     assert "teacher_fingerprint: " in capsys.readouterr().err
-    assert go("init_from.path=moved", "train.steps=1", *options, *small) == 0
+    assert go("init_from.path=moved", *FLOW_MAP) == 0
 
 
 def test_a_flow_map_trains_from_scratch_and_its_model_samples_in_two_steps(home):
