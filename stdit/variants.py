@@ -14,6 +14,6 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     """
     if isinstance(name, str) and name in table:
         return table[name]
-    close = difflib.get_close_matches(str(name), list(table), n=1)
+    close = difflib.get_close_matches(str(name).replace("+", "p"), list(table), n=1)  # dpm++ is dpmpp
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(f"Unknown {what} {name!r}.{hint} Choose one of: {', '.join(sorted(table))}.")

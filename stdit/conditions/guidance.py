@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from stdit.conditions.base import ClipFacts, Conditioner, Key
 from stdit.nn.embedders import MicroConditionEmbedder
 from stdit.rng import keyed_generator
-from stdit.variants import pick
 
 PLAIN_SHARE = 0.45  # clips at scale 1, which edits that keep what a clip shows are made with
 
@@ -58,11 +57,14 @@ class LearntGuidance(Conditioner):
 
     def at_scale(self, guider: str, scale: float) -> Tensor:
         """The value (1, 1, N) of one guider's scale for all clips; ValueError for one that was not learnt."""
-        pick(self.scales, guider, "learnt guider")
+        if guider not in self.scales:
+            raise ValueError(
+                f"guider={guider!r} (--guider) is none of those that this model has learnt; choose one of: {', '.join(self.scales)}."
+            )
         most = self.scales[guider]
         if not 1 <= scale <= most:
             raise ValueError(
-                f"guidance_scale={scale:g} is not among those that this model has learnt for {guider!r}, 1 to {most:g}; choose one "
+                f"guidance_scale={scale:g} (--guidance) is not among those that this model has learnt for {guider!r}, 1 to {most:g}; choose one "
                 "of them."
             )
         found = self.null(1)

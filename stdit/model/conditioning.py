@@ -65,10 +65,7 @@ class ConditionEmbedder(TakesConditions):
         timestep = timestep.expand(batch) if timestep.ndim == 0 else timestep
         time = self.t_embedder(timestep)
         if self.r_embedder is not None:
-            length = timestep - (timestep if target_timestep is None else target_timestep)
-            if target_timestep is not None:
-                _check_length(length)
-            time = time + self.r_embedder(length)
+            time = time + self.r_embedder(_step_length(timestep, target_timestep))
         elif target_timestep is not None:
             raise ValueError("this model is no flow map, so it takes no target_timestep; leave it out.")
         if timestep.ndim > 1 and self.patch_size[0] > 1:  # frames that share a token share a condition
@@ -112,14 +109,27 @@ class ConditionEmbedder(TakesConditions):
 _ROUNDING = 1e-2
 
 
-def _check_length(length: Tensor) -> None:
-    """Raise ValueError for steps that end above their start; on devices and in compiled code, where this would wait, nothing."""
+def _step_length(timestep: Tensor, target_timestep: Tensor | None) -> Tensor:
+    """How far below timestep a step ends, like timestep; 0 without a target.
+
+    ValueError for a target of another shape, and for one above timestep, except on devices and in compiled code, where this
+    check would wait.
+    """
+    if target_timestep is None:
+        return torch.zeros_like(timestep)
+    if target_timestep.ndim and target_timestep.shape != timestep.shape:
+        raise ValueError(
+            f"target_timestep has the shape {tuple(target_timestep.shape)}, but timestep {tuple(timestep.shape)}; give one for each "
+            "of its levels."
+        )
+    length = timestep - target_timestep
     if torch.compiler.is_compiling() or length.device.type != "cpu":
-        return
+        return length
     if length.numel() and (least := float(length.detach().min())) < -_ROUNDING:
         raise ValueError(
             f"target_timestep lies above timestep, by up to {-least:g}; a step ends where there is less noise: give at most timestep."
         )
+    return length
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -55,8 +55,11 @@ def check(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: i
 def _warn_of_no_effect(engine: Engine, canvas: Canvas, options: SamplingOptions, *, frames: int) -> None:
     """Warn of options that change nothing for this canvas."""
     has_known = not bool(canvas.mask.all())
-    unguided = engine.guidance(options).scale == 1
+    guidance = engine.guidance(options)
+    unguided = guidance.scale == 1
+    leads = guidance.guider == "auto" or any(one.guided for one in engine.model.conditioners.values())
     needs = {
+        "guider": ("label, caption or actions to lead away from", unguided or leads),
         "history_guidance": ("known frames", has_known),
         "blend": ("known frames", has_known),
         "overlap": ("several windows", canvas.pixels.shape[2] > frames),
@@ -152,22 +155,28 @@ def warn_of_conditions(
 def _check_channels(engine: Engine, options: SamplingOptions) -> None:
     channels, guided_channels = engine.vae.channels, options.guidance_channels
     if guided_channels is not None and guided_channels > channels:
-        raise ValueError(f"guidance_channels must be 1 to {channels}, the latents' channels, got {guided_channels}.")
+        raise ValueError(
+            f"guidance_channels (--guidance-channels) must be 1 to {channels}, the latents' channels, got {guided_channels}."
+        )
 
 
 def _check_guidance(engine: Engine, options: SamplingOptions) -> None:
     if engine.learnt_guidance is not None:
         _check_learnt(engine, options)
         return
-    if options.guider == "auto" and engine.guide is None:
-        raise ValueError(
-            "guider='auto' leads away from a weaker model, which this one does not have; leave it out, or train with "
-            "train.guide_step=STEP, which saves one."
+    if engine.distilled_guidance != 1 and (options.guidance_scale not in (None, 1) or options.guider == "auto"):
+        given = (
+            "guider='auto'"
+            if options.guidance_scale in (None, 1)
+            else f"guidance_scale={options.guidance_scale} (--guidance)"
         )
-    if engine.distilled_guidance != 1 and options.guidance_scale not in (None, 1):
         raise ValueError(
-            f"guidance_scale={options.guidance_scale} on top of the {engine.distilled_guidance:g} that this model has learnt; leave "
-            "it out (--guidance 1)."
+            f"{given} on top of the {engine.distilled_guidance:g} that this model has learnt; leave it out, as --guidance 1 does."
+        )
+    if options.guider == "auto" and engine.guide is None:
+        remedy = "" if engine.model.config.causal else ", or train with train.guide_step=STEP, which saves one"
+        raise ValueError(
+            f"guider='auto' leads away from a weaker model, which this one does not have; leave it out{remedy}."
         )
 
 
@@ -192,8 +201,8 @@ def _check_learnt(engine: Engine, options: SamplingOptions) -> None:
     engine.learnt_guidance.at_scale(guidance.guider, guidance.scale)
     if options.guidance_interval is not None or guidance.channels is not None:
         raise ValueError(
-            "guidance_interval and guidance_channels are for guidance by a second evaluation, and this model has learnt "
-            "guidance; leave them out."
+            "guidance_interval and guidance_channels (--guidance-interval, --guidance-channels) are for guidance by a second "
+            "evaluation, and this model has learnt guidance; leave them out."
         )
 
 
@@ -202,7 +211,7 @@ def _check_solver(engine: Engine, options: SamplingOptions, latent_shape: tuple[
     least = pick(SOLVERS, name, "solver").least_steps(engine.objective.path)
     if _count_steps(engine, options, latent_shape) < least:
         raise ValueError(
-            f"solver {name!r} needs at least {least} steps, got num_inference_steps={options.num_inference_steps}; use euler, "
+            f"solver {name!r} needs at least {least} steps, got num_inference_steps={options.num_inference_steps} (--steps); use euler, "
             "or more steps."
         )
     if name == "flow_map" and not getattr(engine.model.config, "flow_map", False):

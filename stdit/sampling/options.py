@@ -120,7 +120,7 @@ class SamplingOptions:
     )
     solver: str | None = _option(
         None,
-        "solver, a row of solvers.SOLVERS (euler, heun, ab2, dpmpp_2m, ddim, ddpm); by default the model's",
+        "solver, a row of solvers.SOLVERS (euler, heun, ab2, dpmpp_2m, flow_map, ddim, ddpm); by default the model's",
         flag="--solver",
         type=str,
     )

@@ -164,9 +164,15 @@ def test_streams_and_saved_models_keep_the_learnt_scales(tiny_model, tmp_path, c
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"guidance_scale": 4.0}, "guidance_scale=4 is not among those that this model has learnt for 'auto', 1 to 3"),
+        (
+            {"guidance_scale": 4.0},
+            "guidance_scale=4 .--guidance. is not among those that this model has learnt for 'auto', 1 to 3",
+        ),
         ({"guidance_scale": 0.5, "guider": "cfg"}, "1 to 5"),
-        ({"guider": "cfg_zero"}, "learnt guider 'cfg_zero'"),
+        (
+            {"guider": "cfg_zero"},
+            r"guider='cfg_zero' \(--guider\) is none of those that this model has learnt; choose one of: auto, cfg",
+        ),
         ({"guidance_interval": (0.5, 1.0)}, "guidance_interval"),
     ],
 )
@@ -220,7 +226,7 @@ def test_scales_of_calls_and_callbacks_are_those_that_were_learnt(tiny_model):
         return pipe(1, **FAST, guider="cfg", guidance_scale=2.0, callback_on_step_end=callback)
 
     assert not torch.equal(raised(5.0), raised(2.0))
-    with pytest.raises(ValueError, match="guidance_scale=50 is not among those"):
+    with pytest.raises(ValueError, match="guidance_scale=50 .--guidance. is not among those"):
         raised(50.0)
     low = make_pipe(tiny_model, scales={"cfg": 1.5, "auto": 3.0})
     assert torch.equal(low(1, guider="cfg", **FAST), low(1, guider="cfg", guidance_scale=1.5, **FAST))

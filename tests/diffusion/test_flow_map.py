@@ -150,6 +150,11 @@ def test_a_step_that_ends_above_its_start_is_refused_where_that_costs_nothing():
         model(x, t, y, target_timestep=above)
     with pytest.raises(ValueError, match="by up to 100;"):
         model(list(x), list(t), y, target_timestep=[one + 100 for one in t])
+    for other in (t[:, 0], t[:, :2], t[:1]):
+        with pytest.raises(
+            ValueError, match="target_timestep has the shape .*, but timestep .2, 3.; give one for each"
+        ):
+            model(x, t, y, target_timestep=other)
     model(x, t, y, target_timestep=t + 1e-4)  # what rounding may do
     model.to("meta")(*(part.to("meta") for part in (x, t, y)), target_timestep=above.to("meta"))
 
@@ -259,8 +264,8 @@ def test_a_flow_map_has_the_same_loss_in_packed_clips_as_in_single_ones(learns):
 def test_the_guide_of_the_teacher_is_what_its_guidance_leads_away_from():
     model, teacher = fill(build(flow_map=True)), fill(build()).requires_grad_(False)
     plain, guided = (
-        build_objective(ObjectiveConfig(flow_map=True, distilled_guider="auto", distilled_guidance=g))
-        for g in (1.0, 3.0)
+        build_objective(ObjectiveConfig(flow_map=True, **learnt))
+        for learnt in ({}, {"distilled_guider": "auto", "distilled_guidance": 3.0})
     )
     alone = losses(model, plain, "shared", teacher)
     # The guide sees some of the clips, so sums differ by rounding, which a difference along the path enlarges.
@@ -287,6 +292,7 @@ def test_where_no_segment_has_a_length_the_loss_is_that_of_flow(monkeypatch):
         ({"name": "ddpm", "flow_map": True}, "flow_map=true does not go with objective.name=ddpm"),
         ({"flow_map": True, "mask_ratio": 0.3}, "does not go with objective.mask_ratio=0.3"),
         ({"distilled_guidance": 3.0}, "no effect without objective.flow_map=true"),
+        ({"flow_map": True, "distilled_guider": "auto"}, "no effect without objective.distilled_guidance above 1"),
         (
             {"flow_map": True, "distilled_guidance": 0.5},
             r"distilled_guidance.* \[1, inf\)|distilled_guidance must be >= 1",

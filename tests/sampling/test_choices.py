@@ -300,3 +300,13 @@ def test_a_model_does_not_warn_of_what_it_was_trained_for(make):
 def test_an_option_that_changes_nothing_for_the_clip_warns(make, choices, message):
     with pytest.warns(UserWarning, match=message):
         make().edit(clip(5), 0.5, **{**FAST, **choices})
+
+
+def test_a_guider_that_has_nothing_to_lead_away_from_warns(make):
+    with pytest.warns(UserWarning, match="guider=cfg_zero has no effect without label, caption or actions"):
+        make().edit(clip(5), 0.5, guider="cfg_zero", **FAST)
+
+
+def test_a_guider_on_top_of_learnt_guidance_is_refused_as_such(make):
+    with pytest.raises(ValueError, match="^guider='auto' on top of the 2 that this model has learnt; leave it out"):
+        make(flow_map=True, distilled_guidance=2.0).edit(clip(5), 0.5, guider="auto", **FAST)

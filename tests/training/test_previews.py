@@ -178,7 +178,7 @@ def test_schedules_begin_at_the_rate_and_end_where_they_say():
         (["train.schedule=cosine"], "train.schedule=cosine falls until train.decay_steps, which is not set"),
         (["objective.distilled_guider=auto"], "objective.distilled_guider=auto has no effect without objective.flow_map=true"),
         (["objective.distilled_guidance=3", "objective.flow_map=true"], "train.guidance=2 would guide samples of a model that has learnt objective.distilled_guidance=3; set train.guidance=1"),
-        (["objective.distilled_guider=auto", "objective.flow_map=true", "objective.mask_strategy=shared"], "needs a teacher with a guide; set init_from.path"),
+        (["objective.distilled_guider=auto", "objective.distilled_guidance=2", "train.guidance=1", "objective.flow_map=true", "objective.mask_strategy=shared"], "needs a teacher with a guide; set init_from.path"),
     ],
 )  # fmt: skip
 def test_settings_without_effect_are_refused(home, overrides, message):
