@@ -12,6 +12,12 @@ def label_values(given: Any) -> list:
     return [plain] if isinstance(plain, str | bytes) or not isinstance(plain, Iterable) else list(plain)
 
 
+def check_names(names: Sequence[Any] | None) -> None:
+    """Raise ValueError for names of classes that are not text."""
+    if not_text := [name for name in names or () if not isinstance(name, str)]:
+        raise ValueError(f"class_names has {not_text[0]!r}, which is not a name; write it as text.")
+
+
 def label_number(value: Any, num_classes: int, names: Sequence[str] | None) -> int:
     """Number of a label that is given as number or name; ValueError if it is neither, unknown or out of range."""
     value = value.tolist() if hasattr(value, "tolist") else value

@@ -1,7 +1,7 @@
 """Look up a variant by name."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -14,6 +14,13 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     """
     if isinstance(name, str) and name in table:
         return table[name]
-    close = difflib.get_close_matches(str(name).replace("+", "p"), list(table), n=1)  # dpm++ is dpmpp
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"Unknown {what} {name!r}.{hint} Choose one of: {', '.join(sorted(table))}.")
+    raise ValueError(f"Unknown {what} {name!r}.{nearest(name, table)} Choose one of: {', '.join(sorted(table))}.")
+
+
+def nearest(name: str, names: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """A question for a message, whether the nearest of some names was meant; empty if none is near.
+
+    cutoff: the least share of letters in common, from 0 to 1.
+    """
+    close = difflib.get_close_matches(str(name).replace("+", "p"), list(names), n=1, cutoff=cutoff)  # dpm++ is dpmpp
+    return f" Did you mean {close[0]!r}?" if close else ""

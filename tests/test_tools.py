@@ -181,7 +181,7 @@ def test_a_vae_is_trained_stopped_and_resumed_exactly(home):
 
     from safetensors.torch import load_file
 
-    from stdit.recipes import train_vae
+    from stdit.recipes import average, train_vae
 
     rows = [{"path": f"shapes/{i:06d}.mp4", "group": "held" if i < 2 else "seen"} for i in range(6)]
     make_shapes.main(["--output", "clips", "--num-clips", "6", "--size", "128"])
@@ -211,8 +211,16 @@ def test_a_vae_is_trained_stopped_and_resumed_exactly(home):
     before, after = (load_file(f"{folder}/diffusion_pytorch_model.safetensors") for folder in ("weights", "again"))
     changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(value, after[key])}
     assert changed == {"decoder"}
-    with pytest.raises(ValueError, match="set init_from=tiny"):
-        train_vae.main(["v.yaml", "name=none", "train.decoder_only=true"])
+    for overrides, message in (
+        (["train.decoder_only=true"], "set init_from=tiny"),
+        (["train.average_lengths=[0.05,0.1]"], "stdit average makes models of stdit train, and no VAEs"),
+        (["data.hold_out=[held,seen]"], "leaves none of the 6 clips of 'clips.csv' to train on"),
+        (["init_from=nosuch"], "^init_from 'nosuch' is not a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_vae.main(["v.yaml", "name=none", *overrides])
+    with pytest.raises(ValueError, match="is no checkpoint of stdit train, but of stdit train-vae"):
+        average.main(["whole"])
 
 
 def test_an_image_model_is_trained_and_inflated_by_config_alone(home, capsys):

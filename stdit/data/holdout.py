@@ -10,6 +10,7 @@ from stdit.conditions import ActionSpace
 from stdit.data.base import Dataset, Identity
 from stdit.data.identity import identity_of
 from stdit.data.samplers import ClipSize
+from stdit.variants import nearest
 
 
 class Subset:
@@ -90,7 +91,7 @@ def split(
     found = sorted(numbers)
     if unknown := sorted(set(values) - set(found)):
         raise ValueError(
-            f"train.holdout_values has {unknown[0]!r}, which the column {column!r} does not; it has "
+            f"train.holdout_values has {unknown[0]!r}, which the column {column!r} does not.{nearest(unknown[0], found)} It has "
             f"{', '.join(found[:8])}{' ...' if len(found) > 8 else ''}."
         )
     chosen = set(values) or set(sorted(found, key=_hash)[: max(1, round(share * len(found)))])

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stdit.conditions import check_extra_conditions
+from stdit.labels import check_names
 from stdit.model.capabilities import check_trunk_options
 from stdit.model.trunks import TRUNKS
 from stdit.nn.conditioning import CONDITIONINGS
@@ -61,8 +62,7 @@ def check_classes(num_classes: int, class_names: Sequence[str] | None) -> None:
     """Raise ValueError for a negative number of classes, or for class names that are not one per class."""
     if num_classes < 0:
         raise ValueError(f"num_classes must be >= 0, got {num_classes}; 0 makes an unconditional model.")
-    if not_text := [name for name in class_names or () if not isinstance(name, str)]:
-        raise ValueError(f"class_names has {not_text[0]!r}, which is not a name; write it as text.")
+    check_names(class_names)
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(
             f"{len(class_names)} class_names for num_classes={num_classes}; give one name per class, or none."

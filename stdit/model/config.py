@@ -1,12 +1,11 @@
 """The model section of a config, and DiT's sizes: "XL/2" is depth 28, hidden size 1152, 16 heads, 2 x 2 patches."""
 
-import difflib
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from stdit.nn.config import Axis
 from stdit.ranges import check_ranges
-from stdit.variants import pick
+from stdit.variants import nearest, pick
 
 # depth, hidden size, heads
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -86,8 +85,7 @@ def size_arguments(name: str) -> dict:
     letters, _, patch = name.partition("/")
     if letters not in SIZES or not patch.isdecimal() or int(patch) == 0:
         names = [f"{size}/{p}" for size in SIZES for p in (2, 4, 8)]
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = nearest(name, names, cutoff=0.3)
         raise ValueError(f"Unknown model size {name!r}.{hint} Use one of {', '.join(SIZES)}, a slash and the patch.")
     depth, hidden_size, num_heads = SIZES[letters]
     return {

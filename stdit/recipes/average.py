@@ -36,11 +36,7 @@ def lengths_between(snapshots: Sequence[Snapshot], lengths: Sequence[float], ste
     tried = [min(0.288, low * (high / low) ** (i / (LENGTHS_TRIED - 1))) for i in range(LENGTHS_TRIED)]
     found = [length for length in sorted({*tried, *lengths}) if _gives(snapshots, length, step)]
     if not found:
-        last = max(one.step for one in snapshots)
-        raise ValueError(
-            f"the snapshots, the last of step {last}, give no average about train.average_lengths={list(lengths)} at step {step}; "
-            f"restore {snapshots[0].path.with_name(f'step-{step}.safetensors')}, or train for more steps, which writes another."
-        )
+        weights_of(snapshots, lengths[0], step)  # which says why
     return found
 
 
@@ -80,17 +76,20 @@ def _trainer(config: Config, model: nn.Module, vae: VideoVAE, *, dataset: Datase
 def main(argv: Sequence[str] | None = None) -> int:
     """Choose a length, print what was tried, and write the model."""
     parser = command_parser("average", __doc__)
-    parser.add_argument("run", metavar="NAME", help="name of a run, or the folder of its checkpoints")
+    parser.add_argument(
+        "run", metavar="NAME", help="name of a run, the folder of its checkpoints, or one of them (step-N)"
+    )
     parser.add_argument("--length", type=float, help="the length, as a share of the training; default: the best")
     parser.add_argument("--output", type=Path, help="default: models/NAME-average")
     args = parser.parse_args(argv)
     given = Path(args.run)
     folder = given if given.is_dir() else CHECKPOINTS / given.name
-    output = args.output or Path("models") / f"{folder.name}-average"
+    checkpoint = find_checkpoint(folder)
+    run = checkpoint.path.absolute().parent
+    output = args.output or Path("models") / f"{run.name}-average"
     if output.exists():
         raise ValueError(f"{output} exists; choose another --output.")
-    checkpoint = find_checkpoint(folder)
-    config, snapshots = config_of(checkpoint), read_snapshots(folder / "averages", checkpoint.step)
+    config, snapshots = config_of(checkpoint), read_snapshots(run / "averages", checkpoint.step)
     # What cannot be is refused before the model is loaded.
     if args.length is None:
         dataset, trained_on, held_out = _clips(config)

@@ -1,12 +1,12 @@
 """The `stdit` command: `stdit COMMAND ...` calls a recipe. A recipe is imported only when its command runs."""
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import stdit
+from stdit.variants import nearest
 
 # Command -> one line of help. The recipe is the module of that name, with "_" for "-".
 COMMANDS = {
@@ -77,9 +77,10 @@ def _dispatch(arguments: Sequence[str] | None) -> int:
         return 0
     name = arguments[0].replace("_", "-")
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        print(f"Unknown command {arguments[0]!r}.{hint} Choose one of: {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(
+            f"Unknown command {arguments[0]!r}.{nearest(name, COMMANDS)} Choose one of: {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
         return 2
     text = HELP / f"{name}{'-world' if '--world' in arguments else ''}.txt"
     if {"-h", "--help"} & set(arguments[1:]) and text.is_file():

@@ -137,6 +137,8 @@ def config_of(checkpoint: Checkpoint) -> Config:
     info, path = checkpoint.info, checkpoint.path
     settings = {key: value for key, value in info["config"].items() if not key.endswith("_fingerprint")}
     saved = renamed_config(settings)
+    if "objective" not in saved:
+        raise ValueError(f"{path} is no checkpoint of stdit train, but of stdit train-vae; give a run of the former.")
     if saved["objective"].get("distilled_guidance", 1.0) != 1:
         # Earlier versions took a scale that previews refused.
         saved = {**saved, "train": {**saved["train"], "guidance": 1.0}}

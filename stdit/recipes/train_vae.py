@@ -72,6 +72,11 @@ def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.
             sides = [side for side in config.data.short_sides if side <= min(reader.size)]
             frames = _read_reduced(reader, range(len(reader)), max(sides)) if sides else np.empty(0)
         training.append({side: resize_short_side(frames, side) for side in sides})
+    if not training:
+        raise ValueError(
+            f"data.hold_out={config.data.hold_out} leaves none of the {len(rows)} clips of {config.data.manifest!r} to train on; hold "
+            "out fewer."
+        )
     if not held_out:
         whole = [sizes[max(sizes)] for sizes in training if sizes]
         held_out = [frames for frames in whole if len(frames) >= EVALUATED_FRAMES][:_MEASURED]
@@ -135,7 +140,7 @@ def build_vae(config: VAEConfig) -> TinyVAE:
     """Make the VAE of a config, or load the one that training starts from; ValueError if that is of another kind."""
     if config.init_from is None:
         return TinyVAE(**asdict(config.model))
-    vae = load_vae(config.init_from)
+    vae = load_vae(config.init_from, key="init_from")
     if not isinstance(vae, TinyVAE):
         raise ValueError(
             f"init_from={config.init_from!r} is a VAE of diffusers; give the folder of a tiny VAE, or tiny."

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stdit.files import read_json
+from stdit.labels import check_names
 from stdit.legacy import renamed_section
 
 
@@ -31,6 +32,7 @@ def read_labels(folder: str | Path) -> ModelLabels:
     pipeline = renamed_section("pipeline", _read(folder, "model_index.json"))
     model = renamed_section("model", _read(folder, "transformer/config.json"))
     names = model.get("class_names")
+    check_names(names)
     return ModelLabels(
         num_classes=model.get("num_classes") or 0,
         class_names=tuple(names) if names else None,

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from stdit.legacy import warn_renamed
 from stdit.ranges import real_number, whole_number
-from stdit.variants import pick
+from stdit.variants import nearest, pick
 
 # Names of the rows of `schedule.ARRANGEMENTS`, and of `precision.Precision`; those files import torch.
 Arrangement = Literal["together", "autoregressive", "pyramid"]
@@ -251,9 +250,9 @@ def make_options(options: SamplingOptions | None = None, choices: Mapping[str, A
     every = changes.pop("every", None)
     for name in changes:
         if name not in _FIELDS:
-            close = difflib.get_close_matches(name, _FIELDS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"options are {', '.join(_FIELDS)}."
-            raise TypeError(f"unknown sampling option {name!r}; {hint}")
+            raise TypeError(
+                f"Unknown sampling option {name!r}.{nearest(name, _FIELDS) or ' Options are ' + ', '.join(_FIELDS) + '.'}"
+            )
     if every is not None:
         name = "stagger" if changes.get("arrangement", options.arrangement) == "pyramid" else "chunk_size"
         warn_renamed(("every", name))

@@ -69,13 +69,12 @@ class PowerAverages:
             for i, values in enumerate(self.values)
         }
 
-    def restore(self, model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Load what `state` gave; ValueError if that was none, or of another number of lengths."""
-        given = {name for name in tensors if name.startswith("average_")}
-        if len(given) != len(self.values):
+    def restore(self, model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]], lengths: Sequence[float]) -> None:
+        """Load what `state` gave for averages of these lengths; ValueError if they are others."""
+        if list(lengths) != self.lengths:
             raise ValueError(
-                f"the checkpoint has {len(given)} further averages, but train.average_lengths={self.lengths} asks for "
-                f"{len(self.values)}; they begin with a run. Set it as it was, or start again with train.resume=never."
+                f"the checkpoint has averages of the lengths {list(lengths)}, but train.average_lengths={self.lengths}; they begin with "
+                f"a run. Set train.average_lengths={list(lengths)}, or start again with train.resume=never."
             )
         parameters = trained_parameters(model)
         for i, values in enumerate(self.values):
@@ -140,6 +139,12 @@ def weights_of(snapshots: Sequence[Snapshot], length: float, step: int) -> np.nd
     norm = _product((step, gamma), (step, gamma))
     missing = max(0.0, norm - 2 * wanted @ weights + weights @ products @ weights)
     if (missing / norm) ** 0.5 > WORST_FIT:
+        last = max(snapshots, key=lambda one: one.step)
+        if last.step < step:
+            raise ValueError(
+                f"the last snapshot is of step {last.step}, which gives no average of length {length:g} at step {step}; restore "
+                f"{last.path.with_name(f'step-{step}.safetensors')}, or train for more steps, which writes another."
+            )
         raise ValueError(
             f"the {len(pairs)} snapshots do not give an average of length {length:g} (they miss {(missing / norm) ** 0.5:.0%} of "
             "it); choose one between those of train.average_lengths, or train with others."

@@ -58,6 +58,10 @@ class LoopConfig:
                 raise ValueError(
                     f"train.average_lengths has {length}, which must be > 0 and <= 0.288; the usual pair is [0.05,0.1]."
                 )
+        if len(set(self.average_lengths)) < len(self.average_lengths):
+            raise ValueError(
+                f"train.average_lengths={self.average_lengths} has one length twice; the usual pair is [0.05,0.1]."
+            )
 
 
 @dataclass

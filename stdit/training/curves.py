@@ -71,10 +71,13 @@ def draw_curves(
         loss.plot(*_smooth(steps, values[column], width), label=label)
     if held_out is not None:
         have = np.isfinite(values[held_out])
-        loss.plot(steps[have], values[held_out][have], "o-", color="tab:red", ms=3, label="held out, averaged weights")
-    finite = values["loss"][np.isfinite(values["loss"])]
-    if len(finite):
-        loss.set_ylim(0, 1.2 * np.quantile(finite, 0.99))  # a few spikes must not flatten the rest
+        style = {"color": "black", "ls": "--", "marker": "o", "ms": 3}
+        loss.plot(steps[have], values[held_out][have], label="held out, averaged weights", **style)
+    columns = ["loss"] if held_out is None else ["loss", held_out]
+    finite = [values[column][np.isfinite(values[column])] for column in columns]
+    tops = [np.quantile(some, 0.99) for some in finite if len(some)]  # a few spikes must not flatten the rest
+    if tops and max(tops) > 0:
+        loss.set_ylim(0, 1.2 * max(tops))
     loss.legend(fontsize=8)
     for axis, key, named in (
         (rate, "lr", "learning rate"),

@@ -59,6 +59,11 @@ class VAETrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.average_lengths:
+            raise ValueError(
+                f"train.average_lengths={self.average_lengths} has no use here: stdit average makes models of stdit train, and no VAEs; "
+                "leave it out."
+            )
         weights = ("latent_noise", "scale_weight", "latent_weight", "l1_weight", "flicker_weight", "motion_weight")
         check_ranges(
             "train", self, {**dict.fromkeys(weights, "[0, inf)"), "noisy_share": "[0, 1]", "most_noise": "[0, inf)"}

@@ -213,18 +213,18 @@ def as_video_vae(vae: nn.Module) -> VideoVAE:
     return vae if isinstance(vae, VideoVAE) else DiffusersVAE(vae)
 
 
-def load_vae(name: str, dtype: torch.dtype = torch.float32) -> VideoVAE:
+def load_vae(name: str, dtype: torch.dtype = torch.float32, *, key: str = "vae.name") -> VideoVAE:
     """Load a VAE by name: "tiny", a folder with weights of a diffusers class, TAEHV's or LeanVAE's weights, or a hub id.
 
     TAEHV's and LeanVAE's are a .safetensors file, or the folder in which it lies alone. A hub id is "owner/name" or "owner/name/subfolder", optionally with "@revision". The network is used for a hub id
     only, and only if no folder of that name exists. The VAE is frozen and in evaluation mode. Raises ValueError with a
-    message of one line if it cannot be loaded.
+    message of one line if it cannot be loaded, which names `key` as the setting that gave the name.
     """
     if name == "tiny":
         return TinyVAE.from_pretrained(WEIGHTS, torch_dtype=dtype, use_safetensors=True).eval().requires_grad_(False)
     if (file := find_released(name)) is not None:
         return load_released(file, name, dtype).eval().requires_grad_(False)
-    source, options = resolve_source(name, "vae.name")
+    source, options = resolve_source(name, key)
     vae = _from_diffusers(source, options, name, dtype)
     return as_video_vae(vae).eval().requires_grad_(False)
 

@@ -96,7 +96,7 @@ def test_every_option_has_a_help_text_and_the_old_flag_is_hidden(monkeypatch):
     add_flags(parser)
     shown = parser.format_help()
     assert "--stagger" in shown
-    assert "euler, heun, ab2, dpmpp_2m, ddim, ddpm" in shown
+    assert "euler, heun, ab2, dpmpp_2m, flow_map, ddim, ddpm" in shown
     assert "--every" not in shown
 
 
@@ -139,7 +139,7 @@ def test_a_refusal_on_the_command_line_names_the_flag():
 def test_keywords_change_given_options_and_an_unknown_one_names_the_nearest():
     changed = make_options(SamplingOptions(seed=3, tile=8), {"seed": 4})
     assert (changed.seed, changed.tile) == (4, 8)
-    with pytest.raises(TypeError, match="unknown sampling option 'sovler'; did you mean 'solver'?"):
+    with pytest.raises(TypeError, match="Unknown sampling option 'sovler'. Did you mean 'solver'"):
         make_options(None, {"sovler": "euler"})
 
 
@@ -168,6 +168,10 @@ def test_labels_sizes_and_rates_are_read_from_the_json_of_a_folder(tmp_path):
     assert (found.class_names, found.num_classes, found.captions, found.causal) == (("a", "b"), 2, False, True)
     assert (found.num_frames, found.height, found.width, found.fps) == (9, 32, 48, 8.0)
     assert found.mask_strategies == ("teacher_forcing",)
+    for names in ([0, 1], [["a"], ["b"]]):
+        (tmp_path / "transformer/config.json").write_text(json.dumps({**model, "class_names": names}))
+        with pytest.raises(ValueError, match="class_names has .*, which is not a name; write it as text"):
+            read_labels(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         read_labels(tmp_path)

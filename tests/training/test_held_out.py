@@ -82,7 +82,10 @@ def test_clips_of_one_value_of_a_column_stay_together(tmp_path):
         ((0.99,), "leaves no clip to train on"),
         ((0.0, "scene", ["scene0", "scene1"]), "leaves no clip to train on"),
         ((0.2, "place"), "it has scene"),
-        ((0.0, "scene", ["scene7"]), "'scene7', which the column 'scene' does not"),
+        (
+            (0.0, "scene", ["scene7"]),
+            r"'scene7', which the column 'scene' does not. Did you mean 'scene1'\? It has scene0, scene1",
+        ),
     ],
 )
 def test_a_holdout_that_cannot_be_is_refused(tmp_path, arguments, words):
@@ -232,6 +235,14 @@ def test_further_averages_cannot_begin_within_a_run(home, capsys):
     assert "they begin with a run" in capsys.readouterr().err
 
 
+def test_averages_do_not_go_on_as_those_of_other_lengths(home, capsys):
+    assert go("train.steps=20") == 0
+    assert go("train.steps=40", "train.average_lengths=[0.05,0.2]", "train.allow_changes=true") == 1
+    assert "averages of the lengths [0.05, 0.1], but train.average_lengths=[0.05, 0.2]" in capsys.readouterr().err
+    assert go("train.average_lengths=[0.1,0.1]") == 1
+    assert "has one length twice" in capsys.readouterr().err
+
+
 def test_the_average_command_writes_the_length_with_the_least_held_out_loss(home, capsys):
     assert go() == 0
     capsys.readouterr()
@@ -247,12 +258,18 @@ def test_the_average_command_writes_the_length_with_the_least_held_out_loss(home
     assert entry.run(average_recipe.main, ["t", "--length", "0.07", "--output", "models/other"]) == 0
     assert entry.run(average_recipe.main, ["t", "--length", "0.001", "--output", "models/none"]) == 1
     assert "do not give" in capsys.readouterr().err
+    step = max((home / "checkpoints/t").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    assert entry.run(average_recipe.main, [str(step), "--length", "0.07", "--output", "models/of-step"]) == 0
+    newest = home / f"checkpoints/t/averages/{step.name}.safetensors"
+    newest.rename(newest.with_suffix(".lost"))
+    assert entry.run(average_recipe.main, ["t", "--length", "0.07", "--output", "models/none"]) == 1
+    assert f"restore {Path('checkpoints/t/averages', newest.name)}" in capsys.readouterr().err.replace(f"{home}/", "")
 
 
 @pytest.mark.parametrize(
     ("lost", "overrides", "words"),
     [
-        ("step-60", [], "the last of step 40, .*restore .*step-60.safetensors, or train for more steps"),
+        ("step-60", [], "the last snapshot is of step 40, .*restore .*step-60.safetensors, or train for more steps"),
         ("step-none", ["train.holdout=0", "train.steps=20"], "held no clips out"),
     ],
 )

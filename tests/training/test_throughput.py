@@ -94,6 +94,21 @@ def test_curves_show_throughput_and_memory_and_the_share_of_a_peak_that_is_known
     assert ("peak" in work.get_title()) == bool(work.child_axes) == (peak is not None)
 
 
+def test_a_held_out_loss_that_rises_above_the_loss_stays_in_the_picture(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **k: drawn.append(self) or Path(path).touch())
+    values = {name: np.full(8, np.nan) for name in ("lr", "grad_norm", *COLUMNS)}
+    values |= {"step": np.arange(8.0), "loss": np.linspace(0.3, 0.05, 8), "held_out_loss": np.linspace(0.3, 0.9, 8)}
+    values |= {f"part_{i}": values["loss"] for i in range(4)}
+    parts = {f"part_{i}": str(i) for i in range(4)}
+    draw_curves(values, tmp_path / "curves.png", "loss", parts=parts, held_out="held_out_loss")
+    loss = drawn[0].axes[0]
+    assert loss.get_ylim()[1] > 0.85
+    styles = [(line.get_color(), line.get_linestyle()) for line in loss.lines]
+    assert len(set(styles)) == len(styles)
+
+
 def test_curves_of_a_run_without_numbers_of_its_speed_are_drawn(tmp_path):
     values = {name: np.full(4, np.nan) for name in ("loss", "lr", "grad_norm", *COLUMNS)}
     draw_curves({**values, "step": np.arange(4.0)}, tmp_path / "c.png", "loss", parts={}, held_out=None)
