@@ -93,6 +93,7 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "encoding",
         "latent_shards",
         "shard_folder",
+        "starts",
         "propose",
         "sample_tasks",
         "sampling",

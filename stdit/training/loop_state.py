@@ -48,7 +48,8 @@ class LoopState(NamedTuple):
         for shadow, (name, p) in zip(self.ema.shadow_params, trained_parameters(self.model).items(), strict=True):
             shadow.data.copy_(local(part_of(tensors["ema"], saved[name], p)))
         self.ema.optimization_step = info["ema_step"]
-        self.averages.restore(self.model, tensors, info["config"]["train"].get("average_lengths", []))
+        run = info.get("config", {}).get("train", {})
+        self.averages.restore(self.model, tensors, run.get("average_lengths", []))
         for i, optimizer in enumerate(self.optimizers):
             restore_optimizer(optimizer, tensors.get(f"optimizer_{i}", {}), info["optimizers"][i])
 

@@ -128,7 +128,8 @@ def test_a_multistep_solver_serves_tasks_and_streams_and_refuses_fewer_steps_tha
     streamed = torch.cat(list(causal.stream(clip, 8, 0, **given)), 2)
     assert torch.equal(causal.extend(clip, after=8, class_labels=0, **given)[:, :, 5:], streamed)
     with pytest.raises(
-        ValueError, match=f"'{solver}' needs at least {least} steps, got num_inference_steps={least - 1}; use e"
+        ValueError,
+        match=f"'{solver}' needs at least {least} steps, got num_inference_steps={least - 1} .--steps.; use e",
     ):
         pipe(0, solver=solver, num_inference_steps=least - 1)
 
@@ -154,7 +155,9 @@ def test_too_few_steps_are_refused_however_they_are_written(tiny_model, objectiv
     assert torch.isfinite(pipe(0, **given)).all()
     causal.world(class_labels=0, solver=solver, num_inference_steps=enough)
     pipe.transformer.forward = None
-    message = f"'{solver}' needs at least [2-4] steps, got num_inference_steps={steps}; use euler, or more steps"
+    message = (
+        f"'{solver}' needs at least [2-4] steps, got num_inference_steps={steps} .--steps.; use euler, or more steps"
+    )
     with pytest.raises(ValueError, match=message):
         pipe(0, **{**given, "num_inference_steps": steps})
     with pytest.raises(ValueError, match=message):
@@ -182,7 +185,7 @@ def test_what_a_model_cannot_do_is_refused_before_its_text_encoder_is_loaded(tin
 def test_a_model_with_learnt_guidance_is_sampled_without_and_refuses_more(tiny_model, tmp_path):
     made = make_pipe(tiny_model, flow_map=True, distilled_guidance=3.0)
     assert torch.equal(made(1, **FAST), made(1, guidance_scale=1, **FAST))
-    with pytest.raises(ValueError, match=r"guidance_scale=2.0 on top of the 3 that this model has learnt"):
+    with pytest.raises(ValueError, match=r"guidance_scale=2.0 .--guidance. on top of the 3 that this model has learnt"):
         made(1, guidance_scale=2.0, **FAST)
     made.save_pretrained(tmp_path)
     again = STDiTPipeline.from_pretrained(tmp_path)
