@@ -216,9 +216,11 @@ def test_a_vae_is_trained_stopped_and_resumed_exactly(home):
         (["train.average_lengths=[0.05,0.1]"], "stdit average makes models of stdit train, and no VAEs"),
         (["data.hold_out=[held,seen]"], "leaves none of the 6 clips of 'clips.csv' to train on"),
         (["init_from=nosuch"], "^init_from 'nosuch' is not a folder"),
+        (["init_from=nobody/nothing"], "'nobody/nothing' was not found .*; init_from=tiny works without any download"),
     ):
         with pytest.raises(ValueError, match=message):
             train_vae.main(["v.yaml", "name=none", *overrides])
+    assert train_vae.main(["v.yaml", "name=shapes", "data.hold_out=[held,seen]", "data.share_shapes=1"]) == 0
     with pytest.raises(ValueError, match="is no checkpoint of stdit train, but of stdit train-vae"):
         average.main(["whole"])
 
