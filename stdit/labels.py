@@ -12,8 +12,12 @@ def label_values(given: Any) -> list:
     return [plain] if isinstance(plain, str | bytes) or not isinstance(plain, Iterable) else list(plain)
 
 
-def check_names(names: Sequence[Any] | None) -> None:
-    """Raise ValueError for names of classes that are not text."""
+def check_names(names: Any) -> None:
+    """Raise ValueError for names of classes that are not a list of texts, or None."""
+    if names is not None and not isinstance(names, list | tuple):
+        raise ValueError(
+            f"class_names={printable(repr(names))[:100]} is not a list; write a list of one name per class."
+        )
     if not_text := [name for name in names or () if not isinstance(name, str)]:
         raise ValueError(f"class_names has {not_text[0]!r}, which is not a name; write it as text.")
 

@@ -182,6 +182,7 @@ def test_a_vae_is_trained_stopped_and_resumed_exactly(home):
     from safetensors.torch import load_file
 
     from stdit.recipes import average, train_vae
+    from stdit.recipes.models import find_checkpoint, pipeline_of
 
     rows = [{"path": f"shapes/{i:06d}.mp4", "group": "held" if i < 2 else "seen"} for i in range(6)]
     make_shapes.main(["--output", "clips", "--num-clips", "6", "--size", "128"])
@@ -216,11 +217,14 @@ def test_a_vae_is_trained_stopped_and_resumed_exactly(home):
         (["train.average_lengths=[0.05,0.1]"], "stdit average makes models of stdit train, and no VAEs"),
         (["data.hold_out=[held,seen]"], "leaves none of the 6 clips of 'clips.csv' to train on"),
         (["init_from=nosuch"], "^init_from 'nosuch' is not a folder"),
+        (["init_from=nobody/nothing"], "'nobody/nothing' was not found .*; init_from=tiny works without any download"),
     ):
         with pytest.raises(ValueError, match=message):
             train_vae.main(["v.yaml", "name=none", *overrides])
-    with pytest.raises(ValueError, match="is no checkpoint of stdit train, but of stdit train-vae"):
-        average.main(["whole"])
+    assert train_vae.main(["v.yaml", "name=shapes", "data.hold_out=[held,seen]", "data.share_shapes=1"]) == 0
+    for command in (lambda: average.main(["whole"]), lambda: pipeline_of(find_checkpoint(Path("checkpoints/whole")))):
+        with pytest.raises(ValueError, match="is no checkpoint of stdit train, but of stdit train-vae"):
+            command()
 
 
 def test_an_image_model_is_trained_and_inflated_by_config_alone(home, capsys):

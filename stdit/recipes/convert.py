@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 scheduler = STDiTScheduler(
                     converted.objective, betas=form.betas, learn_sigma=converted.model.config.learn_sigma
                 )
-                save(converted, load_vae(args.vae), scheduler, part, text_encoder=args.text_encoder)
+                save(converted, load_vae(args.vae, key="--vae"), scheduler, part, text_encoder=args.text_encoder)
             else:
                 converted.model.save_pretrained(part)
         description = describe(converted)

@@ -99,7 +99,7 @@ def _report(clips: list[np.ndarray], labels: list[int], *, saved: dict[str, list
 @torch.no_grad()
 def measure_round_trip(args: argparse.Namespace) -> int:
     """Measure held-out drawn clips after a VAE's encoder and decoder, with noise added to the normalised latents."""
-    vae = load_vae(args.round_trip).to(default_device())
+    vae = load_vae(args.round_trip, key="--round-trip").to(default_device())
     data = held_out(args.clips, args.frames or 17, "straight", args.size or 64, seed=args.seed)
     labels, parts = [truth.label for truth in data.truths], []
     for first in Progress(range(0, args.clips, 32), unit="batch", desc="round trip"):

@@ -152,13 +152,12 @@ def config_of(checkpoint: Checkpoint) -> Config:
 
 def pipeline_of(checkpoint: Checkpoint) -> STDiTPipeline:
     """The pipeline of a checkpoint's averaged weights; ValueError for a checkpoint of before version 0.2."""
-    info, path = checkpoint.info, checkpoint.path
+    config, info, path = config_of(checkpoint), checkpoint.info, checkpoint.path
     if "model" not in info or "ema" not in checkpoint.tensors:
         raise ValueError(
             f"{path} does not hold the config of its model, as an older version wrote it; run its training again with "
             "train.steps of one step more, which resumes and writes the model."
         )
-    config = config_of(checkpoint)
     vae = load_vae(config.vae.name)
     recorded = info["config"].get("vae_fingerprint")
     if recorded is not None and not vae.has_fingerprint(recorded):

@@ -62,21 +62,22 @@ def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.
         raise ValueError(
             f"{config.data.manifest} has no column 'group' for data.hold_out={config.data.hold_out}; add it, or use hold_out=[]."
         )
+    apart = [row.columns.get("group") in config.data.hold_out for row in rows]
+    if all(apart) and config.data.share_shapes < 1:
+        raise ValueError(
+            f"data.hold_out={config.data.hold_out} leaves none of the {len(rows)} clips of {config.data.manifest!r} to train on; hold "
+            "out fewer, or set data.share_shapes=1 to train on drawn shapes only."
+        )
     training, held_out = [], []
-    for row in Progress(rows, desc="reading clips", unit="clip"):
+    for row, is_held_out in zip(Progress(rows, desc="reading clips", unit="clip"), apart, strict=True):
         with VideoReader(row.path) as reader:
-            if row.columns.get("group") in config.data.hold_out:
+            if is_held_out:
                 first = range(min(len(reader), EVALUATED_FRAMES))
                 held_out.append(_read_reduced(reader, first, EVALUATED_SIZES[0]))
                 continue
             sides = [side for side in config.data.short_sides if side <= min(reader.size)]
             frames = _read_reduced(reader, range(len(reader)), max(sides)) if sides else np.empty(0)
         training.append({side: resize_short_side(frames, side) for side in sides})
-    if not training:
-        raise ValueError(
-            f"data.hold_out={config.data.hold_out} leaves none of the {len(rows)} clips of {config.data.manifest!r} to train on; hold "
-            "out fewer."
-        )
     if not held_out:
         whole = [sizes[max(sizes)] for sizes in training if sizes]
         held_out = [frames for frames in whole if len(frames) >= EVALUATED_FRAMES][:_MEASURED]

@@ -1,6 +1,5 @@
 """A pipeline's folder from anywhere, checked before anything in it is loaded."""
 
-import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from stdit.files import printable, read_json
 from stdit.legacy import renamed_section
 from stdit.model.stdit import STDiT
 from stdit.model.unet import UNet
+from stdit.sampling.labels import check_settings
 from stdit.sampling.scheduler import STDiTScheduler
 from stdit.vae.adapters import OWN, VAE_SPECS
 from stdit.weights import check_fits
@@ -39,7 +39,7 @@ def check_folder(folder: Path) -> None:
     classes = {name: _component(folder, name, index.get(name)) for name in parts}
     with warnings.catch_warnings():  # loading warns of old names
         warnings.simplefilter("ignore")
-        _check_settings(folder, renamed_section("pipeline", index))
+        check_settings(folder, "model_index.json", renamed_section("pipeline", index))
     read_json(folder / "scheduler" / "scheduler_config.json")  # bounded and finite, as diffusers' reading is not
     for name in parts:
         if name == "scheduler":
@@ -64,33 +64,3 @@ def _component(folder: Path, name: str, entry: Any) -> Any:
         f"{str(folder)!r}: model_index.json gives {printable(repr(entry))[:100]} as its {name}, which is none of stdit's or of those "
         "of diffusers that it takes; use a folder that stdit wrote."
     )
-
-
-def _check_settings(folder: Path, index: dict[str, Any]) -> None:
-    """Raise ValueError for sizes that are not whole numbers >= 1, a rate that is none, or names that are not text."""
-    rules = {
-        **dict.fromkeys(("num_frames", "height", "width"), ("a whole number >= 1", _is_count)),
-        "fps": ("a number above 0", _is_rate),
-        "objective": ("flow or ddpm", lambda value: value in ("flow", "ddpm")),
-        "mask_strategies": ("a list of names", lambda value: value is None or _are_texts(value)),
-        **dict.fromkeys(
-            ("text_encoder", "vae_fingerprint"), ("a text", lambda value: value is None or isinstance(value, str))
-        ),
-    }
-    for key, (expected, holds) in rules.items():
-        if key in index and not holds(index[key]):
-            raise ValueError(
-                f"{str(folder)!r}: {key}={printable(repr(index[key]))[:100]} in model_index.json is not {expected}; correct it."
-            )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)

@@ -71,11 +71,12 @@ def draw_curves(
         loss.plot(*_smooth(steps, values[column], width), label=label)
     if held_out is not None:
         have = np.isfinite(values[held_out])
-        style = {"color": "black", "ls": "--", "marker": "o", "ms": 3}
+        style = {"color": "magenta", "ls": "--", "marker": "o", "ms": 3}  # no colour of a part
         loss.plot(steps[have], values[held_out][have], label="held out, averaged weights", **style)
-    columns = ["loss"] if held_out is None else ["loss", held_out]
-    finite = [values[column][np.isfinite(values[column])] for column in columns]
-    tops = [np.quantile(some, 0.99) for some in finite if len(some)]  # a few spikes must not flatten the rest
+    finite = values["loss"][np.isfinite(values["loss"])]
+    tops = [np.quantile(finite, 0.99)] if len(finite) else []  # a few spikes must not flatten the rest
+    if held_out is not None:
+        tops += list(values[held_out][have])  # whose rise is what the picture is for
     if tops and max(tops) > 0:
         loss.set_ylim(0, 1.2 * max(tops))
     loss.legend(fontsize=8)

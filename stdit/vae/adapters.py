@@ -225,15 +225,15 @@ def load_vae(name: str, dtype: torch.dtype = torch.float32, *, key: str = "vae.n
     if (file := find_released(name)) is not None:
         return load_released(file, name, dtype).eval().requires_grad_(False)
     source, options = resolve_source(name, key)
-    vae = _from_diffusers(source, options, name, dtype)
+    vae = _from_diffusers(source, options, name, dtype=dtype, key=key)
     return as_video_vae(vae).eval().requires_grad_(False)
 
 
-def _from_diffusers(source: str, options: dict[str, Any], name: str, dtype: torch.dtype) -> nn.Module:
+def _from_diffusers(source: str, options: dict[str, Any], name: str, *, dtype: torch.dtype, key: str) -> nn.Module:
     """Load the autoencoder of a folder or hub id as the class that its config names."""
     import diffusers
 
-    remedy = "vae.name=tiny works without any download"
+    remedy = f"{key}=tiny works without any download"
     try:
         check_reachable(source, "config.json", options)
         read_json(Path(source) / "config.json")  # bounded, as diffusers' reading is not

@@ -168,10 +168,43 @@ def test_labels_sizes_and_rates_are_read_from_the_json_of_a_folder(tmp_path):
     assert (found.class_names, found.num_classes, found.captions, found.causal) == (("a", "b"), 2, False, True)
     assert (found.num_frames, found.height, found.width, found.fps) == (9, 32, 48, 8.0)
     assert found.mask_strategies == ("teacher_forcing",)
-    for names in ([0, 1], [["a"], ["b"]]):
-        (tmp_path / "transformer/config.json").write_text(json.dumps({**model, "class_names": names}))
-        with pytest.raises(ValueError, match="class_names has .*, which is not a name; write it as text"):
-            read_labels(tmp_path)
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         read_labels(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        (
+            "transformer/config.json",
+            {"class_names": [0, 1]},
+            "class_names has 0, which is not a name; write it as text",
+        ),
+        ("transformer/config.json", {"class_names": [["a"], ["b"]]}, "class_names has .*, which is not a name"),
+        (
+            "transformer/config.json",
+            {"class_names": 5},
+            "class_names=5 is not a list; write a list of one name per class",
+        ),
+        ("transformer/config.json", {"class_names": "ab"}, "class_names='ab' is not a list"),
+        ("transformer/config.json", {"class_names": {"a": 0}}, "class_names={'a': 0} is not a list"),
+        ("transformer/config.json", {"num_classes": "2"}, "num_classes='2' .* is not a whole number >= 0; correct it"),
+        ("model_index.json", {"mask_strategies": 5}, "mask_strategies=5 .* is not a list of names; correct it"),
+        ("model_index.json", {"fps": None}, "fps=None .* is not a number above 0; correct it"),
+        ("model_index.json", None, "model_index.json has no num_frames; copy or export the model again"),
+    ],
+)
+def test_settings_of_another_kind_in_a_model_folder_are_refused_in_one_line(tmp_path, file, changes, words):
+    (tmp_path / "transformer").mkdir()
+    files = {
+        "model_index.json": {"num_frames": 9, "height": 32, "width": 48, "fps": 8.0},
+        "transformer/config.json": {"num_classes": 2, "class_names": ["a", "b"]},
+    }
+    for name, settings in files.items():
+        (tmp_path / name).write_text(json.dumps(settings))
+    read_labels(tmp_path)
+    (tmp_path / file).write_text("{}" if changes is None else json.dumps({**files[file], **changes}))
+    with pytest.raises(ValueError, match=words) as refused:
+        read_labels(tmp_path)
+    assert "\n" not in str(refused.value)
