@@ -37,7 +37,7 @@ def show_tasks(pipe: STDiTPipeline, output: Path) -> None:
         "connected": (
             pipe.connect(data.pixels[1:2, :, :5], data.pixels[1:2, :, 13:], 8, data.class_names[1], **options), slice(5, 13)
         ),
-        "loop": (pipe.loop(data.pixels[2:3, :, :5], 8, data.class_names[2], history_guidance=2.0, **options), slice(5, None)),
+        "loop": (pipe.loop(data.pixels[2:3, :, :5], 8, data.class_names[2], **options), slice(5, None)),
         "animated": (pipe.animate(data.pixels[3:4, :, 0], class_labels=data.class_names[3], **options), slice(1, None)),
     }  # fmt: skip
     strips = []

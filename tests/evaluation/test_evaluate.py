@@ -45,7 +45,7 @@ def test_an_argument_without_influence_is_refused_in_one_line(arguments, message
 
 def test_the_round_trip_adds_noise_of_the_asked_deviation_to_the_latents_of_drawn_clips(monkeypatch, capsys):
     pixels = SimpleNamespace(device="cpu", encode=lambda clips: clips, decode=lambda latents: latents)
-    monkeypatch.setattr(evaluate, "load_vae", lambda name: SimpleNamespace(to=lambda device: pixels))
+    monkeypatch.setattr(evaluate, "load_vae", lambda name, key: SimpleNamespace(to=lambda device: pixels))
 
     def psnr_of(*arguments):
         small = ["--clips", "36", "--frames", "5", "--size", "48"]

@@ -47,7 +47,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(run, monkeypatch):
     monkeypatch.chdir(run)
     with pytest.raises(ValueError, match="no run 'prat' under checkpoints/; runs there are: part"):
         export.main(["prat"])
-    save_checkpoint(run / "checkpoints/old", 1, {"model": {"a": torch.ones(1)}}, {"config": {}})
+    save_checkpoint(run / "checkpoints/old", 1, {"model": {"a": torch.ones(1)}}, {"config": {"objective": {}}})
     with pytest.raises(ValueError, match="as an older version wrote it"):
         models.load_pipeline("checkpoints/old")
     (run / "checkpoints/old/step-1/model.safetensors").write_bytes(b"cut")
