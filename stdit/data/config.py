@@ -39,7 +39,7 @@ class DataConfig:
     root: str = "data/clips"  # folder (or idx file) of the data, or the URL of one, such as s3://bucket/clips
     manifest: str | None = None  # CSV or JSON lines: path, label, caption, further columns; null: scan root
     index: str | None = (
-        "auto"  # NAME.index: a training makes it of root or manifest, or brings it up to date, and reads it in their place; auto: one in data/, of 10 000 files or more; null: none
+        None  # NAME.index: a training makes it of root or manifest, or brings it up to date, and reads it in their place
     )
     columns: dict[str, str] = field(
         default_factory=dict

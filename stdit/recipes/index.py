@@ -25,21 +25,19 @@ from stdit.data.columns import looks_like_table
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.folders import named_from
-from stdit.data.identity import fingerprint, hash_of
+from stdit.data.identity import fingerprint
 from stdit.data.index import SUFFIX, MediaIndex, entries_of, note_states, source_state, write_index
 from stdit.data.inspections import inspect_all
 from stdit.data.manifest import Table
 from stdit.data.media_report import overview
 from stdit.data.packages import pyarrow_of
 from stdit.data.parquet import write_parquet
-from stdit.data.stores import is_url
 from stdit.files import check_writable, claimed
 from stdit.recipes.check_media import data_config_of, judged
 from stdit.recipes.entry import command, command_parser
 from stdit.warn import warn_user
 
 _PATIENCE = 5.0  # seconds without a word to whoever waits
-MANY = 10_000  # files, of which a training makes an index without being asked
 TIMEOUT, MEMORY = 300.0, 4.0  # seconds and GB for one file in a process that reads
 
 
@@ -127,17 +125,18 @@ def make_index(
 
 
 def indexed(data: DataConfig) -> DataConfig:
-    """The config of data whose manifest is the index of `data.index`, which is made, or brought up to date, if need be.
+    """The config of data whose manifest is the index that `data.index` names; it is made, or brought up to date, if need be.
 
     Of several processes one makes it, and the others wait for its file, not in a collective, which would time out.
     """
-    plain, source = replace(data, index=None), _source_of(data)
-    named = _own_index(plain, source) if data.index == "auto" else data.index
-    if named is None:
-        return plain
+    if data.index is None:
+        return data
     if data.datasets:
         raise ValueError("data.index is of one data set; make an index of each, and give it as its manifest.")
-    output = Path(named)
+    output, plain = Path(data.index), replace(data, index=None)
+    source = Path(data.manifest or data.root)
+    if data.manifest and not source.exists():
+        source = Path(data.root) / data.manifest
     _check_output(output, source, "data.index=")
     check_writable(output)
     began, said = time.monotonic(), False
@@ -155,31 +154,6 @@ def indexed(data: DataConfig) -> DataConfig:
                 make_index(plain, output, source=source)
                 MediaIndex(output).check()
     return replace(plain, manifest=str(output))
-
-
-def _source_of(data: DataConfig) -> Path:
-    """The manifest of data, or else their folder."""
-    source = Path(data.manifest or data.root)
-    return Path(data.root) / data.manifest if data.manifest and not source.exists() else source
-
-
-def _own_index(data: DataConfig, source: Path) -> str | None:
-    """The index in data/ that a training makes without being asked; None for few files, and for data of other kinds."""
-    of_files = data.source in ("auto", "videos", "images") and source.suffix != SUFFIX and not data.datasets
-    if not of_files or is_url(source) or is_url(data.root) or not source.exists():
-        return None
-    place = os.path.realpath(source)
-    output = Path("data") / f"{Path(place).stem}-{hash_of(place)[:8]}{SUFFIX}"
-    if output.resolve().is_relative_to(place):
-        return None
-    if not output.is_file():
-        dataset = build_dataset(data)
-        if not isinstance(dataset, VideoClips | Images) or not isinstance(dataset.rows, list):
-            return None
-        if len(dataset.rows) < MANY:
-            return None
-        print(f"{len(dataset.rows)} files are read once in full, into {output} (data.index=null: none)", flush=True)
-    return str(output)
 
 
 def _settings(data: DataConfig) -> dict[str, Any]:

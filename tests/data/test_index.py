@@ -143,40 +143,6 @@ def test_a_training_makes_the_index_that_it_is_given_and_brings_it_up_to_date(cl
     assert "put it next to it" in capsys.readouterr().err
 
 
-def test_a_training_on_many_files_makes_an_index_by_itself_and_few_files_have_none(clips, monkeypatch, capsys):
-    Path("t.yaml").write_text(
-        "name: t\ndata: {root: clips, num_frames: 5, height: 32, width: 32, workers: 0, max_bad_fraction: 0.5}\n"
-        "model: {size: S/2, depth: 1, hidden_size: 16, num_heads: 2}\n"
-        "train: {steps: 1, batch_size: 2, samples: 0, precision: fp32}\n"
-    )
-    inspect_all = index.inspect_all
-    monkeypatch.setattr(index, "inspect_all", lambda *a, **k: inspect_all(*a, **{**k, "workers": 0}))
-
-    def loss(name, *arguments):
-        assert train.run(["t.yaml", f"name={name}", *arguments]) == 0
-        return Path(f"output/{name}/training_metrics.csv").read_text().splitlines()[1].split(",")[1]
-
-    few = loss("few")
-    assert not list(Path("data").glob("*.index"))
-    monkeypatch.setattr(index, "MANY", 6)
-    assert loss("none", "data.index=null") == few and not list(Path("data").glob("*.index"))
-    assert loss("many") == few
-    [made] = Path("data").glob("clips-*.index")
-    assert "6 files are read once in full" in capsys.readouterr().out and len(MediaIndex(made)) == 6
-    write_barcodes(clips / "new.mp4", 12)
-    assert loss("more") == loss("more none", "data.index=null") and len(MediaIndex(made)) == 7
-    assert loss("manifest", "data.manifest=manifest.jsonl") == loss(
-        "manifest none", "data.manifest=manifest.jsonl", "data.index=null"
-    )
-    assert len(list(Path("data").glob("manifest-*.index"))) == 1
-    assert index.indexed(DataConfig(root=".", num_frames=5)).manifest is None  # data/ would lie in its own source
-    assert (
-        train.run(["t.yaml", "name=resumed", "train.steps=1"])
-        == train.run(["t.yaml", "name=resumed", "train.steps=2", "data.index=null"])
-        == 0
-    )
-
-
 def test_a_file_that_changes_after_a_run_has_begun_is_refused_by_name(clips):
     make()
     dataset = build_dataset(config_of("clips.index"))
