@@ -70,10 +70,9 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.distilled_guidance={self.distilled_guidance} has no effect without objective.flow_map=true; set both."
             )
-        if self.distilled_guider != "cfg" and (not self.flow_map or self.distilled_guidance == 1):
-            lacks = "distilled_guidance above 1" if self.flow_map else "flow_map=true"
+        if self.distilled_guider != "cfg" and not self.flow_map:
             raise ValueError(
-                f"objective.distilled_guider={self.distilled_guider} has no effect without objective.{lacks}; set both."
+                f"objective.distilled_guider={self.distilled_guider} has no effect without objective.flow_map=true; set both."
             )
         self._check_scales()
         for name in self.mask_probs:

@@ -127,7 +127,9 @@ def build_model(
     shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width, arguments["patch_size"])
     model = STDiT(**{**arguments, **given, "sample_size": shape})
     _check_learns_cfg(config, model)
-    if image is not None and config.objective.flow_map:
+    if (
+        image is not None and config.objective.flow_map and not image.config.flow_map
+    ):  # which learns on without a teacher
         _check_same_conditions(config, image, model)
     if image is not None:
         print(f"from {config.init_from.path}: {inflate(image, model, config.init_from).keeps}")

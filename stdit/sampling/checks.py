@@ -59,7 +59,7 @@ def _warn_of_no_effect(engine: Engine, canvas: Canvas, options: SamplingOptions,
     unguided = guidance.scale == 1
     leads = guidance.guider == "auto" or any(one.guided for one in engine.model.conditioners.values())
     needs = {
-        "guider": ("label, caption or actions to lead away from", unguided or leads),
+        "guider": ("label, caption or actions to lead away from", unguided or leads or engine.guide is not None),
         "history_guidance": ("known frames", has_known),
         "blend": ("known frames", has_known),
         "overlap": ("several windows", canvas.pixels.shape[2] > frames),
