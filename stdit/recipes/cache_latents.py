@@ -29,7 +29,7 @@ from stdit.recipes.build import build_captions
 from stdit.recipes.encoding import Form
 from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.index import indexed
-from stdit.recipes.latent_shards import rank_of_process, write_index, write_shards
+from stdit.recipes.latent_shards import files_of_cache, rank_of_process, write_index, write_shards
 from stdit.recipes.models import default_device
 from stdit.recipes.order import measure
 from stdit.recipes.shard_folder import Part, ShardFolder
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "data.datasets is for training; cache each data set by itself (data.datasets=[] data.root=FOLDER), and then give the "
             "folders of the latents."
         )
+    before = files_of_cache(args.output)
     check_augmentation(config.data, frozen=args.freeze_augmentation)
     check_least(args, "shard_size", "windows")
     dataset = build_dataset(indexed(config.data))
@@ -105,7 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rate = clip_rate(config.data, dataset)
     with folder.in_use():
         elsewhere = write_shards(folder, dataset, vae, parts, seed=config.seed, form=form)
-        return write_index(folder, head, dataset, parts, rate=rate, form=form, config=config.data, elsewhere=elsewhere)
+        return write_index(
+            folder, head, dataset, parts, rate=rate, form=form, config=config.data, elsewhere=elsewhere, before=before
+        )
 
 
 def _recorded_columns(output: Path, dataset: Dataset) -> list[str]:

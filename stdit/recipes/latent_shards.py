@@ -166,10 +166,12 @@ def write_index(
     form: Form,
     config: DataConfig,
     elsewhere: int,
+    before: set[str],
 ) -> int:
     """Write cache.json once every shard is there and of this data (the last process does).
 
-    rate: frames per second. elsewhere: shards that this process left to others.
+    rate: frames per second. elsewhere: shards that this process left to others. before: the files that cache.json named when
+    this process began, which runs may read; it may name others by now, if another process was done first.
     """
     output, records = folder.path, []
     for number, part in enumerate(parts):
@@ -200,7 +202,7 @@ def write_index(
         **head, **classes, "clips": len(clips), "rate": rate, "table": table.name, "columns": list(form.columns),
         "shards": [{name: record[name] for name in named if name in record} for record in records], "skipped": bad,
     }  # fmt: skip
-    replaced = _named(output) - {table.name, *(record["file"] for record in records)}
+    replaced = before - {table.name, *(record["file"] for record in records)}
     write_text(output / "cache.json", json.dumps(head))
     # Known here, it need not be found from all clips at the start of every run.
     whole = fingerprint(CachedLatents(output, config))
@@ -243,7 +245,7 @@ def _unreadable(dataset: Dataset, parts: Sequence[Part], records: Sequence[dict]
     return bad
 
 
-def _named(output: Path) -> set[str]:
+def files_of_cache(output: Path) -> set[str]:
     """The shards and the table that cache.json names; none where it cannot be read."""
     try:
         info = json.loads((output / "cache.json").read_text())

@@ -211,6 +211,25 @@ def test_a_shard_that_another_process_writes_is_left_to_it(home, capsys):
     assert cache() == 0 and len(build_dataset(DataConfig(root="latents", sizes=SIZES))) == 6
 
 
+def test_files_that_two_processes_replace_stay_for_runs_that_read_them(home, monkeypatch):
+    assert cache("data.sizes=[]") == 0
+    before = {path.name for path in (home / "latents").glob("*.safetensors")}
+    write_barcodes(home / "clips/0.mp4", 15)  # its shard is made again, and so is the table
+    write, others = cache_latents.write_shards, [lambda: cache("data.sizes=[]")]
+
+    def after_another_process(*args, **options):
+        if others:
+            assert others.pop()() == 0
+        return write(*args, **options)
+
+    monkeypatch.setattr(cache_latents, "write_shards", after_another_process)
+    assert cache("data.sizes=[]") == 0
+    files = {path.name for path in (home / "latents").glob("*.safetensors")}
+    assert before < files
+    assert cache("data.sizes=[]") == 0
+    assert not before <= {path.name for path in (home / "latents").glob("*.safetensors")} < files
+
+
 def test_windows_of_one_clip_are_held_out_together(home):
     assert cache("data.sizes=[]", "--windows", "3") == 0
     cached = build_dataset(DataConfig(root="latents", num_frames=5, height=32, width=32))
