@@ -124,14 +124,15 @@ def _encode_each(
     """Encode clips as `_encode`, each alone, since sums depend on the batch: a clip encoded again has the latents of before.
 
     A small clip is too little work for all threads of torch, so each thread encodes another clip where the VAE allows it.
+    Sums depend on a clip's threads as well, so these depend on its size, and not on how many clips there are.
     """
     threads = torch.get_num_threads()
-    workers = min(threads, len(pixels), _MOST_PIXELS // pixels[0, ..., 0].numel()) if vae.reentrant else 1
+    workers = max(1, min(threads, _MOST_PIXELS // pixels[0, ..., 0].numel())) if vae.reentrant else 1
 
     def encode(i: int) -> dict[str, torch.Tensor]:
         return _encode(vae, pixels[i : i + 1], form, keys[i : i + 1])
 
-    if workers <= 1:
+    if workers == 1:
         parts = [encode(i) for i in range(len(pixels))]
     else:
         try:  # the number of threads holds for the thread that sets it, and for those that begin later

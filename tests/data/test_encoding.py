@@ -34,12 +34,12 @@ def watched(monkeypatch):
     return vae, seen
 
 
-def shard_of(dataset, vae, threads):
+def shard_of(dataset, vae, threads, clips=range(COUNT)):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        draws = [Draw(i, 0) for i in range(COUNT)]
-        shard = encode_shard(dataset, vae, range(COUNT), draws=draws, seed=0, form=Form(precision="fp32"))
+        draws = [Draw(i, 0) for i in clips]
+        shard = encode_shard(dataset, vae, clips, draws=draws, seed=0, form=Form(torch.float32, "fp32"))
         assert torch.get_num_threads() == threads  # as before
         return shard
     finally:
@@ -57,6 +57,21 @@ def test_latents_do_not_depend_on_how_many_clips_are_encoded_at_a_time(dataset, 
     for name, tensor in one.tensors.items():
         assert len(tensor) == COUNT and not torch.equal(tensor[0], tensor[1])
         assert torch.equal(three.tensors[name], tensor)
+
+
+def test_a_clip_encoded_alone_has_the_bits_that_it_has_among_others(tmp_path, monkeypatch):
+    for i in range(COUNT):
+        write_barcodes(tmp_path / f"{i}.mp4", 9)
+    dataset = build_dataset(DataConfig(root=str(tmp_path), num_frames=9, height=64, width=64))
+    vae, seen = watched(monkeypatch)
+    for threads in (2, 4):
+        among = shard_of(dataset, vae, threads)
+        assert {number for _, number in seen} == {1}
+        alone = shard_of(dataset, vae, threads, [3])
+        assert {number for _, number in seen} == {1}
+        for name, tensor in among.tensors.items():
+            assert torch.equal(alone.tensors[name][0], tensor[3])
+        seen.clear()
 
 
 def test_large_clips_and_vaes_that_keep_a_state_are_encoded_one_after_the_other(dataset, monkeypatch):
