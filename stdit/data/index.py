@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +21,13 @@ from stdit.data.manifest import FOLDER_MANIFESTS, Row, Table, folders_below, rea
 from stdit.data.media import ask_for, state_of
 from stdit.data.rates import LOOKED_AT
 from stdit.data.records import is_table
-from stdit.data.stores import files_below, is_remote, is_url
+from stdit.data.stores import files_below, is_remote, is_url, url_of
 
 SUFFIX = ".index"
 _VERSION = 1
 # The columns of the size and the time of change of a file, and of the text next to it.
 _FILE, _NOTE = ("bytes", "modified"), ("note_bytes", "note_modified")
+_KEYS = ("root", "source", "state", "folders", "num_classes", "class_names")  # what every index has beside its columns
 _COMPARED = 1000  # files whose size and time of change are compared when an index is opened
 
 
@@ -47,6 +49,10 @@ class MediaIndex(Sequence[Row]):
             raise ValueError(
                 f"{path} is no index of version {_VERSION} (it has version {self.info.get('version')!r}); make it again: stdit "
                 f"index SOURCE --output {path}."
+            )
+        if lacking := [name for name in _KEYS if name not in self.info]:
+            raise ValueError(
+                f"{path} is damaged (it does not say its {lacking[0]!r}); make it again: stdit index SOURCE --output {path}."
             )
         root = self._place_of("root")
         self.root = root if is_url(root) else root.absolute()
@@ -178,7 +184,7 @@ class MediaIndex(Sequence[Row]):
     def check(self) -> None:
         """Raise ValueError if the index is damaged, or the source or one of a thousand files spread over it has changed."""
         self.check_columns()
-        source = self._place_of("source")
+        source = self.source
         # An index does without its source, which may have been left elsewhere.
         state = state_of(source) if self.info["state"] is not None else (-1, -1)
         if state[0] >= 0 and list(state) != self.info["state"]:
@@ -215,8 +221,12 @@ class MediaIndex(Sequence[Row]):
 
     def _command(self, names: Mapping[str, str]) -> str:
         """The command that makes the index again, with names of columns."""
-        columns = f" 'data.columns={_written(names)}'" if names else ""
-        return f"stdit index {self._place_of('source')} --output {self.path}{columns}"
+        source, words = self.source, ["stdit", "index", _address(self.source), "--output", str(self.path)]
+        if self.root not in (source, source.parent):
+            words.append(f"data.root={_address(self.root)}")
+        if names:
+            words.append(f"data.columns={_written(names)}")
+        return shlex.join(words)
 
 
 def _folders_state(root: Path) -> str:
@@ -255,6 +265,10 @@ def note_states(rows: Sequence[Row]) -> np.ndarray:
 def _state_of_note(file: Path) -> tuple[int, int]:
     """The state of the text next to a file; of a store, which would be asked for each, none."""
     return (-1, -1) if is_remote(file) else state_of(file.with_suffix(".txt"))
+
+
+def _address(path: Path) -> str:
+    return url_of(path) if is_url(path) else str(path)
 
 
 def _relative(path: Path, here: Path) -> str:

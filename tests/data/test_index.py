@@ -394,6 +394,34 @@ def test_a_byte_that_changed_in_an_index_is_noticed_before_training_and_mended_b
     assert len(build_dataset(config_of("clips.index"))) == 6
 
 
+@pytest.mark.parametrize("key", ["root", "source", "state", "folders", "num_classes", "class_names"])
+def test_an_index_with_a_changed_key_is_damaged_and_made_anew(clips, key):
+    make()
+    file = clips.parent / "clips.index"
+    file.write_bytes(file.read_bytes().replace(f'"{key}'.encode(), f'"{key[:-1]}_'.encode()))
+    file.write_bytes(file.read_bytes().replace(f'\\"{key}\\"'.encode(), f'\\"{key[:-1]}_\\"'.encode()))
+    with pytest.raises(ValueError, match=f"clips.index is damaged .*'{key}'.*stdit index") as found:
+        build_dataset(config_of("clips.index"))
+    assert "\n" not in str(found.value)
+    with pytest.warns(UserWarning, match="All files are read again"):
+        assert make() == 0
+    assert len(build_dataset(config_of("clips.index"))) == 6
+
+
+def test_the_command_that_brings_an_index_up_to_date_has_its_root_and_can_be_pasted(clips):
+    place = clips.parent / "some lists"
+    place.mkdir()
+    (place / "m.csv").write_text("path,caption\n../clips/clip é 0.mp4,zero\n")
+    assert index.main(["some lists/m.csv", "--output", "m n.index", "--workers", "0", "data.root=clips"]) == 0
+    (place / "m.csv").write_text("path,caption\n../clips/clip é 0.mp4,zero\n../clips/clip é 1.mp4,one\n")
+    with pytest.raises(ValueError, match="older than its files") as found:
+        build_dataset(config_of("m n.index"))
+    remedy = shlex.split(str(found.value).split("stdit index ")[1].split(" (only")[0])
+    assert index.main([*remedy, "--workers", "0"]) == 0
+    rows = build_dataset(config_of("m n.index"))
+    assert len(rows) == 2 and all(row.path.is_file() for row in rows.rows)
+
+
 def test_a_damaged_index_is_made_anew_by_the_command_that_its_message_names(clips):
     make()
     file = clips.parent / "clips.index"
