@@ -11,6 +11,7 @@ import posixpath
 import re
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -25,6 +26,8 @@ _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl
 _UNLISTED = ("http://", "https://")
 _ATTEMPTS = 3
 _ASKED_AT_ONCE = 16
+# As clients write what a store answers; other numbers may be part of a file's name.
+_STATUS = re.compile(r"\bstatus(?: code)?:? (40[134])\b|(?:^|: )(40[134])\b")
 _VERSIONS = ("e_tag", "ETag", "etag", "blob_id", "last_modified", "LastModified", "mtime", "created")
 _DENIED = {401: "no credentials that it accepts", 403: "no permission"}
 _TO_CHECK = {"hf": "check the name, and log in as one who may read it (hf auth login, or HF_TOKEN)"}
@@ -207,12 +210,19 @@ def _listed_above(url: str) -> str | None:
 def _names(store: Any, url: str, found: Any) -> dict[str, Entry]:
     infos: Iterable[dict[str, Any]] = found.values() if isinstance(found, dict) else found
     above = store._strip_protocol(url).rstrip("/") + "/"
-    names = {
+    entries = {
         info["name"][len(above) :]: _entry(info)
         for info in infos
         if info.get("type") == "file" and info["name"].startswith(above)
     }
-    return {name: names[name] for name in sorted(names) if name}
+    names = sorted(name for name in entries if name)
+    return {name: entries[name] for name in names if entries[name].size or not _is_folder_of(name, names)}
+
+
+def _is_folder_of(name: str, names: Sequence[str]) -> bool:
+    """Whether names, in order, go on from one: some tools mark a folder by an empty object of its name."""
+    next_one = bisect_left(names, f"{name}/")
+    return next_one < len(names) and names[next_one].startswith(f"{name}/")
 
 
 def _entry(info: dict[str, Any]) -> Entry:
@@ -260,13 +270,14 @@ class _ObjectStore:
         name, _, key = self._strip_protocol(path).partition("/") if "://" in path else path.partition("/")
         if name not in self.buckets:
             retries = {"max_retries": 0}  # we ask again, and say so
-            self.buckets[name] = self.connect(
-                f"{self.protocol}://{name}", client_options=self.options, retry_config=retries
-            )
+            scheme = "gs" if self.protocol == "gcs" else self.protocol
+            self.buckets[name] = self.connect(f"{scheme}://{name}", client_options=self.options, retry_config=retries)
         return name, self.buckets[name], key
 
     def info(self, url: str) -> dict[str, Any]:
         _, bucket, key = self._split(url)
+        if not key:
+            raise FileNotFoundError(f"{url} is a whole bucket, not a file")
         return {**self.obstore.head(bucket, key), "type": "file"}
 
     def cat_file(self, url: str, start: int, end: int) -> Any:
@@ -282,8 +293,11 @@ class _ObjectStore:
     def find(self, url: str, detail: bool = True) -> list[dict[str, Any]]:
         """The files of a folder and of those below it."""
         name, bucket, key = self._split(url)
-        found = [one for some in self.obstore.list(bucket, key) for one in some]
-        return [{**one, "name": f"{name}/{one['path']}", "type": "file"} for one in found]
+        found = []
+        for some in self.obstore.list(bucket, key):  # a thousand at a time
+            _answered_in_part()
+            found += [{**one, "name": f"{name}/{one['path']}", "type": "file"} for one in some]
+        return found
 
 
 def _ask(url: str, question: Callable[[Any], T]) -> T:
@@ -295,7 +309,6 @@ def _ask(url: str, question: Callable[[Any], T]) -> T:
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(min(attempt, timeout() / 4))
-        began = time.monotonic()
         try:
             return _within(timeout(), lambda: question(store))
         except NotImplementedError:
@@ -311,10 +324,11 @@ def _ask(url: str, question: Callable[[Any], T]) -> T:
                 raise
             if status == 404:
                 raise FileNotFoundError(url) from error
-            late = time.monotonic() - began >= timeout()
+            late = isinstance(error, _LateError)
             reason = f"no answer within {timeout():g} s" if late else _first_line(error) or type(error).__name__
+    remedy = ", or give it more time with STDIT_STORE_TIMEOUT=SECONDS" if late else ""
     raise (NoAnswerError if late else StoreError)(
-        f"{url}: the store cannot be read ({reason}, {_ATTEMPTS} times); check the network and the address."
+        f"{url}: the store cannot be read ({reason}, {_ATTEMPTS} times); check the network and the address{remedy}."
     )
 
 
@@ -333,8 +347,8 @@ def _status(error: BaseException) -> int | None:
         return 403
     if "Unauthenticated" in name or "Unauthorized" in name or "NoCredentials" in name:
         return 401
-    found = re.search(r"\b(401|403|404)\b", str(error))
-    return int(found[1]) if found else None
+    found = _STATUS.search(str(error))
+    return int(found[1] or found[2]) if found else None
 
 
 def _first_line(error: BaseException) -> str:
@@ -344,6 +358,23 @@ def _first_line(error: BaseException) -> str:
         return f"it answers {answered[1].strip()}"
     text = re.split(r" in [0-9.]+(?:ns|µs|ms|s) - ", text)[-1]  # after the request and its time
     return text if len(text) <= 160 else f"...{text[-160:]}"  # causes come last
+
+
+class _LateError(TimeoutError):
+    """A store has not answered in time."""
+
+
+class _Asking(threading.Thread):
+    """A thread that asks a store. answered: when the store answered last, in part."""
+
+    answered = 0.0
+
+
+def _answered_in_part() -> None:
+    """Note that a store has answered in part, so that the rest gets the same time again."""
+    thread = threading.current_thread()
+    if isinstance(thread, _Asking):
+        thread.answered = time.monotonic()
 
 
 # Threads that ask a store. One that is in a library's own code aborts a process that ends before it comes back.
@@ -361,7 +392,10 @@ def _await_answers() -> None:
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns or raises; TimeoutError if it takes longer, whatever a library does to wait for ever."""
+    """What `call` returns or raises; _LateError if it takes longer, whatever a library does to wait for ever.
+
+    A call that is answered in parts may take that long for each.
+    """
     done: list[Any] = []
 
     def run() -> None:
@@ -374,13 +408,17 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
 
     if _ends.is_set():
         raise TimeoutError("the program ends")
-    thread = threading.Thread(target=run, daemon=True)  # a process ends although it waits
+    thread = _Asking(target=run, daemon=True)  # a process ends although it waits
+    thread.answered = time.monotonic()
     _asking.add(thread)
     thread.start()
-    thread.join(seconds + 1)  # libraries that keep the time themselves say more
+    while thread.is_alive() and (left := thread.answered + seconds + 1 - time.monotonic()) > 0:
+        thread.join(left)  # libraries that keep the time themselves say more
     if not done:
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        raise _LateError
     good, value = done[0]
     if good:
         return value
+    if time.monotonic() - thread.answered >= seconds:
+        raise _LateError from value
     raise value

@@ -204,6 +204,41 @@ def test_a_store_that_refuses_or_is_silent_is_named_in_one_line_before_a_step(
     assert "\n" not in str(caught.value)
 
 
+def test_a_long_listing_may_take_the_time_of_an_answer_for_each_of_its_parts(bucket, monkeypatch):
+    monkeypatch.setenv("STDIT_STORE_TIMEOUT", "0.6")
+    stores.allow("s3://bucket")
+    names, pause = [f"clips/{i}.mp4" for i in range(8)], [0.5]
+
+    def listed_slowly(*_):
+        for name in names:
+            time.sleep(pause[0])
+            yield [{"path": name, "size": 5}]
+
+    monkeypatch.setattr("obstore.list", listed_slowly)
+    assert list(stores.files_below("s3://bucket/clips")) == [f"{i}.mp4" for i in range(8)]
+    stores.forget()
+    pause[0] = 3.0
+    with pytest.raises(stores.StoreError, match=r"no answer within 0.6 s, 3 times.*STDIT_STORE_TIMEOUT") as found:
+        stores.files_below("s3://bucket/clips")
+    assert "\n" not in str(found.value)
+
+
+def test_a_bucket_is_no_manifest_and_an_object_that_marks_a_folder_no_clip(bucket, tmp_path):
+    with pytest.raises(ValueError, match="bucket. does not exist; give a .jsonl") as found:
+        dataset(root="s3://bucket", manifest="s3://bucket")
+    assert "\n" not in str(found.value)
+    one = {"type": "file", "size": 0}
+    infos = [{**one, "name": f"bucket/clips/{name}"} for name in ("a", "a-1.mp4", "a/0.mp4", "b.mp4")]
+    store = stores._store("s3")
+    assert list(stores._names(store, "s3://bucket/clips", infos)) == ["a-1.mp4", "a/0.mp4", "b.mp4"]
+
+
+def test_a_number_in_a_file_s_name_is_no_status_of_a_store():
+    assert stores._status(RuntimeError("cannot read bucket/clip 404.mp4: connection reset")) is None
+    assert stores._status(RuntimeError("Client error with status 404 Not Found: <Error/>")) == 404
+    assert stores._status(RuntimeError("403 Client Error: Forbidden for url: http://x/404.mp4")) == 403
+
+
 def test_messages_name_the_url_that_was_given_and_the_status_without_the_request(bucket, capsys, monkeypatch):
     monkeypatch.chdir(bucket.root)
 
