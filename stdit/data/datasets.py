@@ -182,14 +182,18 @@ def build_dataset(config: DataConfig) -> Dataset:
     if config.datasets:
         parts = [replace(config, datasets=[], **_without_weight(one)) for one in config.datasets]
         return JointDataset([build_dataset(part) for part in parts], [part.root or part.source for part in parts])
-    root = Path(config.root)
-    allow(root)
-    source = _guess(root, config) if config.source == "auto" else config.source
+    root, source = Path(config.root), source_of(config)
     if source == "latents" and not is_file(root / "cache.json"):
         raise ValueError(
             f"data.root={str(root)!r} holds no cached latents; write them from clips: stdit cache-latents CONFIG data.root=CLIPS data.source=auto --output {root} (moving shapes: stdit make-shapes, or stdit quickstart)."
         )
     return pick(SOURCES, source, "data source")(root, config)
+
+
+def source_of(config: DataConfig) -> str:
+    """The kind of a config's data, which `auto` leaves to what lies there."""
+    allow(config.root)
+    return _guess(Path(config.root), config) if config.source == "auto" else config.source
 
 
 def _without_weight(one: DatasetConfig) -> dict[str, Any]:

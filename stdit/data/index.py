@@ -181,8 +181,8 @@ class MediaIndex(Sequence[Row]):
         except ValueError as error:
             raise ValueError(f"{error}; make it again: {self._command(self._names)}.") from error
 
-    def check(self) -> None:
-        """Raise ValueError if the index is damaged, or the source or one of a thousand files spread over it has changed."""
+    def check(self, most: int = _COMPARED) -> None:
+        """Raise ValueError if the index is damaged, or the source or one of `most` files spread over it has changed."""
         self.check_columns()
         source = self.source
         # An index does without its source, which may have been left elsewhere.
@@ -192,7 +192,7 @@ class MediaIndex(Sequence[Row]):
         folders = self.info["folders"]
         if folders is not None and is_folder(source) and folders != _folders_state(source):
             self._refuse(f"files of {source} were added, removed or renamed, or its own manifest has changed")
-        compared = range(0, len(self), max(1, len(self) // _COMPARED))
+        compared = range(0, len(self), max(1, len(self) // most))
         ask_for(self.file(i) for i in compared)
         for i in compared:
             if self.changed(i):

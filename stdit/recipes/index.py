@@ -23,7 +23,7 @@ from stdit.data.actions import known_actions
 from stdit.data.clips import Images, VideoClips
 from stdit.data.columns import looks_like_table
 from stdit.data.config import DataConfig
-from stdit.data.datasets import build_dataset
+from stdit.data.datasets import build_dataset, source_of
 from stdit.data.folders import named_from
 from stdit.data.identity import fingerprint
 from stdit.data.index import SUFFIX, MediaIndex, entries_of, note_states, source_state, write_index
@@ -37,6 +37,7 @@ from stdit.recipes.check_media import data_config_of, judged
 from stdit.recipes.entry import command, command_parser
 from stdit.warn import warn_user
 
+_COMPARED = 100_000  # files that are compared with the index that a run makes, some seconds' work
 _PATIENCE = 5.0  # seconds without a word to whoever waits
 TIMEOUT, MEMORY = 300.0, 4.0  # seconds and GB for one file in a process that reads
 
@@ -157,8 +158,10 @@ def indexed(data: DataConfig) -> DataConfig:
 
 
 def _settings(data: DataConfig) -> dict[str, Any]:
-    """What the rows of an index depend on besides its source."""
-    return {"columns": dict(data.columns), "source": data.source}
+    """What the rows of an index depend on besides its source and its root."""
+    source = source_of(data)
+    pictures = source == "videos" and any(size[0] == 1 for size in data.sizes)  # which are clips of one frame
+    return {"columns": dict(data.columns), "source": source, "pictures": pictures}
 
 
 def _is_current(output: Path, source: Path, data: DataConfig) -> bool:
@@ -170,10 +173,11 @@ def _is_current(output: Path, source: Path, data: DataConfig) -> bool:
     if os.path.realpath(index.source) != os.path.realpath(source):
         raise ValueError(f"data.index={output} is the index of {index.source}, not of {source}; give it another name.")
     try:
-        index.check()
+        index.check(_COMPARED)
     except ValueError:
         return False
-    return index.info.get("settings") == _settings(data)  # else it is written again from what is known of its files
+    same = index.info.get("settings") == _settings(data) and os.path.realpath(index.root) == os.path.realpath(data.root)
+    return same  # else it is written again from what is known of its files
 
 
 def _check_output(output: Path, source: Path, option: str = "--output ") -> None:

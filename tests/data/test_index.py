@@ -6,11 +6,13 @@ import os
 import pickle
 import shlex
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from media import write_barcodes
+from PIL import Image
 
 from stdit import warn
 from stdit.data import clips as clips_module
@@ -22,6 +24,7 @@ from stdit.data.datasets import build_dataset
 from stdit.data.holdout import split
 from stdit.data.identity import fingerprint, identity_of
 from stdit.data.index import MediaIndex, write_index
+from stdit.data.inspections import inspect_all
 from stdit.data.joint import JointDataset
 from stdit.data.manifest import Row, Table
 from stdit.data.samplers import ClipSize
@@ -141,6 +144,34 @@ def test_a_training_makes_the_index_that_it_is_given_and_brings_it_up_to_date(cl
     assert "is the index of" in capsys.readouterr().err
     assert train.run(["t.yaml", "name=inside", "data.index=clips/own.index"]) == 1
     assert "put it next to it" in capsys.readouterr().err
+
+
+def test_an_index_that_a_run_is_given_follows_its_sizes_its_root_and_files_changed_in_place(clips, monkeypatch):
+    (clips / "manifest.jsonl").unlink()
+    for i in range(3):
+        Image.fromarray(np.full((48, 64, 3), 60 * i, np.uint8)).save(clips / f"picture {i}.png")
+    read, real = [], inspections.inspect
+    monkeypatch.setattr(inspections, "inspect", lambda path, *a, **k: read.append(path.name) or real(path, *a, **k))
+    monkeypatch.setattr(index, "inspect_all", lambda *a, **k: inspect_all(*a, **{**k, "workers": 0}))
+
+    def rows(**settings):
+        given = replace(config_of("", **settings), manifest=None, index="clips.index", source="auto")
+        found, plain = build_dataset(index.indexed(given)), build_dataset(replace(given, index=None))
+        assert fingerprint(found) == fingerprint(plain) and len(found) == len(plain)
+        return len(found)
+
+    videos = [[5, 32, 32]]
+    assert (rows(sizes=videos), rows(), rows(), rows(sizes=videos)) == (6, 9, 9, 6)
+    assert len(read) == 9  # each file once
+    read.clear()
+    write_barcodes(clips / "clip é 3.mp4", 25)  # in place: the folder is as it was
+    monkeypatch.setattr("stdit.data.index._COMPARED", 1)
+    assert rows(sizes=videos) == 6 and read == ["clip é 3.mp4"]
+
+    Path("m.csv").write_text("path\nclips/clip é 0.mp4\n")
+    for root in (".", "clips"):
+        given = config_of(index.indexed(config_of("m.csv", root=root, index="m.index")).manifest, root=root)
+        assert MediaIndex(Path("m.index")).root == Path(root).absolute() and build_dataset(given).shape(0)[0] == 20
 
 
 def test_a_file_that_changes_after_a_run_has_begun_is_refused_by_name(clips):
