@@ -133,7 +133,10 @@ class Columns:
         if "_arrays" in state:
             self.__dict__.update(state)
         else:
-            self.__init__(state["path"])  # type: ignore[misc]
+            try:
+                self.__init__(state["path"])  # type: ignore[misc]
+            except ValueError as error:
+                raise ValueError(f"{error}, while a run reads it; start the run again.") from error
 
 
 def annotation_values(columns: Columns, name: str, class_names: Sequence[str] | None) -> Iterator[Any]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -62,8 +62,8 @@ class MediaIndex(Sequence[Row]):
         """The folder or manifest that it was made from."""
         return self._place_of("source")
 
-    def __reduce__(self) -> tuple[type["MediaIndex"], tuple[Path]]:
-        return type(self), (self.path,)
+    def __reduce__(self) -> tuple[Callable[..., "MediaIndex"], tuple[Path, Any]]:
+        return _reopened, (self.path, self.info.get("fingerprint"))
 
     def _place_of(self, name: str) -> Path:
         """A place that is kept relative to the index, or as a URL."""
@@ -227,6 +227,16 @@ class MediaIndex(Sequence[Row]):
         if names:
             words.append(f"data.columns={_written(names)}")
         return shlex.join(words)
+
+
+def _reopened(path: Path, fingerprint: Any) -> MediaIndex:
+    """The index in another process; ValueError if it has other rows by now, which are not those of the run."""
+    index = MediaIndex(path)
+    if index.info.get("fingerprint") != fingerprint:
+        raise ValueError(
+            f"{path} was made again with other rows while a run reads it; start the run again, or name another data.index for each."
+        )
+    return index
 
 
 def _folders_state(root: Path) -> str:

@@ -59,7 +59,8 @@ class _Worker:
     def __init__(self, samples: Loadable, memory: float | None):
         context = multiprocessing.get_context("spawn")  # a live decoder does not survive fork
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, samples, stores.allowed(), memory), daemon=True)
+        arguments = (theirs, bytes(_pickled(samples)), stores.allowed(), memory)
+        self.process = context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
         self.job: _Job | None = None
@@ -254,8 +255,11 @@ def _limit_memory(memory: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
 
 
-def _work(connection: Connection, samples: Loadable, allowed: list[str], memory: float | None) -> None:
-    """The main function of a loader process: load a sample for each key that arrives, until the connection closes."""
+def _work(connection: Connection, pickled: bytes, allowed: list[str], memory: float | None) -> None:
+    """The main function of a loader process: load a sample for each key that arrives, until the connection closes.
+
+    pickled: the samples, which are unpickled here, where an error (of a file that is gone) can be sent.
+    """
     stores.allow(*allowed)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process handles signals to all
         if hasattr(signal, name):
@@ -268,10 +272,16 @@ def _work(connection: Connection, samples: Loadable, allowed: list[str], memory:
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
     def send(kind: str, value: Any) -> None:
-        buffer = BytesIO()
-        _ByValue(buffer, 5).dump((kind, value))
-        connection.send_bytes(buffer.getbuffer())
+        connection.send_bytes(_pickled((kind, value)))
 
+    def send_error(error: Exception) -> None:
+        send("error", error if isinstance(error, (ValueError, OSError, MemoryError)) else _with_trace(error))
+
+    try:
+        samples: Loadable = ForkingPickler.loads(pickled)
+    except Exception as error:
+        return send_error(error)
+    del pickled
     if memory is not None:
         _limit_memory(memory)
     send("ready", None)
@@ -283,7 +293,7 @@ def _work(connection: Connection, samples: Loadable, allowed: list[str], memory:
         try:
             sample = samples.load(key, set_aside, lambda name: send("reading", name))
         except Exception as error:
-            send("error", error if isinstance(error, (ValueError, OSError, MemoryError)) else _with_trace(error))
+            send_error(error)
         else:
             send("sample", sample)
 
@@ -292,6 +302,12 @@ def _with_trace(error: Exception) -> RuntimeError:
     import traceback
 
     return RuntimeError("".join(traceback.format_exception(error)))
+
+
+def _pickled(value: Any) -> memoryview:
+    buffer = BytesIO()
+    _ByValue(buffer, 5).dump(value)
+    return buffer.getbuffer()
 
 
 class _ByValue(ForkingPickler):

@@ -26,6 +26,7 @@ from stdit.data.identity import fingerprint, identity_of
 from stdit.data.index import MediaIndex, write_index
 from stdit.data.inspections import inspect_all
 from stdit.data.joint import JointDataset
+from stdit.data.loader import batches
 from stdit.data.manifest import Row, Table
 from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
@@ -172,6 +173,23 @@ def test_an_index_that_a_run_is_given_follows_its_sizes_its_root_and_files_chang
     for root in (".", "clips"):
         given = config_of(index.indexed(config_of("m.csv", root=root, index="m.index")).manifest, root=root)
         assert MediaIndex(Path("m.index")).root == Path(root).absolute() and build_dataset(given).shape(0)[0] == 20
+
+
+def test_a_loader_process_refuses_an_index_that_was_made_again_with_other_rows_or_is_gone(clips):
+    make()
+    dataset = build_dataset(config_of("clips.index"))
+    same = copy.deepcopy(dataset.rows)
+    make("--hash")  # written again, with the same rows
+    assert list(copy.deepcopy(dataset.rows)) == list(same)
+    lines = (clips / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (clips / "manifest.jsonl").write_text("".join(lines[:-1]))
+    make()
+    with pytest.raises(ValueError, match="clips.index was made again with other rows.*start the run again") as found:
+        next(batches(dataset, 2, 4, workers=1))
+    assert "\n" not in str(found.value)
+    Path("clips.index").unlink()
+    with pytest.raises(ValueError, match="clips.index is missing, while a run reads it; start the run again"):
+        copy.deepcopy(dataset.rows.columns)
 
 
 def test_a_file_that_changes_after_a_run_has_begun_is_refused_by_name(clips):
@@ -324,7 +342,10 @@ def test_a_copy_in_another_process_has_the_name_of_the_file_and_no_rows(tmp_path
         root=tmp_path, fingerprint={}, action_space=None,
     )  # fmt: skip
     found = MediaIndex(tmp_path / "many.index")
-    assert found.__reduce__() == (MediaIndex, (tmp_path / "many.index",))  # all that a loader process is sent
+    assert found.__reduce__()[1] == (
+        tmp_path / "many.index",
+        {},
+    )  # all that a loader process is sent: the fingerprint is short
     assert copy.copy(found)[count - 1] == rows[-1] == found[-1]
     with pytest.raises(IndexError):
         found[count]
