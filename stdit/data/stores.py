@@ -5,11 +5,9 @@ whose dependencies conflict with nothing, the others by what fsspec finds instal
 below one that the user named (`allow`); others are names of files.
 """
 
-import atexit
 import os
 import posixpath
 import re
-import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from stdit.data.answers import LateError, first_line, status_in, status_of, timeout, within
 from stdit.data.errors import NoAnswerError, StoreError
+from stdit.data.object_store import ObjectStore
 from stdit.data.packages import package
 
 _URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]+):/+(?P<rest>.*)", re.DOTALL)  # one letter is a drive of Windows
@@ -26,8 +26,6 @@ _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "adl
 _UNLISTED = ("http://", "https://")
 _ATTEMPTS = 3
 _ASKED_AT_ONCE = 16
-# As clients write what a store answers; other numbers may be part of a file's name.
-_STATUS = re.compile(r"\bstatus(?: code)?:? (40[134])\b|(?:^|: )(40[134])\b")
 _VERSIONS = ("e_tag", "ETag", "etag", "blob_id", "last_modified", "LastModified", "mtime", "created")
 _DENIED = {401: "no credentials that it accepts", 403: "no permission"}
 _TO_CHECK = {"hf": "check the name, and log in as one who may read it (hf auth login, or HF_TOKEN)"}
@@ -86,18 +84,6 @@ def url_of(path: str | os.PathLike) -> str:
 
 def _with_slashes(path: str | os.PathLike) -> str:
     return os.fspath(path).replace(os.sep, "/")
-
-
-def timeout() -> float:
-    """The seconds in which a store must answer: $STDIT_STORE_TIMEOUT, or 30."""
-    given = os.environ.get("STDIT_STORE_TIMEOUT", "30")
-    try:
-        seconds = float(given)
-        if seconds > 0:
-            return seconds
-    except ValueError:
-        pass
-    raise ValueError(f"STDIT_STORE_TIMEOUT={given!r} is no number of seconds; set one above 0, or unset it.")
 
 
 def entry_of(path: str | os.PathLike) -> Entry | None:
@@ -236,68 +222,13 @@ def _store(protocol: str) -> Any:
     if protocol == "hf" and package("huggingface_hub.constants", "stores", "Data at hf:// URLs").HF_HUB_OFFLINE:
         raise StoreError("hf:// URLs cannot be read while HF_HUB_OFFLINE is set; unset it, or copy the data here.")
     if protocol in _OBJECT_STORES:
-        return _ObjectStore(protocol)
+        return ObjectStore(protocol)
     try:
         return package("fsspec", "stores", "URLs of data").filesystem(protocol)
     except (ValueError, ImportError) as error:
         raise ValueError(
-            f"{protocol}:// is no store that can be read ({_first_line(error)}); install what fsspec needs for it, or copy the data here."
+            f"{protocol}:// is no store that can be read ({first_line(error)}); install what fsspec needs for it, or copy the data here."
         ) from error
-
-
-class _ObjectStore:
-    """What is asked of fsspec's file systems, by the calls of obstore that wait.
-
-    obstore's own file system awaits its answers. A thread of Rust then hands them to Python, and aborts the process if that
-    ends before the thread is done.
-    """
-
-    def __init__(self, protocol: str):
-        self.protocol = protocol
-        self.obstore = package("obstore", "stores", f"Data at {protocol}:// URLs")
-        self.connect = package("obstore.store", "stores", f"Data at {protocol}:// URLs").from_url
-        self.options: dict[str, Any] = {"timeout": f"{timeout():g}s", "connect_timeout": f"{timeout():g}s"}
-        # Options that are given take the place of all that the environment gives.
-        if protocol == "http" or os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true"):
-            self.options["allow_http"] = True
-        self.buckets: dict[str, Any] = {}
-
-    def _strip_protocol(self, url: str) -> str:
-        return url.partition("://")[2]
-
-    def _split(self, path: str) -> tuple[str, Any, str]:
-        """The name of the bucket of a URL or of a path without a protocol, the bucket, and the path in it."""
-        name, _, key = self._strip_protocol(path).partition("/") if "://" in path else path.partition("/")
-        if name not in self.buckets:
-            retries = {"max_retries": 0}  # we ask again, and say so
-            scheme = "gs" if self.protocol == "gcs" else self.protocol
-            self.buckets[name] = self.connect(f"{scheme}://{name}", client_options=self.options, retry_config=retries)
-        return name, self.buckets[name], key
-
-    def info(self, url: str) -> dict[str, Any]:
-        _, bucket, key = self._split(url)
-        if not key:
-            raise FileNotFoundError(f"{url} is a whole bucket, not a file")
-        return {**self.obstore.head(bucket, key), "type": "file"}
-
-    def cat_file(self, url: str, start: int, end: int) -> Any:
-        _, bucket, key = self._split(url)
-        return self.obstore.get_range(bucket, key, start=start, end=end)
-
-    def ls(self, url: str, detail: bool = True) -> list[dict[str, Any]]:
-        """The files of a folder."""
-        name, bucket, key = self._split(url)
-        objects = self.obstore.list_with_delimiter(bucket, key)["objects"]
-        return [{**one, "name": f"{name}/{one['path']}", "type": "file"} for one in objects]
-
-    def find(self, url: str, detail: bool = True) -> list[dict[str, Any]]:
-        """The files of a folder and of those below it."""
-        name, bucket, key = self._split(url)
-        found = []
-        for some in self.obstore.list(bucket, key):  # a thousand at a time
-            _answered_in_part()
-            found += [{**one, "name": f"{name}/{one['path']}", "type": "file"} for one in some]
-        return found
 
 
 def _ask(url: str, question: Callable[[Any], T]) -> T:
@@ -310,13 +241,13 @@ def _ask(url: str, question: Callable[[Any], T]) -> T:
         if attempt:
             time.sleep(min(attempt, timeout() / 4))
         try:
-            return _within(timeout(), lambda: question(store))
+            return within(timeout(), lambda: question(store))
         except NotImplementedError:
             raise
         except Exception as error:  # each file system raises its own types
             missing = isinstance(error, FileNotFoundError | NotADirectoryError)
             # Of what it may not read the hub's client says that it is not there.
-            status = _answered(error.__cause__) if missing else _status(error)
+            status = status_in(error.__cause__) if missing else status_of(error)
             if status in _DENIED:
                 check = _TO_CHECK.get(url.partition("://")[0], "check the credentials, the region and the name")
                 raise StoreError(f"{url}: the store answers {status}, {_DENIED[status]}; {check}.") from error
@@ -324,101 +255,9 @@ def _ask(url: str, question: Callable[[Any], T]) -> T:
                 raise
             if status == 404:
                 raise FileNotFoundError(url) from error
-            late = isinstance(error, _LateError)
-            reason = f"no answer within {timeout():g} s" if late else _first_line(error) or type(error).__name__
+            late = isinstance(error, LateError)
+            reason = f"no answer within {timeout():g} s" if late else first_line(error) or type(error).__name__
     remedy = ", or give it more time with STDIT_STORE_TIMEOUT=SECONDS" if late else ""
     raise (NoAnswerError if late else StoreError)(
         f"{url}: the store cannot be read ({reason}, {_ATTEMPTS} times); check the network and the address{remedy}."
     )
-
-
-def _answered(error: BaseException | None) -> int | None:
-    """The HTTP status that an error of a client keeps as a number."""
-    values = (getattr(error, "status", None), getattr(getattr(error, "response", None), "status_code", None))
-    return next((value for value in values if isinstance(value, int)), None)
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status in an error, None if it has none."""
-    if (status := _answered(error)) is not None:
-        return status
-    name = type(error).__name__
-    if isinstance(error, PermissionError) or "Permission" in name or "Forbidden" in name:
-        return 403
-    if "Unauthenticated" in name or "Unauthorized" in name or "NoCredentials" in name:
-        return 401
-    found = _STATUS.search(str(error))
-    return int(found[1] or found[2]) if found else None
-
-
-def _first_line(error: BaseException) -> str:
-    """The reason in an error of a client: the status that a store answers, else its first line."""
-    text = " ".join(str(error).split("\n")[0].split())
-    if answered := re.search(r"\bstatus(?: code)?:? (\d{3}(?: [A-Za-z][A-Za-z' -]*)?)", text):
-        return f"it answers {answered[1].strip()}"
-    text = re.split(r" in [0-9.]+(?:ns|µs|ms|s) - ", text)[-1]  # after the request and its time
-    return text if len(text) <= 160 else f"...{text[-160:]}"  # causes come last
-
-
-class _LateError(TimeoutError):
-    """A store has not answered in time."""
-
-
-class _Asking(threading.Thread):
-    """A thread that asks a store. answered: when the store answered last, in part."""
-
-    answered = 0.0
-
-
-def _answered_in_part() -> None:
-    """Note that a store has answered in part, so that the rest gets the same time again."""
-    thread = threading.current_thread()
-    if isinstance(thread, _Asking):
-        thread.answered = time.monotonic()
-
-
-# Threads that ask a store. One that is in a library's own code aborts a process that ends before it comes back.
-_asking: set[threading.Thread] = set()
-_ends = threading.Event()
-_AT_EXIT = 2.0  # seconds that the end of a process waits for them
-
-
-@atexit.register
-def _await_answers() -> None:
-    _ends.set()
-    until = time.monotonic() + _AT_EXIT
-    while _asking and time.monotonic() < until:
-        time.sleep(0.01)
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """What `call` returns or raises; _LateError if it takes longer, whatever a library does to wait for ever.
-
-    A call that is answered in parts may take that long for each.
-    """
-    done: list[Any] = []
-
-    def run() -> None:
-        try:
-            done.append((True, call()))
-        except BaseException as error:
-            done.append((False, error))
-        finally:
-            _asking.discard(threading.current_thread())
-
-    if _ends.is_set():
-        raise TimeoutError("the program ends")
-    thread = _Asking(target=run, daemon=True)  # a process ends although it waits
-    thread.answered = time.monotonic()
-    _asking.add(thread)
-    thread.start()
-    while thread.is_alive() and (left := thread.answered + seconds + 1 - time.monotonic()) > 0:
-        thread.join(left)  # libraries that keep the time themselves say more
-    if not done:
-        raise _LateError
-    good, value = done[0]
-    if good:
-        return value
-    if time.monotonic() - thread.answered >= seconds:
-        raise _LateError from value
-    raise value

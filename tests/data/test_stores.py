@@ -15,7 +15,7 @@ from media import write_barcodes
 from safetensors.torch import save_file
 from store_server import environment, serving
 
-from stdit.data import blocks, stores
+from stdit.data import answers, blocks, stores
 from stdit.data.blocks import BLOCK, RemoteFile
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
@@ -234,9 +234,9 @@ def test_a_bucket_is_no_manifest_and_an_object_that_marks_a_folder_no_clip(bucke
 
 
 def test_a_number_in_a_file_s_name_is_no_status_of_a_store():
-    assert stores._status(RuntimeError("cannot read bucket/clip 404.mp4: connection reset")) is None
-    assert stores._status(RuntimeError("Client error with status 404 Not Found: <Error/>")) == 404
-    assert stores._status(RuntimeError("403 Client Error: Forbidden for url: http://x/404.mp4")) == 403
+    assert answers.status_of(RuntimeError("cannot read bucket/clip 404.mp4: connection reset")) is None
+    assert answers.status_of(RuntimeError("Client error with status 404 Not Found: <Error/>")) == 404
+    assert answers.status_of(RuntimeError("403 Client Error: Forbidden for url: http://x/404.mp4")) == 403
 
 
 def test_messages_name_the_url_that_was_given_and_the_status_without_the_request(bucket, capsys, monkeypatch):
