@@ -1,8 +1,8 @@
 """The files of cached latents: shards that processes share out among them, and that are brought up to date clip by clip.
 
 A shard is named by its number and by what its clips are, and never changes: other clips make another file, into which the
-latents of clips that any shard has already are copied. Files that an update replaces stay until the next one, since runs that
-began before read them.
+latents of clips that any shard has already are copied. Files that an update replaces stay until the next one, and as long as
+a training reads the folder.
 """
 
 import hashlib
@@ -202,16 +202,21 @@ def write_index(
         **head, **classes, "clips": len(clips), "rate": rate, "table": table.name, "columns": list(form.columns),
         "shards": [{name: record[name] for name in named if name in record} for record in records], "skipped": bad,
     }  # fmt: skip
-    replaced = before - {table.name, *(record["file"] for record in records)}
+    new = {table.name, *(record["file"] for record in records)}
     write_text(output / "cache.json", json.dumps(head))
     # Known here, it need not be found from all clips at the start of every run.
     whole = fingerprint(CachedLatents(output, config))
     write_text(output / "cache.json", json.dumps({**head, "fingerprint": whole}))
+    # The locks of runs on other machines may not be seen here, so what this update replaces stays in any case.
+    others, read = _others(output, new), folder.is_read()
+    staying = {path for path in others if read or path.with_suffix(".safetensors").name in before}
     if not folder.is_used_elsewhere():
-        _remove_others(output, replaced | {table.name, *(record["file"] for record in records)})
-    if replaced:
+        for path in sorted(set(others) - staying):
+            path.unlink(missing_ok=True)
+    if staying:
+        files = sum(path.suffix == ".safetensors" for path in staying)
         print(
-            f"{len(replaced)} files of before stay for runs that read them; the same command again removes them, as the next update does"
+            f"{files} files of before stay for runs that read them; the same command again removes them once these have ended"
         )
     for reason in list(bad.values())[:10]:
         print(f"skipped a file: {reason}")
@@ -254,9 +259,8 @@ def files_of_cache(output: Path) -> set[str]:
         return set()
 
 
-def _remove_others(output: Path, named: set[str]) -> None:
-    """Remove shards and tables with other names than these."""
+def _others(output: Path, named: set[str]) -> list[Path]:
+    """The files of shards and tables with other names than these."""
     stems = {Path(name).stem for name in named}
-    for path in sorted(output.iterdir()):
-        if path.stem not in stems and (_SHARD.fullmatch(path.name) or _TABLE.fullmatch(path.name)):
-            path.unlink(missing_ok=True)
+    files = (path for path in output.iterdir() if path.stem not in stems)
+    return [path for path in files if _SHARD.fullmatch(path.name) or _TABLE.fullmatch(path.name)]

@@ -6,10 +6,8 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-from uuid import uuid4
 
-from filelock import FileLock, Timeout
-
+from stdit.data.cache_locks import is_locked, lock_of
 from stdit.data.datasets import Dataset
 from stdit.data.identity import clip_of, columns_of, hash_of, identity_of
 from stdit.data.media import state_of
@@ -99,16 +97,16 @@ class ShardFolder:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """A context manager that has other processes leave all files here."""
-        self._own = self.path / f".process-{uuid4().hex}.lock"
-        with FileLock(self._own):
-            try:
-                yield
-            finally:
-                self._own.unlink(missing_ok=True)
+        with lock_of(self.path, "writer") as self._own:
+            yield
 
     def is_used_elsewhere(self) -> bool:
         """Whether another process writes here, or may need what is here."""
-        return any(_is_held(lock) for lock in self.path.glob(".process-*.lock") if lock != self._own)
+        return is_locked(self.path, "writer", besides=self._own)
+
+    def is_read(self) -> bool:
+        """Whether a training reads what is here."""
+        return is_locked(self.path, "reader")
 
     def is_current(self, dataset: Dataset, parts: Sequence[Part]) -> bool:
         """Whether any of some parts is as the data are now."""
@@ -144,16 +142,6 @@ def description_of(dataset: Dataset, part: Part) -> str:
     return hash_of(
         [[one.source, one.content, *state, hash_of(columns_of(one)), *(part.size or ())] for one, state in clips]
     )
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a process has a lock of its own; one that was killed has left it."""
-    try:
-        with FileLock(lock, timeout=0):
-            lock.unlink(missing_ok=True)
-            return False
-    except Timeout:
-        return True
 
 
 def _read_record(file: Path) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from stdit.config import Config, load_typed, to_plain
+from stdit.data.cache_locks import reading
 from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.identity import fingerprint, hash_of
 from stdit.data.loader import batches
@@ -363,7 +364,8 @@ def _train(config: Config) -> int:
     unused = TRUNKS[config.model.trunk].has_unused_parameters
     parallel = config.train.parallel
     accelerator = build_accelerator(config.train.precision, unused, timeout=parallel.timeout, offload=parallel.offload)
-    with group_of_one(accelerator.device.type, needed=parallel.offload and accelerator.num_processes == 1):
+    alone = parallel.offload and accelerator.num_processes == 1
+    with reading(config.data), group_of_one(accelerator.device.type, needed=alone):
         run = build_run(config, accelerator)
         code = fit(run)
         write_summary_and_results(run, code, time.time() - began)

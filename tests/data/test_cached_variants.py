@@ -230,6 +230,30 @@ def test_files_that_two_processes_replace_stay_for_runs_that_read_them(home, mon
     assert not before <= {path.name for path in (home / "latents").glob("*.safetensors")} < files
 
 
+def test_a_training_goes_on_while_its_cache_is_brought_up_to_date_again_and_again(home, monkeypatch):
+    latents, fit = home / "latents", train.fit
+    options = ["data.sizes=[]", "train.tokens=null"]
+    assert cache(*options) == 0
+    given = ["t.yaml", *options, "data.root=latents"]
+    assert train.run([*given, "name=alone"]) == 0
+
+    def after_updates(run):
+        for frames in (15, 18, 21):  # every clip becomes another, three times
+            for i in range(6):
+                write_barcodes(home / f"clips/{i}.mp4", frames + i)
+            assert cache(*options) == 0
+        return fit(run)
+
+    monkeypatch.setattr(train, "fit", after_updates)
+    assert train.run([*given, "name=beside"]) == 0
+    alone, beside = ((home / f"output/{name}/training_metrics.csv").read_text() for name in ("alone", "beside"))
+    assert [row.split(",")[1] for row in alone.splitlines()] == [row.split(",")[1] for row in beside.splitlines()]
+    assert len(list(latents.glob("clips-*.safetensors"))) == 4 and not list(latents.glob(".reader-*"))
+    assert cache(*options) == 0
+    assert len(list(latents.glob("clips-*.safetensors"))) <= 2  # what the last update replaced, and what it made
+    assert cache(*options) == 0 and len(list(latents.glob("clips-*.safetensors"))) == 1
+
+
 def test_windows_of_one_clip_are_held_out_together(home):
     assert cache("data.sizes=[]", "--windows", "3") == 0
     cached = build_dataset(DataConfig(root="latents", num_frames=5, height=32, width=32))
