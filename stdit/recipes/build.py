@@ -35,6 +35,7 @@ from stdit.training.compiled import LONG_RUN, compiler_error
 from stdit.training.fit import Teacher
 from stdit.training.held_out import TOGETHER, HeldOutDraws
 from stdit.training.parallel import backend_of
+from stdit.training.rendezvous import FRESH
 from stdit.vae import VideoVAE
 
 
@@ -55,7 +56,9 @@ def build_accelerator(
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=unused_parameters),
             InitProcessGroupKwargs(
-                timeout=timedelta(seconds=timeout), **({} if backend is None else {"backend": backend})
+                init_method=FRESH,
+                timeout=timedelta(seconds=timeout),
+                **({} if backend is None else {"backend": backend}),
             ),
         ],
     )

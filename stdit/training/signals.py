@@ -12,6 +12,15 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SI
 _PARENT = os.getppid()  # early, since a launcher may die while the run is built
 
 
+def _after_fork() -> None:
+    global _PARENT
+    _PARENT = os.getppid()
+
+
+if hasattr(os, "register_at_fork"):  # a launcher may have imported this module, and fork its workers
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class Stopped(Exception):
     """Raised after the run was stopped, and its state saved; `code` is the exit code to use."""
 
@@ -34,7 +43,9 @@ class StopSignals:
         self.says_so = says_so
         self.number: int | None = None
         self._waiting = False
-        self._has_launcher = "TORCHELASTIC_RUN_ID" in os.environ  # of torchrun, also by accelerate launch
+        # Of torchrun, also by accelerate launch. A single run that is started from within a worker is none of its workers if
+        # it was given an environment without RANK.
+        self._has_launcher = {"TORCHELASTIC_RUN_ID", "RANK"} <= os.environ.keys()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":

@@ -190,6 +190,35 @@ def body(rank):
     assert load_checkpoint(tmp_path / "checkpoints/t").step == 2
 
 
+def test_a_forked_worker_takes_its_launcher_for_gone_when_it_is_and_not_before():
+    script = """
+import os, time
+from stdit.training.signals import StopSignals
+
+os.environ.update(TORCHELASTIC_RUN_ID="none", RANK="0")
+reading, writing = os.pipe()
+if os.fork():
+    os.read(reading, 1)
+    os._exit(0)
+signals, deadline = StopSignals(says_so=False), time.monotonic() + 20
+print(signals.asked, flush=True)
+os.write(writing, b".")
+while not signals.asked and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(signals.asked, flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=ONE_THREAD)
+    assert done.stdout.split() == ["False", "True"], done.stderr[-2000:]
+
+
+def test_a_run_that_a_worker_of_torchrun_starts_without_its_rank_has_no_launcher(monkeypatch):
+    monkeypatch.setattr(os, "getppid", lambda: -1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for rank, asked in ((None, False), ("0", True)):
+        monkeypatch.delenv("RANK", raising=False) if rank is None else monkeypatch.setenv("RANK", rank)
+        assert StopSignals(says_so=False).asked == asked
+
+
 @pytest.mark.parametrize("caught", [Exception, BaseException])
 def test_a_signal_while_a_picture_is_read_ends_the_wait_and_makes_no_file_a_bad_one(tmp_path, monkeypatch, caught):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")

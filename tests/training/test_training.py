@@ -152,6 +152,7 @@ def test_a_process_whose_launcher_is_gone_says_so_saves_and_stops_as_after_sigte
     assert go("name=alone", *settings) == 0  # no launcher: a shell that ends leaves its command to go on
     parent[0] = signals._PARENT
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "0")
     assert go("name=left", *settings) == 128 + signal.SIGTERM
     [saved] = list_checkpoints(home / "checkpoints/left")
     assert saved.name == "step-5" and damage(saved) is None
