@@ -27,6 +27,7 @@ from stdit.model.unet import UNet
 from stdit.nn.checkpointing import CHECKPOINTING
 from stdit.nn.context_parallel import check_ring, check_shared_attention
 from stdit.precision import Precision, resolve
+from stdit.ranges import exact
 from stdit.recipes.models import default_device, load_start
 from stdit.recipes.order import measure
 from stdit.recipes.starts import check_teacher
@@ -171,7 +172,7 @@ def _check_learns_cfg(config: Config, model: STDiT) -> None:
     if (one or "cfg" in objective.distilled_scales) and not any(
         one.guided for one in conditioners_of(model.config).values()
     ):
-        key = f"distilled_guidance={objective.distilled_guidance:g}" if one else "distilled_scales.cfg"
+        key = f"distilled_guidance={exact(objective.distilled_guidance)}" if one else "distilled_scales.cfg"
         raise ValueError(
             f"objective.{key}: classifier-free guidance leads away from the output without label, caption or actions, and this "
             "model has none of them; set it to 1, or let it learn the guider auto."

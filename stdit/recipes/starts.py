@@ -7,6 +7,7 @@ from typing import Any
 from stdit.config import Config
 from stdit.files import read_json
 from stdit.model.stdit import STDiT
+from stdit.ranges import exact
 from stdit.vae import VideoVAE
 
 
@@ -57,4 +58,4 @@ def check_teacher(config: Config, model: STDiT, vae: VideoVAE) -> None:
 
 
 def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).lower() if isinstance(value, bool) else exact(value) if isinstance(value, float) else str(value)

@@ -181,6 +181,13 @@ def test_what_was_not_learnt_is_refused(tiny_model, options, words):
         make_pipe(tiny_model)(1, **FAST, **options)
 
 
+def test_a_refusal_writes_scales_with_all_their_digits():
+    with pytest.raises(ValueError, match=r"guidance_scale=3\.0000001 .* for 'auto', 1 to 3;"):
+        LearntGuidance(SCALES).at_scale("auto", 3.0000001)
+    with pytest.raises(ValueError, match=r"guidance_scale=4 .* for 'cfg', 1 to 3\.12345678;"):
+        LearntGuidance({"cfg": 3.12345678}).at_scale("cfg", 4)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

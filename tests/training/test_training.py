@@ -333,6 +333,8 @@ FLOW_MAP = ["train.samples=0", "train.guidance=1", "train.steps=1", "objective.f
         ({"num_classes": 0}, {}, (), "takes no 'label'; set model.num_classes=0"),
         ({"flow_map": True, "distilled_guidance": 2.0}, {}, (),
          "objective.distilled_guidance=1, but the model of init_from.path='m' was trained with 2; set objective.distilled_guidance=2"),
+        ({"flow_map": True, "distilled_guidance": 1.0000001}, {}, (),
+         "objective.distilled_guidance=1, but the model of init_from.path='m' was trained with 1.0000001; set objective.distilled_guidance=1.0000001"),
         ({"flow_map": True}, {}, ["objective.flow_map=false"], "is a flow map, which learns where its steps end; set objective."),
     ],
 )  # fmt: skip
