@@ -347,6 +347,17 @@ def test_a_start_from_which_no_flow_map_can_learn_is_refused(home, capsys, model
     assert not Path("output/t/training_metrics.csv").exists()
 
 
+@pytest.mark.parametrize("path", ["m", "m/transformer"])
+def test_the_vae_that_a_refusal_advises_is_there(home, capsys, path):
+    start().save_pretrained("m/transformer")
+    (home / "m/model_index.json").write_text(json.dumps({"vae_fingerprint": "another"}))
+    assert go(f"init_from.path={path}", *FLOW_MAP) == 1
+    assert "set vae.name to the VAE that it was trained with, which is not in 'm'." in capsys.readouterr().err
+    (home / "m/vae").mkdir()
+    assert go(f"init_from.path={path}", *FLOW_MAP) == 1
+    assert "set vae.name to 'm/vae', or to the VAE that it was trained with." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "overrides", "message"),
     [
