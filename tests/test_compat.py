@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from golden.record import recorded_here
 from safetensors.torch import load_file
 
 from stdit import STDiT, STDiTPipeline
-from stdit.config import to_plain
+from stdit.config import Config, load_typed, to_plain
 from stdit.recipes import train
 from stdit.recipes.models import config_of
 from stdit.training.state import read_checkpoint
@@ -86,6 +87,18 @@ OLD = HERE / "checkpoints" / "stack" / "step-3"
 def test_the_config_of_a_checkpoint_is_read_under_its_former_keys():
     model = config_of(read_checkpoint(OLD)).model
     assert (model.activation, model.position_encoding) == ("gelu_tanh", "sincos+rope_3d")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_checkpoint_with_one_length_of_average_twice_is_read_though_no_run_is_trained_so():
+    checkpoint = read_checkpoint(OLD)
+    saved = checkpoint.info["config"]
+    twice = {**saved, "train": {**saved["train"], "average_lengths": [0.1, 0.05, 0.1]}}
+    read = config_of(checkpoint._replace(info={**checkpoint.info, "config": twice}))
+    assert read.train.average_lengths == [0.1, 0.05]
+    assert read == replace(config_of(checkpoint), train=read.train)
+    with pytest.raises(ValueError, match="has one length twice"):
+        load_typed(Config, None, ["train.average_lengths=[0.1,0.05,0.1]"])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
