@@ -38,6 +38,7 @@ from stdit.training.fit import Teacher
 from stdit.training.held_out import TOGETHER, HeldOutDraws
 from stdit.training.parallel import backend_of
 from stdit.vae import VideoVAE
+from stdit.warn import warn_user
 
 
 def build_accelerator(
@@ -253,6 +254,12 @@ def build_teacher(config: Config, vae: VideoVAE, device: torch.device) -> Teache
     folder = Path(config.init_from.path)
     folder = folder.parent if folder.name == "transformer" else folder
     guide = None
+    if config.objective.distilled_guider != "cfg" and config.objective.distilled_guidance == 1:
+        # No error, since runs of earlier versions resume.
+        warn_user(
+            f"objective.distilled_guider={config.objective.distilled_guider} has no effect with objective.distilled_guidance=1, at which no "
+            "guidance is learnt; set distilled_guidance above 1, or distilled_guider=cfg."
+        )
     if by_guide:
         if not (folder / "guide" / "config.json").is_file():
             raise ValueError(
