@@ -8,7 +8,7 @@ from stdit.checkpoint.config import InitFrom
 from stdit.data.config import DataConfig
 from stdit.diffusion.config import ObjectiveConfig
 from stdit.model.config import ModelConfig
-from stdit.ranges import check_ranges
+from stdit.ranges import check_ranges, exact
 from stdit.training.config import ParallelConfig, TrainConfig
 from stdit.typed_config import config_folder, find_config, load_typed, to_plain
 from stdit.variants import pick
@@ -76,16 +76,16 @@ class Config:
             )
         if objective.distilled_guidance != 1 and self.train.guidance != 1:
             raise ValueError(
-                f"train.guidance={self.train.guidance:g} would guide samples of a model that has learnt "
-                f"objective.distilled_guidance={objective.distilled_guidance:g}; set train.guidance=1."
+                f"train.guidance={exact(self.train.guidance)} would guide samples of a model that has learnt "
+                f"objective.distilled_guidance={exact(objective.distilled_guidance)}; set train.guidance=1."
             )
         # Samples are guided by auto where it is learnt.
         guider = "auto" if "auto" in objective.distilled_scales else "cfg"
         most = objective.distilled_scales.get(guider)
         if most is not None and not 1 <= self.train.guidance <= most:
             raise ValueError(
-                f"train.guidance={self.train.guidance:g} is not among the scales that the model is to learn for the guider {guider} "
-                f"(objective.distilled_scales), 1 to {most:g}; choose one of them."
+                f"train.guidance={exact(self.train.guidance)} is not among the scales that the model is to learn for the guider {guider} "
+                f"(objective.distilled_scales), 1 to {exact(most)}; choose one of them."
             )
         longest = max((size[0] for size in self.data.sizes), default=0)
         if self.model.sink and longest > self.data.num_frames:

@@ -1,4 +1,4 @@
-"""Check the numbers of a config against ranges, in the notation of intervals."""
+"""Check the numbers of a config against ranges, in the notation of intervals, and write them in messages."""
 
 import operator
 from typing import Any
@@ -19,6 +19,11 @@ def check_ranges(section: str, values: Any, ranges: dict[str, str], **remedies: 
                 null = " or null" if getattr(type(values), name, given) is None else ""  # the default of its field
                 remedy = f"; {remedies[name]}" if name in remedies else ""
                 raise ValueError(f"{key} must be {_described(interval)}{null}, got {given}{remedy}.")
+
+
+def exact(number: float) -> str:
+    """A number as the shortest text that stands for it alone: 2 for 2.0, and 3.0000001 with all its digits."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def whole_number(name: str, value: Any, least: int | None = 1, remedy: str = "") -> int:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ from golden.record import recorded_here
 from safetensors.torch import load_file
 
 from stdit import STDiT, STDiTPipeline
+from stdit.config import Config, load_typed, to_plain
 from stdit.recipes import train
+from stdit.recipes.models import config_of
+from stdit.training.state import read_checkpoint
+from stdit.training.vae import VAEConfig
 
 HERE = Path(__file__).parent / "compat"
 EXPECTED = load_file(HERE / "expected.safetensors")
@@ -76,9 +81,33 @@ def test_a_checkpoint_resumes_under_the_config_that_wrote_it(home, name, monkeyp
     assert losses == pytest.approx(RECORD["losses"][name][3:], rel=1e-2 if name == "causal" else TOLERANCE or 1e-12)
 
 
-def test_the_config_of_a_checkpoint_is_read_under_its_former_keys():
-    from stdit.recipes.models import config_of
-    from stdit.training.state import read_checkpoint
+OLD = HERE / "checkpoints" / "stack" / "step-3"
 
-    model = config_of(read_checkpoint(Path(__file__).parent / "compat" / "checkpoints" / "stack" / "step-3")).model
+
+def test_the_config_of_a_checkpoint_is_read_under_its_former_keys():
+    model = config_of(read_checkpoint(OLD)).model
     assert (model.activation, model.position_encoding) == ("gelu_tanh", "sincos+rope_3d")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_checkpoint_with_one_length_of_average_twice_is_read_though_no_run_is_trained_so():
+    checkpoint = read_checkpoint(OLD)
+    saved = checkpoint.info["config"]
+    twice = {**saved, "train": {**saved["train"], "average_lengths": [0.1, 0.05, 0.1]}}
+    read = config_of(checkpoint._replace(info={**checkpoint.info, "config": twice}))
+    assert read.train.average_lengths == [0.1, 0.05]
+    assert read == replace(config_of(checkpoint), train=read.train)
+    with pytest.raises(ValueError, match="has one length twice"):
+        load_typed(Config, None, ["train.average_lengths=[0.1,0.05,0.1]"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_only_a_checkpoint_of_a_vae_is_called_one():
+    checkpoint = read_checkpoint(OLD)
+    own = {key: value for key, value in checkpoint.info["config"].items() if key != "objective"}
+    for config, words in (
+        (own, r"info.json has no section objective.*; give another"),
+        (to_plain(VAEConfig()), "but of stdit train-vae; give a run of the former"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            config_of(checkpoint._replace(info={**checkpoint.info, "config": config}))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from stdit.conditions.base import ClipFacts, Conditioner, Key
 from stdit.nn.embedders import MicroConditionEmbedder
+from stdit.ranges import exact
 from stdit.rng import keyed_generator
 
 PLAIN_SHARE = 0.45  # clips at scale 1, which edits that keep what a clip shows are made with
@@ -64,7 +65,7 @@ class LearntGuidance(Conditioner):
         most = self.scales[guider]
         if not 1 <= scale <= most:
             raise ValueError(
-                f"guidance_scale={scale:g} (--guidance) is not among those that this model has learnt for {guider!r}, 1 to {most:g}; choose one "
+                f"guidance_scale={exact(scale)} (--guidance) is not among those that this model has learnt for {guider!r}, 1 to {exact(most)}; choose one "
                 "of them."
             )
         found = self.null(1)

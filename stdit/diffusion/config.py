@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from stdit.ranges import check_ranges
+from stdit.ranges import check_ranges, exact
 
 Distribution = Literal["logit_normal", "uniform"]
 Betas = Literal["linear", "scaled_linear"]
@@ -100,7 +100,7 @@ class ObjectiveConfig:
                 )
         other = (
             f"flow_map={str(self.flow_map).lower()}" if not self.flow_map
-            else f"distilled_guidance={self.distilled_guidance:g}" if self.distilled_guidance != 1
+            else f"distilled_guidance={exact(self.distilled_guidance)}" if self.distilled_guidance != 1
             else f"distilled_guider={self.distilled_guider}" if self.distilled_guider != "cfg" else None
         )  # fmt: skip
         if self.distilled_scales and other is not None:

@@ -106,11 +106,13 @@ class FlowObjective(Objective):
 
     def schedule(self, steps: int | str, tokens: int, shift: float | None = None, *, start: float = 1.0) -> Tensor:
         """Evenly spaced levels, shifted for the clip's size: from 1, or the last part of the way, which begins at `start`."""
-        levels = self.path.schedule(steps)
-        if start < 1:
-            back = 1 / self._steps_shift(tokens, shift)  # the inverse of a shift is that by its reciprocal
-            levels = levels * shift_levels(torch.tensor(start), back)
-        return shift_levels(levels, self._steps_shift(tokens, shift))
+        levels, moved = self.path.schedule(steps), self._steps_shift(tokens, shift)
+        if start == 1:
+            return shift_levels(levels, moved)
+        # The inverse of a shift is that by its reciprocal, up to rounding, which the first level must not have.
+        levels = shift_levels(levels * shift_levels(torch.tensor(start), 1 / moved), moved)
+        levels[0] = start
+        return levels
 
     def _steps_shift(self, tokens: int, shift: float | None = None) -> float:
         """The shift of the levels between which sampling steps."""

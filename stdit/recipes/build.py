@@ -20,6 +20,7 @@ from stdit.data.identity import hash_of
 from stdit.data.samplers import NO_BUCKET, ClipSize
 from stdit.data.workers import num_workers
 from stdit.diffusion.objective import Objective
+from stdit.files import printable
 from stdit.model.config import model_arguments
 from stdit.model.lora import base_fingerprint
 from stdit.model.stdit import STDiT
@@ -27,6 +28,7 @@ from stdit.model.unet import UNet
 from stdit.nn.checkpointing import CHECKPOINTING
 from stdit.nn.context_parallel import check_ring, check_shared_attention
 from stdit.precision import Precision, resolve
+from stdit.ranges import exact
 from stdit.recipes.models import default_device, load_start
 from stdit.recipes.order import measure
 from stdit.recipes.starts import check_teacher
@@ -37,6 +39,7 @@ from stdit.training.held_out import TOGETHER, HeldOutDraws
 from stdit.training.parallel import backend_of
 from stdit.training.rendezvous import FRESH
 from stdit.vae import VideoVAE
+from stdit.warn import warn_user
 
 
 def build_accelerator(
@@ -90,16 +93,7 @@ def build_model(
     config: Config, vae: VideoVAE, dataset: Dataset, objective: Objective, caption_channels: int | None = None
 ) -> STDiT | UNet:
     """Build the network of a config. ValueError if its classes do not fit the data; num_classes=0 means no labels."""
-    classes = dataset.num_classes if config.model.num_classes is None else config.model.num_classes
-    if dataset.num_classes > classes > 0:
-        raise ValueError(
-            f"model.num_classes={classes} is too few: the data has labels up to {dataset.num_classes - 1}. "
-            f"Use model.num_classes={dataset.num_classes}, or null."
-        )
-    if classes and not dataset.num_classes:
-        raise ValueError(
-            f"model.num_classes={classes} but the data has no labels; use model.num_classes=0, folders by class or a manifest with labels."
-        )
+    classes = _count_classes(config, dataset)
     names = dataset.class_names if classes == dataset.num_classes else None
     given: dict[str, Any] = {
         "in_channels": vae.channels, "num_classes": classes, "learn_sigma": objective.learns_sigma, "class_names": names,
@@ -130,10 +124,6 @@ def build_model(
     shape = vae.latent_shape(config.data.num_frames, config.data.height, config.data.width, arguments["patch_size"])
     model = STDiT(**{**arguments, **given, "sample_size": shape})
     _check_learns_cfg(config, model)
-    if (
-        image is not None and config.objective.flow_map and not image.config.flow_map
-    ):  # which learns on without a teacher
-        _check_same_conditions(config, image, model)
     if image is not None:
         print(f"from {config.init_from.path}: {inflate(image, model, config.init_from).keeps}")
     if config.model.gradient_checkpointing:
@@ -141,14 +131,54 @@ def build_model(
     return model
 
 
-def _check_same_conditions(config: Config, teacher: STDiT, model: STDiT) -> None:
-    """Raise ValueError for conditions of a flow map that the model it learns from does not take."""
-    further = [name for name in model.conditioners if name not in teacher.conditioners and name != "guidance"]
-    if further:
-        remedy = {"label": "model.num_classes=0", "caption": "text.encoder=null", "actions": "model.actions=false"}
+def _count_classes(config: Config, dataset: Dataset) -> int:
+    """The number of classes of a run's model, 0 without labels; ValueError if they do not fit the data."""
+    classes = dataset.num_classes if config.model.num_classes is None else config.model.num_classes
+    if dataset.num_classes > classes > 0:
         raise ValueError(
-            f"a flow map learns what init_from.path={config.init_from.path!r} makes under its conditions, and that model takes no "
-            f"{further[0]!r}; set {remedy.get(further[0], f'model.micro_conditions without {further[0]}')}."
+            f"model.num_classes={classes} is too few: the data has labels up to {dataset.num_classes - 1}. "
+            f"Use model.num_classes={dataset.num_classes}, or null."
+        )
+    if classes and not dataset.num_classes:
+        raise ValueError(
+            f"model.num_classes={classes} but the data has no labels; use model.num_classes=0, folders by class or a manifest with labels."
+        )
+    return classes
+
+
+def check_same_conditions(config: Config, teacher: STDiT, dataset: Dataset) -> None:
+    """Raise ValueError for conditions or classes of a flow map that the model it learns from does not have."""
+    classes = _count_classes(config, dataset)
+    captions = None if config.text.encoder is None else 1  # their channels are known after they are encoded
+    chosen = {**model_arguments(config.model), "num_classes": classes, "caption_channels": captions}
+    names = [*conditioners_of(chosen), *(["actions"] if config.model.actions else [])]
+    problem = (
+        f"a flow map learns what init_from.path={config.init_from.path!r} makes under its conditions, and that model"
+    )
+    remedies = {
+        "label": "set model.num_classes=0", "micro": "set model.micro_conditions=[]", "caption": "set text.encoder=null",
+        "actions": "set model.actions=false",
+    }  # fmt: skip
+    for name in names:
+        if name not in teacher.conditioners:
+            remedy = remedies.get(name, f"leave model.extra_conditions.{name} out")
+            raise ValueError(f"{problem} takes no {name!r}; {remedy}.")
+    if "label" not in names:
+        return
+    count, known = teacher.num_classes, teacher.config.class_names or ()
+    pairs = zip(known, dataset.class_names or (), strict=False)
+    if other := next((pair for pair in enumerate(pairs) if len(set(pair[1])) == 2), None):
+        number, (theirs, ours) = other
+        raise ValueError(
+            f"{problem} calls class {number} {printable(str(theirs))!r}, but the data calls it {printable(str(ours))!r}; number the classes as it "
+            "does (stdit info MODEL --labels), or go without labels (model.num_classes=0)."
+        )
+    if classes != count:
+        remedy = (
+            f"set model.num_classes={count}" if dataset.num_classes <= count else "leave out clips of further classes"
+        )
+        raise ValueError(
+            f"{problem} has {count} classes, but this run {classes}; {remedy}, or go without labels (model.num_classes=0)."
         )
 
 
@@ -174,7 +204,7 @@ def _check_learns_cfg(config: Config, model: STDiT) -> None:
     if (one or "cfg" in objective.distilled_scales) and not any(
         one.guided for one in conditioners_of(model.config).values()
     ):
-        key = f"distilled_guidance={objective.distilled_guidance:g}" if one else "distilled_scales.cfg"
+        key = f"distilled_guidance={exact(objective.distilled_guidance)}" if one else "distilled_scales.cfg"
         raise ValueError(
             f"objective.{key}: classifier-free guidance leads away from the output without label, caption or actions, and this "
             "model has none of them; set it to 1, or let it learn the guider auto."
@@ -227,6 +257,12 @@ def build_teacher(config: Config, vae: VideoVAE, device: torch.device) -> Teache
     folder = Path(config.init_from.path)
     folder = folder.parent if folder.name == "transformer" else folder
     guide = None
+    if config.objective.distilled_guider != "cfg" and config.objective.distilled_guidance == 1:
+        # No error, since runs of earlier versions resume.
+        warn_user(
+            f"objective.distilled_guider={config.objective.distilled_guider} has no effect with objective.distilled_guidance=1, at which no "
+            "guidance is learnt; set distilled_guidance above 1, or distilled_guider=cfg."
+        )
     if by_guide:
         if not (folder / "guide" / "config.json").is_file():
             raise ValueError(

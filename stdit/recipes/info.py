@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from stdit.files import printable, read_json
 from stdit.hub import LORA_FILE
+from stdit.ranges import exact
 from stdit.recipes.entry import command, command_parser
 from stdit.sampling.labels import read_labels
 
@@ -90,7 +91,7 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
         if name == "actions" and isinstance(space, dict):
             yield "actions", f"{', '.join(space.get('names') or []) or space.get('width')} (stdit play)"
         elif name == "guidance" and isinstance(space, dict):
-            scales = ", ".join(f"{guider} 1 to {most:g}" for guider, most in space["scales"].items())
+            scales = ", ".join(f"{guider} 1 to {exact(most)}" for guider, most in space["scales"].items())
             yield "guidance", f"{scales}, learnt: one evaluation a step (--guider, --guidance)"
         else:
             yield "condition", str(name)
@@ -104,7 +105,7 @@ def describe(folder: Path) -> Iterator[tuple[str, str]]:
             + ("" if transformer.get("causal") else " (--guider auto, the default)"),
         )
     if (scale := transformer.get("distilled_guidance", 1.0)) not in (None, 1.0):
-        yield "guidance", f"{scale:g}, learnt: it is sampled without"
+        yield "guidance", f"{exact(scale)}, learnt: it is sampled without"
 
 
 @command

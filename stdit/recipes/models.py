@@ -138,10 +138,20 @@ def config_of(checkpoint: Checkpoint) -> Config:
     settings = {key: value for key, value in info["config"].items() if not key.endswith("_fingerprint")}
     saved = renamed_config(settings)
     if "objective" not in saved:
-        raise ValueError(f"{path} is no checkpoint of stdit train, but of stdit train-vae; give a run of the former.")
+        if "short_sides" in saved.get("data", {}):
+            raise ValueError(
+                f"{path} is no checkpoint of stdit train, but of stdit train-vae; give a run of the former."
+            )
+        raise ValueError(
+            f"the config in {path / 'info.json'} has no section objective, without which its model cannot be sampled; give another "
+            "checkpoint of the run, or restore this one."
+        )
+    # Earlier versions took what training refuses by now: a length twice, and a scale that previews refused.
+    trained = dict(saved.get("train", {}))
+    trained["average_lengths"] = [*dict.fromkeys(trained.get("average_lengths", []))]
     if saved["objective"].get("distilled_guidance", 1.0) != 1:
-        # Earlier versions took a scale that previews refused.
-        saved = {**saved, "train": {**saved["train"], "guidance": 1.0}}
+        trained["guidance"] = 1.0
+    saved = {**saved, "train": trained}
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
     except OmegaConfBaseException as error:

@@ -14,6 +14,7 @@ import torch
 from stdit.conditions import Actions
 from stdit.data.inputs import Input, fit_inside, read_input, read_mask
 from stdit.files import claimed, printable, write_json
+from stdit.ranges import exact
 from stdit.recipes.adapters import add_loras
 from stdit.recipes.models import load_pipeline
 from stdit.recipes.outputs import output_paths, refuse_existing, write_clips
@@ -255,5 +256,5 @@ def sample(args: argparse.Namespace, model: Path) -> None:
     written_to = paths[0] if len(paths) == 1 else paths[0].parent
     guidance = pipe.engine.guidance(call.options)
     print(
-        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {guidance.scale:g}, seed {args.seed}: {written_to}"
+        f"{model}: {args.task}, {call.num_clips} clip(s), {' x '.join(map(str, size))} at {fps:g} fps, {call.options.num_inference_steps} steps, guidance {exact(guidance.scale)}, seed {args.seed}: {written_to}"
     )

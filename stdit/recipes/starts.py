@@ -7,13 +7,19 @@ from typing import Any
 from stdit.config import Config
 from stdit.files import read_json
 from stdit.model.stdit import STDiT
+from stdit.ranges import exact
 from stdit.vae import VideoVAE
 
 
 def index_of(path: str | None) -> dict[str, Any]:
     """The model_index.json of a pipeline that a model's folder is, or lies in; {} without one."""
+    return read_json(_pipeline_of(path) / "model_index.json")
+
+
+def _pipeline_of(path: str | None) -> Path:
+    """The folder of a pipeline that a model's folder is, or lies in; without one the model's own."""
     folder = Path(path or "")
-    return read_json(folder / "model_index.json") or read_json(folder.parent / "model_index.json")
+    return next((one for one in (folder, folder.parent) if (one / "model_index.json").is_file()), folder)
 
 
 def check_vae(config: Config, model: STDiT, vae: VideoVAE) -> None:
@@ -26,9 +32,12 @@ def check_vae(config: Config, model: STDiT, vae: VideoVAE) -> None:
         )
     recorded = index_of(path).get("vae_fingerprint")
     if recorded is not None and not vae.has_fingerprint(recorded):
+        folder = _pipeline_of(path)
+        own = f"{str(folder / 'vae')!r}, or to " if (folder / "vae").is_dir() else ""
+        missing = "" if own else f", which is not in {str(folder)!r}"
         raise ValueError(
             f"vae.name={config.vae.name!r} has other weights than the VAE of init_from.path={path!r}; set vae.name to "
-            f"{str(Path(path or '') / 'vae')!r}, or to the VAE that it was trained with."
+            f"{own}the VAE that it was trained with{missing}."
         )
 
 
@@ -57,4 +66,4 @@ def check_teacher(config: Config, model: STDiT, vae: VideoVAE) -> None:
 
 
 def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).lower() if isinstance(value, bool) else exact(value) if isinstance(value, float) else str(value)

@@ -45,6 +45,7 @@ from stdit.recipes.build import (
     check_batch,
     check_cache,
     check_context,
+    check_same_conditions,
     compiles_blocks,
     split_holdout,
     teacher_fingerprint,
@@ -123,6 +124,8 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
         adapted, dataset = build_adapted(config, vae, dataset, objective)
     kept, held_out = split_holdout(config, dataset)
     teacher = build_teacher(config, vae, torch.device("cpu"))  # the device's memory is for the text encoder first
+    if teacher is not None:
+        check_same_conditions(config, teacher.model, dataset)
     resolved = _resolved(config, vae, dataset, adapted=adapted, teacher=teacher)
     checkpoint = _agreed_checkpoint(accelerator, config, resolved, folders=folders, vae=vae)
     set_seed(config.seed)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from stdit.conditions import Actions, Conditioner, Conditions
+from stdit.ranges import exact
 from stdit.sampling.canvas import Canvas
 from stdit.sampling.engine import Engine
 from stdit.sampling.groups import is_continuation
@@ -171,7 +172,7 @@ def _check_guidance(engine: Engine, options: SamplingOptions) -> None:
             else f"guidance_scale={options.guidance_scale} (--guidance)"
         )
         raise ValueError(
-            f"{given} on top of the {engine.distilled_guidance:g} that this model has learnt; leave it out, as --guidance 1 does."
+            f"{given} on top of the {exact(engine.distilled_guidance)} that this model has learnt; leave it out, as --guidance 1 does."
         )
     if options.guider == "auto" and engine.guide is None:
         remedy = "" if engine.model.config.causal else ", or train with train.guide_step=STEP, which saves one"

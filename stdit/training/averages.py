@@ -131,6 +131,24 @@ def weights_of(snapshots: Sequence[Snapshot], length: float, step: int) -> np.nd
 
     ValueError if it is not near: the snapshots do not give this length.
     """
+    weights, missing = _fit(snapshots, length, step)
+    if missing <= WORST_FIT:
+        return weights
+    last = max(one.step for one in snapshots)
+    newest = [one._replace(step=step) for one in snapshots if one.step == last]
+    if last < step and _fit([*snapshots, *newest], length, step)[1] <= WORST_FIT:
+        raise ValueError(
+            f"the last snapshot is of step {last}, which gives no average of length {length:g} at step {step}; restore "
+            f"{newest[0].path.with_name(f'step-{step}.safetensors')}, or train for more steps, which writes another."
+        )
+    raise ValueError(
+        f"the {len(snapshots)} snapshots do not give an average of length {length:g} (they miss {missing:.0%} of "
+        "it); choose one between those of train.average_lengths, or train with others."
+    )
+
+
+def _fit(snapshots: Sequence[Snapshot], length: float, step: int) -> tuple[np.ndarray, float]:
+    """The weights of the snapshots whose sum is nearest to an average, and its distance as a share of the average's norm."""
     gamma = exponent(length)
     pairs = [(one.step, one.exponent) for one in snapshots]
     products = np.array([[_product(a, b) for b in pairs] for a in pairs])
@@ -138,18 +156,7 @@ def weights_of(snapshots: Sequence[Snapshot], length: float, step: int) -> np.nd
     weights = np.linalg.lstsq(products, wanted, rcond=1e-12)[0]
     norm = _product((step, gamma), (step, gamma))
     missing = max(0.0, norm - 2 * wanted @ weights + weights @ products @ weights)
-    if (missing / norm) ** 0.5 > WORST_FIT:
-        last = max(snapshots, key=lambda one: one.step)
-        if last.step < step:
-            raise ValueError(
-                f"the last snapshot is of step {last.step}, which gives no average of length {length:g} at step {step}; restore "
-                f"{last.path.with_name(f'step-{step}.safetensors')}, or train for more steps, which writes another."
-            )
-        raise ValueError(
-            f"the {len(pairs)} snapshots do not give an average of length {length:g} (they miss {(missing / norm) ** 0.5:.0%} of "
-            "it); choose one between those of train.average_lengths, or train with others."
-        )
-    return weights
+    return weights, (missing / norm) ** 0.5
 
 
 def _product(a: tuple[int, float], b: tuple[int, float]) -> float:

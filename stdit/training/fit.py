@@ -68,8 +68,8 @@ class BadFiles:
 class Teacher(NamedTuple):
     """A trained model whose velocity a flow map learns, and the weaker model that its guidance leads away from."""
 
-    model: nn.Module
-    guide: nn.Module | None = None
+    model: STDiT
+    guide: STDiT | None = None
 
 
 @dataclass

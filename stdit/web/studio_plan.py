@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from stdit.data.inputs import fit_inside
+from stdit.ranges import exact
 from stdit.sampling.groups import fits, fitting_gaps
 from stdit.web.studio_media import VIEW_PIXELS
 from stdit.web.studio_models import Facts
@@ -211,9 +212,10 @@ class Planner(NamedTuple):
         least, most = (1, max(facts.scales.values())) if facts.scales else (0, 100) if facts.guided else (1, 1)
         if request.guidance is not None and not least <= request.guidance <= most:
             nearest = min(max(request.guidance, least), most)
-            span = f"of {least} to {most:g}" if most > least else "at one scale"
+            span = f"of {least} to {exact(most)}" if most > least else "at one scale"
             yield Problem(
-                f"This model has learnt guidance {span}.", (Fix(f"Use {nearest:g}", {"guidance": nearest}), *elsewhere)
+                f"This model has learnt guidance {span}.",
+                (Fix(f"Use {exact(nearest)}", {"guidance": nearest}), *elsewhere),
             )
         label, count = request.label or "", len(facts.classes)
         numbered = label.isascii() and label.isdecimal() and len(label) < 10 and int(label) < count
@@ -327,7 +329,7 @@ class Planner(NamedTuple):
             yield from ("--num-videos", str(request.count))
         yield from ("--steps", str(request.steps or facts.steps))
         if request.guidance is not None:
-            yield from ("--guidance", f"{request.guidance:g}")
+            yield from ("--guidance", exact(request.guidance))
             # Of two guiders that were learnt, the one that reaches so far.
             if facts.scales.get("auto", float("inf")) < request.guidance <= facts.scales.get("cfg", 0):
                 yield from ("--guider", "cfg")

@@ -1,5 +1,7 @@
 """A flow map that takes the scale of guidance as a condition: what it learns, and how it is sampled."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import fill
@@ -181,6 +183,13 @@ def test_what_was_not_learnt_is_refused(tiny_model, options, words):
         make_pipe(tiny_model)(1, **FAST, **options)
 
 
+def test_a_refusal_writes_scales_with_all_their_digits():
+    with pytest.raises(ValueError, match=r"guidance_scale=3\.0000001 .* for 'auto', 1 to 3;"):
+        LearntGuidance(SCALES).at_scale("auto", 3.0000001)
+    with pytest.raises(ValueError, match=r"guidance_scale=4 .* for 'cfg', 1 to 3\.12345678;"):
+        LearntGuidance({"cfg": 3.12345678}).at_scale("cfg", 4)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -290,6 +299,27 @@ def test_a_guide_is_loaded_where_its_scales_are_learnt(tmp_path):
         build_teacher(config, load_vae("tiny"), torch.device("cpu"))
     build(in_channels=16).save_pretrained(tmp_path / "m" / "guide")
     assert build_teacher(config, load_vae("tiny"), torch.device("cpu")).guide is not None
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_guider_of_which_no_scale_is_learnt_is_warned_of_before_training(tmp_path, scale):
+    for part in ("transformer", "guide"):
+        build(in_channels=16).save_pretrained(tmp_path / "m" / part)
+    guider = ["objective.distilled_guider=auto", f"objective.distilled_guidance={scale}", "train.guidance=1"]
+    neither = "objective.distilled_scales={cfg: 1, auto: 1}"
+    config = load_typed(
+        Config, "quickstart_few", [*guider, neither, f"init_from.path={tmp_path / 'm' / 'transformer'}"]
+    )
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        build_teacher(config, load_vae("tiny"), torch.device("cpu"))
+    words = [str(one.message) for one in said]
+    if scale == 1:
+        assert (
+            len(words) == 1 and "distilled_guider=auto has no effect with objective.distilled_guidance=1," in words[0]
+        )
+    else:
+        assert words == []
 
 
 def test_guidance_by_no_condition_is_not_learnt_where_there_is_none(tmp_path, monkeypatch, capsys):

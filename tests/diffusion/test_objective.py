@@ -135,3 +135,12 @@ def test_a_schedule_from_a_lower_level_is_the_last_part_of_one_of_more_steps(con
         torch.testing.assert_close(part, whole[20 - start :], atol=2e-3 if config.get("name") else 1e-6, rtol=0)
     assert torch.equal(objective.schedule(7, 80, start=1.0), objective.schedule(7, 80))
     assert not objective.schedule(7, 80, start=0.0).any()
+
+
+@pytest.mark.parametrize("shift", [0.3, 1.0, 2.0, 3.0, 4.7])
+def test_a_schedule_begins_at_exactly_the_level_that_is_asked_for(shift):
+    objective = build_objective(ObjectiveConfig(shift=shift))
+    starts = torch.arange(1, 100) / 100
+    schedules = torch.stack([objective.schedule(7, 80, start=float(start)) for start in starts])
+    assert torch.equal(schedules[:, 0], starts)
+    assert (schedules.diff() < 0).all() and not schedules[:, -1].any()

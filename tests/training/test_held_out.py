@@ -15,7 +15,7 @@ from stdit.data.datasets import build_dataset
 from stdit.data.holdout import split
 from stdit.recipes import average as average_recipe
 from stdit.recipes import entry, train
-from stdit.training.averages import PowerAverages, average, exponent, read_snapshots, weights_of
+from stdit.training.averages import PowerAverages, Snapshot, average, exponent, read_snapshots, weights_of
 from stdit.training.held_out import HeldOutDraws, steps_between
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,6 +227,22 @@ def test_a_length_that_the_snapshots_cannot_give_is_refused(tmp_path):
         weights_of(read_snapshots(tmp_path, 100), 0.01, 100)
     with pytest.raises(ValueError, match="has no snapshots"):
         read_snapshots(tmp_path / "none", 100)
+
+
+@pytest.mark.parametrize("length", [0.001, 0.05, 0.08, 0.2])
+def test_a_snapshot_is_to_be_restored_only_where_it_would_give_the_length(length):
+    found = [
+        Snapshot(Path(f"step-{step}.safetensors"), i, step, exponent(own))
+        for step in (20, 40, 60) for i, own in enumerate((0.05, 0.1))
+    ]  # fmt: skip
+    try:
+        weights_of(found, length, 60)
+        words = "restore step-60.safetensors"
+    except ValueError as error:
+        words = "do not give an average of length .*; choose one between"
+        assert re.search(words, str(error))
+    with pytest.raises(ValueError, match=words):
+        weights_of(found[:4], length, 60)
 
 
 def test_further_averages_cannot_begin_within_a_run(home, capsys):

@@ -15,6 +15,8 @@ import torch
 from media import write_barcodes
 from safetensors.torch import load_file
 
+from stdit.conditions import CONDITIONERS, LearntGuidance
+from stdit.data.shapes import CLASS_NAMES
 from stdit.model.stdit import STDiT
 from stdit.recipes import train
 from stdit.sampling.pipeline import STDiTPipeline
@@ -331,9 +333,10 @@ FLOW_MAP = ["train.samples=0", "train.guidance=1", "train.steps=1", "objective.f
         ({"learn_sigma": True}, {}, (), "was trained with ddpm, whose output is no velocity"),
         ({}, {"objective": "ddpm"}, (), "was trained with ddpm, whose output is no velocity"),
         ({}, {"objective": "flow", "vae_fingerprint": "another"}, (), "vae.name='tiny' has other weights than the VAE of"),
-        ({"num_classes": 0}, {}, (), "takes no 'label'; set model.num_classes=0"),
         ({"flow_map": True, "distilled_guidance": 2.0}, {}, (),
          "objective.distilled_guidance=1, but the model of init_from.path='m' was trained with 2; set objective.distilled_guidance=2"),
+        ({"flow_map": True, "distilled_guidance": 1.0000001}, {}, (),
+         "objective.distilled_guidance=1, but the model of init_from.path='m' was trained with 1.0000001; set objective.distilled_guidance=1.0000001"),
         ({"flow_map": True}, {}, ["objective.flow_map=false"], "is a flow map, which learns where its steps end; set objective."),
     ],
 )  # fmt: skip
@@ -343,6 +346,61 @@ def test_a_start_from_which_no_flow_map_can_learn_is_refused(home, capsys, model
     assert go("init_from.path=m", *FLOW_MAP, *overrides) == 1
     assert message in capsys.readouterr().err
     assert not Path("output/t/training_metrics.csv").exists()
+
+
+@pytest.mark.parametrize("path", ["m", "m/transformer"])
+def test_the_vae_that_a_refusal_advises_is_there(home, capsys, path):
+    start().save_pretrained("m/transformer")
+    (home / "m/model_index.json").write_text(json.dumps({"vae_fingerprint": "another"}))
+    assert go(f"init_from.path={path}", *FLOW_MAP) == 1
+    assert "set vae.name to the VAE that it was trained with, which is not in 'm'." in capsys.readouterr().err
+    (home / "m/vae").mkdir()
+    assert go(f"init_from.path={path}", *FLOW_MAP) == 1
+    assert "set vae.name to 'm/vae', or to the VAE that it was trained with." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "message"),
+    [
+        ({"num_classes": 0}, [], "takes no 'label'; set model.num_classes=0."),
+        ({"num_classes": 5}, [], "has 5 classes, but this run 12; leave out clips of further classes, or go without labels"),
+        ({"num_classes": 5}, ["init_from.classes=replace"], "has 5 classes, but this run 12; leave out"),
+        ({"num_classes": 20}, ["init_from.classes=replace"], "has 20 classes, but this run 12; set model.num_classes=20, or"),
+        ({"class_names": [*CLASS_NAMES[:11], "moon"]}, [], f"calls class 11 'moon', but the data calls it {CLASS_NAMES[11]!r}; number"),
+        ({"num_classes": 20, "class_names": [*map(str, range(20))]}, ["model.num_classes=20"], "calls class 0 '0', but the data"),
+        ({}, ["model.micro_conditions=[fps]"], "takes no 'micro'; set model.micro_conditions=[]."),
+        ({}, ["model.extra_conditions={camera: {}}"], "takes no 'camera'; leave model.extra_conditions.camera out."),
+        ({}, ["text.encoder=words"], "takes no 'caption'; set text.encoder=null."),
+    ],
+)  # fmt: skip
+def test_a_teacher_of_other_conditions_or_classes_is_refused_before_captions_are_encoded(
+    home, capsys, monkeypatch, model, overrides, message
+):
+    class Camera(LearntGuidance):
+        name, keywords = "camera", ("camera",)
+
+        def __init__(self):
+            super().__init__({"cfg": 2.0})
+
+    monkeypatch.setitem(CONDITIONERS, "camera", Camera)
+    monkeypatch.setattr(train, "build_captions", None)
+    start(**model).save_pretrained("m")
+    assert go("init_from.path=m", *FLOW_MAP, *overrides) == 1
+    said = capsys.readouterr().err.strip()
+    assert message in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("model", "override"),
+    [
+        ({"num_classes": 20}, "model.num_classes=20"),
+        ({"num_classes": 5, "class_names": [*"abcde"]}, "model.num_classes=0"),
+        ({"class_names": list(CLASS_NAMES)}, "model.num_classes=null"),
+    ],
+)
+def test_a_flow_map_has_the_classes_of_its_teacher_or_none(home, model, override):
+    start(**model).save_pretrained("m")
+    assert go("init_from.path=m", *FLOW_MAP, override) == 0
 
 
 def test_a_flow_map_learns_on_at_the_scale_that_it_has_learnt(home):

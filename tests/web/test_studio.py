@@ -144,10 +144,10 @@ def test_a_scale_that_only_one_guider_has_learnt_is_asked_of_that_one(home, tmp_
     facts = Facts.of("few", tmp_path, few, 0)
     assert facts.as_json()["scales"] == {"auto": 3.0, "cfg": 5.0} and facts.guidance == 2.0
     planner = Planner(facts, lambda part: {}, str, tmp_path)
-    for scale, guider in ((2.0, []), (4.0, ["--guider", "cfg"])):
+    for scale, guider in ((2.0, []), (4.0, ["--guider", "cfg"]), (3.0000001, ["--guider", "cfg"])):
         command = list(planner._settings(Request.read({"task": "generate", "label": "red", "guidance": scale})))
         at = command.index("--guidance")
-        assert command[at + 1 : -2] == [f"{scale:g}", *guider]
+        assert float(command[at + 1]) == scale and command[at + 2 : -2] == guider
     for scale, nearest in ((5.0, None), (6.0, 5.0), (0.5, 1.0)):
         request = Request.read({"task": "generate", "label": facts.classes[0], "guidance": scale})
         fixes = [fix.change for problem in planner._of_model(request) for fix in problem.fixes]
