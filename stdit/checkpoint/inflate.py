@@ -103,15 +103,33 @@ def _check_agreement(image: STDiT, chosen: Mapping[str, Any], init_from: InitFro
     if tuple(chosen["patch_size"])[1:] != image.patch_size[1:]:  # patches may get more frames
         pairs["patch_size"] = (list(chosen["patch_size"]), list(image.patch_size))
     for key, kind in (("micro_conditions", list), ("extra_conditions", dict)):
-        if theirs := kind(image.config[key] or ()):  # a video model may add conditions, but not drop them
+        if theirs := kind(image.config[key] or ()):  # a model without any may get some
             pairs[key] = (kind(chosen.get(key) or ()), theirs)
     for key, (ours, theirs) in pairs.items():
         if ours != theirs:
-            here, there = (str(value).lower() if isinstance(value, bool) else value for value in (ours, theirs))
-            remedy = f"model.size or model.{key} to match" if key in (*_SIZES, "patch_size") else f"model.{key}={there}"
+            here, there = _plain(ours), _plain(theirs)
             raise ValueError(
-                f"model.{key}={here} but the weights of init_from.path={init_from.path!r} have {there}; set {remedy}."
+                f"model.{key}={here} but the weights of init_from.path={init_from.path!r} have {there}; {_remedy(key, ours, theirs)}."
             )
+
+
+def _remedy(key: str, ours: Any, theirs: Any) -> str:
+    if key in (*_SIZES, "patch_size"):
+        return f"set model.size or model.{key} to match"
+    if key == "extra_conditions" and ours.get("actions") != theirs.get(
+        "actions"
+    ):  # the data say which actions there are
+        known = {"actions" in ours, "actions" in theirs}
+        return (
+            "train on clips with the same actions"
+            if known == {True}
+            else f"set model.actions={_plain('actions' in theirs)}"
+        )
+    return f"set model.{key}={_plain(theirs)}"
+
+
+def _plain(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _check_position_encoding(image: STDiT, chosen: Mapping[str, Any], init_from: InitFrom) -> None:

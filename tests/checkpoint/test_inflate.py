@@ -266,6 +266,19 @@ def test_arguments_that_the_weights_decide_must_agree(tiny_model, key):
 
 
 @pytest.mark.parametrize(
+    ("ours", "remedy"), [({}, "set model.actions=true"), ({"width": 2}, "train on clips with the same actions")]
+)
+def test_actions_that_differ_from_those_of_the_weights_have_a_remedy_that_a_config_can_follow(tiny_model, ours, remedy):
+    extra = {"actions": {"stride": 1, "count": 5}}
+    image = tiny_model(axes=["spatial"], extra_conditions=extra)
+    chosen = model_arguments(ModelConfig(hidden_size=32, num_heads=4, axes=["joint"]))
+    chosen["extra_conditions"] = {"actions": {"stride": 1, **ours}} if ours else {}
+    with pytest.raises(ValueError, match=f"^model.extra_conditions=.*; {remedy}\.$"):
+        inflated_arguments(image, chosen, None, InitFrom(path="image"))
+    inflated_arguments(image, {**chosen, "extra_conditions": extra}, None, InitFrom(path="image"))
+
+
+@pytest.mark.parametrize(
     ("encoding", "axes", "chosen", "message"),
     [
         ("latte", ["spatial", "temporal"], {}, "sincos but .* have latte, whose table the weights need; set model.position_encoding=latte."),
