@@ -94,15 +94,14 @@ class Muon(torch.optim.Optimizer):
             columns = params[chunk[0]].numel() // rows
             # Matrices that wait in the host's memory are moved, since their device iterates much faster than the host.
             device = computing_device(params[chunk[0]])
-            stacked = gradients[chunk[0]].new_empty(len(chunk), rows, columns, device=device)
+            dtype = torch.bfloat16 if native_bf16(device) else torch.float32
+            stacked = torch.empty(len(chunk), rows, columns, dtype=dtype, device=device)
             for i, direction in zip(chunk, stacked, strict=True):
                 part = torch.lerp(gradients[i], buffers[i], momentum)  # Nesterov's look ahead
                 # The iteration needs whole matrices, which every process gathers from the rows of all.
                 part = part.reshape(local(params[i]).shape).to(device)
                 direction.copy_(whole(like(part, params[i])).flatten(1))
-            wide = stacked if rows <= columns else stacked.mT
-            dtype = torch.bfloat16 if native_bf16(wide.device) else torch.float32
-            updates = orthogonalize(wide.to(dtype))
+            updates = orthogonalize(stacked if rows <= columns else stacked.mT).float()
             for i, update in zip(chunk, updates if rows <= columns else updates.mT, strict=True):
                 part = local(params[i])
                 first, end = rows_of(params[i]) or (0, rows)
