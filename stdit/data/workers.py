@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stdit.data import stores
 
+SET_ASIDE = "is set aside:"  # in the reason of a file that crashed or stalled processes
 # The number of new processes that a file may crash or stall before it is set aside.
 FRESH_TRIES = 2
 # Processes in a row that end before they read a file, which is due to the machine (memory, imports), not to a file.
@@ -59,7 +60,7 @@ class _Worker:
     def __init__(self, samples: Loadable, memory: float | None):
         context = multiprocessing.get_context("spawn")  # a live decoder does not survive fork
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, bytes(_pickled(samples)), stores.allowed(), memory)
+        arguments = (theirs, _Carried(samples), stores.allowed(), memory)
         self.process = context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -160,7 +161,7 @@ class WorkerPool:
     def _run(self) -> None:
         """The thread that assigns jobs, receives results and replaces processes."""
         try:
-            while not self._closed:
+            while not self._closed and self._failure is None:
                 self._hand_out()
                 busy = [w for w in self._workers if w.job is not None and w.ready]
                 deadline = min((w.since + self.timeout for w in busy), default=None)
@@ -221,9 +222,7 @@ class WorkerPool:
         if worker.file is not None and not worker.jobs_done:
             tries = self._failed_fresh[worker.file] = self._failed_fresh.get(worker.file, 0) + 1
             if tries >= FRESH_TRIES:
-                self.set_aside[worker.file] = (
-                    f"{worker.file!r} is set aside: {tries} loader processes in a row {reason}"
-                )
+                self.set_aside[worker.file] = f"{worker.file!r} {SET_ASIDE} {tries} loader processes in a row {reason}"
         worker.end()
         fresh = _Worker(self.samples, self.memory)
         self._workers[self._workers.index(worker)] = fresh
@@ -232,7 +231,7 @@ class WorkerPool:
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
-            self._failure = error
+            self._failure = self._failure or error  # others may follow from the first
             self._lock.notify_all()
 
 
@@ -255,11 +254,29 @@ def _limit_memory(memory: float) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
 
 
-def _work(connection: Connection, pickled: bytes, allowed: list[str], memory: float | None) -> None:
-    """The main function of a loader process: load a sample for each key that arrives, until the connection closes.
+class _Carried:
+    """Samples on their way to a loader process, or the error that they met there, such as a file that is gone."""
 
-    pickled: the samples, which are unpickled here, where an error (of a file that is gone) can be sent.
-    """
+    def __init__(self, samples: Loadable):
+        self.samples: Loadable | Exception = samples
+
+    def __reduce__(self) -> tuple[Callable[..., "_Carried"], tuple[bytes]]:
+        buffer = BytesIO()
+        ForkingPickler(buffer).dump(
+            self.samples
+        )  # within Process.start(), so that locks and shared memory are sent as always
+        return _arrived, (buffer.getvalue(),)
+
+
+def _arrived(pickled: bytes) -> _Carried:
+    try:
+        return _Carried(ForkingPickler.loads(pickled))
+    except Exception as error:
+        return _Carried(error)  # type: ignore[arg-type]
+
+
+def _work(connection: Connection, carried: _Carried, allowed: list[str], memory: float | None) -> None:
+    """The main function of a loader process: load a sample for each key that arrives, until the connection closes."""
     stores.allow(*allowed)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process handles signals to all
         if hasattr(signal, name):
@@ -277,11 +294,9 @@ def _work(connection: Connection, pickled: bytes, allowed: list[str], memory: fl
     def send_error(error: Exception) -> None:
         send("error", error if isinstance(error, (ValueError, OSError, MemoryError)) else _with_trace(error))
 
-    try:
-        samples: Loadable = ForkingPickler.loads(pickled)
-    except Exception as error:
-        return send_error(error)
-    del pickled
+    samples = carried.samples
+    if isinstance(samples, Exception):
+        return send_error(samples)
     if memory is not None:
         _limit_memory(memory)
     send("ready", None)

@@ -72,6 +72,41 @@ def test_a_file_that_ends_two_fresh_processes_is_set_aside_and_no_other():
     assert list(set_aside) == ["5"] and "SIGSEGV" in set_aside["5"]
 
 
+class Gone(Numbers):
+    def __setstate__(self, state):
+        raise ValueError("the table is gone; start the run again")
+
+
+def test_what_keeps_samples_from_a_process_is_said_also_to_whoever_asks_late():
+    pool = WorkerPool(Gone(), 2, 60.0, {})
+    groups = pool.batches(iter(KEYS))
+    deadline = time.monotonic() + 60
+    while pool._failure is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    with pytest.raises(ValueError, match="^the table is gone; start the run again$"):
+        next(groups)
+
+
+class Counted(Numbers):
+    """Samples with what only a process that is being started can be given."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = multiprocessing.get_context("spawn").Value("i", 0)
+
+    def load(self, key, set_aside, reading):
+        with self.count.get_lock():
+            self.count.value += 1
+        return super().load(key, set_aside, reading)
+
+
+def test_samples_may_have_locks_and_shared_values():
+    samples = Counted()
+    files(samples)
+    assert samples.count.value == 16
+
+
 def test_a_file_whose_reading_stalls_is_set_aside_after_the_timeout():
     found, set_aside = files(Numbers(stall_at_five), timeout=0.5)
     assert found == [f"{i}-other" if i == 5 else str(i) for i in range(16)]
