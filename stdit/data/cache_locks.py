@@ -6,24 +6,36 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from stdit.data.config import DataConfig
 from stdit.data.stores import is_url
+from stdit.warn import warn_user
 
 Role = Literal["reader", "writer"]
 
 
 @contextmanager
 def lock_of(folder: Path, role: Role) -> Iterator[Path]:
-    """A context manager of a lock of this process, which the system lets go if the process is killed."""
+    """A context manager of a lock of this process, which the system lets go if the process is killed.
+
+    A reader that cannot lock there is warned; a writer gets the OSError.
+    """
     file = folder / f".{role}-{uuid4().hex}.lock"
     with ExitStack() as held:
-        with suppress(OSError):  # what only may be read there nobody can update
-            held.enter_context(FileLock(file))
+        try:
+            held.enter_context(FileLock(file, timeout=1))
+        except (OSError, NotImplementedError) as error:  # Timeout is one: some systems have no locks
+            if role == "writer":
+                raise
+            warn_user(
+                f"{folder} cannot be locked here ({error}): if its cache is brought up to date while it is read, files of it may be removed "
+                "at the second time."
+            )
         try:
             yield file
         finally:
+            held.close()  # some systems keep a file that is open
             with suppress(OSError):
                 file.unlink(missing_ok=True)
 
@@ -34,13 +46,15 @@ def is_locked(folder: Path, role: Role, *, besides: Path | None = None) -> bool:
 
 
 def _is_held(file: Path) -> bool:
-    """Whether a process has a lock; one that was killed has left its file, which is removed."""
+    """Whether a process has a lock, or it cannot be found out; one that was killed has left its file, which is removed."""
     try:
         with FileLock(file, timeout=0):
-            file.unlink(missing_ok=True)
-            return False
-    except Timeout:
+            pass
+    except (OSError, NotImplementedError):  # Timeout is one
         return True
+    with suppress(OSError):
+        file.unlink(missing_ok=True)
+    return False
 
 
 @contextmanager

@@ -216,7 +216,7 @@ def write_index(
     if staying:
         files = sum(path.suffix == ".safetensors" for path in staying)
         print(
-            f"{files} files of before stay for runs that read them; the same command again removes them once these have ended"
+            f"{files} replaced files are kept, since trainings may read them; the same command again removes them once these have ended"
         )
     for reason in list(bad.values())[:10]:
         print(f"skipped a file: {reason}")

@@ -11,6 +11,7 @@ from media import write_barcodes
 from safetensors.torch import load_file
 
 from stdit.config import Config, load_typed
+from stdit.data import cache_locks
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.holdout import split
@@ -227,7 +228,28 @@ def test_files_that_two_processes_replace_stay_for_runs_that_read_them(home, mon
     files = {path.name for path in (home / "latents").glob("*.safetensors")}
     assert before < files
     assert cache("data.sizes=[]") == 0
-    assert not before <= {path.name for path in (home / "latents").glob("*.safetensors")} < files
+    left = {path.name for path in (home / "latents").glob("*.safetensors")}
+    assert not before <= left and left < files
+
+
+def test_a_lock_that_cannot_be_taken_or_tried_is_a_warning_for_a_reader_and_held_for_an_update(home, monkeypatch):
+    assert cache("data.sizes=[]") == 0
+    config = DataConfig(root="latents")
+    for error in (OSError(37, "No locks available"), NotImplementedError("flock"), PermissionError(13, "denied")):
+        with monkeypatch.context() as patched:
+
+            def refused(*_, error=error, **__):
+                raise error
+
+            patched.setattr(cache_locks.FileLock, "acquire", refused)
+            with pytest.warns(UserWarning, match="latents cannot be locked here"), cache_locks.reading(config):
+                pass
+            (home / "latents/.reader-0.lock").touch()
+            assert cache_locks.is_locked(home / "latents", "reader")
+            with pytest.raises(type(error)), cache_locks.lock_of(home / "latents", "writer"):
+                pass
+    assert not cache_locks.is_locked(home / "latents", "reader")  # left by a process that was killed
+    assert not list((home / "latents").glob(".*.lock"))
 
 
 def test_a_training_goes_on_while_its_cache_is_brought_up_to_date_again_and_again(home, monkeypatch):

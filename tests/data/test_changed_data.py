@@ -216,7 +216,7 @@ def test_a_run_goes_on_while_its_cache_is_brought_up_to_date_and_names_a_shard_t
     capsys.readouterr()
     manifest(["e.mp4,x,first", *ROWS[:3], "d.mp4,y,changed"])
     info, _, encoded = cache()
-    assert encoded == [0] and "3 files of before stay" in capsys.readouterr().out
+    assert encoded == [0] and "3 replaced files are kept" in capsys.readouterr().out
     late = ForkingPickler.loads(ForkingPickler.dumps(dataset))  # as a loader process that takes another's place
     for one in (dataset, late):
         assert all(torch.equal(one.load(i, None)["latents"], before[i // 2][i % 2]) for i in (3, 0, 2, 1))
