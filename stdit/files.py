@@ -73,7 +73,10 @@ def check_writable(path: Path) -> None:
     if len(os.fsencode(path.name)) > LONGEST_NAME:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), f"{path.name[:60]}...")
     tmp = temporary_name(path)
-    tmp.touch()
+    try:
+        tmp.touch()
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error  # not the name that nobody gave
     tmp.unlink()
 
 

@@ -6,11 +6,15 @@ where each begins. Its metadata have a CRC-32 of each of them.
 
 import json
 import mmap
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import BytesIO
 from itertools import pairwise
+from multiprocessing import reduction
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -40,11 +44,21 @@ class Columns:
 
     def __init__(self, path: Path):
         self.path, self._in_memory = Path(path), False
-        header, begin = _read_header(self.path)
+        try:
+            stream = open_regular(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.path} {'cannot be opened' if state_of(path)[0] >= 0 else 'is missing'}") from error
+        self._load(stream)
+
+    def _load(self, stream: BinaryIO) -> None:
+        # It stays open, for the processes that map the same file, also if another takes its name meanwhile.
+        self._file = None if is_remote(self.path) else stream
+        self._data = _bytes_of(stream, mapped=self._file is not None)
+        # Not from the open file, since processes that share it share its place.
+        header, begin = _read_header(self._data, self.path)
         try:
             self.info: dict[str, Any] = json.loads(header.pop("__metadata__", {}).get(_INFO, "{}"))
             self._checksums: dict[str, int] = dict(self.info.pop(_CHECKSUMS, {}))
-            self._data = _bytes_of(self.path)
             data = np.frombuffer(self._data, np.uint8)
             arrays = {name: _part(data, entry, begin) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -56,7 +70,7 @@ class Columns:
         """Columns in memory. path: where they come from, for messages."""
         found = cls.__new__(cls)
         found.path, found.info, found._in_memory, found._data = path, {}, True, b""
-        found._checksums = {}
+        found._checksums, found._file = {}, None
         found._take(_arrays_of(columns))
         return found
 
@@ -127,11 +141,21 @@ class Columns:
         return bool(self._arrays[name + _STARTS][-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__) if self._in_memory else {"path": self.path}
+        if self._in_memory:
+            return dict(self.__dict__)
+        state: dict[str, Any] = {"path": self.path}
+        if self._file is not None and get_spawning_popen() is not None and hasattr(reduction, "DupFd"):
+            state["file"] = reduction.DupFd(
+                self._file.fileno()
+            )  # not on Windows, where a mapped file cannot be replaced
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "_arrays" in state:
             self.__dict__.update(state)
+        elif "file" in state:
+            self.path, self._in_memory = state["path"], False
+            self._load(os.fdopen(state["file"].detach(), "rb"))
         else:
             try:
                 self.__init__(state["path"])  # type: ignore[misc]
@@ -194,23 +218,22 @@ def looks_like_table(path: Path) -> bool:
     return len(begin) < 9 or begin[8:] == b"{"
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(data: bytes | mmap.mmap, path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and where its data begins."""
     try:
-        with open_regular(path) as stream:
-            return read_header(stream)
-    except (OSError, ValueError, RecursionError) as error:
-        size = state_of(path)[0]
-        reason = (
-            "is missing" if size < 0 else f"is damaged or another kind of file ({size} bytes without a readable header)"
-        )
-        raise ValueError(f"{path} {reason}") from error
+        return read_header(data if isinstance(data, mmap.mmap) else BytesIO(data))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged or another kind of file ({len(data)} bytes without a readable header)"
+        ) from error
 
 
-def _bytes_of(path: Path) -> bytes | mmap.mmap:
-    """The bytes of a file, mapped; of one in a store, read."""
-    with open_regular(path) as stream:
-        return stream.read() if is_remote(path) else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+def _bytes_of(stream: BinaryIO, *, mapped: bool) -> bytes | mmap.mmap:
+    """The bytes of a file, mapped or read."""
+    if not mapped:
+        return stream.read()
+    empty = not os.fstat(stream.fileno()).st_size  # which cannot be mapped
+    return b"" if empty else mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _part(data: np.ndarray, entry: dict[str, Any], begin: int) -> np.ndarray:

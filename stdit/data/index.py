@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -18,7 +18,7 @@ from stdit.data.facts import Facts
 from stdit.data.folders import is_file, is_folder, resolved
 from stdit.data.identity import content_of, relative_name
 from stdit.data.manifest import FOLDER_MANIFESTS, Row, Table, folders_below, read_caption
-from stdit.data.media import ask_for, state_of
+from stdit.data.media import ask_for, place_of, state_of
 from stdit.data.rates import LOOKED_AT
 from stdit.data.records import is_table
 from stdit.data.stores import files_below, is_remote, is_url, url_of
@@ -34,14 +34,14 @@ _COMPARED = 1000  # files whose size and time of change are compared when an ind
 class MediaIndex(Sequence[Row]):
     """The rows of an index, made one by one as they are asked for; a copy in another process maps the same file.
 
-    path: the file that `write_index` wrote. root: the folder of the media, as it lies from the index. ValueError if the file
+    path: the file that `write_index` wrote. columns: those of the file, if it is open. root: the folder of the media, as it lies from the index. ValueError if the file
     is no index, is damaged or of another version.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, columns: Columns | None = None):
         self.path = Path(path)
         try:
-            self.columns = Columns(path)
+            self.columns = Columns(path) if columns is None else columns
         except ValueError as error:
             raise ValueError(f"{error}; make it again: stdit index SOURCE --output {path}.") from error
         self.info = self.columns.info
@@ -62,8 +62,8 @@ class MediaIndex(Sequence[Row]):
         """The folder or manifest that it was made from."""
         return self._place_of("source")
 
-    def __reduce__(self) -> tuple[Callable[..., "MediaIndex"], tuple[Path, Any]]:
-        return _reopened, (self.path, self.info.get("fingerprint"))
+    def __reduce__(self) -> tuple[Callable[..., "MediaIndex"], tuple[Path, Columns, Any]]:
+        return _reopened, (self.path, self.columns, self.info.get("fingerprint"))
 
     def _place_of(self, name: str) -> Path:
         """A place that is kept relative to the index, or as a URL."""
@@ -182,7 +182,7 @@ class MediaIndex(Sequence[Row]):
             raise ValueError(f"{error}; make it again: {self._command(self._names)}.") from error
 
     def check(self, most: int = _COMPARED) -> None:
-        """Raise ValueError if the index is damaged, or the source or one of `most` files spread over it has changed."""
+        """Raise ValueError if the index is damaged, or the source, an archive or one of `most` files spread over it has changed."""
         self.check_columns()
         source = self.source
         # An index does without its source, which may have been left elsewhere.
@@ -192,12 +192,22 @@ class MediaIndex(Sequence[Row]):
         folders = self.info["folders"]
         if folders is not None and is_folder(source) and folders != _folders_state(source):
             self._refuse(f"files of {source} were added, removed or renamed, or its own manifest has changed")
-        compared = range(0, len(self), max(1, len(self) // most))
+        most = _COMPARED if is_url(self.root) else most  # a store may have to be asked for each
+        compared = {*range(0, len(self), max(1, -(-len(self) // most))), *self._one_of_each_archive()}
         ask_for(self.file(i) for i in compared)
-        for i in compared:
+        for i in sorted(compared):
             if self.changed(i):
                 missing = "is missing" if state_of(self.file(i)) == (-1, -1) else "has changed"
                 self._refuse(f"{self.file(i)} {missing}")
+
+    def _one_of_each_archive(self) -> Iterable[int]:
+        """A row in each of the archives or tables that the files lie in."""
+        if not len(self) or place_of(self.file(0)) is None:
+            return ()
+        first: dict[str, int] = {}
+        for i, name in enumerate(self.columns.texts("path")):
+            first.setdefault(name.partition("@")[0], i)
+        return first.values()
 
     def check_names(self, columns: Mapping[str, str]) -> None:
         """Raise ValueError for names of columns (`data.columns`), if any, other than those that the index was made with."""
@@ -221,17 +231,22 @@ class MediaIndex(Sequence[Row]):
 
     def _command(self, names: Mapping[str, str]) -> str:
         """The command that makes the index again, with names of columns."""
-        source, words = self.source, ["stdit", "index", _address(self.source), "--output", str(self.path)]
-        if self.root not in (source, source.parent):
+        source, settings = self.source, self.info.get("settings") or {}
+        words = ["stdit", "index", _address(source), "--output", str(self.path)]
+        if self.root not in (source, source.absolute(), source.absolute().parent):
             words.append(f"data.root={_address(self.root)}")
+        if settings.get("source") in ("images", "videos"):
+            words.append(f"data.source={settings['source']}")
+        if settings.get("pictures"):  # are clips of one frame
+            words.append("data.sizes=[[1, 1, 1]]")
         if names:
             words.append(f"data.columns={_written(names)}")
         return shlex.join(words)
 
 
-def _reopened(path: Path, fingerprint: Any) -> MediaIndex:
-    """The index in another process; ValueError if it has other rows by now, which are not those of the run."""
-    index = MediaIndex(path)
+def _reopened(path: Path, columns: Columns, fingerprint: Any) -> MediaIndex:
+    """A copy of an index; ValueError if it was opened by its name, and has other rows by now, which are not those of the run."""
+    index = MediaIndex(path, columns)
     if index.info.get("fingerprint") != fingerprint:
         raise ValueError(
             f"{path} was made again with other rows while a run reads it; start the run again, or name another data.index for each."

@@ -12,7 +12,7 @@ from stdit.data.facts import Facts
 from stdit.data.identity import content_of
 from stdit.data.inspect import inspect
 from stdit.data.media import state_of
-from stdit.data.workers import WorkerPool, num_workers
+from stdit.data.workers import SET_ASIDE, WorkerPool, num_workers
 from stdit.progress import Progress
 
 # What an entry says of a file that was read, besides path, bytes, modified and seconds.
@@ -34,7 +34,8 @@ class _Files:
         entry: dict[str, Any] = {"path": str(path), **_state(path)}
         aside = set_aside.get(str(path))
         if aside is not None:
-            return {**entry, "refused": aside.removeprefix(repr(str(path))).strip()}
+            reason = aside.removeprefix(repr(str(path))).strip()
+            return {**entry, "refused": reason.replace("data.timeout", "--timeout")}
         reading(str(path))
         try:
             found = inspect(path, self.config, decode=True)
@@ -107,7 +108,7 @@ def inspect_all(
     """The entry of every file: a known one if the file is as it was, else by reading it, added to the report at once.
 
     report: a file of entries, which are known, but for those of files that took more than another `memory` (GB, 0 without a
-    limit). known: further entries, by path.
+    limit), or that ended or stalled their process. known: further entries, by path.
     """
     if not memory >= 0:
         raise ValueError(f"--memory={memory:g} is no number of GB; give one of 0 or more, 0 without a limit.")
@@ -140,8 +141,17 @@ def inspect_all(
 
 
 def _current(entry: dict[str, Any] | None, path: Path, memory: float) -> dict[str, Any] | None:
-    """An entry with the state of its file, which is as it was, by its content if that was hashed; None for another file."""
-    if entry is None or (entry.get("refused", "").startswith(_TOO_LARGE) and entry["refused"] != _too_large(memory)):
+    """An entry with the state of its file, which is as it was, by its content if that was hashed; None for another file.
+
+    None also for a file whose reading ended or stalled its process, or took too much of another memory: the machine may have been
+    the reason, and it is tried again.
+    """
+    reason = "" if entry is None else entry.get("refused", "")
+    if (
+        entry is None
+        or reason.startswith(SET_ASIDE)
+        or (reason.startswith(_TOO_LARGE) and reason != _too_large(memory))
+    ):
         return None
     state = _state(path)
     if {key: entry[key] for key in ("bytes", "modified") if key in entry} == state:

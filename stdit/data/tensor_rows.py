@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import threading
 import zlib
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ _DTYPES = {
 _MAX_HEADER = 1 << 24
 
 
-def read_header(stream: BinaryIO) -> tuple[dict[str, Any], int]:
+def read_header(stream: BinaryIO | mmap.mmap) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file, and where its data begins; ValueError if it has none."""
     length = int.from_bytes(stream.read(8), "little")
     if length > _MAX_HEADER:

@@ -18,7 +18,7 @@ from stdit.config import Config, load_typed
 from stdit.data.actions import check_flip
 from stdit.data.base import Identity
 from stdit.data.config import DataConfig
-from stdit.data.datasets import Dataset, build_dataset
+from stdit.data.datasets import Dataset
 from stdit.data.holdout import column_of, columns_for_holdout, split
 from stdit.data.identity import hash_of, identity_of
 from stdit.data.rates import clip_rate
@@ -28,7 +28,7 @@ from stdit.files import write_text
 from stdit.recipes.build import build_captions
 from stdit.recipes.encoding import Form
 from stdit.recipes.entry import check_least, command, command_parser
-from stdit.recipes.index import indexed
+from stdit.recipes.index import build_indexed
 from stdit.recipes.latent_shards import files_of_cache, rank_of_process, write_index, write_shards
 from stdit.recipes.models import default_device
 from stdit.recipes.order import measure
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = files_of_cache(args.output)
     check_augmentation(config.data, frozen=args.freeze_augmentation)
     check_least(args, "shard_size", "windows")
-    dataset = build_dataset(indexed(config.data))
+    dataset = build_indexed(config.data)
     check_flip(config.data.flip, dataset)
     if args.output.resolve() == Path(config.data.root).resolve():
         raise ValueError(

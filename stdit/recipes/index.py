@@ -23,7 +23,7 @@ from stdit.data.actions import known_actions
 from stdit.data.clips import Images, VideoClips
 from stdit.data.columns import looks_like_table
 from stdit.data.config import DataConfig
-from stdit.data.datasets import build_dataset, source_of
+from stdit.data.datasets import Dataset, build_dataset, source_of
 from stdit.data.folders import named_from
 from stdit.data.identity import fingerprint
 from stdit.data.index import SUFFIX, MediaIndex, entries_of, note_states, source_state, write_index
@@ -32,12 +32,14 @@ from stdit.data.manifest import Table
 from stdit.data.media_report import overview
 from stdit.data.packages import pyarrow_of
 from stdit.data.parquet import write_parquet
+from stdit.data.stores import is_url, url_of
 from stdit.files import check_writable, claimed
 from stdit.recipes.check_media import data_config_of, judged
-from stdit.recipes.entry import command, command_parser
+from stdit.recipes.entry import check_least, command, command_parser
 from stdit.warn import warn_user
 
-_COMPARED = 100_000  # files that are compared with the index that a run makes, some seconds' work
+_COMPARED = 10_000  # files that are compared with the index that a run makes, half a second's work
+_TRIES = 3  # of opening an index that another run makes again
 _PATIENCE = 5.0  # seconds without a word to whoever waits
 TIMEOUT, MEMORY = 300.0, 4.0  # seconds and GB for one file in a process that reads
 
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for one file in such a process")
     parser.add_argument("--memory", type=float, default=MEMORY, help="GB that it may take for one file; 0: no limit")
     args = parser.parse_intermixed_args(argv)
+    check_least(args, "workers", least=0)
     _check_output(args.output, args.source)
     if args.parquet is not None:
         pyarrow_of("parquet")
@@ -125,6 +128,19 @@ def make_index(
     return dataset, dict(zip(paths, entries, strict=True))
 
 
+def build_indexed(data: DataConfig) -> Dataset:
+    """The dataset of a config, by the index that `data.index` names, if any (see `indexed`)."""
+    for _ in range(_TRIES):
+        dataset = build_dataset(indexed(data))
+        rows = getattr(dataset, "rows", None)
+        if data.index is None or (isinstance(rows, MediaIndex) and _is_of(rows, replace(data, index=None))):
+            return dataset
+    raise ValueError(
+        f"data.index={data.index} is made again and again by a run of another data.root, data.sizes, data.source or data.columns; "
+        "give each an index of its own."
+    )
+
+
 def indexed(data: DataConfig) -> DataConfig:
     """The config of data whose manifest is the index that `data.index` names; it is made, or brought up to date, if need be.
 
@@ -140,8 +156,12 @@ def indexed(data: DataConfig) -> DataConfig:
         source = Path(data.root) / data.manifest
     _check_output(output, source, "data.index=")
     check_writable(output)
-    began, said = time.monotonic(), False
+    began, said, made = time.monotonic(), False, False
     while not _is_current(output, source, plain):
+        if made:
+            raise ValueError(
+                f"{output} is older than its files right after it was made; start again once they no longer change."
+            )
         with ExitStack() as claim:
             try:
                 claim.enter_context(claimed([output]))
@@ -154,11 +174,14 @@ def indexed(data: DataConfig) -> DataConfig:
             if not _is_current(output, source, plain):
                 make_index(plain, output, source=source)
                 MediaIndex(output).check()
+                made = True
     return replace(plain, manifest=str(output))
 
 
 def _settings(data: DataConfig) -> dict[str, Any]:
     """What the rows of an index depend on besides its source and its root."""
+    if data.manifest is not None:  # which has its rows whatever they are read as
+        return {"columns": dict(data.columns), "source": data.source, "pictures": False}
     source = source_of(data)
     pictures = source == "videos" and any(size[0] == 1 for size in data.sizes)  # which are clips of one frame
     return {"columns": dict(data.columns), "source": source, "pictures": pictures}
@@ -176,8 +199,13 @@ def _is_current(output: Path, source: Path, data: DataConfig) -> bool:
         index.check(_COMPARED)
     except ValueError:
         return False
-    same = index.info.get("settings") == _settings(data) and os.path.realpath(index.root) == os.path.realpath(data.root)
-    return same  # else it is written again from what is known of its files
+    return _is_of(index, data)  # else it is written again from what is known of its files
+
+
+def _is_of(index: MediaIndex, data: DataConfig) -> bool:
+    """Whether an index was made under the settings of a config on which its rows depend."""
+    root = str(index.root) == os.path.abspath(data.root) or os.path.realpath(index.root) == os.path.realpath(data.root)
+    return root and index.info.get("settings") == _settings(data)
 
 
 def _check_output(output: Path, source: Path, option: str = "--output ") -> None:
@@ -187,7 +215,9 @@ def _check_output(output: Path, source: Path, option: str = "--output ") -> None
     if output.exists() and not looks_like_table(output):
         raise ValueError(f"{option}{output} is there and is no index; choose another name.")
     if source.suffix == SUFFIX:
-        raise ValueError(f"{source} is an index already; give the folder or manifest that it was made from.")
+        raise ValueError(
+            f"{url_of(source) if is_url(source) else source} is an index already; give the folder or manifest that it was made from."
+        )
     _check_beside(output, source)
 
 
