@@ -112,6 +112,6 @@ def within(seconds: float, call: Callable[[], T]) -> T:
     good, value = done[0]
     if good:
         return value
-    if time.monotonic() - thread.answered >= seconds:
+    if time.monotonic() - thread.answered >= seconds and isinstance(value, Exception) and status_of(value) is None:
         raise LateError from value
     raise value

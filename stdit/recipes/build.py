@@ -38,7 +38,7 @@ from stdit.training.fit import Teacher
 from stdit.training.held_out import TOGETHER, HeldOutDraws
 from stdit.training.parallel import backend_of
 from stdit.training.rendezvous import FRESH
-from stdit.vae import VideoVAE
+from stdit.vae import VAEGeometry, VideoVAE
 from stdit.warn import warn_user
 
 
@@ -94,7 +94,8 @@ def build_model(
 ) -> STDiT | UNet:
     """Build the network of a config. ValueError if its classes do not fit the data; num_classes=0 means no labels."""
     classes = _count_classes(config, dataset)
-    names = dataset.class_names if classes == dataset.num_classes else None
+    image = load_start(config.init_from.path) if config.init_from.path else None
+    names = _class_names(classes, dataset, image)
     given: dict[str, Any] = {
         "in_channels": vae.channels, "num_classes": classes, "learn_sigma": objective.learns_sigma, "class_names": names,
         "caption_channels": caption_channels,
@@ -110,7 +111,6 @@ def build_model(
     arguments = model_arguments(config.model)
     arguments["extra_conditions"] = {**arguments["extra_conditions"], **actions}
     given |= {"flow_map": config.objective.flow_map, "distilled_guidance": config.objective.distilled_guidance}
-    image = load_start(config.init_from.path) if config.init_from.path else None
     if image is not None:
         if image.config.flow_map and not config.objective.flow_map:
             raise ValueError(
@@ -129,6 +129,17 @@ def build_model(
     if config.model.gradient_checkpointing:
         model.enable_gradient_checkpointing(CHECKPOINTING[config.model.gradient_checkpointing])
     return model
+
+
+def _class_names(classes: int, dataset: Dataset, start: STDiT | None) -> list[str] | None:
+    """The names of a model's classes: the data's, or those of the model that it starts from if these go on from them."""
+    names = dataset.class_names
+    if classes == dataset.num_classes:
+        return names
+    known = None if start is None else start.config.class_names
+    if names and known and len(known) == classes and list(known[: len(names)]) == list(names):
+        return list(known)
+    return None
 
 
 def _count_classes(config: Config, dataset: Dataset) -> int:
@@ -166,13 +177,19 @@ def check_same_conditions(config: Config, teacher: STDiT, dataset: Dataset) -> N
     if "label" not in names:
         return
     count, known = teacher.num_classes, teacher.config.class_names or ()
-    pairs = zip(known, dataset.class_names or (), strict=False)
-    if other := next((pair for pair in enumerate(pairs) if len(set(pair[1])) == 2), None):
-        number, (theirs, ours) = other
-        raise ValueError(
-            f"{problem} calls class {number} {printable(str(theirs))!r}, but the data calls it {printable(str(ours))!r}; number the classes as it "
-            "does (stdit info MODEL --labels), or go without labels (model.num_classes=0)."
+    for number, (theirs, ours) in enumerate(zip(known, dataset.class_names or (), strict=False)):
+        if theirs == ours:
+            continue
+        if ours in known:
+            raise ValueError(
+                f"{problem} calls class {number} {printable(str(theirs))!r}, but the data calls it {printable(str(ours))!r}; number the classes as "
+                f"it does (stdit info {config.init_from.path} --labels), or go without labels (model.num_classes=0)."
+            )
+        warn_user(
+            f"class {number} is {printable(str(ours))!r} in the data, and {printable(str(theirs))!r} in the model of init_from.path="
+            f"{config.init_from.path!r}, which a flow map learns from; they must mean the same."
         )
+        break
     if classes != count:
         remedy = (
             f"set model.num_classes={count}" if dataset.num_classes <= count else "leave out clips of further classes"
@@ -313,10 +330,10 @@ def check_context(config: Config, vae: VideoVAE, processes: int) -> None:
         device = vae.device.type
         check_shared_attention(model_arguments(config.model), context, ring, device=device, in_16_bits=in_16_bits)
     for frames, _, _ in config.data.sizes or [[config.data.num_frames, 0, 0]]:
-        _check_frames(frames, vae, context)
+        check_frames(frames, vae, context)
 
 
-def _check_frames(frames: int, vae: VideoVAE, context: int) -> None:
+def check_frames(frames: int, vae: VAEGeometry, context: int) -> None:
     """Raise ValueError for clips whose latent frames `context` processes cannot share, with the nearest that they can."""
     latents = vae.latent_frames(frames)
     if latents % context == 0:

@@ -21,7 +21,7 @@ from stdit.model.stdit import STDiT
 from stdit.nn.context_parallel import check_shared_attention
 from stdit.nn.low_rank import adapted_layers
 from stdit.precision import native_bf16, resolve
-from stdit.recipes.build import check_batch
+from stdit.recipes.build import check_batch, check_frames
 from stdit.recipes.entry import check_least, command, command_parser
 from stdit.recipes.models import load_start
 from stdit.recipes.planned import (
@@ -38,6 +38,7 @@ from stdit.text import load_text_encoder
 from stdit.training.throughput import GPUS
 from stdit.vae import VAEGeometry, load_vae
 from stdit.variants import pick
+from stdit.warn import warn_user
 
 # Stride and latent channels of the VAEs that configs name by hub id, so that planning needs no download.
 HUB_VAES = {
@@ -136,12 +137,19 @@ def speed_line(args: argparse.Namespace, run: PlannedRun, choice: Choice) -> str
             f"speed         this model is too small for {args.gpu}: launching its operations takes longer than computing them; "
             f"expect at most some {1 / LAUNCH_SECONDS:.0f} steps/s, and {train.steps:,} steps in minutes"
         )
-    hours = train.steps * seconds / 3600
-    whole = f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} hours"
+    slower = seconds + run.travel(choice)
+    beside = (
+        "" if slower < 1.05 * seconds else f", {_whole(train.steps * slower)} if none of what is sent travels beside it"
+    )
     return (
         f"speed         {1 / seconds:.2f} steps/s, {train.batch_size / seconds:.0f} clips/s on {args.count} x {args.gpu} at {args.utilisation:.0%} of {run.peak:.0f} Tflops; "
-        f"{train.steps:,} steps in {whole} (without the VAE: cache latents)"
+        f"{train.steps:,} steps in {_whole(train.steps * seconds)}{beside} (without the VAE: cache latents)"
     )
+
+
+def _whole(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours / 24:.1f} days" if hours > 48 else f"{hours:.1f} hours"
 
 
 def latents_line(run: PlannedRun, clips: int) -> str:
@@ -329,6 +337,11 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
     bf16 = resolve(train.precision, "cpu") == "bf16" if on_cpu else train.precision != "fp32"
     if context > 1:
         check_shared_attention(arguments, context, ring, device="cpu" if on_cpu else "cuda", in_16_bits=bf16)
+        for frames in dict.fromkeys(size[0] for size in data.sizes or [[data.num_frames]]):
+            try:
+                check_frames(frames, vae, context)
+            except ValueError as error:  # the sums hold for the clips that it proposes, about
+                warn_user(f"training refuses these settings: {error}")
     run = PlannedRun(
         config, arguments, vae.latent_shape(data.num_frames, data.height, data.width, arguments["patch_size"]), args.count,
         bf16=bf16, fused=not (on_cpu and native_bf16() and bf16), on_cpu=on_cpu, peak=args.tflops or peak,

@@ -200,9 +200,12 @@ class PlannedRun:
     def seconds(self, choice: Choice) -> float:
         """Seconds of a step: arithmetic, traffic, and the launching of kernels for each micro-batch, one after another."""
         launches = LAUNCH_SECONDS * _CHECKPOINTING_TIME[choice.checkpointing] * self._micro_batches(choice)
+        return self.computation(choice) + self.travel(choice) + launches
+
+    def travel(self, choice: Choice) -> float:
+        """Seconds in which what a step sends is on its way."""
         sent = self.traffic(choice)
-        travel = (sent.weights + sent.tokens) / (self.bandwidth * 1e9) + sent.host / (self.host_bandwidth * 1e9)
-        return self.computation(choice) + travel + launches
+        return (sent.weights + sent.tokens) / (self.bandwidth * 1e9) + sent.host / (self.host_bandwidth * 1e9)
 
     def optimizer(self, choice: Choice) -> str:
         """The `train.optimizer` of a choice."""

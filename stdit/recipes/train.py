@@ -24,7 +24,7 @@ from torch import nn
 
 from stdit.config import Config, load_typed, to_plain
 from stdit.data.cache_locks import reading
-from stdit.data.datasets import Dataset, build_dataset
+from stdit.data.datasets import Dataset
 from stdit.data.identity import fingerprint, hash_of
 from stdit.data.loader import batches
 from stdit.data.rates import clip_rate
@@ -51,7 +51,7 @@ from stdit.recipes.build import (
     teacher_fingerprint,
 )
 from stdit.recipes.entry import command, out_of_memory
-from stdit.recipes.index import indexed
+from stdit.recipes.index import build_indexed
 from stdit.recipes.order import build_order
 from stdit.recipes.previews import read_previews, sample_previews
 from stdit.recipes.propose import BASE, data_overrides, find_or_propose, keep
@@ -61,6 +61,7 @@ from stdit.training.held_out import steps_between
 from stdit.training.optim import build_optimizers, check_optimizer
 from stdit.training.parallel import (
     check_agreement,
+    check_shared_folder,
     effective,
     gathered,
     group_of_one,
@@ -104,7 +105,7 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     check_batch(config, max(1, processes // context))
     check_trackers(config.train.trackers)
     check_optimizer(config.train.optimizer)
-    dataset = build_dataset(indexed(config.data))
+    dataset = build_indexed(config.data)
     vae = load_vae(config.vae.name).to(accelerator.device)
     check_cache(dataset, vae)
     objective = build_objective(config.objective)
@@ -113,21 +114,16 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     check_context(config, vae, processes)
     parallel = effective(config.train.parallel, accelerator.device.type, processes)
     mesh = make_mesh(parallel, accelerator.device.type, processes)
-    folders = RunFolders(config.name)
-    if main:
-        folders.lock()
-        if config.train.resume != "never":  # which moves what is there
-            folders.check_own_model()
-    accelerator.wait_for_everyone()
+    folders = _lock_folders(accelerator, config, sharded=mesh is not None)
     adapted: STDiT | None = None
     if config.train.lora.rank is not None:
         adapted, dataset = build_adapted(config, vae, dataset, objective)
     kept, held_out = split_holdout(config, dataset)
     teacher = build_teacher(config, vae, torch.device("cpu"))  # the device's memory is for the text encoder first
-    if teacher is not None:
-        check_same_conditions(config, teacher.model, dataset)
     resolved = _resolved(config, vae, dataset, adapted=adapted, teacher=teacher)
     checkpoint = _agreed_checkpoint(accelerator, config, resolved, folders=folders, vae=vae)
+    if teacher is not None and checkpoint is None:  # runs of earlier versions go on
+        check_same_conditions(config, teacher.model, dataset)
     set_seed(config.seed)
     # Not under a barrier of accelerate's, which would time out: the processes wait for each other's files.
     captions = build_captions(config, dataset, accelerator.device, share=(accelerator.process_index, processes))
@@ -179,6 +175,19 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     if main:
         folders.write_config(config)
     return Run(config, kept, order, trainer)
+
+
+def _lock_folders(accelerator: Accelerator, config: Config, *, sharded: bool) -> RunFolders:
+    """The folders of a run, which the main process locks; ValueError if others write shards and do not see them."""
+    folders = RunFolders(config.name)
+    if accelerator.is_main_process:
+        folders.lock()
+        if config.train.resume != "never":  # which moves what is there
+            folders.check_own_model()
+    accelerator.wait_for_everyone()
+    if sharded and accelerator.num_processes > 1:
+        check_shared_folder(accelerator, folders.checkpoints)
+    return folders
 
 
 def _resolved(
@@ -344,7 +353,7 @@ def _proposed(args: argparse.Namespace) -> Config:
     # A hold-out that cannot be, before any clip is encoded: a proposal encodes some to measure how long it takes.
     given = load_typed(Config, BASE, [*args.overrides, *data_overrides(args.data)])
     if given.train.holdout or given.train.holdout_values:
-        split_holdout(given, build_dataset(indexed(given.data)))
+        split_holdout(given, build_indexed(given.data))
     proposal = find_or_propose(args.data, args.overrides, args.minutes)
     print("\n".join(proposal.lines), file=sys.stderr if args.print_config else sys.stdout, flush=True)
     config = proposal.config(args.overrides)

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, NoReturn
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -253,6 +255,23 @@ def gathered(named: Iterable[tuple[str, Tensor]], keep: bool) -> Mapping[str, Te
         if keep:
             found[name] = full.cpu()
     return found
+
+
+def check_shared_folder(accelerator: Accelerator, folder: Path) -> None:
+    """Raise ValueError, in every process, if one of them does not see what the main process writes to a folder."""
+    mark = folder / f".probe-{uuid4().hex}"
+    name = gather_object([mark.name])[0]
+    if accelerator.is_main_process:
+        mark.touch()
+    accelerator.wait_for_everyone()
+    seen = gather_object([(folder / name).is_file()])
+    if accelerator.is_main_process:
+        mark.unlink()
+    if not all(seen):
+        raise ValueError(
+            f"process {seen.index(False)} does not see {folder}, where every process writes its part of a checkpoint: all nodes need "
+            "one folder of checkpoints; start the run in a folder that they share."
+        )
 
 
 def check_agreement(accelerator: Accelerator, found: Mapping[str, Any]) -> None:

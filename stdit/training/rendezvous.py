@@ -32,7 +32,7 @@ def fresh_store(store: dist.Store, rank: int, processes: int, seconds: float) ->
         store.set(f"stdit/start/{rank}", name)
         try:
             store.wait([f"stdit/answer/{name}"], timedelta(seconds=seconds))
-        except dist.DistStoreError as error:
+        except dist.DistError as error:
             raise _late([0], processes, seconds) from error
         name = store.get(f"stdit/answer/{name}").decode()
         store.set(f"stdit/{name}/{rank}", "")

@@ -231,23 +231,28 @@ def test_a_signal_to_the_launcher_and_its_death_save_the_shards_of_all(home, nam
     )
 
 
-def test_a_node_without_the_folder_of_checkpoints_says_so_before_step_1(home, tmp_path):
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_node_without_the_folder_of_checkpoints_says_so_before_step_1(home, tmp_path, fresh):
     shutil.copy("t.yaml", tmp_path)
-    shutil.copytree("checkpoints/two", "checkpoints/apart")
+    name = "fresh" if fresh else "apart"
+    if not fresh:
+        shutil.copytree("checkpoints/two", "checkpoints/apart")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     nodes = [
         subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1",
-             "--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "stdit", "train", "t.yaml", "name=apart"],
+             "--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "stdit", "train", "t.yaml", f"name={name}", *[SHARDED] * fresh],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         for rank, folder in enumerate((home, tmp_path))
     ]  # fmt: skip
     said = "".join(node.communicate(timeout=60)[1] for node in nodes)
-    assert all(node.returncode for node in nodes)
-    assert "process 1 has checkpoint None, but process 0 has" in said and "a folder that they share" in said
+    assert all(node.returncode for node in nodes), said
+    told = "process 1 does not see checkpoints/fresh" if fresh else "process 1 has checkpoint None, but process 0 has"
+    assert told in said and "a folder that they share" in said
+    assert not fresh or not list((home / "checkpoints/fresh").iterdir())
 
 
 def test_some_rows_of_shards_are_read_without_the_others(tmp_path):

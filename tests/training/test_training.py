@@ -366,8 +366,8 @@ def test_the_vae_that_a_refusal_advises_is_there(home, capsys, path):
         ({"num_classes": 5}, [], "has 5 classes, but this run 12; leave out clips of further classes, or go without labels"),
         ({"num_classes": 5}, ["init_from.classes=replace"], "has 5 classes, but this run 12; leave out"),
         ({"num_classes": 20}, ["init_from.classes=replace"], "has 20 classes, but this run 12; set model.num_classes=20, or"),
-        ({"class_names": [*CLASS_NAMES[:11], "moon"]}, [], f"calls class 11 'moon', but the data calls it {CLASS_NAMES[11]!r}; number"),
-        ({"num_classes": 20, "class_names": [*map(str, range(20))]}, ["model.num_classes=20"], "calls class 0 '0', but the data"),
+        ({"class_names": [*CLASS_NAMES[1:], CLASS_NAMES[0]]}, [], f"calls class 0 {CLASS_NAMES[1]!r}, but the data calls it {CLASS_NAMES[0]!r}; number the classes as it does (stdit info m --labels)"),
+        ({"num_classes": 20, "class_names": [*map(str, range(10)), *CLASS_NAMES[:10]]}, ["model.num_classes=20"], "calls class 0 '0', but the data"),
         ({}, ["model.micro_conditions=[fps]"], "takes no 'micro'; set model.micro_conditions=[]."),
         ({}, ["model.extra_conditions={camera: {}}"], "takes no 'camera'; leave model.extra_conditions.camera out."),
         ({}, ["text.encoder=words"], "takes no 'caption'; set text.encoder=null."),
@@ -401,6 +401,26 @@ def test_a_teacher_of_other_conditions_or_classes_is_refused_before_captions_are
 def test_a_flow_map_has_the_classes_of_its_teacher_or_none(home, model, override):
     start(**model).save_pretrained("m")
     assert go("init_from.path=m", *FLOW_MAP, override) == 0
+
+
+def test_a_flow_map_of_a_larger_table_has_the_names_of_its_teacher(home):
+    names = [*CLASS_NAMES, *(f"class {i}" for i in range(12, 20))]
+    start(num_classes=20, class_names=names).save_pretrained("m")
+    assert go("init_from.path=m", *FLOW_MAP, "model.num_classes=20") == 0
+    assert json.loads((home / "models/t/transformer/config.json").read_text())["class_names"] == names
+
+
+def test_a_teacher_whose_classes_have_other_words_is_a_warning_and_a_run_that_had_begun_goes_on(home, monkeypatch):
+    start(class_names=[f"a {name}" for name in CLASS_NAMES]).save_pretrained("words")
+    with pytest.warns(
+        UserWarning, match=f"class 0 is {CLASS_NAMES[0]!r} in the data, and 'a {CLASS_NAMES[0]}' in the model"
+    ):
+        assert go("init_from.path=words", *FLOW_MAP) == 0
+    start(num_classes=20).save_pretrained("m")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(train, "check_same_conditions", lambda *args: None)
+        assert go("init_from.path=m", *FLOW_MAP, "init_from.classes=replace", "name=before") == 0
+    assert go("init_from.path=m", *FLOW_MAP, "init_from.classes=replace", "name=before", "train.steps=4") == 0
 
 
 def test_a_flow_map_learns_on_at_the_scale_that_it_has_learnt(home):
