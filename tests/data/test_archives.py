@@ -12,6 +12,7 @@ from media import write_barcodes
 from stdit.data.config import DataConfig
 from stdit.data.datasets import build_dataset
 from stdit.data.identity import content_of, size_of
+from stdit.data.index import MediaIndex
 from stdit.data.loader import batches
 from stdit.data.media import member_of, open_regular
 from stdit.recipes import index
@@ -236,3 +237,15 @@ def test_packed_shards_are_refused_with_the_way_to_unpack_them(odd):
     (odd / "0.tar").unlink()
     with pytest.raises(ValueError, match=r"1.tar.gz is packed, .*unpack it to a .tar"):
         dataset()
+
+
+def test_a_shard_that_changed_in_place_makes_an_index_old_however_few_of_its_rows_are_compared(shards, monkeypatch):
+    assert index.main(["shards", "--output", "s.index", "--workers", "0"]) == 0
+    config = DataConfig(root="shards", manifest="s.index", num_frames=5, height=32, width=32)
+    monkeypatch.setattr(MediaIndex.check, "__defaults__", (1,))
+    assert len(build_dataset(config)) == 6
+    last = shards / "part-001.tar"
+    content = last.read_bytes()
+    last.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="older than its files.*part-001.tar.*has changed"):
+        build_dataset(config)

@@ -18,6 +18,7 @@ from stdit.data.loader import KeyedSamples
 from stdit.data.manifest import read_manifest
 from stdit.data.samplers import UniformSampler
 from stdit.data.video_io import VideoError
+from stdit.data.workers import SET_ASIDE
 from stdit.recipes import check_media
 
 
@@ -204,3 +205,15 @@ def test_a_file_that_takes_more_memory_than_a_process_may_is_refused_and_others_
     assert (first["height"], last["height"]) == (32, 32) and resource.getrlimit(resource.RLIMIT_AS) == limit
     assert inspections.inspect_all(paths, report, memory=0.1, **{**settings, "backend": None})[1] == large  # remembered
     assert inspections.inspect_all(paths, report, memory=0.0, **{**settings, "workers": 0})[1]["height"] == 8000
+
+
+def test_a_file_that_stalled_its_process_is_tried_again_by_the_next_command(tmp_path):
+    path, report = write_barcodes(tmp_path / "a.mp4", 5), tmp_path / "report.jsonl"
+    files = inspections._Files([path], "pyav", 0.0)
+    aside = f"{str(path)!r} {SET_ASIDE} 2 loader processes in a row its reading took more than data.timeout=3 seconds"
+    entry = files.load(0, {str(path): aside}, print)
+    assert "refused" in entry and "took more than --timeout=3 seconds" in entry["refused"]
+    report.write_text(json.dumps(entry) + "\n")
+    settings = {"backend": "pyav", "workers": 0, "timeout": 3.0, "memory": 0.0}
+    assert inspections.inspect_all([path], report, **settings)[0]["frames"] == 5
+    assert inspections.inspect_all([path], report, **{**settings, "backend": None})[0]["frames"] == 5  # remembered

@@ -1,5 +1,8 @@
 """What `stdit plan` says of several devices and of deep models."""
 
+import re
+import warnings
+
 import pytest
 from safetensors import safe_open
 
@@ -92,6 +95,20 @@ def test_a_plan_refuses_shared_frames_that_training_refuses():
         plan.main(arguments)
     with pytest.raises(ValueError, match="not on cuda in 32 bits with heads of 64"):
         plan.main([*arguments, "--ring", "2", "train.precision=fp32"])
+
+
+def test_a_plan_warns_of_frames_that_do_not_divide_and_says_the_days_with_all_that_is_sent(capsys):
+    with pytest.warns(UserWarning, match="training refuses these settings: 17 frames .* use 29 frames, or"):
+        assert plan.main(["video", "--count", "64", "--shard", "fsdp", "--context", "8"]) == 0
+    said = capsys.readouterr().out
+    hours, days = re.search(r"steps in ([0-9.]+) hours, ([0-9.]+) days if none of what is sent", said).groups()
+    steps, sent = re.search(r"([0-9,]+) steps in", said)[1], re.search(r"([0-9.]+) s at 50 GB/s", said)[1]
+    travel = int(steps.replace(",", "")) * float(sent) / 86400
+    assert float(days) == pytest.approx(float(hours) / 24 + travel, abs=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plan.main(["video", "--count", "1"]) == 0
+    assert "is sent" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float16", 2), ("float32", 4)])
