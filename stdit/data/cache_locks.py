@@ -19,7 +19,7 @@ Role = Literal["reader", "writer"]
 def lock_of(folder: Path, role: Role) -> Iterator[Path]:
     """A context manager of a lock of this process, which the system lets go if the process is killed.
 
-    A reader that cannot lock there is warned; a writer gets the OSError.
+    A reader that cannot lock there is warned; a writer gets a ValueError.
     """
     file = folder / f".{role}-{uuid4().hex}.lock"
     with ExitStack() as held:
@@ -27,7 +27,9 @@ def lock_of(folder: Path, role: Role) -> Iterator[Path]:
             held.enter_context(FileLock(file, timeout=1))
         except (OSError, NotImplementedError) as error:  # Timeout is one: some systems have no locks
             if role == "writer":
-                raise
+                raise ValueError(
+                    f"{folder} cannot be locked ({error}); write the cache to a folder on a file system that has locks."
+                ) from error
             warn_user(
                 f"{folder} cannot be locked here ({error}): if its cache is brought up to date while it is read, files of it may be removed "
                 "at the second time."
@@ -49,7 +51,11 @@ def _is_held(file: Path) -> bool:
     """Whether a process has a lock, or it cannot be found out; one that was killed has left its file, which is removed."""
     try:
         with FileLock(file, timeout=0):
-            pass
+            try:
+                file.unlink(missing_ok=True)
+                return False
+            except OSError:  # some systems keep a file that is open
+                pass
     except (OSError, NotImplementedError):  # Timeout is one
         return True
     with suppress(OSError):

@@ -7,6 +7,7 @@ where each begins. Its metadata have a CRC-32 of each of them.
 import json
 import mmap
 import os
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
@@ -51,9 +52,12 @@ class Columns:
         self._load(stream)
 
     def _load(self, stream: BinaryIO) -> None:
-        # It stays open, for the processes that map the same file, also if another takes its name meanwhile.
-        self._file = None if is_remote(self.path) else stream
-        self._data = _bytes_of(stream, mapped=self._file is not None)
+        with stream:
+            self._data, self._opened = _bytes_of(stream, mapped=not is_remote(self.path)), None
+            if isinstance(self._data, mmap.mmap):
+                # It stays open, for the processes that map the same file, also if another takes its name meanwhile.
+                self._opened = os.dup(stream.fileno())
+                weakref.finalize(self, os.close, self._opened)
         # Not from the open file, since processes that share it share its place.
         header, begin = _read_header(self._data, self.path)
         try:
@@ -70,7 +74,7 @@ class Columns:
         """Columns in memory. path: where they come from, for messages."""
         found = cls.__new__(cls)
         found.path, found.info, found._in_memory, found._data = path, {}, True, b""
-        found._checksums, found._file = {}, None
+        found._checksums, found._opened = {}, None
         found._take(_arrays_of(columns))
         return found
 
@@ -144,10 +148,9 @@ class Columns:
         if self._in_memory:
             return dict(self.__dict__)
         state: dict[str, Any] = {"path": self.path}
-        if self._file is not None and get_spawning_popen() is not None and hasattr(reduction, "DupFd"):
-            state["file"] = reduction.DupFd(
-                self._file.fileno()
-            )  # not on Windows, where a mapped file cannot be replaced
+        if self._opened is not None and get_spawning_popen() is not None and hasattr(reduction, "DupFd"):
+            # Not on Windows, where a mapped file cannot be replaced.
+            state["file"] = reduction.DupFd(self._opened)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

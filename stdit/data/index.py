@@ -18,7 +18,7 @@ from stdit.data.facts import Facts
 from stdit.data.folders import is_file, is_folder, resolved
 from stdit.data.identity import content_of, relative_name
 from stdit.data.manifest import FOLDER_MANIFESTS, Row, Table, folders_below, read_caption
-from stdit.data.media import ask_for, place_of, state_of
+from stdit.data.media import ask_for, state_of
 from stdit.data.rates import LOOKED_AT
 from stdit.data.records import is_table
 from stdit.data.stores import files_below, is_remote, is_url, url_of
@@ -192,8 +192,10 @@ class MediaIndex(Sequence[Row]):
         folders = self.info["folders"]
         if folders is not None and is_folder(source) and folders != _folders_state(source):
             self._refuse(f"files of {source} were added, removed or renamed, or its own manifest has changed")
-        most = _COMPARED if is_url(self.root) else most  # a store may have to be asked for each
-        compared = {*range(0, len(self), max(1, -(-len(self) // most))), *self._one_of_each_archive()}
+        # A store may have to be asked for each. More files are these and others, so that what is found current stays so.
+        limits = {_COMPARED} if is_url(self.root) else {_COMPARED, most}
+        spread = {i for limit in limits for i in range(0, len(self), max(1, -(-len(self) // limit)))}
+        compared = spread.union(self._one_of_each_archive())
         ask_for(self.file(i) for i in compared)
         for i in sorted(compared):
             if self.changed(i):
@@ -202,11 +204,10 @@ class MediaIndex(Sequence[Row]):
 
     def _one_of_each_archive(self) -> Iterable[int]:
         """A row in each of the archives or tables that the files lie in."""
-        if not len(self) or place_of(self.file(0)) is None:
-            return ()
         first: dict[str, int] = {}
         for i, name in enumerate(self.columns.texts("path")):
-            first.setdefault(name.partition("@")[0], i)
+            if "@" in name:  # ARCHIVE@PLACE/NAME; of a folder with an @ in its name a file is compared in vain
+                first.setdefault(name.rpartition("/")[0].rpartition("@")[0], i)
         return first.values()
 
     def check_names(self, columns: Mapping[str, str]) -> None:

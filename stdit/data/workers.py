@@ -255,27 +255,21 @@ def _limit_memory(memory: float) -> None:
 
 
 class _Carried:
-    """Samples on their way to a loader process, or the error that they met there, such as a file that is gone."""
+    """Samples that arrive in a loader process as bytes, which it unpickles once it may read stores and can say what went wrong.
+
+    They are pickled within Process.start(), so that locks and shared memory are sent as always.
+    """
 
     def __init__(self, samples: Loadable):
-        self.samples: Loadable | Exception = samples
+        self.samples = samples
 
-    def __reduce__(self) -> tuple[Callable[..., "_Carried"], tuple[bytes]]:
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
         buffer = BytesIO()
-        ForkingPickler(buffer).dump(
-            self.samples
-        )  # within Process.start(), so that locks and shared memory are sent as always
-        return _arrived, (buffer.getvalue(),)
+        ForkingPickler(buffer).dump(self.samples)
+        return bytes, (buffer.getvalue(),)
 
 
-def _arrived(pickled: bytes) -> _Carried:
-    try:
-        return _Carried(ForkingPickler.loads(pickled))
-    except Exception as error:
-        return _Carried(error)  # type: ignore[arg-type]
-
-
-def _work(connection: Connection, carried: _Carried, allowed: list[str], memory: float | None) -> None:
+def _work(connection: Connection, pickled: bytes, allowed: list[str], memory: float | None) -> None:
     """The main function of a loader process: load a sample for each key that arrives, until the connection closes."""
     stores.allow(*allowed)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process handles signals to all
@@ -294,9 +288,10 @@ def _work(connection: Connection, carried: _Carried, allowed: list[str], memory:
     def send_error(error: Exception) -> None:
         send("error", error if isinstance(error, (ValueError, OSError, MemoryError)) else _with_trace(error))
 
-    samples = carried.samples
-    if isinstance(samples, Exception):
-        return send_error(samples)
+    try:
+        samples: Loadable = ForkingPickler.loads(pickled)
+    except Exception as error:
+        return send_error(error)
     if memory is not None:
         _limit_memory(memory)
     send("ready", None)

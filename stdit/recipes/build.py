@@ -177,19 +177,22 @@ def check_same_conditions(config: Config, teacher: STDiT, dataset: Dataset) -> N
     if "label" not in names:
         return
     count, known = teacher.num_classes, teacher.config.class_names or ()
-    for number, (theirs, ours) in enumerate(zip(known, dataset.class_names or (), strict=False)):
-        if theirs == ours:
-            continue
-        if ours in known:
+    others = [
+        (ours not in known, number, printable(str(theirs)), printable(str(ours)))
+        for number, (theirs, ours) in enumerate(zip(known, dataset.class_names or (), strict=False))
+        if theirs != ours
+    ]
+    if others:
+        new_word, number, theirs, ours = min(others)
+        if not new_word:
             raise ValueError(
-                f"{problem} calls class {number} {printable(str(theirs))!r}, but the data calls it {printable(str(ours))!r}; number the classes as "
-                f"it does (stdit info {config.init_from.path} --labels), or go without labels (model.num_classes=0)."
+                f"{problem} calls class {number} {theirs!r}, but the data calls it {ours!r}; number the classes as it does (stdit info "
+                f"{config.init_from.path} --labels), or go without labels (model.num_classes=0)."
             )
         warn_user(
-            f"class {number} is {printable(str(ours))!r} in the data, and {printable(str(theirs))!r} in the model of init_from.path="
-            f"{config.init_from.path!r}, which a flow map learns from; they must mean the same."
+            f"class {number} is {ours!r} in the data, and {theirs!r} in the model of init_from.path={config.init_from.path!r}, which a "
+            "flow map learns from; they must mean the same."
         )
-        break
     if classes != count:
         remedy = (
             f"set model.num_classes={count}" if dataset.num_classes <= count else "leave out clips of further classes"

@@ -158,6 +158,8 @@ def indexed(data: DataConfig) -> DataConfig:
     check_writable(output)
     began, said, made = time.monotonic(), False, False
     while not _is_current(output, source, plain):
+        if made and not _is_of(MediaIndex(output), plain):
+            break  # another run has made it again for itself
         if made:
             raise ValueError(
                 f"{output} is older than its files right after it was made; start again once they no longer change."

@@ -27,12 +27,22 @@ def fresh_store(store: dist.Store, rank: int, processes: int, seconds: float) ->
     answered as well, but nobody reads that. Counting starts (TORCHELASTIC_RESTART_COUNT) would not do: the launchers of several
     nodes count differently. All processes must call it; ValueError if one of them has not done so after so many seconds.
     """
+    try:
+        return _fresh_store(store, rank, processes, seconds)
+    except dist.DistNetworkError as error:
+        raise ValueError(
+            f"process {rank} has lost the store by which processes find each other ({str(error).splitlines()[0]}); look at what process 0 "
+            "and torchrun print, and run the same command again."
+        ) from error
+
+
+def _fresh_store(store: dist.Store, rank: int, processes: int, seconds: float) -> dist.Store:
     name = os.urandom(8).hex()
     if rank:
         store.set(f"stdit/start/{rank}", name)
         try:
             store.wait([f"stdit/answer/{name}"], timedelta(seconds=seconds))
-        except dist.DistError as error:
+        except dist.DistStoreError as error:
             raise _late([0], processes, seconds) from error
         name = store.get(f"stdit/answer/{name}").decode()
         store.set(f"stdit/{name}/{rank}", "")

@@ -168,7 +168,8 @@ def test_an_index_that_a_run_is_given_follows_its_sizes_its_root_and_files_chang
     assert len(read) == 9  # each file once
     read.clear()
     write_barcodes(clips / "clip é 3.mp4", 25)  # in place: the folder is as it was
-    monkeypatch.setattr(MediaIndex.check, "__defaults__", (1,))  # in place of a thousand
+    monkeypatch.setattr("stdit.data.index._COMPARED", 1)  # in place of a thousand
+    monkeypatch.setattr(MediaIndex.check, "__defaults__", (1,))
     assert rows(sizes=videos) == 6 and read == ["clip é 3.mp4"]
 
     Path("m.csv").write_text("path\nclips/clip é 0.mp4\n")
@@ -208,6 +209,42 @@ def test_a_copy_of_an_index_that_is_opened_by_its_name_has_the_same_rows_or_is_r
     Path("clips.index").unlink()
     with pytest.raises(ValueError, match="clips.index is missing, while a run reads it; start the run again"):
         copy.deepcopy(rows.columns)
+
+
+def test_what_more_comparisons_find_current_fewer_find_current_too(clips, monkeypatch):
+    make()
+    index_of_clips, compared = MediaIndex(Path("clips.index")), set()
+    monkeypatch.setattr(MediaIndex, "changed", lambda self, i: compared.add(i) or False)
+    monkeypatch.setattr("stdit.data.index.ask_for", lambda paths: None)
+    monkeypatch.setattr(MediaIndex, "check_columns", lambda self: None)
+    for count in (1, 999, 1001, 2500, 10_001, 25_000):
+        monkeypatch.setattr(MediaIndex, "__len__", lambda self, count=count: count)
+        compared.clear()
+        index_of_clips.check()
+        few = set(compared)
+        index_of_clips.check(10_000)
+        assert few <= compared and len(few) <= 1000 and len(compared) <= 11_000
+
+
+def test_an_index_that_another_run_makes_again_at_once_is_made_for_this_one_again(clips, monkeypatch):
+    (clips / "manifest.jsonl").unlink()
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(clips / "picture.png")
+    monkeypatch.setattr(index, "inspect_all", lambda *a, **k: inspect_all(*a, **{**k, "workers": 0}))
+    given = replace(config_of(""), manifest=None, index="clips.index", source="auto")
+    real, others = index.make_index, [replace(given, index=None, sizes=[[5, 32, 32]])]
+
+    def made_again(data, output, **options):
+        found = real(data, output, **options)
+        if others:
+            real(others.pop(), output, **options)
+        return found
+
+    monkeypatch.setattr(index, "make_index", made_again)
+    assert len(index.build_indexed(given)) == 7 and not others
+    others += [replace(given, index=None, sizes=[[5, 32, 32]])] * 9
+    Path("clips.index").unlink()
+    with pytest.raises(ValueError, match="is made again and again by a run of another data.root"):
+        index.build_indexed(given)
 
 
 def test_a_file_that_changes_after_a_run_has_begun_is_refused_by_name(clips):

@@ -25,7 +25,7 @@ from stdit.data.media import VideoError, open_regular, state_of
 from stdit.data.parquet import write_parquet
 from stdit.data.stores import is_remote, is_url, url_of
 from stdit.data.tensor_rows import TensorRows
-from stdit.recipes import cli, index
+from stdit.recipes import cache_latents, cli, index
 
 pytest.importorskip("obstore", reason="needs pip install 'stdit[stores]'")
 
@@ -111,6 +111,16 @@ def test_worker_processes_read_from_a_store(bucket):
     asked = len(bucket.requests)
     assert (next(plain).pixels == next(there).pixels).all() and len(bucket.requests) > asked
     there.close()
+
+
+def test_worker_processes_read_cached_latents_from_a_store(bucket):
+    sizes = ["data.num_frames=5", "data.height=32", "data.width=32"]
+    clips = ["data.root=bucket/clips", "data.source=videos"]
+    assert cache_latents.main(["quickstart", *clips, *sizes, "--output", "bucket/latents"]) == 0
+    here, there = (dataset(root=root, source="latents") for root in ("bucket/latents", "s3://bucket/latents"))
+    loaded = batches(there, 2, 4, workers=1)
+    assert (next(batches(here, 2, 4)).latents == next(loaded).latents).all()
+    loaded.close()
 
 
 def test_a_part_is_read_by_its_bytes(bucket, tmp_path):

@@ -367,6 +367,7 @@ def test_the_vae_that_a_refusal_advises_is_there(home, capsys, path):
         ({"num_classes": 5}, ["init_from.classes=replace"], "has 5 classes, but this run 12; leave out"),
         ({"num_classes": 20}, ["init_from.classes=replace"], "has 20 classes, but this run 12; set model.num_classes=20, or"),
         ({"class_names": [*CLASS_NAMES[1:], CLASS_NAMES[0]]}, [], f"calls class 0 {CLASS_NAMES[1]!r}, but the data calls it {CLASS_NAMES[0]!r}; number the classes as it does (stdit info m --labels)"),
+        ({"class_names": ["word", *CLASS_NAMES[2:], CLASS_NAMES[1]]}, [], f"calls class 1 {CLASS_NAMES[2]!r}, but the data calls it {CLASS_NAMES[1]!r}"),
         ({"num_classes": 20, "class_names": [*map(str, range(10)), *CLASS_NAMES[:10]]}, ["model.num_classes=20"], "calls class 0 '0', but the data"),
         ({}, ["model.micro_conditions=[fps]"], "takes no 'micro'; set model.micro_conditions=[]."),
         ({}, ["model.extra_conditions={camera: {}}"], "takes no 'camera'; leave model.extra_conditions.camera out."),
