@@ -231,7 +231,7 @@ def test_a_signal_to_the_launcher_and_its_death_save_the_shards_of_all(home, nam
     )
 
 
-@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("fresh", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_node_without_the_folder_of_checkpoints_says_so_before_step_1(home, tmp_path, fresh):
     shutil.copy("t.yaml", tmp_path)
     name = "fresh" if fresh else "apart"
