@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -18,7 +18,7 @@ from stdit.data.facts import Facts
 from stdit.data.folders import is_file, is_folder, resolved
 from stdit.data.identity import content_of, relative_name
 from stdit.data.manifest import FOLDER_MANIFESTS, Row, Table, folders_below, read_caption
-from stdit.data.media import ask_for, state_of
+from stdit.data.media import ask_for, place_of, state_of
 from stdit.data.rates import LOOKED_AT
 from stdit.data.records import is_table
 from stdit.data.stores import files_below, is_remote, is_url, url_of
@@ -202,13 +202,15 @@ class MediaIndex(Sequence[Row]):
                 missing = "is missing" if state_of(self.file(i)) == (-1, -1) else "has changed"
                 self._refuse(f"{self.file(i)} {missing}")
 
-    def _one_of_each_archive(self) -> Iterable[int]:
+    def _one_of_each_archive(self) -> Iterator[int]:
         """A row in each of the archives or tables that the files lie in."""
-        first: dict[str, int] = {}
+        known = {""}
         for i, name in enumerate(self.columns.texts("path")):
-            if "@" in name:  # ARCHIVE@PLACE/NAME; of a folder with an @ in its name a file is compared in vain
-                first.setdefault(name.rpartition("/")[0].rpartition("@")[0], i)
-        return first.values()
+            container = name.rpartition("/")[0].rpartition("@")[0] if "@" in name else ""  # of ARCHIVE@PLACE/NAME
+            if container not in known:
+                known.add(container)
+                if place_of(name) is not None:  # a folder may have an @ in its name
+                    yield i
 
     def check_names(self, columns: Mapping[str, str]) -> None:
         """Raise ValueError for names of columns (`data.columns`), if any, other than those that the index was made with."""

@@ -263,13 +263,13 @@ class _Carried:
     def __init__(self, samples: Loadable):
         self.samples = samples
 
-    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+    def __reduce__(self) -> tuple[type[bytearray], tuple[bytes]]:
         buffer = BytesIO()
         ForkingPickler(buffer).dump(self.samples)
-        return bytes, (buffer.getvalue(),)
+        return bytearray, (buffer.getvalue(),)
 
 
-def _work(connection: Connection, pickled: bytes, allowed: list[str], memory: float | None) -> None:
+def _work(connection: Connection, pickled: bytearray, allowed: list[str], memory: float | None) -> None:
     """The main function of a loader process: load a sample for each key that arrives, until the connection closes."""
     stores.allow(*allowed)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the main process handles signals to all
@@ -292,6 +292,7 @@ def _work(connection: Connection, pickled: bytes, allowed: list[str], memory: fl
         samples: Loadable = ForkingPickler.loads(pickled)
     except Exception as error:
         return send_error(error)
+    pickled.clear()  # the process keeps its arguments
     if memory is not None:
         _limit_memory(memory)
     send("ready", None)

@@ -131,7 +131,10 @@ def make_index(
 def build_indexed(data: DataConfig) -> Dataset:
     """The dataset of a config, by the index that `data.index` names, if any (see `indexed`)."""
     for _ in range(_TRIES):
-        dataset = build_dataset(indexed(data))
+        given = indexed(data)
+        if data.index is not None and not _is_of(MediaIndex(Path(data.index)), replace(data, index=None)):
+            continue
+        dataset = build_dataset(given)
         rows = getattr(dataset, "rows", None)
         if data.index is None or (isinstance(rows, MediaIndex) and _is_of(rows, replace(data, index=None))):
             return dataset

@@ -241,10 +241,30 @@ def test_an_index_that_another_run_makes_again_at_once_is_made_for_this_one_agai
 
     monkeypatch.setattr(index, "make_index", made_again)
     assert len(index.build_indexed(given)) == 7 and not others
+    listed = replace(given, manifest="m.csv", index="m.index", columns={"caption": "text"})
+    Path("m.csv").write_text("path,text\nclips/clip é 0.mp4,zero\n")
+    listed.root = "."
+    others += [replace(listed, index=None, columns={})]
+    assert index.build_indexed(listed).record(0)["caption"] == "zero" and not others
     others += [replace(given, index=None, sizes=[[5, 32, 32]])] * 9
     Path("clips.index").unlink()
     with pytest.raises(ValueError, match="is made again and again by a run of another data.root"):
         index.build_indexed(given)
+
+
+def test_folders_with_an_at_sign_are_no_archives_of_which_a_row_is_compared(tmp_path):
+    names = [f"user{i}@site/clip.mp4" for i in range(50)] + [
+        "a@b.tar@512+9/0.mp4",
+        "c.tar@512+9/0.mp4",
+        "c.tar@999+9/1.mp4",
+    ]
+    rows = [Row(tmp_path / name, None, "") for name in names]
+    entry = {"frames": 3, "height": 8, "width": 8}
+    write_index(
+        tmp_path / "at.index", Table(rows, 0, None), {str(row.path): entry for row in rows}, source=tmp_path / "m.csv",
+        root=tmp_path, fingerprint={}, action_space=None,
+    )  # fmt: skip
+    assert [*MediaIndex(tmp_path / "at.index")._one_of_each_archive()] == [50, 51]
 
 
 def test_a_file_that_changes_after_a_run_has_begun_is_refused_by_name(clips):
