@@ -14,11 +14,11 @@ from torch import nn
 
 from stdit.config import Config
 from stdit.data.datasets import Dataset
+from stdit.data.indexed import build_indexed
 from stdit.diffusion.objective import build_objective
 from stdit.legacy import renamed_parameter
 from stdit.recipes.build import build_accelerator, build_captions, build_teacher, split_holdout
 from stdit.recipes.entry import command, command_parser
-from stdit.recipes.index import build_indexed
 from stdit.recipes.models import CHECKPOINTS, config_of, find_checkpoint, pipeline_of
 from stdit.training.averages import Snapshot, average, read_snapshots, weights_of
 from stdit.training.fit import BadFiles, Trainer
@@ -50,7 +50,7 @@ def _gives(snapshots: Sequence[Snapshot], length: float, step: int) -> bool:
 
 def _clips(config: Config) -> tuple[Dataset, Dataset, HeldOutDraws]:
     """The clips of a run, those it trained on, and those it held out; ValueError if it held nothing out."""
-    dataset = build_indexed(config.data)
+    dataset = build_indexed(config.data, make=False)
     kept, held_out = split_holdout(config, dataset)
     if held_out is None:
         raise ValueError(

@@ -21,6 +21,7 @@ from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset
 from stdit.data.holdout import column_of, columns_for_holdout, split
 from stdit.data.identity import hash_of, identity_of
+from stdit.data.indexed import build_indexed
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import NO_BUCKET, ClipSize
 from stdit.data.variants import VARIANT, ClipVariants
@@ -28,7 +29,6 @@ from stdit.files import write_text
 from stdit.recipes.build import build_captions
 from stdit.recipes.encoding import Form
 from stdit.recipes.entry import check_least, command, command_parser
-from stdit.recipes.index import build_indexed
 from stdit.recipes.latent_shards import files_of_cache, rank_of_process, write_index, write_shards
 from stdit.recipes.models import default_device
 from stdit.recipes.order import measure

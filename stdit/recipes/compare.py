@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt
 from stdit.conditions import conditioners_of
 from stdit.conditions.values import map_tensors
 from stdit.config import Config, find_config, load_typed
+from stdit.data.indexed import build_indexed
 from stdit.data.loader import batches
 from stdit.data.shapes import CLASS_NAMES
 from stdit.data.video_write import to_uint8, write_contact_sheet
@@ -42,7 +43,6 @@ from stdit.model.cost import clip_flops
 from stdit.precision import autocast
 from stdit.recipes.build import build_captions, build_model
 from stdit.recipes.entry import child_environment, command, command_parser
-from stdit.recipes.index import build_indexed
 from stdit.recipes.models import load_pipeline
 from stdit.sampling.pipeline import STDiTPipeline
 from stdit.training.optim import build_optimizers
@@ -77,7 +77,7 @@ class Probe:
 
     def __init__(self, spec: Comparison, variant: str):
         self.config = read_variant(spec, variant)
-        dataset, vae = build_indexed(self.config.data), load_vae(self.config.vae.name)
+        dataset, vae = build_indexed(self.config.data, make=False), load_vae(self.config.vae.name)
         self.objective, self.vae = build_objective(self.config.objective), vae
         captions = build_captions(self.config, dataset, torch.device("cpu"))
         self.captions = captions
@@ -184,7 +184,7 @@ def measure(spec: Comparison, variant: str, seed: int, *, about: dict, folder: P
         measured = report([to_uint8(clip) for clip in clips], [CLASS_NAMES.index(name) for name in names])
         run.shape, run.direction, run.both = measured.shape, measured.direction, measured.both
     if spec.reference:
-        real = target_clips(build_indexed(config.data), pipe.video_vae, None, count=spec.reference, seed=1)
+        real = target_clips(build_indexed(config.data, make=False), pipe.video_vae, None, count=spec.reference, seed=1)
         run.frechet = distances(clips.split(32), real.split(32), load_extractor(spec.features)).frechet
     write_contact_sheet(folder / f"{variant}.png", list(clips[:24]), columns=3)
     file.parent.mkdir(exist_ok=True)
@@ -216,7 +216,7 @@ def sample_clips(pipe: STDiTPipeline, spec: Comparison, config: Config) -> torch
 @torch.no_grad()
 def held_losses(pipe: STDiTPipeline, config: Config) -> list[float]:
     """The loss of the EMA weights at each of `LEVELS`, on 128 clips of the data with fixed noise."""
-    objective, dataset = build_objective(config.objective), build_indexed(config.data)
+    objective, dataset = build_objective(config.objective), build_indexed(config.data, make=False)
     batch = next(batches(dataset, 10**6, min(128, len(dataset))))
     clips = to_latents(batch, pipe.video_vae)
     model, conditions = pipe.transformer, {}

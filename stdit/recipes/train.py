@@ -26,6 +26,7 @@ from stdit.config import Config, load_typed, to_plain
 from stdit.data.cache_locks import reading
 from stdit.data.datasets import Dataset
 from stdit.data.identity import fingerprint, hash_of
+from stdit.data.indexed import build_indexed
 from stdit.data.loader import batches
 from stdit.data.rates import clip_rate
 from stdit.data.samplers import BatchSampler
@@ -51,7 +52,6 @@ from stdit.recipes.build import (
     teacher_fingerprint,
 )
 from stdit.recipes.entry import command, out_of_memory
-from stdit.recipes.index import build_indexed
 from stdit.recipes.order import build_order
 from stdit.recipes.previews import read_previews, sample_previews
 from stdit.recipes.propose import BASE, data_overrides, find_or_propose, keep
@@ -105,16 +105,16 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     check_batch(config, max(1, processes // context))
     check_trackers(config.train.trackers)
     check_optimizer(config.train.optimizer)
-    dataset = build_indexed(config.data)
     vae = load_vae(config.vae.name).to(accelerator.device)
-    check_cache(dataset, vae)
     objective = build_objective(config.objective)
-    # What needs only the config, the rows and the files of the run is refused before captions are encoded, which may take
-    # hours; nothing of an earlier run is moved until all is built.
+    # What needs only the config, and then the rows and the files of the run, is refused before files are read for an index or
+    # captions are encoded, which may take hours; nothing of an earlier run is moved until all is built.
     check_context(config, vae, processes)
     parallel = effective(config.train.parallel, accelerator.device.type, processes)
     mesh = make_mesh(parallel, accelerator.device.type, processes)
     folders = _lock_folders(accelerator, config, sharded=mesh is not None)
+    dataset = build_indexed(config.data)
+    check_cache(dataset, vae)
     adapted: STDiT | None = None
     if config.train.lora.rank is not None:
         adapted, dataset = build_adapted(config, vae, dataset, objective)
@@ -353,7 +353,7 @@ def _proposed(args: argparse.Namespace) -> Config:
     # A hold-out that cannot be, before any clip is encoded: a proposal encodes some to measure how long it takes.
     given = load_typed(Config, BASE, [*args.overrides, *data_overrides(args.data)])
     if given.train.holdout or given.train.holdout_values:
-        split_holdout(given, build_indexed(given.data))
+        split_holdout(given, build_indexed(given.data, make=False))
     proposal = find_or_propose(args.data, args.overrides, args.minutes)
     print("\n".join(proposal.lines), file=sys.stderr if args.print_config else sys.stdout, flush=True)
     config = proposal.config(args.overrides)

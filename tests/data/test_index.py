@@ -6,15 +6,14 @@ import os
 import pickle
 import shlex
 import warnings
-from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from index_files import SIZES, config_of, make, write_clips
 from media import write_barcodes
-from PIL import Image
 
 from stdit import warn
 from stdit.data import clips as clips_module
@@ -26,43 +25,18 @@ from stdit.data.datasets import build_dataset
 from stdit.data.holdout import split
 from stdit.data.identity import fingerprint, identity_of
 from stdit.data.index import MediaIndex, write_index
-from stdit.data.inspections import inspect_all
 from stdit.data.joint import JointDataset
 from stdit.data.loader import batches
 from stdit.data.manifest import Row, Table
-from stdit.data.samplers import ClipSize
 from stdit.data.video_io import VideoError
-from stdit.recipes import check_media, index, train
+from stdit.recipes import check_media, index
 from stdit.recipes.order import measure
-
-SIZES = [ClipSize(5, 32, 32), ClipSize(9, 32, 48), ClipSize(1, 32, 32)]
 
 
 @pytest.fixture
 def clips(tmp_path, monkeypatch):
-    """A manifest of clips of several lengths, one of them broken, with labels, captions and further columns."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "clips"
-    folder.mkdir()
-    rows = []
-    for number, count in enumerate((20, 8, 12, 30, 6, 20)):
-        name = f"clip é {number}.mp4"
-        write_barcodes(folder / name, count, fps=24 if number % 2 else 12)
-        rows.append({"path": name, "label": ["b", "a"][number % 2], "caption": f"clip «{number}»", "score": number})
-    (folder / "clip é 4.mp4").write_bytes(b"no video")
-    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def config_of(manifest, **settings):
-    return DataConfig(**{
-        "root": "clips", "manifest": str(manifest), "num_frames": 5, "height": 32, "width": 32, "source": "videos",
-        "sizes": [list(size) for size in SIZES], **settings,
-    })  # fmt: skip
-
-
-def make(*arguments):
-    return index.main(["clips/manifest.jsonl", "--output", "clips.index", "--workers", "0", *arguments])
+    return write_clips(tmp_path / "clips")
 
 
 @pytest.mark.parametrize("fps", [None, 6.0])
@@ -114,70 +88,6 @@ def test_an_index_of_a_folder_is_made_again_when_files_are_added_and_reads_only_
     assert read == ["new.mp4"] and len(build_dataset(config)) == 7
 
 
-def test_a_training_makes_the_index_that_it_is_given_and_brings_it_up_to_date(clips, monkeypatch, capsys):
-    config = "data: {root: clips, num_frames: 5, height: 32, width: 32, workers: 0, max_bad_fraction: 0.5}\nmodel: {size: S/2, depth: 1, hidden_size: 16, num_heads: 2}\ntrain: {steps: 1, batch_size: 2, samples: 0, precision: fp32}\n"
-    Path("t.yaml").write_text("name: t\n" + config)
-    given = ["t.yaml", "data.manifest=manifest.jsonl", "data.index=clips.index"]
-    read = []
-    inspect_all = index.inspect_all
-    monkeypatch.setattr(
-        index,
-        "inspect_all",
-        lambda paths, *a, **k: read.append(len(paths)) or inspect_all(paths, *a, **{**k, "workers": 0}),
-    )
-
-    def loss(name, *arguments):
-        assert train.run([*arguments, f"name={name}"]) == 0
-        return Path(f"output/{name}/training_metrics.csv").read_text().splitlines()[1].split(",")[1]
-
-    assert loss("plain", *given[:2]) == loss("first", *given) == loss("again", *given)
-    assert read == [6] and len(MediaIndex(Path("clips.index"))) == 6
-    with open("clips/manifest.jsonl", "a") as stream:
-        stream.write(json.dumps({"path": "clip é 0.mp4", "label": "a", "caption": "", "score": 9}) + "\n")
-    assert loss("longer", *given) == loss("plain longer", *given[:2])
-    assert len(MediaIndex(Path("clips.index"))) == 7
-    other = [*given, "data.columns={label: score}"]
-    assert loss("columns", *other) == loss("plain columns", *given[:2], other[-1])
-    assert MediaIndex(Path("clips.index")).info["class_names"] != ["a", "b"] and read[-1] == 6
-    Path("notes.index").write_text("my notes, which are no table")
-    assert train.run([*given[:2], "name=notes", "data.index=notes.index"]) == 1
-    assert "data.index=notes.index is there and is no index" in capsys.readouterr().err
-    assert Path("notes.index").read_text().startswith("my notes")
-    assert train.run(["t.yaml", "name=other", "data.index=clips.index"]) == 1
-    assert "is the index of" in capsys.readouterr().err
-    assert train.run(["t.yaml", "name=inside", "data.index=clips/own.index"]) == 1
-    assert "put it next to it" in capsys.readouterr().err
-
-
-def test_an_index_that_a_run_is_given_follows_its_sizes_its_root_and_files_changed_in_place(clips, monkeypatch):
-    (clips / "manifest.jsonl").unlink()
-    for i in range(3):
-        Image.fromarray(np.full((48, 64, 3), 60 * i, np.uint8)).save(clips / f"picture {i}.png")
-    read, real = [], inspections.inspect
-    monkeypatch.setattr(inspections, "inspect", lambda path, *a, **k: read.append(path.name) or real(path, *a, **k))
-    monkeypatch.setattr(index, "inspect_all", lambda *a, **k: inspect_all(*a, **{**k, "workers": 0}))
-
-    def rows(**settings):
-        given = replace(config_of("", **settings), manifest=None, index="clips.index", source="auto")
-        found, plain = build_dataset(index.indexed(given)), build_dataset(replace(given, index=None))
-        assert fingerprint(found) == fingerprint(plain) and len(found) == len(plain)
-        return len(found)
-
-    videos = [[5, 32, 32]]
-    assert (rows(sizes=videos), rows(), rows(), rows(sizes=videos)) == (6, 9, 9, 6)
-    assert len(read) == 9  # each file once
-    read.clear()
-    write_barcodes(clips / "clip é 3.mp4", 25)  # in place: the folder is as it was
-    monkeypatch.setattr("stdit.data.index._COMPARED", 1)  # in place of a thousand
-    monkeypatch.setattr(MediaIndex.check, "__defaults__", (1,))
-    assert rows(sizes=videos) == 6 and read == ["clip é 3.mp4"]
-
-    Path("m.csv").write_text("path\nclips/clip é 0.mp4\n")
-    for root in (".", "clips"):
-        given = config_of(index.indexed(config_of("m.csv", root=root, index="m.index")).manifest, root=root)
-        assert MediaIndex(Path("m.index")).root == Path(root).absolute() and build_dataset(given).shape(0)[0] == 20
-
-
 def test_loader_processes_read_the_index_of_their_run_after_another_took_its_name(clips):
     make()
     dataset = build_dataset(config_of("clips.index"))
@@ -224,32 +134,6 @@ def test_what_more_comparisons_find_current_fewer_find_current_too(clips, monkey
         few = set(compared)
         index_of_clips.check(10_000)
         assert few <= compared and len(few) <= 1000 and len(compared) <= 11_000
-
-
-def test_an_index_that_another_run_makes_again_at_once_is_made_for_this_one_again(clips, monkeypatch):
-    (clips / "manifest.jsonl").unlink()
-    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(clips / "picture.png")
-    monkeypatch.setattr(index, "inspect_all", lambda *a, **k: inspect_all(*a, **{**k, "workers": 0}))
-    given = replace(config_of(""), manifest=None, index="clips.index", source="auto")
-    real, others = index.make_index, [replace(given, index=None, sizes=[[5, 32, 32]])]
-
-    def made_again(data, output, **options):
-        found = real(data, output, **options)
-        if others:
-            real(others.pop(), output, **options)
-        return found
-
-    monkeypatch.setattr(index, "make_index", made_again)
-    assert len(index.build_indexed(given)) == 7 and not others
-    listed = replace(given, manifest="m.csv", index="m.index", columns={"caption": "text"})
-    Path("m.csv").write_text("path,text\nclips/clip é 0.mp4,zero\n")
-    listed.root = "."
-    others += [replace(listed, index=None, columns={})]
-    assert index.build_indexed(listed).record(0)["caption"] == "zero" and not others
-    others += [replace(given, index=None, sizes=[[5, 32, 32]])] * 9
-    Path("clips.index").unlink()
-    with pytest.raises(ValueError, match="is made again and again by a run of another data.root"):
-        index.build_indexed(given)
 
 
 def test_folders_with_an_at_sign_are_no_archives_of_which_a_row_is_compared(tmp_path):
