@@ -41,9 +41,13 @@ class _Wanted(NamedTuple):
             source = Path(data.root) / data.manifest
         return cls(source, data.root, row_settings(data))
 
-    def is_source_of(self, index: MediaIndex) -> bool:
-        """Whether an index is of this folder or manifest."""
-        return os.path.realpath(index.source) == os.path.realpath(self.source)
+    def finds(self, output: Path) -> bool:
+        """Whether an index lies there and was made of this, which may have changed since."""
+        try:
+            index = MediaIndex(output)
+        except ValueError:
+            return False
+        return self._is_source_of(index) and self.fits(index)
 
     def fits(self, index: MediaIndex) -> bool:
         """Whether the rows of an index of this source are those of the settings and the root."""
@@ -52,13 +56,16 @@ class _Wanted(NamedTuple):
         )
         return root and index.info.get("settings") == self.settings
 
+    def _is_source_of(self, index: MediaIndex) -> bool:
+        return os.path.realpath(index.source) == os.path.realpath(self.source)
+
     def is_current(self, output: Path) -> bool:
         """Whether an index is there and as new as its files; ValueError for one of another folder or manifest."""
         try:
             index = MediaIndex(output)
         except ValueError:
             return False
-        if not self.is_source_of(index):
+        if not self._is_source_of(index):
             raise ValueError(
                 f"data.index={output} is the index of {index.source}, not of {self.source}; give it another name."
             )
@@ -78,20 +85,21 @@ def build_indexed(data: DataConfig, *, make: bool = True) -> Dataset:
     plain = replace(data, index=None)
     if data.index is None or (data.index == AUTO and data.datasets):
         return build_dataset(plain)
+    if not make:
+        found = find_index(data)
+        return build_dataset(plain) if found is None else read_index(data, found)
     if data.datasets:
         raise ValueError("data.index is of one data set; make an index of each, and give it as its manifest.")
     wanted = _Wanted.of(plain)
-    output = _own_index(plain, wanted, make=make) if data.index == AUTO else Path(data.index)
+    output = _own_index(plain, wanted) if data.index == AUTO else Path(data.index)
     if not isinstance(output, Path):
         return output
     check_output(output, wanted.source, "data.index=")
-    if not make and not wanted.is_current(output):
-        return build_dataset(plain)
     for _ in range(_TRIES):
         _bring_up_to_date(output, plain, wanted)
         if not wanted.fits(MediaIndex(output)):
             continue
-        dataset = build_dataset(replace(plain, manifest=str(output)))
+        dataset = read_index(data, output)
         rows = getattr(dataset, "rows", None)
         if isinstance(rows, MediaIndex) and wanted.fits(rows):
             return dataset
@@ -131,7 +139,24 @@ def _bring_up_to_date(output: Path, data: DataConfig, wanted: _Wanted) -> None:
                 made = True
 
 
-def _own_index(data: DataConfig, wanted: _Wanted, *, make: bool) -> Path | Dataset:
+def find_index(data: DataConfig) -> Path | None:
+    """The index that a run with this config would take as it is: the one that is named or found is there and current; else None.
+
+    No folder and no manifest is read for it.
+    """
+    if data.index is None or data.datasets:
+        return None
+    wanted = _Wanted.of(replace(data, index=None))
+    outputs = _names(wanted) if data.index == AUTO else [Path(data.index)]
+    return next((output for output in outputs if wanted.finds(output) and wanted.is_current(output)), None)
+
+
+def read_index(data: DataConfig, index: Path) -> Dataset:
+    """The dataset of a config by an index of its files."""
+    return build_dataset(replace(data, index=None, manifest=str(index)))
+
+
+def _own_index(data: DataConfig, wanted: _Wanted) -> Path | Dataset:
     """The index that a run takes without being asked, or the dataset where there is none to take.
 
     It is `data/NAME.index` of the folder or manifest NAME, if it was made of it under these settings, or else one with a hash of
@@ -139,13 +164,10 @@ def _own_index(data: DataConfig, wanted: _Wanted, *, make: bool) -> Path | Datas
     """
     names = _names(wanted)
     for output in names:
-        index = _opened(output)
-        if index is None or not wanted.is_source_of(index) or not wanted.fits(index):
-            continue
-        if wanted.is_current(output) or (make and _is_writable(output)):
+        if wanted.finds(output) and (wanted.is_current(output) or _is_writable(output)):
             return output
     dataset = build_dataset(data)
-    return names[-1] if make and names and _gains(dataset) and _is_writable(names[-1]) else dataset
+    return names[-1] if names and _gains(dataset) and _is_writable(names[-1]) else dataset
 
 
 def _names(wanted: _Wanted) -> list[Path]:
@@ -159,13 +181,6 @@ def _names(wanted: _Wanted) -> list[Path]:
         return []  # it would lie among the files that it is of
     name, own = Path(place).stem, hash_of([place, os.path.realpath(wanted.root), wanted.settings])[:12]
     return [_FOLDER / f"{name}{SUFFIX}", _FOLDER / f"{name}-{own}{SUFFIX}"]
-
-
-def _opened(output: Path) -> MediaIndex | None:
-    try:
-        return MediaIndex(output) if output.is_file() else None
-    except ValueError:  # a damaged one is made again
-        return None
 
 
 def _gains(dataset: Dataset) -> bool:

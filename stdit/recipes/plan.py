@@ -14,6 +14,7 @@ import torch
 
 from stdit.checkpoint.inflate import inflated_arguments
 from stdit.config import Config, load_typed
+from stdit.data.datasets import Dataset
 from stdit.diffusion.objective import build_objective
 from stdit.model.config import model_arguments
 from stdit.model.cost import Cost, Memory, forward_cost, frame_growth
@@ -34,6 +35,7 @@ from stdit.recipes.planned import (
     parse_memory,
     smallest,
 )  # fmt: skip
+from stdit.recipes.planned_steps import data_lines, known_dataset, step_kinds
 from stdit.text import load_text_encoder
 from stdit.training.throughput import GPUS
 from stdit.vae import VAEGeometry, load_vae
@@ -108,7 +110,8 @@ def largest(at: Callable[[int], Memory], room: float) -> int:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for numbers out of range."""
     check_least(args, "count")
-    check_least(args, "clips")
+    if args.clips is not None:
+        check_least(args, "clips")
     if not 0 < args.utilisation <= 1:
         raise ValueError(f"--utilisation must be > 0 and <= 1, got {args.utilisation}.")
     for name, value in (("--context", args.context), ("--ring", args.ring)):
@@ -142,7 +145,7 @@ def speed_line(args: argparse.Namespace, run: PlannedRun, choice: Choice) -> str
         "" if slower < 1.05 * seconds else f", {_whole(train.steps * slower)} if none of what is sent travels beside it"
     )
     return (
-        f"speed         {1 / seconds:.2f} steps/s, {train.batch_size / seconds:.0f} clips/s on {args.count} x {args.gpu} at {args.utilisation:.0%} of {run.peak:.0f} Tflops; "
+        f"speed         {1 / seconds:.2f} steps/s, {run.clips_of_steps / seconds:.0f} clips/s on {args.count} x {args.gpu} at {args.utilisation:.0%} of {run.peak:.0f} Tflops; "
         f"{train.steps:,} steps in {_whole(train.steps * seconds)}{beside} (without the VAE: cache latents)"
     )
 
@@ -155,7 +158,9 @@ def _whole(seconds: float) -> str:
 def latents_line(run: PlannedRun, clips: int) -> str:
     """A line with the disk that cached latents take: of every clip, and of each of its latent frames encoded alone."""
     dtype, posterior = run.config.data.cache_dtype, run.config.data.cache_posterior
-    one = 2 * run.arguments["in_channels"] * math.prod(run.latent) * {"float16": 2, "float32": 4}[dtype]
+    kinds = [(math.prod(kind.latent), 1 if kind.known is None else kind.known) for kind in run.kinds]
+    mean = sum(size * count for size, count in kinds) / sum(count for _, count in kinds)
+    one = 2 * run.arguments["in_channels"] * mean * {"float16": 2, "float32": 4}[dtype]
     one *= 2 if posterior == "moments" else 1
     return f"latents       {one / 1e3:,.0f} kB a clip in {dtype} if they are cached, {one * clips / 1e9:,.1f} GB on disk for {clips:,} clips"
 
@@ -252,7 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--host-bandwidth", type=float, default=25.0, metavar="GB/S", help="between a device and the host"
     )
-    parser.add_argument("--clips", type=int, default=1_000_000, help="clips of the data, whose latents may be cached")
+    parser.add_argument(
+        "--clips", type=int, help="of the data, whose latents may be cached (default: those of its index, or a million)"
+    )
     parser.add_argument("--fit", metavar="GB", help="propose what makes the run fit, such as 24GB, with the least time")
     parser.add_argument("--refuse", action="store_true", help="exit with 1 if the run does not fit")
     args = parser.parse_intermixed_args(argv)
@@ -260,16 +267,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = None if args.fit is None else parse_memory(args.fit)
     config = load_typed(Config, args.config, with_flags(args))
     vae = find_vae(config.vae.name)
-    run, choice = planned(args, config, arguments_of(config, vae), vae)
-    data, latent = config.data, run.latent
+    dataset = known_dataset(config)
+    run, choice = planned(args, config, arguments_of(config, vae), vae, dataset=dataset)
+    size, latent = run.kinds[0].size, run.latent
     on_cpu = run.on_cpu
     described = on_cpu or (args.tflops and args.memory)  # such a device needs no row in GPUS
     room = (args.memory or (0.0 if described else GPUS[args.gpu][1])) * GIB
     cost = forward_cost(run.arguments, latent)
 
     print(
-        f"{config.name}: {data.num_frames} frames of {data.height} x {data.width} -> latents {list(latent)}, {cost.tokens:,} tokens per clip"
+        f"{config.name}: {size.frames} frames of {size.height} x {size.width} -> latents {list(latent)}, {cost.tokens:,} tokens per clip"
+        + f"; of {len(config.data.sizes)} sizes the one with the most tokens in a step" * bool(config.data.sizes)
     )
+    print("".join(f"{line}\n" for line in data_lines(config, dataset, run.kinds)), end="")
     uncounted = "" if run.arguments["num_classes"] else " (and one row per class of the data)"
     print(f"parameters    {cost.parameters:,}{uncounted}")
     if run.adapted is not None:
@@ -294,7 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))
     if run.peak:
         print(speed_line(args, run, choice))
-    for line in scale_lines(run, choice, cost, clips=args.clips):
+    known = sum(kind.known or 0 for kind in run.kinds)
+    for line in scale_lines(run, choice, cost, clips=args.clips or known or 1_000_000):
         print(line)
     if wanted is not None:
         lines, fits = fit_lines(args, run, choice, wanted)
@@ -308,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     one = choice._replace(micro=1)
     grown = patch[0] * largest(lambda n: run.memory(one, (n * patch[0], *latent[1:])), left)
     frames = vae.pixel_frames(grown) if grown else 0
-    print(f"largest       micro-batch {clips} at {data.num_frames} frames; {frames} frames at micro-batch 1")
+    print(f"largest       micro-batch {clips} at {size.frames} frames; {frames} frames at micro-batch 1")
     if need > room:
         print(
             f"does not fit: the run needs {need / GIB:.1f} GiB, the device has {room / GIB:.0f} GiB. Lower train.micro_batch, or set "
@@ -318,8 +329,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEGeometry) -> tuple[PlannedRun, Choice]:
-    """The run of a command line, and its settings; ValueError for devices that cannot be divided so."""
+def planned(
+    args: argparse.Namespace, config: Config, arguments: dict, vae: VAEGeometry, *, dataset: Dataset | None = None
+) -> tuple[PlannedRun, Choice]:
+    """The run of a command line, and its settings; ValueError for devices that cannot be divided so. dataset: if it is known."""
     data, train = config.data, config.train
     on_cpu, context, ring = args.gpu == "cpu", train.parallel.context, train.parallel.ring
     offload = train.parallel.offload and not on_cpu
@@ -342,8 +355,10 @@ def planned(args: argparse.Namespace, config: Config, arguments: dict, vae: VAEG
                 check_frames(frames, vae, context)
             except ValueError as error:  # the sums hold for the clips that it proposes, about
                 warn_user(f"training refuses these settings: {error}")
+    patch, groups = arguments["patch_size"], args.count // context
+    kinds = tuple(step_kinds(config, vae, patch=patch, processes=groups, dataset=dataset))
     run = PlannedRun(
-        config, arguments, vae.latent_shape(data.num_frames, data.height, data.width, arguments["patch_size"]), args.count,
+        config, arguments, kinds[0].latent, args.count, clips=kinds[0].clips, kinds=kinds,
         bf16=bf16, fused=not (on_cpu and native_bf16() and bf16), on_cpu=on_cpu, peak=args.tflops or peak,
         utilisation=args.utilisation, bandwidth=args.bandwidth, host_bandwidth=args.host_bandwidth,
         adapted=adapted_parameters(config, arguments),

@@ -19,6 +19,7 @@ from stdit.model.cost import (
 from stdit.nn.context_parallel import sent_by_attention
 from stdit.nn.ring_attention import has_ring_kernels
 from stdit.recipes.build import check_batch
+from stdit.recipes.planned_steps import StepKind
 
 GIB = 2**30
 RESERVED = 1.5 * GIB  # of the CUDA context, kernels' workspaces and fragmentation
@@ -82,7 +83,8 @@ class PlannedRun:
 
     arguments: of the model. latent: (T, h, w) of a clip. peak: Tflops of a device, 0 if unknown; utilisation: the fraction of
     it that is reached. bandwidth: between devices, in GB/s; host_bandwidth: between each and the host. adapted: the
-    parameters of a LoRA, if only these are trained.
+    parameters of a LoRA, if only these are trained. clips: of a step, if others than `train.batch_size`.
+    kinds: of steps, if there are several, of which this is the one with the most tokens.
     """
 
     config: Config
@@ -97,8 +99,20 @@ class PlannedRun:
     bandwidth: float
     adapted: int | None = None
     host_bandwidth: float = 25.0
+    clips: int | None = None
+    kinds: tuple[StepKind, ...] = ()
     _linear: dict[bool | str, tuple[Memory, Memory]] = field(default_factory=dict, init=False, compare=False)
     _moments: dict[str, float] = field(default_factory=dict, init=False, compare=False)
+
+    @property
+    def batch_size(self) -> int:
+        """The clips of a step, on all devices."""
+        return self.clips or self.config.train.batch_size
+
+    @property
+    def clips_of_steps(self) -> float:
+        """The mean clips of a step, on all devices, over all kinds of steps."""
+        return sum(kind.share * kind.clips for kind in self.kinds) if self.kinds else self.batch_size
 
     @property
     def trained(self) -> int:
@@ -169,10 +183,15 @@ class PlannedRun:
         return copies * 4.0 * forward_cost(self.arguments, self.latent).parameters
 
     def computation(self, choice: Choice) -> float:
-        """Seconds of arithmetic in a step."""
+        """Seconds of arithmetic in a step, the mean of all kinds of steps."""
+        if self.kinds:
+            return sum(kind.share * self._of(kind).computation(choice) for kind in self.kinds)
         flops = forward_cost(self.arguments, self.latent, self.config.objective.route_ratio).total
-        work = 2 * 3 * _CHECKPOINTING_TIME[choice.checkpointing] * flops * self.config.train.batch_size
+        work = 2 * 3 * _CHECKPOINTING_TIME[choice.checkpointing] * flops * self.batch_size
         return work / ((self.peak or 1.0) * 1e12 * self.utilisation * self.count)
+
+    def _of(self, kind: StepKind) -> "PlannedRun":
+        return replace(self, latent=kind.latent, clips=kind.clips, kinds=())
 
     def traffic(self, choice: Choice) -> Traffic:
         """What a device sends in a step."""
@@ -230,7 +249,7 @@ class PlannedRun:
 
     def _clips(self, context: int) -> int:
         """The clips of a process in a step."""
-        return -(-self.config.train.batch_size // (self.count // context))
+        return -(-self.batch_size // (self.count // context))
 
     def _micro_batches(self, choice: Choice) -> int:
         return -(-self._clips(choice.context) // choice.micro)
@@ -296,7 +315,7 @@ def _choices(run: PlannedRun, current: Choice) -> Iterator[Choice]:
     for context in contexts:
         # Heads are shared by as many as can; a ring joins the rest (`check_shared_heads`).
         ring = context // math.gcd(heads, context) if "joint" in model.axes and not model.causal else 1
-        clips = -(-run.config.train.batch_size // (run.count // context))
+        clips = -(-run.batch_size // (run.count // context))
         micros = [n for n in range(clips, 0, -1) if clips % n == 0]
         for micro in [current.micro] if run.config.data.sizes else micros:
             for way in _ways(run, current):
