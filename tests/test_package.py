@@ -100,6 +100,7 @@ def test_every_recipe_is_a_command_with_a_help_text(capsys):
         "models",
         "order",
         "planned",
+        "planned_steps",
         "outputs",
         "previews",
     }
