@@ -77,24 +77,28 @@ def check_writable(path: Path) -> None:
         tmp.touch()
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from error  # not the name that nobody gave
-    tmp.unlink()
+    tmp.unlink(missing_ok=True)  # processes of other machines may have the same number
+
+
+class Claimed(ValueError):
+    """Another process is about to write a file."""
 
 
 @contextmanager
 def claimed(paths: Iterable[Path]) -> Iterator[None]:
-    """A context manager that keeps files for this process; ValueError if another process is about to write one of them.
+    """A context manager that keeps files for this process; `Claimed` if another process is about to write one of them.
 
     The claim on a file is a lock next to it, which the system lets go if this process is killed.
     """
     with ExitStack() as claims:
         for path in paths:
-            digest = hashlib.sha256(path.name.encode()).hexdigest()[:16]  # a lock's name is never too long
+            digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]  # a lock's name is never too long
             file = path.with_name(f".{digest}.lock")
             lock = FileLock(file)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                raise ValueError(f"{path} is being written by another process; choose another --output.") from None
+                raise Claimed(f"{path} is being written by another process; choose another --output.") from None
             claims.callback(_let_go, lock, file)
         yield
 

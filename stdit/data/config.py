@@ -40,7 +40,7 @@ class DataConfig:
     root: str = "data/clips"  # folder (or idx file) of the data, or the URL of one, such as s3://bucket/clips
     manifest: str | None = None  # CSV or JSON lines: path, label, caption, further columns; null: scan root
     index: str | None = (
-        AUTO  # NAME.index: a training makes it of root or manifest, or brings it up to date, and reads it in their place; auto: one in data/, made of 10 000 files or more; null: none
+        AUTO  # NAME.index: a training makes it of root or manifest, or brings it up to date, and reads it in their place; auto: the headers of 10 000 files or more, in data/; null: none
     )
     columns: dict[str, str] = field(
         default_factory=dict

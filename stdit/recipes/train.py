@@ -107,14 +107,14 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     check_optimizer(config.train.optimizer)
     vae = load_vae(config.vae.name).to(accelerator.device)
     objective = build_objective(config.objective)
-    # What needs only the config, and then the rows and the files of the run, is refused before files are read for an index or
-    # captions are encoded, which may take hours; nothing of an earlier run is moved until all is built.
+    # What needs only the config, and then the rows and the files of the run, is refused before captions are encoded, which may
+    # take hours; nothing of an earlier run is moved until all is built.
     check_context(config, vae, processes)
+    dataset = build_indexed(config.data)
+    check_cache(dataset, vae)
     parallel = effective(config.train.parallel, accelerator.device.type, processes)
     mesh = make_mesh(parallel, accelerator.device.type, processes)
     folders = _lock_folders(accelerator, config, sharded=mesh is not None)
-    dataset = build_indexed(config.data)
-    check_cache(dataset, vae)
     adapted: STDiT | None = None
     if config.train.lora.rank is not None:
         adapted, dataset = build_adapted(config, vae, dataset, objective)

@@ -1,6 +1,7 @@
 """A run takes its rows from an index that it makes, brings up to date, or finds, and has the losses of its files."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from stdit.data.identity import fingerprint
 from stdit.data.index import MediaIndex
 from stdit.data.indexed import build_indexed
 from stdit.data.inspections import inspect_all
+from stdit.data.video_io import VideoError
+from stdit.data.video_write import write_video
 from stdit.recipes import index, train
 
 
@@ -153,8 +156,10 @@ def test_a_run_on_many_files_makes_an_index_by_itself_with_the_same_losses_and_o
     assert losses("many") == plain
     [name] = made()
     said = capsys.readouterr().err
-    assert f"data/{name}: files that are new or have changed are read in full, once (data.index=null: no index)" in said
-    assert losses("again") == plain and "read in full" not in capsys.readouterr().err
+    assert (
+        f"data/{name}: headers of files that are new or have changed are read, once (data.index=null: no index)" in said
+    )
+    assert losses("again") == plain and "are read, once" not in capsys.readouterr().err
     further = ["plain", "data.index=null", "train.steps=2"], ["many", "train.steps=2"]
     assert losses(*further[0]) == losses(*further[1])  # both resume
     write_barcodes(clips / "new.mp4", 12)
@@ -175,23 +180,89 @@ def test_indexes_that_runs_make_by_themselves_are_apart_by_all_that_their_rows_d
         assert list(build_indexed(given).rows) == list(found.rows) and len(made()) == len(before) + 1
 
 
-def test_a_run_takes_the_index_of_its_own_settings_that_its_user_made_and_no_other(many, monkeypatch):
-    monkeypatch.setattr(indexed, "MANY", 99)
+def test_an_index_that_a_run_makes_by_itself_changes_no_sample_of_damaged_files_and_of_those_that_change(many):
     (many / "manifest.jsonl").unlink()
-    assert isinstance(build_indexed(own(sizes=[])).rows, list)
+    write_video(many / "damaged.mp4", np.random.default_rng(0).integers(0, 255, (90, 48, 64, 3), dtype=np.uint8))
+    whole = bytearray((many / "damaged.mp4").read_bytes())
+    middle = len(whole) * 3 // 4
+    whole[middle : middle + 2000] = bytes(2000)
+    (many / "damaged.mp4").write_bytes(whole)
+    (many / "clip é 0.txt").write_text("a cat")
+    found, plain = build_indexed(own(sizes=[])), build_dataset(replace(own(sizes=[]), index=None))
+    assert isinstance(found.rows, MediaIndex)
+
+    def sample(dataset, i, key):
+        try:
+            return dataset.load(i, np.random.default_rng(key))["pixels"].sum().item()
+        except VideoError as error:
+            return str(error)
+
+    def same():
+        return [
+            (sample(found, i, key), found.name(i), found.record(i)) for i in range(len(found)) for key in range(8)
+        ] == [(sample(plain, i, key), plain.name(i), plain.record(i)) for i in range(len(plain)) for key in range(8)]
+
+    assert same() and any(isinstance(sample(found, 6, key), str) for key in range(8))
+    assert any(isinstance(sample(found, 6, key), int) for key in range(8))
+    write_barcodes(many / "clip é 1.mp4", 25)  # after the run has begun
+    (many / "clip é 2.txt").write_text("a dog")
+    assert same()
+    (many / "clip é 0.txt").write_text("two cats")  # in place, which the folder's time does not show
+    assert build_indexed(own(sizes=[])).record(0)["caption"] == "two cats"
+
+
+def test_a_run_takes_no_index_that_it_has_not_made_unless_it_is_named(many, monkeypatch):
+    (many / "manifest.jsonl").unlink()
     assert index.main(["clips", "--output", "data/clips.index", "--workers", "0"]) == 0
-    found = build_indexed(own(sizes=[])).rows
-    assert isinstance(found, MediaIndex) and found.path == Path("data/clips.index")
-    assert isinstance(build_indexed(own()).rows, list)  # whose sizes have pictures
-    write_barcodes(many / "new.mp4", 12)
-    assert isinstance(build_indexed(own(sizes=[]), make=False).rows, list)  # the index is older than the folder
-    assert len(build_indexed(own(sizes=[])).rows) == 7 and len(MediaIndex(found.path)) == 7
-    Path("data/clips.index").write_bytes(b"no index")
-    assert isinstance(build_indexed(own(sizes=[])).rows, list)
-    Path("other").mkdir()
-    write_clips(Path("other/clips"))
-    assert index.main(["other/clips", "--output", "data/clips.index", "--workers", "0"]) == 0
-    assert isinstance(build_indexed(own(sizes=[])).rows, list)
+    found = build_indexed(own(sizes=[]))
+    assert found.rows.path != Path("data/clips.index") and not found.rows.decoded
+    assert build_indexed(replace(own(sizes=[]), index="data/clips.index")).rows.decoded
+    with (
+        monkeypatch.context() as patch
+    ):  # headers that another index has are not read again, and files are read in full for one that is named
+        patch.setattr(inspections, "inspect", None)
+        assert len(build_indexed(own()).rows) == 6
+    read = []
+    real = inspections.inspect
+    monkeypatch.setattr(inspections, "inspect", lambda path, *a, **k: read.append(k["decode"]) or real(path, *a, **k))
+    os.replace(found.rows.path, "data/own.index")
+    assert build_indexed(replace(own(sizes=[]), index="data/own.index")).rows.decoded and read == [True] * 6
+
+
+def test_an_index_of_a_manifest_that_lies_elsewhere_is_made_where_no_root_is_and_goes_through_a_linked_folder(many):
+    Path("deep/er").mkdir(parents=True)
+    Path("deep/er/data").symlink_to(Path("store").absolute())
+    Path("store").mkdir()
+    given = own(root="data/no such folder", manifest=str(many / "manifest.jsonl"), sizes=[])
+    plain = build_dataset(replace(given, index=None))
+    assert list(build_indexed(given).rows) == list(plain.rows) and len(made()) == 1
+    os.chdir("deep/er")
+    for place in (".", ".."):
+        os.chdir(place)
+        if place == "..":
+            Path("data").symlink_to(Path("../store").absolute())
+        found = build_indexed(given)
+        assert isinstance(found.rows, MediaIndex) and list(found.rows) == list(plain.rows)
+    assert len(list(Path("data/").glob("*.index"))) == 1
+
+
+def test_processes_of_several_machines_make_no_index_of_their_own_and_read_one_that_is_there(many, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert isinstance(build_indexed(own()).rows, list) and made() == []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert isinstance(build_indexed(own()).rows, MediaIndex)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert isinstance(build_indexed(own()).rows, MediaIndex)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="other systems write names in one way")
+def test_an_index_of_a_folder_whose_name_is_no_text_or_very_long_is_made(many):
+    for name in (b"cl\xff", b"n" * 250):
+        os.rename(many, name)
+        found = build_indexed(own(root=os.fsdecode(name), sizes=[]))
+        assert isinstance(found.rows, MediaIndex)
+        os.rename(name, many)
 
 
 @pytest.mark.parametrize("place", ["within", "not writable", "not made", "stores", "archives"])

@@ -31,7 +31,7 @@ def clips(tmp_path, monkeypatch):
 @pytest.mark.parametrize("further", [[], ["data.packing=true", "model.axes=[joint]"]])
 def test_a_plan_counts_the_steps_that_training_takes(clips, further):
     assert index.main(["clips", "--output", "data/clips.index", "--workers", "0", "data.sizes=[[1,1,1]]"]) == 0
-    config = load_typed(Config, "video", [*SMALL, *SIZED, *further])
+    config = load_typed(Config, "video", [*SMALL, *SIZED, *further, "data.index=data/clips.index"])
     vae, dataset = load_vae("tiny"), build_indexed(config.data)
     order = build_order(config, dataset, vae, patch=(1, 2, 2), processes=1)
     kinds = step_kinds(config, vae, patch=(1, 2, 2), processes=1, dataset=known_dataset(config))
@@ -58,6 +58,7 @@ def test_a_plan_says_what_an_index_knows_and_reads_no_manifest(clips, monkeypatc
         *SMALL,
         "data.manifest=manifest.jsonl",
         "data.source=auto",
+        "data.index=data/manifest.index",
         "train.steps=100",
         "train.batch_size=8",
     ]
