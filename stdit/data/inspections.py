@@ -125,7 +125,7 @@ def inspect_all(
     if len(missing) < len(paths):
         print(f"{len(paths) - len(missing)} files were read before, and have not changed")
     if workers is None:  # a process takes seconds to start
-        workers = min(num_workers(None, True), len(missing) // 32)
+        workers = min(len(missing), max(int(decode), min(num_workers(None, True), len(missing) // 32)))
     stream = open(report, "a", encoding="utf-8") if report else None  # noqa: SIM115 (closed below)
     if stream is not None and stream.tell():
         stream.write("\n")  # the last line may have been cut

@@ -173,7 +173,7 @@ class WorkerPool:
                     if worker.connection in ready:
                         self._receive(worker)
                     elif worker.job and worker.ready and time.monotonic() - worker.since > self.timeout:
-                        self._replace(worker, f"its reading took more than data.timeout={self.timeout:g} seconds")
+                        self._replace(worker, f"took more than data.timeout={self.timeout:g} seconds")
         except Exception as error:
             self._fail(error)
         finally:

@@ -210,10 +210,28 @@ def test_a_file_that_takes_more_memory_than_a_process_may_is_refused_and_others_
 def test_a_file_that_stalled_its_process_is_tried_again_by_the_next_command(tmp_path):
     path, report = write_barcodes(tmp_path / "a.mp4", 5), tmp_path / "report.jsonl"
     files = inspections._Files([path], "pyav", 0.0)
-    aside = f"{str(path)!r} {SET_ASIDE} 2 loader processes in a row its reading took more than data.timeout=3 seconds"
+    aside = f"{str(path)!r} {SET_ASIDE} 2 loader processes in a row took more than data.timeout=3 seconds"
     entry = files.load(0, {str(path): aside}, print)
     assert "refused" in entry and "took more than --timeout=3 seconds" in entry["refused"]
     report.write_text(json.dumps(entry) + "\n")
     settings = {"backend": "pyav", "workers": 0, "timeout": 3.0, "memory": 0.0}
     assert inspections.inspect_all([path], report, **settings)[0]["frames"] == 5
     assert inspections.inspect_all([path], report, **{**settings, "backend": None})[0]["frames"] == 5  # remembered
+
+
+def test_a_few_files_are_read_in_a_process_with_limits_and_none_starts_no_process(tmp_path, monkeypatch):
+    pools = []
+    real = inspections.WorkerPool
+
+    def pool(samples, workers, *arguments, **limits):
+        pools.append((workers, limits["memory"]))
+        return real(samples, workers, *arguments, **limits)
+
+    monkeypatch.setattr(inspections, "WorkerPool", pool)
+    write_barcodes(tmp_path / "a.mp4", 5)
+    settings = {"backend": "pyav", "workers": None, "timeout": 60.0, "memory": 2.0}
+    [entry] = inspections.inspect_all([tmp_path / "a.mp4"], tmp_path / "report.jsonl", **settings)
+    assert entry["frames"] == 5 and pools == [(1, 2e9)]
+    assert inspections.inspect_all([tmp_path / "a.mp4"], tmp_path / "report.jsonl", **settings) == [entry]
+    assert inspections.inspect_all([tmp_path / "a.mp4"], None, decode=False, **settings)[0]["frames"] == 5
+    assert len(pools) == 1
