@@ -144,18 +144,18 @@ def test_check_media_counts_by_reason_and_writes_a_manifest_that_training_reads_
 
 def test_a_check_goes_on_from_its_report_and_reads_changed_files_again(clips, tmp_path, monkeypatch, capsys):
     report = tmp_path / "r.jsonl"
-    assert check_media.main([str(clips), "--report", str(report)]) == 1
+    assert check_media.main([str(clips), "--report", str(report), "--workers", "0"]) == 1
     whole = report.read_text()
     report.write_text("".join(whole.splitlines(keepends=True)[:2]) + '{"path": "cut')  # as after a kill
     read = []
     original = inspections.inspect
     monkeypatch.setattr(inspections, "inspect", lambda path, *a, **k: read.append(path.name) or original(path, *a, **k))
-    assert check_media.main([str(clips), "--report", str(report)]) == 1
+    assert check_media.main([str(clips), "--report", str(report), "--workers", "0"]) == 1
     assert read == ["short.mp4", "slow.mp4"]
     strip = lambda text: [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]  # noqa: E731
     assert strip(report.read_text()) == strip(whole)
     write_barcodes(clips / "broken.mp4", 8)
-    assert check_media.main([str(clips), "--report", str(report)]) == 0
+    assert check_media.main([str(clips), "--report", str(report), "--workers", "0"]) == 0
     assert read[2:] == ["broken.mp4"]
     (tmp_path / "notes.txt").write_text("something else")
     with pytest.raises(ValueError, match="is no report"):
