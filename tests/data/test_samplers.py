@@ -110,6 +110,13 @@ def test_a_bucket_batch_has_one_size_within_the_budget_and_an_epoch_covers_every
     assert covered == set(range(len(SHAPES)))
 
 
+@pytest.mark.parametrize(("tokens", "same"), [(48, True), (40, False)])
+def test_buckets_of_two_processes_are_those_of_one_if_the_clips_of_every_size_in_a_step_are_even(tokens, same):
+    sizes, costs = SIZES[1:3], [8, 12]  # 48 tokens are six clips or four, 40 are five or three
+    one, two = (BucketSampler(3, [0] * 21 + [1] * 9, sizes, costs, tokens=tokens, processes=n) for n in (1, 2))
+    assert ([one.batch(step) for step in range(20)] == [two.batch(step) for step in range(20)]) == same
+
+
 def test_a_pack_fills_its_budget_and_an_epoch_covers_every_clip_once():
     buckets = assign_buckets(SHAPES, SIZES, 3)
     sampler = PackedSampler(3, buckets, SIZES, COSTS, tokens=40)
