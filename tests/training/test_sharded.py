@@ -69,6 +69,14 @@ TWO = {
     "gathered halves": [SHARDED, "train.parallel.gather_bf16=true", *HALF],
     "ring": [CONTEXT, SHARDED, "train.parallel.ring=2", *THIRTEEN],
     "buckets": [SHARDED, *SIZES],
+    # In the host's memory, where gradients of micro-batches are summed.
+    "host": [
+        SHARDED,
+        "train.parallel.offload=true",
+        "train.micro_batch=1",
+        "train.samples=0",
+        "train.preview_every=100",
+    ],
 }
 
 
@@ -85,7 +93,7 @@ def home(tmp_path_factory):
     runs = [["t.yaml", f"name={name}", *settings] for name, settings in TWO.items()]
     script = str(Path(__file__).with_name("several_runs.py"))
     done = run_command([*LAUNCHER, "--nproc-per-node", "2", "--standalone", script, json.dumps(runs)])
-    assert done.returncode == 0
+    assert done.returncode == 0 and "offload=true has no effect" not in done.stderr
     yield folder
     os.chdir(before)
 
@@ -124,6 +132,11 @@ def test_processes_with_a_copy_of_the_model_each_have_the_losses_and_the_weights
 def test_a_sharded_run_whose_gradients_add_up_and_whose_weights_stay_gathered_is_that_of_one_process(home):
     assert losses("parts") == pytest.approx(losses("one"), rel=1e-6)
     assert largest_difference(state("one", 6), state("parts", 6)) < 1e-3
+
+
+def test_two_processes_in_the_hosts_memory_have_the_losses_and_the_weights_of_one_without(home):
+    assert losses("host") == pytest.approx(losses("one"), rel=1e-6)
+    assert largest_difference(state("one", 6), state("host", 6)) < 1e-3
 
 
 def test_buckets_whose_clips_two_processes_can_share_have_the_losses_of_one(home):
