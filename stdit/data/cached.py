@@ -264,12 +264,13 @@ def _check_rate(root: Path, rates: list[float], config: DataConfig) -> None:
 
 def _check_augmentation(root: Path, info: dict[str, Any], config: DataConfig) -> None:
     """Raise ValueError for a mirroring or cropping at random that the latents do not have."""
-    for name, plain in (("flip", False), ("crop", "center")):
+    had = {"flip": bool(info.get("flip") or info.get("mirrored")), "crop": info.get("crop")}
+    for name, plain, remedy in (("flip", False, "cache them again with --mirrored, "), ("crop", "center", "")):
         asked = getattr(config, name)
-        if asked not in (plain, info.get(name)):
+        if asked not in (plain, had[name]):
             raise ValueError(
                 f"data.{name}={str(asked).lower()} cannot change the latents in {str(root)!r}, which are encoded already; use "
-                f"data.{name}={str(plain).lower()}, or train from the clips themselves."
+                f"data.{name}={str(plain).lower()}, {remedy}or train from the clips themselves."
             )
 
 

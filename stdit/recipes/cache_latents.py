@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="allow data.flip and data.crop=random, which are then drawn once for each clip, not anew in every epoch",
     )
     parser.add_argument("--windows", type=int, default=1, help="windows of each clip, drawn by seed")
-    parser.add_argument("--mirrored", action="store_true", help="every window also mirrored, in place of data.flip")
+    parser.add_argument("--mirrored", action="store_true", help="every window also mirrored, for data.flip")
     args = parser.parse_intermixed_args(argv)
     config = load_typed(Config, args.config, args.overrides)
     if config.data.source == "latents":
@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "folders of the latents."
         )
     before = files_of_cache(args.output)
+    if args.mirrored and not args.freeze_augmentation:
+        config.data.flip = False  # every window is there both ways
     check_augmentation(config.data, frozen=args.freeze_augmentation)
     check_least(args, "shard_size", "windows")
     if args.output.resolve() == Path(config.data.root).resolve():
@@ -165,15 +167,15 @@ _OTHER_KEYS = (*_PLACE_KEYS, "vae", "shard_size", "tensors", "sizes")
 
 def check_augmentation(config: DataConfig, frozen: bool) -> None:
     """Refuse what a cache would make the same in every epoch, or, with `frozen`, say that it is."""
-    drawn = [("data.flip=true", "data.flip=false")] * config.flip
+    drawn = [("data.flip=true", "data.flip=false, or add --mirrored for both")] * config.flip
     drawn += [("data.crop=random", "data.crop=center")] * (config.crop == "random")
-    given, plain = (" ".join(choice) for choice in zip(*drawn, strict=True)) if drawn else ("", "")
+    given = " ".join(setting for setting, _ in drawn)
     if frozen and drawn:
         print(f"{given}: drawn once for each clip and kept, not anew in every epoch")
     elif drawn:
         raise ValueError(
-            f"{given} would be drawn once for each clip and then be the same in every epoch; use {plain}, train from the clips "
-            "themselves, or pass --freeze-augmentation to have it so."
+            f"{given} would be drawn once for each clip and then be the same in every epoch; use "
+            f"{' and '.join(remedy for _, remedy in reversed(drawn))}, train from the clips themselves, or pass --freeze-augmentation to have it so."
         )
 
 

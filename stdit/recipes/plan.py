@@ -48,6 +48,14 @@ HUB_VAES = {
     "stabilityai/sd-vae-ft-ema": ((1, 8, 8), 4),
 }
 
+# Parts of the memory that are printed where they belong to its peak.
+_FURTHER_PARTS = {
+    "recomputed": "of a block, by checkpointing",
+    "working": "temporary tensors, and blocks that are gathered or copied",
+    "whole model": "from which previews and the samples at the end are made",
+    "copy": "of the largest file of a checkpoint",
+}
+
 
 def find_vae(name: str) -> VAEGeometry:
     """The shapes of a VAE's latents: from `HUB_VAES` if the name is listed there, otherwise from the loaded VAE."""
@@ -293,15 +301,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"memory        micro-batch of {choice.micro}, {'bf16' if run.bf16 else 'fp32'}, {run.optimizer(choice)}, on one device, GiB:"
     )
+    time, fullest = max(run.times(choice, found).items(), key=lambda one: sum(one[1].values()))
     for part in ("weights", "gradients", "optimizer", "ema"):
         print(f"  {part:<12}{getattr(found, part) / GIB:>8.2f}")
     for kind, value in table.items():
         mark = "  <- as configured" if kind == choice.checkpointing else ""
         saved = (value.activations + value.recomputed) / GIB
         print(f"  activations {saved:>8.2f}  {CHECKPOINTING_NAMES[kind]} checkpointing{mark}")
+    for part, what in _FURTHER_PARTS.items():
+        if part in fullest:
+            print(f"  {part:<12}{fullest[part] / GIB:>8.2f}  {what}")
     need = run.need(choice, found)
     print(f"  reserved    {run.other(choice) / GIB:>8.2f}  by the device's libraries, and by several devices")
-    print(f"  peak        {need / GIB:>8.2f}" + (f"  of {room / GIB:.0f} on {args.gpu}" if room else ""))
+    of = f"  of {room / GIB:.0f} on {args.gpu}" if room else ""
+    print(f"  peak        {need / GIB:>8.2f}{of}, {time}: {' + '.join(fullest)}")
     if run.peak:
         print(speed_line(args, run, choice))
     known = sum(kind.known or 0 for kind in run.kinds)
@@ -314,16 +327,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not room:
         return 0
     patch = run.arguments["patch_size"]
-    left = room - run.other(choice)
+    left = run.left_for_step(choice, room)
     clips = largest(lambda n: run.memory(choice._replace(micro=n)), left)
     one = choice._replace(micro=1)
     grown = patch[0] * largest(lambda n: run.memory(one, (n * patch[0], *latent[1:])), left)
     frames = vae.pixel_frames(grown) if grown else 0
     print(f"largest       micro-batch {clips} at {size.frames} frames; {frames} frames at micro-batch 1")
     if need > room:
+        remedy = (
+            "Set train.samples=0 and train.preview_every above train.steps"
+            if "whole model" in fullest
+            else "Lower train.micro_batch, or set model.gradient_checkpointing to selective or true"
+        )
         print(
-            f"does not fit: the run needs {need / GIB:.1f} GiB, the device has {room / GIB:.0f} GiB. Lower train.micro_batch, or set "
-            f"model.gradient_checkpointing to selective or true; --fit {room / GIB:.0f}GB proposes what fits."
+            f"does not fit: the run needs {need / GIB:.1f} GiB, the device has {room / GIB:.0f} GiB. {remedy}; --fit {room / GIB:.0f}GB "
+            "proposes what fits."
         )
         return 1 if args.refuse else 0
     return 0

@@ -162,15 +162,35 @@ class PlannedRun:
         return twice + (0 if self.on_cpu else RESERVED)
 
     def need(self, choice: Choice, memory: Memory) -> float:
-        """The largest use of memory of a device.
+        """The largest use of memory of a device."""
+        return max(sum(parts.values()) for parts in self.times(choice, memory).values())
+
+    def times(self, choice: Choice, memory: Memory) -> dict[str, dict[str, float]]:
+        """What is on a device at each of the times when its memory may be fullest, in bytes: the time -> part -> bytes.
 
         On a CPU, saving a checkpoint copies its largest file in memory. What samples from a model in shards has it whole, beside
         what stays on the device; blocks that wait in the host's memory are not there between steps.
         """
-        saving = memory.persistent + memory.optimizer if self.on_cpu else 0.0
-        whole = self._sampled() if choice.sharded else 0.0
-        sampling = whole + (0.0 if choice.offload else memory.persistent)
-        return max(max(memory.peak, sampling) + self.other(choice), saving)
+        stays = {"weights": memory.weights, "optimizer": memory.optimizer, "ema": memory.ema}
+        passing, reserved = {"working": memory.working}, {"reserved": self.other(choice)}
+        computed = {"activations": memory.activations + memory.recomputed}
+        reduced = {"gradients": memory.gradients, "recomputed": memory.recomputed}
+        found = {
+            "when the backward pass begins": {**stays, **computed, **passing, **reserved},
+            "when the backward pass ends": {**stays, **reduced, **passing, **reserved},
+        }
+        if choice.sharded:
+            beside = {} if choice.offload else stays
+            found["while it samples"] = {**beside, "whole model": self._sampled(), **reserved}
+        if self.on_cpu:
+            found["while it saves a checkpoint"] = {**stays, "copy": memory.optimizer}
+        return found
+
+    def left_for_step(self, choice: Choice, room: float) -> float:
+        """The bytes of `room` that a step may take; 0 if what the run needs beside its steps does not fit."""
+        empty = dict.fromkeys(("gradients", "activations", "recomputed", "working"), 0.0)
+        beside = self.need(choice, replace(self.estimate(choice), **empty))
+        return room - self.other(choice) if beside <= room else 0.0
 
     def _sampled(self) -> float:
         """Bytes of the whole model from which previews and the samples at the end are made; these also have its guide.

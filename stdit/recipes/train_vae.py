@@ -13,9 +13,13 @@ import numpy as np
 import torch
 
 from stdit.config import load_typed, to_plain
+from stdit.data.clips import VideoClips
+from stdit.data.config import DataConfig
+from stdit.data.datasets import build_dataset
+from stdit.data.folders import is_file
 from stdit.data.identity import hash_of, relative_name, size_of
 from stdit.data.idx import read_idx
-from stdit.data.manifest import read_manifest
+from stdit.data.manifest import Row
 from stdit.data.stores import allow
 from stdit.data.transforms import cover_size, resize_short_side
 from stdit.data.video_io import VideoReader
@@ -39,11 +43,21 @@ EVALUATED_FRAMES, EVALUATED_SIZES = 17, (128, 64)  # of the held-out clips
 _MEASURED = 16  # training clips on which PSNR is measured where none are held out
 
 
+def read_rows(config: VAEConfig) -> list[Row]:
+    """The rows of the manifest, or of an index without the files that could not be read when it was made."""
+    data = config.data
+    allow(data.root)
+    within = Path(data.root) / data.manifest
+    manifest = within if is_file(within) or not is_file(Path(data.manifest)) else data.manifest
+    dataset = build_dataset(DataConfig(root=data.root, manifest=str(manifest), source="videos", index=None))
+    assert isinstance(dataset, VideoClips)
+    index = dataset.index
+    return [row for i, row in enumerate(dataset.rows) if index is None or index.refused(i) is None]
+
+
 def data_fingerprint(config: VAEConfig) -> dict[str, str]:
     """Hashes of the clips and images that the VAE is trained on, by their names, sizes and groups."""
-    root = Path(config.data.root)
-    allow(root)
-    rows = read_manifest(root / config.data.manifest, root).rows
+    root, rows = Path(config.data.root), read_rows(config)
     clips = [(relative_name(row.path, root), size_of(row.path), row.columns.get("group")) for row in rows]
     images = [(Path(path).name, size_of(Path(path))) for path in config.data.images]
     return {"files": hash_of(clips), "images": hash_of(images)}
@@ -55,9 +69,7 @@ def read_clips(config: VAEConfig) -> tuple[list[dict[int, np.ndarray]], list[np.
     Frames are reduced while they are read, so that a clip takes the memory of its largest short side. If none are held out,
     the latter are the first of the training clips, which is said.
     """
-    root = Path(config.data.root)
-    allow(root)
-    rows = read_manifest(root / config.data.manifest, root).rows
+    rows = read_rows(config)
     if config.data.hold_out and not any("group" in row.columns for row in rows):
         raise ValueError(
             f"{config.data.manifest} has no column 'group' for data.hold_out={config.data.hold_out}; add it, or use hold_out=[]."

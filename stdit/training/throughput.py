@@ -91,11 +91,23 @@ class Throughput:
 
 
 def summary(rates: dict[str, float]) -> str:
-    """The rates as they stand in the progress bar."""
-    parts = [f"{rates['clips_per_second']:.1f} clips/s"]
+    """The rates and the largest memory so far as they stand in the progress bar; Tflop/s with their share of the peak."""
+    parts = [f"{_short(rates['clips_per_second'])} clips/s"]
+    if rates["tokens_per_second"]:  # training of a VAE counts none
+        parts.append(f"{_short(rates['tokens_per_second'])} tokens/s")
     if rates["tflops"]:
         used = rates["utilisation"]
-        parts.append(f"{rates['tflops']:.3g} Tflop/s" + (f" ({used:.0%} of the peak)" if used == used else ""))
+        parts.append(f"{rates['tflops']:.3g} Tflop/s" + (f" ({used:.0%})" if used == used else ""))
     if rates["waiting"] >= 0.01:
-        parts.append(f"{rates['waiting']:.0%} waiting for data")
+        parts.append(f"{rates['waiting']:.0%} waiting")
+    if rates["memory_gb"] == rates["memory_gb"]:
+        parts.append(f"{rates['memory_gb']:.1f} GB")
     return ", ".join(parts)
+
+
+def _short(number: float) -> str:
+    """Three digits of a number, with k or M for thousands and millions."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"

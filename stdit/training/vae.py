@@ -23,7 +23,7 @@ class VAEDataConfig:
     """The training data of the VAE: clips of a manifest (CSV with `path` and `group`), grey images, and drawn shapes."""
 
     root: str = "data/clips"  # folder of the clips
-    manifest: str = "clips.csv"  # CSV file in it, with the columns path and group
+    manifest: str = "clips.csv"  # CSV file in it, with the columns path and group, or an index made of one
     images: list[str] = field(default_factory=list)  # idx files of grey images
     hold_out: list[str] = field(default_factory=list)  # values of the column group whose clips are not trained on
     short_sides: list[int] = field(default_factory=lambda: [64, 80, 96, 128, 160])  # short sides of the clips in pixels

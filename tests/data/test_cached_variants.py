@@ -120,6 +120,38 @@ def test_windows_of_a_clip_are_samples_and_mirrored_ones_are_mirrored(home):
     assert not torch.equal(*(cached.load(row, np.random.default_rng(0))["latents"] for row in (0, 1)))
 
 
+def test_a_mirrored_cache_answers_data_flip_when_it_is_made_and_when_it_is_trained_from(home):
+    with pytest.raises(ValueError, match="data.flip=true would be drawn once .* add --mirrored for both"):
+        cache("data.sizes=[]", "data.flip=true")
+    assert cache("data.sizes=[]", "data.flip=true", "--mirrored") == 0
+    (home / "latents").rename("flipped")
+    assert cache("data.sizes=[]", "--mirrored") == 0
+    size = {"num_frames": 5, "height": 32, "width": 32}
+    flipped, plain = (build_dataset(DataConfig(root=root, flip=True, **size)) for root in ("flipped", "latents"))
+    assert len(flipped) == len(plain) == 10 and flipped.info["flip"] is False
+    for i in range(10):  # nothing is drawn, and nothing is mirrored again
+        loaded = [
+            cached.load(i, np.random.default_rng(seed))["latents"] for seed, cached in enumerate((flipped, plain))
+        ]
+        assert torch.equal(*loaded)
+    options = ["data.sizes=[]", "train.tokens=null", "data.root=flipped", "data.flip=true", "train.steps=2"]
+    assert train.run(["t.yaml", *options]) == 0
+    (home / "latents").rename("mirrored")
+    assert cache("data.sizes=[]") == 0
+    with pytest.raises(
+        ValueError, match="data.flip=true cannot change the latents .* cache them again with --mirrored"
+    ):
+        build_dataset(DataConfig(root="latents", flip=True, **size))
+
+
+def test_clips_with_actions_are_not_mirrored_for_data_flip(home):
+    rows = [{"path": f"{i}.mp4", "actions": [0] * 12} for i in (0, 1)]
+    (home / "clips/list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(ValueError, match="leave out --mirrored"):
+        cache("data.sizes=[]", "data.manifest=clips/list.jsonl", "data.flip=true", "--mirrored")
+    assert not (home / "latents").exists()
+
+
 def test_the_same_command_keeps_what_is_there_and_another_setting_is_refused(home, capsys):
     assert cache() == 0
     before = (home / "latents/cache.json").read_bytes()

@@ -1,10 +1,13 @@
 import copy
+import hashlib
 import itertools
+import json
 
 import numpy as np
 import pytest
 
 from stdit import legacy
+from stdit.config import Config, load_typed
 from stdit.data import samplers
 from stdit.data.samplers import (
     NO_BUCKET,
@@ -16,7 +19,9 @@ from stdit.data.samplers import (
     UniformSampler,
     assign_buckets,
 )
+from stdit.recipes.order import build_order
 from stdit.rng import keyed_choices, keyed_rng
+from stdit.vae import VAEGeometry
 
 SIZES = [ClipSize(1, 32, 32), ClipSize(5, 32, 32), ClipSize(9, 32, 32), ClipSize(5, 32, 48)]
 COSTS = [4, 8, 12, 12]
@@ -110,6 +115,13 @@ def test_a_bucket_batch_has_one_size_within_the_budget_and_an_epoch_covers_every
     assert covered == set(range(len(SHAPES)))
 
 
+@pytest.mark.parametrize(("tokens", "same"), [(48, True), (40, False)])
+def test_buckets_of_two_processes_are_those_of_one_if_the_clips_of_every_size_in_a_step_are_even(tokens, same):
+    sizes, costs = SIZES[1:3], [8, 12]  # 48 tokens are six clips or four, 40 are five or three
+    one, two = (BucketSampler(3, [0] * 21 + [1] * 9, sizes, costs, tokens=tokens, processes=n) for n in (1, 2))
+    assert ([one.batch(step) for step in range(20)] == [two.batch(step) for step in range(20)]) == same
+
+
 def test_a_pack_fills_its_budget_and_an_epoch_covers_every_clip_once():
     buckets = assign_buckets(SHAPES, SIZES, 3)
     sampler = PackedSampler(3, buckets, SIZES, COSTS, tokens=40)
@@ -149,3 +161,47 @@ def test_a_blocked_order_reads_few_shards_at_a_time_and_every_clip_once_an_epoch
     assert epochs[0] != epochs[1] != epochs[2]
     inside = [sample // 10 for sample in epochs[0][:30]]
     assert sum(a != b for a, b in itertools.pairwise(inside)) > 10  # shuffled, not shard after shard
+
+
+class Shards:
+    """As much of a dataset as orders are built from: 42 clips in shards, of one data set or of two."""
+
+    shards, rates = [7, 10, 4, 21], [24.0]
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __len__(self):
+        return len(SHAPES)
+
+    def shapes(self):
+        return np.array(SHAPES)
+
+
+TWO_SETS = "data.datasets=[{root: a, weight: 3}, {root: b, weight: 1}]"
+BUCKETS = ["data.sizes=[[1,32,32],[5,32,32],[9,32,32],[5,32,48]]", "train.tokens=40", "train.micro_batch=null"]
+# The settings of an order, its processes, and a hash of its first 20 batches: after a change, runs would resume with other clips.
+RECORDED = {
+    "uniform": ([], 1, "f9e985b23b51"),
+    "blocked": (["data.order=blocked", "data.order_window=2"], 1, "20c4f46ea0f8"),
+    "buckets": (BUCKETS, 1, "7eadf15198ab"),
+    "buckets of two processes": (BUCKETS, 2, "9ee5b043d167"),
+    "packs": ([*BUCKETS, "data.packing=true"], 1, "5eba189a0324"),
+    "packs of two processes": ([*BUCKETS, "data.packing=true"], 2, "cf0778f30f6f"),
+    "two sets": ([TWO_SETS], 1, "fb2f308dba1a"),
+    "two sets, blocked": ([TWO_SETS, "data.order=blocked", "data.order_window=1"], 1, "bec751f2c5cc"),
+    "buckets of two sets": ([TWO_SETS, *BUCKETS], 1, "a8657d60965a"),
+    "packs of two sets": ([TWO_SETS, *BUCKETS, "data.packing=true"], 1, "b177aabbee4f"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_first_batches_of_every_order_are_the_recorded_ones(name, tmp_path):
+    settings, processes, recorded = RECORDED[name]
+    (tmp_path / "t.yaml").write_text("{seed: 3, data: {source: videos}, train: {batch_size: 4}}")
+    config = load_typed(Config, str(tmp_path / "t.yaml"), settings)
+    dataset = Shards([17, 25] if config.data.datasets else [len(SHAPES)])
+    vae = VAEGeometry("tiny", (4, 8, 8), 4)
+    order = build_order(config, dataset, vae, patch=(1, 2, 2), processes=processes)
+    batches = [[(ref.sample, ref.size) for ref in order.batch(step)] for step in range(20)]
+    assert hashlib.sha256(json.dumps(batches).encode()).hexdigest()[:12] == recorded

@@ -178,6 +178,34 @@ def test_the_whole_model_that_is_sampled_stands_beside_the_shards_and_the_moment
     assert beyond(*nothing, "train.guide_step=5") == pytest.approx(0)
 
 
+@pytest.mark.parametrize(
+    ("settings", "decides"),
+    [
+        (["--count", "64", "--shard", "fsdp", "model.size=L/2", "model.depth=8", "train.batch_size=64"], "whole model"),
+        (["--count", "4", "train.batch_size=4", "model.depth=8", "model.gradient_checkpointing=true"], "gradients"),
+        ([], "activations"),
+        (["--gpu", "cpu", "train.batch_size=1", "model.depth=8", "model.gradient_checkpointing=true"], "copy"),
+    ],
+)
+def test_the_printed_parts_of_the_peak_add_up_to_it(path, capsys, settings, decides):
+    assert plan.main([path, *settings]) == 0
+    said = capsys.readouterr().out
+    peak, names = re.search(r"^  peak +([\d.]+).*: (.*)$", said, re.MULTILINE).groups()
+    said = re.sub(r"^  activations .*(?<!configured)$\n", "", said, flags=re.MULTILINE)
+    parts = {part: float(re.search(rf"^  {part} +([\d.]+)", said, re.MULTILINE)[1]) for part in names.split(" + ")}
+    assert decides in parts and sum(parts.values()) == pytest.approx(float(peak), abs=0.01 * len(parts) / 2 + 0.01)
+
+
+def test_the_largest_clip_leaves_room_for_the_whole_model_that_is_sampled(path, capsys):
+    how = [path, "model.size=L/2", "model.depth=24", "train.batch_size=4", "--count", "4", "--shard", "fsdp"]
+    how += ["--tflops", "900", "--memory", "4.5"]
+    assert plan.main(how) == 0
+    said = capsys.readouterr().out
+    assert "largest       micro-batch 0" in said and "Set train.samples=0 and train.preview_every above" in said
+    assert plan.main([*how, "train.samples=0", "train.preview_every=1000000"]) == 0
+    assert re.search(r"largest +micro-batch [1-9]", capsys.readouterr().out)
+
+
 def test_shards_hold_whole_gradients_while_they_add_up_micro_batches_unless_the_host_does(path):
     run = planned(path, 4)
     one, several = Choice(True, 8, sharded=True), Choice(True, 4, sharded=True)

@@ -1,12 +1,10 @@
 """Runs whose weights, gradients, averages and moments wait in the host's memory.
 
-On a CPU that is the same memory, and training leaves the setting out; here torch's engine is used all the same.
+On a CPU that is the same memory, and training leaves the setting out; here torch's engine is used all the same. Two processes
+do so in test_sharded.py.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -104,19 +102,6 @@ def test_gradients_of_a_micro_batch_are_summed_in_the_hosts_memory(home, monkeyp
     monkeypatch.setattr(loop, "accumulating", watched)
     assert train.run(["t.yaml", "name=summed", *OFFLOAD, "train.steps=1", "train.samples=0"]) == 0
     assert synced == [True, True]
-
-
-@pytest.mark.slow  # two processes on one core
-def test_two_processes_in_the_hosts_memory_have_the_losses_and_weights_of_one_without(home):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    script = [str(Path(__file__).with_name("offload_run.py")), "t.yaml", "name=two"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *script, *OFFLOAD], capture_output=True, text=True, timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert losses("two") == pytest.approx(losses("one"), rel=1e-6)
-    assert largest_difference(state("one", 4), state("two", 4)) < 1e-3
 
 
 class Stack(nn.Module):

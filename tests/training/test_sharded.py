@@ -49,6 +49,8 @@ SHARDED = "train.parallel.shard=fsdp"
 CONTEXT = "train.parallel.context=2"
 THIRTEEN = ["data.num_frames=13", "train.steps=4", "train.samples=0", "model.num_heads=2"]
 HALF = ["train.precision=bf16", "train.samples=0", "train.steps=4"]
+# In a step six clips of 8 tokens or four of 12, which two processes can share.
+SIZES = ["data.sizes=[[5,32,32],[9,32,32]]", "train.tokens=48", "train.steps=4", "train.samples=0"]
 # Every way in which two processes share the work of a run, by the name of its run.
 TWO = {
     "two": [SHARDED],
@@ -66,6 +68,15 @@ TWO = {
     "halves": [SHARDED, *HALF],
     "gathered halves": [SHARDED, "train.parallel.gather_bf16=true", *HALF],
     "ring": [CONTEXT, SHARDED, "train.parallel.ring=2", *THIRTEEN],
+    "buckets": [SHARDED, *SIZES],
+    # In the host's memory, where gradients of micro-batches are summed.
+    "host": [
+        SHARDED,
+        "train.parallel.offload=true",
+        "train.micro_batch=1",
+        "train.samples=0",
+        "train.preview_every=100",
+    ],
 }
 
 
@@ -78,10 +89,11 @@ def home(tmp_path_factory):
     os.chdir(folder)
     assert train.run(["t.yaml", "name=one"]) == 0
     assert train.run(["t.yaml", "name=thirteen", *THIRTEEN]) == 0
+    assert train.run(["t.yaml", "name=sizes", *SIZES]) == 0
     runs = [["t.yaml", f"name={name}", *settings] for name, settings in TWO.items()]
     script = str(Path(__file__).with_name("several_runs.py"))
     done = run_command([*LAUNCHER, "--nproc-per-node", "2", "--standalone", script, json.dumps(runs)])
-    assert done.returncode == 0
+    assert done.returncode == 0 and "offload=true has no effect" not in done.stderr
     yield folder
     os.chdir(before)
 
@@ -120,6 +132,15 @@ def test_processes_with_a_copy_of_the_model_each_have_the_losses_and_the_weights
 def test_a_sharded_run_whose_gradients_add_up_and_whose_weights_stay_gathered_is_that_of_one_process(home):
     assert losses("parts") == pytest.approx(losses("one"), rel=1e-6)
     assert largest_difference(state("one", 6), state("parts", 6)) < 1e-3
+
+
+def test_two_processes_in_the_hosts_memory_have_the_losses_and_the_weights_of_one_without(home):
+    assert losses("host") == pytest.approx(losses("one"), rel=1e-6)
+    assert largest_difference(state("one", 6), state("host", 6)) < 1e-3
+
+
+def test_buckets_whose_clips_two_processes_can_share_have_the_losses_of_one(home):
+    assert losses("buckets") == pytest.approx(losses("sizes"), rel=1e-6)
 
 
 def test_two_processes_have_the_held_out_loss_the_guide_and_the_averages_of_one(home):

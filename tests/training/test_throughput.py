@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from stdit.model.cost import flops_of_config
 from stdit.model.stdit import STDiT
+from stdit.progress import Progress
 from stdit.recipes import train
 from stdit.training import throughput
 from stdit.training.curves import draw_curves
@@ -43,9 +44,22 @@ def test_rates_are_those_of_the_steps_since_the_last_call_without_pauses(clock):
     rates = found.rates()
     assert (rates["clips_per_second"], rates["tokens_per_second"], rates["tflops"]) == (1.0, 25.0, 0.25)
     assert (rates["utilisation"], rates["waiting"]) == (0.125, 0.25) and tuple(rates) == COLUMNS
-    assert summary(rates) == "1.0 clips/s, 0.25 Tflop/s (12% of the peak), 25% waiting for data"
+    rates["memory_gb"] = 1.234
+    assert summary(rates) == "1 clips/s, 25 tokens/s, 0.25 Tflop/s (12%), 25% waiting, 1.2 GB"
     clock[0] += 1
     assert found.rates()["clips_per_second"] == 0
+
+
+def test_the_bar_of_a_large_run_says_tokens_and_memory_within_120_columns():
+    rates = dict(zip(COLUMNS, (278.0, 71234.0, 185.0, 0.234, 0.0, 79.94), strict=True))
+    assert summary(rates) == "278 clips/s, 71.2k tokens/s, 185 Tflop/s (23%), 79.9 GB"
+    postfix = f"loss 0.1234, {summary(rates)}"
+    bar = Progress.format_meter(20_000, 100_000, 4000.0, ncols=120, unit="step", postfix=postfix)
+    assert "79.9 GB" in bar and len(bar) <= 120
+    rates |= {"tokens_per_second": 1.25e6, "waiting": 0.05}
+    assert "1.25M tokens/s" in summary(rates) and "5% waiting" in summary(rates)
+    few = {**rates, "tokens_per_second": 0.0, "tflops": 0.0, "waiting": 0.0, "memory_gb": float("nan")}
+    assert summary(few) == "278 clips/s"
 
 
 @pytest.mark.parametrize(("name", "tflops"), [("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA GeForce RTX 4090", 165.0), ("A card of tomorrow", None)])  # fmt: skip

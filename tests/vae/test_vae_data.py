@@ -1,10 +1,15 @@
 """The batches on which the tiny VAE is trained."""
 
+import json
+
 import numpy as np
 import pytest
+from media import write_barcodes
 
 from stdit.pixels import to_float
-from stdit.training.vae import BATCH_SHAPES, ClipPool, VAEDataConfig
+from stdit.recipes import index
+from stdit.recipes.train_vae import data_fingerprint, read_clips
+from stdit.training.vae import BATCH_SHAPES, ClipPool, VAEConfig, VAEDataConfig
 
 
 def pool(side, frames=17, **settings):
@@ -31,3 +36,30 @@ def test_without_augmentation_clips_are_only_cut():
         settings = VAEDataConfig(share_shapes=0.0, share_images=0.0, augment=augment)
         drawn = [ClipPool([{64: frames}], None, settings).batch(0, step) for step in range(3)]
         assert all((batch == whole).all() for batch in drawn) != augment
+
+
+def test_an_index_gives_the_clips_and_the_fingerprint_of_its_manifest_without_files_that_cannot_be_read(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    for number in range(4):
+        write_barcodes(tmp_path / f"clips/{number}.mp4", 18 + number)
+    rows = [{"path": f"{number}.mp4", "group": "held" if number == 1 else "own"} for number in range(4)]
+    (tmp_path / "clips/list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert index.main(["clips/list.jsonl", "--output", "list.index", "--workers", "0"]) == 0
+
+    def config(manifest):
+        return VAEConfig(data=VAEDataConfig(root="clips", manifest=manifest, hold_out=["held"], short_sides=[32]))
+
+    plain, indexed = config("list.jsonl"), config("list.index")
+    assert data_fingerprint(plain) == data_fingerprint(indexed)
+    (clips, held_out), (clips_of_index, held_out_of_index) = read_clips(plain), read_clips(indexed)
+    assert len(clips) == len(clips_of_index) == 3 and len(held_out) == len(held_out_of_index) == 1
+    for one, other in zip(clips, clips_of_index, strict=True):
+        assert one.keys() == other.keys() and all((one[side] == other[side]).all() for side in one)
+    assert (held_out[0] == held_out_of_index[0]).all()
+
+    (tmp_path / "clips/3.mp4").write_bytes(b"no video")
+    index.main(["clips/list.jsonl", "--output", "list.index", "--workers", "0"])
+    assert len(read_clips(indexed)[0]) == 2
