@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
 import time
 import unicodedata
+import zlib
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import cached_property, lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stdit.files import atomic_write, claimed, write_text
+from stdit.files import Claimed, atomic_write, claimed, write_text
 from stdit.hub import check_reachable, resolve_source
 from stdit.legacy import aliases
 from stdit.nn.positions import sincos
@@ -28,6 +31,7 @@ from stdit.weights import check_fits, refuse_code
 __getattr__ = aliases(__name__)
 
 _PATIENCE = 0.2  # seconds between two looks at captions that another process encodes
+_BLOCK = 65536  # captions that are looked up at once
 
 
 class Encoded(NamedTuple):
@@ -205,8 +209,8 @@ class CaptionCache:
     """A cache of caption tokens in a folder, looked up by text, so that every caption is encoded once.
 
     Tokens are stored in float16, in shards of many captions. Each encoder has a subfolder of its own. New captions are
-    added in further shards; existing shards are never rewritten. In memory a caption is a hash of 16 bytes; a copy in another
-    process reads the names of the captions there.
+    added in further shards; existing shards are never rewritten. Processes look captions up by their hashes, in one table
+    that all of them map.
     """
 
     SHARD = 1024  # captions per file
@@ -218,30 +222,37 @@ class CaptionCache:
         self._ahead: dict[str, Encoded] = {}
 
     def add(
-        self, encoder: TextEncoder, texts: Sequence[str], progress: bool = True, share: tuple[int, int] = (0, 1)
+        self, encoder: TextEncoder, texts: Iterable[str], progress: bool = True, share: tuple[int, int] = (0, 1)
     ) -> None:
         """Encode and store those of `texts`, and the empty text, that are not in the cache yet.
 
         Any number of processes can do so at once: each takes parts that no other is at, and returns when all are there.
-        share: the number of this process and of all, so that they begin at different parts.
+        Texts are held in memory only if some are missing. share: the number of this process and of all, so that they
+        begin at different parts.
         """
-        wanted = list(dict.fromkeys(["", *texts]))
         self._index.read()
-        missing = [text for text in wanted if text not in self._index]
+        left, missing = chain([""], texts), dict[str, None]()
+        while block := dict.fromkeys(islice(left, _BLOCK)):
+            missing |= dict.fromkeys(self._index.missing(block))
         if progress:  # of a million captions that are here, a tokenizer would take minutes at every start
             warn_of_length(encoder, [text for text in missing if text])
+        if missing:
+            wanted = list(dict.fromkeys(["", *texts, *missing]))  # an iterator gives its texts only once
+            self._add(encoder, wanted, len(missing) if progress else 0, share)
+        self._index.store()
+
+    def _add(self, encoder: TextEncoder, wanted: list[str], total: int, share: tuple[int, int]) -> None:
+        """Encode and store those that are missing of all texts. total: the length of the bar, 0 for none."""
         self.folder.mkdir(parents=True, exist_ok=True)
         # Parts of all texts, not of those that are missing, which differ from process to process.
         parts = [wanted[i : i + self.SHARD] for i in range(0, len(wanted), self.SHARD)]
         begin = len(parts) * share[0] // share[1]
         left = deque([*parts[begin:], *parts[:begin]])
-        bar = Progress(
-            total=len(missing), desc=f"captions ({encoder.name})", unit="caption", disable=not progress or not missing
-        )
+        bar = Progress(total=total, desc=f"captions ({encoder.name})", unit="caption", disable=not total)
         elsewhere = 0  # parts in a row that other processes are at
         while left:
             part = left.popleft()
-            if all(text in self._index for text in part):
+            if not self._index.missing(part):
                 continue
             file = self._file(part)
             with ExitStack() as claim:
@@ -256,8 +267,7 @@ class CaptionCache:
                     continue
                 elsewhere = 0
                 self._index.read()  # another process may have written this part
-                new = [text for text in part if text not in self._index]
-                if new:
+                if new := self._index.missing(part):
                     self._write(new, self._encode(encoder, new, bar))
         bar.close()
 
@@ -320,30 +330,71 @@ class CaptionCache:
 
 
 class _CaptionIndex:
-    """Where the captions of a folder are: their hashes in one sorted array, which takes 24 bytes for each."""
+    """Where the captions of a folder are: their hashes in one sorted array, which takes 24 bytes for each.
+
+    The array is stored in a table beside the shards, which every process maps. Shards that the table does not have are read from
+    their lists of texts, and all of them where the table is damaged, missing, or has a shard that is gone.
+    """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self._table = folder, folder / "captions.table"
         self._files: list[str] = []
+        self._stored = 0  # of these files, the first ones, which the table has
         self._hashes, self._places = np.zeros(0, "S16"), np.zeros((0, 2), np.int32)
         self._recent: dict[bytes, tuple[int, int]] = {}  # not sorted yet, since sorting after every shard takes long
 
     def read(self) -> None:
         """Take up the shards that were written since the last look."""
-        known = set(self._files)
-        for index in sorted(self.folder.glob("captions-*.json")):
-            file = index.with_suffix(".safetensors").name
-            if file not in known:
-                try:
-                    texts = json.loads(index.read_text())
-                except (OSError, ValueError):
-                    continue  # it was cut short; its captions are encoded again
-                if not index.with_suffix(".safetensors").is_file():
-                    continue
-                self._recent |= {_hash_of(text): (len(self._files), row) for row, text in enumerate(texts)}
-                self._files.append(file)
-                if len(self._recent) > max(1 << 14, len(self._hashes) // 8):
-                    self._sort()
+        if not self._files:
+            self._map()
+        for file in sorted(self._shards() - set(self._files)):
+            try:
+                texts = json.loads((self.folder / file).with_suffix(".json").read_text())
+            except (OSError, ValueError):
+                continue  # it was cut short; its captions are encoded again
+            self._recent |= {_hash_of(text): (len(self._files), row) for row, text in enumerate(texts)}
+            self._files.append(file)
+            if len(self._recent) > max(1 << 14, len(self._hashes) // 8):
+                self._sort()
+
+    def _shards(self) -> set[str]:
+        """The shards that are there with their lists of texts."""
+        names = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+        lists = [name for name in names if name.startswith("captions-") and name.endswith(".json")]
+        return names & {f"{name.removesuffix('.json')}.safetensors" for name in lists}
+
+    def _map(self) -> bool:
+        """Map the table if it is whole, has the shards that are known here, and none that is gone."""
+        try:
+            with safe_open(
+                self._table, framework="pt"
+            ) as table:  # which maps tensors of torch, and copies those of numpy
+                hashes, places = (table.get_tensor(name).numpy() for name in ("hashes", "places"))
+                listed, checksum = (table.metadata()[name] for name in ("files", "checksum"))
+            files = json.loads(listed)
+            whole = checksum == _checksum(listed, hashes, places)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return False
+        if not whole or not set(self._files) <= set(files) <= self._shards():
+            return False
+        self._files, self._stored, self._recent = files, len(files), {}
+        self._hashes, self._places = hashes.view("S16"), places
+        return True
+
+    def store(self) -> None:
+        """Store the table of all captions if it lacks some; nothing where another process is at it, or it cannot be written."""
+        if self._stored == len(self._files):
+            return
+        with suppress(OSError, NotImplementedError, Claimed), claimed([self._table]):  # some file systems have no locks
+            if self._map():  # another process has stored it meanwhile
+                return
+            self._sort()
+            hashes, listed = self._hashes.view(np.uint8), json.dumps(self._files)
+            checksum = _checksum(listed, hashes, self._places)
+            with atomic_write(self._table) as tmp:
+                tensors = {"hashes": torch.from_numpy(hashes), "places": torch.from_numpy(self._places)}
+                save_file(tensors, tmp, metadata={"files": listed, "checksum": checksum})
+            self._map()
 
     def _sort(self) -> None:
         hashes = np.concatenate([self._hashes, np.array(list(self._recent), "S16")])
@@ -351,19 +402,29 @@ class _CaptionIndex:
         self._hashes, first = np.unique(hashes, return_index=True)
         self._places, self._recent = places[first], {}
 
+    def _rows(self, digests: list[bytes]) -> np.ndarray:
+        """The row of each hash in the sorted array, -1 if it is not there."""
+        wanted = np.array(digests, "S16")
+        rows = np.searchsorted(self._hashes, wanted)
+        rows[rows == len(self._hashes)] = -1
+        there = rows >= 0
+        there[there] = self._hashes[rows[there]] == wanted[there]
+        return np.where(there, rows, -1)
+
+    def missing(self, texts: Collection[str]) -> list[str]:
+        """Those of some texts that are in no shard."""
+        digests = [_hash_of(text) for text in texts]
+        found = zip(texts, digests, self._rows(digests).tolist(), strict=True)
+        return [text for text, digest, row in found if row < 0 and digest not in self._recent]
+
     def find(self, text: str) -> tuple[str, int] | None:
         """The file and the row of a caption, None if it is in no shard."""
         if not self._files:
             self.read()
         digest = _hash_of(text)
-        value, found = np.array(digest, "S16"), self._recent.get(digest)
-        place = int(np.searchsorted(self._hashes, value))
-        if place < len(self._hashes) and self._hashes[place] == value:
-            found = tuple(self._places[place].tolist())
+        row = int(self._rows([digest])[0])
+        found = self._recent.get(digest) if row < 0 else self._places[row].tolist()
         return None if found is None else (self._files[found[0]], found[1])
-
-    def __contains__(self, text: str) -> bool:
-        return self.find(text) is not None
 
     def __len__(self) -> int:
         self._sort()
@@ -371,6 +432,14 @@ class _CaptionIndex:
 
     def __reduce__(self) -> tuple[type["_CaptionIndex"], tuple[Path]]:
         return type(self), (self.folder,)
+
+
+def _checksum(files: str, *arrays: np.ndarray) -> str:
+    """A CRC-32 of the names of the shards and of the arrays of a table."""
+    value = zlib.crc32(files.encode())
+    for array in arrays:
+        value = zlib.crc32(array.data, value)
+    return str(value)
 
 
 def _hash_of(text: str) -> bytes:

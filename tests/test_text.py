@@ -2,14 +2,17 @@ import json
 import os
 import threading
 import time
+import tracemalloc
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import fill
 
 from stdit.conditions import Caption
+from stdit.data.base import Captions
 from stdit.files import claimed
 from stdit.model.stdit import STDiT
 from stdit.recipes import train
@@ -107,7 +110,110 @@ def test_a_copy_in_another_process_is_sent_no_captions_and_finds_them_all(tmp_pa
     copy = ForkingPickler.loads(sent)
     assert torch.equal(copy(texts).tokens, cache(texts).tokens)
     assert len(cache) == 51 and torch.equal(copy(texts[::-1]).tokens, cache(texts[::-1]).tokens)  # sorted, and not yet
-    assert "word7 and more" in cache._index and "word7" not in cache._index
+    assert cache._index.missing(["word7 and more", "word7"]) == ["word7"]
+
+
+@pytest.fixture
+def captions(tmp_path, monkeypatch):
+    """A cache of captions in shards of eight, and these captions."""
+    monkeypatch.setattr(CaptionCache, "SHARD", 8)
+    cache, texts = CaptionCache(tmp_path, HashedWordEncoder()), ["", *(f"word{i} and more" for i in range(50))]
+    cache.add(HashedWordEncoder(), texts, progress=False)
+    return cache, texts
+
+
+def reopened(cache: CaptionCache) -> CaptionCache:
+    """The cache as another process opens it."""
+    return ForkingPickler.loads(ForkingPickler.dumps(cache))
+
+
+def empty_lists(cache: CaptionCache) -> None:
+    """Make the lists of texts of all shards unreadable."""
+    for file in cache.folder.glob("captions-*.json"):
+        file.write_text("[")
+
+
+def test_another_process_finds_captions_in_a_table_without_their_texts(captions):
+    cache, texts = captions
+    wanted = cache(texts)
+    empty_lists(cache)
+    other = reopened(cache)
+    assert torch.equal(other(texts).tokens, wanted.tokens) and len(other) == len(texts)
+    with pytest.raises(ValueError, match="was never encoded"):
+        other(["a green cat"])
+
+
+def test_a_cache_without_a_table_is_read_and_gets_one(captions):
+    cache, texts = captions
+    (cache.folder / "captions.table").unlink()
+    again = reopened(cache)
+    assert torch.equal(again(texts).tokens, cache(texts).tokens)
+    again.add(HashedWordEncoder(), texts, progress=False)
+    empty_lists(cache)
+    assert torch.equal(reopened(cache)(texts).tokens, cache(texts).tokens)
+
+
+def test_captions_that_the_table_lacks_are_found_and_added_to_it(captions):
+    cache, texts = captions
+    table, more = cache.folder / "captions.table", [f"further {i}" for i in range(20)]
+    before = table.read_bytes()
+    cache.add(HashedWordEncoder(), more, progress=False)
+    table.unlink()  # which is mapped
+    table.write_bytes(before)  # as of a process that was killed before it stored the table
+    again = reopened(cache)
+    assert torch.equal(again([*texts, *more]).tokens, cache([*texts, *more]).tokens)
+    again.add(HashedWordEncoder(), texts, progress=False)
+    empty_lists(cache)
+    assert torch.equal(reopened(cache)([*more, *texts]).tokens, cache([*more, *texts]).tokens)
+
+
+def test_a_damaged_table_changes_no_captions_and_is_replaced(captions):
+    cache, texts = captions
+    table, wanted = cache.folder / "captions.table", cache(texts).tokens
+    whole = table.read_bytes()
+    damaged = [whole[:length] for length in (0, 7, 100, len(whole) - 1)]
+    damaged += [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(0, len(whole), 23)]
+    for data in damaged:
+        table.unlink()
+        table.write_bytes(data)
+        assert torch.equal(reopened(cache)(texts).tokens, wanted)
+    reopened(cache).add(HashedWordEncoder(), texts, progress=False)
+    empty_lists(cache)
+    assert torch.equal(reopened(cache)(texts).tokens, wanted)
+
+
+def test_captions_of_a_shard_that_is_gone_are_encoded_again_although_the_table_has_them(captions):
+    cache, texts = captions
+    wanted = cache(texts).tokens
+    min(cache.folder.glob("captions-*.safetensors")).unlink()
+    again = reopened(cache)
+    assert len(again) < len(texts)
+    again.add(HashedWordEncoder(), texts, progress=False)
+    assert torch.equal(again(texts).tokens, wanted) and torch.equal(reopened(cache)(texts).tokens, wanted)
+
+
+def test_captions_are_found_where_no_table_can_be_written(captions):
+    cache, texts = captions
+    table = cache.folder / "captions.table"
+    table.unlink()
+    table.mkdir()
+    again = reopened(cache)
+    again.add(HashedWordEncoder(), texts, progress=False)
+    assert torch.equal(again(texts).tokens, cache(texts).tokens) and not any(table.iterdir())
+
+
+def test_captions_that_are_there_are_looked_up_in_blocks_and_not_held_in_memory(tmp_path, monkeypatch):
+    encoder, texts = HashedWordEncoder(), [f"word{i} {'x' * 20_000}" for i in range(200)]
+    monkeypatch.setattr("stdit.text._BLOCK", 8)
+    cache = CaptionCache(tmp_path, encoder)
+    cache.add(encoder, texts, progress=False)
+    # Each text is made when it is read, as those of an index are.
+    read = Captions(SimpleNamespace(captions=lambda: ("".join([text[:99], text[99:]]) for text in texts)))
+    tracemalloc.start()
+    cache.add(encoder, read, progress=False)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1e6 < sum(map(len, texts)) and list(read) == list(read) == texts
 
 
 def test_captions_of_a_damaged_shard_are_named_and_those_of_a_lost_one_are_encoded_again(tmp_path, monkeypatch):

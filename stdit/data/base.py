@@ -71,6 +71,16 @@ class Annotated:
         return (self.record(i).get("caption") or "" for i in range(len(self)))
 
 
+class Captions:
+    """The captions of all samples of any dataset, which are read anew whenever they are iterated over and not held in memory."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[str]:
+        return captions_of(self.dataset)
+
+
 def captions_of(dataset: Dataset) -> Iterator[str]:
     """The captions of all samples of any dataset in their order, empty where there is none."""
     return dataset.captions() if hasattr(dataset, "captions") else Annotated.captions(dataset)

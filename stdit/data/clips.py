@@ -113,9 +113,9 @@ class TableDataset(Annotated):
             return str(error)
 
     def _row(self, index: int) -> Row:
-        """A row. VideoError if an index of files read in full has found that this one cannot be, or if it has changed since."""
+        """A row. VideoError if the index has found that its file cannot be read, or if the file has changed since."""
         row = self.rows[index]
-        if self.index is not None and self.index.decoded:
+        if self.index is not None:
             _refuse(row.path, self.index.refused(index))
             if self.index.changed(index):
                 _refuse(row.path, f"is not the file that {self.index.path} was made from; run stdit index again")
@@ -259,7 +259,7 @@ class VideoClips(TableDataset):
             warn_once(
                 "rows without an index",
                 f"{len(self)} rows are copied into every loader process; an index opens at once in all of them: stdit index SOURCE "
-                "--output NAME.index, then data.manifest=NAME.index (or data.index=auto, of files on this machine).",
+                "--output NAME.index, then data.manifest=NAME.index.",
             )
         return {key: value for key, value in self.__dict__.items() if key not in ("_readers", "_measures")}
 

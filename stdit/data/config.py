@@ -5,7 +5,6 @@ from typing import Literal
 
 from stdit.ranges import check_ranges
 
-AUTO = "auto"  # as data.index
 _RANGES = {
     "num_frames": "[1, inf)", "height": "[1, inf)", "width": "[1, inf)", "fps": "(0, inf)", "workers": "[0, inf)",
     "timeout": "(0, inf)", "order_window": "[1, inf)", "num_shapes": "[1, inf)", "max_bad_fraction": "[0, 1]",
@@ -40,7 +39,7 @@ class DataConfig:
     root: str = "data/clips"  # folder (or idx file) of the data, or the URL of one, such as s3://bucket/clips
     manifest: str | None = None  # CSV or JSON lines: path, label, caption, further columns; null: scan root
     index: str | None = (
-        AUTO  # NAME.index: a training makes it of root or manifest, or brings it up to date, and reads it in their place; auto: the headers of 10 000 files or more, in data/; null: none
+        None  # NAME.index: a training makes it of root or manifest, or brings it up to date, and reads it in their place
     )
     columns: dict[str, str] = field(
         default_factory=dict

@@ -34,11 +34,11 @@ _COMPARED = 1000  # files whose size and time of change are compared when an ind
 class MediaIndex(Sequence[Row]):
     """The rows of an index, made one by one as they are asked for; a copy in another process maps the same file.
 
-    path: the file that `write_index` wrote. columns: those of the file, if it is open. root: the folder of the media, as it is written in names (default:
-    as it lies from the index). ValueError if the file is no index, is damaged or of another version.
+    path: the file that `write_index` wrote. columns: those of the file, if it is open. root: the folder of the media, as it lies from the index. ValueError if the file
+    is no index, is damaged or of another version.
     """
 
-    def __init__(self, path: Path, columns: Columns | None = None, root: Path | None = None):
+    def __init__(self, path: Path, columns: Columns | None = None):
         self.path = Path(path)
         try:
             self.columns = Columns(path) if columns is None else columns
@@ -54,23 +54,16 @@ class MediaIndex(Sequence[Row]):
             raise ValueError(
                 f"{path} is damaged (it does not say its {lacking[0]!r}); make it again: stdit index SOURCE --output {path}."
             )
-        if root is None:
-            root = self._place_of("root")
-            root = root if is_url(root) else root.absolute()
-        self.root = root
-
-    @property
-    def decoded(self) -> bool:
-        """Whether its files were read in full; else only their headers were, and a file is for whoever opens it to judge."""
-        return self.info.get("decoded", True)
+        root = self._place_of("root")
+        self.root = root if is_url(root) else root.absolute()
 
     @property
     def source(self) -> Path:
         """The folder or manifest that it was made from."""
         return self._place_of("source")
 
-    def __reduce__(self) -> tuple[Callable[..., "MediaIndex"], tuple[Path, Columns, Path, Any]]:
-        return _reopened, (self.path, self.columns, self.root, self.info.get("fingerprint"))
+    def __reduce__(self) -> tuple[Callable[..., "MediaIndex"], tuple[Path, Columns, Any]]:
+        return _reopened, (self.path, self.columns, self.info.get("fingerprint"))
 
     def _place_of(self, name: str) -> Path:
         """A place that is kept relative to the index, or as a URL."""
@@ -188,11 +181,8 @@ class MediaIndex(Sequence[Row]):
         except ValueError as error:
             raise ValueError(f"{error}; make it again: {self._command(self._names)}.") from error
 
-    def check(self, most: int | None = _COMPARED) -> None:
-        """Raise ValueError if the index is damaged, or the source, an archive or one of `most` files spread over it has changed.
-
-        most: None for all files, a few microseconds each.
-        """
+    def check(self, most: int = _COMPARED) -> None:
+        """Raise ValueError if the index is damaged, or the source, an archive or one of `most` files spread over it has changed."""
         self.check_columns()
         source = self.source
         # An index does without its source, which may have been left elsewhere.
@@ -203,9 +193,7 @@ class MediaIndex(Sequence[Row]):
         if folders is not None and is_folder(source) and folders != _folders_state(source):
             self._refuse(f"files of {source} were added, removed or renamed, or its own manifest has changed")
         # A store may have to be asked for each. More files are these and others, so that what is found current stays so.
-        if most is None and (i := self._first_that_changed()) is not None:
-            self._refuse(f"{self.file(i)} has changed")
-        limits = {_COMPARED} if is_url(self.root) or most is None else {_COMPARED, most}
+        limits = {_COMPARED} if is_url(self.root) else {_COMPARED, most}
         spread = {i for limit in limits for i in range(0, len(self), max(1, -(-len(self) // limit)))}
         compared = spread.union(self._one_of_each_archive())
         ask_for(self.file(i) for i in compared)
@@ -213,16 +201,6 @@ class MediaIndex(Sequence[Row]):
             if self.changed(i):
                 missing = "is missing" if state_of(self.file(i)) == (-1, -1) else "has changed"
                 self._refuse(f"{self.file(i)} {missing}")
-
-    def _first_that_changed(self) -> int | None:
-        """The first row whose file, or whose text next to it, has another size or time of change; None if all are as they were."""
-        sizes, times, note_sizes, note_times = (self.columns[name].tolist() for name in (*_FILE, *_NOTE))
-        for i, file in enumerate(self.files()):
-            if state_of(file) != (sizes[i], times[i]):
-                return i
-            if note_sizes[i] >= 0 and state_of(f"{os.path.splitext(file)[0]}.txt") != (note_sizes[i], note_times[i]):
-                return i
-        return None
 
     def _one_of_each_archive(self) -> Iterator[int]:
         """A row in each of the archives or tables that the files lie in."""
@@ -244,10 +222,10 @@ class MediaIndex(Sequence[Row]):
             )
 
     def _refuse(self, what: str) -> None:
-        remedy = f"bring it up to date: {self._command(self._names)} (only what has changed is read)"
-        if not self.decoded:
-            remedy = "start again, which brings it up to date"
-        raise ValueError(f"{self.path} is older than its files ({what}); {remedy}.")
+        raise ValueError(
+            f"{self.path} is older than its files ({what}); bring it up to date: {self._command(self._names)} (only what "
+            "has changed is read)."
+        )
 
     @property
     def _names(self) -> dict[str, str]:
@@ -258,7 +236,7 @@ class MediaIndex(Sequence[Row]):
         """The command that makes the index again, with names of columns."""
         source, settings = self.source, self.info.get("settings") or {}
         words = ["stdit", "index", _address(source), "--output", str(self.path)]
-        if self.root.absolute() not in (source.absolute(), source.absolute().parent):
+        if self.root not in (source, source.absolute(), source.absolute().parent):
             words.append(f"data.root={_address(self.root)}")
         if settings.get("source") in ("images", "videos"):
             words.append(f"data.source={settings['source']}")
@@ -269,9 +247,9 @@ class MediaIndex(Sequence[Row]):
         return shlex.join(words)
 
 
-def _reopened(path: Path, columns: Columns, root: Path, fingerprint: Any) -> MediaIndex:
+def _reopened(path: Path, columns: Columns, fingerprint: Any) -> MediaIndex:
     """A copy of an index; ValueError if it was opened by its name, and has other rows by now, which are not those of the run."""
-    index = MediaIndex(path, columns, root)
+    index = MediaIndex(path, columns)
     if index.info.get("fingerprint") != fingerprint:
         raise ValueError(
             f"{path} was made again with other rows while a run reads it; start the run again, or name another data.index for each."
@@ -336,7 +314,6 @@ def write_index(
     action_space: ActionSpace | None,
     hashed: bool = False,
     settings: Mapping[str, Any] | None = None,
-    decoded: bool = True,
     before: Mapping[str, Any] | None = None,
     notes: np.ndarray | None = None,
 ) -> None:
@@ -346,7 +323,6 @@ def write_index(
     the content's hash where it is known.
     source: the folder or manifest that the table was read from. root: the folder below which the files lie. fingerprint: that
     of the dataset. hashed: with a hash of every file's content. settings: what the rows depend on besides the source, as plain values.
-    decoded: whether the files were read in full.
     before, notes: what `source_state` and `note_states` gave before the files were read (default: what they give now).
     """
     here = Path(os.path.abspath(path)).parent
@@ -381,7 +357,6 @@ def write_index(
         "action_space": None if action_space is None else action_space.plain,
         "fingerprint": dict(fingerprint),
         "settings": None if settings is None else dict(settings),
-        "decoded": decoded,
     }
     write_columns(path, arrays, info)
 
@@ -401,8 +376,6 @@ def entries_of(index: MediaIndex) -> dict[str, dict[str, Any]]:
         file = str(index.file(i))
         facts, refused = index.facts(i), index.refused(i)
         entry: dict[str, Any] = {"path": file, **{name: int(index.columns[name][i]) for name in _FILE}}
-        if not index.decoded:
-            entry["decoded"] = False
         if content := index.columns.text("content", i):
             entry["content"] = content
         found[file] = entry | (facts._asdict() if facts is not None else {"refused": refused or "was not read"})

@@ -24,23 +24,21 @@ _NEEDED = tuple(name for name in MEASURED if name not in Facts._field_defaults)
 class _Files:
     """The files to read, as the loader's processes load them: by number, each to an entry of the report."""
 
-    def __init__(self, paths: list[Path], backend: str, memory: float, decode: bool = True):
+    def __init__(self, paths: list[Path], backend: str, memory: float):
         self.paths, self.config = paths, DataConfig(num_frames=1, height=1, width=1, backend=backend)  # type: ignore[arg-type]
-        self.memory, self.decode = memory, decode
+        self.memory = memory
 
     def load(self, key: int, set_aside: Mapping[str, str], reading: Callable[[str], None]) -> dict[str, Any]:
-        """Read a file -> its entry; a file that crashed or stalled a process is refused."""
+        """Read a file in full -> its entry; a file that crashed or stalled a process is refused."""
         path, began = self.paths[key], time.perf_counter()
         entry: dict[str, Any] = {"path": str(path), **_state(path)}
-        if not self.decode:
-            entry["decoded"] = False
         aside = set_aside.get(str(path))
         if aside is not None:
             reason = aside.removeprefix(repr(str(path))).strip()
             return {**entry, "refused": reason.replace("data.timeout", "--timeout")}
         reading(str(path))
         try:
-            found = inspect(path, self.config, decode=self.decode)
+            found = inspect(path, self.config, decode=True)
         except MemoryError:
             return {**entry, "refused": _too_large(self.memory)}
         if found.facts is None:
@@ -81,13 +79,13 @@ def read_report(path: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def inspect_each(
-    paths: list[Path], backend: str, workers: int, timeout: float, *, memory: float = 0.0, decode: bool = True
+    paths: list[Path], backend: str, workers: int, timeout: float, *, memory: float = 0.0
 ) -> Iterator[dict[str, Any]]:
-    """Read files, in `workers` processes that are replaced when one dies -> an entry for each, in order.
+    """Read files in full, in `workers` processes that are replaced when one dies -> an entry for each, in order.
 
-    memory: GB that reading a file may take in such a process, 0 without a limit. decode: in full, not their headers alone.
+    memory: GB that reading a file may take in such a process, 0 without a limit.
     """
-    files = _Files(paths, backend, memory if workers else 0.0, decode)
+    files = _Files(paths, backend, memory if workers else 0.0)
     if not workers:
         yield from (files.load(i, {}, lambda name: None) for i in range(len(paths)))
         return
@@ -106,32 +104,28 @@ def inspect_all(
     timeout: float,
     memory: float,
     known: Mapping[str, dict[str, Any]] | None = None,
-    decode: bool = True,
 ) -> list[dict[str, Any]]:
     """The entry of every file: a known one if the file is as it was, else by reading it, added to the report at once.
 
     report: a file of entries, which are known, but for those of files that took more than another `memory` (GB, 0 without a
-    limit), or that ended or stalled their process. known: further entries, by path. decode: whether files are read in full; an entry
-    of a file of which only the header was read (`decoded` is false) is not known then.
+    limit), or that ended or stalled their process. known: further entries, by path.
     """
     if not memory >= 0:
         raise ValueError(f"--memory={memory:g} is no number of GB; give one of 0 or more, 0 without a limit.")
     entries = {**(known or {}), **read_report(report)}
-    if decode:
-        entries = {path: entry for path, entry in entries.items() if entry.get("decoded", True)}
     current = {str(path): _current(entries.get(str(path)), path, memory) for path in paths}
     entries |= {name: entry for name, entry in current.items() if entry is not None}
     missing = [path for path in paths if current[str(path)] is None]
     if len(missing) < len(paths):
         print(f"{len(paths) - len(missing)} files were read before, and have not changed")
     if workers is None:  # a process takes seconds to start
-        workers = min(len(missing), max(int(decode), min(num_workers(None, True), len(missing) // 32)))
+        workers = min(len(missing), max(1, min(num_workers(None, True), len(missing) // 32)))
     stream = open(report, "a", encoding="utf-8") if report else None  # noqa: SIM115 (closed below)
     if stream is not None and stream.tell():
         stream.write("\n")  # the last line may have been cut
     try:
         for entry in Progress(
-            inspect_each(missing, backend, workers, timeout, memory=memory, decode=decode),
+            inspect_each(missing, backend, workers, timeout, memory=memory),
             total=len(missing),
             unit="file",
             disable=None,

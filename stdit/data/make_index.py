@@ -1,7 +1,6 @@
 """An index of a folder or manifest is made, by reading the files that an earlier one does not know."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,17 @@ def make_index(
     workers: int | None = None,
     timeout: float = TIMEOUT,
     memory: float = MEMORY,
-    decode: bool = True,
-    also_known: Sequence[Path] = (),
 ) -> tuple[VideoClips | Images, dict[Path, dict[str, Any]]]:
     """Write the index of a dataset, reading the files that an index there does not know -> dataset, the entry of every file.
 
-    source: the folder or manifest of the dataset. decode: whether files are read in full, or their headers alone. also_known: further
-    indexes that may know files. The others are those of `stdit index`.
+    source: the folder or manifest of the dataset. The others are those of `stdit index`.
     """
+    root = Path(data.root)
+    if not (is_remote(root) or is_url(root) or root.is_dir()):
+        raise ValueError(
+            f"data.root={data.root!r} is no folder, and an index keeps the places of files below it; set data.root to the folder of the "
+            "files."
+        )
     before = source_state(source)  # reading takes hours, in which the source may change
     dataset = build_dataset(data)
     if not isinstance(dataset, VideoClips | Images):
@@ -47,27 +49,19 @@ def make_index(
     notes = note_states(dataset.rows)
     paths = list(dict.fromkeys(row.path for row in dataset.rows))
     journal = output.with_suffix(".partial.jsonl")
-    earlier = {
-        os.path.realpath(file): entry for known in (*also_known, output) for file, entry in _entries(known).items()
-    }
+    earlier = {os.path.realpath(file): entry for file, entry in _entries(output).items()}
     absolute = {str(path): os.path.realpath(path) for path in paths}
     known = {name: {**earlier[found], "path": name} for name, found in absolute.items() if found in earlier}
     limits: dict[str, Any] = {"workers": workers, "timeout": timeout, "memory": memory}
-    entries = inspect_all(paths, journal, backend=data.backend, known=known, decode=decode, **limits)
+    entries = inspect_all(paths, journal, backend=data.backend, known=known, **limits)
     write_index(
         output, Table(dataset.rows, dataset.num_classes, dataset.class_names),
-        {str(path): entry for path, entry in zip(paths, entries, strict=True)}, source=source, root=root_of(data, source),
+        {str(path): entry for path, entry in zip(paths, entries, strict=True)}, source=source, root=root,
         fingerprint=fingerprint(dataset), action_space=known_actions(dataset), settings=row_settings(data),
-        hashed=hashed or any("content" in entry for entry in known.values()), decoded=decode, before=before, notes=notes,
+        hashed=hashed or any("content" in entry for entry in known.values()), before=before, notes=notes,
     )  # fmt: skip
     journal.unlink(missing_ok=True)
     return dataset, dict(zip(paths, entries, strict=True))
-
-
-def root_of(data: DataConfig, source: Path) -> Path:
-    """The folder below which the files of a source lie: that of a manifest, if data.root is no folder."""
-    root = Path(data.root)
-    return root if data.manifest is None or is_remote(root) or root.is_dir() else source.parent
 
 
 def row_settings(data: DataConfig) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _open_plain(name: str) -> BinaryIO:
         ) from error
 
 
-def state_of(path: str | os.PathLike) -> tuple[int, int]:
+def state_of(path: Path) -> tuple[int, int]:
     """The size of a file in bytes, and the time of its last change in nanoseconds; -1, -1 if there is none.
 
     Of a file in an archive or table the time is that of the archive or table, of one in a table the size is as well. Of one

@@ -50,7 +50,7 @@ def _gives(snapshots: Sequence[Snapshot], length: float, step: int) -> bool:
 
 def _clips(config: Config) -> tuple[Dataset, Dataset, HeldOutDraws]:
     """The clips of a run, those it trained on, and those it held out; ValueError if it held nothing out."""
-    dataset = build_indexed(config.data, make=False)
+    dataset = build_indexed(config.data)
     kept, held_out = split_holdout(config, dataset)
     if held_out is None:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from stdit.config import Config, load_typed
-from stdit.data.indexed import build_indexed
+from stdit.data.datasets import build_dataset
 from stdit.data.workers import num_workers
 from stdit.model.config import model_arguments
 from stdit.model.cost import forward_cost, training_memory
@@ -156,7 +156,7 @@ def measure_rate(device: str, precision: str) -> float:
 
 def seconds_to_read(config: Config, vae: VideoVAE) -> float:
     """Seconds to read and encode one clip of a config, of which the loader's processes share the reading."""
-    dataset = build_indexed(config.data, make=False)
+    dataset = build_dataset(config.data)
     reading, encoding = [], []
     for number in range(min(4 * _TIMED, len(dataset))):
         began = time.perf_counter()

@@ -13,7 +13,7 @@ from stdit.checkpoint.inflate import inflate, inflated_arguments
 from stdit.conditions import ActionSpace, conditioners_of
 from stdit.config import Config
 from stdit.data.actions import check_flip
-from stdit.data.base import captions_of
+from stdit.data.base import Captions
 from stdit.data.datasets import CachedLatents, Dataset
 from stdit.data.holdout import split
 from stdit.data.identity import hash_of
@@ -77,7 +77,7 @@ def build_captions(
     """
     if config.text.encoder is None:
         return None
-    texts = list(captions_of(dataset))
+    texts = Captions(dataset)
     if not any(texts):
         raise ValueError(
             f"text.encoder={config.text.encoder} but no clip of {config.data.root!r} has a caption; put a.txt next to "

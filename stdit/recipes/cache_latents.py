@@ -70,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(
             f"--output {args.output} is data.root itself; set data.root=FOLDER to the folder of the clips."
         )
+    dataset = build_indexed(config.data)
+    check_flip(config.data.flip, dataset)
+    if config.train.holdout:  # values, though, may be those of other data, which is trained on together with this
+        split(dataset, config.train.holdout, config.train.holdout_column)
     vae = load_vae(config.vae.name).to(default_device())
     if config.data.cache_posterior != "mean" and not vae.has_posterior:
         raise ValueError(
@@ -79,10 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = config.data.sizes or [[config.data.num_frames, config.data.height, config.data.width]]
     for frames, height, width in sizes:
         vae.latent_shape(frames, height, width)  # raises for sizes that do not fit
-    dataset = build_indexed(config.data)
-    check_flip(config.data.flip, dataset)
-    if config.train.holdout:  # values, though, may be those of other data, which is trained on together with this
-        split(dataset, config.train.holdout, config.train.holdout_column)
     if args.windows > 1 or args.mirrored:
         dataset = ClipVariants(dataset, args.windows, args.mirrored)
     head = {

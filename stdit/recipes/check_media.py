@@ -17,11 +17,10 @@ import av
 
 from stdit.config import Config, load_typed
 from stdit.data.config import DataConfig
-from stdit.data.datasets import Images, VideoClips
+from stdit.data.datasets import Images, VideoClips, build_dataset
 from stdit.data.facts import Facts, assess
 from stdit.data.folders import is_file
 from stdit.data.index import entries_of
-from stdit.data.indexed import build_indexed
 from stdit.data.inspections import MEASURED, inspect_all
 from stdit.data.media_report import Checked, overview, write_clean_manifest, write_sheet
 from stdit.data.records import is_table
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_writable(path)
     av.logging.set_level(None)
     data = data_config_of(args.source, args.config, args.overrides)
-    dataset = build_indexed(data, make=False)
+    dataset = build_dataset(data)
     if not isinstance(dataset, VideoClips | Images):
         raise ValueError(f"{str(args.source)!r} holds no files of videos or pictures; check-media reads nothing else.")
     paths = list(dict.fromkeys(row.path for row in dataset.rows))

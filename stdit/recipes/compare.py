@@ -77,7 +77,7 @@ class Probe:
 
     def __init__(self, spec: Comparison, variant: str):
         self.config = read_variant(spec, variant)
-        dataset, vae = build_indexed(self.config.data, make=False), load_vae(self.config.vae.name)
+        dataset, vae = build_indexed(self.config.data), load_vae(self.config.vae.name)
         self.objective, self.vae = build_objective(self.config.objective), vae
         captions = build_captions(self.config, dataset, torch.device("cpu"))
         self.captions = captions
@@ -184,7 +184,7 @@ def measure(spec: Comparison, variant: str, seed: int, *, about: dict, folder: P
         measured = report([to_uint8(clip) for clip in clips], [CLASS_NAMES.index(name) for name in names])
         run.shape, run.direction, run.both = measured.shape, measured.direction, measured.both
     if spec.reference:
-        real = target_clips(build_indexed(config.data, make=False), pipe.video_vae, None, count=spec.reference, seed=1)
+        real = target_clips(build_indexed(config.data), pipe.video_vae, None, count=spec.reference, seed=1)
         run.frechet = distances(clips.split(32), real.split(32), load_extractor(spec.features)).frechet
     write_contact_sheet(folder / f"{variant}.png", list(clips[:24]), columns=3)
     file.parent.mkdir(exist_ok=True)
@@ -216,7 +216,7 @@ def sample_clips(pipe: STDiTPipeline, spec: Comparison, config: Config) -> torch
 @torch.no_grad()
 def held_losses(pipe: STDiTPipeline, config: Config) -> list[float]:
     """The loss of the EMA weights at each of `LEVELS`, on 128 clips of the data with fixed noise."""
-    objective, dataset = build_objective(config.objective), build_indexed(config.data, make=False)
+    objective, dataset = build_objective(config.objective), build_indexed(config.data)
     batch = next(batches(dataset, 10**6, min(128, len(dataset))))
     clips = to_latents(batch, pipe.video_vae)
     model, conditions = pipe.transformer, {}

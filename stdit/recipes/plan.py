@@ -14,7 +14,6 @@ import torch
 
 from stdit.checkpoint.inflate import inflated_arguments
 from stdit.config import Config, load_typed
-from stdit.data.datasets import Dataset
 from stdit.diffusion.objective import build_objective
 from stdit.model.config import model_arguments
 from stdit.model.cost import Cost, Memory, forward_cost, frame_growth
@@ -35,7 +34,7 @@ from stdit.recipes.planned import (
     parse_memory,
     smallest,
 )  # fmt: skip
-from stdit.recipes.planned_steps import data_lines, known_dataset, step_kinds
+from stdit.recipes.planned_steps import KnownData, data_lines, known_data, step_kinds, usable_clips
 from stdit.text import load_text_encoder
 from stdit.training.throughput import GPUS
 from stdit.vae import VAEGeometry, load_vae
@@ -275,8 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = None if args.fit is None else parse_memory(args.fit)
     config = load_typed(Config, args.config, with_flags(args))
     vae = find_vae(config.vae.name)
-    dataset = known_dataset(config)
-    run, choice = planned(args, config, arguments_of(config, vae), vae, dataset=dataset)
+    known = known_data(config)
+    run, choice = planned(args, config, arguments_of(config, vae), vae, known=known)
     size, latent = run.kinds[0].size, run.latent
     on_cpu = run.on_cpu
     described = on_cpu or (args.tflops and args.memory)  # such a device needs no row in GPUS
@@ -285,9 +284,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(
         f"{config.name}: {size.frames} frames of {size.height} x {size.width} -> latents {list(latent)}, {cost.tokens:,} tokens per clip"
-        + f"; of {len(config.data.sizes)} sizes the one with the most tokens in a step" * bool(config.data.sizes)
+        + f"; of {len(config.data.sizes)} sizes the one with the most tokens in a step" * (len(run.kinds) > 1)
     )
-    print("".join(f"{line}\n" for line in data_lines(config, dataset, run.kinds)), end="")
+    print("".join(f"{line}\n" for line in data_lines(config, known, run.kinds)), end="")
     uncounted = "" if run.arguments["num_classes"] else " (and one row per class of the data)"
     print(f"parameters    {cost.parameters:,}{uncounted}")
     if run.adapted is not None:
@@ -317,8 +316,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"  peak        {need / GIB:>8.2f}{of}, {time}: {' + '.join(fullest)}")
     if run.peak:
         print(speed_line(args, run, choice))
-    known = sum(kind.known or 0 for kind in run.kinds)
-    for line in scale_lines(run, choice, cost, clips=args.clips or known or 1_000_000):
+    clips = args.clips or 1_000_000
+    if known is not None and args.clips is None:
+        clips = len(known.dataset) - sum(usable_clips(config, known, run.kinds)[:2])
+    for line in scale_lines(run, choice, cost, clips=clips):
         print(line)
     if wanted is not None:
         lines, fits = fit_lines(args, run, choice, wanted)
@@ -348,9 +349,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def planned(
-    args: argparse.Namespace, config: Config, arguments: dict, vae: VAEGeometry, *, dataset: Dataset | None = None
+    args: argparse.Namespace, config: Config, arguments: dict, vae: VAEGeometry, *, known: KnownData | None = None
 ) -> tuple[PlannedRun, Choice]:
-    """The run of a command line, and its settings; ValueError for devices that cannot be divided so. dataset: if it is known."""
+    """The run of a command line, and its settings; ValueError for devices that cannot be divided so. known: the data."""
     data, train = config.data, config.train
     on_cpu, context, ring = args.gpu == "cpu", train.parallel.context, train.parallel.ring
     offload = train.parallel.offload and not on_cpu
@@ -374,7 +375,7 @@ def planned(
             except ValueError as error:  # the sums hold for the clips that it proposes, about
                 warn_user(f"training refuses these settings: {error}")
     patch, groups = arguments["patch_size"], args.count // context
-    kinds = tuple(step_kinds(config, vae, patch=patch, processes=groups, dataset=dataset))
+    kinds = tuple(step_kinds(config, vae, patch=patch, processes=groups, dataset=known and known.trained))
     run = PlannedRun(
         config, arguments, kinds[0].latent, args.count, clips=kinds[0].clips, kinds=kinds,
         bf16=bf16, fused=not (on_cpu and native_bf16() and bf16), on_cpu=on_cpu, peak=args.tflops or peak,

@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from stdit.config import Config
+from stdit.data.config import DataConfig
 from stdit.data.datasets import Dataset, build_dataset
 from stdit.data.folders import is_file
+from stdit.data.holdout import split
 from stdit.data.index import SUFFIX
 from stdit.data.indexed import find_index, read_index
 from stdit.data.samplers import NO_BUCKET, BucketSampler, ClipSize
@@ -34,25 +36,35 @@ class StepKind(NamedTuple):
     known: int | None
 
 
-def known_dataset(config: Config) -> Dataset | None:
-    """The dataset of a config if its rows are known at once, from an index or a cache of latents; else None.
+class KnownData(NamedTuple):
+    """Data whose rows are known at once, from an index or a cache of latents. trained: the clips that are not held out."""
 
-    One that training would refuse is told in a warning.
-    """
-    data = config.data
-    if data.datasets or data.source == "shapes":
-        return None
-    manifest = None if data.manifest is None else Path(data.manifest)
+    dataset: Dataset
+    trained: Dataset
+
+
+def known_data(config: Config) -> KnownData | None:
+    """The data of a config if they are known at once, else None. Data that training would refuse are told in a warning."""
+    train = config.train
     try:
-        if manifest is not None and manifest.suffix == SUFFIX and manifest.is_file():
-            return build_dataset(data)
-        if manifest is None and is_file(Path(data.root) / "cache.json"):
-            return build_dataset(data)
-        found = find_index(data)
-        return None if found is None else read_index(data, found)
+        dataset = _known_dataset(config.data)
+        if dataset is None or not (train.holdout or train.holdout_values):
+            return None if dataset is None else KnownData(dataset, dataset)
+        return KnownData(dataset, split(dataset, train.holdout, train.holdout_column, train.holdout_values)[0])
     except (ValueError, OSError) as error:
         warn_user(f"training refuses these data: {error}")
         return None
+
+
+def _known_dataset(data: DataConfig) -> Dataset | None:
+    if data.datasets or data.source == "shapes":
+        return None
+    manifest = None if data.manifest is None else Path(data.manifest)
+    is_index = manifest is not None and manifest.suffix == SUFFIX and manifest.is_file()
+    if is_index or (manifest is None and is_file(Path(data.root) / "cache.json")):
+        return build_dataset(data)
+    found = find_index(data)
+    return None if found is None else read_index(data, found)
 
 
 def step_kinds(
@@ -60,7 +72,8 @@ def step_kinds(
 ) -> list[StepKind]:
     """The kinds of steps of a config, the one with the most tokens first; without a dataset all sizes come equally often.
 
-    processes: groups of devices, each of which has clips of its own.
+    processes: groups of devices, each of which has clips of its own. dataset: the clips to train on. Of packs, which have clips of
+    all sizes, the kinds are of one size each, the longest first, and the shares are those of tokens.
     """
     data, train = config.data, config.train
     if not data.sizes or train.tokens is None:
@@ -94,6 +107,8 @@ def step_kinds(
         for i, (size, (latent, tokens)) in enumerate(zip(sizes, grids, strict=True))
         if shares[i]
     ]
+    if data.packing:
+        return sorted(kinds, key=lambda kind: kind.tokens, reverse=True)
     return sorted(kinds, key=lambda kind: (kind.clips * kind.tokens, kind.tokens), reverse=True)
 
 
@@ -103,34 +118,46 @@ def _grid(size: ClipSize, vae: VAEGeometry, patch: Shape) -> tuple[Shape, int]:
     return latent, math.prod(n // p for n, p in zip(latent, patch, strict=True))
 
 
-def data_lines(config: Config, dataset: Dataset | None, kinds: Sequence[StepKind]) -> list[str]:
+def usable_clips(config: Config, known: KnownData, kinds: Sequence[StepKind]) -> tuple[int, int, int]:
+    """How many clips cannot be read, how many are shorter than the shortest size, and how many are left to train on."""
+    index = getattr(known.dataset, "index", None)
+    if index is None:
+        return 0, 0, len(known.trained)
+    frames = index.shapes(config.data.fps)[:, 0]
+    short = (frames > 0) & (frames < min(kind.size.frames for kind in kinds))
+    usable = (frames > 0) & ~short
+    chosen = getattr(known.trained, "indices", slice(None))
+    return int((frames == 0).sum()), int(short.sum()), int(usable[chosen].sum())
+
+
+def data_lines(config: Config, known: KnownData | None, kinds: Sequence[StepKind]) -> list[str]:
     """Lines with the clips of the data, and with those of each size."""
-    lines = []
-    if dataset is not None:
-        lines.append(f"data          {_counted(config, dataset, kinds)}")
-    if config.data.sizes:
+    data, lines = config.data, []
+    if known is not None:
+        lines.append(f"data          {_counted(config, known, kinds)}")
+    if data.sizes and config.train.tokens is not None:
         for kind in kinds:
             size = f"{kind.size.frames} x {kind.size.height} x {kind.size.width}"
             count = "" if kind.known is None else f"{kind.known:,} clips, "
+            share = "of the tokens" if data.packing else "of steps"
+            most = "at most " if data.packing else ""
             lines.append(
-                f"  {size:<18}{count}{kind.tokens:,} tokens each; {kind.clips:,} in a step, {kind.share:.0%} of steps"
+                f"  {size:<18}{count}{kind.tokens:,} tokens each; {most}{kind.clips:,} in a step, {kind.share:.0%} {share}"
             )
     return lines
 
 
-def _counted(config: Config, dataset: Dataset, kinds: Sequence[StepKind]) -> str:
+def _counted(config: Config, known: KnownData, kinds: Sequence[StepKind]) -> str:
     """How many clips the data have, how many of them training leaves out, and how often it draws each of the others."""
-    data = config.data
-    counts = f"{len(dataset):,} clips of {data.manifest or data.root}"
-    index, usable = getattr(dataset, "index", None), len(dataset)
+    data, dataset = config.data, known.dataset
+    unread, short, count = usable_clips(config, known, kinds)
+    index = getattr(dataset, "index", None)
+    said = f"{len(dataset):,} clips of {data.manifest or data.root if index is None else index.path}"
     if index is not None:
-        frames = index.shapes(data.fps)[:, 0]
-        least = min(kind.size.frames for kind in kinds)
-        unread, short = int((frames == 0).sum()), int(((frames > 0) & (frames < least)).sum())
-        usable -= unread + short
-        hours = float(np.asarray(index.columns["last"]).sum()) / 3600
-        counts = f"{len(dataset):,} clips of {index.path}, {hours:,.1f} hours"
-        counts += f"; {unread:,} cannot be read" * bool(unread)
-        counts += f"; {short:,} are shorter than {least} frames" * bool(short)
-    drawn = config.train.steps * sum(kind.share * kind.clips for kind in kinds) / max(1, usable)
-    return f"{counts}; each is drawn {drawn:,.1f} times in {config.train.steps:,} steps"
+        said += f", {float(np.asarray(index.columns['last']).sum()) / 3600:,.1f} hours"
+    said += f"; {unread:,} cannot be read" * bool(unread)
+    said += f"; {short:,} are shorter than {min(kind.size.frames for kind in kinds)} frames" * bool(short)
+    held_out = len(dataset) - len(known.trained)
+    said += f"; {held_out:,} are held out" * bool(held_out)
+    drawn = config.train.steps * sum(kind.share * kind.clips for kind in kinds) / max(1, count)
+    return f"{said}; each of the others is drawn {drawn:,.1f} times in {config.train.steps:,} steps"

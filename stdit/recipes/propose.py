@@ -14,9 +14,9 @@ from typing import NamedTuple
 from stdit.config import Config, load_typed
 from stdit.data.clips import Images, VideoClips
 from stdit.data.config import DataConfig
+from stdit.data.datasets import build_dataset
 from stdit.data.facts import Facts, too_short
 from stdit.data.index import entries_of
-from stdit.data.indexed import build_indexed
 from stdit.data.inspect import inspect
 from stdit.data.inspections import MEASURED
 from stdit.data.manifest import find_media
@@ -113,7 +113,7 @@ def propose(source: Path, given: Sequence[str], minutes: float | None) -> Propos
     kind = "cpu" if device == "cpu" else "other"
     minutes = minutes or _MINUTES[kind]
     data = data_config_of(source, None, [])
-    dataset = build_indexed(data, make=False)
+    dataset = build_dataset(data)
     if not isinstance(dataset, VideoClips | Images):
         raise ValueError(
             f"{str(source)!r} holds no files of videos or pictures; name a config, for example stdit train {BASE} "

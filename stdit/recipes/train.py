@@ -105,13 +105,13 @@ def build_run(config: Config, accelerator: Accelerator) -> Run:
     check_batch(config, max(1, processes // context))
     check_trackers(config.train.trackers)
     check_optimizer(config.train.optimizer)
-    vae = load_vae(config.vae.name).to(accelerator.device)
-    objective = build_objective(config.objective)
-    # What needs only the config, and then the rows and the files of the run, is refused before captions are encoded, which may
-    # take hours; nothing of an earlier run is moved until all is built.
-    check_context(config, vae, processes)
     dataset = build_indexed(config.data)
+    vae = load_vae(config.vae.name).to(accelerator.device)
     check_cache(dataset, vae)
+    objective = build_objective(config.objective)
+    # What needs only the config, the rows and the files of the run is refused before captions are encoded, which may take
+    # hours; nothing of an earlier run is moved until all is built.
+    check_context(config, vae, processes)
     parallel = effective(config.train.parallel, accelerator.device.type, processes)
     mesh = make_mesh(parallel, accelerator.device.type, processes)
     folders = _lock_folders(accelerator, config, sharded=mesh is not None)
@@ -353,7 +353,7 @@ def _proposed(args: argparse.Namespace) -> Config:
     # A hold-out that cannot be, before any clip is encoded: a proposal encodes some to measure how long it takes.
     given = load_typed(Config, BASE, [*args.overrides, *data_overrides(args.data)])
     if given.train.holdout or given.train.holdout_values:
-        split_holdout(given, build_indexed(given.data, make=False))
+        split_holdout(given, build_indexed(given.data))
     proposal = find_or_propose(args.data, args.overrides, args.minutes)
     print("\n".join(proposal.lines), file=sys.stderr if args.print_config else sys.stdout, flush=True)
     config = proposal.config(args.overrides)

@@ -368,7 +368,7 @@ def test_captions_are_encoded_with_the_latents_and_found_by_training(home, monke
 
 
 def test_a_share_to_hold_out_that_leaves_no_clip_is_refused_before_any_is_encoded(home, monkeypatch):
-    monkeypatch.setattr(cache_latents, "write_shards", None)
+    monkeypatch.setattr(cache_latents, "load_vae", None)
     with pytest.raises(ValueError, match="leaves no clip to train on"):
         cache("train.holdout=0.99")
     assert not (home / "latents").exists()

@@ -29,7 +29,7 @@ from stdit.data.joint import JointDataset
 from stdit.data.loader import batches
 from stdit.data.manifest import Row, Table
 from stdit.data.video_io import VideoError
-from stdit.recipes import check_media, index
+from stdit.recipes import bench_scale, check_media, index
 from stdit.recipes.order import measure
 
 
@@ -490,3 +490,8 @@ def test_many_rows_that_are_copied_into_processes_are_named_and_an_index_is_not(
         pickle.dumps(build_dataset(config_of("clips.index")))
     with pytest.warns(UserWarning, match="6 rows are copied.*stdit index"):
         pickle.dumps(build_dataset(config_of("clips/manifest.jsonl")))
+
+
+def test_all_rows_by_which_growth_is_measured_have_captions_of_their_own(tmp_path):
+    rows, _ = bench_scale._clips(tmp_path, 3000)
+    assert len({row.caption for row in rows}) == 3000

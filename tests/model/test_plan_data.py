@@ -12,7 +12,7 @@ from stdit.config import Config, load_typed
 from stdit.data.indexed import build_indexed
 from stdit.recipes import index, plan
 from stdit.recipes.order import build_order
-from stdit.recipes.planned_steps import known_dataset, step_kinds
+from stdit.recipes.planned_steps import known_data, step_kinds
 from stdit.vae import load_vae
 
 SIZED = ["train.tokens=48", "train.micro_batch=null", "data.sizes=[[5,32,32],[9,32,48],[1,32,32]]"]
@@ -34,11 +34,12 @@ def test_a_plan_counts_the_steps_that_training_takes(clips, further):
     config = load_typed(Config, "video", [*SMALL, *SIZED, *further, "data.index=data/clips.index"])
     vae, dataset = load_vae("tiny"), build_indexed(config.data)
     order = build_order(config, dataset, vae, patch=(1, 2, 2), processes=1)
-    kinds = step_kinds(config, vae, patch=(1, 2, 2), processes=1, dataset=known_dataset(config))
+    kinds = step_kinds(config, vae, patch=(1, 2, 2), processes=1, dataset=known_data(config).trained)
     assert sum(kind.known for kind in kinds) == 5  # one cannot be read
     drawn = [[ref.size for ref in order.batch(step)] for step in range(600)]
     tokens = {kind.size: kind.tokens for kind in kinds}
-    assert kinds[0].clips * kinds[0].tokens == max(kind.clips * kind.tokens for kind in kinds)
+    if not further:
+        assert kinds[0].clips * kinds[0].tokens == max(kind.clips * kind.tokens for kind in kinds)
     if further:  # of what is in a pack, in proportion to its tokens
         counts = Counter(size for batch in drawn for size in batch)
         total = sum(tokens[size] * count for size, count in counts.items())
@@ -66,7 +67,7 @@ def test_a_plan_says_what_an_index_knows_and_reads_no_manifest(clips, monkeypatc
     said = capsys.readouterr().out
     hours = (19 / 12 + 7 / 24 + 11 / 12 + 29 / 24 + 19 / 24) / 3600
     assert f"6 clips of data/manifest.index, {hours:.1f} hours; 1 cannot be read; 1 are shorter than 9 frames" in said
-    assert "each is drawn 200.0 times in 100 steps" in said and "GB on disk for 6 clips" in said
+    assert "each of the others is drawn 200.0 times in 100 steps" in said and "GB on disk for 4 clips" in said
     (clips / "manifest.jsonl").write_text((clips / "manifest.jsonl").read_text() + "\n")
     assert plan.main([*arguments, "train.micro_batch=8"]) == 0
     assert "for 1,000,000 clips" in capsys.readouterr().out  # the index is older than its manifest
@@ -88,6 +89,15 @@ def test_a_plan_of_several_sizes_is_of_the_one_with_most_tokens_and_says_the_mea
     each = [replace(run, latent=kind.latent, clips=kind.clips, kinds=()).computation(choice) for kind in run.kinds]
     assert run.computation(choice) == pytest.approx(np.mean(each)) and len(set(each)) == 3
     assert run.clips_of_steps == pytest.approx(np.mean([kind.clips for kind in run.kinds]))
+
+
+def test_a_plan_leaves_out_the_clips_that_are_held_out(clips, capsys):
+    assert index.main(["clips/manifest.jsonl", "--output", "clips.index", "--workers", "0"]) == 0
+    given = ["video", *SMALL, "data.manifest=clips.index", "data.num_frames=5", "train.steps=100", "train.batch_size=8"]
+    capsys.readouterr()
+    assert plan.main([*given, "train.micro_batch=8", "train.holdout_column=label", "train.holdout_values=[a]"]) == 0
+    said = capsys.readouterr().out
+    assert "3 are held out; each of the others is drawn 400.0 times" in said and "for 5 clips" in said
 
 
 def test_a_plan_takes_the_number_of_clips_that_it_is_given_before_that_of_an_index(clips, capsys):
