@@ -373,7 +373,7 @@ class _CaptionIndex:
                 listed, checksum = (table.metadata()[name] for name in ("files", "checksum"))
             files = json.loads(listed)
             whole = checksum == _checksum(listed, hashes, places)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        except (OSError, RuntimeError, SafetensorError, ValueError, KeyError, TypeError):
             return False
         if not whole or not set(self._files) <= set(files) <= self._shards():
             return False
@@ -385,7 +385,8 @@ class _CaptionIndex:
         """Store the table of all captions if it lacks some; nothing where another process is at it, or it cannot be written."""
         if self._stored == len(self._files):
             return
-        with suppress(OSError, NotImplementedError, Claimed), claimed([self._table]):  # some file systems have no locks
+        # Some file systems have no locks; a quota is an error of safetensors.
+        with suppress(OSError, SafetensorError, NotImplementedError, Claimed), claimed([self._table]):
             if self._map():  # another process has stored it meanwhile
                 return
             self._sort()

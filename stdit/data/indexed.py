@@ -86,7 +86,7 @@ def build_indexed(data: DataConfig) -> Dataset:
 
 
 def find_index(data: DataConfig) -> Path | None:
-    """The index that `data.index` names, if it is there and current; no folder and no manifest is read for it."""
+    """The index that `data.index` names, if it is there and current; no manifest is read for it."""
     if data.index is None or data.datasets:
         return None
     output = Path(data.index)
@@ -117,7 +117,7 @@ def _bring_up_to_date(output: Path, data: DataConfig, wanted: _Wanted) -> None:
             try:
                 claim.enter_context(claimed([output]))
             except Claimed:
-                _check_not_started_by_the_maker(output)
+                _check_not_importing_main(output)
                 if time.monotonic() - began > _PATIENCE and not said:
                     _say(f"waiting for another process that makes {output}")
                     said = True
@@ -130,9 +130,9 @@ def _bring_up_to_date(output: Path, data: DataConfig, wanted: _Wanted) -> None:
                 made = True
 
 
-def _check_not_started_by_the_maker(output: Path) -> None:
+def _check_not_importing_main(output: Path) -> None:
     """Raise RuntimeError in a process that runs the script of its parent again, which waits for it while it makes the index."""
-    if multiprocessing.parent_process() is not None:
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as Python asks before it starts a process
         raise RuntimeError(
             f"{output} is made by the process that started this one; put what a script does below `if __name__ == '__main__':`."
         )

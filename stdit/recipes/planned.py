@@ -132,7 +132,7 @@ class PlannedRun:
     def overrides(self, choice: Choice) -> list[str]:
         """The overrides that give the config the settings of a choice."""
         configured = self.configured
-        if self.config.train.micro_batch is None and not self.config.data.sizes:
+        if self.config.train.micro_batch is None:
             configured = configured._replace(micro=self._clips(choice.context))  # all clips of a process
         return choice.overrides(configured)
 
@@ -337,7 +337,7 @@ def _choices(run: PlannedRun, current: Choice) -> Iterator[Choice]:
         ring = context // math.gcd(heads, context) if "joint" in model.axes and not model.causal else 1
         clips = -(-run.batch_size // (run.count // context))
         micros = [n for n in range(clips, 0, -1) if clips % n == 0]
-        for micro in [current.micro] if run.config.data.sizes else micros:
+        for micro in [clips] if run.config.data.sizes else micros:
             for way in _ways(run, current):
                 for kind in CHECKPOINTING_NAMES:
                     yield Choice(kind, micro, context=context, ring=ring, **way)

@@ -59,9 +59,9 @@ def known_data(config: Config) -> KnownData | None:
 def _known_dataset(data: DataConfig) -> Dataset | None:
     if data.datasets or data.source == "shapes":
         return None
-    manifest = None if data.manifest is None else Path(data.manifest)
-    is_index = manifest is not None and manifest.suffix == SUFFIX and manifest.is_file()
-    if is_index or (manifest is None and is_file(Path(data.root) / "cache.json")):
+    manifest, root = data.manifest or "", Path(data.root)
+    is_index = manifest.endswith(SUFFIX) and any(path.is_file() for path in (Path(manifest), root / manifest))
+    if is_index or (not manifest and is_file(root / "cache.json")):
         return build_dataset(data)
     found = find_index(data)
     return None if found is None else read_index(data, found)
@@ -76,6 +76,8 @@ def step_kinds(
     all sizes, the kinds are of one size each, the longest first, and the shares are those of tokens.
     """
     data, train = config.data, config.train
+    if data.sizes and (train.tokens is None or train.micro_batch is not None):
+        warn_user("training refuses these settings: data.sizes needs train.tokens, and train.micro_batch=null.")
     if not data.sizes or train.tokens is None:
         size = ClipSize(data.num_frames, data.height, data.width)
         latent, tokens = _grid(size, vae, patch)
@@ -84,6 +86,10 @@ def step_kinds(
     sizes = [ClipSize(*size) for size in data.sizes]
     grids = [_grid(size, vae, patch) for size in sizes]
     costs = [tokens for _, tokens in grids]
+    if data.packing and max(costs) > train.tokens // processes:
+        warn_user(
+            f"training refuses these settings: a clip of {max(costs)} tokens does not fit into a pack of {train.tokens // processes}."
+        )
     buckets = np.arange(len(sizes)) if dataset is None else measure(dataset, sizes, config.seed)[1]
     counts = np.bincount(buckets[buckets != NO_BUCKET], minlength=len(sizes))
     if not counts.sum():
@@ -159,5 +165,7 @@ def _counted(config: Config, known: KnownData, kinds: Sequence[StepKind]) -> str
     said += f"; {short:,} are shorter than {min(kind.size.frames for kind in kinds)} frames" * bool(short)
     held_out = len(dataset) - len(known.trained)
     said += f"; {held_out:,} are held out" * bool(held_out)
-    drawn = config.train.steps * sum(kind.share * kind.clips for kind in kinds) / max(1, count)
+    if not count:
+        return f"{said}; none is left to train on"
+    drawn = config.train.steps * sum(kind.share * kind.clips for kind in kinds) / count
     return f"{said}; each of the others is drawn {drawn:,.1f} times in {config.train.steps:,} steps"

@@ -144,11 +144,25 @@ def test_an_index_whose_name_is_no_text_is_made_and_one_that_another_process_mak
     assert len(waited) == 1
 
 
-def test_a_script_that_is_no_module_makes_an_index_without_processes(clips):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_script_that_runs_at_its_import_makes_an_index_alone_and_ends_in_an_error_with_processes(clips, workers):
     Path("script.py").write_text(
         "from stdit.data.config import DataConfig\nfrom stdit.data.indexed import build_indexed\n"
-        "data = DataConfig(root='clips', num_frames=5, height=32, width=32, workers=0, index='clips.index')\n"
+        f"data = DataConfig(root='clips', num_frames=5, height=32, width=32, workers={workers}, index='clips.index')\n"
         "print(len(build_indexed(data)))\n"
     )
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "6\n", done.stderr
+    if workers:
+        assert done.returncode == 1 and "put what a script does below `if __name__ == '__main__':`" in done.stderr
+    else:
+        assert done.stdout == "6\n", done.stderr
+
+
+def test_a_process_that_another_has_started_waits_for_the_index_that_a_third_makes(clips, monkeypatch):
+    monkeypatch.setattr(make_index, "inspect_all", lambda *a, **k: inspect_all(*a, **{**k, "workers": 0}))
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: object())
+    output = Path("clips.index")
+    with ExitStack() as claim:
+        claim.enter_context(claimed([output]))
+        monkeypatch.setattr(indexed.time, "sleep", lambda seconds: claim.close())
+        assert len(build_indexed(config_of("clips/manifest.jsonl", index=str(output)))) == 6

@@ -12,6 +12,7 @@ from stdit.config import Config, load_typed
 from stdit.data.indexed import build_indexed
 from stdit.recipes import index, plan
 from stdit.recipes.order import build_order
+from stdit.recipes.planned import _choices
 from stdit.recipes.planned_steps import known_data, step_kinds
 from stdit.vae import load_vae
 
@@ -105,3 +106,34 @@ def test_a_plan_takes_the_number_of_clips_that_it_is_given_before_that_of_an_ind
     arguments = ["video", *SMALL, "data.manifest=clips.index", "--clips", "70"]
     assert plan.main(arguments) == 0
     assert "GB on disk for 70 clips" in capsys.readouterr().out
+
+
+def test_a_plan_warns_of_sizes_that_training_refuses_and_says_when_no_clip_is_left(clips, capsys):
+    assert index.main(["clips/manifest.jsonl", "--output", "clips.index", "--workers", "0"]) == 0
+    for further, said in (
+        (["train.micro_batch=8"], "needs train.tokens, and train.micro_batch=null"),
+        (
+            ["data.packing=true", "model.axes=[joint]", "train.tokens=10"],
+            "a clip of 18 tokens does not fit into a pack of 10",
+        ),
+    ):
+        with pytest.warns(UserWarning, match=f"training refuses these settings: .*{said}"):
+            assert plan.main(["video", *SMALL, *SIZED, *further]) == 0
+    capsys.readouterr()
+    assert plan.main(["video", *SMALL, "data.manifest=clips.index", "data.num_frames=97"]) == 0
+    assert "5 are shorter than 97 frames; none is left to train on" in capsys.readouterr().out
+
+
+def test_proposals_of_other_contexts_have_all_clips_of_a_process_with_several_sizes(clips):
+    given = [*SMALL, *SIZED, "train.tokens=288", "data.sizes=[[9,32,32],[9,32,48]]"]
+    config, vae = load_typed(Config, "video", given), load_vae("tiny")
+    device = Namespace(
+        gpu="H100", count=4, utilisation=0.4, tflops=None, memory=None, bandwidth=50.0, host_bandwidth=25.0
+    )
+    run, current = plan.planned(device, config, plan.arguments_of(config, vae), vae)
+    assert {choice.micro for choice in _choices(run, current)} == {
+        current.micro
+    }  # no context divides three latent frames
+    halved = replace(run, latent=(4, *run.latent[1:]))
+    assert {c.context: c.micro for c in _choices(halved, current)} == {n: n * current.micro for n in (1, 2, 4)}
+    assert not any("micro_batch" in one for choice in _choices(run, current) for one in run.overrides(choice))
