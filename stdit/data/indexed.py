@@ -103,9 +103,7 @@ def _bring_up_to_date(output: Path, data: DataConfig, wanted: _Wanted) -> None:
 
     Of several processes one makes it, and the others wait for its file, not in a collective, which would time out.
     """
-    began, said, made = time.monotonic(), False, False
-    if not wanted.is_current(output):
-        check_writable(output)
+    began, waited, said, made = time.monotonic(), False, False, False
     while not wanted.is_current(output):
         if made and not wanted.fits(MediaIndex(output)):
             break  # another run has made it again for itself
@@ -113,6 +111,8 @@ def _bring_up_to_date(output: Path, data: DataConfig, wanted: _Wanted) -> None:
             raise ValueError(
                 f"{output} is older than its files right after it was made; start again once they no longer change."
             )
+        if not waited:
+            check_writable(output)
         with ExitStack() as claim:
             try:
                 claim.enter_context(claimed([output]))
@@ -121,6 +121,7 @@ def _bring_up_to_date(output: Path, data: DataConfig, wanted: _Wanted) -> None:
                 if time.monotonic() - began > _PATIENCE and not said:
                     _say(f"waiting for another process that makes {output}")
                     said = True
+                waited = True
                 time.sleep(1)
                 continue
             if not wanted.is_current(output):
